@@ -1,0 +1,3323 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""ash: keeps a Linux system as a tree of read-only btrfs snapshots.
+
+A change is made in a private copy of a snapshot, with the distribution's own package manager, and takes effect
+whole or not at all. `ash deploy` makes a snapshot bootable; what ran before stays in the boot menu.
+
+This file is the core. It knows btrfs, transactions and booting, and nothing about packages: that is in
+`distros/<id>/ashpk.py`, which the installer appends to it, so that one text file is the whole program.
+
+In reading order: errors, programs, kernel calls, the layout on disk, state, btrfs, distributions, the chroot,
+/var, transactions, booting, the system, commands, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+if TYPE_CHECKING:
+    from anytree import AnyNode
+
+# Distro modules say `from ash import ...`, both imported from a checkout and concatenated with this file.
+sys.modules["ash"] = sys.modules[__name__]
+
+ASH_VERSION = "0.1.0"
+HERE = Path(__file__).resolve().parent
+
+# anytree and tabulate as they were installed with ash: a snapshot without them must not stop it.
+if (HERE / "lib").is_dir():
+    sys.path.insert(0, str(HERE / "lib"))
+
+JSON_VERSION = 1
+
+FAILED, USAGE, MISSING, LOCKED, REFUSED = 1, 2, 3, 4, 5
+OUR_FAILURE_IN_RUN = 125  # as chroot(1) and env(1): the other numbers belong to the command
+
+SLOTS = ("deploy", "deploy-aux", "deploy-spare")
+SECONDARY_SLOTS = ("deploy-secondary", "deploy-aux-secondary")
+BASE = 0
+
+# Below this much free space a transaction is not started. 256 MiB is what btrfs keeps as its own global reserve
+# at most (512 MiB on large disks) and what a kernel with its initramfs takes.
+SPACE_FLOOR = 256 << 20
+
+
+class AshError(Exception):
+    """What the user is told in one line: what is wrong, then what to do about it.
+
+    Args:
+        message: what is wrong.
+        hint: what to do about it, where that is not plain.
+        status: ash's exit status (FAILED, USAGE, MISSING, LOCKED or REFUSED).
+    """
+
+    def __init__(self, message: str, hint: str = "", status: int = FAILED) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.status = status
+
+
+class HangUp(Exception):
+    """The terminal went away (SIGHUP)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Programs and printing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Console:
+    """How much ash prints, and in what form."""
+
+    verbose: bool = False
+    quiet: bool = False
+    json: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def say(self, text: str) -> None:
+        """Tell the user something on stderr that is not the command's result."""
+        if not (self.quiet or self.json):
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+console = Console()
+
+# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name).
+HANDED_ON = re.compile(r"TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER", re.IGNORECASE)
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def clean_environment() -> dict[str, str]:
+    """What programs get of the caller's environment, with a PATH and HOME of our own."""
+    handed_on = {name: value for name, value in os.environ.items() if HANDED_ON.fullmatch(name)}
+    return {**handed_on, "PATH": SYSTEM_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"}
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    check: bool = True,
+    input: str | None = None,
+    env: Mapping[str, str] | None = None,
+    ok: Container[int] = (0,),
+) -> subprocess.CompletedProcess[str]:
+    """Run a program and capture what it prints.
+
+    Args:
+        argv: the program and its arguments; never a shell string.
+        check: raise where the exit status is not in `ok`.
+        input: text for its standard input.
+        env: its whole environment; the cleaned one of ash, in the C locale, where it is None.
+        ok: exit statuses that are no failure.
+
+    Raises:
+        AshError: it could not be started, or failed; the message ends with its own last words.
+    """
+    words = [str(word) for word in argv]
+    if console.verbose:
+        print("+", *words, file=sys.stderr)
+    try:
+        done = subprocess.run(
+            words,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+            env=dict(env) if env is not None else {**clean_environment(), "LC_ALL": "C.UTF-8"},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise AshError(f"{words[0]} is not installed", f"install the package that has {words[0]}") from None
+    if check and done.returncode not in ok:
+        raise AshError(f"{' '.join(words[:3])} failed ({done.returncode}): {last_words(done.stderr or done.stdout)}")
+    return done
+
+
+def last_words(text: str, lines: int = 3) -> str:
+    """The last lines of a program's output that say something, on one line."""
+    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say what is being done now, with the seconds since ash began."""
+    console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
+    yield
+
+
+def printable(text: str) -> str:
+    """Text with its control and escape characters shown, not sent, but for line breaks."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernel calls that Python 3.11 has no function for
+# ---------------------------------------------------------------------------------------------------------------
+
+# From <linux/sched.h>, <linux/mount.h>, <linux/fs.h>, <linux/prctl.h>.
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x04000000, 0x08000000, 0x20000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1024, 4096, 16384, 1 << 18, 1 << 19
+RENAME_EXCHANGE = 2
+PR_SET_PDEATHSIG = 1
+AT_FDCWD = -100
+
+
+def libc(function: str, *arguments: int | bytes | None) -> None:
+    """Call a function of the C library that returns -1 and sets errno when it fails.
+
+    Raises:
+        OSError: it failed.
+    """
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    converted = [ctypes.c_ulong(a) if isinstance(a, int) else ctypes.c_char_p(a) for a in arguments]
+    if getattr(library, function)(*converted) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def mount(source: str | Path, target: Path, kind: str = "", flags: int = 0, data: str = "") -> None:
+    """mount(2). Raises AshError with what was to be mounted where."""
+    try:
+        libc("mount", os.fsencode(source), os.fsencode(target), kind.encode(), flags, os.fsencode(data))
+    except OSError as error:
+        raise AshError(f"cannot mount {kind or source} on {target}: {error.strerror}") from None
+
+
+def bind(source: Path, target: Path, readonly: bool = False) -> None:
+    """Show a file or directory at another place as well."""
+    mount(source, target, flags=MS_BIND)
+    if readonly:
+        mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two paths of one file system swap their names, in one step that no crash can halve."""
+    libc("renameat2", AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends.
+
+    Args:
+        parent: the process id of the parent; if it is gone already, this process ends at once.
+    """
+    libc("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(OUR_FAILURE_IN_RUN)
+
+
+PRIVATE = Path("/run/ash")  # a tmpfs of this process alone, once it has called private_mounts()
+
+
+def private_mounts() -> None:
+    """Give this process a mount namespace of its own, with an empty tmpfs on PRIVATE.
+
+    Whatever it mounts from now on is seen by nobody else and is gone when it ends, even by `kill -9`.
+    """
+    try:
+        libc("unshare", CLONE_NEWNS)
+    except OSError as error:
+        raise AshError(f"cannot make a mount namespace: {error.strerror}", "run ash as root", REFUSED) from None
+    mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
+    PRIVATE.mkdir(mode=0o700, exist_ok=True)
+    mount("ash", PRIVATE, "tmpfs", MS_NOSUID, "mode=0700")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A line of mountinfo."""
+
+    target: str
+    kind: str
+    source: str
+    options: str
+
+    @property
+    def subvolume(self) -> int | None:
+        """The id of the subvolume that a btrfs mount shows, also where it is a bind mount of a folder in it."""
+        found = re.search(r"subvolid=(\d+)", self.options) if self.kind == "btrfs" else None
+        return int(found[1]) if found else None
+
+
+def mounts() -> list[Mount]:
+    """All mounts that this process sees, in the order in which they were made."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source, options = after.split(" ", 2)
+        target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
+        found.append(Mount(target, kind, source, options))
+    return found
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that a path lies on."""
+    where = str(path.resolve())
+    above = [m for m in mounts() if m.target == "/" or where == m.target or where.startswith(m.target + "/")]
+    longest = max(len(m.target) for m in above)
+    return [m for m in above if len(m.target) == longest][-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The layout on disk: every path is spelled here and nowhere else
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one distribution on a btrfs file system.
+
+    Args:
+        snapshots: where its subvolume `@.snapshots_D` is to be found (`/.snapshots` on the running system).
+        distro: the distro id, D.
+        top: where the top level of the file system is mounted; None where ash only reads the running system.
+    """
+
+    snapshots: Path
+    distro: str
+    top: Path | None = None
+
+    SUBVOLUMES: ClassVar[tuple[str, ...]] = ("@.snapshots", "@boot", "@etc", "@home", "@var")
+
+    @classmethod
+    def at(cls, top: Path, distro: str) -> Layout:
+        """The layout of a distribution on the file system whose top level is mounted at `top`."""
+        return cls(top / f"@.snapshots_{distro}", distro, top)
+
+    def volume_name(self, prefix: str) -> str:
+        """A top-level subvolume's name, such as `@var_debian`."""
+        return f"{prefix}_{self.distro}"
+
+    def volume(self, prefix: str) -> Path:
+        """Where a top-level subvolume is; AshError where the top level is not mounted."""
+        if self.top is None:
+            raise AshError(f"{self.volume_name(prefix)} is not mounted")
+        return self.top / self.volume_name(prefix)
+
+    def rootfs_name(self, which: int | str) -> str:
+        """A snapshot's or slot's root as the boot loader and fstab name it, from the top level."""
+        return f"{self.volume_name('@.snapshots')}/rootfs/snapshot-{which}"
+
+    def rootfs(self, which: int | str) -> Path:
+        return self.snapshots / "rootfs" / f"snapshot-{which}"
+
+    def etc(self, which: int | str) -> Path:
+        return self.snapshots / "etc" / f"etc-{which}"
+
+    def boot(self, which: int | str) -> Path:
+        return self.snapshots / "boot" / f"boot-{which}"
+
+    def copy(self, folder: str, which: int | str) -> Path:
+        """The copy of a snapshot's /etc or /boot."""
+        return self.etc(which) if folder == "etc" else self.boot(which)
+
+    def undo(self, snapshot: int) -> Path:
+        return self.snapshots / "rootfs" / f"undo-{snapshot}"
+
+    def working_copy(self, snapshot: int) -> Path:
+        return self.rootfs(f"chr{snapshot}")
+
+    def work(self, name: int | str) -> Path:
+        return self.ash / "work" / str(name)
+
+    def description(self, snapshot: int) -> Path:
+        return self.ash / "snapshots" / f"{snapshot}-desc"
+
+    @property
+    def ash(self) -> Path:
+        return self.snapshots / "ash"
+
+    @property
+    def executable(self) -> Path:
+        return self.ash / "ash"
+
+    @property
+    def lib(self) -> Path:
+        return self.ash / "lib"
+
+    @property
+    def tree(self) -> Path:
+        return self.ash / "fstree"
+
+    @property
+    def last(self) -> Path:
+        return self.ash / "last"
+
+    @property
+    def part(self) -> Path:
+        return self.ash / "part"
+
+    @property
+    def distro_file(self) -> Path:
+        return self.ash / "distro"
+
+    @property
+    def history(self) -> Path:
+        return self.ash / "history"
+
+    @property
+    def menu(self) -> Path:
+        """What the boot menu is made from: readable by all, while grub.cfg lies on a volume that is not mounted."""
+        return self.ash / "menu"
+
+    @property
+    def home_root(self) -> Path:
+        return self.ash / "root"
+
+    @property
+    def var(self) -> Path:
+        return self.volume("@var")
+
+    @property
+    def home(self) -> Path:
+        return self.volume("@home")
+
+    @property
+    def boot_volume(self) -> Path:
+        return self.volume("@boot")
+
+    @property
+    def grub_cfg(self) -> Path:
+        return self.boot_volume / "grub" / "grub.cfg"
+
+    def conflicts(self, snapshot: int) -> Path:
+        """A new folder for what a merge did not dare to put in place."""
+        return self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
+
+
+# Below a root file system.
+IN_ROOT_DB = "usr/share/ash/db"
+IN_ROOT_SNAP = "usr/share/ash/snap"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# State: small files, each replaced whole; locks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace a file whole: after a crash it has the old content or the new, and the new once this returned."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        os.fchmod(descriptor, mode)
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    beside.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's new names on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Tree:
+    """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
+
+    def __init__(self, root: AnyNode) -> None:
+        self.root = root
+
+    @classmethod
+    def parse(cls, text: str) -> Tree:
+        """Read the tree's one line, ours (JSON) or the old ash's (a Python literal, numbers as strings).
+
+        Raises:
+            AshError: it is not a tree of numbers.
+        """
+        from anytree.importer import DictImporter
+
+        try:
+            data = cls._literal(text)
+            tree = cls(DictImporter().import_(data))
+            for node in tree.root.descendants:
+                node.name = int(node.name)
+            numbers = tree.numbers()
+            if tree.root.name != "root" or len(set(numbers)) != len(numbers) or min(numbers, default=0) < 0:
+                raise ValueError("not a tree of different numbers")
+        except (ValueError, TypeError, AttributeError, KeyError, SyntaxError, RecursionError, AssertionError) as error:
+            raise AshError(f"the tree file cannot be read: {error}", "ash fsck --repair rebuilds it") from None
+        return tree
+
+    @staticmethod
+    def _literal(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            import ast
+
+            return ast.literal_eval(text.strip())
+
+    @classmethod
+    def of_base(cls) -> Tree:
+        """The tree of a new system: the base alone."""
+        return cls.parse('{"name": "root", "children": [{"name": 0}]}')
+
+    def dump(self) -> str:
+        """The tree as its file has it."""
+        from anytree.exporter import DictExporter
+
+        return json.dumps(DictExporter().export(self.root)) + "\n"
+
+    def numbers(self) -> list[int]:
+        """All snapshots, parents first."""
+        return [node.name for node in self.root.descendants]
+
+    def __contains__(self, snapshot: int) -> bool:
+        return any(node.name == snapshot for node in self.root.descendants)
+
+    def _node(self, snapshot: int) -> AnyNode:
+        for node in self.root.descendants:
+            if node.name == snapshot:
+                return node
+        raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+
+    def branch(self, snapshot: int) -> list[int]:
+        """N and its branches, parents first."""
+        node = self._node(snapshot)
+        return [snapshot, *(below.name for below in node.descendants)]
+
+    def parent(self, snapshot: int) -> int | None:
+        """The number that a snapshot is below; None at the top."""
+        name = self._node(snapshot).parent.name
+        return None if name == "root" else int(name)
+
+    def add(self, snapshot: int, parent: int | None = None) -> None:
+        """Put a new number below another, or at the top."""
+        from anytree import AnyNode
+
+        AnyNode(name=snapshot, parent=self.root if parent is None else self._node(parent))
+
+    def remove(self, snapshot: int) -> None:
+        """Take out a snapshot and its branches."""
+        self._node(snapshot).parent = None
+
+    def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
+        """The tree as lines of text, a snapshot each."""
+        from anytree import AsciiStyle, ContStyle, RenderTree
+
+        rows = RenderTree(self.root, style=AsciiStyle() if ascii_only else ContStyle())
+        lines = [f"{row.pre}{label(row.node.name)}" for row in rows if row.node is not self.root]
+        return "\n".join(["root - root", *lines])
+
+
+class Lock:
+    """An flock on a small file that names its holder; held by everything that inherits the descriptor.
+
+    Args:
+        path: the lock file; its folder is made.
+        what: what is locked, for the error.
+        wait: how many seconds to wait for it.
+
+    Raises (on entering):
+        AshError: another ash holds it (status LOCKED).
+    """
+
+    def __init__(self, path: Path, what: str, wait: float = 0) -> None:
+        self.path = path
+        self.what = what
+        self.wait = wait
+        self.descriptor = -1
+
+    def __enter__(self) -> Lock:
+        give_up = time.monotonic() + self.wait
+        while not self._take():
+            if time.monotonic() >= give_up:
+                holder = self.path.read_text(errors="replace").strip() if self.path.exists() else ""
+                raise AshError(f"{self.what} is locked by {holder or 'another ash'}", "--wait SECONDS waits for it", LOCKED)
+            time.sleep(0.05)
+        command = " ".join(["ash", *sys.argv[1:]])
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({printable(command)})\n"), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+    def _take(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass  # held by another, or deleted with its snapshot between open and flock
+        os.close(self.descriptor)
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# btrfs: the few things that we ask of it. A subvolume is known by its id, never by its name
+# ---------------------------------------------------------------------------------------------------------------
+
+# From <linux/btrfs.h>: _IOR(0x94, 60, struct of 504 bytes).
+BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
+BTRFS_SUBVOL_RDONLY = 2
+SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
+EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
+
+
+@dataclass(frozen=True)
+class Subvolume:
+    """What the kernel says of a subvolume."""
+
+    id: int
+    readonly: bool
+    made: int  # seconds since 1970
+
+    @classmethod
+    def at(cls, path: Path) -> Subvolume:
+        """The subvolume that a path lies in; needs no privileges.
+
+        Raises:
+            OSError: there is no such path, or it is not on btrfs.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            answer = fcntl.ioctl(descriptor, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
+        finally:
+            os.close(descriptor)
+        # struct btrfs_ioctl_get_subvol_info_args: treeid at 0, flags at 288, otime at 392.
+        ident, flags, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 288, 392))
+        return cls(ident, bool(flags & BTRFS_SUBVOL_RDONLY), made)
+
+
+def subvolume_id(path: Path) -> int:
+    """The id of the subvolume that a path lies in."""
+    return Subvolume.at(path).id
+
+
+def create_subvolume(path: Path) -> None:
+    """Make an empty, writable subvolume."""
+    run(["btrfs", "subvolume", "create", path])
+
+
+def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> None:
+    """Copy a subvolume as a new one."""
+    run(["btrfs", "subvolume", "snapshot", *(["-r"] if readonly else []), source, target])
+
+
+def set_readonly(path: Path, readonly: bool = True) -> None:
+    """Make a subvolume read-only, or writable."""
+    run(["btrfs", "property", "set", "-ts", path, "ro", "true" if readonly else "false"])
+
+
+def sync_filesystem(path: Path) -> None:
+    """Have everything on the disk that was written so far: a full commit, which GRUB can read too."""
+    run(["btrfs", "filesystem", "sync", path])
+
+
+def subvolumes_in_use() -> set[int]:
+    """The ids of all mounted subvolumes."""
+    return {m.subvolume for m in mounts() if m.subvolume is not None}
+
+
+def delete_subvolume(path: Path) -> None:
+    """Delete a subvolume with what is nested in it; nothing happens where there is none.
+
+    Raises:
+        AshError: it is mounted (the kernel would delete it all the same), or btrfs refused.
+    """
+    if not os.path.lexists(path):
+        return
+    if subvolume_id(path) in subvolumes_in_use():
+        raise AshError(f"{path.name} is in use: it is not deleted", "", REFUSED)
+    done = run(["btrfs", "subvolume", "delete", path], check=False)
+    if done.returncode and "not empty" in done.stderr:
+        set_readonly(path, False)
+        for nested in nested_subvolumes(path):
+            delete_subvolume(nested)
+        done = run(["btrfs", "subvolume", "delete", path], check=False)
+    if done.returncode and "not permitted" in done.stderr:
+        # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the top level's id.
+        run(["btrfs", "subvolume", "set-default", "5", path.parent])
+        done = run(["btrfs", "subvolume", "delete", path], check=False)
+    if done.returncode:
+        raise AshError(f"cannot delete {path.name}: {last_words(done.stderr)}")
+
+
+def nested_subvolumes(path: Path) -> list[Path]:
+    """The subvolumes directly inside one, wherever they lie in it."""
+    found: list[Path] = []
+    for folder, names, _ in os.walk(path):
+        inside = [Path(folder, name) for name in names]
+        nested = [sub for sub in inside if not sub.is_symlink() and sub.stat().st_ino == SUBVOLUME_INODE]
+        names[:] = [sub.name for sub in inside if sub not in nested]
+        found += nested
+    return found
+
+
+# From the kernel's fs/btrfs/send.h: commands that do not change what a file is, and the attributes with a path.
+SEND_IGNORED = {1, 2, 20, 21}  # SUBVOL, SNAPSHOT, UTIMES, END
+SEND_PATHS = {15, 16}  # PATH, PATH_TO
+
+
+def changed_paths(old: Path, new: Path) -> set[str]:
+    """The paths at which two read-only snapshots differ, by what btrfs itself says; times alone do not count.
+
+    A file that is new appears under a temporary name and then, by its renaming, under its own.
+    """
+    argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
+    if done.returncode:
+        raise AshError(f"cannot compare {old.name} with {new.name}: {last_words(done.stderr.decode(errors='replace'))}")
+    return set(paths_in_stream(done.stdout))
+
+
+def paths_in_stream(stream: bytes) -> Iterator[str]:
+    """The paths that a btrfs send stream changes (its format: a magic, then commands of type-length-value)."""
+    at = len(b"btrfs-stream\0") + 4
+    while at < len(stream):
+        length, command = struct.unpack_from("<IH", stream, at)
+        at += 10
+        end = at + length
+        while at < end:
+            kind, size = struct.unpack_from("<HH", stream, at)
+            if command not in SEND_IGNORED and kind in SEND_PATHS:
+                yield os.fsdecode(stream[at + 4 : at + 4 + size])
+            at += 4 + size
+
+
+BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
+
+
+def btrfs_partition(image: Path) -> tuple[int, int]:
+    """Offset and size in bytes of the btrfs partition of a disk image (GPT, sectors of 512 bytes).
+
+    Raises:
+        AshError: there is none.
+    """
+    with image.open("rb") as disk:
+        disk.seek(512)
+        header = disk.read(92)
+        if header[:8] == b"EFI PART":
+            table, count, size = struct.unpack_from("<QII", header, 72)
+            disk.seek(table * 512)
+            entries = disk.read(count * size)
+            for number in range(count):
+                first, last = struct.unpack_from("<QQ", entries, number * size + 32)
+                disk.seek(first * 512 + BTRFS_MAGIC_AT)
+                if first and disk.read(8) == BTRFS_MAGIC:
+                    return first * 512, (last - first + 1) * 512
+    raise AshError(f"{image} is no disk image with a btrfs partition", "init.py --image makes one")
+
+
+def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
+    """Mount the top level of a disk image's file system; private_mounts() must have been called.
+
+    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process.
+
+    Returns:
+        where the top level is mounted, and the device's node.
+    """
+    offset, size = btrfs_partition(image)
+    where = ["--offset", str(offset), "--sizelimit", str(size)]
+    loop = run(["losetup", "--show", "--find", *where, image]).stdout.strip()
+    stack.callback(run, ["losetup", "--detach", loop], check=False)
+    # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
+    node = PRIVATE / "disk"
+    os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(loop).st_rdev)
+    top = mount_top(node)
+    run(["losetup", "--detach", loop])  # while it is mounted this only says: once it no longer is
+    return top, node
+
+
+def mount_top(device: Path) -> Path:
+    """Mount the top level of a btrfs device where only this process sees it."""
+    top = PRIVATE / "top"
+    top.mkdir()
+    mount(device, top, "btrfs", MS_NOATIME, "subvolid=5")
+    return top
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a distribution must answer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TransientFile:
+    """A file that is in a root only while a program runs in a transaction."""
+
+    text: str
+    mode: int = 0o644
+
+
+class Distro:
+    """A distribution's package manager; it knows nothing about btrfs, snapshots or booting.
+
+    `work` below is the transaction: its `run()` runs a program in the snapshot's working copy, its `root` is that
+    copy, its `var` the /var that it started with.
+    """
+
+    id: ClassVar[str] = ""
+    registry: ClassVar[dict[str, type[Distro]]] = {}
+
+    # Directories below /var that describe what is in /usr and /etc: they travel with the snapshot.
+    database: ClassVar[tuple[str, ...]] = ()
+    # Entries of /var that are caches or lists (the newest file wins), and logs (what was appended is appended).
+    caches: ClassVar[tuple[str, ...]] = ()
+    logs: ClassVar[tuple[str, ...]] = ()
+    # In the root, by their path from it, as long as a program runs in a transaction.
+    transient: ClassVar[Mapping[str, TransientFile]] = {}
+    # Added to the environment of what runs in a transaction.
+    environment: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Distro.registry[cls.id] = cls
+
+    def prepare_base(self, root: Path) -> None:
+        """Set up in a new base what only this distribution needs; `root` is writable."""
+
+    def packages(self, root: Path) -> dict[str, str]:
+        """The installed packages of a root with their versions; needs no privileges and runs nothing."""
+        raise NotImplementedError
+
+    def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
+        """Whether installing these would change nothing; False where that is not plain."""
+        raise NotImplementedError
+
+    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
+        """Install packages (names, or paths in the root) and remove others, in one run of the package manager."""
+        raise NotImplementedError
+
+    def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
+        """Remove packages and what nothing needs any more."""
+        raise NotImplementedError
+
+
+class PackageError(AshError):
+    """The package manager failed; the message has its own words."""
+
+
+def load_distro(ident: str) -> Distro:
+    """The module that serves a distro id: part of this file where it was installed, else from the checkout.
+
+    Raises:
+        AshError: there is none (status USAGE).
+    """
+    module = HERE / "distros" / ident / "ashpk.py"
+    if ident not in Distro.registry and re.fullmatch(r"[\w.-]+", ident) and module.is_file():
+        import importlib
+
+        if str(HERE) not in sys.path:
+            sys.path.insert(0, str(HERE))
+        importlib.import_module(f"distros.{ident}.ashpk")
+    if ident not in Distro.registry:
+        raise AshError(f"this ash does not know the distribution {ident}", "--distro ID names another", USAGE)
+    return Distro.registry[ident]()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The chroot: programs of a snapshot run in namespaces of their own, and end with ash
+# ---------------------------------------------------------------------------------------------------------------
+
+# The nodes that programs need; no block devices, so that no package's script can write to a disk.
+DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+DEVICE_LINKS = {
+    "ptmx": "pts/ptmx",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
+RESOLV_CONF = Path("/etc/resolv.conf")
+# The namespace's first process: outside of the chroot, so that Debian's `ischroot` says yes inside; it reaps.
+FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
+FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A writable view of a directory that leaves it as it is: what is written goes to `upper`."""
+
+    lower: Path
+    upper: Path
+    work: Path
+
+    def mount_on(self, target: Path) -> None:
+        """Mount it; plain copies only, so that `upper` alone tells what was changed."""
+        dirs = f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work}"
+        mount("overlay", target, "overlay", data=f"{dirs},redirect_dir=off,metacopy=off,index=off")
+
+
+@dataclass(frozen=True)
+class Chroot:
+    """A root in which programs run with mount, process, IPC and host name namespaces of their own.
+
+    Args:
+        root: the root directory; it may be written to.
+        environment: added to the cleaned environment.
+        var: what /var is; None leaves the root's own.
+        binds: files and directories shown inside: (where they are, their path from the root).
+        transient: files that are there only meanwhile, by their path from the root.
+        disks: the machine's own /dev, for ash's own runs of GRUB's tools.
+        resolver: give it the running system's resolv.conf meanwhile.
+    """
+
+    root: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    var: Overlay | None = None
+    binds: Sequence[tuple[Path, str]] = ()
+    transient: Mapping[str, TransientFile] = field(default_factory=dict)
+    disks: bool = False
+    resolver: bool = True
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        hear: Callable[[bytes], None] | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> int:
+        """Run a program inside and wait for it; nothing that it started, and no mount, outlives it.
+
+        Args:
+            argv: the program, as the root sees it, and its arguments.
+            hear: gets all that it prints, piece by piece; the program then has no input.
+            stdout, stderr: descriptors for its output; ash's own where they are None.
+
+        Returns:
+            its exit status; 128 + the signal's number where it was killed.
+
+        Raises:
+            AshError: the namespaces or mounts could not be made.
+        """
+        if console.verbose:
+            print("+", f"[{self.root.name}]", *argv, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        problem, problem_in = os.pipe()
+        heard, heard_in = os.pipe() if hear else (-1, -1)
+        streams = (heard_in, heard_in) if hear else (stdout, stderr)
+        parent = os.getpid()
+        supervisor = os.fork()
+        if supervisor == 0:
+            self._supervise(argv, parent, problem_in, streams, has_input=not hear)
+        os.close(problem_in)
+        try:
+            if hear:
+                os.close(heard_in)
+                while piece := os.read(heard, 65536):
+                    hear(piece)
+            _, status = os.waitpid(supervisor, 0)
+        except BaseException:
+            os.kill(supervisor, signal.SIGKILL)
+            os.waitpid(supervisor, 0)
+            raise
+        finally:
+            if hear:
+                os.close(heard)
+            said = os.read(problem, 65536).decode(errors="replace")
+            os.close(problem)
+        if said:
+            raise AshError(said)
+        return os.waitstatus_to_exitcode(status)
+
+    def _supervise(
+        self, argv: Sequence[str], parent: int, problem: int, streams: tuple[int | None, int | None], has_input: bool
+    ) -> NoReturn:
+        """Make the namespaces, let the program run, tidy up: the child's side of run()."""
+        status = OUR_FAILURE_IN_RUN
+        try:
+            die_with_parent(parent)
+            for number in FATAL_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            for descriptor, ours in enumerate(streams, start=1):
+                if ours is not None:
+                    os.dup2(ours, descriptor)
+            if not has_input:
+                os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+            libc("unshare", CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
+            mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
+            self._mount()
+            with self._transient_files(), self._resolver():
+                status = self._start(argv)
+        except AshError as error:
+            os.write(problem, error.message.encode(errors="replace"))
+        except BaseException as error:  # this process is a copy of ash: it must not go on as one
+            os.write(problem, f"cannot run {argv[0]} in {self.root.name}: {error}".encode(errors="replace"))
+        os._exit(status)
+
+    def _mount(self) -> None:
+        root = self.root
+        bind(root, root)
+        if self.disks:
+            mount("/dev", root / "dev", flags=MS_BIND | MS_REC)
+            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+            (root / PRIVATE.relative_to("/")).mkdir()
+            bind(PRIVATE, root / PRIVATE.relative_to("/"))  # has the node of an image's disk
+        else:
+            mount("ash", root / "dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
+            self._make_devices(root / "dev")
+            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        mount("sysfs", root / "sys", "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount("ash", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+        (root / "run/lock").mkdir(mode=0o1777)
+        if self.var:
+            self.var.mount_on(root / "var")
+        for source, inside in self.binds:
+            target = path_inside(root, inside)
+            if source.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            bind(source, target)
+
+    @staticmethod
+    def _make_devices(folder: Path) -> None:
+        os.umask(0)
+        for name, (major, minor) in DEVICES.items():
+            os.mknod(folder / name, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        for name, target in DEVICE_LINKS.items():
+            (folder / name).symlink_to(target)
+        for name in ("pts", "shm"):
+            (folder / name).mkdir()
+        os.umask(0o022)
+        # gid 5 is tty's on every distribution that we know, as systemd assumes too.
+        mount("devpts", folder / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+        mount("ash", folder / "shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+
+    @contextmanager
+    def _transient_files(self) -> Iterator[None]:
+        written = []
+        for name, file in self.transient.items():
+            path = path_inside(self.root, name)
+            if os.path.lexists(path):
+                continue  # the snapshot's own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(file.text)
+            path.chmod(file.mode)
+            written.append(path)
+        yield
+        for path in written:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _resolver(self) -> Iterator[None]:
+        """Let names be resolved inside. An edit made in there stays; else the file is as it was."""
+        path = path_inside(self.root, "etc/resolv.conf")
+        given = RESOLV_CONF.read_bytes() if self.resolver and RESOLV_CONF.exists() else None
+        before = path.read_bytes() if path.is_file() else None
+        if given is None or given == before:
+            yield
+            return
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns) if before is not None else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(given)
+        yield
+        after = path_inside(self.root, "etc/resolv.conf")
+        edited = not after.is_file() or after.read_bytes() != given
+        if edited and after.is_file() and (self.root / "run") in after.parents:
+            content = after.read_bytes()
+            link = self.root / "etc/resolv.conf"
+            link.unlink()
+            link.write_bytes(content)
+        elif not edited and before is None:
+            after.unlink()
+        elif not edited and before is not None:
+            after.write_bytes(before)
+            if times:
+                os.utime(after, ns=times)
+
+    def _start(self, argv: Sequence[str]) -> int:
+        """Start the program in the new process namespace, wait for its end."""
+        alive, alive_in = os.pipe()
+        first = os.fork()
+        if first == 0:
+            os.close(alive_in)
+            libc("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            if is_hung_up(alive):
+                os._exit(OUR_FAILURE_IN_RUN)
+            self._mount_proc()
+            for number in FATAL_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            environment = {**clean_environment(), "container": "ash", "SYSTEMD_OFFLINE": "1", **self.environment}
+            os.execve(FIRST_PROCESS[0], [*FIRST_PROCESS, str(self.root), *argv], environment)
+        os.close(alive)
+        _, status = os.waitpid(first, 0)
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code
+
+    def _mount_proc(self) -> None:
+        proc = self.root / "proc"
+        mount("proc", proc, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        bind(proc / "sys", proc / "sys", readonly=True)
+
+
+def is_hung_up(descriptor: int) -> bool:
+    """Whether the other end of a pipe has been closed."""
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, select.POLLHUP)
+    return bool(poll.poll(0))
+
+
+def path_inside(root: Path, path: str) -> Path:
+    """Where a path leads for a program whose root is `root`: links are followed, but never out of it.
+
+    Raises:
+        AshError: its links go in a circle.
+    """
+    done = root
+    todo = [part for part in path.split("/") if part not in ("", ".")][::-1]
+    links = 0
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            done = done.parent if done != root else root
+            continue
+        here = done / part
+        if not here.is_symlink():
+            done = here
+            continue
+        links += 1
+        if links > 40:  # the kernel's own limit (MAXSYMLINKS)
+            raise AshError(f"the links of {path} go in a circle")
+        target = os.readlink(here)
+        done = root if target.startswith("/") else done
+        todo += [part for part in target.split("/") if part not in ("", ".")][::-1]
+    return done
+
+
+def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None) -> str:
+    """Run one of GRUB's tools, or the like, chrooted in a root and with the machine's own disks.
+
+    Args:
+        root: the root; it must be writable.
+        argv: program and arguments, as the root sees them.
+        binds: what is shown inside: {where it is: its path from the root}.
+
+    Returns:
+        what it printed on its standard output.
+
+    Raises:
+        AshError: it failed, with its last words.
+    """
+    import tempfile
+
+    chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=list((binds or {}).items()), disks=True, resolver=False)
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        status = chroot.run(argv, stdout=stdout.fileno(), stderr=stderr.fileno())
+        stdout.seek(0)
+        stderr.seek(0)
+        output, errors = (stream.read().decode(errors="replace") for stream in (stdout, stderr))
+    if status:
+        raise AshError(f"{argv[0]} failed ({status}): {last_words(errors or output)}")
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The merge into /var: entry by entry; where it is doubtful the live one stays
+# ---------------------------------------------------------------------------------------------------------------
+
+# Their entries are merged each by itself; anything else directly in /var is an entry too.
+FOLDERS_OF_ENTRIES = ("lib", "spool", "www", "cache", "log")
+FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
+
+
+def is_whiteout(path: Path) -> bool:
+    """Whether overlayfs says by this that the file below was deleted."""
+    status = path.lstat()
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def is_opaque(path: Path) -> bool:
+    """Whether overlayfs says by this that the directory hides all that was below."""
+    try:
+        return os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y"
+    except OSError:
+        return False
+
+
+def fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps."""
+    if not os.path.lexists(path):
+        return []
+    status = path.lstat()
+    found = [(str(path.name), status.st_ino, status.st_ctime_ns)]
+    if stat.S_ISDIR(status.st_mode):
+        for name in sorted(os.listdir(path)):
+            found += fingerprint(path / name)
+    return found
+
+
+def open_inodes() -> set[tuple[int, int]]:
+    """Device and inode number of every file that any process has open."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            for descriptor in os.scandir(process / "fd"):
+                with contextlib.suppress(OSError):
+                    status = descriptor.stat()
+                    found.add((status.st_dev, status.st_ino))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
+    """Whether a process has a file open below a path."""
+    if not path.is_dir() or path.is_symlink():
+        return inode_of(path) in opened
+    return any(inode_of(Path(folder, name)) in opened for folder, _, names in os.walk(path) for name in names)
+
+
+def inode_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode number of a file; None where it is gone."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def copy_attributes(source: Path, target: Path) -> None:
+    """Owner, mode, extended attributes and times of a file, without overlayfs's own marks."""
+    status = source.lstat()
+    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        target.chmod(stat.S_IMODE(status.st_mode))
+    for name in os.listxattr(source, follow_symlinks=False):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False), follow_symlinks=False)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, a link or a pipe to a new name; by reflink where the file system can, else written through."""
+    kind = source.lstat().st_mode
+    if stat.S_ISLNK(kind):
+        target.symlink_to(os.readlink(source))
+    elif stat.S_ISFIFO(kind):
+        os.mkfifo(target)
+    else:
+        with source.open("rb") as old, target.open("xb") as new:
+            try:
+                fcntl.ioctl(new, FICLONE, old.fileno())
+            except OSError:  # a directory without copy-on-write
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+    copy_attributes(source, target)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a directory with all that is in it; nothing happens where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_there_already(changed: Path, live: Path) -> bool:
+    """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
+    if is_whiteout(changed):
+        return not os.path.lexists(live)
+    if not os.path.lexists(live):
+        return False
+    ours, theirs = changed.lstat(), live.lstat()
+    if (ours.st_mode, ours.st_uid, ours.st_gid) != (theirs.st_mode, theirs.st_uid, theirs.st_gid):
+        return False
+    if stat.S_ISDIR(ours.st_mode):
+        names = os.listdir(changed)
+        if is_opaque(changed) and set(os.listdir(live)) - set(names):
+            return False
+        return all(is_there_already(changed / name, live / name) for name in names)
+    if stat.S_ISLNK(ours.st_mode):
+        return os.readlink(changed) == os.readlink(live)
+    if stat.S_ISREG(ours.st_mode):
+        import filecmp
+
+        return ours.st_size == theirs.st_size and filecmp.cmp(changed, live, shallow=False)
+    return True
+
+
+@dataclass
+class VarMerge:
+    """Brings what a transaction wrote into the live /var.
+
+    Args:
+        upper: the overlay's upper directory: what the transaction changed.
+        origin: /var as it was when the transaction began.
+        live: /var as it is now.
+        distro: says what is a cache and what is a log.
+        conflicts: where an entry goes that cannot be put in place.
+        delete: whether deletions are applied; where a package was removed, its data stays.
+    """
+
+    upper: Path
+    origin: Path
+    live: Path
+    distro: Distro
+    conflicts: Path
+    delete: bool
+    in_conflict: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    _opened: set[tuple[int, int]] | None = None
+
+    def entries(self) -> list[str]:
+        """The entries that the transaction changed, by their paths from /var."""
+        found = []
+        for name in sorted(os.listdir(self.upper)):
+            if name in FOLDERS_OF_ENTRIES and (self.upper / name).is_dir():
+                found += [f"{name}/{entry}" for entry in sorted(os.listdir(self.upper / name))]
+            else:
+                found.append(name)
+        return [entry for entry in found if not is_there_already(self.upper / entry, self.origin / entry)]
+
+    def merge(self, entry: str) -> None:
+        """Put one entry in place, or into the conflicts folder."""
+        changed, live = self.upper / entry, self.live / entry
+        if is_there_already(changed, live):
+            return
+        if entry in self.distro.caches:
+            self._place(changed, live, newest=True)
+        elif entry in self.distro.logs and os.path.lexists(live):
+            self._append(changed, live, self.origin / entry)
+        elif fingerprint(live) != fingerprint(self.origin / entry) or self._is_open(live):
+            self.in_conflict.append(entry)
+            self._place(changed, self.conflicts / entry)
+        else:
+            self._place(changed, live)
+
+    def _is_open(self, live: Path) -> bool:
+        if self._opened is None:
+            self._opened = open_inodes()
+        return is_open(live, self._opened)
+
+    def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
+        """Make `target` what `changed` says; each file is written beside and renamed."""
+        if is_whiteout(changed):
+            self._delete(target)
+            return
+        kind = changed.lstat().st_mode
+        if stat.S_ISDIR(kind):
+            if os.path.lexists(target) and not stat.S_ISDIR(target.lstat().st_mode):
+                target.unlink()
+            target.mkdir(parents=True, exist_ok=True)
+            names = os.listdir(changed)
+            if is_opaque(changed):
+                for name in set(os.listdir(target)) - set(names):
+                    self._delete(target / name)
+            for name in names:
+                self._place(changed / name, target / name, newest)
+            copy_attributes(changed, target)
+        elif stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISFIFO(kind):
+            if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
+                return
+            beside = target.with_name(f".{target.name}.ash-new")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_tree(beside)
+            copy_file(changed, beside)
+            if target.is_dir() and not target.is_symlink():
+                remove_tree(target)
+            beside.rename(target)
+
+    def _delete(self, live: Path) -> None:
+        if not os.path.lexists(live):
+            return
+        if self.delete:
+            remove_tree(live)
+        else:
+            self.kept.append(f"/var/{live.relative_to(self.live)}")
+
+    def _append(self, changed: Path, live: Path, origin: Path) -> None:
+        """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
+        if is_whiteout(changed):
+            return
+        if not os.path.lexists(live):
+            self._place(changed, live)
+        elif stat.S_ISDIR(changed.lstat().st_mode):
+            for name in os.listdir(changed):
+                self._append(changed / name, live / name, origin / name)
+        elif stat.S_ISREG(live.lstat().st_mode):
+            known = origin.lstat().st_size if os.path.lexists(origin) else 0
+            with changed.open("rb") as ours, live.open("ab") as log:
+                ours.seek(min(known, changed.stat().st_size))
+                shutil.copyfileobj(ours, log)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transactions
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a command did to a snapshot; `--json` prints it, the history keeps it."""
+
+    snapshot: int
+    changed: bool = False
+    added: Mapping[str, str] = field(default_factory=dict)
+    removed: Mapping[str, str] = field(default_factory=dict)
+    upgraded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    conflicts: Sequence[str] = ()
+    conflicts_folder: str = ""
+    kept: Sequence[str] = ()
+
+    def packages(self) -> dict[str, Any]:
+        """The packages alone, as JSON has them."""
+        return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}
+
+    def summary(self) -> str:
+        """What the user is told."""
+        if not self.changed:
+            return f"snapshot {self.snapshot}: nothing to change"
+        lines = [f"snapshot {self.snapshot} changed"]
+        lines += [f"  + {name} {version}" for name, version in self.added.items()]
+        lines += [f"  - {name} {version}" for name, version in self.removed.items()]
+        lines += [f"  ^ {name} {old} -> {new}" for name, (old, new) in self.upgraded.items()]
+        lines += [f"  left in place: {path} (--delete-data deletes it)" for path in self.kept]
+        if self.conflicts:
+            lines.append(f"  changed outside meanwhile, and left as it is there: {', '.join(self.conflicts)}")
+            lines.append(f"  what the transaction made of it is in {self.conflicts_folder}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Intent:
+    """What is under way on a snapshot, so that it can be finished or undone after a crash.
+
+    `state` is one of
+        open: a transaction runs; dropped by recovery.
+        kept: its terminal hung up; waits for `chroot --resume` or `unlock`.
+        commit: it is being exchanged; finished where the exchange has happened, else dropped.
+        merge: only /var is to be merged; finished.
+        number: the snapshot is being made or deleted; without its place in the tree it is deleted.
+    """
+
+    state: str
+    old: int = 0  # subvolume ids, before and after
+    new: int = 0
+    entries: list[str] = field(default_factory=list)  # of /var
+    copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
+    delete: bool = True
+
+    @classmethod
+    def load(cls, folder: Path) -> Intent | None:
+        """The intent in a work folder; AshError where its file is damaged."""
+        try:
+            text = (folder / "intent").read_text()
+        except FileNotFoundError:
+            return None
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            raise AshError(f"the intent file {folder / 'intent'} is damaged", "ash fsck --repair") from None
+
+    def save(self, folder: Path) -> None:
+        write_file(folder / "intent", json.dumps(vars(self)))
+
+
+class Workplace:
+    """The work folder of a snapshot: what a transaction has there, how it is finished or dropped.
+
+    Its methods need the snapshot's lock.
+    """
+
+    def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
+        self.layout = layout
+        self.distro = distro
+        self.snapshot = snapshot
+        self.folder = layout.work(snapshot)
+        self.root = layout.working_copy(snapshot)
+        self.origin = self.folder / "var"
+        self.upper = self.folder / "upper"
+        self.overlay_work = self.folder / "overlay"
+        self.merged = self.folder / "merged"
+
+    def recover(self, tree: Tree, drop_kept: bool = False) -> None:
+        """Finish or undo what was interrupted.
+
+        Raises:
+            AshError: work waits here that a hang-up left behind, and `drop_kept` is not given (REFUSED).
+        """
+        intent = Intent.load(self.folder)
+        if intent is None:
+            if self.root.exists():
+                self.drop()
+        elif intent.state == "kept" and not drop_kept:
+            n = self.snapshot
+            raise AshError(
+                f"snapshot {n} has unfinished work that a hang-up left behind",
+                f"ash chroot {n} --resume goes on with it, ash unlock {n} drops it",
+                REFUSED,
+            )
+        elif intent.state == "number":
+            if self.snapshot not in tree:
+                self.delete_snapshot()
+            self.drop()
+        elif intent.state == "merge" or (
+            intent.state == "commit" and subvolume_id(self.layout.rootfs(self.snapshot)) == intent.new
+        ):
+            self.finish(intent)
+        else:
+            self.drop()
+
+    def drop(self) -> None:
+        """Delete all that a transaction left; the intent file last, so that this can be interrupted too."""
+        delete_subvolume(self.root)
+        self._clear()
+
+    def _clear(self) -> None:
+        if self.origin.exists():
+            delete_subvolume(self.origin)
+        for leftover in (self.upper, self.overlay_work, self.merged, self.folder / "intent"):
+            remove_tree(leftover)
+
+    def delete_snapshot(self) -> None:
+        """Delete all parts of the snapshot itself."""
+        layout, n = self.layout, self.snapshot
+        for part in (layout.rootfs(n), layout.undo(n), layout.etc(n), layout.boot(n)):
+            delete_subvolume(part)
+        layout.description(n).unlink(missing_ok=True)
+
+    def finish(self, intent: Intent) -> VarMerge:
+        """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
+        layout, n = self.layout, self.snapshot
+        done = self.merged.read_text().splitlines() if self.merged.exists() else []
+        conflicts = layout.conflicts(n)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, intent.delete)
+        if set(intent.entries) - set(done):
+            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
+                for entry in [entry for entry in intent.entries if entry not in done]:
+                    merge.merge(entry)
+                    with self.merged.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                        file.write(f"{entry}\n")
+        for folder in intent.copies:
+            renew_copy(layout, n, folder)
+        sync_filesystem(layout.snapshots)
+        if intent.state == "commit" and self.root.exists():
+            delete_subvolume(layout.undo(n))
+            self.root.rename(layout.undo(n))
+        self._clear()
+        return merge
+
+
+def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
+    """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
+    target, new = layout.copy(folder, snapshot), layout.copy(folder, f"new-{snapshot}")
+    delete_subvolume(new)
+    create_subvolume(new)
+    run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(snapshot) / folder}/.", new])
+    set_readonly(new)
+    replace_subvolume(new, target)
+
+
+def replace_subvolume(new: Path, target: Path) -> None:
+    """Put a subvolume in the place of another, or of none, and delete the other."""
+    if target.exists():
+        exchange(new, target)
+        delete_subvolume(new)
+    else:
+        new.rename(target)
+
+
+class Transaction:
+    """A change of one snapshot: committed whole when its block ends, dropped whole when it raises.
+
+    Nothing outside ever sees it half done: not after an error, not after `kill -9`, not after a power cut. When the
+    block has ended, `change` says what was done, and it is on the disk.
+
+    Args:
+        system: the system that the snapshot belongs to.
+        snapshot: its number.
+        resume: go on with what a hang-up left.
+        simulate: drop it in the end in any case.
+
+    Raises (on entering):
+        AshError: no such snapshot, the base, one that runs, locked, or too little space.
+    """
+
+    def __init__(self, system: System, snapshot: int, *, resume: bool = False, simulate: bool = False) -> None:
+        self.system = system
+        self.layout = system.layout
+        self.distro = system.distro
+        self.snapshot = snapshot
+        self.resume = resume
+        self.simulate = simulate
+        self.place = Workplace(self.layout, self.distro, snapshot)
+        self.root = self.place.root
+        self.var = self.place.origin
+        self.change = Change(snapshot)
+        self.binds: list[tuple[Path, str]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Transaction:
+        self.system.require_changeable(self.snapshot)
+        with ExitStack() as stack:
+            lock = stack.enter_context(self.system.lock(self.snapshot))
+            os.set_inheritable(lock.descriptor, True)
+            self.system.require_changeable(self.snapshot)
+            if self.resume:
+                self._require_kept()
+            else:
+                self.place.recover(self.system.tree())
+                self._require_space()
+                stack.callback(self.place.drop)
+                self._begin()
+            stack.pop_all()
+            self._stack.push(lock)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        with self._stack:
+            if isinstance(error, HangUp):
+                Intent("kept").save(self.place.folder)
+            elif error is not None or self.simulate:
+                self.place.drop()
+            else:
+                self._commit()
+
+    def _require_kept(self) -> None:
+        intent = Intent.load(self.place.folder)
+        if intent is None or intent.state != "kept":
+            raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
+        Intent("open").save(self.place.folder)
+
+    def _require_space(self) -> None:
+        disk = os.statvfs(self.layout.snapshots)
+        free = disk.f_bavail * disk.f_frsize
+        if free < SPACE_FLOOR:
+            raise AshError(
+                f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed",
+                "ash del N frees what a snapshot holds",
+                REFUSED,
+            )
+
+    def _begin(self) -> None:
+        self.place.folder.mkdir(parents=True, exist_ok=True)
+        Intent("open").save(self.place.folder)
+        for folder in (self.place.upper, self.place.overlay_work):
+            folder.mkdir()
+        try:
+            snapshot_subvolume(self.layout.var, self.var, readonly=True)
+        except AshError as error:
+            if "Text file busy" in error.message:
+                raise AshError("a swap file in /var is in use", "move it to a subvolume of its own", REFUSED) from None
+            raise
+        snapshot_subvolume(self.layout.rootfs(self.snapshot), self.root)
+        copy_attributes(self.var, self.place.upper)
+
+    def show(self, path: Path) -> str:
+        """Let what runs in the transaction see a file of outside; returns its path in there."""
+        inside = f"/run/ash/files/{path.name}"
+        self.binds.append((path.resolve(), inside))
+        return inside
+
+    def chroot(self) -> Chroot:
+        """The working copy, as what runs in it sees it."""
+        return Chroot(
+            self.root,
+            {**self.distro.environment},
+            Overlay(self.var, self.place.upper, self.place.overlay_work),
+            [(self.layout.home, "home"), (self.layout.home_root, "root"), *self.binds],
+            self.distro.transient,
+        )
+
+    def run(self, argv: Sequence[str]) -> str:
+        """Run a program of the distribution without input; its output goes to stderr as it comes.
+
+        Returns:
+            what it printed.
+
+        Raises:
+            PackageError: it failed.
+        """
+        said: list[bytes] = []
+
+        def hear(piece: bytes) -> None:
+            said.append(piece)
+            if not (console.quiet or console.json):
+                sys.stderr.buffer.write(piece)
+                sys.stderr.flush()
+
+        status = self.chroot().run(argv, hear=hear)
+        output = b"".join(said).decode(errors="replace")
+        if status:
+            raise PackageError(output)
+        return output
+
+    def _commit(self) -> None:
+        """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
+        layout, n, place = self.layout, self.snapshot, self.place
+        try:
+            mark_variant(self.root)
+            self._refuse_foreign_writes()
+            set_readonly(self.root)
+            paths = self._changed_paths()
+            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), True).entries()
+            before, after = self._packages(paths)
+            intent = Intent(
+                state="commit" if paths else "merge",
+                old=subvolume_id(layout.rootfs(n)),
+                new=subvolume_id(self.root),
+                entries=entries,
+                copies=sorted({path.split("/")[0] for path in paths} & {"etc", "boot"}),
+                delete=not before.keys() - after.keys(),
+            )
+            if not paths:
+                delete_subvolume(self.root)
+            intent.save(place.folder)
+            sync_filesystem(layout.snapshots)
+            if paths:
+                exchange(layout.rootfs(n), self.root)
+        except BaseException:
+            place.drop()
+            raise
+        merge = place.finish(intent)
+        self.change = Change(
+            n,
+            changed=bool(paths) or bool(entries),
+            added={name: after[name] for name in after.keys() - before.keys()},
+            removed={name: before[name] for name in before.keys() - after.keys()},
+            upgraded={k: (v, after[k]) for k, v in before.items() if k in after and after[k] != v},
+            conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
+            conflicts_folder=f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else "",
+            kept=merge.kept,
+        )
+
+    def _changed_paths(self) -> set[str]:
+        original = self.layout.rootfs(self.snapshot)
+        paths = changed_paths(original, self.root)
+        resolver = "etc/resolv.conf"  # was another one meanwhile
+        if paths == {resolver} and (original / resolver).read_bytes() == (self.root / resolver).read_bytes():
+            return set()
+        return paths
+
+    def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """The packages before and after, where the database has changed."""
+        if not any(path.startswith(IN_ROOT_DB) for path in paths):
+            return {}, {}
+        return self.distro.packages(self.layout.rootfs(self.snapshot)), self.distro.packages(self.root)
+
+    def _refuse_foreign_writes(self) -> None:
+        """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
+        foreign = {Path(m.target).relative_to("/var") for m in mounts() if m.target.startswith("/var/")}
+        for folder, names, files in os.walk(self.place.upper):
+            here = Path(folder).relative_to(self.place.upper)
+            origin = self.var / here
+            nested = origin.is_dir() and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
+            if (names or files) and (nested or (self.system.running and here in foreign)):
+                raise AshError(
+                    f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it",
+                    "make that change outside of ash",
+                    REFUSED,
+                )
+
+
+def mark_variant(root: Path) -> None:
+    """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
+    path = path_inside(root, "etc/os-release")
+    text = path.read_text() if path.is_file() else ""
+    if "VARIANT_ID=ashos" not in text.splitlines():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = [line for line in text.splitlines() if not line.startswith("VARIANT_ID=")]
+        path.write_text("\n".join([*others, "VARIANT_ID=ashos", ""]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Booting: fstab, what a root needs to be booted, slots, the menu
+# ---------------------------------------------------------------------------------------------------------------
+
+OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
+MOUNT_POINTS = (".snapshots", "var", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
+
+
+def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
+
+    Args:
+        layout: the paths.
+        uuid: of the root file system.
+        which: the snapshot's number or the slot's name.
+        old: the text so far.
+    """
+    options = "compress=zstd,noatime"
+
+    def volume(prefix: str) -> str:
+        return f"subvol={layout.volume_name(prefix)},{options}"
+
+    own = [
+        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},ro"),
+        # Old versions of setuid programs lie here: they must not be run.
+        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
+        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
+        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
+        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+    ]
+    lines = [f"{' '.join(entry)} 0 0" for entry in own]
+    theirs = [line for line in old.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    return "\n".join([*lines, *theirs, ""])
+
+
+def fstab_mount_point(line: str) -> str:
+    """The mount point of a line of fstab; empty for comments and blank lines."""
+    words = line.split()
+    return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
+
+
+# Finishes what was interrupted, before anything uses /var.
+RECOVER_UNIT = """\
+[Unit]
+Description=Finish or undo interrupted changes of snapshots
+DefaultDependencies=no
+RequiresMountsFor=/.snapshots /var /run
+Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionPathExistsGlob=/.snapshots/ash/work/*/intent
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ash recover
+"""
+
+# No slip of root's writes into a slot by way of /.snapshots. As a line of fstab it would make a cycle with /etc.
+PROTECT_UNIT = """\
+[Unit]
+Description=Protect snapshots and deployments from being written to
+DefaultDependencies=no
+After=local-fs.target ash-recover.service
+Before=sysinit.target
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
+ExecStop=umount /.snapshots/rootfs
+"""
+
+UNITS = {
+    "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
+    "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
+}
+
+
+def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
+    """Put into a writable root what it needs to be booted and to have ash in it.
+
+    Args:
+        layout: the paths.
+        root: the root.
+        which: the snapshot's number or slot's name under which it will be mounted.
+        uuid: of the root file system.
+    """
+    for name in MOUNT_POINTS:
+        (root / name).mkdir(parents=True, exist_ok=True)
+    fstab = root / "etc/fstab"
+    fstab.write_text(render_fstab(layout, uuid, which, fstab.read_text() if fstab.exists() else ""))
+    for name, target in {"usr/bin/ash": "/.snapshots/ash/ash"}.items():
+        remove_tree(root / name)
+        (root / name).symlink_to(target)
+    units = root / "usr/lib/systemd/system"
+    if units.is_dir():
+        for name, (text, wanted_by) in UNITS.items():
+            (units / name).write_text(text)
+            (units / wanted_by).mkdir(exist_ok=True)
+            remove_tree(units / wanted_by / name)
+            (units / wanted_by / name).symlink_to(f"../{name}")
+    mark_variant(root)
+
+
+@dataclass(frozen=True)
+class BootConfig:
+    """What ash takes of a snapshot's own grub-mkconfig."""
+
+    kernel: str  # names in /boot
+    initrds: Sequence[str]
+    options: str
+    header: Sequence[str]  # terminals and timeout
+    foreign: str  # other systems, and the user's own entries
+
+    # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
+    NOT_FOREIGN: ClassVar[re.Pattern[str]] = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
+    HEADER: ClassVar[re.Pattern[str]] = re.compile(
+        r"^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$", re.MULTILINE
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> BootConfig:
+        """Read what grub-mkconfig printed.
+
+        Raises:
+            AshError: there is no kernel in it.
+        """
+        linux = re.search(r"^\s*linux\s+(\S+)\s*(.*)$", text, re.MULTILINE)
+        if linux is None:
+            raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
+        entry = text[linux.end() : text.find("}", linux.end())]
+        initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
+        sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
+        foreign = [body.strip() for name, body in sections if not cls.NOT_FOREIGN.search(name)]
+        return cls(
+            kernel=cls._in_boot(linux[1]),
+            initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
+            options=cls._own_options(linux[2]),
+            header=list(dict.fromkeys(line.strip() for line in cls.HEADER.findall(text))),
+            foreign="\n".join(body for body in foreign if "menuentry " in body),
+        )
+
+    @staticmethod
+    def _in_boot(path: str) -> str:
+        return path.rpartition("/boot/")[2]
+
+    @staticmethod
+    def _own_options(options: str) -> str:
+        """The kernel's options without those that ash sets: root=, ro, rw and the subvolume of rootflags=."""
+        kept = []
+        for word in options.split():
+            if word.startswith("rootflags="):
+                flags = [f for f in word.removeprefix("rootflags=").split(",") if not f.startswith("subvol=")]
+                word = "rootflags=" + ",".join(flags) if flags else "ro"
+            if word not in ("ro", "rw") and not word.startswith("root="):
+                kept.append(word)
+        return " ".join(kept)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A bootable writable clone of a snapshot, in a slot."""
+
+    slot: str
+    id: str
+    snapshot: int
+    source: int  # subvolume id of the snapshot as it was then
+    name: str  # the distribution's, for the menu
+    inputs: str  # a digest of what its boot configuration was made from
+    config: BootConfig
+
+
+@dataclass
+class Menu:
+    """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
+
+    default: str = ""  # slots
+    last_booted: str = ""
+    deployments: dict[str, Deployment] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Menu:
+        """The menu as its file has it; an empty one where there is none."""
+        if not path.exists():
+            return cls()
+        try:
+            data = json.loads(path.read_text())
+            deployments = {
+                slot: Deployment(**{**entry, "config": BootConfig(**entry["config"])})
+                for slot, entry in data["deployments"].items()
+            }
+            return cls(data["default"], data["last_booted"], deployments)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise AshError(f"the menu file {path} is damaged", "ash deploy N --root DIR from a live system") from None
+
+    def dump(self) -> str:
+        """The menu as its file has it."""
+        entries = {
+            slot: {**vars(deployment), "config": vars(deployment.config)}
+            for slot, deployment in self.deployments.items()
+        }
+        return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
+
+    def render(self, layout: Layout, uuid: str, describe: Callable[[int], str]) -> str:
+        """The text of grub.cfg.
+
+        Args:
+            layout: the paths.
+            uuid: of the root file system.
+            describe: gives a snapshot's description.
+        """
+        default = self.deployments[self.default]
+        last = self.deployments.get(self.last_booted)
+        others = [d for slot, d in self.deployments.items() if slot in SECONDARY_SLOTS]
+        header = ["set gfxpayload=keep", *map(usable_in_header, default.config.header)]
+        entries = [self._entry(default, layout, uuid, describe)]
+        if last and last is not default:
+            entries.append(self._entry(last, layout, uuid, describe, " (last booted deployment)"))
+        entries += [self._entry(other, layout, uuid, describe, " (secondary)") for other in others]
+        return "\n".join(
+            [
+                "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
+                f'set default_id="{default.id}"',
+                f'set fallback_id="{last.id if last else default.id}"',
+                'set default="$default_id"',
+                'set fallback="$fallback_id"',
+                "insmod part_gpt",
+                "insmod btrfs",
+                f"search --no-floppy --fs-uuid --set=root {uuid}",
+                *header,
+                *entries,
+                default.config.foreign,
+                "",
+            ]
+        )
+
+    @staticmethod
+    def _entry(
+        deployment: Deployment, layout: Layout, uuid: str, describe: Callable[[int], str], mark: str = ""
+    ) -> str:
+        name = layout.rootfs_name(deployment.slot)
+        title = f"{deployment.name}, snapshot {deployment.snapshot}: {describe(deployment.snapshot)}{mark}"
+        boot = f"/{name}/boot"
+        options = f"root=UUID={uuid} rootflags=subvol={name} ro ash.deployment={deployment.id}"
+        lines = [
+            f"menuentry {grub_quoted(title)} --id {deployment.id} {{",
+            f"    search --no-floppy --fs-uuid --set=root {uuid}",
+            f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip(),
+        ]
+        if deployment.config.initrds:
+            lines.append(f"    initrd {' '.join(f'{boot}/{name}' for name in deployment.config.initrds)}")
+        return "\n".join([*lines, "}"])
+
+
+def grub_quoted(text: str) -> str:
+    """Text as one word of GRUB's script language, in which nothing is special; control characters go."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    return "'" + plain.replace("'", "'\\''") + "'"
+
+
+def usable_in_header(line: str) -> str:
+    """A line of grub-mkconfig's header; the graphical terminal needs its font and drivers first."""
+    if line.startswith("terminal_output") and "gfxterm" in line:
+        return f"if loadfont unicode ; then insmod all_video ; insmod gfxterm ; {line} ; fi"
+    return line
+
+
+def boot_inputs(root: Path) -> str:
+    """A digest of all that grub-mkconfig's result depends on, in a root."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    boot, default = root / "boot", root / "etc/default"
+    for path in sorted([*boot.glob("vmlinu*"), *boot.glob("initr*"), *boot.glob("*.img"), *boot.glob("*-ucode*")]):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    for path in sorted([default / "grub", *(default / "grub.d").glob("*"), *(root / "etc/grub.d").glob("*")]):
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
+    return digest.hexdigest()
+
+
+def os_release(root: Path, key: str) -> str:
+    """A value of a root's os-release; empty where it has none."""
+    path = path_inside(root, "etc/os-release")
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.search(rf"^{key}=(.*)$", text, re.MULTILINE)
+    return found[1].strip("\"'") if found else ""
+
+
+def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
+    """The boot configuration of a root, and the digest of its inputs.
+
+    grub-mkconfig is only run where no deployment has the same inputs, or where it may find other systems.
+
+    Args:
+        root: the root.
+        menu: the deployments that there are.
+        grub: GRUB's own folder, which the tools want to find in /boot.
+    """
+    inputs = boot_inputs(root)
+    default = root / "etc/default/grub"
+    probes = default.exists() and re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default.read_text(), re.MULTILINE)
+    for deployment in menu.deployments.values():
+        if deployment.inputs == inputs and not probes:
+            return inputs, deployment.config
+    return inputs, BootConfig.parse(machine_chroot(root, ["grub-mkconfig"], binds={grub: "boot/grub"}))
+
+
+class Slots:
+    """The deployments on the disk and the menu that boots them; its methods need the lock for deploying."""
+
+    KEPT_MENUS = 5
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.layout = system.layout
+        self.uuid = system.uuid
+        self.menu = Menu.load(self.layout.menu)
+
+    def recover(self) -> None:
+        """Tidy up after a deploy that was interrupted: the menu file decides, grub.cfg follows it."""
+        for slot in (*SLOTS, *SECONDARY_SLOTS):
+            delete_subvolume(self.layout.rootfs(f"new-{slot}"))
+            delete_subvolume(self.layout.etc(f"new-{slot}"))
+        if self.menu.default and self._grub_cfg() != self._rendered():
+            self.write_menu()
+
+    def choose(self, secondary: bool) -> str:
+        """The first slot that is neither booted nor the newest good deployment."""
+        booted = self.system.booted
+        if secondary:
+            return next(slot for slot in SECONDARY_SLOTS if slot != booted)
+        good = booted if booted in SLOTS else self.menu.last_booted or self.menu.default
+        return next(slot for slot in SLOTS if slot not in (booted, good))
+
+    def build(self, snapshot: int, slot: str) -> Deployment:
+        """Make the new deployment beside its slot, and find out how it boots."""
+        layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
+        source = subvolume_id(layout.rootfs(snapshot))
+        snapshot_subvolume(layout.rootfs(snapshot), new)
+        equip(layout, new, slot, self.uuid)
+        (new / IN_ROOT_SNAP).write_text(f"{snapshot}\n")
+        grub = layout.grub_cfg.parent
+        grub.mkdir(exist_ok=True)
+        try:
+            inputs, config = boot_config(new, self.menu, grub)
+        except AshError as error:
+            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
+        name = os_release(new, "NAME") or layout.distro
+        return Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config)
+
+    def put_in_place(self, deployment: Deployment, secondary: bool) -> None:
+        """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
+        layout, slot = self.layout, deployment.slot
+        target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
+        self._renew_drift_base(slot)
+        sync_filesystem(layout.snapshots)
+        if isinstance(self.system.booted, str):
+            self.menu.last_booted = self.system.booted
+        if self.menu.deployments.pop(slot, None) and self.menu.default:
+            if self.menu.default == slot:
+                self.menu.default = self.menu.last_booted
+            self.write_menu()
+        if target.exists():
+            exchange(new, target)
+        else:
+            new.rename(target)
+        sync_filesystem(layout.snapshots)
+        if not secondary:
+            if not self.menu.last_booted:
+                self.menu.last_booted = self.menu.default
+            self.menu.default = slot
+        self.menu.deployments[slot] = deployment
+        self.write_menu()
+        delete_subvolume(new)
+
+    def _renew_drift_base(self, slot: str) -> None:
+        """Keep the /etc that the deployment starts with, beside what the running one makes of it."""
+        layout, new = self.layout, self.layout.etc(f"new-{slot}")
+        delete_subvolume(new)
+        create_subvolume(new)
+        run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(f'new-{slot}') / 'etc'}/.", new])
+        set_readonly(new)
+        replace_subvolume(new, layout.etc(slot))
+
+    def write_menu(self) -> None:
+        """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log."""
+        write_file(self.layout.menu, self.menu.dump())
+        grub_cfg = self.layout.grub_cfg
+        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT_MENUS + 1))]
+        for newer, older in reversed(list(zip(old, old[1:], strict=False))):
+            if newer.exists():
+                older.unlink(missing_ok=True)
+                os.link(newer, older)
+        write_file(grub_cfg, self._rendered(), mode=0o600)
+        sync_filesystem(self.layout.snapshots)
+
+    def _rendered(self) -> str:
+        return self.menu.render(self.layout, self.uuid, self.system.describe)
+
+    def _grub_cfg(self) -> str:
+        return self.layout.grub_cfg.read_text() if self.layout.grub_cfg.exists() else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The system: one distribution on one file system
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class System:
+    """A distribution that ash manages: the running one, or one on a mounted disk or image.
+
+    Args:
+        layout: its paths.
+        distro: its module.
+        running: whether it is what runs here.
+        wait: seconds to wait for a lock.
+    """
+
+    def __init__(self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0) -> None:
+        self.layout = layout
+        self.distro = distro
+        self.running = running
+        self.wait = wait
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, changes: bool) -> System:
+        """The system that the command line names.
+
+        Raises:
+            AshError: there is none, or it needs root.
+        """
+        if args.root is None and args.image is None:
+            return cls._running(args, changes)
+        require_root("working on another system's disk")
+        private_mounts()
+        if args.image is not None:
+            if not args.image.is_file():
+                raise AshError(f"{args.image} is no file", "", MISSING)
+            with ExitStack() as stack:
+                top, _ = attach_disk(stack, args.image)
+                stack.pop_all()
+        else:
+            found = mount_of(args.root)
+            if found.kind != "btrfs":
+                raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
+            top = mount_top(Path(found.source))
+        return cls._at(top, args)
+
+    @classmethod
+    def _running(cls, args: argparse.Namespace, changes: bool) -> System:
+        if is_in_chroot() and not args.chroot:
+            raise AshError("ash must not be run inside a chroot", "--chroot does it all the same", REFUSED)
+        snapshots = Path("/.snapshots")
+        root = next(m for m in reversed(mounts()) if m.target == "/")
+        if root.kind != "btrfs" or not (snapshots / "ash/fstree").exists():
+            raise AshError("this system is not managed by ash", "--root DIR or --image FILE names one that is", MISSING)
+        ident = read_distro(snapshots / "ash/distro")
+        if not changes:
+            return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
+        require_root("changing the system")
+        private_mounts()
+        return cls(Layout.at(mount_top(Path(root.source)), ident[0]), load_distro(ident[1]), running=True, wait=args.wait)
+
+    @classmethod
+    def _at(cls, top: Path, args: argparse.Namespace) -> System:
+        there = sorted(path.name.removeprefix("@.snapshots_") for path in top.glob("@.snapshots_*"))
+        if args.distro is None and len(there) > 1:
+            raise AshError(f"several distributions are there: {', '.join(there)}", "--distro ID names one", USAGE)
+        if not there or (args.distro or there[0]) not in there:
+            raise AshError(f"no {args.distro or 'system'} that ash manages is there", "", MISSING)
+        layout = Layout.at(top, args.distro or there[0])
+        sys.path.append(str(layout.lib))  # a live system may have no anytree
+        return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=args.wait)
+
+    # Reading
+
+    @property
+    def uuid(self) -> str:
+        """The UUID of the root file system."""
+        return self.layout.part.read_text().strip()
+
+    def tree(self) -> Tree:
+        """The tree as it is now."""
+        try:
+            return Tree.parse(self.layout.tree.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise AshError(f"the tree file cannot be read: {error}", "ash fsck --repair rebuilds it") from None
+
+    def describe(self, snapshot: int) -> str:
+        """A snapshot's description, on one line."""
+        path = self.layout.description(snapshot)
+        return " ".join(path.read_text(errors="replace").split()) if path.exists() else ""
+
+    @property
+    def booted(self) -> int | str | None:
+        """What runs: a slot's name, the number of a snapshot that was booted directly, or None."""
+        if not self.running:
+            return None
+        booted = next(m.subvolume for m in reversed(mounts()) if m.target == "/")
+        for slot in (*SLOTS, *SECONDARY_SLOTS):
+            if self._is_subvolume(self.layout.rootfs(slot), booted):
+                return slot
+        return next((n for n in self.tree().numbers() if self._is_subvolume(self.layout.rootfs(n), booted)), None)
+
+    @staticmethod
+    def _is_subvolume(path: Path, ident: int | None) -> bool:
+        try:
+            return subvolume_id(path) == ident
+        except OSError:
+            return False
+
+    def snapshot_of(self, which: int | str) -> int:
+        """The number of a snapshot, or of the one that a slot's deployment was made from."""
+        if isinstance(which, int):
+            return which
+        return int((self.layout.rootfs(which) / IN_ROOT_SNAP).read_text())
+
+    @property
+    def current(self) -> int | None:
+        """The booted snapshot's number; None where nothing of this system runs."""
+        booted = self.booted
+        return None if booted is None else self.snapshot_of(booted)
+
+    # What may be done
+
+    def require(self, snapshot: int) -> None:
+        """Raise AshError where there is no such snapshot."""
+        if snapshot not in self.tree():
+            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+
+    def require_changeable(self, snapshot: int) -> None:
+        """Raise AshError where a snapshot must not be changed: the base, and one that runs as it is."""
+        self.require(snapshot)
+        if snapshot == BASE:
+            raise AshError("snapshot 0 is the base: it is not changed", "ash clone 0 makes a copy that can be", REFUSED)
+        if subvolume_id(self.layout.rootfs(snapshot)) in subvolumes_in_use():
+            raise AshError(f"snapshot {snapshot} is in use: it runs as it is", "ash clone it, change the copy", REFUSED)
+
+    # Changing
+
+    def lock(self, name: int | str) -> Lock:
+        """The lock of a snapshot (by number), or one of the global ones: deploy, state."""
+        what = f"snapshot {name}" if isinstance(name, int) else f"{name} of {self.layout.distro}"
+        wait = max(self.wait, 10) if name == "state" else self.wait  # that one is held for milliseconds
+        return Lock(self.layout.work(name) / "lock", what, wait)
+
+    def workplace(self, snapshot: int) -> Workplace:
+        """The work folder of a snapshot."""
+        return Workplace(self.layout, self.distro, snapshot)
+
+    @contextmanager
+    def editing_tree(self) -> Iterator[Tree]:
+        """The tree, to be changed in the block and then written; nobody else changes it meanwhile."""
+        with self.lock("state"):
+            tree = self.tree()
+            yield tree
+            write_file(self.layout.tree, tree.dump())
+
+    def new_number(self) -> int:
+        """A number that was never given, on the disk before it is used."""
+        with self.lock("state"):
+            known = [int(self.layout.last.read_text())] if self.layout.last.exists() else []
+            names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
+            number = max([*known, *self.tree().numbers(), *(int(n) for n in names if n.isdecimal())], default=0) + 1
+            write_file(self.layout.last, f"{number}\n")
+        return number
+
+    def add_snapshot(self, source: Path, parent: int | None, description: str, copies_of: int | None = None) -> int:
+        """Make a new snapshot.
+
+        Args:
+            source: the root to copy.
+            parent: the number that it goes under; None for the top.
+            description: what it is.
+            copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
+
+        Returns:
+            its number.
+        """
+        number = self.new_number()
+        layout, place = self.layout, self.workplace(number)
+        with self.lock(number), ExitStack() as undo:
+            undo.callback(place.drop)
+            undo.callback(place.delete_snapshot)
+            Intent("number").save(place.folder)
+            snapshot_subvolume(source, layout.rootfs(number), readonly=True)
+            for folder in ("etc", "boot"):
+                if copies_of is not None and layout.copy(folder, copies_of).exists():
+                    snapshot_subvolume(layout.copy(folder, copies_of), layout.copy(folder, number), readonly=True)
+                else:
+                    renew_copy(layout, number, folder)
+            write_file(layout.description(number), f"{description}\n")
+            with self.editing_tree() as tree:
+                tree.add(number, parent)
+            undo.pop_all()
+            remove_tree(place.folder / "intent")
+        return number
+
+    def copy_snapshot(self, snapshot: int, parent: int | None, description: str) -> int:
+        """Copy a snapshot; one that is being changed is copied as it was before. Returns the new number."""
+        self.require(snapshot)
+        try:
+            with self.lock(snapshot):
+                self.workplace(snapshot).recover(self.tree(), drop_kept=False)
+                return self.add_snapshot(self.layout.rootfs(snapshot), parent, description, copies_of=snapshot)
+        except AshError as error:
+            if error.status not in (LOCKED, REFUSED):
+                raise
+        return self.add_snapshot(self.layout.rootfs(snapshot), parent, description)
+
+    def delete(self, snapshots: Sequence[int]) -> list[int]:
+        """Delete snapshots with their branches, all or none of them. Returns their numbers.
+
+        Raises:
+            AshError: one of them is the base, booted, deployed or locked.
+        """
+        tree = self.tree()
+        doomed = sorted({number for snapshot in snapshots for number in tree.branch(snapshot)})
+        with ExitStack() as stack:
+            for number in doomed:
+                stack.enter_context(self.lock(number))
+                self.workplace(number).recover(tree)
+            stack.enter_context(self.lock("deploy"))
+            self.require_deletable(doomed)
+            for number in doomed:
+                Intent("number").save(self.layout.work(number))
+            with self.editing_tree() as tree:
+                for snapshot in snapshots:
+                    if snapshot in tree:
+                        tree.remove(snapshot)
+            for number in doomed:
+                self.workplace(number).delete_snapshot()
+                shutil.rmtree(self.layout.work(number))
+        return doomed
+
+    def require_deletable(self, snapshots: Sequence[int]) -> None:
+        """Raise AshError where any of these is the base, booted or deployed."""
+        menu = Menu.load(self.layout.menu)
+        deployed = {deployment.snapshot for deployment in menu.deployments.values()}
+        in_use = subvolumes_in_use()
+        for number in snapshots:
+            if number == BASE:
+                raise AshError("snapshot 0 is the base: it is not deleted", "", REFUSED)
+            if number == self.current or self._used(self.layout.rootfs(number), in_use):
+                raise AshError(f"snapshot {number} is booted: nothing is deleted", "", REFUSED)
+            if number in deployed:
+                raise AshError(
+                    f"snapshot {number} is deployed: nothing is deleted", "deploy another one, restart, try again", REFUSED
+                )
+
+    @staticmethod
+    def _used(path: Path, in_use: Container[int]) -> bool:
+        return path.exists() and subvolume_id(path) in in_use
+
+    def deploy(self, snapshot: int, secondary: bool = False) -> tuple[Deployment, bool]:
+        """Have a snapshot booted from the next start on (or make one more menu entry for it).
+
+        Returns:
+            the deployment, and whether anything had to be done.
+        """
+        self.require(snapshot)
+        with self.lock("deploy"):
+            slots = Slots(self)
+            slots.recover()
+            there = self._already_deployed(slots.menu, snapshot, secondary)
+            if there:
+                return there, False
+            slot = slots.choose(secondary)
+            deployment = slots.build(snapshot, slot)
+            slots.put_in_place(deployment, secondary)
+        return deployment, True
+
+    def _already_deployed(self, menu: Menu, snapshot: int, secondary: bool) -> Deployment | None:
+        source = subvolume_id(self.layout.rootfs(snapshot))
+        candidates = SECONDARY_SLOTS if secondary else (menu.default,)
+        for slot in candidates:
+            deployment = menu.deployments.get(slot)
+            if deployment and (deployment.snapshot, deployment.source) == (snapshot, source):
+                return deployment
+        return None
+
+    def recover(self, drop_kept: bool) -> list[int]:
+        """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots."""
+        found = []
+        for folder in sorted(self.layout.work("").glob("[0-9]*")):
+            number = int(folder.name)
+            intent = Intent.load(folder)
+            if intent is None or (intent.state == "kept" and not drop_kept):
+                continue
+            with contextlib.suppress(AshError), self.lock(number):
+                self.workplace(number).recover(self.tree(), drop_kept)
+                found.append(number)
+        with self.lock("deploy"):
+            Slots(self).recover()
+        return found
+
+    def remember(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to the history."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
+        with self.lock("state"), self.layout.history.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def read_distro(path: Path) -> tuple[str, str]:
+    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
+    try:
+        words = path.read_text().split()
+        return words[0], words[-1]
+    except (OSError, IndexError):
+        raise AshError(f"{path} is missing or empty", "--distro ID") from None
+
+
+def require_root(doing: str) -> None:
+    """Raise AshError where ash does not run as root."""
+    if os.geteuid() != 0:
+        raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
+
+
+def is_in_chroot() -> bool:
+    """Whether this process's root is not the one that the system was started with."""
+    try:
+        ours, first = os.stat("/"), os.stat("/proc/1/root/")
+    except PermissionError:
+        return os.environ.get("container") == "ash"
+    except OSError:
+        return True  # no /proc: nobody starts a system so
+    return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
+
+
+def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
+    """Make ash's own folder on a new system, with snapshot 0 alone in the tree.
+
+    Args:
+        layout: the paths; the subvolumes and the folder `ash` are there.
+        distro: the module that serves the distribution.
+        root_uuid: of the root file system.
+    """
+    for folder in (layout.ash / "snapshots", layout.ash / "work"):
+        folder.mkdir(exist_ok=True)
+    layout.home_root.mkdir(mode=0o700, exist_ok=True)
+    write_file(layout.tree, Tree.of_base().dump())
+    write_file(layout.last, "0\n")
+    write_file(layout.part, f"{root_uuid}\n")
+    write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")
+    write_file(layout.description(BASE), "base snapshot\n")
+
+
+def split_base(layout: Layout, distro: Distro) -> None:
+    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
+
+    Args:
+        layout: the paths; the subvolumes and the state are there.
+        distro: the module that serves the distribution.
+    """
+    root = layout.rootfs(BASE)
+    (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
+    for name in distro.database:
+        travels, shared = root / IN_ROOT_DB / Path(name).name, root / "var" / name
+        if shared.is_dir():
+            shared.rename(travels)
+        else:
+            travels.mkdir()
+            shared.parent.mkdir(parents=True, exist_ok=True)
+        shared.symlink_to(f"/{IN_ROOT_DB}/{travels.name}")
+    distro.prepare_base(root)
+    for folder, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
+        run(["cp", "-a", "--reflink=auto", f"{root / folder}/.", shared])
+        shutil.rmtree(root / folder)
+        (root / folder).mkdir()
+    equip(layout, root, BASE, layout.part.read_text().strip())
+    for name in ("etc", "boot"):
+        renew_copy(layout, BASE, name)
+    set_readonly(root)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands: each a short function of what it does. They get the system and the parsed command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    brief: str = ""
+    status: int = 0
+
+
+def would(text: str, **data: Any) -> Reply:
+    """The answer of a command with --dry-run."""
+    return Reply({"changed": False, "dry_run": True, "would": text, **data}, f"would {text}")
+
+
+def the_snapshot(system: System, args: argparse.Namespace) -> int:
+    """The snapshot that a command is about: the one named, else the booted one."""
+    if args.snapshots:
+        return int(args.snapshots[0])
+    current = system.current
+    if current is None:
+        raise AshError("which snapshot? nothing of this system is running", "name its number", USAGE)
+    return current
+
+
+def needs_confirmation(args: argparse.Namespace, question: str) -> None:
+    """Ask; AshError where the answer is not yes, or there is nobody to ask."""
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise AshError(f"{question}? There is no terminal to ask on", "-y answers yes", USAGE)
+    if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise AshError("nothing is done", "", FAILED)
+
+
+# Tree
+
+
+def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
+    tree, menu, current = system.tree(), Menu.load(system.layout.menu), system.current
+    next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
+
+    def marks(number: int) -> list[str]:
+        facts = {"booted": number == current, "deployed": number == next_boot, "mutable": is_mutable(system, number)}
+        return [name for name, holds in facts.items() if holds]
+
+    def label(number: int) -> str:
+        notes = "".join(f" [{mark}]" for mark in marks(number) if mark != "deployed")
+        return f"{number}{'*' if number == next_boot else ' '}- {system.describe(number)}{notes}"
+
+    rows: list[dict[str, Any]] = [
+        {
+            "snapshot": n,
+            "parent": tree.parent(n),
+            "description": system.describe(n),
+            **{mark: mark in marks(n) for mark in ("booted", "deployed", "mutable")},
+        }
+        for n in tree.numbers()
+    ]
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    text = tree.draw(label, ascii_only)
+    if args.long:
+        for row in rows:
+            row.update(tree_columns(system, row["snapshot"]))
+        drawn = text.splitlines()[1:]
+        table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
+        text = text_table(table, ["snapshot", "date", "packages"])
+    return Reply({"tree": rows}, text)
+
+
+def is_mutable(system: System, number: int) -> bool:
+    """Whether a snapshot was made mutable."""
+    return (system.layout.rootfs(number) / "usr/share/ash/mutable").exists()
+
+
+def tree_columns(system: System, number: int) -> dict[str, Any]:
+    """When a snapshot's state was made, and how many packages it has."""
+    root = system.layout.rootfs(number)
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
+    return {"date": made, "packages": len(system.distro.packages(root))}
+
+
+def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Rows as a table for people."""
+    import tabulate
+
+    tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
+    return tabulate.tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True)
+
+
+def cmd_current(system: System, args: argparse.Namespace) -> Reply:
+    current = system.current
+    if current is None:
+        raise AshError("nothing of this system is running", "", FAILED)
+    return Reply({"snapshot": current}, str(current), str(current))
+
+
+def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
+    number, text = the_snapshot(system, args), " ".join([*args.desc, *args.words])
+    system.require(number)
+    if not text:
+        raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
+    if args.dry_run:
+        return would(f"describe snapshot {number} as: {text}")
+    changed = text != system.describe(number)
+    if changed:
+        write_file(system.layout.description(number), f"{text}\n")
+    return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
+
+
+def added(number: int, text: str) -> Reply:
+    """The answer of a command that made a snapshot."""
+    return Reply({"snapshot": number, "changed": True}, text, str(number))
+
+
+def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"clone snapshot {number}")
+    new = system.copy_snapshot(number, None, new_description(args, f"clone of {number}"))
+    return added(new, f"snapshot {new} is a clone of {number}")
+
+
+def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"branch from snapshot {number}")
+    new = system.copy_snapshot(number, number, new_description(args, f"branch of {number}"))
+    return added(new, f"snapshot {new} is a branch of {number}")
+
+
+def cmd_new(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("make a new snapshot from the base")
+    new = system.copy_snapshot(BASE, None, new_description(args, "clone of 0"))
+    return added(new, f"snapshot {new} is a new tree, made from the base")
+
+
+def new_description(args: argparse.Namespace, default: str) -> str:
+    """The description that was given, or the default."""
+    return " ".join([*args.desc, *args.words]) or default
+
+
+def cmd_del(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots
+    if not snapshots:
+        raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
+    tree = system.tree()
+    doomed = sorted({number for snapshot in snapshots for number in tree.branch(snapshot)})
+    system.require_deletable(doomed)
+    names = ", ".join(map(str, doomed))
+    if args.dry_run:
+        return would(f"delete {names}", snapshots=doomed)
+    if not console.quiet:
+        needs_confirmation(args, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
+    deleted = system.delete(snapshots)
+    return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
+
+
+# Boot
+
+
+def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"deploy snapshot {number}")
+    with step(f"deploying snapshot {number}"):
+        deployment, changed = system.deploy(number, args.secondary)
+    return deployed(deployment, changed)
+
+
+def deployed(deployment: Deployment, changed: bool) -> Reply:
+    """The answer of a command that deployed."""
+    number = deployment.snapshot
+    where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
+    text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
+    data = {"snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id}
+    return Reply(data, text, str(number))
+
+
+def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
+    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
+    if not isinstance(slot, str) or not slot:
+        raise AshError("no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED)
+    of = system.snapshot_of(slot)
+    if args.dry_run:
+        return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
+    with step(f"keeping the booted deployment, of snapshot {of}"):
+        number = keep_deployment(system, slot, f"rollback to {of}")
+        deployment, changed = system.deploy(number)
+    return deployed(deployment, changed)
+
+
+def keep_deployment(system: System, slot: str, description: str) -> int:
+    """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
+    layout = system.layout
+    with system.lock("deploy"), ExitStack() as stack:
+        copy = layout.rootfs(f"new-{slot}")
+        delete_subvolume(copy)
+        snapshot_subvolume(layout.rootfs(slot), copy)
+        stack.callback(delete_subvolume, copy)
+        (copy / IN_ROOT_SNAP).unlink(missing_ok=True)
+        return system.add_snapshot(copy, None, description)
+
+
+def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
+    booted = system.booted
+    if booted is None:
+        raise AshError("nothing of this system is running", "", FAILED)
+    return Reply({"slot": booted}, str(booted), str(booted))
+
+
+# Inside a snapshot
+
+
+def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    if args.dry_run:
+        return would(f"open a shell in snapshot {number}")
+    with hang_ups_raise(), Transaction(system, number, resume=args.resume) as work:
+        shell = root_shell(work.root)
+        console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
+        terminal = sys.stdin.isatty()
+        while True:
+            status = work.chroot().run([shell])
+            if terminal:
+                take_terminal_back()
+            answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
+            if answer == "y":
+                break
+            if answer == "n":
+                raise CommandFailed(status, f"snapshot {number} is as it was: the shell ended with {status}")
+    return Reply(change_data(work.change), work.change.summary())
+
+
+def ask_whether_to_keep(status: int) -> str:
+    """What to do after a shell that did not end with 0: y, n or back."""
+    answer = input(f"the shell ended with status {status}: keep the changes? [y/N/back] ").strip().lower()
+    return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
+
+
+def root_shell(root: Path) -> str:
+    """The login shell of a root's root, where it is there."""
+    passwd = path_inside(root, "etc/passwd")
+    lines = passwd.read_text(errors="replace").splitlines() if passwd.is_file() else []
+    shell = next((line.rsplit(":", 1)[1] for line in lines if line.startswith("root:")), "")
+    return shell if shell and path_inside(root, shell).is_file() else "/bin/sh"
+
+
+@contextmanager
+def hang_ups_raise() -> Iterator[None]:
+    """Have SIGHUP raise HangUp in this block."""
+
+    def raise_hang_up(*_: object) -> NoReturn:
+        raise HangUp
+
+    before = signal.signal(signal.SIGHUP, raise_hang_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def take_terminal_back() -> None:
+    """Become the terminal's foreground again: an interactive shell leaves that to its own process group."""
+    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.tcsetpgrp(sys.stdin.fileno(), os.getpgrp())
+    signal.signal(signal.SIGTTOU, before)
+
+
+class CommandFailed(AshError):
+    """What the user ran in a snapshot ended with a status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message, "", status)
+
+
+def cmd_run(system: System, args: argparse.Namespace) -> Reply:
+    command = [*args.words, *args.command_words]
+    if not args.snapshots:
+        raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
+    if not command:
+        raise AshError("what is to be run?", "ash run N COMMAND...", USAGE)
+    number = args.snapshots[0]
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"run in snapshot {number}: {' '.join(command)}")
+    with Transaction(system, number) as work:
+        status = work.chroot().run(command, stdout=2 if console.json else None)
+        if status:
+            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
+    return Reply({**change_data(work.change), "status": 0}, "" if not work.change.conflicts else work.change.summary())
+
+
+def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"drop what a dead transaction left on snapshot {number}")
+    folder = system.layout.work(number)
+    with system.lock(number):
+        changed = Intent.load(folder) is not None or system.layout.working_copy(number).exists()
+        system.workplace(number).recover(system.tree(), drop_kept=True)
+    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
+    return Reply({"snapshot": number, "changed": changed}, text)
+
+
+def cmd_tmp(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("drop what dead transactions left")
+    return recovered(system.recover(drop_kept=True))
+
+
+def cmd_recover(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("finish or undo what was interrupted")
+    return recovered(system.recover(drop_kept=False))
+
+
+def recovered(snapshots: Sequence[int]) -> Reply:
+    """The answer of a command that recovers."""
+    names = ", ".join(map(str, snapshots))
+    text = f"tidied up: {names}" if snapshots else "nothing was left"
+    return Reply({"snapshots": list(snapshots), "changed": bool(snapshots)}, text)
+
+
+# Packages
+
+
+def change_data(change: Change) -> dict[str, Any]:
+    """A change as JSON has it."""
+    return {
+        "snapshot": change.snapshot,
+        "changed": change.changed,
+        "packages": change.packages(),
+        "conflicts": list(change.conflicts),
+        "kept": list(change.kept),
+    }
+
+
+def changed_all(changes: Sequence[Change], after: str = "") -> Reply:
+    """The answer of a command that changed one or several snapshots."""
+    text = "\n".join([*(change.summary() for change in changes), *([after] if after else [])])
+    if len(changes) == 1:
+        return Reply(change_data(changes[0]), text)
+    return Reply({"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}, text)
+
+
+def cmd_install(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    packages = [*args.words, *args.packages]
+    if not packages and not args.remove:
+        raise AshError("which package?", "ash install N PKG...", USAGE)
+    if args.live:
+        raise AshError("installing live is not possible yet", "leave out --live, then deploy and reboot", USAGE)
+    for number in snapshots:
+        system.require_changeable(number)
+    changes = [install(system, number, packages, args) for number in snapshots]
+    if args.dry_run:
+        return would(f"install {' '.join(packages)} in {', '.join(map(str, snapshots))}")
+    waiting = [str(change.snapshot) for change in changes if change.changed]
+    return changed_all(changes, f"ash deploy {waiting[0]} and a reboot make it run" if waiting else "")
+
+
+def install(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
+    """Install packages into a snapshot; nothing has changed if any of them fails."""
+    root = system.layout.rootfs(number)
+    if not args.remove and not args.dry_run and system.distro.has_installed(root, packages):
+        return Change(number)
+    for path in package_files(packages):
+        if not path.is_file():
+            raise AshError(f"there is no package file {path}", "", MISSING)
+    with step(f"installing into snapshot {number}"), Transaction(system, number, simulate=args.dry_run) as work:
+        named = [work.show(Path(name)) if "/" in name else name for name in packages]
+        system.distro.install(work, named, args.remove, args.dry_run)
+    return work.change
+
+
+def package_files(packages: Sequence[str]) -> list[Path]:
+    """Those of the packages that are files on disk: their names have a slash."""
+    return [Path(name) for name in packages if "/" in name]
+
+
+def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
+    packages = [*args.words, *args.packages]
+    if not packages and args.snapshots:
+        n = args.snapshots[0]
+        raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
+    if not packages:
+        raise AshError("which package?", "ash remove N PKG...", USAGE)
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    changes = [remove(system, number, packages, args) for number in snapshots]
+    if args.dry_run:
+        return would(f"remove {' '.join(packages)} from {', '.join(map(str, snapshots))}")
+    return changed_all(changes)
+
+
+def remove(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
+    """Remove packages from a snapshot; nothing has changed if any of it fails."""
+    if not set(packages) & system.distro.packages(system.layout.rootfs(number)).keys() and not args.purge:
+        raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
+    with step(f"removing from snapshot {number}"), Transaction(system, number, simulate=args.dry_run) as work:
+        system.distro.remove(work, packages, args.purge, args.dry_run)
+    return work.change
+
+
+def cmd_list(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    packages = system.distro.packages(system.layout.rootfs(number))
+    names = "\n".join(packages)
+    text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
+    return Reply({"snapshot": number, "packages": packages}, text, names)
+
+
+# ash itself
+
+
+def cmd_version(system: System, args: argparse.Namespace) -> Reply:
+    distro = system.layout.distro
+    return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
+
+
+def cmd_help(args: argparse.Namespace) -> Reply:
+    if args.format == "markdown":
+        return Reply({}, markdown_table())
+    return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command table, the parser, main()
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An option of a command, as argparse takes it."""
+
+    flags: Sequence[str]
+    help: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the command table.
+
+    Args:
+        name, aliases: the words that call it.
+        group, usage, help: for people.
+        function: what does it.
+        takes: "" no snapshot, "one", or "several" (one after the other).
+        changes: whether it changes something, and so needs root.
+        arguments: its own options.
+        rest: whether all words after the snapshot are another program's.
+    """
+
+    name: str
+    aliases: Sequence[str]
+    group: str
+    usage: str
+    help: str
+    function: Callable[..., Reply]
+    takes: str = ""
+    changes: bool = False
+    arguments: Sequence[Argument] = ()
+    rest: bool = False
+
+
+def flag(*flags: str, help: str) -> Argument:
+    """An option without a value."""
+    return Argument(flags, help, {"action": "store_true"})
+
+
+def words(*flags: str, dest: str, help: str) -> Argument:
+    """An option with one or more words."""
+    return Argument(flags, help, {"nargs": "+", "default": [], "dest": dest})
+
+
+DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
+PACKAGES = words("-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)")
+
+COMMANDS = [
+    Command(
+        "tree", ["t"], "Tree", "tree [-l]", "show all snapshots; * is the one for the next boot", cmd_tree,
+        arguments=[flag("-l", "--long", help="with date and number of packages")],
+    ),
+    Command("current", ["c"], "Tree", "current", "print the booted snapshot's number", cmd_current),
+    Command(
+        "desc", ["description"], "Tree", "desc N TEXT...", "describe a snapshot", cmd_desc,
+        takes="one", changes=True, arguments=[DESC],
+    ),
+    Command(
+        "clone", ["cl", "tree-clone"], "Tree", "clone [N] [-d TEXT]", "copy N as a new top-level tree", cmd_clone,
+        takes="one", changes=True, arguments=[DESC],
+    ),
+    Command(
+        "branch", ["add-branch"], "Tree", "branch [N] [-d TEXT]", "make a new child of N", cmd_branch,
+        takes="one", changes=True, arguments=[DESC],
+    ),
+    Command(
+        "new", ["new-tree"], "Tree", "new [-d TEXT]", "make a new top-level snapshot from the base", cmd_new,
+        changes=True, arguments=[DESC],
+    ),
+    Command(
+        "del", ["delete", "rm", "rem", "rm-snapshot"], "Tree", "del N...", "delete N and its branches, after asking",
+        cmd_del, takes="several", changes=True,
+    ),
+    Command(
+        "deploy", ["dep", "d"], "Boot", "deploy [N] [--secondary]", "boot N from the next start on", cmd_deploy,
+        takes="one", changes=True,
+        arguments=[flag("-2", "--sec", "--secondary", help="one more entry in the boot menu, not the default")],
+    ),
+    Command(
+        "rollback", [], "Boot", "rollback", "make the booted deployment permanent: keep it as a snapshot, deploy that",
+        cmd_rollback, changes=True,
+    ),
+    Command("whichtmp", ["whichdep", "which"], "Boot", "whichtmp", "print the booted slot", cmd_whichtmp),
+    Command(
+        "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]", "open a root shell in N; `exit` keeps the changes",
+        cmd_chroot, takes="one", changes=True,
+        arguments=[flag("--resume", help="go on with what a hang-up left")],
+    ),
+    Command(
+        "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
+        takes="one", changes=True, rest=True,
+        arguments=[
+            Argument(("-c", "--cmd", "--command"), "the command", {"nargs": argparse.REMAINDER, "dest": "command_words", "default": []})
+        ],
+    ),
+    Command(
+        "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
+        takes="one", changes=True,
+    ),
+    Command(
+        "tmp", ["tmpclear"], "Inside a snapshot", "tmp", "drop what dead transactions left on any snapshot", cmd_tmp,
+        changes=True,
+    ),
+    Command(
+        "recover", [], "Inside a snapshot", "recover", "finish or undo what was interrupted (done at every boot)",
+        cmd_recover, changes=True,
+    ),
+    Command(
+        "install", ["in"], "Packages", "install [N] PKG... [--remove PKG...]", "install packages, or package files",
+        cmd_install, takes="several", changes=True,
+        arguments=[
+            PACKAGES,
+            words("--remove", dest="remove", help="remove these in the same transaction"),
+            flag("-l", "--live", help="also in the running system"),
+            flag("-nl", "--not-live", help="only in the snapshot"),
+        ],
+    ),
+    Command(
+        "remove", ["uninstall", "uninst", "unins", "unin", "un"], "Packages", "remove [N] PKG...",
+        "remove packages and what nothing needs any more", cmd_remove, takes="several", changes=True,
+        arguments=[PACKAGES, flag("--purge", help="also their configuration")],
+    ),
+    Command(
+        "list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, takes="one",
+    ),
+    Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
+    Command(
+        "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help,
+        arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown"], "default": "text"})],
+    ),
+]  # fmt: skip
+
+GLOBAL_OPTIONS = [
+    Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
+    Argument(("--image",), "work on a disk image", {"type": Path, "metavar": "FILE"}),
+    Argument(("--distro",), "which distribution, where several are on it", {"metavar": "ID"}),
+    flag("--chroot", help="run although ash finds itself inside a chroot"),
+    flag("--dry-run", help="print what would be done, change nothing"),
+    flag("--json", help="answer in JSON"),
+    Argument(("--wait",), "how long to wait for a lock", {"type": float, "default": 0.0, "metavar": "SECONDS"}),
+    Argument(("-y", "--yes"), "answer yes", {"action": "store_true"}),
+    Argument(("-v", "--verbose"), "show the programs as they run", {"action": "store_true"}),
+    Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
+]
+
+SNAPSHOT_OPTIONS = ("-s", "--snap", "--snapshot")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises AshError where the command line is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AshError(message, f"{self.prog} -h", USAGE)
+
+
+def find_command(word: str) -> Command:
+    """The command that a word calls; AshError, with the nearest one, where there is none."""
+    for command in COMMANDS:
+        if word == command.name or word in command.aliases:
+            return command
+    import difflib
+
+    near = difflib.get_close_matches(word, [name for c in COMMANDS for name in (c.name, *c.aliases)], 1, 0.5)
+    raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
+
+
+def parser_of(command: Command) -> Parser:
+    """The parser of a command, with the options of all."""
+    usage = f"ash {command.usage}"
+    parser = Parser(prog=f"ash {command.name}", usage=usage, description=command.help, allow_abbrev=False)
+    for argument in (*command.arguments, *GLOBAL_OPTIONS):
+        parser.add_argument(*argument.flags, help=argument.help, **argument.settings)
+    if command.takes:
+        parser.add_argument(*SNAPSHOT_OPTIONS, dest="snapshots", type=int, nargs=1, help="the snapshot", metavar="N")
+    if command.takes == "several":
+        parser.add_argument("--snapshots", "--snaps", dest="several", nargs="+", default=[], help="several snapshots")
+    parser.add_argument("words", nargs=argparse.REMAINDER if command.rest else "*", help=argparse.SUPPRESS)
+    return parser
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """The command line as the options before the command, the command, and what comes after it."""
+    with_value = {flag for option in GLOBAL_OPTIONS if "metavar" in option.settings for flag in option.flags}
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if argv[at] in with_value else 1
+    return list(argv[:at]), argv[at] if at < len(argv) else "", list(argv[at + 1 :])
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
+    """Read the command line.
+
+    Raises:
+        AshError: it is wrong (USAGE).
+    """
+    before, word, after = split_command_line(argv)
+    if not word or word in ("-h", "--help"):
+        word, after = "help", []
+        before = [option for option in before if option not in ("-h", "--help")]
+    command = find_command(word)
+    args = parser_of(command).parse_args([*before, *after])
+    if command.takes:
+        args.snapshots = args.snapshots or []
+        if command.takes == "several":
+            numbers = leading_numbers(args.several)
+            args.snapshots += numbers
+            args.words = args.several[len(numbers) :] + args.words
+        if not args.snapshots:
+            limit = None if command.name == "del" else 1
+            args.snapshots = leading_numbers(args.words)[:limit]
+            args.words = args.words[len(args.snapshots) :]
+        if args.words and command.takes == "one" and not (command.rest or hasattr(args, "desc")):
+            raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
+        if command.name == "del" and args.words:
+            raise AshError(f"{args.words[0]!r} is no snapshot's number", f"ash {command.usage}", USAGE)
+    elif args.words and not (hasattr(args, "desc") or command.name == "help"):
+        raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
+    if (args.root or args.image) and command.takes and not args.snapshots:
+        raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
+    return command, args
+
+
+def leading_numbers(given: Sequence[str]) -> list[int]:
+    """The snapshot numbers that a list of words begins with."""
+    numbers = []
+    for word in given:
+        if not (word.isascii() and word.isdecimal()):
+            break
+        numbers.append(int(word))
+    return numbers
+
+
+def overview() -> str:
+    """The help without a command."""
+    lines = ["ash keeps the system as a tree of read-only snapshots.", "", "usage: ash [OPTIONS] COMMAND [SNAPSHOT] ..."]
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines += ["", f"{group}:"]
+        lines += [f"  {c.usage:38} {c.help}" for c in COMMANDS if c.group == group]
+    lines += ["", "Options of every command:"]
+    lines += [f"  {', '.join(option.flags):38} {option.help}" for option in GLOBAL_OPTIONS]
+    lines += ["", "Where SNAPSHOT is left out it is the booted one. `ash help COMMAND` explains one command."]
+    return "\n".join(lines)
+
+
+def markdown_table() -> str:
+    """The command reference of the README."""
+    lines = ["| command | aliases | does |", "| --- | --- | --- |"]
+    for c in COMMANDS:
+        lines.append(f"| `{c.usage}` | {' '.join(f'`{a}`' for a in c.aliases)} | {c.help.replace('|', '&#124;')} |")
+    return "\n".join(lines)
+
+
+def answer(command: Command, args: argparse.Namespace) -> Reply:
+    """Do what the command line says."""
+    if command.function is cmd_help:
+        return cmd_help(args)
+    system = System.open(args, command.changes) if command.function is not cmd_version else version_system(args)
+    if not command.changes or args.dry_run:
+        return command.function(system, args)
+    try:
+        reply = command.function(system, args)
+    except AshError as error:
+        if error.status == FAILED or isinstance(error, CommandFailed):
+            system.remember({**history_of(command, args), "result": error.message})
+        raise
+    if reply.data.get("changed"):
+        system.remember({**history_of(command, args), "result": "done", **reply.data})
+    return reply
+
+
+def version_system(args: argparse.Namespace) -> System:
+    """The system whose distribution `version` names: also where none is running, as when the executable is made."""
+    try:
+        return System.open(args, changes=False)
+    except AshError:
+        if args.root or args.image:
+            raise
+        ident = list(Distro.registry)[-1] if Distro.registry else "no distribution"
+        return System(Layout(Path("/.snapshots"), ident), Distro())
+
+
+def history_of(command: Command, args: argparse.Namespace) -> dict[str, Any]:
+    """Who does what, for the history."""
+    try:
+        user = Path("/proc/self/loginuid").read_text().strip()
+    except OSError:
+        user = ""
+    unset = str(2**32 - 1)
+    user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
+    return {"user": int(user) if user.isdecimal() else 0, "command": command.name, "arguments": sys.argv[1:]}
+
+
+def print_reply(command: Command, reply: Reply) -> None:
+    """Print a command's answer in the form that was asked for."""
+    if console.json:
+        print(json.dumps({"version": JSON_VERSION, "command": command.name, **reply.data}, ensure_ascii=False))
+    elif console.quiet and reply.brief:
+        print(reply.brief)
+    elif reply.text and not (console.quiet and command.changes):
+        print(printable(reply.text))
+
+
+def report(error: AshError, command: Command | None) -> int:
+    """Print an error; returns ash's exit status."""
+    hint = f" ({error.hint})" if error.hint else ""
+    print(printable(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
+    status = error.status
+    if console.json:
+        problem = {"message": error.message, "hint": error.hint, "status": status}
+        print(json.dumps({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
+    its_own = command is not None and command.function in (cmd_run, cmd_chroot)
+    return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    console.json, console.quiet = "--json" in given, "-q" in given
+    command = None
+    os.umask(0o022)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        command, args = parse(given)
+        console.verbose, console.quiet, console.json = args.verbose, args.quiet, args.json
+        reply = answer(command, args)
+        print_reply(command, reply)
+        sys.stdout.flush()
+        return reply.status
+    except AshError as error:
+        return report(error, command)
+    except HangUp:
+        return 128 + signal.SIGHUP
+    except KeyboardInterrupt:
+        print("ash: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads our output has ended: there is nobody to tell
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

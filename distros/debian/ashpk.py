@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Debian's package manager: apt and dpkg."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ash import IN_ROOT_DB, MISSING, REFUSED, AshError, Distro, PackageError, Transaction, TransientFile
+
+
+class Debian(Distro):
+    """Debian, and the distributions made from it."""
+
+    id = "debian"
+
+    # The package managers' own records, and those of tools that note what packages put in /usr and /etc.
+    database = (
+        "lib/dpkg",
+        "lib/pam",
+        "lib/ucf",
+        "lib/python",
+        "lib/initramfs-tools",
+        "lib/dkms",
+        "lib/apache2",
+        "lib/dictionaries-common",
+        "lib/aspell",
+        "lib/ispell",
+        "lib/xml-core",
+        "lib/sgml-base",
+        "lib/emacsen-common",
+        "lib/ca-certificates-java",
+        "lib/ghc",
+        "lib/tex-common",
+        "lib/systemd/deb-systemd-helper-enabled",
+        "lib/systemd/deb-systemd-helper-masked",
+        "lib/systemd/deb-systemd-user-helper-enabled",
+        "lib/systemd/deb-systemd-user-helper-masked",
+        "cache/debconf",
+        "cache/ldconfig",
+    )
+    caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
+    logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
+    environment: ClassVar[Mapping[str, str]] = {
+        "APT_CONFIG": "/run/ash/apt.conf",
+        "APT_LISTCHANGES_FRONTEND": "none",
+        "NEEDRESTART_SUSPEND": "1",
+        "debian_chroot": "ash",
+    }
+    # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only.
+    APT_CONF = """\
+DPkg::Options {"--force-unsafe-io";};
+DPkg::Pre-Install-Pkgs {"/run/ash/room";};
+Dir::Cache::pkgcache "/run/ash/pkgcache.bin";
+"""
+    # apt gives it the archives that it is about to unpack; sizes in KiB. 262144 KiB is ash's SPACE_FLOOR.
+    ROOM = """\
+#!/bin/sh
+need=262144
+while read -r archive; do
+    size=$(dpkg-deb --field "$archive" Installed-Size) && need=$((need + ${size:-0}))
+done
+room=$(df --output=avail -k / | tail -n 1)
+[ "$room" -ge "$need" ] || { echo "E: ash: too little space: $need KiB are needed, $room KiB are free" >&2; exit 1; }
+"""
+    transient: ClassVar[Mapping[str, TransientFile]] = {
+        "usr/sbin/policy-rc.d": TransientFile("#!/bin/sh\nexit 101\n", 0o755),
+        "run/ash/apt.conf": TransientFile(APT_CONF),
+        "run/ash/room": TransientFile(ROOM, 0o755),
+    }
+
+    def prepare_base(self, root: Path) -> None:
+        """Keep apt's marks with the snapshot, and /usr/bin/ash ours where the package ash is installed."""
+        marks = root / IN_ROOT_DB / "apt"
+        marks.mkdir(exist_ok=True)
+        old = root / "var/lib/apt/extended_states"
+        if old.exists():
+            old.rename(marks / "extended_states")
+        conf = root / "etc/apt/apt.conf.d/05ash"
+        conf.write_text(f'Dir::State::extended_states "/{IN_ROOT_DB}/apt/extended_states";\n')
+        diversions = root / IN_ROOT_DB / "dpkg/diversions"
+        known = diversions.read_text() if diversions.exists() else ""
+        if "/usr/bin/ash\n" not in known:
+            diversions.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
+
+    def packages(self, root: Path) -> dict[str, str]:
+        """Read dpkg's status file."""
+        return {
+            package["Package"]: package["Version"]
+            for package in paragraphs(root / IN_ROOT_DB / "dpkg/status")
+            if package["Status"].endswith(" installed")
+        }
+
+    def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
+        """Whether all are there, and none only because another needs it."""
+        automatic = {
+            package["Package"]
+            for package in paragraphs(root / IN_ROOT_DB / "apt/extended_states")
+            if package.get("Auto-Installed") == "1"
+        }
+        return set(packages) <= self.packages(root).keys() - automatic
+
+    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
+        """One run of apt-get, after fetching the package lists where there are none."""
+        if not any((work.var / "lib/apt/lists").glob("*_*")):
+            self._apt(work, "update")
+        self._apt(work, "install", *self._simulate(simulate), *packages, *(f"{name}-" for name in remove))
+
+    def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
+        """One run of apt-get."""
+        self._apt(work, "purge" if purge else "remove", "--autoremove", *self._simulate(simulate), *packages)
+
+    @staticmethod
+    def _simulate(simulate: bool) -> list[str]:
+        return ["--simulate"] if simulate else []
+
+    @staticmethod
+    def _apt(work: Transaction, *arguments: str) -> None:
+        """Run apt-get without questions; edited configuration files stay."""
+        keep = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
+        try:
+            work.run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet", *keep, *arguments])
+        except PackageError as error:
+            raise apt_error(error.message) from None
+
+
+def paragraphs(path: Path) -> Iterator[dict[str, str]]:
+    """The paragraphs of a Debian control file, by their fields' first lines; none where there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for paragraph in text.split("\n\n"):
+        fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
+        if fields:
+            yield fields
+
+
+def apt_error(output: str) -> AshError:
+    """What apt's output says went wrong."""
+    errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
+    if missing := re.search(r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output):
+        name = missing[1] or missing[2]
+        return AshError(f"there is no package {name}", "ash run N apt-get update fetches the lists", MISSING)
+    if room := next((line for line in errors if "too little space" in line), ""):
+        return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)
+    return PackageError("; ".join(errors[:3]) or "apt-get failed")
