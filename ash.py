@@ -737,21 +737,38 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
 def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     """Mount the top level of a disk image's file system; private_mounts() must have been called.
 
-    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process.
+    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process. Until the stack
+    is closed no other ash attaches the image.
 
     Returns:
         where the top level is mounted, and the device's node.
     """
     offset, size = btrfs_partition(image)
     where = ["--offset", str(offset), "--sizelimit", str(size)]
-    loop = run(["losetup", "--show", "--find", *where, image]).stdout.strip()
-    stack.callback(run, ["losetup", "--detach", loop], check=False)
-    # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
-    node = PRIVATE / "disk"
-    os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(loop).st_rdev)
-    top = mount_top(node)
-    run(["losetup", "--detach", loop])  # while it is mounted this only says: once it no longer is
+    disk = stack.enter_context(image.open("rb"))
+    refuse_if_in_a_machine(disk.fileno(), image)
+    # Two loop devices of one file would be two writers of one file system. losetup takes the one that is there, if
+    # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
+    fcntl.flock(disk, fcntl.LOCK_EX)
+    loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
+    with open(loop, "rb"):
+        loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
+        # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
+        node = PRIVATE / "disk"
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(loop).st_rdev)
+        try:
+            top = mount_top(node)
+        finally:
+            run(["losetup", "--detach", loop], check=False)  # while it is in use this means: once it no longer is
     return top, node
+
+
+def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
+    """Raise AshError where QEMU runs a machine from an image: it holds locks on bytes 100 to 299 (file-posix.c)."""
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
+    if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
+        raise AshError(f"{image} is in use by a virtual machine", "shut that down first", LOCKED)
 
 
 def mount_top(device: Path) -> Path:
@@ -2198,7 +2215,6 @@ class System:
                 raise AshError(f"{args.image} is no file", "", MISSING)
             with ExitStack() as stack:
                 top, _ = attach_disk(stack, args.image)
-                stack.pop_all()
         else:
             found = mount_of(args.root)
             if found.kind != "btrfs":
@@ -3055,7 +3071,7 @@ COMMANDS = [
     Command(
         "deploy", ["dep", "d"], "Boot", "deploy [N] [--secondary]", "boot N from the next start on", cmd_deploy,
         takes="one", changes=True,
-        arguments=[flag("-2", "--sec", "--secondary", help="one more entry in the boot menu, not the default")],
+        arguments=[flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default")],
     ),
     Command(
         "rollback", [], "Boot", "rollback", "make the booted deployment permanent: keep it as a snapshot, deploy that",
@@ -3092,8 +3108,8 @@ COMMANDS = [
         arguments=[
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
-            flag("-l", "--live", help="also in the running system"),
-            flag("-nl", "--not-live", help="only in the snapshot"),
+            flag("--live", "-l", help="also in the running system"),
+            flag("--not-live", "-nl", help="only in the snapshot"),
         ],
     ),
     Command(

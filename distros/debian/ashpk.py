@@ -117,7 +117,7 @@ room=$(df --output=avail -k / | tail -n 1)
     @staticmethod
     def _apt(work: Transaction, *arguments: str) -> None:
         """Run apt-get without questions; edited configuration files stay."""
-        keep = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"]
+        keep = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold", "-o", "Dpkg::Use-Pty=0"]
         try:
             work.run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet", *keep, *arguments])
         except PackageError as error:
