@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -775,7 +776,7 @@ def mount_top(device: Path) -> Path:
     """Mount the top level of a btrfs device where only this process sees it."""
     top = PRIVATE / "top"
     top.mkdir()
-    mount(device, top, "btrfs", MS_NOATIME, "subvolid=5")
+    mount(device, top, "btrfs", MS_NOATIME, "subvolid=5,compress=zstd")
     return top
 
 
@@ -2216,6 +2217,8 @@ class System:
             with ExitStack() as stack:
                 top, _ = attach_disk(stack, args.image)
         else:
+            if not args.root.is_dir():
+                raise AshError(f"{args.root} is no directory", "mount the root partition there", MISSING)
             found = mount_of(args.root)
             if found.kind != "btrfs":
                 raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
@@ -3212,6 +3215,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
             raise AshError(f"{args.words[0]!r} is no snapshot's number", f"ash {command.usage}", USAGE)
     elif args.words and not (hasattr(args, "desc") or command.name == "help"):
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
+    if args.root and args.image:
+        raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
     if (args.root or args.image) and command.takes and not args.snapshots:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
@@ -3333,6 +3338,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads our output has ended: there is nobody to tell
         return 0
+    except OSError as error:  # a full or broken disk, wherever it was met
+        hint = "ash del N frees what a snapshot holds" if error.errno == errno.ENOSPC else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return report(AshError(f"{where}{error.strerror or error}", hint), command)
 
 
 if __name__ == "__main__":
