@@ -746,11 +746,11 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     """
     offset, size = btrfs_partition(image)
     where = ["--offset", str(offset), "--sizelimit", str(size)]
-    disk = stack.enter_context(image.open("rb"))
+    disk = stack.enter_context(image.open("rb+"))
     refuse_if_in_a_machine(disk.fileno(), image)
     # Two loop devices of one file would be two writers of one file system. losetup takes the one that is there, if
     # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
-    fcntl.flock(disk, fcntl.LOCK_EX)
+    lock_first_byte(disk.fileno(), image)
     loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
     with open(loop, "rb"):
         loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
@@ -762,6 +762,19 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
         finally:
             run(["losetup", "--detach", loop], check=False)  # while it is in use this means: once it no longer is
     return top, node
+
+
+def lock_first_byte(descriptor: int, image: Path) -> None:
+    """Wait until no other ash attaches the image, which takes milliseconds; AshError after ten seconds."""
+    give_up = time.monotonic() + 10
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
+            return
+        except OSError:
+            if time.monotonic() > give_up:
+                raise AshError(f"{image} is locked by another program", "", LOCKED) from None
+        time.sleep(0.01)
 
 
 def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
