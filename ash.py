@@ -1788,7 +1788,8 @@ def mark_variant(root: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
-MOUNT_POINTS = (".snapshots", "var", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
+# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
+MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
 
 
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
