@@ -841,11 +841,14 @@ class Distro:
         raise NotImplementedError
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
-        """Install packages (names, or paths in the root) and remove others, in one run of the package manager."""
+        """Install packages (names, or paths in the root) and remove others, in one run of the package manager.
+
+        With `simulate` it only says what it would do, and leaves that in `work.change`.
+        """
         raise NotImplementedError
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
-        """Remove packages and what nothing needs any more."""
+        """Remove packages and what nothing needs any more; `simulate` as above."""
         raise NotImplementedError
 
 
@@ -1426,11 +1429,11 @@ class Change:
         """The packages alone, as JSON has them."""
         return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}
 
-    def summary(self) -> str:
+    def summary(self, verb: str = "changed") -> str:
         """What the user is told."""
         if not self.changed:
             return f"snapshot {self.snapshot}: nothing to change"
-        lines = [f"snapshot {self.snapshot} changed"]
+        lines = [f"snapshot {self.snapshot} {verb}"]
         lines += [f"  + {name} {version}" for name, version in self.added.items()]
         lines += [f"  - {name} {version}" for name, version in self.removed.items()]
         lines += [f"  ^ {name} {old} -> {new}" for name, (old, new) in self.upgraded.items()]
@@ -2791,6 +2794,8 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
 
 def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
+    if console.json:
+        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
     if args.dry_run:
         return would(f"open a shell in snapshot {number}")
     with hang_ups_raise(), Transaction(system, number, resume=args.resume) as work:
@@ -2854,6 +2859,10 @@ class CommandFailed(AshError):
 
 def cmd_run(system: System, args: argparse.Namespace) -> Reply:
     command = [*args.words, *args.command_words]
+    if command and command[0] in ("-c", "--cmd", "--command", "--"):
+        del command[0]
+    if len(command) == 1 and " " in command[0]:
+        command = ["/bin/sh", "-c", command[0]]  # a whole command line in one word, as the old ash took it
     if not args.snapshots:
         raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
     if not command:
@@ -2923,6 +2932,12 @@ def changed_all(changes: Sequence[Change], after: str = "") -> Reply:
     return Reply({"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}, text)
 
 
+def would_change(changes: Sequence[Change]) -> Reply:
+    """The answer of --dry-run for packages: what the package manager's own simulation said."""
+    data = {"changed": False, "dry_run": True, "would": [change_data(change) for change in changes]}
+    return Reply(data, "\n".join(change.summary("would change") for change in changes))
+
+
 def cmd_install(system: System, args: argparse.Namespace) -> Reply:
     snapshots = args.snapshots or [the_snapshot(system, args)]
     packages = [*args.words, *args.packages]
@@ -2934,7 +2949,7 @@ def cmd_install(system: System, args: argparse.Namespace) -> Reply:
         system.require_changeable(number)
     changes = [install(system, number, packages, args) for number in snapshots]
     if args.dry_run:
-        return would(f"install {' '.join(packages)} in {', '.join(map(str, snapshots))}")
+        return would_change(changes)
     waiting = [str(change.snapshot) for change in changes if change.changed]
     return changed_all(changes, f"ash deploy {waiting[0]} and a reboot make it run" if waiting else "")
 
@@ -2970,7 +2985,7 @@ def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
         system.require_changeable(number)
     changes = [remove(system, number, packages, args) for number in snapshots]
     if args.dry_run:
-        return would(f"remove {' '.join(packages)} from {', '.join(map(str, snapshots))}")
+        return would_change(changes)
     return changed_all(changes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ash import IN_ROOT_DB, MISSING, REFUSED, AshError, Distro, PackageError, Transaction, TransientFile
+from ash import IN_ROOT_DB, MISSING, REFUSED, AshError, Change, Distro, PackageError, Transaction, TransientFile
 
 
 class Debian(Distro):
@@ -103,25 +103,24 @@ room=$(df --output=avail -k / | tail -n 1)
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
         """One run of apt-get, after fetching the package lists where there are none."""
         if not any((work.var / "lib/apt/lists").glob("*_*")):
-            self._apt(work, "update")
-        self._apt(work, "install", *self._simulate(simulate), *packages, *(f"{name}-" for name in remove))
+            self._apt(work, False, "update")
+        self._apt(work, simulate, "install", *packages, *(f"{name}-" for name in remove))
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
         """One run of apt-get."""
-        self._apt(work, "purge" if purge else "remove", "--autoremove", *self._simulate(simulate), *packages)
+        self._apt(work, simulate, "purge" if purge else "remove", "--autoremove", *packages)
 
     @staticmethod
-    def _simulate(simulate: bool) -> list[str]:
-        return ["--simulate"] if simulate else []
-
-    @staticmethod
-    def _apt(work: Transaction, *arguments: str) -> None:
+    def _apt(work: Transaction, simulate: bool, *arguments: str) -> None:
         """Run apt-get without questions; edited configuration files stay."""
+        words = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet"]
         keep = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold", "-o", "Dpkg::Use-Pty=0"]
         try:
-            work.run(["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet", *keep, *arguments])
+            output = work.run([*words, *keep, *(["--simulate"] if simulate else []), *arguments])
         except PackageError as error:
             raise apt_error(error.message) from None
+        if simulate:
+            work.change = planned(work.snapshot, output)
 
 
 def paragraphs(path: Path) -> Iterator[dict[str, str]]:
@@ -131,6 +130,19 @@ def paragraphs(path: Path) -> Iterator[dict[str, str]]:
         fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
         if fields:
             yield fields
+
+
+def planned(snapshot: int, simulation: str) -> Change:
+    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`."""
+    installed = re.findall(r"^Inst (\S+) (?:\[(\S+)\] )?\((\S+)", simulation, re.MULTILINE)
+    removed = dict(re.findall(r"^(?:Remv|Purg) (\S+) \[(\S+)\]", simulation, re.MULTILINE))
+    return Change(
+        snapshot,
+        changed=bool(installed or removed),
+        added={name: new for name, old, new in installed if not old},
+        removed=removed,
+        upgraded={name: (old, new) for name, old, new in installed if old},
+    )
 
 
 def apt_error(output: str) -> AshError:
