@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 if TYPE_CHECKING:
     from anytree import AnyNode
@@ -142,8 +143,7 @@ def run(
             words,
             input=input,
             stdin=subprocess.DEVNULL if input is None else None,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
             env=dict(env) if env is not None else {**clean_environment(), "LC_ALL": "C.UTF-8"},
@@ -170,7 +170,7 @@ def step(text: str) -> Iterator[None]:
 
 def printable(text: str) -> str:
     """Text with its control and escape characters shown, not sent, but for line breaks."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "replace").decode() for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def mounts() -> list[Mount]:
 def mount_of(path: Path) -> Mount:
     """The mount that a path lies on."""
     where = str(path.resolve())
-    above = [m for m in mounts() if m.target == "/" or where == m.target or where.startswith(m.target + "/")]
+    above = [m for m in mounts() if m.target in ("/", where) or where.startswith(m.target + "/")]
     longest = max(len(m.target) for m in above)
     return [m for m in above if len(m.target) == longest][-1]
 
@@ -551,12 +551,13 @@ class Lock:
         self.wait = wait
         self.descriptor = -1
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> Self:
         give_up = time.monotonic() + self.wait
         while not self._take():
             if time.monotonic() >= give_up:
                 holder = self.path.read_text(errors="replace").strip() if self.path.exists() else ""
-                raise AshError(f"{self.what} is locked by {holder or 'another ash'}", "--wait SECONDS waits for it", LOCKED)
+                by = holder or "another ash"
+                raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
         command = " ".join(["ash", *sys.argv[1:]])
         os.ftruncate(self.descriptor, 0)
@@ -752,7 +753,7 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
     lock_first_byte(disk.fileno(), image)
     loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
-    with open(loop, "rb"):
+    with Path(loop).open("rb"):
         loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
         # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
         node = PRIVATE / "disk"
@@ -1613,7 +1614,7 @@ class Transaction:
         self.binds: list[tuple[Path, str]] = []
         self._stack = ExitStack()
 
-    def __enter__(self) -> Transaction:
+    def __enter__(self) -> Self:
         self.system.require_changeable(self.snapshot)
         with ExitStack() as stack:
             lock = stack.enter_context(self.system.lock(self.snapshot))
@@ -1902,6 +1903,7 @@ class BootConfig:
     kernel: str  # names in /boot
     initrds: Sequence[str]
     options: str
+    rootflags: str  # beside the subvolume
     header: Sequence[str]  # terminals and timeout
     foreign: str  # other systems, and the user's own entries
 
@@ -1925,10 +1927,12 @@ class BootConfig:
         initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
         foreign = [body.strip() for name, body in sections if not cls.NOT_FOREIGN.search(name)]
+        options, rootflags = cls._split_options(linux[2])
         return cls(
             kernel=cls._in_boot(linux[1]),
             initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
-            options=cls._own_options(linux[2]),
+            options=options,
+            rootflags=rootflags,
             header=list(dict.fromkeys(line.strip() for line in cls.HEADER.findall(text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
@@ -1938,16 +1942,13 @@ class BootConfig:
         return path.rpartition("/boot/")[2]
 
     @staticmethod
-    def _own_options(options: str) -> str:
-        """The kernel's options without those that ash sets: root=, ro, rw and the subvolume of rootflags=."""
-        kept = []
-        for word in options.split():
-            if word.startswith("rootflags="):
-                flags = [f for f in word.removeprefix("rootflags=").split(",") if not f.startswith("subvol=")]
-                word = "rootflags=" + ",".join(flags) if flags else "ro"
-            if word not in ("ro", "rw") and not word.startswith("root="):
-                kept.append(word)
-        return " ".join(kept)
+    def _split_options(options: str) -> tuple[str, str]:
+        """The kernel's options, and the flags of rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
+        own = re.compile(r"root=.*|ro|rw|rootflags=.*")
+        words = options.split()
+        flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
+        kept = [word for word in words if not own.fullmatch(word)]
+        return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
 
 
 @dataclass(frozen=True)
@@ -2034,7 +2035,8 @@ class Menu:
         name = layout.rootfs_name(deployment.slot)
         title = f"{deployment.name}, snapshot {deployment.snapshot}: {describe(deployment.snapshot)}{mark}"
         boot = f"/{name}/boot"
-        options = f"root=UUID={uuid} rootflags=subvol={name} ro ash.deployment={deployment.id}"
+        flags = ",".join(filter(None, [f"subvol={name}", deployment.config.rootflags]))
+        options = f"root=UUID={uuid} rootflags={flags} ro ash.deployment={deployment.id}"
         lines = [
             f"menuentry {grub_quoted(title)} --id {deployment.id} {{",
             f"    search --no-floppy --fs-uuid --set=root {uuid}",
@@ -2182,7 +2184,7 @@ class Slots:
         write_file(self.layout.menu, self.menu.dump())
         grub_cfg = self.layout.grub_cfg
         old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT_MENUS + 1))]
-        for newer, older in reversed(list(zip(old, old[1:], strict=False))):
+        for newer, older in reversed(list(itertools.pairwise(old))):
             if newer.exists():
                 older.unlink(missing_ok=True)
                 os.link(newer, older)
@@ -2255,7 +2257,8 @@ class System:
             return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
         require_root("changing the system")
         private_mounts()
-        return cls(Layout.at(mount_top(Path(root.source)), ident[0]), load_distro(ident[1]), running=True, wait=args.wait)
+        layout = Layout.at(mount_top(Path(root.source)), ident[0])
+        return cls(layout, load_distro(ident[1]), running=True, wait=args.wait)
 
     @classmethod
     def _at(cls, top: Path, args: argparse.Namespace) -> System:
@@ -2441,7 +2444,9 @@ class System:
                 raise AshError(f"snapshot {number} is booted: nothing is deleted", "", REFUSED)
             if number in deployed:
                 raise AshError(
-                    f"snapshot {number} is deployed: nothing is deleted", "deploy another one, restart, try again", REFUSED
+                    f"snapshot {number} is deployed: nothing is deleted",
+                    "deploy another one, restart, try again",
+                    REFUSED,
                 )
 
     @staticmethod
@@ -2517,7 +2522,7 @@ def is_in_chroot() -> bool:
     try:
         ours, first = os.stat("/"), os.stat("/proc/1/root/")
     except PermissionError:
-        return os.environ.get("container") == "ash"
+        return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
     except OSError:
         return True  # no /proc: nobody starts a system so
     return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
@@ -2760,7 +2765,9 @@ def deployed(deployment: Deployment, changed: bool) -> Reply:
 def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
     slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
     if not isinstance(slot, str) or not slot:
-        raise AshError("no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED)
+        raise AshError(
+            "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
+        )
     of = system.snapshot_of(slot)
     if args.dry_run:
         return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
@@ -3066,9 +3073,9 @@ def flag(*flags: str, help: str) -> Argument:
     return Argument(flags, help, {"action": "store_true"})
 
 
-def words(*flags: str, dest: str, help: str) -> Argument:
+def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
     """An option with one or more words."""
-    return Argument(flags, help, {"nargs": "+", "default": [], "dest": dest})
+    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
 
 
 DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
@@ -3111,16 +3118,14 @@ COMMANDS = [
     ),
     Command("whichtmp", ["whichdep", "which"], "Boot", "whichtmp", "print the booted slot", cmd_whichtmp),
     Command(
-        "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]", "open a root shell in N; `exit` keeps the changes",
-        cmd_chroot, takes="one", changes=True,
+        "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]",
+        "open a root shell in N; `exit` keeps the changes", cmd_chroot, takes="one", changes=True,
         arguments=[flag("--resume", help="go on with what a hang-up left")],
     ),
     Command(
         "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
         takes="one", changes=True, rest=True,
-        arguments=[
-            Argument(("-c", "--cmd", "--command"), "the command", {"nargs": argparse.REMAINDER, "dest": "command_words", "default": []})
-        ],
+        arguments=[words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)],
     ),
     Command(
         "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
@@ -3263,7 +3268,11 @@ def leading_numbers(given: Sequence[str]) -> list[int]:
 
 def overview() -> str:
     """The help without a command."""
-    lines = ["ash keeps the system as a tree of read-only snapshots.", "", "usage: ash [OPTIONS] COMMAND [SNAPSHOT] ..."]
+    lines = [
+        "ash keeps the system as a tree of read-only snapshots.",
+        "",
+        "usage: ash [OPTIONS] COMMAND [SNAPSHOT] ...",
+    ]
     for group in dict.fromkeys(command.group for command in COMMANDS):
         lines += ["", f"{group}:"]
         lines += [f"  {c.usage:38} {c.help}" for c in COMMANDS if c.group == group]
@@ -3277,7 +3286,8 @@ def markdown_table() -> str:
     """The command reference of the README."""
     lines = ["| command | aliases | does |", "| --- | --- | --- |"]
     for c in COMMANDS:
-        lines.append(f"| `{c.usage}` | {' '.join(f'`{a}`' for a in c.aliases)} | {c.help.replace('|', '&#124;')} |")
+        aliases = " ".join(f"`{alias}`" for alias in c.aliases)
+        lines += [f"| `{c.usage}` | {aliases} | {c.help} |"]
     return "\n".join(lines)
 
 

@@ -114,7 +114,14 @@ room=$(df --output=avail -k / | tail -n 1)
     def _apt(work: Transaction, simulate: bool, *arguments: str) -> None:
         """Run apt-get without questions; edited configuration files stay."""
         words = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet"]
-        keep = ["-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold", "-o", "Dpkg::Use-Pty=0"]
+        keep = [
+            "-o",
+            "Dpkg::Options::=--force-confdef",
+            "-o",
+            "Dpkg::Options::=--force-confold",
+            "-o",
+            "Dpkg::Use-Pty=0",
+        ]
         try:
             output = work.run([*words, *keep, *(["--simulate"] if simulate else []), *arguments])
         except PackageError as error:
@@ -148,7 +155,9 @@ def planned(snapshot: int, simulation: str) -> Change:
 def apt_error(output: str) -> AshError:
     """What apt's output says went wrong."""
     errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
-    if missing := re.search(r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output):
+    if missing := re.search(
+        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output
+    ):
         name = missing[1] or missing[2]
         return AshError(f"there is no package {name}", "ash run N apt-get update fetches the lists", MISSING)
     if room := next((line for line in errors if "too little space" in line), ""):

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Debian's root for a new system: bootstrapped by mmdebstrap, with what a machine needs to start and ash to run."""
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from ash import MISSING, USAGE, AshError, last_words, run
+from installer import host
+from installer.distribution import DistroInstaller, Settings, Source
+
+BOOT = ("linux-image-amd64", "initramfs-tools", "systemd-sysv", "udev", "kmod", "zstd")
+GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-signed", "shim-signed")
+SYSTEM = ("dbus", "libpam-systemd", "systemd-resolved", "systemd-timesyncd", "btrfs-progs", "dosfstools", "sudo")
+TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", "nano", "passwd", "procps", "tzdata")
+ASH = ("python3", "python3-tabulate")
+ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
+
+COMPONENTS = "main,non-free-firmware"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+# What the host's apt is told about the way to the archive holds for the bootstrap too; none of it stays in the new
+# system. (On a frozen archive, whose files have expired, the first must be off.)
+HOST_APT_OPTIONS = ("Acquire::Check-Valid-Until", "Acquire::http::Proxy", "Acquire::https::Proxy")
+
+# The build needs no fsync, since a crash leaves no image; and no kernel's or subvolume's own ideas: the initramfs
+# is made once, at the end, and a snapshot holds no nested subvolume.
+BUILD_ENVIRONMENT = {"INITRD": "No", "SYSTEMD_TMPFILES_FORCE_SUBVOL": "0", "DEBIAN_FRONTEND": "noninteractive"}
+BUILD_OPTIONS = ('--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io")
+
+# What mmdebstrap leaves of the host and of the build.
+LEFT_OVER = (
+    "etc/apt/apt.conf.d/99mmdebstrap",
+    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
+    "etc/.resolv.conf.systemd-resolved.bak",
+    "etc/apt/sources.list",
+)
+
+UNREACHABLE = re.compile(r"Could not (?:resolve|connect)|Temporary failure|Connection|Unable to connect|unreachable")
+NO_RELEASE = re.compile(r"does not have a Release file|404 +Not Found|is not signed|unable to find a suitable")
+NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '?(\S+?)'? has no installation candidate")
+
+
+class DebianInstaller(DistroInstaller):
+    """Debian stable, or another of its releases from 12 on."""
+
+    id = "debian"
+    tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
+    admin_group = "sudo"
+    # Those of base-passwd's passwd.master and group.master, and of the packages above.
+    reserved_names = (
+        "root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody adm tty disk"
+        " kmem dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp video sasl plugdev staff"
+        " users nogroup systemd-journal systemd-network systemd-timesync systemd-resolve messagebus input sgx clock"
+        " kvm render"
+    )
+
+    def resolve(self, source: Source) -> Source:
+        """Let mmdebstrap and apt try it out with the archive's own lists; this downloads and installs no package."""
+        if not re.fullmatch(r"[a-z][a-z0-9.-]*", source.release):
+            raise AshError(f"there is no Debian release {source.release}", "such as stable or trixie", USAGE)
+        for name in source.packages:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
+                raise AshError(f"{name!r} is no package name", status=USAGE)
+        with_anytree = dataclasses.replace(source, packages=(*source.packages, ANYTREE))
+        try:
+            return _try_archive(with_anytree)
+        except AshError as error:
+            if ANYTREE not in error.message:
+                raise
+            return _try_archive(source)
+
+    def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
+        """Bootstrap with mmdebstrap, which starts no service; then make the initramfs."""
+        packages = dataclasses.replace(source, packages=(*source.packages, *self._packages_for(settings)))
+        log.run([*_mmdebstrap(packages), "--verbose", *_where(source, root)], env=BUILD_ENVIRONMENT)
+        _write_sources(root)
+        for name in LEFT_OVER:
+            (root / name).unlink(missing_ok=True)
+        for kernel in (root / "usr/lib/modules").iterdir():
+            log.run_inside(root, ["update-initramfs", "-c", "-k", kernel.name])
+
+    def _packages_for(self, settings: Settings) -> Iterator[str]:
+        if settings.locale != Settings.DEFAULT_LOCALE:
+            yield "locales"
+        if settings.keymap != Settings.DEFAULT_KEYMAP:
+            yield "console-setup"
+
+    def needed_files(self, settings: Settings) -> Mapping[str, str]:
+        """The programs of a package stand for the package."""
+        files = {"usr/bin/dpkg": "dpkg", "usr/bin/python3": "python3", "usr/sbin/grub-install": "grub2-common"}
+        if settings.locale != Settings.DEFAULT_LOCALE:
+            files["usr/sbin/locale-gen"] = "locales"
+        if settings.keymap != Settings.DEFAULT_KEYMAP:
+            files["usr/bin/setupcon"] = "console-setup"
+        return files
+
+    def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
+        """By /etc/locale.gen; C.UTF-8 is always there."""
+        (root / "etc/default/locale").write_text(f"LANG={locale}\n")
+        if locale != Settings.DEFAULT_LOCALE:
+            supported = (root / "usr/share/i18n/SUPPORTED").read_text().splitlines()
+            lines = [line for line in supported if line.split()[:1] == [locale]]
+            (root / "etc/locale.gen").write_text("\n".join([*lines, ""]))
+            log.run_inside(root, ["locale-gen"])
+
+    def set_keymap(self, root: Path, keymap: str, log: host.Log) -> None:
+        """By /etc/default/keyboard; the console's own map is made now, since it takes Perl a while."""
+        layout, _, variant = keymap.partition(":")
+        lines = ['XKBMODEL="pc105"', f'XKBLAYOUT="{layout}"', f'XKBVARIANT="{variant}"', 'XKBOPTIONS=""', ""]
+        (root / "etc/default/keyboard").write_text("\n".join(lines))
+        if keymap != Settings.DEFAULT_KEYMAP:
+            log.run_inside(root, ["setupcon", "--save-only"])
+
+
+def _try_archive(source: Source) -> Source:
+    """The source with its code name; AshError where a bootstrap from it would fail."""
+    with tempfile.TemporaryDirectory(prefix="ash-archive-") as folder:
+        argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(folder))]
+        done = run(argv, check=False)
+        if done.returncode:
+            raise _archive_error(source, done.stderr)
+        release = _release_file(Path(folder), source.release)
+    if release.get("Origin") != "Debian":
+        raise AshError(f"{source.release} is no release of Debian", "such as stable or trixie", USAGE)
+    return dataclasses.replace(source, release=release["Codename"])
+
+
+def _mmdebstrap(source: Source) -> list[str]:
+    """mmdebstrap with all its options but those that differ between trying and doing."""
+    packages = [*BOOT, *GRUB, *SYSTEM, *TOOLS, *ASH, *source.packages]
+    argv = ["mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"]
+    argv += [f"--components={COMPONENTS}", f"--include={','.join(packages)}", "--skip=cleanup/apt/lists"]
+    return [*argv, *BUILD_OPTIONS, *_host_apt_options()]
+
+
+def _where(source: Source, root: Path) -> list[str]:
+    return [source.release, str(root), *([source.mirror] if source.mirror else [])]
+
+
+def _host_apt_options() -> list[str]:
+    """The host's own settings for reaching the archive, as mmdebstrap's options."""
+    found = []
+    for name in HOST_APT_OPTIONS:
+        value = run(["apt-config", "shell", "VALUE", name]).stdout.strip().removeprefix("VALUE=").strip("'")
+        if value:
+            found.append(f'--aptopt={name} "{value}"')
+    return found
+
+
+def _archive_error(source: Source, output: str) -> AshError:
+    """What mmdebstrap's and apt's many lines mean, in one."""
+    detail = last_words("\n".join(line for line in output.splitlines() if line.startswith("E: ")) or output, 1)
+    if found := NO_PACKAGE.search(output):
+        return AshError(f"Debian {source.release} has no package {found[1] or found[2]}", status=MISSING)
+    if NO_RELEASE.search(output):
+        at = f" at {source.mirror}" if source.mirror else ""
+        return AshError(f"there is no Debian release {source.release}{at}", "such as stable or trixie", USAGE)
+    if found := UNREACHABLE.search(output):
+        line = next(line.strip() for line in output.splitlines() if UNREACHABLE.search(line))
+        return AshError(f"the package archive cannot be reached: {line}", "see whether the network works")
+    return AshError(f"the package archive cannot be used: {detail}")
+
+
+def _release_file(root: Path, suite: str) -> dict[str, str]:
+    """The fields of a suite's Release file, from apt's lists in a root."""
+    file = next((root / "var/lib/apt/lists").glob(f"*_dists_{suite}_*Release"))
+    return dict(re.findall(r"^(\w+): (.*)$", file.read_text(), re.MULTILINE))
+
+
+def _write_sources(root: Path) -> None:
+    """Write mmdebstrap's one-line sources in the format of today's Debian, naming the archive's key."""
+    lines = [line.split() for line in (root / "etc/apt/sources.list").read_text().splitlines()]
+    suites: dict[str, list[str]] = {}
+    for line in lines:
+        words = [word for word in line if "=" not in word and word not in ("[", "]")]
+        suites.setdefault(words[1], []).append(words[2])
+    stanzas = [
+        f"Types: deb\nURIs: {uri}\nSuites: {' '.join(names)}\n"
+        f"Components: {COMPONENTS.replace(',', ' ')}\nSigned-By: {KEYRING}\n"
+        for uri, names in suites.items()
+    ]
+    (root / "etc/apt/sources.list.d/debian.sources").write_text("\n".join(stanzas))
