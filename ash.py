@@ -1903,9 +1903,9 @@ class BootConfig:
     kernel: str  # names in /boot
     initrds: Sequence[str]
     options: str
-    rootflags: str  # beside the subvolume
-    header: Sequence[str]  # terminals and timeout
-    foreign: str  # other systems, and the user's own entries
+    rootflags: str = ""  # beside the subvolume
+    header: Sequence[str] = ()  # terminals and timeout
+    foreign: str = ""  # other systems, and the user's own entries
 
     # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
     NOT_FOREIGN: ClassVar[re.Pattern[str]] = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
@@ -3125,7 +3125,9 @@ COMMANDS = [
     Command(
         "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
         takes="one", changes=True, rest=True,
-        arguments=[words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)],
+        arguments=[
+            words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
+        ],
     ),
     Command(
         "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
