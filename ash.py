@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
@@ -586,7 +586,7 @@ class Lock:
 
 # From <linux/btrfs.h>: _IOR(0x94, 60, struct of 504 bytes).
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
-BTRFS_SUBVOL_RDONLY = 2
+BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
 
@@ -613,7 +613,7 @@ class Subvolume:
             os.close(descriptor)
         # struct btrfs_ioctl_get_subvol_info_args: treeid at 0, flags at 288, otime at 392.
         ident, flags, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 288, 392))
-        return cls(ident, bool(flags & BTRFS_SUBVOL_RDONLY), made)
+        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made)
 
 
 def subvolume_id(path: Path) -> int:
@@ -839,6 +839,14 @@ class Distro:
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether installing these would change nothing; False where that is not plain."""
+        raise NotImplementedError
+
+    def is_older(self, version: str, other: str) -> bool:
+        """Whether a package's version comes before another, by the package manager's own order."""
+        raise NotImplementedError
+
+    def has_state(self, root: Path, package: str) -> bool:
+        """Whether an installed package keeps something in /var/lib."""
         raise NotImplementedError
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
@@ -1426,6 +1434,18 @@ class Change:
     conflicts_folder: str = ""
     kept: Sequence[str] = ()
 
+    @classmethod
+    def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str], **more: Any) -> Change:
+        """The change that leads from some packages, with their versions, to others."""
+        return cls(
+            snapshot,
+            changed=more.pop("changed", True),
+            added={name: after[name] for name in sorted(after.keys() - before.keys())},
+            removed={name: before[name] for name in sorted(before.keys() - after.keys())},
+            upgraded={n: (old, after[n]) for n, old in sorted(before.items()) if n in after and after[n] != old},
+            **more,
+        )
+
     def packages(self) -> dict[str, Any]:
         """The packages alone, as JSON has them."""
         return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}
@@ -1737,12 +1757,11 @@ class Transaction:
             place.drop()
             raise
         merge = place.finish(intent)
-        self.change = Change(
+        self.change = Change.between(
             n,
+            before,
+            after,
             changed=bool(paths) or bool(entries),
-            added={name: after[name] for name in after.keys() - before.keys()},
-            removed={name: before[name] for name in before.keys() - after.keys()},
-            upgraded={k: (v, after[k]) for k, v in before.items() if k in after and after[k] != v},
             conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
             conflicts_folder=f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else "",
             kept=merge.kept,
@@ -2149,7 +2168,6 @@ class Slots:
         """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
         layout, slot = self.layout, deployment.slot
         target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
-        self._renew_drift_base(slot)
         sync_filesystem(layout.snapshots)
         if isinstance(self.system.booted, str):
             self.menu.last_booted = self.system.booted
@@ -2157,6 +2175,7 @@ class Slots:
             if self.menu.default == slot:
                 self.menu.default = self.menu.last_booted
             self.write_menu()
+        self._renew_drift_base(slot)
         if target.exists():
             exchange(new, target)
         else:
@@ -2190,6 +2209,22 @@ class Slots:
                 os.link(newer, older)
         write_file(grub_cfg, self._rendered(), mode=0o600)
         sync_filesystem(self.layout.snapshots)
+
+    def renew(self, snapshot: int) -> list[str]:
+        """Run grub-mkconfig anew for the deployments of a snapshot. Returns their slots.
+
+        Raises:
+            AshError: it is not deployed.
+        """
+        slots = [slot for slot, deployment in self.menu.deployments.items() if deployment.snapshot == snapshot]
+        if not slots:
+            raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
+        for slot in slots:
+            others = Menu()  # none has the same inputs
+            inputs, config = boot_config(self.layout.rootfs(slot), others, self.layout.grub_cfg.parent)
+            self.menu.deployments[slot] = replace(self.menu.deployments[slot], inputs=inputs, config=config)
+        self.write_menu()
+        return slots
 
     def _rendered(self) -> str:
         return self.menu.render(self.layout, self.uuid, self.system.describe)
@@ -2407,6 +2442,48 @@ class System:
                 raise
         return self.add_snapshot(self.layout.rootfs(snapshot), parent, description)
 
+    def copy_branch(self, snapshot: int, description: str) -> dict[int, int]:
+        """Copy a snapshot with all its branches, next to it. Returns the copies by the originals' numbers."""
+        tree, copies = self.tree(), dict[int, int]()
+        try:
+            for number in tree.branch(snapshot):
+                parent = tree.parent(number)
+                text = description if number == snapshot else self.describe(number)
+                copies[number] = self.copy_snapshot(number, copies.get(parent or -1, parent), text)
+        except BaseException:
+            if copies:
+                self.delete([copies[snapshot]])
+            raise
+        return copies
+
+    def undo(self, snapshot: int) -> Change:
+        """Put a snapshot's predecessor in its place, and it in its predecessor's: twice is redo.
+
+        Raises:
+            AshError: it has none, or it is the base, booted or deployed (REFUSED).
+        """
+        self.require_changeable(snapshot)
+        layout, place = self.layout, self.workplace(snapshot)
+        now, before = layout.rootfs(snapshot), layout.undo(snapshot)
+        with self.lock(snapshot), self.lock("deploy"):
+            place.recover(self.tree())
+            self.require_replaceable([snapshot], "not undone")
+            if not before.exists():
+                raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
+            packages = self.distro.packages(now), self.distro.packages(before)
+            intent = Intent("commit", subvolume_id(now), subvolume_id(before), copies=["boot", "etc"])
+            intent.save(place.folder)
+            sync_filesystem(layout.snapshots)
+            exchange(now, before)
+            place.finish(intent)
+        return Change.between(snapshot, *packages)
+
+    def newer_state(self, change: Change) -> list[str]:
+        """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
+        older = [name for name, (old, new) in change.upgraded.items() if self.distro.is_older(new, old)]
+        root = self.layout.undo(change.snapshot)
+        return [name for name in (*older, *change.removed) if self.distro.has_state(root, name)]
+
     def delete(self, snapshots: Sequence[int]) -> list[int]:
         """Delete snapshots with their branches, all or none of them. Returns their numbers.
 
@@ -2420,7 +2497,7 @@ class System:
                 stack.enter_context(self.lock(number))
                 self.workplace(number).recover(tree)
             stack.enter_context(self.lock("deploy"))
-            self.require_deletable(doomed)
+            self.require_replaceable(doomed, "not deleted")
             for number in doomed:
                 Intent("number").save(self.layout.work(number))
             with self.editing_tree() as tree:
@@ -2432,22 +2509,19 @@ class System:
                 shutil.rmtree(self.layout.work(number))
         return doomed
 
-    def require_deletable(self, snapshots: Sequence[int]) -> None:
-        """Raise AshError where any of these is the base, booted or deployed."""
+    def require_replaceable(self, snapshots: Sequence[int], so: str) -> None:
+        """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
         menu = Menu.load(self.layout.menu)
         deployed = {deployment.snapshot for deployment in menu.deployments.values()}
         in_use = subvolumes_in_use()
         for number in snapshots:
             if number == BASE:
-                raise AshError("snapshot 0 is the base: it is not deleted", "", REFUSED)
+                raise AshError(f"snapshot 0 is the base: it is {so}", "", REFUSED)
             if number == self.current or self._used(self.layout.rootfs(number), in_use):
-                raise AshError(f"snapshot {number} is booted: nothing is deleted", "", REFUSED)
+                raise AshError(f"snapshot {number} is booted: it is {so}", "", REFUSED)
             if number in deployed:
-                raise AshError(
-                    f"snapshot {number} is deployed: nothing is deleted",
-                    "deploy another one, restart, try again",
-                    REFUSED,
-                )
+                hint = "deploy another one, restart, try again"
+                raise AshError(f"snapshot {number} is deployed: it is {so}", hint, REFUSED)
 
     @staticmethod
     def _used(path: Path, in_use: Container[int]) -> bool:
@@ -2495,11 +2569,25 @@ class System:
             Slots(self).recover()
         return found
 
+    def history(self) -> list[dict[str, Any]]:
+        """What was done, oldest first; a line that a crash has torn is left out."""
+        entries = []
+        path = self.layout.history
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    entries.append(entry)
+        return entries
+
     def remember(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the history."""
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
-        with self.lock("state"), self.layout.history.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}).encode() + b"\n"
+        with self.lock("state"), self.layout.history.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
+            file.write(line)
 
 
 def read_distro(path: Path) -> tuple[str, str]:
@@ -2724,13 +2812,97 @@ def new_description(args: argparse.Namespace, default: str) -> str:
     return " ".join([*args.desc, *args.words]) or default
 
 
+def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    branch = system.tree().branch(number)
+    if args.dry_run:
+        return would(f"copy {', '.join(map(str, branch))}")
+    copies = system.copy_branch(number, new_description(args, f"clone of {number}"))
+    data = {"snapshot": copies[number], "changed": True, "copies": {str(old): new for old, new in copies.items()}}
+    text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
+    return Reply(data, text, str(copies[number]))
+
+
+def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    parent = system.tree().parent(number)
+    if args.dry_run:
+        return would(f"copy snapshot {number} beside it")
+    new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
+    return added(new, f"snapshot {new} is a clone of {number}, below {'the root' if parent is None else parent}")
+
+
+def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
+    if len(args.snapshots) != 2:
+        raise AshError("under which snapshot, and which one?", "ash ubranch PARENT N", USAGE)
+    parent, number = args.snapshots
+    system.require(parent)
+    system.require(number)
+    if args.dry_run:
+        return would(f"copy snapshot {number} below {parent}")
+    new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
+    return added(new, f"snapshot {new} is a clone of {number}, below {parent}")
+
+
+def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
+    rows = []
+    for path in own_subvolumes(system.layout):
+        subvolume = Subvolume.at(path)
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
+        name = str(path.relative_to(system.layout.snapshots.parent))
+        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
+    table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
+    return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
+
+
+def own_subvolumes(layout: Layout) -> list[Path]:
+    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
+    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
+    inside = [path for folder in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / folder).iterdir())]
+    work = sorted(layout.work("").glob("*/var"))
+    return [path for path in (*top, *inside, *work) if path.is_dir() and path.stat().st_ino == SUBVOLUME_INODE]
+
+
+def cmd_log(system: System, args: argparse.Namespace) -> Reply:
+    wanted = args.snapshots[0] if args.snapshots else None
+    entries = [e for e in system.history() if wanted is None or wanted in e.get("snapshots", [])]
+    rows = [
+        [
+            entry.get("time", ""),
+            user_name(entry.get("user", 0)),
+            " ".join(["ash", *map(str, entry.get("arguments", []))]),
+            " ".join(map(str, entry.get("snapshots", []))),
+            entry.get("result", ""),
+            packages_summary(entry.get("packages", {})),
+        ]
+        for entry in entries
+    ]
+    return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
+
+
+def user_name(number: int) -> str:
+    """A user's name, or its number where it has none here."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Changed packages in a few words."""
+    signs = {"added": "+", "removed": "-", "upgraded": "^"}
+    return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
+
+
 def cmd_del(system: System, args: argparse.Namespace) -> Reply:
     snapshots = args.snapshots
     if not snapshots:
         raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
     tree = system.tree()
     doomed = sorted({number for snapshot in snapshots for number in tree.branch(snapshot)})
-    system.require_deletable(doomed)
+    system.require_replaceable(doomed, "not deleted")
     names = ", ".join(map(str, doomed))
     if args.dry_run:
         return would(f"delete {names}", snapshots=doomed)
@@ -2760,6 +2932,32 @@ def deployed(deployment: Deployment, changed: bool) -> Reply:
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
     data = {"snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id}
     return Reply(data, text, str(number))
+
+
+def cmd_undo(system: System, args: argparse.Namespace) -> Reply:
+    if not args.snapshots:
+        raise AshError("in which snapshot? undo wants a number", "ash undo N", USAGE)
+    number = args.snapshots[0]
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"put snapshot {number} back to what it was before its last change")
+    change = system.undo(number)
+    newer = system.newer_state(change)
+    text = [change.summary("is as it was before its last change")]
+    text += [f"  /var has the state of a newer {name}" for name in newer]
+    return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
+
+
+def cmd_boot(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"renew the boot configuration of snapshot {number}")
+    with step(f"renewing the boot configuration of snapshot {number}"), system.lock("deploy"):
+        slots = Slots(system)
+        slots.recover()
+        renewed = slots.renew(number)
+    return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
 
 
 def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
@@ -2864,7 +3062,8 @@ class CommandFailed(AshError):
         super().__init__(message, "", status)
 
 
-def cmd_run(system: System, args: argparse.Namespace) -> Reply:
+def command_to_run(args: argparse.Namespace) -> list[str]:
+    """The command that run and tree-run were given; AshError where it or the snapshot is missing."""
     command = [*args.words, *args.command_words]
     if command and command[0] in ("-c", "--cmd", "--command", "--"):
         del command[0]
@@ -2874,15 +3073,49 @@ def cmd_run(system: System, args: argparse.Namespace) -> Reply:
         raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
     if not command:
         raise AshError("what is to be run?", "ash run N COMMAND...", USAGE)
+    return command
+
+
+def cmd_run(system: System, args: argparse.Namespace) -> Reply:
+    command = command_to_run(args)
     number = args.snapshots[0]
     system.require_changeable(number)
     if args.dry_run:
         return would(f"run in snapshot {number}: {' '.join(command)}")
+    change = run_in(system, number, command)
+    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
+
+
+def run_in(system: System, number: int, command: Sequence[str]) -> Change:
+    """Run a command in a snapshot; its exit status decides."""
     with Transaction(system, number) as work:
         status = work.chroot().run(command, stdout=2 if console.json else None)
         if status:
             raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
-    return Reply({**change_data(work.change), "status": 0}, "" if not work.change.conflicts else work.change.summary())
+    return work.change
+
+
+def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
+    command = command_to_run(args)
+    branch = system.tree().branch(args.snapshots[0])
+    if args.dry_run:
+        return would(f"run in {', '.join(map(str, branch))}: {' '.join(command)}")
+    changes, failed = [], dict[int, str]()
+    for number in branch:
+        try:
+            changes.append(run_in(system, number, command))
+        except AshError as error:
+            failed[number] = error.message
+            console.say(f"ash: {error.message}")
+    done = ", ".join(str(change.snapshot) for change in changes)
+    text = [f"done in {done}"] if changes else []
+    text += [f"failed in {number}: {message}" for number, message in failed.items()]
+    data = {
+        "changed": any(change.changed for change in changes),
+        "snapshots": [change_data(change) for change in changes],
+        "failed": {str(number): message for number, message in failed.items()},
+    }
+    return Reply(data, "\n".join(text), status=FAILED if failed else 0)
 
 
 def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
@@ -3050,10 +3283,12 @@ class Command:
         name, aliases: the words that call it.
         group, usage, help: for people.
         function: what does it.
-        takes: "" no snapshot, "one", or "several" (one after the other).
         changes: whether it changes something, and so needs root.
+        numbers: how many snapshots it can be about.
+        several: whether --snapshots names several, on which it works one after the other.
+        words: whether it takes words beside snapshots.
+        rest: whether these are all that follows, another program's options included.
         arguments: its own options.
-        rest: whether all words after the snapshot are another program's.
     """
 
     name: str
@@ -3062,10 +3297,12 @@ class Command:
     usage: str
     help: str
     function: Callable[..., Reply]
-    takes: str = ""
     changes: bool = False
-    arguments: Sequence[Argument] = ()
+    numbers: int = 0
+    several: bool = False
+    words: bool = False
     rest: bool = False
+    arguments: Sequence[Argument] = ()
 
 
 def flag(*flags: str, help: str) -> Argument:
@@ -3079,8 +3316,10 @@ def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
 
 
 DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
+COMMAND_WORDS = words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
 PACKAGES = words("-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)")
 
+MANY = 1000
 COMMANDS = [
     Command(
         "tree", ["t"], "Tree", "tree [-l]", "show all snapshots; * is the one for the next boot", cmd_tree,
@@ -3089,49 +3328,76 @@ COMMANDS = [
     Command("current", ["c"], "Tree", "current", "print the booted snapshot's number", cmd_current),
     Command(
         "desc", ["description"], "Tree", "desc N TEXT...", "describe a snapshot", cmd_desc,
-        takes="one", changes=True, arguments=[DESC],
+        changes=True, numbers=1, words=True, arguments=[DESC],
     ),
     Command(
         "clone", ["cl", "tree-clone"], "Tree", "clone [N] [-d TEXT]", "copy N as a new top-level tree", cmd_clone,
-        takes="one", changes=True, arguments=[DESC],
+        changes=True, numbers=1, words=True, arguments=[DESC],
+    ),
+    Command(
+        "clone-tree", ["ct"], "Tree", "clone-tree [N] [-d TEXT]", "copy N with all its branches, next to N",
+        cmd_clone_tree, changes=True, numbers=1, words=True, arguments=[DESC],
     ),
     Command(
         "branch", ["add-branch"], "Tree", "branch [N] [-d TEXT]", "make a new child of N", cmd_branch,
-        takes="one", changes=True, arguments=[DESC],
+        changes=True, numbers=1, words=True, arguments=[DESC],
+    ),
+    Command(
+        "cbranch", ["clone-branch", "cb"], "Tree", "cbranch [N] [-d TEXT]", "copy N under N's parent", cmd_cbranch,
+        changes=True, numbers=1, words=True, arguments=[DESC],
+    ),
+    Command(
+        "ubranch", ["clone-under", "cu"], "Tree", "ubranch P N [-d TEXT]", "copy N under P", cmd_ubranch,
+        changes=True, numbers=2, words=True, arguments=[DESC],
     ),
     Command(
         "new", ["new-tree"], "Tree", "new [-d TEXT]", "make a new top-level snapshot from the base", cmd_new,
-        changes=True, arguments=[DESC],
+        changes=True, words=True, arguments=[DESC],
+    ),
+    Command(
+        "log", ["history"], "Tree", "log [N]", "show what was done, when, by whom, with what result", cmd_log, numbers=1
     ),
     Command(
         "del", ["delete", "rm", "rem", "rm-snapshot"], "Tree", "del N...", "delete N and its branches, after asking",
-        cmd_del, takes="several", changes=True,
+        cmd_del, changes=True, numbers=MANY, several=True,
+    ),
+    Command(
+        "sub", ["subs", "subvol", "subvols", "subvolumes"], "Tree", "sub", "list the distribution's subvolumes", cmd_sub
     ),
     Command(
         "deploy", ["dep", "d"], "Boot", "deploy [N] [--secondary]", "boot N from the next start on", cmd_deploy,
-        takes="one", changes=True,
+        changes=True, numbers=1,
         arguments=[flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default")],
+    ),
+    Command(
+        "undo", [], "Boot", "undo N", "put N back to what it was before its last change; twice is redo", cmd_undo,
+        changes=True, numbers=1,
     ),
     Command(
         "rollback", [], "Boot", "rollback", "make the booted deployment permanent: keep it as a snapshot, deploy that",
         cmd_rollback, changes=True,
     ),
+    Command(
+        "boot", ["boot-update", "update-boot"], "Boot", "boot [N]", "renew N's boot configuration", cmd_boot,
+        changes=True, numbers=1,
+    ),
     Command("whichtmp", ["whichdep", "which"], "Boot", "whichtmp", "print the booted slot", cmd_whichtmp),
     Command(
         "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]",
-        "open a root shell in N; `exit` keeps the changes", cmd_chroot, takes="one", changes=True,
+        "open a root shell in N; `exit` keeps the changes", cmd_chroot, changes=True, numbers=1,
         arguments=[flag("--resume", help="go on with what a hang-up left")],
     ),
     Command(
         "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
-        takes="one", changes=True, rest=True,
-        arguments=[
-            words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
-        ],
+        changes=True, numbers=1, words=True, rest=True, arguments=[COMMAND_WORDS],
+    ),
+    Command(
+        "tree-run", ["trun"], "Inside a snapshot", "tree-run N COMMAND...", "the same in N and every branch below it",
+        cmd_tree_run, changes=True, numbers=1, words=True, rest=True, arguments=[COMMAND_WORDS],
     ),
     Command(
         "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
-        takes="one", changes=True,
+        changes=True, numbers=1,
     ),
     Command(
         "tmp", ["tmpclear"], "Inside a snapshot", "tmp", "drop what dead transactions left on any snapshot", cmd_tmp,
@@ -3143,7 +3409,7 @@ COMMANDS = [
     ),
     Command(
         "install", ["in"], "Packages", "install [N] PKG... [--remove PKG...]", "install packages, or package files",
-        cmd_install, takes="several", changes=True,
+        cmd_install, changes=True, numbers=1, several=True, words=True,
         arguments=[
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
@@ -3153,15 +3419,14 @@ COMMANDS = [
     ),
     Command(
         "remove", ["uninstall", "uninst", "unins", "unin", "un"], "Packages", "remove [N] PKG...",
-        "remove packages and what nothing needs any more", cmd_remove, takes="several", changes=True,
+        "remove packages and what nothing needs any more", cmd_remove,
+        changes=True, numbers=1, several=True, words=True,
         arguments=[PACKAGES, flag("--purge", help="also their configuration")],
     ),
-    Command(
-        "list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, takes="one",
-    ),
+    Command("list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, numbers=1),
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(
-        "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help,
+        "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
         arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown"], "default": "text"})],
     ),
 ]  # fmt: skip
@@ -3206,9 +3471,9 @@ def parser_of(command: Command) -> Parser:
     parser = Parser(prog=f"ash {command.name}", usage=usage, description=command.help, allow_abbrev=False)
     for argument in (*command.arguments, *GLOBAL_OPTIONS):
         parser.add_argument(*argument.flags, help=argument.help, **argument.settings)
-    if command.takes:
+    if command.numbers:
         parser.add_argument(*SNAPSHOT_OPTIONS, dest="snapshots", type=int, nargs=1, help="the snapshot", metavar="N")
-    if command.takes == "several":
+    if command.several:
         parser.add_argument("--snapshots", "--snaps", dest="several", nargs="+", default=[], help="several snapshots")
     parser.add_argument("words", nargs=argparse.REMAINDER if command.rest else "*", help=argparse.SUPPRESS)
     return parser
@@ -3235,25 +3500,20 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         before = [option for option in before if option not in ("-h", "--help")]
     command = find_command(word)
     args = parser_of(command).parse_args([*before, *after])
-    if command.takes:
+    if command.numbers:
         args.snapshots = args.snapshots or []
-        if command.takes == "several":
+        if command.several:
             numbers = leading_numbers(args.several)
             args.snapshots += numbers
             args.words = args.several[len(numbers) :] + args.words
-        if not args.snapshots:
-            limit = None if command.name == "del" else 1
-            args.snapshots = leading_numbers(args.words)[:limit]
-            args.words = args.words[len(args.snapshots) :]
-        if args.words and command.takes == "one" and not (command.rest or hasattr(args, "desc")):
-            raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
-        if command.name == "del" and args.words:
-            raise AshError(f"{args.words[0]!r} is no snapshot's number", f"ash {command.usage}", USAGE)
-    elif args.words and not (hasattr(args, "desc") or command.name == "help"):
+        more = leading_numbers(args.words)[: max(0, command.numbers - len(args.snapshots))]
+        args.snapshots += more
+        args.words = args.words[len(more) :]
+    if args.words and not command.words:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
         raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
-    if (args.root or args.image) and command.takes and not args.snapshots:
+    if (args.root or args.image) and command.numbers and not args.snapshots and command.function is not cmd_log:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
 
@@ -3304,10 +3564,10 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
         reply = command.function(system, args)
     except AshError as error:
         if error.status == FAILED or isinstance(error, CommandFailed):
-            system.remember({**history_of(command, args), "result": error.message})
+            system.remember({**history_of(command, args, {}), "result": error.message})
         raise
     if reply.data.get("changed"):
-        system.remember({**history_of(command, args), "result": "done", **reply.data})
+        system.remember({**reply.data, **history_of(command, args, reply.data), "result": "done"})
     return reply
 
 
@@ -3322,15 +3582,22 @@ def version_system(args: argparse.Namespace) -> System:
         return System(Layout(Path("/.snapshots"), ident), Distro())
 
 
-def history_of(command: Command, args: argparse.Namespace) -> dict[str, Any]:
-    """Who does what, for the history."""
+def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Who does what to which snapshots, for the history."""
+    several = [one["snapshot"] if isinstance(one, dict) else one for one in data.get("snapshots", [])]
+    touched = {*getattr(args, "snapshots", []), *several, *([data["snapshot"]] if "snapshot" in data else [])}
     try:
         user = Path("/proc/self/loginuid").read_text().strip()
     except OSError:
         user = ""
     unset = str(2**32 - 1)
     user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
-    return {"user": int(user) if user.isdecimal() else 0, "command": command.name, "arguments": sys.argv[1:]}
+    return {
+        "user": int(user) if user.isdecimal() else 0,
+        "command": command.name,
+        "arguments": sys.argv[1:],
+        "snapshots": sorted(touched),
+    }
 
 
 def print_reply(command: Command, reply: Reply) -> None:

@@ -100,6 +100,16 @@ room=$(df --output=avail -k / | tail -n 1)
         }
         return set(packages) <= self.packages(root).keys() - automatic
 
+    def is_older(self, version: str, other: str) -> bool:
+        """Compare versions as dpkg does (deb-version(7))."""
+        return version_key(version) < version_key(other)
+
+    def has_state(self, root: Path, package: str) -> bool:
+        """Whether dpkg's list of the package's files has something in /var/lib."""
+        info = root / IN_ROOT_DB / "dpkg/info"
+        lists = [info / f"{package}.list", *info.glob(f"{package}:*.list")]
+        return any("/var/lib/" in path.read_text(errors="replace") for path in lists if path.exists())
+
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
         """One run of apt-get, after fetching the package lists where there are none."""
         if not any((work.var / "lib/apt/lists").glob("*_*")):
@@ -128,6 +138,24 @@ room=$(df --output=avail -k / | tail -n 1)
             raise apt_error(error.message) from None
         if simulate:
             work.change = planned(work.snapshot, output)
+
+
+def version_key(version: str) -> tuple[object, ...]:
+    """A key by which Debian versions sort: epoch, upstream version, revision.
+
+    Runs of digits count as numbers, other runs letter by letter: `~` before the end, letters before the rest.
+    """
+    epoch, _, rest = version.rpartition(":")
+    upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "0")
+
+    def order(letter: str) -> int:
+        return -1 if letter == "~" else ord(letter) if letter.isalpha() else ord(letter) + 256
+
+    def key(part: str) -> list[object]:
+        runs = re.findall(r"(\D*)(\d*)", part)
+        return [([*map(order, letters), 0], int(digits or 0)) for letters, digits in runs]
+
+    return int(epoch or 0), key(upstream), key(revision)
 
 
 def paragraphs(path: Path) -> Iterator[dict[str, str]]:
