@@ -9,7 +9,7 @@ This file is the core. It knows btrfs, transactions and booting, and nothing abo
 `distros/<id>/ashpk.py`, which the installer appends to it, so that one text file is the whole program.
 
 In reading order: errors, programs, kernel calls, the layout on disk, state, btrfs, distributions, the chroot,
-/var, transactions, booting, the system, commands, the command line.
+/var, transactions, a root that boots, /etc, the boot menu, the system, commands, the command line.
 """
 
 from __future__ import annotations
@@ -1280,6 +1280,13 @@ def copy_file(source: Path, target: Path) -> None:
     copy_attributes(source, target)
 
 
+def make_private_folder(folder: Path) -> None:
+    """Make a folder, its parent for root alone: what is kept there may be secret."""
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+
+
 def remove_tree(path: Path) -> None:
     """Delete a file or a directory with all that is in it; nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
@@ -1355,6 +1362,7 @@ class VarMerge:
             self._append(changed, live, self.origin / entry)
         elif fingerprint(live) != fingerprint(self.origin / entry) or self._is_open(live):
             self.in_conflict.append(entry)
+            make_private_folder(self.conflicts)
             self._place(changed, self.conflicts / entry)
         else:
             self._place(changed, live)
@@ -1807,7 +1815,7 @@ def mark_variant(root: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Booting: fstab, what a root needs to be booted, slots, the menu
+# What a root needs to be booted: fstab, units
 # ---------------------------------------------------------------------------------------------------------------
 
 OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
@@ -1840,8 +1848,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
         ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
     ]
     lines = [f"{' '.join(entry)} 0 0" for entry in own]
-    theirs = [line for line in old.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
-    return "\n".join([*lines, *theirs, ""])
+    return "\n".join([*lines, *fstab_of_user(old), ""])
 
 
 def fstab_mount_point(line: str) -> str:
@@ -1883,7 +1890,25 @@ ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
 ExecStop=umount /.snapshots/rootfs
 """
 
+# Stopped after all other services, while everything is still mounted: what they wrote to /etc last is carried too.
+CARRY_UNIT = """\
+[Unit]
+Description=Carry changes of /etc over to the deployment for the next boot
+DefaultDependencies=no
+After=local-fs.target ash-protect.service
+Before=sysinit.target
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=true
+ExecStop=/usr/bin/ash carry
+"""
+
 UNITS = {
+    "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
     "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
     "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
 }
@@ -1913,6 +1938,230 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
             remove_tree(units / wanted_by / name)
             (units / wanted_by / name).symlink_to(f"../{name}")
     mark_variant(root)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The merge of /etc: three-way, between what a deployment started with, what it made of that, and another's own
+# ---------------------------------------------------------------------------------------------------------------
+
+# What programs make anew by themselves, or keep beside what they edit.
+NOT_DRIFT = re.compile(r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-")
+# The machine's own, whatever snapshot it runs.
+IDENTITY = re.compile(r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?")
+# A line for each name; the columns are merged one by one, those with lists of members by member.
+ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "subgid"})
+MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
+    there = os.path.lexists(one), os.path.lexists(other)
+    if not all(there):
+        return not any(there)
+    a, b = one.lstat(), other.lstat()
+    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return False
+    if stat.S_ISLNK(a.st_mode):
+        return os.readlink(one) == os.readlink(other)
+    if stat.S_ISREG(a.st_mode):
+        return a.st_size == b.st_size and (a.st_mtime_ns == b.st_mtime_ns or one.read_bytes() == other.read_bytes())
+    return True
+
+
+def paths_below(folder: Path) -> set[str]:
+    """All paths in a folder, from it."""
+    found = set()
+    for here, folders, files in os.walk(folder):
+        found |= {str(Path(here, name).relative_to(folder)) for name in (*folders, *files)}
+    return found
+
+
+def etc_drift(base: Path, running: Path) -> dict[str, str]:
+    """What was changed in a running /etc: "added", "removed" or "changed" for each path, parents first."""
+    drift = {}
+    for path in sorted(paths_below(base) | paths_below(running)):
+        if NOT_DRIFT.fullmatch(path) or is_same(base / path, running / path):
+            continue
+        before, now = os.path.lexists(base / path), os.path.lexists(running / path)
+        drift[path] = "changed" if before and now else "added" if now else "removed"
+    return drift
+
+
+def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
+    """Merge passwd or one of its kin by the names in it.
+
+    Args:
+        name: the file's name, one of ACCOUNT_FILES.
+        base, running, own: what the deployment started with, what it has now, what the new one has.
+
+    Returns:
+        the new text, and the names of which both sides changed the same.
+    """
+    old, live, new = ({line.partition(":")[0]: line for line in text.splitlines()} for text in (base, running, own))
+    conflicts = []
+    for account in dict.fromkeys([*old, *live]):
+        was, now, theirs = old.get(account), live.get(account), new.get(account)
+        if now in (was, theirs):
+            continue
+        if theirs == was:
+            if now is None:
+                del new[account]
+            elif was is None and name in ("passwd", "group") and number_is_taken(now, new.values()):
+                conflicts.append(account)
+            else:
+                new[account] = now
+        elif was is None or now is None or theirs is None:
+            conflicts.append(account)
+        else:
+            merged = merge_columns(was, now, theirs, MEMBER_COLUMNS.get(name, set()))
+            conflicts += [account] if merged is None else []
+            new[account] = merged or theirs
+    return "".join(f"{text}\n" for text in new.values()), conflicts
+
+
+def number_is_taken(line: str, others: Iterable[str]) -> bool:
+    """Whether a line of passwd or group has a number that another line has too."""
+    return line.split(":")[2:3] in [other.split(":")[2:3] for other in others]
+
+
+def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | None:
+    """Merge a line of three columns by column; None where both changed the same one."""
+    rows = [line.split(":") for line in (was, now, theirs)]
+    if len({len(row) for row in rows}) != 1:
+        return None
+    merged = []
+    for column, (a, b, c) in enumerate(zip(*rows, strict=True)):
+        if column in members:
+            before, live, own = (dict.fromkeys(filter(None, text.split(","))) for text in (a, b, c))
+            kept = [name for name in own if name not in before or name in live]
+            merged.append(",".join(dict.fromkeys([*kept, *(name for name in live if name not in before)])))
+        elif b != a and c not in (a, b):
+            return None
+        else:
+            merged.append(b if b != a else c)
+    return ":".join(merged)
+
+
+@dataclass
+class EtcMerge:
+    """Carries what was changed in a running /etc over into another one.
+
+    Args:
+        base: the /etc that the running deployment started with.
+        running: its /etc as it is now.
+        target: the /etc to be changed, which still has its own.
+        conflicts: where the running version of a file goes that both sides changed.
+        own_fstab: makes the target's fstab from the lines of another.
+        identity: whether the machine's id and host keys are carried too.
+    """
+
+    base: Path
+    running: Path
+    target: Path
+    conflicts: Path
+    own_fstab: Callable[[str], str]
+    identity: bool = True
+    carried: list[str] = field(default_factory=list)
+    in_conflict: list[str] = field(default_factory=list)
+
+    def merge(self, fresh: bool = False) -> None:
+        """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
+        drift = etc_drift(self.base, self.running)
+        for path in [p for p, kind in drift.items() if kind != "removed"]:
+            if IDENTITY.fullmatch(path):
+                self._carry_identity(path)
+            elif fresh:
+                self._keep_aside(path)
+            else:
+                self._carry(path)
+        for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
+            self._carry_removal(path)
+        if self.identity:
+            for path in [p for p in paths_below(self.running) if IDENTITY.fullmatch(p) and p not in drift]:
+                self._carry_identity(path)
+
+    def _carry(self, path: str) -> None:
+        own, now, was = self.target / path, self.running / path, self.base / path
+        if path == "fstab":
+            self._carry_fstab(own, now, was)
+        elif is_same(own, now):
+            pass
+        elif is_same(own, was) and (own.parent.is_dir() and not own.parent.is_symlink()):
+            self.place(now, own)
+            self.carried.append(path)
+        elif path in ACCOUNT_FILES and all(one.is_file() for one in (own, now, was)):
+            self._carry_accounts(path)
+        elif not (now.is_dir() and own.is_dir()):
+            self._keep_aside(path)
+
+    def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
+        texts = [path.read_text() if path.exists() else "" for path in (own, now, was)]
+        ours, live, before = map(fstab_of_user, texts)
+        if live in (before, ours):
+            return
+        if ours == before:
+            own.write_text(self.own_fstab(texts[1]))
+            self.carried.append("fstab")
+        else:
+            self._keep_aside("fstab")
+
+    def _carry_accounts(self, path: str) -> None:
+        was, now, own = ((folder / path).read_text() for folder in (self.base, self.running, self.target))
+        merged, conflicts = merge_accounts(path, was, now, own)
+        if merged != own:
+            (self.target / path).write_text(merged)
+            self.carried.append(path)
+        if conflicts:
+            self._keep_aside(path)
+
+    def _carry_removal(self, path: str) -> None:
+        own = self.target / path
+        if not os.path.lexists(own):
+            return
+        if not is_same(own, self.base / path) or (own.is_dir() and not own.is_symlink() and any(own.iterdir())):
+            self.in_conflict.append(path)
+            return
+        if own.is_dir() and not own.is_symlink():
+            own.rmdir()
+        else:
+            own.unlink()
+        self.carried.append(path)
+
+    def _carry_identity(self, path: str) -> None:
+        own = self.target / path
+        if self.identity and not is_same(own, self.running / path):
+            own.parent.mkdir(exist_ok=True)
+            self.place(self.running / path, own)
+
+    def _keep_aside(self, path: str) -> None:
+        """Put the running version into the conflicts folder."""
+        now = self.running / path
+        self.in_conflict.append(path)
+        if not now.is_dir() or now.is_symlink():
+            make_private_folder(self.conflicts)
+            aside = self.conflicts / "etc" / path
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(now, aside)
+
+    @staticmethod
+    def place(source: Path, target: Path) -> None:
+        """Make a path what another is; a folder without what is in it."""
+        if source.is_dir() and not source.is_symlink():
+            target.mkdir(exist_ok=True)
+            copy_attributes(source, target)
+        else:
+            remove_tree(target)
+            copy_file(source, target)
+
+
+def fstab_of_user(text: str) -> list[str]:
+    """The lines of an fstab that are not ash's own."""
+    return [line for line in text.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The boot menu, and the slots that it boots
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1981,6 +2230,11 @@ class Deployment:
     name: str  # the distribution's, for the menu
     inputs: str  # a digest of what its boot configuration was made from
     config: BootConfig
+    etc_from: str = ""  # the slot whose changes of /etc were carried over
+    etc_state: str = ""  # a digest of that /etc as it was then
+    carried: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
+    conflicts_folder: str = ""
 
 
 @dataclass
@@ -2094,6 +2348,13 @@ def boot_inputs(root: Path) -> str:
     return digest.hexdigest()
 
 
+def etc_state(etc: Path) -> str:
+    """A digest of an /etc that changes when anything in it does."""
+    import hashlib
+
+    return hashlib.sha256(repr(fingerprint(etc)).encode(errors="replace")).hexdigest()
+
+
 def os_release(root: Path, key: str) -> str:
     """A value of a root's os-release; empty where it has none."""
     path = path_inside(root, "etc/os-release")
@@ -2148,8 +2409,8 @@ class Slots:
         good = booted if booted in SLOTS else self.menu.last_booted or self.menu.default
         return next(slot for slot in SLOTS if slot not in (booted, good))
 
-    def build(self, snapshot: int, slot: str) -> Deployment:
-        """Make the new deployment beside its slot, and find out how it boots."""
+    def build(self, snapshot: int, slot: str, fresh_etc: bool) -> Deployment:
+        """Make the new deployment beside its slot, with the running /etc's changes, and find out how it boots."""
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
@@ -2161,8 +2422,68 @@ class Slots:
             inputs, config = boot_config(new, self.menu, grub)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
+        self._renew_drift_base(slot)
         name = os_release(new, "NAME") or layout.distro
-        return Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config)
+        deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config)
+        return self._carry_etc(deployment, new / "etc", fresh_etc)
+
+    @property
+    def running(self) -> str:
+        """The slot whose /etc is the running one; on another system's disk, the one that was booted last."""
+        booted = self.system.booted
+        return booted if isinstance(booted, str) else self.menu.last_booted or self.menu.default
+
+    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str) -> EtcMerge:
+        """The merge of a slot's changes of /etc into another /etc, that of the snapshot or slot `which`."""
+        layout = self.layout
+
+        def own_fstab(text: str) -> str:
+            return render_fstab(layout, self.uuid, which, text)
+
+        running = layout.rootfs(slot) / "etc"
+        return EtcMerge(layout.etc(slot), running, target, layout.conflicts(snapshot), own_fstab)
+
+    def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
+        """Carry the running /etc's changes over, and note in the deployment what came of it."""
+        running = self.running
+        if not running or not self.layout.etc(running).exists():
+            return deployment
+        merge = self.merge_of(running, target, deployment.snapshot, deployment.slot)
+        merge.merge(fresh)
+        folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
+        return replace(
+            deployment,
+            etc_from="" if fresh else running,
+            etc_state=etc_state(merge.running),
+            carried=merge.carried,
+            conflicts=merge.in_conflict,
+            conflicts_folder=folder,
+        )
+
+    def carry(self) -> list[str]:
+        """Carry what was changed in the running /etc since the deployment for the next boot was made.
+
+        Returns:
+            the paths that were carried over now.
+        """
+        deployment, layout = self.menu.deployments.get(self.menu.default), self.layout
+        if deployment is None or deployment.etc_from not in (self.system.booted, None) or not deployment.etc_from:
+            return []
+        running = layout.rootfs(deployment.etc_from) / "etc"
+        if etc_state(running) == deployment.etc_state:
+            return []
+        etc = layout.rootfs(deployment.slot) / "etc"
+        new = etc.with_name("etc.ash-new")
+        remove_tree(new)
+        run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
+        renewed = self._carry_etc(deployment, new, fresh=False)
+        sync_filesystem(layout.snapshots)
+        exchange(new, etc)
+        remove_tree(new)
+        self.menu.deployments[deployment.slot] = renewed
+        write_file(layout.menu, self.menu.dump())
+        sync_filesystem(layout.snapshots)
+        return list(renewed.carried)
 
     def put_in_place(self, deployment: Deployment, secondary: bool) -> None:
         """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
@@ -2175,7 +2496,7 @@ class Slots:
             if self.menu.default == slot:
                 self.menu.default = self.menu.last_booted
             self.write_menu()
-        self._renew_drift_base(slot)
+        replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
         if target.exists():
             exchange(new, target)
         else:
@@ -2189,6 +2510,19 @@ class Slots:
         self.write_menu()
         delete_subvolume(new)
 
+    def forget_drift(self, slot: str, but: Sequence[str]) -> None:
+        """Take the changes of a slot's /etc as what it started with, since they are saved, but for some paths."""
+        layout, new = self.layout, self.layout.etc(f"new-{slot}")
+        delete_subvolume(new)
+        snapshot_subvolume(layout.etc(slot), new)
+        for path, kind in etc_drift(layout.etc(slot), layout.rootfs(slot) / "etc").items():
+            if path not in but and kind != "removed":
+                EtcMerge.place(layout.rootfs(slot) / "etc" / path, new / path)
+            elif path not in but:
+                remove_tree(new / path)
+        set_readonly(new)
+        replace_subvolume(new, layout.etc(slot))
+
     def _renew_drift_base(self, slot: str) -> None:
         """Keep the /etc that the deployment starts with, beside what the running one makes of it."""
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
@@ -2196,7 +2530,6 @@ class Slots:
         create_subvolume(new)
         run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(f'new-{slot}') / 'etc'}/.", new])
         set_readonly(new)
-        replace_subvolume(new, layout.etc(slot))
 
     def write_menu(self) -> None:
         """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log."""
@@ -2527,8 +2860,13 @@ class System:
     def _used(path: Path, in_use: Container[int]) -> bool:
         return path.exists() and subvolume_id(path) in in_use
 
-    def deploy(self, snapshot: int, secondary: bool = False) -> tuple[Deployment, bool]:
+    def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Have a snapshot booted from the next start on (or make one more menu entry for it).
+
+        Args:
+            snapshot: its number.
+            secondary: make one more entry in the menu, not the default.
+            fresh_etc: leave the running /etc's changes behind.
 
         Returns:
             the deployment, and whether anything had to be done.
@@ -2537,22 +2875,50 @@ class System:
         with self.lock("deploy"):
             slots = Slots(self)
             slots.recover()
-            there = self._already_deployed(slots.menu, snapshot, secondary)
-            if there:
+            there = self._already_deployed(slots, snapshot, secondary)
+            if there and not fresh_etc:
                 return there, False
             slot = slots.choose(secondary)
-            deployment = slots.build(snapshot, slot)
+            deployment = slots.build(snapshot, slot, fresh_etc)
             slots.put_in_place(deployment, secondary)
         return deployment, True
 
-    def _already_deployed(self, menu: Menu, snapshot: int, secondary: bool) -> Deployment | None:
+    def _already_deployed(self, slots: Slots, snapshot: int, secondary: bool) -> Deployment | None:
+        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc."""
         source = subvolume_id(self.layout.rootfs(snapshot))
-        candidates = SECONDARY_SLOTS if secondary else (menu.default,)
-        for slot in candidates:
-            deployment = menu.deployments.get(slot)
-            if deployment and (deployment.snapshot, deployment.source) == (snapshot, source):
-                return deployment
+        for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
+            there = slots.menu.deployments.get(slot)
+            if there and (there.snapshot, there.source) == (snapshot, source):
+                running = slots.running
+                if running == slot or etc_state(self.layout.rootfs(running) / "etc") == there.etc_state:
+                    return there
         return None
+
+    def etc_update(self) -> tuple[Change, EtcMerge]:
+        """Save the running /etc's changes into the booted snapshot, but for fstab's own lines and the identity.
+
+        Raises:
+            AshError: the base runs, or a snapshot that was booted directly (REFUSED).
+        """
+        slot = self.booted if self.running else Menu.load(self.layout.menu).last_booted
+        if not isinstance(slot, str) or not slot:
+            raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
+        number = self.snapshot_of(slot)
+        with self.lock("deploy"):
+            slots = Slots(self)
+            with Transaction(self, number) as work:
+                merge = slots.merge_of(slot, work.root / "etc", number, number)
+                merge.identity = False
+                merge.merge()
+            slots.forget_drift(slot, merge.in_conflict)
+        return work.change, merge
+
+    def drift(self) -> tuple[str, dict[str, str]]:
+        """The slot whose /etc is the running one, and what was changed in it."""
+        slot = Slots(self).running
+        if not slot or not self.layout.etc(slot).exists():
+            raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
+        return slot, etc_drift(self.layout.etc(slot), self.layout.rootfs(slot) / "etc")
 
     def recover(self, drop_kept: bool) -> list[int]:
         """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots."""
@@ -2921,7 +3287,7 @@ def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
-        deployment, changed = system.deploy(number, args.secondary)
+        deployment, changed = system.deploy(number, secondary=args.secondary, fresh_etc=args.fresh_etc)
     return deployed(deployment, changed)
 
 
@@ -2930,8 +3296,41 @@ def deployed(deployment: Deployment, changed: bool) -> Reply:
     number = deployment.snapshot
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
-    data = {"snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id}
+    if changed and deployment.carried:
+        text += f"\n  carried over from the running /etc: {', '.join(deployment.carried)}"
+    if changed and deployment.conflicts:
+        text += f"\n  left behind, the running versions are in {deployment.conflicts_folder}: "
+        text += ", ".join(deployment.conflicts)
+    data = {
+        "snapshot": number,
+        "changed": changed,
+        "slot": deployment.slot,
+        "id": deployment.id,
+        "carried": list(deployment.carried),
+        "conflicts": list(deployment.conflicts),
+        "conflicts_folder": deployment.conflicts_folder,
+    }
     return Reply(data, text, str(number))
+
+
+def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("carry changes of the running /etc over to the deployment for the next boot")
+    with system.lock("deploy"):
+        carried = Slots(system).carry()
+    text = f"carried over: {', '.join(carried)}" if carried else "nothing to carry over"
+    return Reply({"changed": bool(carried), "carried": carried}, text)
+
+
+def cmd_etc_update(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("save into the booted snapshot: " + ", ".join(system.drift()[1]))
+    change, merge = system.etc_update()
+    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
+    lines = [f"snapshot {change.snapshot} has now: {', '.join(merge.carried)}" if merge.carried else "nothing to save"]
+    if merge.in_conflict:
+        lines.append(f"  changed in both, left as it is in the snapshot: {', '.join(merge.in_conflict)}")
+    return Reply(data, "\n".join(lines))
 
 
 def cmd_undo(system: System, args: argparse.Namespace) -> Reply:
@@ -3367,7 +3766,10 @@ COMMANDS = [
     Command(
         "deploy", ["dep", "d"], "Boot", "deploy [N] [--secondary]", "boot N from the next start on", cmd_deploy,
         changes=True, numbers=1,
-        arguments=[flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default")],
+        arguments=[
+            flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
+            flag("--fresh-etc", help="leave the running /etc's changes behind"),
+        ],
     ),
     Command(
         "undo", [], "Boot", "undo N", "put N back to what it was before its last change; twice is redo", cmd_undo,
@@ -3380,6 +3782,14 @@ COMMANDS = [
     Command(
         "boot", ["boot-update", "update-boot"], "Boot", "boot [N]", "renew N's boot configuration", cmd_boot,
         changes=True, numbers=1,
+    ),
+    Command(
+        "etc-update", ["etc", "etc-up", "up-etc"], "Inside a snapshot", "etc-update",
+        "save the running /etc into the booted snapshot", cmd_etc_update, changes=True,
+    ),
+    Command(
+        "carry", [], "Boot", "carry",
+        "carry changes of /etc over to the deployment for the next boot (done at shutdown)", cmd_carry, changes=True,
     ),
     Command("whichtmp", ["whichdep", "which"], "Boot", "whichtmp", "print the booted slot", cmd_whichtmp),
     Command(
