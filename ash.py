@@ -382,6 +382,10 @@ class Layout:
         return self.ash / "history"
 
     @property
+    def ids(self) -> Path:
+        return self.ash / "ids"
+
+    @property
     def menu(self) -> Path:
         """What the boot menu is made from: readable by all, while grub.cfg lies on a volume that is not mounted."""
         return self.ash / "menu"
@@ -414,6 +418,12 @@ class Layout:
 # Below a root file system.
 IN_ROOT_DB = "usr/share/ash/db"
 IN_ROOT_SNAP = "usr/share/ash/snap"
+IN_ROOT_MUTABLE = "usr/share/ash/mutable"
+
+
+def is_mutable(root: Path) -> bool:
+    """Whether a root was made mutable."""
+    return (root / IN_ROOT_MUTABLE).exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -681,35 +691,82 @@ def nested_subvolumes(path: Path) -> list[Path]:
     return found
 
 
-# From the kernel's fs/btrfs/send.h: commands that do not change what a file is, and the attributes with a path.
-SEND_IGNORED = {1, 2, 20, 21}  # SUBVOL, SNAPSHOT, UTIMES, END
-SEND_PATHS = {15, 16}  # PATH, PATH_TO
+# From the kernel's fs/btrfs/send.h: what a command does to the path that it names.
+SEND_ADDS = {3, 4, 5, 6, 7, 8, 10}  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
+SEND_RENAME = 9
+SEND_REMOVES = {11, 12}  # UNLINK, RMDIR
+SEND_CHANGES = {13, 14, 15, 16, 17, 18, 19, 22}  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT
+SEND_PATH, SEND_PATH_TO = 15, 16
+ORPHAN = re.compile(r"o\d+-\d+-\d+")  # the name of what is on its way to another
 
 
-def changed_paths(old: Path, new: Path) -> set[str]:
+def changed_paths(old: Path, new: Path) -> dict[str, str]:
     """The paths at which two read-only snapshots differ, by what btrfs itself says; times alone do not count.
 
-    A file that is new appears under a temporary name and then, by its renaming, under its own.
+    Returns:
+        "added", "removed" or "changed" for each path.
     """
     argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
     if done.returncode:
         raise AshError(f"cannot compare {old.name} with {new.name}: {last_words(done.stderr.decode(errors='replace'))}")
-    return set(paths_in_stream(done.stdout))
+    return changes_in_stream(done.stdout)
 
 
-def paths_in_stream(stream: bytes) -> Iterator[str]:
-    """The paths that a btrfs send stream changes (its format: a magic, then commands of type-length-value)."""
+def changes_in_stream(stream: bytes) -> dict[str, str]:
+    """What a btrfs send stream changes; a path that goes and comes again has changed."""
+    changes: dict[str, str] = {}
+
+    def note(path: str, kind: str) -> None:
+        before = changes.get(path)
+        if ORPHAN.fullmatch(path.partition("/")[0]):
+            return
+        if {before, kind} == {"added", "removed"}:
+            changes[path] = "changed"
+        elif before is None or kind != "changed":
+            changes[path] = kind
+
+    for command, path, target in commands_in_stream(stream):
+        if command in SEND_ADDS:
+            note(path, "added")
+        elif command in SEND_REMOVES:
+            note(path, "removed")
+        elif command == SEND_RENAME:
+            note(path, "removed")
+            note(target, "added")
+        elif command in SEND_CHANGES:
+            note(path, "changed")
+    return changes
+
+
+def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
+    """The commands of a btrfs send stream (a magic, then commands of type-length-value) with path and path_to."""
     at = len(b"btrfs-stream\0") + 4
     while at < len(stream):
         length, command = struct.unpack_from("<IH", stream, at)
         at += 10
         end = at + length
+        paths = {SEND_PATH: "", SEND_PATH_TO: ""}
         while at < end:
             kind, size = struct.unpack_from("<HH", stream, at)
-            if command not in SEND_IGNORED and kind in SEND_PATHS:
-                yield os.fsdecode(stream[at + 4 : at + 4 + size])
+            if kind in paths:
+                paths[kind] = os.fsdecode(stream[at + 4 : at + 4 + size])
             at += 4 + size
+        yield command, paths[SEND_PATH], paths[SEND_PATH_TO]
+
+
+@contextmanager
+def readonly_view(path: Path, beside: Path) -> Iterator[Path]:
+    """A subvolume, or a read-only copy of it where it is writable, for as long as the block lasts."""
+    if Subvolume.at(path).readonly:
+        yield path
+        return
+    delete_subvolume(beside)
+    snapshot_subvolume(path, beside, readonly=True)
+    try:
+        yield beside
+    finally:
+        delete_subvolume(beside)
 
 
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
@@ -819,6 +876,8 @@ class Distro:
 
     # Directories below /var that describe what is in /usr and /etc: they travel with the snapshot.
     database: ClassVar[tuple[str, ...]] = ()
+    # Single files of that kind, whose tools replace a link.
+    database_files: ClassVar[tuple[str, ...]] = ()
     # Entries of /var that are caches or lists (the newest file wins), and logs (what was appended is appended).
     caches: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
@@ -847,6 +906,18 @@ class Distro:
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether an installed package keeps something in /var/lib."""
+        raise NotImplementedError
+
+    def claims(self, root: Path, entry: str) -> set[str]:
+        """The installed packages that an entry of /var belongs to, by their file lists and their names."""
+        raise NotImplementedError
+
+    def config_files(self, root: Path) -> set[str]:
+        """The configuration files of all packages, by their paths from the root."""
+        raise NotImplementedError
+
+    def problems(self, root: Path) -> list[str]:
+        """What is wrong with the package database of a root; needs no privileges and runs nothing."""
         raise NotImplementedError
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
@@ -1328,7 +1399,7 @@ class VarMerge:
         live: /var as it is now.
         distro: says what is a cache and what is a log.
         conflicts: where an entry goes that cannot be put in place.
-        delete: whether deletions are applied; where a package was removed, its data stays.
+        delete: the entries in which deletions are applied; where a package was removed, its data stays.
     """
 
     upper: Path
@@ -1336,7 +1407,7 @@ class VarMerge:
     live: Path
     distro: Distro
     conflicts: Path
-    delete: bool
+    delete: Iterable[str]
     in_conflict: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     _opened: set[tuple[int, int]] | None = None
@@ -1403,10 +1474,11 @@ class VarMerge:
     def _delete(self, live: Path) -> None:
         if not os.path.lexists(live):
             return
-        if self.delete:
+        path = live.relative_to(self.live)
+        if {str(path), *map(str, path.parents)} & {*self.delete}:
             remove_tree(live)
         else:
-            self.kept.append(f"/var/{live.relative_to(self.live)}")
+            self.kept.append(f"/var/{path}")
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
@@ -1490,7 +1562,7 @@ class Intent:
     new: int = 0
     entries: list[str] = field(default_factory=list)  # of /var
     copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
-    delete: bool = True
+    delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
 
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
@@ -1585,6 +1657,7 @@ class Workplace:
                         file.write(f"{entry}\n")
         for folder in intent.copies:
             renew_copy(layout, n, folder)
+        set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
         if intent.state == "commit" and self.root.exists():
             delete_subvolume(layout.undo(n))
@@ -1697,6 +1770,7 @@ class Transaction:
             raise
         snapshot_subvolume(self.layout.rootfs(self.snapshot), self.root)
         copy_attributes(self.var, self.place.upper)
+        self._lay_out_database_files()
 
     def show(self, path: Path) -> str:
         """Let what runs in the transaction see a file of outside; returns its path in there."""
@@ -1743,9 +1817,11 @@ class Transaction:
         try:
             mark_variant(self.root)
             self._refuse_foreign_writes()
+            self._settle_numbers()
+            self._take_database_files()
             set_readonly(self.root)
             paths = self._changed_paths()
-            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), True).entries()
+            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), ()).entries()
             before, after = self._packages(paths)
             intent = Intent(
                 state="commit" if paths else "merge",
@@ -1753,7 +1829,7 @@ class Transaction:
                 new=subvolume_id(self.root),
                 entries=entries,
                 copies=sorted({path.split("/")[0] for path in paths} & {"etc", "boot"}),
-                delete=not before.keys() - after.keys(),
+                delete=self._entries_to_delete_in(entries, before.keys() - after.keys()),
             )
             if not paths:
                 delete_subvolume(self.root)
@@ -1775,13 +1851,74 @@ class Transaction:
             kept=merge.kept,
         )
 
+    def _settle_numbers(self) -> None:
+        """See that no name that the transaction brought has another's number, or another number than elsewhere."""
+        before = self.layout.rootfs(self.snapshot) / "etc"
+        if all(is_same(before / name, self.root / "etc" / name) for name in NUMBERED_FILES):
+            return
+        with self.system.lock("state"):
+            numbers = Numbers.load(self.layout.ids)
+            moves = numbers.settle(before, self.root / "etc")
+            write_file(self.layout.ids, numbers.dump())
+        if moves:
+            folders = {self.root: self.layout.rootfs(self.snapshot), self.place.upper: self.var}
+            folders |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
+            renumber(self.root, moves, before, folders)
+
+    def _new_homes(self, before: Path) -> list[Path]:
+        """Home directories in the shared /home, of accounts that the transaction has made."""
+        known = read_numbers(before / "passwd")
+        homes = []
+        for line in (self.root / "etc/passwd").read_text(errors="replace").splitlines():
+            row = line.split(":")
+            if len(row) > 5 and row[0] not in known and row[5].startswith("/home/"):
+                home = self.layout.home / row[5].removeprefix("/home/")
+                homes += [home] if home.is_dir() and not home.is_symlink() and home.parent == self.layout.home else []
+        return homes
+
+    def _lay_out_database_files(self) -> None:
+        """Show the snapshot's own single files of the package database in its /var."""
+        for name in self.distro.database_files:
+            own, shown = self.root / IN_ROOT_DB / Path(name).name, self.place.upper / name
+            if own.exists():
+                for folder in reversed(Path(name).parents[:-1]):
+                    (self.place.upper / folder).mkdir(exist_ok=True)
+                    copy_attributes(self.var / folder, self.place.upper / folder)
+                copy_file(own, shown)
+
+    def _take_database_files(self) -> None:
+        """Take the single files of the package database from /var back into the snapshot."""
+        for name in self.distro.database_files:
+            own, shown = self.root / IN_ROOT_DB / Path(name).name, self.place.upper / name
+            if not os.path.lexists(shown):
+                continue
+            if is_whiteout(shown):
+                own.unlink(missing_ok=True)
+            elif not is_same(own, shown):
+                remove_tree(own)
+                copy_file(shown, own)
+            shown.unlink()
+
     def _changed_paths(self) -> set[str]:
         original = self.layout.rootfs(self.snapshot)
-        paths = changed_paths(original, self.root)
+        with readonly_view(original, self.place.folder / "view") as before:
+            paths = changed_paths(before, self.root)
         resolver = "etc/resolv.conf"  # was another one meanwhile
-        if paths == {resolver} and (original / resolver).read_bytes() == (self.root / resolver).read_bytes():
+        if paths.keys() == {resolver} and (original / resolver).read_bytes() == (self.root / resolver).read_bytes():
             return set()
-        return paths
+        return set(paths)
+
+    def _entries_to_delete_in(self, entries: Sequence[str], removed: Container[str]) -> list[str]:
+        """The entries whose deletions are the doing of an upgrade, or of the user, and not of a package's removal."""
+        if not removed:
+            return list(entries)
+        before, after = self.layout.rootfs(self.snapshot), self.root
+        return [
+            entry
+            for entry in entries
+            if self.distro.claims(after, entry)
+            and not self.distro.claims(before, entry) - self.distro.claims(after, entry)
+        ]
 
     def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         """The packages before and after, where the database has changed."""
@@ -1815,6 +1952,134 @@ def mark_variant(root: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The numbers of users and groups: the same name has the same number in all snapshots
+# ---------------------------------------------------------------------------------------------------------------
+
+
+NUMBERED_FILES = ("passwd", "group", "subuid", "subgid")
+FIRST_HUMAN, LAST_SYSTEM = 1000, 999  # as Debian, Arch and Fedora have it in login.defs
+SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
+
+
+@dataclass
+class Numbers:
+    """The names and numbers that were ever given, for each of NUMBERED_FILES.
+
+    In subuid and subgid a name's number is where its range begins.
+    """
+
+    given: dict[str, dict[str, int]] = field(default_factory=lambda: {name: {} for name in NUMBERED_FILES})
+
+    @classmethod
+    def load(cls, path: Path) -> Numbers:
+        """The numbers as their file has them; none where there is no file."""
+        if not path.exists():
+            return cls()
+        try:
+            data = json.loads(path.read_text())
+            return cls({name: {k: int(v) for k, v in data.get(name, {}).items()} for name in NUMBERED_FILES})
+        except (ValueError, TypeError, AttributeError):
+            raise AshError(f"the file of users' numbers {path} is damaged", "ash fsck --repair makes it anew") from None
+
+    def dump(self) -> str:
+        """The numbers as their file has them."""
+        return json.dumps(self.given) + "\n"
+
+    def learn(self, etc: Path) -> None:
+        """Take note of the names in an /etc that are not known yet."""
+        for name in NUMBERED_FILES:
+            for account, number in read_numbers(etc / name).items():
+                self.given[name].setdefault(account, number)
+
+    def settle(self, before: Path, after: Path) -> dict[str, dict[int, int]]:
+        """Find the numbers for names that are new or changed in an /etc, and take note of them.
+
+        Args:
+            before, after: the /etc that a transaction started with, and what it made of it.
+
+        Returns:
+            for each file, which numbers are to become which.
+        """
+        moves: dict[str, dict[int, int]] = {}
+        for name in NUMBERED_FILES:
+            old, new = read_numbers(before / name), read_numbers(after / name)
+            given = self.given[name]
+            for account, number in new.items():
+                if old.get(account) == number:
+                    given.setdefault(account, number)
+                    continue
+                if account not in given:
+                    taken = {*given.values(), *(n for other, n in new.items() if other != account)}
+                    given[account] = number if number not in given.values() else free_number(name, number, taken)
+                if given[account] != number:
+                    moves.setdefault(name, {})[number] = given[account]
+        return moves
+
+
+def free_number(name: str, like: int, taken: Container[int]) -> int:
+    """A number of the same kind as another (system or human, or a range's start) that is not taken."""
+    if name in ("subuid", "subgid"):
+        return next(n for n in range(like, 1 << 31, SUBORDINATES) if n not in taken)
+    candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, 60000)
+    return next(n for n in candidates if n not in taken)
+
+
+def read_numbers(path: Path) -> dict[str, int]:
+    """Names and numbers of passwd, group, subuid or subgid."""
+    column = 1 if path.name.startswith("sub") else 2
+    rows = [line.split(":") for line in (path.read_text(errors="replace").splitlines() if path.is_file() else [])]
+    return {row[0]: int(row[column]) for row in rows if len(row) > column and row[column].isdecimal()}
+
+
+def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, folders: Mapping[Path, Path]) -> None:
+    """Give accounts of a root their settled numbers, and their files with them.
+
+    Args:
+        root: the root; its passwd and kin are rewritten.
+        moves: which numbers become which, as Numbers.settle() says.
+        before: the /etc that the transaction started with: accounts that it had keep theirs.
+        folders: where files of these accounts may be, each with what was there before: those keep their owners.
+    """
+    users, groups = moves.get("passwd", {}), moves.get("group", {})
+    for name in NUMBERED_FILES:
+        path = root / "etc" / name
+        if not path.is_file():
+            continue
+        old = read_numbers(before / name)
+        lines = []
+        for line in path.read_text().splitlines():
+            row, column = line.split(":"), 1 if name.startswith("sub") else 2
+            if len(row) > column and row[column].isdecimal() and old.get(row[0]) != int(row[column]):
+                row[column] = str(moves.get(name, {}).get(int(row[column]), row[column]))
+                if name == "passwd" and len(row) > 3 and row[3].isdecimal():
+                    row[3] = str(groups.get(int(row[3]), row[3]))
+            lines.append(":".join(row))
+        path.write_text("".join(f"{text}\n" for text in lines))
+    for folder, original in folders.items():
+        for path in [folder, *(folder / inside for inside in paths_below(folder))]:
+            give_to(path, original / path.relative_to(folder), users, groups)
+
+
+def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
+    """Change a file's owner and group by a map of numbers, unless it had that owner before."""
+    now = path.lstat()
+    was = original.lstat() if os.path.lexists(original) else None
+    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
+    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
+    if (user, group) == (-1, -1):
+        return
+    capabilities = None
+    if stat.S_ISREG(now.st_mode):
+        with contextlib.suppress(OSError):
+            capabilities = os.getxattr(path, "security.capability")
+    os.chown(path, user, group, follow_symlinks=False)
+    if not stat.S_ISLNK(now.st_mode):
+        path.chmod(stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
+    if capabilities is not None:
+        os.setxattr(path, "security.capability", capabilities)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What a root needs to be booted: fstab, units
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1823,7 +2088,7 @@ OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp"
 MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
 
 
-def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
+def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
     """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
 
     Args:
@@ -1831,6 +2096,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
         uuid: of the root file system.
         which: the snapshot's number or the slot's name.
         old: the text so far.
+        mutable: whether the root is to be writable.
     """
     options = "compress=zstd,noatime"
 
@@ -1838,7 +2104,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str) -> str:
         return f"subvol={layout.volume_name(prefix)},{options}"
 
     own = [
-        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},ro"),
+        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
         # Old versions of setuid programs lie here: they must not be run.
         (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
         (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
@@ -1926,7 +2192,7 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
     for name in MOUNT_POINTS:
         (root / name).mkdir(parents=True, exist_ok=True)
     fstab = root / "etc/fstab"
-    fstab.write_text(render_fstab(layout, uuid, which, fstab.read_text() if fstab.exists() else ""))
+    fstab.write_text(render_fstab(layout, uuid, which, fstab.read_text() if fstab.exists() else "", is_mutable(root)))
     for name, target in {"usr/bin/ash": "/.snapshots/ash/ash"}.items():
         remove_tree(root / name)
         (root / name).symlink_to(target)
@@ -2230,6 +2496,7 @@ class Deployment:
     name: str  # the distribution's, for the menu
     inputs: str  # a digest of what its boot configuration was made from
     config: BootConfig
+    mutable: bool = False
     etc_from: str = ""  # the slot whose changes of /etc were carried over
     etc_state: str = ""  # a digest of that /etc as it was then
     carried: Sequence[str] = ()
@@ -2309,7 +2576,8 @@ class Menu:
         title = f"{deployment.name}, snapshot {deployment.snapshot}: {describe(deployment.snapshot)}{mark}"
         boot = f"/{name}/boot"
         flags = ",".join(filter(None, [f"subvol={name}", deployment.config.rootflags]))
-        options = f"root=UUID={uuid} rootflags={flags} ro ash.deployment={deployment.id}"
+        mode = "rw" if deployment.mutable else "ro"
+        options = f"root=UUID={uuid} rootflags={flags} {mode} ash.deployment={deployment.id}"
         lines = [
             f"menuentry {grub_quoted(title)} --id {deployment.id} {{",
             f"    search --no-floppy --fs-uuid --set=root {uuid}",
@@ -2424,7 +2692,7 @@ class Slots:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
         self._renew_drift_base(slot)
         name = os_release(new, "NAME") or layout.distro
-        deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config)
+        deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config, is_mutable(new))
         return self._carry_etc(deployment, new / "etc", fresh_etc)
 
     @property
@@ -2438,7 +2706,7 @@ class Slots:
         layout = self.layout
 
         def own_fstab(text: str) -> str:
-            return render_fstab(layout, self.uuid, which, text)
+            return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
 
         running = layout.rootfs(slot) / "etc"
         return EtcMerge(layout.etc(slot), running, target, layout.conflicts(snapshot), own_fstab)
@@ -2449,6 +2717,10 @@ class Slots:
         if not running or not self.layout.etc(running).exists():
             return deployment
         merge = self.merge_of(running, target, deployment.snapshot, deployment.slot)
+        with self.system.lock("state"):
+            numbers = Numbers.load(self.layout.ids)
+            numbers.learn(merge.running)
+            write_file(self.layout.ids, numbers.dump())
         merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return replace(
@@ -2750,7 +3022,7 @@ class System:
             undo.callback(place.drop)
             undo.callback(place.delete_snapshot)
             Intent("number").save(place.folder)
-            snapshot_subvolume(source, layout.rootfs(number), readonly=True)
+            snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
             for folder in ("etc", "boot"):
                 if copies_of is not None and layout.copy(folder, copies_of).exists():
                     snapshot_subvolume(layout.copy(folder, copies_of), layout.copy(folder, number), readonly=True)
@@ -2810,6 +3082,25 @@ class System:
             exchange(now, before)
             place.finish(intent)
         return Change.between(snapshot, *packages)
+
+    def set_mutable(self, snapshot: int, mutable: bool) -> bool:
+        """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
+        self.require_changeable(snapshot)
+        root = self.layout.rootfs(snapshot)
+        with self.lock(snapshot):
+            self.workplace(snapshot).recover(self.tree())
+            if is_mutable(root) == mutable:
+                return False
+            set_readonly(root, False)
+            if mutable:
+                (root / IN_ROOT_MUTABLE).touch()
+            else:
+                (root / IN_ROOT_MUTABLE).unlink()
+                for folder in ("etc", "boot"):
+                    renew_copy(self.layout, snapshot, folder)
+                set_readonly(root)
+            sync_filesystem(self.layout.snapshots)
+        return True
 
     def newer_state(self, change: Change) -> list[str]:
         """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
@@ -3017,7 +3308,13 @@ def split_base(layout: Layout, distro: Distro) -> None:
             travels.mkdir()
             shared.parent.mkdir(parents=True, exist_ok=True)
         shared.symlink_to(f"/{IN_ROOT_DB}/{travels.name}")
+    for name in distro.database_files:
+        if (root / "var" / name).exists():
+            (root / "var" / name).rename(root / IN_ROOT_DB / Path(name).name)
     distro.prepare_base(root)
+    numbers = Numbers()
+    numbers.learn(root / "etc")
+    write_file(layout.ids, numbers.dump())
     for folder, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
         run(["cp", "-a", "--reflink=auto", f"{root / folder}/.", shared])
         shutil.rmtree(root / folder)
@@ -3076,7 +3373,11 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
 
     def marks(number: int) -> list[str]:
-        facts = {"booted": number == current, "deployed": number == next_boot, "mutable": is_mutable(system, number)}
+        facts = {
+            "booted": number == current,
+            "deployed": number == next_boot,
+            "mutable": is_mutable(system.layout.rootfs(number)),
+        }
         return [name for name, holds in facts.items() if holds]
 
     def label(number: int) -> str:
@@ -3101,11 +3402,6 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
         table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
         text = text_table(table, ["snapshot", "date", "packages"])
     return Reply({"tree": rows}, text)
-
-
-def is_mutable(system: System, number: int) -> bool:
-    """Whether a snapshot was made mutable."""
-    return (system.layout.rootfs(number) / "usr/share/ash/mutable").exists()
 
 
 def tree_columns(system: System, number: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Debian's package manager: apt and dpkg."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,16 @@ class Debian(Distro):
         "lib/ca-certificates-java",
         "lib/ghc",
         "lib/tex-common",
+        "lib/texmf",
+        "lib/doc-base",
+        "lib/ghostscript",
+        "lib/grub",
+        "lib/ieee-data",
+        "lib/libreoffice",
+        "lib/mecab",
+        "lib/php/modules",
+        "lib/shim-signed",
+        "lib/vim",
         "lib/systemd/deb-systemd-helper-enabled",
         "lib/systemd/deb-systemd-helper-masked",
         "lib/systemd/deb-systemd-user-helper-enabled",
@@ -39,6 +50,7 @@ class Debian(Distro):
         "cache/debconf",
         "cache/ldconfig",
     )
+    database_files = ("lib/shells.state",)
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
     logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
     environment: ClassVar[Mapping[str, str]] = {
@@ -109,6 +121,43 @@ room=$(df --output=avail -k / | tail -n 1)
         info = root / IN_ROOT_DB / "dpkg/info"
         lists = [info / f"{package}.list", *info.glob(f"{package}:*.list")]
         return any("/var/lib/" in path.read_text(errors="replace") for path in lists if path.exists())
+
+    def claims(self, root: Path, entry: str) -> set[str]:
+        """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
+        installed = self.packages(root)
+        claimed = {name for name in installed if name == Path(entry).name}
+        wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
+        for path in (root / IN_ROOT_DB / "dpkg/info").glob("*.list"):
+            name = path.stem.partition(":")[0]
+            if name in installed and wanted.search(path.read_text(errors="replace")):
+                claimed.add(name)
+        return claimed
+
+    def config_files(self, root: Path) -> set[str]:
+        """Those of dpkg's status file, and those that ucf keeps."""
+        status = root / IN_ROOT_DB / "dpkg/status"
+        text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else ""
+        blocks = re.findall(r"^Conffiles:\n((?: .*\n)*)", text, re.MULTILINE)
+        own = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
+        registry = root / IN_ROOT_DB / "ucf/registry"
+        lines = registry.read_text(errors="replace").splitlines() if registry.exists() else []
+        return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
+
+    def problems(self, root: Path) -> list[str]:
+        """Packages that are half there, and files that dpkg believes to be there and that are not."""
+        found = []
+        for package in paragraphs(root / IN_ROOT_DB / "dpkg/status"):
+            state = package["Status"].rpartition(" ")[2]
+            if state not in ("installed", "config-files", "not-installed"):
+                found.append(f"package {package['Package']} is {state}")
+        installed = self.packages(root)
+        for listing in sorted((root / IN_ROOT_DB / "dpkg/info").glob("*.list")):
+            name = listing.stem.partition(":")[0]
+            if name in installed:
+                files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
+                missing = [line for line in files if not os.path.lexists(root / line[1:])]
+                found += [f"package {name} lacks {missing[0]} ({len(missing)} files)"] if missing else []
+        return found
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
         """One run of apt-get, after fetching the package lists where there are none."""

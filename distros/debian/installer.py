@@ -90,8 +90,16 @@ class DebianInstaller(DistroInstaller):
             yield "console-setup"
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
-        """The programs of a package stand for the package."""
-        files = {"usr/bin/dpkg": "dpkg", "usr/bin/python3": "python3", "usr/sbin/grub-install": "grub2-common"}
+        """A file of each package stands for the package."""
+        files = {
+            "usr/bin/dpkg": "dpkg",
+            "usr/bin/python3": "python3",
+            "usr/sbin/grub-install": "grub2-common",
+            "usr/lib/grub/i386-pc/boot.img": "grub-pc-bin",
+            "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed": "grub-efi-amd64-signed",
+            "usr/lib/shim/shimx64.efi.signed": "shim-signed",
+            "usr/sbin/update-initramfs": "initramfs-tools",
+        }
         if settings.locale != Settings.DEFAULT_LOCALE:
             files["usr/sbin/locale-gen"] = "locales"
         if settings.keymap != Settings.DEFAULT_KEYMAP:
