@@ -543,6 +543,45 @@ class Tree:
         return "\n".join(["root - root", *lines])
 
 
+CONF_EXAMPLE = """\
+# ash's configuration of this snapshot: key::value lines, lists by comma.
+# mutable_dirs::opt/games
+# mutable_dirs_shared::srv
+"""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What /etc/ash.conf says."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    KEYS: ClassVar[frozenset[str]] = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared"})
+
+    @classmethod
+    def parse(cls, text: str) -> Configuration:
+        """Read `key::value` lines.
+
+        Raises:
+            AshError: a line is none, with its number; or its key is not known.
+        """
+        values = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            key, separator, value = line.partition("::")
+            if not separator or key.strip() not in cls.KEYS:
+                hint = f"a line is KEY::VALUE; keys are {', '.join(sorted(cls.KEYS))}"
+                raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", hint, USAGE)
+            values[key.strip()] = value.strip()
+        return cls(values)
+
+    def paths(self, key: str) -> list[str]:
+        """The directories of a list, by their paths from the root; those that lead out of it are left out."""
+        listed = [part.strip().strip("/") for part in self.values.get(key, "").split(",")]
+        return [path for path in listed if path and ".." not in path.split("/")]
+
+
 class Lock:
     """An flock on a small file that names its holder; held by everything that inherits the descriptor.
 
@@ -1780,11 +1819,15 @@ class Transaction:
 
     def chroot(self) -> Chroot:
         """The working copy, as what runs in it sees it."""
+        mutable = []
+        for kept, seen in mutable_folders(self.root, self.snapshot):
+            (self.layout.snapshots / kept).mkdir(parents=True, exist_ok=True)
+            mutable.append((self.layout.snapshots / kept, seen))
         return Chroot(
             self.root,
             {**self.distro.environment},
             Overlay(self.var, self.place.upper, self.place.overlay_work),
-            [(self.layout.home, "home"), (self.layout.home_root, "root"), *self.binds],
+            [(self.layout.home, "home"), (self.layout.home_root, "root"), *mutable, *self.binds],
             self.distro.transient,
         )
 
@@ -2178,6 +2221,17 @@ UNITS = {
     "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
     "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
 }
+
+
+def mutable_folders(root: Path, snapshot: int) -> list[tuple[str, str]]:
+    """What ash.conf of a root names as mutable: where it is kept (as the old ash did), and where it is seen.
+
+    The one is a path from @.snapshots_D, the other from the root.
+    """
+    path = path_inside(root, "etc/ash.conf")
+    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration()
+    own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
+    return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
 
 def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
@@ -2588,6 +2642,11 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
+def without_titles(grub_cfg: str) -> str:
+    """The text of a grub.cfg of ours without the titles of its entries."""
+    return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
+
+
 def grub_quoted(text: str) -> str:
     """Text as one word of GRUB's script language, in which nothing is special; control characters go."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
@@ -2684,6 +2743,11 @@ class Slots:
         snapshot_subvolume(layout.rootfs(snapshot), new)
         equip(layout, new, slot, self.uuid)
         (new / IN_ROOT_SNAP).write_text(f"{snapshot}\n")
+        with (new / "etc/fstab").open("a") as fstab:
+            for kept, seen in mutable_folders(new, snapshot):
+                (layout.snapshots / kept).mkdir(parents=True, exist_ok=True)
+                path_inside(new, seen).mkdir(parents=True, exist_ok=True)
+                fstab.write(f"/.snapshots/{kept} /{seen} none bind,x-systemd.requires-mounts-for=/.snapshots 0 0\n")
         grub = layout.grub_cfg.parent
         grub.mkdir(exist_ok=True)
         try:
@@ -2830,6 +2894,10 @@ class Slots:
             self.menu.deployments[slot] = replace(self.menu.deployments[slot], inputs=inputs, config=config)
         self.write_menu()
         return slots
+
+    def is_written(self) -> bool:
+        """Whether grub.cfg is what the menu file says, but for descriptions that were changed since."""
+        return without_titles(self._grub_cfg()) == without_titles(self._rendered())
 
     def _rendered(self) -> str:
         return self.menu.render(self.layout, self.uuid, self.system.describe)
@@ -3323,6 +3391,188 @@ def split_base(layout: Layout, distro: Distro) -> None:
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)
     set_readonly(root)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Comparing snapshots, and finding damage
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
+
+    packages: Change
+    config: Mapping[str, str]
+    files: Mapping[str, str]
+
+    def data(self) -> dict[str, Any]:
+        """The difference as JSON has it."""
+        return {"packages": self.packages.packages(), "config": dict(self.config), "files": dict(self.files)}
+
+    def text(self) -> str:
+        """The difference for people."""
+        signs = {"added": "+", "removed": "-", "changed": "^"}
+        lines = self.packages.summary().splitlines()[1:]
+        lines += [f"  {signs[kind]} /{path}" for path, kind in sorted({**self.config, **self.files}.items())]
+        return "\n".join(lines) or "no difference"
+
+
+def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
+    """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
+    roots = system.layout.rootfs(old), system.layout.rootfs(new)
+    before, after = map(system.distro.packages, roots)
+    listed = set().union(*map(system.distro.config_files, roots))
+    if os.geteuid() == 0 and system.layout.top is not None:
+        with ExitStack() as stack:
+            views = [stack.enter_context(readonly_view(root, root.with_name(f"view-{root.name}"))) for root in roots]
+            paths = changed_paths(*views)
+        config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
+        files = paths if all_files else {}
+    else:
+        config = {path: kind for path in sorted(listed) if (kind := kind_of_change(roots[0] / path, roots[1] / path))}
+        files = {}
+    return Difference(Change.between(new, before, after), config, files)
+
+
+def kind_of_change(old: Path, new: Path) -> str:
+    """How a path differs: "added", "removed", "changed", or "" where it does not, or cannot be read."""
+    with contextlib.suppress(PermissionError):
+        if is_same(old, new):
+            return ""
+        return "changed" if old.exists() and new.exists() else "added" if new.exists() else "removed"
+    return ""
+
+
+def patch(old: Path, new: Path, path: str) -> str:
+    """The differences of a text file as `diff -u` writes them; one line where it is no text."""
+    import difflib
+
+    texts = []
+    for root in (old, new):
+        file = root / path
+        try:
+            texts.append(file.read_text().splitlines(keepends=True) if file.is_file() else [])
+        except UnicodeDecodeError:
+            return f"binary file /{path} differs\n"
+    before, after = texts
+    return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that fsck found."""
+
+    what: str
+    snapshot: int | None = None
+
+    def text(self) -> str:
+        return f"snapshot {self.snapshot}: {self.what}" if self.snapshot is not None else self.what
+
+
+class Check:
+    """Compares tree, subvolumes, deployments, boot files and package databases with each other; changes nothing."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.layout = system.layout
+
+    def run(self) -> Iterator[Damage]:
+        """All damage there is."""
+        try:
+            tree = self.system.tree()
+        except AshError as error:
+            yield Damage(error.message)
+            return
+        numbers = tree.numbers()
+        for number in numbers:
+            yield from self._snapshot(number)
+        yield from self._strays(numbers)
+        yield from self._leftovers()
+        yield from self._numbers_of_users(numbers)
+        yield from self._nested()
+        yield from self._menu()
+
+    def _snapshot(self, number: int) -> Iterator[Damage]:
+        root = self.layout.rootfs(number)
+        if not root.is_dir() or root.stat().st_ino != SUBVOLUME_INODE:
+            yield Damage(f"{root.name} is missing", number)
+            return
+        if not Subvolume.at(root).readonly and not is_mutable(root):
+            yield Damage(f"{root.name} is writable", number)
+        if not self.layout.description(number).is_file():
+            yield Damage("it has no description", number)
+        for folder in ("etc", "boot"):
+            copy = self.layout.copy(folder, number)
+            if not copy.is_dir():
+                yield Damage(f"{copy.name} is missing", number)
+            elif different := first_difference(copy, root / folder):
+                yield Damage(f"{copy.name} differs from its /{folder}: {different}", number)
+        for problem in self.system.distro.problems(root):
+            yield Damage(problem, number)
+
+    def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
+        for folder, prefix in (("rootfs", "snapshot-"), ("rootfs", "undo-"), ("etc", "etc-"), ("boot", "boot-")):
+            for path in sorted((self.layout.snapshots / folder).glob(f"{prefix}*")):
+                name = path.name.removeprefix(prefix)
+                if name.isdecimal() and int(name) not in numbers:
+                    yield Damage(f"{path.name} belongs to no snapshot of the tree")
+        last = self.layout.last.read_text().strip() if self.layout.last.exists() else ""
+        if not last.isdecimal() or int(last) < max(numbers, default=0):
+            yield Damage(f"the highest number ever given is {last or 'not known'}, the tree has {max(numbers)}")
+
+    def _leftovers(self) -> Iterator[Damage]:
+        for folder in sorted(self.layout.work("").glob("[0-9]*")):
+            number = int(folder.name)
+            with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
+                intent = Intent.load(folder)
+                if intent is not None and intent.state != "kept":
+                    yield Damage("an interrupted change waits to be finished or undone: ash recover", number)
+                elif intent is None and self.layout.working_copy(number).exists():
+                    yield Damage(f"{self.layout.working_copy(number).name} is left of a transaction", number)
+
+    def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
+        given = Numbers.load(self.layout.ids).given
+        for number in numbers:
+            for name in NUMBERED_FILES:
+                accounts = read_numbers(self.layout.rootfs(number) / "etc" / name)
+                owners: dict[int, str] = {}
+                for account, ident in accounts.items():
+                    if ident in owners:
+                        yield Damage(f"{account} and {owners[ident]} share the number {ident} in {name}", number)
+                    owners[ident] = account
+                    if given[name].get(account, ident) != ident:
+                        yield Damage(f"{account} is {ident} in {name}, and {given[name][account]} elsewhere", number)
+
+    def _nested(self) -> Iterator[Damage]:
+        listing = run(["btrfs", "subvolume", "list", self.layout.snapshots]).stdout
+        prefix = f"{self.layout.volume_name('@.snapshots')}/rootfs/"
+        for path in re.findall(r" path (.*)$", listing, re.MULTILINE):
+            inside = path.removeprefix(prefix)
+            if path.startswith(prefix) and "/" in inside:
+                yield Damage(f"{inside} is a subvolume nested in another")
+
+    def _menu(self) -> Iterator[Damage]:
+        try:
+            slots = Slots(self.system)
+        except AshError as error:
+            yield Damage(error.message)
+            return
+        if slots.menu.default not in slots.menu.deployments:
+            yield Damage("no deployment is chosen for the next boot")
+            return
+        for slot, deployment in slots.menu.deployments.items():
+            boot = self.layout.rootfs(slot) / "boot"
+            for name in (deployment.config.kernel, *deployment.config.initrds):
+                if not (boot / name).is_file():
+                    yield Damage(f"{boot.parent.name} lacks {name}, which the boot menu names", deployment.snapshot)
+        if not slots.is_written():
+            yield Damage("grub.cfg is not what ash wrote last: ash recover writes it again")
+
+
+def first_difference(one: Path, other: Path) -> str:
+    """The first path at which two folders differ; empty where they do not."""
+    return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3942,7 +4192,164 @@ def cmd_list(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"snapshot": number, "packages": packages}, text, names)
 
 
+def cmd_diff(system: System, args: argparse.Namespace) -> Reply:
+    if not args.snapshots:
+        return drift_reply(system, args)
+    old, new = (the_booted(system), args.snapshots[0]) if len(args.snapshots) == 1 else args.snapshots
+    system.require(old)
+    system.require(new)
+    if args.files:
+        require_root("comparing all files")
+    difference = compare(system, old, new, args.files)
+    text = difference.text()
+    if args.patch:
+        roots = system.layout.rootfs(old), system.layout.rootfs(new)
+        text += "\n" + "".join(patch(*roots, path) for path in sorted({**difference.config, **difference.files}))
+    return Reply({"from": old, "to": new, **difference.data()}, text)
+
+
+def drift_reply(system: System, args: argparse.Namespace) -> Reply:
+    """What was changed in the running /etc."""
+    slot, drift = system.drift()
+    text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
+    if args.patch:
+        base, running = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
+        text += "\n" + "".join(patch(base, running, path) for path in drift)
+    return Reply({"slot": slot, "drift": drift}, text)
+
+
+def the_booted(system: System) -> int:
+    """The booted snapshot's number; AshError where nothing of the system runs."""
+    current = system.current
+    if current is None:
+        raise AshError("compared with which snapshot? nothing of this system is running", "ash diff A B", USAGE)
+    return current
+
+
+def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"edit /etc/ash.conf of snapshot {number}")
+    if not sys.stdin.isatty():
+        raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
+    with Transaction(system, number) as work:
+        path = path_inside(work.root, "etc/ash.conf")
+        path.parent.mkdir(exist_ok=True)
+        text = edited(path.read_text() if path.exists() else CONF_EXAMPLE)
+        Configuration.parse(text)
+        if text != (path.read_text() if path.exists() else ""):
+            path.write_text(text)
+    return Reply(change_data(work.change), work.change.summary())
+
+
+def edited(text: str) -> str:
+    """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
+    import shlex
+    import tempfile
+
+    wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]
+    editor = next((shlex.split(words) for words in wanted if words), None) or [shutil.which("nano") or "vi"]
+    with tempfile.NamedTemporaryFile("w+", suffix=".conf", dir=PRIVATE) as file:
+        file.write(text)
+        file.flush()
+        status = subprocess.run([*editor, file.name], check=False).returncode
+        if status:
+            raise AshError(f"the editor ended with {status}: nothing is changed")
+        return Path(file.name).read_text()
+
+
+def cmd_mutable(system: System, args: argparse.Namespace) -> Reply:
+    return set_mutable(system, args, True)
+
+
+def cmd_immutable(system: System, args: argparse.Namespace) -> Reply:
+    return set_mutable(system, args, False)
+
+
+def cmd_immen(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    return set_mutable(system, args, not is_mutable(system.layout.rootfs(number)))
+
+
+def set_mutable(system: System, args: argparse.Namespace, mutable: bool) -> Reply:
+    """Make a snapshot mutable or read-only, and say which."""
+    if not args.snapshots:
+        raise AshError("which snapshot? mutable and immutable want a number", "ash mutable N", USAGE)
+    number = args.snapshots[0]
+    now = "mutable" if mutable else "read-only"
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"make snapshot {number} {now}")
+    changed = system.set_mutable(number, mutable)
+    text = f"snapshot {number} is {now}" + (f": ash deploy {number} makes it run so" if changed else " already")
+    return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
+
+
 # ash itself
+
+
+def cmd_status(system: System, args: argparse.Namespace) -> Reply:
+    menu, current = Menu.load(system.layout.menu), system.current
+    default = menu.deployments.get(menu.default)
+    disk = os.statvfs(system.layout.snapshots)
+    free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    drift: dict[str, str] = {}
+    with contextlib.suppress(AshError, PermissionError):
+        drift = system.drift()[1]
+    data = {
+        "booted": {"snapshot": current, "slot": system.booted},
+        "next": {"snapshot": default.snapshot, "slot": default.slot, "id": default.id} if default else None,
+        "last_booted": menu.last_booted,
+        "running": running_transactions(system),
+        "waiting": waiting_work(system),
+        "drift": drift,
+        "free_bytes": free,
+        "size_bytes": size,
+    }
+    lines = [
+        f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({system.booted})'}",
+        f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
+        *(f"running:      snapshot {number}: {holder}" for number, holder in running_transactions(system).items()),
+        *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in waiting_work(system)),
+        f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
+        f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
+    ]
+    return Reply(data, "\n".join(lines))
+
+
+def running_transactions(system: System) -> dict[str, str]:
+    """The snapshots that an ash works on, with who does."""
+    found = {}
+    for folder in sorted(system.layout.work("").glob("[0-9]*")):
+        path = folder / "lock"
+        if not path.exists() or not (folder / "intent").exists():
+            continue
+        with path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found[folder.name] = file.read().decode(errors="replace").strip()
+    return found
+
+
+def waiting_work(system: System) -> list[int]:
+    """The snapshots with work that a hang-up left behind."""
+    found = []
+    for folder in sorted(system.layout.work("").glob("[0-9]*")):
+        intent = Intent.load(folder)
+        if intent is not None and intent.state == "kept":
+            found.append(int(folder.name))
+    return found
+
+
+def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
+    require_root("checking everything")
+    damage = list(Check(system).run())
+    data = {"damage": [vars(one) for one in damage]}
+    text = "\n".join(one.text() for one in damage) or "no damage"
+    return Reply(data, text, status=FAILED if damage else 0)
 
 
 def cmd_version(system: System, args: argparse.Namespace) -> Reply:
@@ -3979,6 +4386,7 @@ class Command:
         group, usage, help: for people.
         function: what does it.
         changes: whether it changes something, and so needs root.
+        wants_disk: whether it can say more where root lets it see the whole file system.
         numbers: how many snapshots it can be about.
         several: whether --snapshots names several, on which it works one after the other.
         words: whether it takes words beside snapshots.
@@ -3993,6 +4401,7 @@ class Command:
     help: str
     function: Callable[..., Reply]
     changes: bool = False
+    wants_disk: bool = False
     numbers: int = 0
     several: bool = False
     words: bool = False
@@ -4130,12 +4539,42 @@ COMMANDS = [
         arguments=[PACKAGES, flag("--purge", help="also their configuration")],
     ),
     Command("list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, numbers=1),
+    Command(
+        "diff", ["dif"], "Packages", "diff [A [B]] [--files] [--patch]",
+        "compare snapshots: packages and configuration; without any: what was changed in the running /etc", cmd_diff,
+        numbers=2, wants_disk=True,
+        arguments=[
+            flag("--files", help="all files that differ"),
+            flag("--patch", help="the differing text of configuration files"),
+        ],
+    ),
+    Command("status", [], "Boot", "status", "show what is booted, what is next, what is under way", cmd_status),
+    Command(
+        "fsck", [], "ash itself", "fsck", "look for damage; exit status 1 where there is any", cmd_fsck,
+        wants_disk=True,
+    ),
+    Command(
+        "edit-conf", ["edit"], "Inside a snapshot", "edit-conf [N]", "edit N's /etc/ash.conf", cmd_edit_conf,
+        changes=True, numbers=1,
+    ),
+    Command("mutable", ["immdis", "immdisable", "disimm", "disableimm"], "Tree", "mutable N",
+        "make N, and children made later, writable", cmd_mutable, changes=True, numbers=1,
+    ),
+    Command("immutable", ["immenable", "enimm", "enableimm"], "Tree", "immutable N", "make N read-only again",
+        cmd_immutable, changes=True, numbers=1,
+    ),
+    Command(
+        "immen", [], "Tree", "immen N", "make N mutable, or read-only again where it is", cmd_immen,
+        changes=True, numbers=1,
+    ),
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(
         "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
         arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown"], "default": "text"})],
     ),
 ]  # fmt: skip
+
+FOR_ALL = (cmd_log, cmd_diff)  # without a snapshot they are about something else than the booted one
 
 GLOBAL_OPTIONS = [
     Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
@@ -4219,7 +4658,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
         raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
-    if (args.root or args.image) and command.numbers and not args.snapshots and command.function is not cmd_log:
+    if (args.root or args.image) and command.numbers and not args.snapshots and command.function not in FOR_ALL:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
 
@@ -4263,7 +4702,8 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     """Do what the command line says."""
     if command.function is cmd_help:
         return cmd_help(args)
-    system = System.open(args, command.changes) if command.function is not cmd_version else version_system(args)
+    whole = command.changes or (command.wants_disk and os.geteuid() == 0)
+    system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
     if not command.changes or args.dry_run:
         return command.function(system, args)
     try:
