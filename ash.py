@@ -3170,6 +3170,25 @@ class System:
             sync_filesystem(self.layout.snapshots)
         return True
 
+    def delete_data(self, change: Change) -> Change:
+        """Delete what a removal left in /var, where no other snapshot's package claims it.
+
+        Returns:
+            the change, whose `kept` is what is still there.
+        """
+        others = [self.layout.rootfs(n) for n in self.tree().numbers() if n != change.snapshot]
+        kept = []
+        with Lock(self.layout.work("merge") / "lock", "merging into /var", wait=600):
+            for path in change.kept:
+                inside = Path(path).relative_to("/var")
+                entry = str(Path(*inside.parts[:2])) if inside.parts[0] in FOLDERS_OF_ENTRIES else inside.parts[0]
+                if any(self.distro.claims(root, entry) for root in others):
+                    kept.append(path)
+                else:
+                    remove_tree(self.layout.var / inside)
+            sync_filesystem(self.layout.snapshots)
+        return replace(change, kept=kept)
+
     def newer_state(self, change: Change) -> list[str]:
         """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
         older = [name for name, (old, new) in change.upgraded.items() if self.distro.is_older(new, old)]
@@ -4180,7 +4199,7 @@ def remove(system: System, number: int, packages: Sequence[str], args: argparse.
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
     with step(f"removing from snapshot {number}"), Transaction(system, number, simulate=args.dry_run) as work:
         system.distro.remove(work, packages, args.purge, args.dry_run)
-    return work.change
+    return system.delete_data(work.change) if args.delete_data and work.change.kept else work.change
 
 
 def cmd_list(system: System, args: argparse.Namespace) -> Reply:
@@ -4300,7 +4319,7 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
         drift = system.drift()[1]
     data = {
         "booted": {"snapshot": current, "slot": system.booted},
-        "next": {"snapshot": default.snapshot, "slot": default.slot, "id": default.id} if default else None,
+        "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "last_booted": menu.last_booted,
         "running": running_transactions(system),
         "waiting": waiting_work(system),
@@ -4360,6 +4379,8 @@ def cmd_version(system: System, args: argparse.Namespace) -> Reply:
 def cmd_help(args: argparse.Namespace) -> Reply:
     if args.format == "markdown":
         return Reply({}, markdown_table())
+    if args.format == "json":
+        return Reply({}, json.dumps({"answers": ANSWERS, "error": ERROR_SHAPE, "dry_run": DRY_SHAPE}, indent=2))
     return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
 
 
@@ -4536,7 +4557,11 @@ COMMANDS = [
         "remove", ["uninstall", "uninst", "unins", "unin", "un"], "Packages", "remove [N] PKG...",
         "remove packages and what nothing needs any more", cmd_remove,
         changes=True, numbers=1, several=True, words=True,
-        arguments=[PACKAGES, flag("--purge", help="also their configuration")],
+        arguments=[
+            PACKAGES,
+            flag("--purge", help="also their configuration"),
+            flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
+        ],
     ),
     Command("list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, numbers=1),
     Command(
@@ -4570,11 +4595,90 @@ COMMANDS = [
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(
         "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
-        arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown"], "default": "text"})],
+        arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown", "json"], "default": "text"})],
     ),
 ]  # fmt: skip
 
 FOR_ALL = (cmd_log, cmd_diff)  # without a snapshot they are about something else than the booted one
+
+# What --json prints beside "version" and "command", by command; `ash help --format json` prints this. A value is the
+# name of its type, "null" where it may be missing in the world; a list holds any number of what it shows, a dict with
+# the key "*" has any keys. A key that ends in "?" is not always there.
+PACKAGES_SHAPE = {"added": {"*": "str"}, "removed": {"*": "str"}, "upgraded": {"*": ["str"]}}
+CHANGE_SHAPE = {
+    "snapshot": "int", "changed": "bool", "packages": PACKAGES_SHAPE, "conflicts": ["str"], "kept": ["str"],
+}  # fmt: skip
+CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
+CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE]}
+ADDED_SHAPE = {"snapshot": "int", "changed": "bool"}
+DEPLOYED_SHAPE = {
+    "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
+    "conflicts_folder": "str",
+}  # fmt: skip
+MUTABLE_SHAPE = {"snapshot": "int", "changed": "bool", "mutable": "bool"}
+RECOVERED_SHAPE = {"snapshots": ["int"], "changed": "bool"}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "tree": {
+        "tree": [
+            {
+                "snapshot": "int", "parent": "int null", "description": "str", "booted": "bool", "deployed": "bool",
+                "mutable": "bool", "date?": "str", "packages?": "int",
+            }
+        ]
+    },
+    "current": {"snapshot": "int"},
+    "desc": {"snapshot": "int", "changed": "bool", "description": "str"},
+    "clone": ADDED_SHAPE,
+    "clone-tree": {**ADDED_SHAPE, "copies": {"*": "int"}},
+    "branch": ADDED_SHAPE,
+    "cbranch": ADDED_SHAPE,
+    "ubranch": ADDED_SHAPE,
+    "new": ADDED_SHAPE,
+    "log": {
+        "history": [
+            {
+                "time": "str", "user": "int", "command": "str", "arguments": ["str"], "snapshots": ["int"],
+                "result": "str", "*?": "any",
+            }
+        ]
+    },
+    "del": {"snapshots": ["int"], "changed": "bool"},
+    "sub": {"subvolumes": [{"id": "int", "path": "str", "readonly": "bool", "made": "str"}]},
+    "status": {
+        "booted": {"snapshot": "int null", "slot": "str int null"},
+        "next": {"snapshot": "int null", "slot": "str null", "id": "str null"},
+        "last_booted": "str", "running": {"*": "str"}, "waiting": ["int"], "drift": {"*": "str"},
+        "free_bytes": "int", "size_bytes": "int",
+    },
+    "deploy": DEPLOYED_SHAPE,
+    "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
+    "rollback": DEPLOYED_SHAPE,
+    "boot": {"snapshot": "int", "changed": "bool", "slots": ["str"]},
+    "carry": {"changed": "bool", "carried": ["str"]},
+    "whichtmp": {"slot": "str int"},
+    "run": {**CHANGE_SHAPE, "status": "int"},
+    "tree-run": {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}},
+    "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
+    "edit-conf": CHANGE_SHAPE,
+    "mutable": MUTABLE_SHAPE,
+    "immutable": MUTABLE_SHAPE,
+    "immen": MUTABLE_SHAPE,
+    "unlock": {"snapshot": "int", "changed": "bool"},
+    "tmp": RECOVERED_SHAPE,
+    "recover": RECOVERED_SHAPE,
+    "install": CHANGES_SHAPE,
+    "remove": CHANGES_SHAPE,
+    "list": {"snapshot": "int", "packages": {"*": "str"}},
+    "diff": {
+        "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
+        "slot?": "str", "drift?": {"*": "str"},
+    },
+    "fsck": {"damage": [{"what": "str", "snapshot": "int null"}]},
+    "version": {"ash": "str", "distro": "str"},
+}  # fmt: skip
+# Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
+ERROR_SHAPE = {"message": "str", "hint": "str", "status": "int"}
+DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "any"}
 
 GLOBAL_OPTIONS = [
     Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
