@@ -4595,7 +4595,9 @@ COMMANDS = [
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(
         "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
-        arguments=[Argument(("--format",), "of the whole table", {"choices": ["text", "markdown", "json"], "default": "text"})],
+        arguments=[
+            Argument(("--format",), "of the whole table", {"choices": ["text", "markdown", "json"], "default": "text"})
+        ],
     ),
 ]  # fmt: skip
 
