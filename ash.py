@@ -1724,6 +1724,16 @@ def replace_subvolume(new: Path, target: Path) -> None:
         new.rename(target)
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C, a hang-up and the like wait until the block has ended: it takes a second, and is all or nothing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Transaction:
     """A change of one snapshot: committed whole when its block ends, dropped whole when it raises.
 
@@ -1778,7 +1788,8 @@ class Transaction:
             elif error is not None or self.simulate:
                 self.place.drop()
             else:
-                self._commit()
+                with signals_held():
+                    self._commit()
 
     def _require_kept(self) -> None:
         intent = Intent.load(self.place.folder)
@@ -2300,8 +2311,11 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     """What was changed in a running /etc: "added", "removed" or "changed" for each path, parents first."""
     drift = {}
     for path in sorted(paths_below(base) | paths_below(running)):
-        if NOT_DRIFT.fullmatch(path) or is_same(base / path, running / path):
+        if NOT_DRIFT.fullmatch(path):
             continue
+        with contextlib.suppress(PermissionError):  # what cannot be read, and has another time, has changed
+            if is_same(base / path, running / path):
+                continue
         before, now = os.path.lexists(base / path), os.path.lexists(running / path)
         drift[path] = "changed" if before and now else "added" if now else "removed"
     return drift
@@ -2727,6 +2741,7 @@ class Slots:
             delete_subvolume(self.layout.etc(f"new-{slot}"))
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
+        (self.layout.work("deploy") / "intent").unlink(missing_ok=True)
 
     def choose(self, secondary: bool) -> str:
         """The first slot that is neither booted nor the newest good deployment."""
@@ -2825,6 +2840,8 @@ class Slots:
         """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
         layout, slot = self.layout, deployment.slot
         target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
+        intent = layout.work("deploy") / "intent"
+        write_file(intent, f"{slot}\n")  # has the boot service see to it that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
         if isinstance(self.system.booted, str):
             self.menu.last_booted = self.system.booted
@@ -2845,6 +2862,7 @@ class Slots:
         self.menu.deployments[slot] = deployment
         self.write_menu()
         delete_subvolume(new)
+        intent.unlink()
 
     def forget_drift(self, slot: str, but: Sequence[str]) -> None:
         """Take the changes of a slot's /etc as what it started with, since they are saved, but for some paths."""

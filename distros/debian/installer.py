@@ -19,6 +19,7 @@ TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", 
 ASH = ("python3", "python3-tabulate")
 ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 
+RELEASES = "give stable or a code name, such as trixie"
 COMPONENTS = "main,non-free-firmware"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
@@ -61,7 +62,7 @@ class DebianInstaller(DistroInstaller):
     def resolve(self, source: Source) -> Source:
         """Let mmdebstrap and apt try it out with the archive's own lists; this downloads and installs no package."""
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", source.release):
-            raise AshError(f"there is no Debian release {source.release}", "such as stable or trixie", USAGE)
+            raise AshError(f"there is no Debian release {source.release}", RELEASES, USAGE)
         for name in source.packages:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
                 raise AshError(f"{name!r} is no package name", status=USAGE)
@@ -133,7 +134,7 @@ def _try_archive(source: Source) -> Source:
             raise _archive_error(source, done.stderr)
         release = _release_file(Path(folder), source.release)
     if release.get("Origin") != "Debian":
-        raise AshError(f"{source.release} is no release of Debian", "such as stable or trixie", USAGE)
+        raise AshError(f"{source.release} is no release of Debian", RELEASES, USAGE)
     return dataclasses.replace(source, release=release["Codename"])
 
 
@@ -166,7 +167,7 @@ def _archive_error(source: Source, output: str) -> AshError:
         return AshError(f"Debian {source.release} has no package {found[1] or found[2]}", status=MISSING)
     if NO_RELEASE.search(output):
         at = f" at {source.mirror}" if source.mirror else ""
-        return AshError(f"there is no Debian release {source.release}{at}", "such as stable or trixie", USAGE)
+        return AshError(f"there is no Debian release {source.release}{at}", RELEASES, USAGE)
     if found := UNREACHABLE.search(output):
         line = next(line.strip() for line in output.splitlines() if UNREACHABLE.search(line))
         return AshError(f"the package archive cannot be reached: {line}", "see whether the network works")
