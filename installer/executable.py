@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The one executable: the core, then the distribution's modules, parents first, then the start."""
+
+import ast
+from pathlib import Path
+
+from ash import AshError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHEBANG = "#!/usr/bin/python3 -I"
+START = ['if __name__ == "__main__":', "    sys.exit(main())"]
+
+
+def build(distro: str) -> str:
+    """The text of the executable that serves a distribution.
+
+    Args:
+        distro: the id of one in `distros/`.
+
+    Raises:
+        AshError: a part of it is missing, does not end as it should, or the whole does not compile.
+    """
+    core = _lines(CHECKOUT / "ash.py")
+    if core[-2:] != START:
+        raise AshError("ash.py does not end with its start", hint="its last two lines must be the start guard")
+    modules = [line for name in _family(distro) for line in ["", "", *_module(name)]]
+    text = "\n".join([SHEBANG, *core[core[0].startswith("#!") : -2], *modules, "", "", *START, ""])
+    try:
+        compile(text, "ash", "exec")
+    except SyntaxError as error:
+        raise AshError(f"the executable for {distro} does not compile: {error}") from error
+    return text
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise AshError(f"{path} is missing", hint="use a whole checkout of ash")
+    return path.read_text(encoding="utf-8").rstrip().splitlines()
+
+
+def _path(distro: str) -> Path:
+    return CHECKOUT / "distros" / distro / "ashpk.py"
+
+
+def _family_imports(lines: list[str]) -> list[ast.ImportFrom]:
+    """A module's imports from other distributions' modules."""
+    nodes = ast.parse("\n".join(lines)).body
+    return [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("distros.")]
+
+
+def _family(distro: str) -> list[str]:
+    """A distribution with those that its module inherits from, parents first."""
+    parents = [str(node.module).split(".")[1] for node in _family_imports(_lines(_path(distro)))]
+    names = [name for parent in parents for name in _family(parent)]
+    return [*dict.fromkeys(names), distro]
+
+
+def _module(distro: str) -> list[str]:
+    """A module's lines without the imports of its parents, which stand above it in the executable."""
+    lines = _lines(_path(distro))
+    for node in reversed(_family_imports(lines)):
+        del lines[node.lineno - 1 : node.end_lineno]
+    return lines

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The machine that an image is made on: its rights, packages, disk space and kernel, and the log of a build."""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ash import REFUSED, USAGE, AshError, Chroot, clean_environment, last_words, run, step
+
+# Programs (by name) or files (by path) that are needed, each with the package of Debian and Ubuntu that has it.
+Tools = Mapping[str, str]
+
+DISK: Tools = {
+    "losetup": "mount",
+    "mount": "mount",
+    "sfdisk": "fdisk",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.vfat": "dosfstools",
+    "mcopy": "mtools",
+}
+QEMU: Tools = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+    "/usr/share/OVMF/OVMF_CODE_4M.fd": "ovmf",
+}
+
+APT_INSTALL = ("apt-get", "install", "--yes", "--no-install-recommends")
+
+NOTHING_LEFT = 32 * 2**20  # bytes; with less than this a disk is called full
+
+# Before a program: it ends with this process, all that it starts ends with it, and its mounts go too.
+CONTAINED = (
+    *("setpriv", "--pdeathsig", "KILL", "--"),
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
+)
+
+
+def require_root(purpose: str) -> None:
+    """Refuse, in one line, what only root can do."""
+    if os.geteuid() != 0:
+        raise AshError(f"only root can {purpose}", hint="run it with sudo, or as root", status=REFUSED)
+
+
+def require(tools: Tools) -> None:
+    """Install what is missing of the tools from the host's own packages, after saying what."""
+    packages = sorted({package for tool, package in tools.items() if not _have(tool)})
+    if not packages:
+        return
+    if shutil.which("apt-get") is None:
+        missing = ", ".join(tool for tool in tools if not _have(tool))
+        raise AshError(f"these are missing on this machine: {missing}", hint="install them, then try again")
+    require_root(f"install {' '.join(packages)} on this machine")
+    with step(f"Installing on this machine: {' '.join(packages)}"):
+        _apt_install(packages)
+
+
+def _have(tool: str) -> bool:
+    return Path(tool).exists() if tool.startswith("/") else shutil.which(tool) is not None
+
+
+def _apt_install(packages: Sequence[str]) -> None:
+    """Install host packages; the package lists are only renewed where they lack one or are out of date."""
+    environment = {**clean_environment(), "DEBIAN_FRONTEND": "noninteractive"}
+    download = [*APT_INSTALL, "--download-only", *packages]
+    try:
+        if run(download, env=environment, check=False).returncode:
+            run(["apt-get", "update"], env=environment)
+            run(download, env=environment)
+        with _undisturbed():
+            run([*APT_INSTALL, "--no-download", *packages], env=environment)
+    except AshError as error:
+        hint = f"see whether `apt-get install {' '.join(packages)}` works on this machine"
+        raise AshError(f"this machine's packages could not be installed: {error}", hint) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals that ask to stop wait: a package manager that is interrupted leaves half-installed packages."""
+    waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+
+
+def require_btrfs() -> None:
+    """Refuse a kernel that cannot mount btrfs."""
+    if "btrfs" in Path("/proc/filesystems").read_text().split():
+        return
+    if shutil.which("modprobe") is not None and run(["modprobe", "btrfs"], check=False).returncode == 0:
+        return
+    raise AshError("this machine's kernel has no btrfs", hint="use a kernel with it, or a virtual machine")
+
+
+def require_new_file(path: Path, force: bool) -> None:
+    """Refuse a file that cannot be made: it is there already (unless force), or its folder is no place for it."""
+    if Path("/dev") in path.resolve().parents or (path.exists() and not path.is_file()):
+        raise AshError(f"{path} is not a file", hint="give the name of a file to make", status=USAGE)
+    if path.exists() and not force:
+        raise AshError(f"{path} exists already", hint="--force replaces it", status=REFUSED)
+    if not path.parent.is_dir():
+        raise AshError(f"there is no folder {path.parent}", status=USAGE)
+    if not _writable(path.parent):
+        raise AshError(f"{path.parent} cannot be written to")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in a folder; root may everywhere, but for file systems mounted read-only."""
+    return os.access(folder, os.W_OK) and not os.statvfs(folder).f_flag & os.ST_RDONLY
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse a folder with less than needed bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise AshError(
+            f"{folder} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
+            hint="make room, or use another disk",
+            status=REFUSED,
+        )
+
+
+@contextmanager
+def watched_space(folder: Path) -> Iterator[None]:
+    """Where what is done inside fails and the folder's disk turns out to be full, say that instead."""
+    try:
+        yield
+    except (AshError, OSError) as error:
+        if shutil.disk_usage(folder).free > NOTHING_LEFT:
+            raise
+        raise AshError(f"{folder} has become full", "make room, or use another disk") from error
+
+
+def gibibytes(size: int) -> str:
+    """A number of bytes for people: "1.5 GiB"."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def user_owned(path: Path) -> None:
+    """Give a file that sudo made to the user behind sudo."""
+    if "SUDO_UID" in os.environ and "SUDO_GID" in os.environ:
+        os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"]))
+
+
+class Log:
+    """What the programs of a build say, in a file beside the result.
+
+    It stays when the build fails: that is when one looks into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Start a new log in the file of that path; OSError where it cannot be written."""
+        self.path = path
+        self._file = path.open("wb", buffering=0)
+        user_owned(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.write(f"failed: {error}")
+        if isinstance(error, AshError) and not error.hint:
+            error.hint = f"all of it is in {self.path}"
+        self._file.close()
+
+    def write(self, text: str) -> None:
+        """Add lines of text."""
+        self._file.write(f"{text.rstrip()}\n".encode())
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """Tell what is being done, on the terminal and in the log."""
+        self.write(f"== {text}")
+        with step(text):
+            yield
+
+    def run(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+        """Run a program of the host; all that it starts and mounts ends with it, and with this process.
+
+        Args:
+            argv: the program and its arguments.
+            env: added to the cleaned environment.
+
+        Raises:
+            AshError: it failed; the message has its last words.
+        """
+        begin = self._command(argv)
+        with subprocess.Popen(
+            [*CONTAINED, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            env={**clean_environment(), **(env or {})},
+        ) as process:
+            try:
+                status = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        self._require_success(argv, status, begin)
+
+    def run_inside(self, root: Path, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        """Run a program of a new system, chrooted in its root; otherwise as run()."""
+        begin = self._command(argv)
+        status = Chroot(root, env or {}, resolver=False).run(argv, hear=self._hear)
+        self._require_success(argv, status, begin)
+
+    def _hear(self, output: bytes) -> None:
+        self._file.write(output)
+
+    def _command(self, argv: Sequence[str | Path]) -> int:
+        """Note that a program is started; returns where its output will begin."""
+        self.write(f"$ {' '.join(map(str, argv))}")
+        return self._file.tell()
+
+    def _require_success(self, argv: Sequence[str | Path], status: int, begin: int) -> None:
+        if status:
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                output = file.read().decode(errors="replace")
+            raise AshError(f"{argv[0]} failed ({status}): {last_words(output)}")

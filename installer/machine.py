@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Virtual machines that start a disk image: in this terminal, or driven over their serial console."""
+
+import codecs
+import contextlib
+import functools
+import json
+import os
+import re
+import secrets
+import select
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+import tty
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from ash import AshError
+from installer import host
+
+QEMU = "qemu-system-x86_64"
+FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+FIRMWARE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+# One processor under TCG: with more, a guest's kernel that patches its own code now and then dies of a stale "int3".
+TCG = ("-accel", "tcg,tb-size=512", "-cpu", "max", "-smp", "1")
+KVM = ("-accel", "kvm", "-cpu", "host", "-smp", "2")
+
+# One boot takes 20 seconds on an idle machine; other work on the same cores makes it several times that.
+BOOT_SECONDS = 300.0
+COMMAND_SECONDS = 120.0
+# How long GRUB may take to move the highlight; where it does not move, that was the menu's end.
+MENU_SECONDS = 1.5
+# The kernel's line discipline cuts what is typed in one line after this many bytes.
+LINE_BYTES = 4000
+# Ctrl-], as in telnet: nothing in a shell or an editor wants it.
+LEAVE_KEY = b"\x1d"
+
+ESCAPE = re.compile(
+    r"\x1b(?:"
+    r"\[[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
+    r"|[]P^_][^\x07\x1b]*(?:\x07|\x1b\\)"  # OSC, DCS and their like: window title, queries
+    r"|[ -/][0-~]"  # character sets
+    r"|[0-OQ-Z\\`-~]"  # single letters
+    r")"
+)
+HIGHLIGHTED = re.compile(r"\x1b\[\d+;\d+H\*([^\x1b\r\n]+)")
+# Where a boot can end instead of at the login prompt.
+DEAD_ENDS = r"Kernel panic - not syncing|\(initramfs\) |grub rescue> |grub> |emergency mode|No bootable device"
+
+
+class MachineError(AshError):
+    """A virtual machine did not do what was expected of it; the text ends with the console's last lines."""
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What a command in the machine gave: its exit status, and its output and errors as one text."""
+
+    status: int
+    output: str
+
+
+@functools.cache
+def accelerator() -> tuple[str, ...]:
+    """QEMU's options for how it executes the guest: KVM where a guest really runs under it, else TCG.
+
+    A /dev/kvm that can be opened proves nothing (in a container or a nested machine it may run no
+    guest), so a guest of three instructions is started: it leaves QEMU with a status of its own.
+    """
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return TCG
+    # mov al, 0x31; out 0xf4, al; hlt: QEMU's exit device makes the status 2 * 0x31 + 1 of it.
+    sector = b"\xb0\x31\xe6\xf4\xf4".ljust(510, b"\0") + b"\x55\xaa"
+    with tempfile.NamedTemporaryFile(suffix=".img") as disk:
+        disk.write(sector)
+        disk.flush()
+        argv = [QEMU, *KVM, "-m", "16", "-display", "none", "-nodefaults", "-no-reboot"]
+        argv += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+        argv += ["-drive", f"file={disk.name},format=raw,if=ide"]
+        try:
+            ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=15, check=False)
+        except subprocess.TimeoutExpired:
+            return TCG
+    return KVM if ended.returncode == 2 * 0x31 + 1 else TCG
+
+
+def _hardware(
+    image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_format: str, scratch: Path
+) -> list[str]:
+    """QEMU's command line without the console; scratch takes the machine's own UEFI variables."""
+    argv = [QEMU, *accelerator(), "-m", str(memory)]
+    if uefi:
+        variables = scratch / "uefi-variables"
+        shutil.copyfile(FIRMWARE_VARIABLES, variables)
+        argv += ["-machine", "q35"]
+        argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}"]
+        argv += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
+    # In a file name, QEMU's option parser takes two commas for one.
+    disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=virtio"
+    argv += ["-drive", f"{disk},snapshot=on,cache=unsafe" if snapshot else disk]
+    argv += ["-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci"]
+    return argv
+
+
+def _require_qemu() -> None:
+    """Install QEMU and the UEFI firmware where they are missing."""
+    host.require(host.QEMU)
+
+
+def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = False, memory: int = 2048) -> int:
+    """Start an image in this terminal until it is powered off; returns QEMU's exit status.
+
+    memory is in MiB. With snapshot the image stays as it was.
+    """
+    _require_qemu()
+    print(f"Starting {image}. Ctrl-A X ends the machine at once; `systemctl poweroff` inside ends it properly.")
+    with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
+        argv = _hardware(
+            image, uefi=uefi, snapshot=snapshot, memory=memory, disk_format="raw", scratch=Path(scratch)
+        )
+        return subprocess.run([*argv, "-nographic"], check=False).returncode
+
+
+class Machine:
+    """A virtual machine whose serial console is read and typed on by this process; a context manager.
+
+    Entering it starts QEMU, leaving it ends QEMU, whatever happened. All that the machine prints is kept,
+    and written to the log as it comes.
+    """
+
+    def __init__(
+        self,
+        image: Path,
+        *,
+        uefi: bool = False,
+        snapshot: bool = False,
+        memory: int = 2048,
+        log: Path | None = None,
+        disk_format: str = "raw",
+    ) -> None:
+        """Describe the machine.
+
+        image       the disk; with snapshot it stays as it was
+        uefi        start it by UEFI instead of BIOS
+        memory      in MiB
+        log         a file that takes all that comes from the console, as it comes
+        disk_format of the image: raw, qcow2
+        """
+        self._image = image
+        self._uefi = uefi
+        self._snapshot = snapshot
+        self._memory = memory
+        self._log = log
+        self._disk_format = disk_format
+        self._arrived = threading.Condition()
+        self._raw = ""
+        self._text = ""
+        self._read = 0
+        self._ended = False
+        self._mirror: BinaryIO | None = None
+
+    def __enter__(self) -> Self:
+        """Start the machine."""
+        _require_qemu()
+        with contextlib.ExitStack() as stack:
+            self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-machine-")))
+            self._process = self._start()
+            stack.callback(self._stop)
+            self._reader = threading.Thread(target=self._keep_reading, daemon=True)
+            self._reader.start()
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the machine, as a power cut would if it still runs."""
+        self._leave.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        argv = _hardware(
+            self._image,
+            uefi=self._uefi,
+            snapshot=self._snapshot,
+            memory=self._memory,
+            disk_format=self._disk_format,
+            scratch=self._scratch,
+        )
+        argv += ["-display", "none", "-monitor", "none"]
+        argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+        argv += ["-qmp", f"unix:{self._monitor_path()},server=on,wait=off"]
+        # The kernel ends QEMU should this process be killed.
+        argv = ["setpriv", "--pdeathsig", "KILL", *argv]
+        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+
+    def _keep_reading(self) -> None:
+        """Take all that the machine prints until QEMU ends: a full pipe would stop the machine."""
+        assert self._process.stdout
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        cut = ""
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(self._log.open("ab", buffering=0)) if self._log else None
+            while data := os.read(self._process.stdout.fileno(), 65536):
+                if log:
+                    log.write(data)
+                if self._mirror:
+                    self._mirror.write(data)
+                    self._mirror.flush()
+                text = cut + decoder.decode(data)
+                whole = _without_cut_escape(text)
+                cut = text[len(whole) :]
+                with self._arrived:
+                    self._raw += whole
+                    self._text += ESCAPE.sub("", whole).replace("\r", "")
+                    self._arrived.notify_all()
+        with self._arrived:
+            self._ended = True
+            self._arrived.notify_all()
+
+    def _error(self, message: str) -> MachineError:
+        tail = "\n".join(f"  | {line}" for line in self._text.rstrip().splitlines()[-25:])
+        where = f" (all of it in {self._log})" if self._log else ""
+        return MachineError(f"{message}; the console's last lines{where}:\n{tail}")
+
+    def expect(self, pattern: str, timeout: float = COMMAND_SECONDS) -> re.Match[str]:
+        """Wait, for at most timeout seconds, until the console has printed a text that matches.
+
+        Only what came after the last match counts; escape sequences and carriage returns are left out,
+        and ^ and $ match at each line. Raises MachineError when the time is over or QEMU has ended.
+        """
+        regex = re.compile(pattern, re.MULTILINE)
+        deadline = time.monotonic() + timeout
+        with self._arrived:
+            while not (match := regex.search(self._text, self._read)):
+                if self._ended:
+                    raise self._error(f"the machine ended before it printed {pattern!r}")
+                if time.monotonic() >= deadline:
+                    raise self._error(f"nothing that matches {pattern!r} within {timeout:.0f} s")
+                self._arrived.wait(max(0.0, deadline - time.monotonic()))
+            self._read = match.end()
+        return match
+
+    def send(self, text: str) -> None:
+        """Type text on the console; a newline is the Enter key."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(text.encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._error("the machine has ended") from None
+
+    def login(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
+        """Wait for the login prompt (timeout in seconds), log in, and make the shell ready for command().
+
+        Raises MachineError, at once when the boot ended elsewhere: a panic, a rescue shell.
+        """
+        self.enter_shell(user, password, timeout)
+        token = secrets.token_hex(4)
+        shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
+        self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
+        self.expect(f"<{token}>", 60)
+        self.command("dmesg --console-level emerg 2>/dev/null || true")
+
+    def enter_shell(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
+        """Wait for the login prompt (timeout in seconds) and log in, to the shell as a user meets it."""
+        self.await_login(timeout)
+        self.send(f"{user}\n")
+        if self.expect(r"Password: |[#$] ", 60).group() == "Password: ":
+            self.send(f"{password}\n")
+            self.expect(r"[#$] ", 60)
+
+    def await_login(self, timeout: float = BOOT_SECONDS) -> None:
+        """Wait for the login prompt, for at most timeout seconds, without logging in."""
+        match = self.expect(rf"\S login: |{DEAD_ENDS}", timeout)
+        if not match.group().endswith(" login: "):
+            raise self._error(f"the boot ended at {match.group().strip()!r}")
+
+    def command(self, line: str, *, timeout: float = COMMAND_SECONDS, ok: int | None = 0) -> CommandResult:
+        """Run a line of shell in the machine, once logged in, and wait for its end.
+
+        timeout is in seconds. Raises MachineError when the exit status is not ok (None takes any).
+        """
+        token = secrets.token_hex(4)
+        typed = f"printf '<%s>\\n' {token}; eval {shlex.quote(line)}; printf '\\n<%s %s>\\n' {token} $?\n"
+        if any(len(part.encode()) > LINE_BYTES for part in typed.splitlines()):
+            raise MachineError(f"a line of more than {LINE_BYTES} bytes cannot be typed: {line[:60]}...")
+        self.send(typed)
+        begin = self.expect(f"<{token}>\n").end()
+        end = self.expect(rf"\n<{token} (\d+)>\n", timeout)
+        result = CommandResult(int(end[1]), end.string[begin : end.start()].removesuffix("\n"))
+        if ok is not None and result.status != ok:
+            raise MachineError(f"`{line}` ended with status {result.status}, not {ok}:\n{result.output}")
+        return result
+
+    def choose(self, title: str | int, timeout: float = BOOT_SECONDS) -> str:
+        """Wait for GRUB's menu (timeout in seconds) and start an entry of it, or open a submenu.
+
+        title is a regular expression that the entry's title must match, or its number from the top, 0
+        being the first. Returns the title. Raises MachineError, with the titles there are, if none fits.
+        """
+        self.expect("which entry is highlighted", timeout)
+        seen = [self._press("\x01")]
+        while not _is_chosen(seen, title):
+            below = self._press("\x0e")
+            if below == seen[-1]:
+                raise self._error(f"no entry {title!r} in the boot menu, only {seen}")
+            seen.append(below)
+        self._skip_output()
+        self.send("\r")
+        return seen[-1]
+
+    def _press(self, key: str) -> str:
+        """Press a key in GRUB's menu; returns the title that is highlighted afterwards.
+
+        Keys are single bytes, Ctrl-A and Ctrl-N instead of Home and Down: where the firmware has a console
+        of its own on the line, two readers take turns, and would tear a longer sequence apart.
+        """
+        before = self._highlighted()
+        self.send(key)
+        deadline = time.monotonic() + MENU_SECONDS
+        while self._highlighted() == before and time.monotonic() < deadline:
+            time.sleep(MENU_SECONDS / 10)
+        return self._highlighted()
+
+    def _highlighted(self) -> str:
+        """The title that GRUB highlighted last: it puts a star before it, after moving the cursor there."""
+        with self._arrived:
+            titles = HIGHLIGHTED.findall(self._raw)
+        return titles[-1].rstrip() if titles else ""
+
+    def _skip_output(self) -> None:
+        """Let expect() see only what comes from now on."""
+        with self._arrived:
+            self._read = len(self._text)
+
+    def reboot(self) -> None:
+        """Restart the machine from its shell, and return when its kernel has ended."""
+        self.send("systemctl reboot\n")
+        self.expect("reboot: Restarting system", 180)
+
+    def reset(self) -> None:
+        """Press the reset button."""
+        self._skip_output()
+        self._monitor("system_reset")
+
+    def poweroff(self) -> None:
+        """Switch the machine off from its shell, and wait for QEMU's end."""
+        self.send("systemctl poweroff\n")
+        try:
+            self._process.wait(timeout=180)
+        except subprocess.TimeoutExpired:
+            raise self._error("the machine did not power off within 180 s") from None
+
+    def _monitor_path(self) -> Path:
+        return self._scratch / "monitor"
+
+    def _monitor(self, command: str) -> None:
+        """Have QEMU itself do something (a command of its machine protocol)."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(self._monitor_path()))
+            answers = connection.makefile("r", encoding="utf-8")
+            answers.readline()  # the greeting
+            for name in ("qmp_capabilities", command):
+                connection.sendall(json.dumps({"execute": name}).encode() + b"\n")
+                for answer in self._replies(answers):
+                    if "error" in answer:
+                        raise self._error(f"QEMU refuses {name}: {answer['error']}")
+                    if "return" in answer:
+                        break
+
+    @staticmethod
+    def _replies(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+        for line in lines:
+            yield json.loads(line)
+
+    def hand_over(self) -> None:
+        """Connect the console to this process's terminal until the machine ends or Ctrl-] is typed."""
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+        self._mirror = sys.stdout.buffer
+        try:
+            tty.setraw(keyboard)
+            while not self._ended:
+                if keyboard in select.select([keyboard], [], [], 0.2)[0]:
+                    typed = os.read(keyboard, 1024)
+                    if LEAVE_KEY in typed or not typed:
+                        break
+                    self.send(typed.decode(errors="replace"))
+        finally:
+            self._mirror = None
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def _without_cut_escape(text: str) -> str:
+    """The text up to an escape sequence at its end that has not wholly arrived."""
+    start = text.rfind("\x1b", max(0, len(text) - 64))
+    return text if start < 0 or ESCAPE.match(text, start) else text[:start]
+
+
+def _is_chosen(seen: list[str], title: str | int) -> bool:
+    if isinstance(title, int):
+        return len(seen) == title + 1
+    return re.search(title, seen[-1]) is not None
