@@ -2258,9 +2258,9 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
         (root / name).mkdir(parents=True, exist_ok=True)
     fstab = root / "etc/fstab"
     fstab.write_text(render_fstab(layout, uuid, which, fstab.read_text() if fstab.exists() else "", is_mutable(root)))
-    for name, target in {"usr/bin/ash": "/.snapshots/ash/ash"}.items():
-        remove_tree(root / name)
-        (root / name).symlink_to(target)
+    link = root / "usr/bin/ash"
+    remove_tree(link)
+    link.symlink_to("/.snapshots/ash/ash")
     units = root / "usr/lib/systemd/system"
     if units.is_dir():
         for name, (text, wanted_by) in UNITS.items():
@@ -3378,6 +3378,11 @@ def is_in_chroot() -> bool:
     return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Making a system
+# ---------------------------------------------------------------------------------------------------------------
+
+
 def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
     """Make ash's own folder on a new system, with snapshot 0 alone in the tree.
 
@@ -3652,7 +3657,9 @@ def needs_confirmation(args: argparse.Namespace, question: str) -> None:
         raise AshError("nothing is done", "", FAILED)
 
 
-# Tree
+# ---------------------------------------------------------------------------------------------------------------
+# Commands on the tree
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
@@ -3861,7 +3868,9 @@ def cmd_del(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
 
 
-# Boot
+# ---------------------------------------------------------------------------------------------------------------
+# Commands for booting
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
@@ -3976,7 +3985,9 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"slot": booted}, str(booted), str(booted))
 
 
-# Inside a snapshot
+# ---------------------------------------------------------------------------------------------------------------
+# Commands inside a snapshot
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
@@ -4132,7 +4143,9 @@ def recovered(snapshots: Sequence[int]) -> Reply:
     return Reply({"snapshots": list(snapshots), "changed": bool(snapshots)}, text)
 
 
-# Packages
+# ---------------------------------------------------------------------------------------------------------------
+# Commands for packages
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def change_data(change: Change) -> dict[str, Any]:
@@ -4324,7 +4337,9 @@ def set_mutable(system: System, args: argparse.Namespace, mutable: bool) -> Repl
     return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
 
 
-# ash itself
+# ---------------------------------------------------------------------------------------------------------------
+# Commands about ash itself
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def cmd_status(system: System, args: argparse.Namespace) -> Reply:
@@ -4400,6 +4415,91 @@ def cmd_help(args: argparse.Namespace) -> Reply:
     if args.format == "json":
         return Reply({}, json.dumps({"answers": ANSWERS, "error": ERROR_SHAPE, "dry_run": DRY_SHAPE}, indent=2))
     return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What --json prints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+# What --json prints beside "version" and "command", by command; `ash help --format json` prints this. A value is the
+# name of its type, "null" where it may be missing in the world; a list holds any number of what it shows, a dict with
+# the key "*" has any keys. A key that ends in "?" is not always there.
+PACKAGES_SHAPE = {"added": {"*": "str"}, "removed": {"*": "str"}, "upgraded": {"*": ["str"]}}
+CHANGE_SHAPE = {
+    "snapshot": "int", "changed": "bool", "packages": PACKAGES_SHAPE, "conflicts": ["str"], "kept": ["str"],
+}  # fmt: skip
+CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
+CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE]}
+ADDED_SHAPE = {"snapshot": "int", "changed": "bool"}
+DEPLOYED_SHAPE = {
+    "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
+    "conflicts_folder": "str",
+}  # fmt: skip
+MUTABLE_SHAPE = {"snapshot": "int", "changed": "bool", "mutable": "bool"}
+RECOVERED_SHAPE = {"snapshots": ["int"], "changed": "bool"}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "tree": {
+        "tree": [
+            {
+                "snapshot": "int", "parent": "int null", "description": "str", "booted": "bool", "deployed": "bool",
+                "mutable": "bool", "date?": "str", "packages?": "int",
+            }
+        ]
+    },
+    "current": {"snapshot": "int"},
+    "desc": {"snapshot": "int", "changed": "bool", "description": "str"},
+    "clone": ADDED_SHAPE,
+    "clone-tree": {**ADDED_SHAPE, "copies": {"*": "int"}},
+    "branch": ADDED_SHAPE,
+    "cbranch": ADDED_SHAPE,
+    "ubranch": ADDED_SHAPE,
+    "new": ADDED_SHAPE,
+    "log": {
+        "history": [
+            {
+                "time": "str", "user": "int", "command": "str", "arguments": ["str"], "snapshots": ["int"],
+                "result": "str", "*?": "any",
+            }
+        ]
+    },
+    "del": {"snapshots": ["int"], "changed": "bool"},
+    "sub": {"subvolumes": [{"id": "int", "path": "str", "readonly": "bool", "made": "str"}]},
+    "status": {
+        "booted": {"snapshot": "int null", "slot": "str int null"},
+        "next": {"snapshot": "int null", "slot": "str null", "id": "str null"},
+        "last_booted": "str", "running": {"*": "str"}, "waiting": ["int"], "drift": {"*": "str"},
+        "free_bytes": "int", "size_bytes": "int",
+    },
+    "deploy": DEPLOYED_SHAPE,
+    "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
+    "rollback": DEPLOYED_SHAPE,
+    "boot": {"snapshot": "int", "changed": "bool", "slots": ["str"]},
+    "carry": {"changed": "bool", "carried": ["str"]},
+    "whichtmp": {"slot": "str int"},
+    "run": {**CHANGE_SHAPE, "status": "int"},
+    "tree-run": {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}},
+    "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
+    "edit-conf": CHANGE_SHAPE,
+    "mutable": MUTABLE_SHAPE,
+    "immutable": MUTABLE_SHAPE,
+    "immen": MUTABLE_SHAPE,
+    "unlock": {"snapshot": "int", "changed": "bool"},
+    "tmp": RECOVERED_SHAPE,
+    "recover": RECOVERED_SHAPE,
+    "install": CHANGES_SHAPE,
+    "remove": CHANGES_SHAPE,
+    "list": {"snapshot": "int", "packages": {"*": "str"}},
+    "diff": {
+        "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
+        "slot?": "str", "drift?": {"*": "str"},
+    },
+    "fsck": {"damage": [{"what": "str", "snapshot": "int null"}]},
+    "version": {"ash": "str", "distro": "str"},
+}  # fmt: skip
+# Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
+ERROR_SHAPE = {"message": "str", "hint": "str", "status": "int"}
+DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "any"}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4620,85 +4720,6 @@ COMMANDS = [
 ]  # fmt: skip
 
 FOR_ALL = (cmd_log, cmd_diff)  # without a snapshot they are about something else than the booted one
-
-# What --json prints beside "version" and "command", by command; `ash help --format json` prints this. A value is the
-# name of its type, "null" where it may be missing in the world; a list holds any number of what it shows, a dict with
-# the key "*" has any keys. A key that ends in "?" is not always there.
-PACKAGES_SHAPE = {"added": {"*": "str"}, "removed": {"*": "str"}, "upgraded": {"*": ["str"]}}
-CHANGE_SHAPE = {
-    "snapshot": "int", "changed": "bool", "packages": PACKAGES_SHAPE, "conflicts": ["str"], "kept": ["str"],
-}  # fmt: skip
-CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
-CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE]}
-ADDED_SHAPE = {"snapshot": "int", "changed": "bool"}
-DEPLOYED_SHAPE = {
-    "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
-    "conflicts_folder": "str",
-}  # fmt: skip
-MUTABLE_SHAPE = {"snapshot": "int", "changed": "bool", "mutable": "bool"}
-RECOVERED_SHAPE = {"snapshots": ["int"], "changed": "bool"}
-ANSWERS: dict[str, dict[str, Any]] = {
-    "tree": {
-        "tree": [
-            {
-                "snapshot": "int", "parent": "int null", "description": "str", "booted": "bool", "deployed": "bool",
-                "mutable": "bool", "date?": "str", "packages?": "int",
-            }
-        ]
-    },
-    "current": {"snapshot": "int"},
-    "desc": {"snapshot": "int", "changed": "bool", "description": "str"},
-    "clone": ADDED_SHAPE,
-    "clone-tree": {**ADDED_SHAPE, "copies": {"*": "int"}},
-    "branch": ADDED_SHAPE,
-    "cbranch": ADDED_SHAPE,
-    "ubranch": ADDED_SHAPE,
-    "new": ADDED_SHAPE,
-    "log": {
-        "history": [
-            {
-                "time": "str", "user": "int", "command": "str", "arguments": ["str"], "snapshots": ["int"],
-                "result": "str", "*?": "any",
-            }
-        ]
-    },
-    "del": {"snapshots": ["int"], "changed": "bool"},
-    "sub": {"subvolumes": [{"id": "int", "path": "str", "readonly": "bool", "made": "str"}]},
-    "status": {
-        "booted": {"snapshot": "int null", "slot": "str int null"},
-        "next": {"snapshot": "int null", "slot": "str null", "id": "str null"},
-        "last_booted": "str", "running": {"*": "str"}, "waiting": ["int"], "drift": {"*": "str"},
-        "free_bytes": "int", "size_bytes": "int",
-    },
-    "deploy": DEPLOYED_SHAPE,
-    "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
-    "rollback": DEPLOYED_SHAPE,
-    "boot": {"snapshot": "int", "changed": "bool", "slots": ["str"]},
-    "carry": {"changed": "bool", "carried": ["str"]},
-    "whichtmp": {"slot": "str int"},
-    "run": {**CHANGE_SHAPE, "status": "int"},
-    "tree-run": {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}},
-    "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
-    "edit-conf": CHANGE_SHAPE,
-    "mutable": MUTABLE_SHAPE,
-    "immutable": MUTABLE_SHAPE,
-    "immen": MUTABLE_SHAPE,
-    "unlock": {"snapshot": "int", "changed": "bool"},
-    "tmp": RECOVERED_SHAPE,
-    "recover": RECOVERED_SHAPE,
-    "install": CHANGES_SHAPE,
-    "remove": CHANGES_SHAPE,
-    "list": {"snapshot": "int", "packages": {"*": "str"}},
-    "diff": {
-        "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
-        "slot?": "str", "drift?": {"*": "str"},
-    },
-    "fsck": {"damage": [{"what": "str", "snapshot": "int null"}]},
-    "version": {"ash": "str", "distro": "str"},
-}  # fmt: skip
-# Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
-ERROR_SHAPE = {"message": "str", "hint": "str", "status": "int"}
-DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "any"}
 
 GLOBAL_OPTIONS = [
     Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),

@@ -4,6 +4,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 import textwrap
 import time
@@ -162,7 +163,7 @@ def guided(image: Path, *, uefi: bool = False) -> int:
     print(f"Starting {image}; under emulation this takes a minute.", flush=True)
     with Machine(image, uefi=uefi) as machine:
         machine.enter_shell()
-        columns, rows = os.get_terminal_size()
+        columns, rows = shutil.get_terminal_size()
         terminal = shlex.quote(os.environ.get("TERM", "linux"))
         machine.send(f"stty cols {columns} rows {rows}; export TERM={terminal}; dmesg --console-level emerg\n")
         print(SUGGESTIONS.format(image=image), flush=True)
