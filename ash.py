@@ -1536,7 +1536,7 @@ class VarMerge:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Transactions
+# What a change did, and how one that was interrupted is finished or undone
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -1722,6 +1722,11 @@ def replace_subvolume(new: Path, target: Path) -> None:
         delete_subvolume(new)
     else:
         new.rename(target)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Transactions
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -2925,6 +2930,37 @@ class Slots:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Where ash runs, and as whom
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_distro(path: Path) -> tuple[str, str]:
+    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
+    try:
+        words = path.read_text().split()
+        return words[0], words[-1]
+    except (OSError, IndexError):
+        raise AshError(f"{path} is missing or empty", "--distro ID") from None
+
+
+def require_root(doing: str) -> None:
+    """Raise AshError where ash does not run as root."""
+    if os.geteuid() != 0:
+        raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
+
+
+def is_in_chroot() -> bool:
+    """Whether this process's root is not the one that the system was started with."""
+    try:
+        ours, first = os.stat("/"), os.stat("/proc/1/root/")
+    except PermissionError:
+        return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
+    except OSError:
+        return True  # no /proc: nobody starts a system so
+    return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The system: one distribution on one file system
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -3350,32 +3386,6 @@ class System:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
             file.write(line)
-
-
-def read_distro(path: Path) -> tuple[str, str]:
-    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
-    try:
-        words = path.read_text().split()
-        return words[0], words[-1]
-    except (OSError, IndexError):
-        raise AshError(f"{path} is missing or empty", "--distro ID") from None
-
-
-def require_root(doing: str) -> None:
-    """Raise AshError where ash does not run as root."""
-    if os.geteuid() != 0:
-        raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
-
-
-def is_in_chroot() -> bool:
-    """Whether this process's root is not the one that the system was started with."""
-    try:
-        ours, first = os.stat("/"), os.stat("/proc/1/root/")
-    except PermissionError:
-        return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
-    except OSError:
-        return True  # no /proc: nobody starts a system so
-    return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
 
 
 # ---------------------------------------------------------------------------------------------------------------
