@@ -2511,7 +2511,7 @@ class BootConfig:
     initrds: Sequence[str]
     options: str
     rootflags: str = ""  # beside the subvolume
-    header: Sequence[str] = ()  # terminals and timeout
+    header: Sequence[str] = field(default_factory=list)  # terminals and timeout
     foreign: str = ""  # other systems, and the user's own entries
 
     # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
@@ -2572,8 +2572,8 @@ class Deployment:
     mutable: bool = False
     etc_from: str = ""  # the slot whose changes of /etc were carried over
     etc_state: str = ""  # a digest of that /etc as it was then
-    carried: Sequence[str] = ()
-    conflicts: Sequence[str] = ()
+    carried: Sequence[str] = field(default_factory=list)
+    conflicts: Sequence[str] = field(default_factory=list)
     conflicts_folder: str = ""
 
 
@@ -3775,7 +3775,7 @@ def cmd_new(system: System, args: argparse.Namespace) -> Reply:
 
 def new_description(args: argparse.Namespace, default: str) -> str:
     """The description that was given, or the default."""
-    return " ".join([*args.desc, *args.words]) or default
+    return " ".join(args.desc) or default
 
 
 def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
@@ -4188,8 +4188,7 @@ def cmd_install(system: System, args: argparse.Namespace) -> Reply:
     packages = [*args.words, *args.packages]
     if not packages and not args.remove:
         raise AshError("which package?", "ash install N PKG...", USAGE)
-    if args.live:
-        raise AshError("installing live is not possible yet", "leave out --live, then deploy and reboot", USAGE)
+    refuse_live(args)
     for number in snapshots:
         system.require_changeable(number)
     changes = [install(system, number, packages, args) for number in snapshots]
@@ -4197,6 +4196,12 @@ def cmd_install(system: System, args: argparse.Namespace) -> Reply:
         return would_change(changes)
     waiting = [str(change.snapshot) for change in changes if change.changed]
     return changed_all(changes, f"ash deploy {waiting[0]} and a reboot make it run" if waiting else "")
+
+
+def refuse_live(args: argparse.Namespace) -> None:
+    """Raise AshError where the running system is to be changed too."""
+    if args.live:
+        raise AshError("the running system cannot be changed", "leave out --live, then deploy and reboot", USAGE)
 
 
 def install(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
@@ -4226,6 +4231,7 @@ def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
     if not packages:
         raise AshError("which package?", "ash remove N PKG...", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
+    refuse_live(args)
     for number in snapshots:
         system.require_changeable(number)
     changes = [remove(system, number, packages, args) for number in snapshots]
@@ -4570,6 +4576,10 @@ def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
 
 DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
 COMMAND_WORDS = words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
+LIVE = [
+    flag("--live", "-l", help="also in the running system"),
+    flag("--not-live", "-nl", help="only in the snapshot"),
+]
 PACKAGES = words("-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)")
 
 MANY = 1000
@@ -4585,27 +4595,27 @@ COMMANDS = [
     ),
     Command(
         "clone", ["cl", "tree-clone"], "Tree", "clone [N] [-d TEXT]", "copy N as a new top-level tree", cmd_clone,
-        changes=True, numbers=1, words=True, arguments=[DESC],
+        changes=True, numbers=1, arguments=[DESC],
     ),
     Command(
         "clone-tree", ["ct"], "Tree", "clone-tree [N] [-d TEXT]", "copy N with all its branches, next to N",
-        cmd_clone_tree, changes=True, numbers=1, words=True, arguments=[DESC],
+        cmd_clone_tree, changes=True, numbers=1, arguments=[DESC],
     ),
     Command(
         "branch", ["add-branch"], "Tree", "branch [N] [-d TEXT]", "make a new child of N", cmd_branch,
-        changes=True, numbers=1, words=True, arguments=[DESC],
+        changes=True, numbers=1, arguments=[DESC],
     ),
     Command(
         "cbranch", ["clone-branch", "cb"], "Tree", "cbranch [N] [-d TEXT]", "copy N under N's parent", cmd_cbranch,
-        changes=True, numbers=1, words=True, arguments=[DESC],
+        changes=True, numbers=1, arguments=[DESC],
     ),
     Command(
         "ubranch", ["clone-under", "cu"], "Tree", "ubranch P N [-d TEXT]", "copy N under P", cmd_ubranch,
-        changes=True, numbers=2, words=True, arguments=[DESC],
+        changes=True, numbers=2, arguments=[DESC],
     ),
     Command(
         "new", ["new-tree"], "Tree", "new [-d TEXT]", "make a new top-level snapshot from the base", cmd_new,
-        changes=True, words=True, arguments=[DESC],
+        changes=True, arguments=[DESC],
     ),
     Command(
         "log", ["history"], "Tree", "log [N]", "show what was done, when, by whom, with what result", cmd_log, numbers=1
@@ -4677,8 +4687,7 @@ COMMANDS = [
         arguments=[
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
-            flag("--live", "-l", help="also in the running system"),
-            flag("--not-live", "-nl", help="only in the snapshot"),
+            *LIVE,
         ],
     ),
     Command(
@@ -4687,6 +4696,7 @@ COMMANDS = [
         changes=True, numbers=1, several=True, words=True,
         arguments=[
             PACKAGES,
+            *LIVE,
             flag("--purge", help="also their configuration"),
             flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
         ],
@@ -4928,6 +4938,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     console.json, console.quiet = "--json" in given, "-q" in given
     command = None
+    with contextlib.suppress(AshError):
+        command = find_command(split_command_line(given)[1])  # for errors in the rest of the line
     os.umask(0o022)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

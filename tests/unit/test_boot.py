@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""fstab, what ash takes of grub-mkconfig, and the boot menu."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ash import OWN_MOUNT_POINTS, AshError, BootConfig, Deployment, Layout, Menu, grub_quoted, render_fstab
+
+pytestmark = pytest.mark.budget(10)
+
+UUID = "3eefd2c3-9db2-4392-ba3e-719c1dda63a2"
+LAYOUT = Layout(Path("/.snapshots"), "debian")
+# What grub-mkconfig printed in a snapshot with two kernels and an entry of the user's own.
+MKCONFIG = (Path(__file__).parent / "data/grub-mkconfig.txt").read_text()
+
+
+# fstab
+
+
+def entries(text: str) -> dict[str, list[str]]:
+    """The lines of an fstab by their mount points; each may be there only once."""
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert len({line[1] for line in lines}) == len(lines)
+    return {line[1]: line for line in lines}
+
+
+def test_fstab_has_ashs_own_lines_by_uuid() -> None:
+    found = entries(render_fstab(LAYOUT, UUID, "deploy-aux", ""))
+    assert tuple(found) == OWN_MOUNT_POINTS
+    assert all(len(line) == 6 for line in found.values())
+    assert {found[point][0] for point in ("/", "/.snapshots", "/var", "/home")} == {f"UUID={UUID}"}
+
+
+def test_fstab_mounts_the_slots_root_read_only_and_its_etc_over_it() -> None:
+    found = entries(render_fstab(LAYOUT, UUID, "deploy-aux", ""))
+    options = found["/"][3].split(",")
+    assert "subvol=@.snapshots_debian/rootfs/snapshot-deploy-aux" in options
+    assert "ro" in options
+    assert found["/etc"][0] == "/.snapshots/rootfs/snapshot-deploy-aux/etc"
+    assert "bind" in found["/etc"][3].split(",")
+
+
+def test_old_setuid_programs_in_snapshots_cannot_be_run() -> None:
+    assert {"nosuid", "nodev"} <= set(entries(render_fstab(LAYOUT, UUID, 0, ""))["/.snapshots"][3].split(","))
+
+
+def test_all_other_lines_of_fstab_stay_and_keep_their_order() -> None:
+    theirs = ["# a comment", "UUID=0DBA-1B0F /boot/efi vfat umask=0077 0 2", "", "LABEL=data /srv ext4 defaults 0 2"]
+    old = "\n".join(["UUID=old / ext4 defaults 0 1", *theirs, "tmpfs /tmp tmpfs size=1g 0 0"])
+    lines = render_fstab(LAYOUT, UUID, 3, old).splitlines()
+    assert lines[len(OWN_MOUNT_POINTS) :] == theirs
+
+
+@given(st.sampled_from(["deploy", "deploy-aux", 7]), st.sampled_from(["deploy-spare", 0]))
+def test_fstab_is_rendered_again_for_another_slot(first: str | int, second: str | int) -> None:
+    theirs = "# mine\nUUID=0DBA-1B0F /boot/efi vfat umask=0077 0 2\n"
+    once = render_fstab(LAYOUT, UUID, second, theirs)
+    assert render_fstab(LAYOUT, UUID, second, render_fstab(LAYOUT, UUID, first, theirs)) == once
+
+
+# grub-mkconfig
+
+
+def test_the_newest_kernel_and_its_initramfs_are_taken() -> None:
+    config = BootConfig.parse(MKCONFIG)
+    assert config.kernel == "vmlinuz-6.12.117+deb13-amd64"
+    assert list(config.initrds) == ["initrd.img-6.12.117+deb13-amd64"]
+
+
+def test_of_the_options_those_are_taken_that_ash_does_not_set() -> None:
+    assert BootConfig.parse(MKCONFIG).options == "console=tty0 console=ttyS0,115200"
+
+
+def test_flags_of_the_root_file_system_stay_beside_ashs_own() -> None:
+    with_flag = MKCONFIG.replace("rootflags=subvol=", "rootflags=degraded,subvol=")
+    config = BootConfig.parse(with_flag)
+    assert "degraded" in rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)})).split("rootflags=")[1]
+    assert "subvol=@.snapshots_debian/rootfs/snapshot-mk" not in config.options
+
+
+def test_terminals_and_timeout_are_taken() -> None:
+    header = list(BootConfig.parse(MKCONFIG).header)
+    assert "serial --unit=0 --speed=115200" in header
+    assert "terminal_input console serial" in header
+    assert header.index("serial --unit=0 --speed=115200") < header.index("terminal_input console serial")
+    assert [line for line in header if line.startswith("set timeout=")][-1] == "set timeout=5"
+
+
+def test_entries_of_the_user_and_of_the_firmware_are_kept_and_linuxs_are_not() -> None:
+    foreign = BootConfig.parse(MKCONFIG).foreign
+    assert "menuentry 'Memory test {really}' {\n    linux16 /memtest.bin\n}" in foreign
+    assert "UEFI Firmware Settings" in foreign
+    assert "vmlinuz" not in foreign
+    assert "custom.cfg" not in foreign
+    assert "menu_color" not in foreign
+
+
+def test_several_initramfs_are_all_loaded_in_their_order() -> None:
+    text = MKCONFIG.replace("initrd\t/@", "initrd\t/@.snapshots_debian/rootfs/snapshot-mk/boot/intel-ucode.img /@")
+    config = BootConfig.parse(text)
+    assert list(config.initrds) == ["intel-ucode.img", "initrd.img-6.12.117+deb13-amd64"]
+    menu = rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)}))
+    boot = "/@.snapshots_debian/rootfs/snapshot-deploy/boot"
+    assert f"initrd {boot}/intel-ucode.img {boot}/initrd.img-6.12.117+deb13-amd64\n" in menu
+
+
+def test_a_kernel_without_initramfs_boots_too() -> None:
+    text = re.sub(r"^\s*initrd\s.*\n", "", MKCONFIG, flags=re.MULTILINE)
+    config = BootConfig.parse(text)
+    assert list(config.initrds) == []
+    assert "initrd" not in rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)}))
+
+
+def test_without_a_kernel_there_is_nothing_to_boot() -> None:
+    with pytest.raises(AshError, match="no kernel"):
+        BootConfig.parse(re.sub(r"^\s*linux\s.*\n", "", MKCONFIG, flags=re.MULTILINE))
+
+
+# The menu
+
+CONFIG = BootConfig("vmlinuz-1", ["initrd.img-1"], "console=ttyS0", header=["set timeout=5"], foreign="")
+
+
+def deployment(slot: str, snapshot: int, config: BootConfig = CONFIG, ident: str = "") -> Deployment:
+    return Deployment(
+        slot=slot, id=ident or f"id-{slot}", snapshot=snapshot, source=300, name="Debian", inputs="x", config=config
+    )
+
+
+def rendered(menu: Menu, description: str = "a web server") -> str:
+    return menu.render(LAYOUT, UUID, lambda _: description)
+
+
+def titles(grub_cfg: str) -> list[str]:
+    """The titles of the menu's entries, unquoted."""
+    quoted = re.findall(r"^menuentry ('.*') --id", grub_cfg, re.MULTILINE)
+    return [title[1:-1].replace("'\\''", "'") for title in quoted]
+
+
+def test_the_menu_begins_with_the_default_then_the_last_booted_one() -> None:
+    menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, n) for n, slot in enumerate(["deploy", "deploy-aux"])})
+    assert titles(rendered(menu)) == [
+        "Debian, snapshot 1: a web server",
+        "Debian, snapshot 0: a web server (last booted deployment)",
+    ]
+
+
+def test_a_secondary_deployment_has_an_entry_after_them() -> None:
+    slots = ["deploy", "deploy-aux", "deploy-secondary"]
+    menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, n) for n, slot in enumerate(slots)})
+    assert titles(rendered(menu))[2] == "Debian, snapshot 2: a web server (secondary)"
+
+
+def test_a_slot_that_is_neither_is_not_in_the_menu() -> None:
+    menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, 1) for slot in ("deploy", "deploy-aux", "deploy-spare")})
+    assert "deploy-spare" not in rendered(menu)
+
+
+def test_an_entry_boots_its_slot_by_uuid_and_carries_its_id() -> None:
+    text = rendered(Menu("deploy-aux", "", {"deploy-aux": deployment("deploy-aux", 1, ident="c0ffee")}))
+    name = "@.snapshots_debian/rootfs/snapshot-deploy-aux"
+    linux = next(line.split() for line in text.splitlines() if line.strip().startswith("linux "))
+    assert linux[1] == f"/{name}/boot/vmlinuz-1"
+    assert {f"root=UUID={UUID}", f"rootflags=subvol={name}", "ro", "ash.deployment=c0ffee", "console=ttyS0"} <= set(linux)
+    assert f"    initrd /{name}/boot/initrd.img-1\n" in text
+    assert f"search --no-floppy --fs-uuid --set=root {UUID}" in text
+    assert 'set default_id="c0ffee"' in text
+
+
+def test_the_menu_file_reads_as_it_was_written(tmp_path: Path) -> None:
+    config = BootConfig.parse(MKCONFIG)
+    menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, 1, config) for slot in ("deploy", "deploy-aux")})
+    (tmp_path / "menu").write_text(menu.dump())
+    again = Menu.load(tmp_path / "menu")
+    assert again == menu
+    assert rendered(again) == rendered(menu)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"default": "x", "last_booted": "", "deployments": {"x": {}}}'])
+def test_a_damaged_menu_file_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "menu").write_text(text)
+    with pytest.raises(AshError, match="damaged"):
+        Menu.load(tmp_path / "menu")
+
+
+def test_no_menu_file_is_an_empty_menu(tmp_path: Path) -> None:
+    assert Menu.load(tmp_path / "menu") == Menu()
+
+
+HOSTILE = [
+    "it's a 'quoted' thing",
+    "'; reboot; '",
+    'say "hello"',
+    "$root ${root} $(reboot) `reboot`",
+    "} menuentry 'x' { linux /evil",
+    "a\nmenuentry 'x' {\n linux /evil\n}\nb",
+    "back\\slash\\",
+    "ends with a quote'",
+    "\x1b[31mred\x00\r",
+    "# no comment",
+    "Umlaut ä, 日本語",
+    "",
+]
+
+
+def lines_of_entries(text: str) -> list[str]:
+    """The menu without its titles."""
+    return re.sub(r"^menuentry '.*' --id", "menuentry TITLE --id", text, flags=re.MULTILINE).splitlines()
+
+
+@pytest.mark.parametrize("description", HOSTILE)
+def test_a_description_is_data_in_the_menu(description: str) -> None:
+    menu = Menu("deploy", "", {"deploy": deployment("deploy", 1)})
+    text = rendered(menu, description)
+    assert lines_of_entries(text) == lines_of_entries(rendered(menu, "plain"))
+    assert "/evil" not in re.sub(r"^menuentry '.*' --id", "", text, flags=re.MULTILINE)
+    if description.isprintable():
+        assert titles(text) == [f"Debian, snapshot 1: {description}"]
+
+
+@given(st.text())
+def test_any_text_is_one_word_of_grubs_language(text: str) -> None:
+    quoted = grub_quoted(text)
+    inside = quoted[1:-1].replace("'\\''", "")
+    assert quoted[0] == quoted[-1] == "'"
+    assert "'" not in inside
+    assert "\n" not in quoted
+    assert all(c.isprintable() for c in quoted)
+
+
+@pytest.mark.skipif(not shutil.which("grub-script-check"), reason="grub-script-check is not installed")
+@pytest.mark.parametrize("description", HOSTILE)
+def test_grub_itself_reads_the_menu(description: str) -> None:
+    config = BootConfig.parse(MKCONFIG)
+    slots = ("deploy", "deploy-aux", "deploy-secondary")
+    menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, 1, config) for slot in slots})
+    checked = subprocess.run(["grub-script-check"], input=rendered(menu, description), text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_graphical_terminal_gets_its_font_first() -> None:
+    config = BootConfig("vmlinuz-1", [], "", header=["terminal_output gfxterm"], foreign="")
+    text = rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config)}))
+    assert "\nterminal_output gfxterm" not in text
+    assert text.index("loadfont unicode") < text.index("terminal_output gfxterm")

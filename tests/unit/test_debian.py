@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What the module for Debian makes of apt's and dpkg's words."""
+
+from pathlib import Path
+
+import pytest
+
+from ash import FAILED, MISSING, REFUSED
+from distros.debian.ashpk import Debian, apt_error, planned
+
+pytestmark = pytest.mark.budget(5)
+
+STATUS = """\
+Package: hello
+Status: install ok installed
+Version: 2.10-5
+Description: a greeting
+ Version: 9 stands in the description
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+
+Package: broken
+Status: install ok half-configured
+Version: 2
+
+Package: libc6
+Status: hold ok installed
+Version: 2:41-1
+"""
+SIMULATION = """\
+NOTE: This is only a simulation!
+Remv sl [5.02-1]
+Purg old-config [1.0]
+Inst hello (2.10-5 Debian:13.2/stable [amd64])
+Inst libc6 [2.40-1] (2.41-1 Debian:13.2/stable [amd64]) []
+Conf hello (2.10-5 Debian:13.2/stable [amd64])
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with dpkg's status file and apt's marks."""
+    database = tmp_path / "usr/share/ash/db"
+    (database / "dpkg").mkdir(parents=True)
+    (database / "apt").mkdir()
+    (database / "dpkg/status").write_text(STATUS)
+    (database / "apt/extended_states").write_text("Package: libc6\nArchitecture: amd64\nAuto-Installed: 1\n\n")
+    return tmp_path
+
+
+def test_packages_are_those_that_are_installed(root: Path) -> None:
+    assert Debian().packages(root) == {"hello": "2.10-5", "libc6": "2:41-1"}
+
+
+def test_a_root_without_dpkg_has_no_packages(tmp_path: Path) -> None:
+    assert Debian().packages(tmp_path) == {}
+
+
+def test_what_is_installed_by_hand_need_not_be_installed_again(root: Path) -> None:
+    debian = Debian()
+    assert debian.has_installed(root, ["hello"])
+    assert not debian.has_installed(root, ["hello", "libc6"]), "apt would mark it as installed by hand"
+    assert not debian.has_installed(root, ["gone"])
+    assert not debian.has_installed(root, ["broken"])
+
+
+def test_a_simulation_says_what_would_change() -> None:
+    change = planned(7, SIMULATION)
+    assert change.changed
+    assert change.added == {"hello": "2.10-5"}
+    assert change.removed == {"sl": "5.02-1", "old-config": "1.0"}
+    assert change.upgraded == {"libc6": ("2.40-1", "2.41-1")}
+
+
+def test_a_simulation_that_does_nothing_is_no_change() -> None:
+    assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n").changed
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "words"),
+    [
+        ("E: Unable to locate package no-such\n", MISSING, "no-such"),
+        ("E: Package 'ghost' has no installation candidate\n", MISSING, "ghost"),
+        ("E: ash: too little space: 9 KiB are needed, 1 KiB are free\nE: Sub-process returned (1)\n", REFUSED, "9 KiB"),
+        ("E: Sub-process /usr/bin/dpkg returned an error code (1)\n", FAILED, "error code (1)"),
+        ("nothing said\n", FAILED, "apt-get failed"),
+    ],
+)
+def test_apts_errors_are_told_in_one_line(output: str, status: int, words: str) -> None:
+    error = apt_error(output)
+    assert error.status == status
+    assert words in error.message
+    assert "\n" not in error.message

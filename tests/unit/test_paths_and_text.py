@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Paths that stay inside a root, text that terminals do not obey, small files, mountinfo, send streams."""
+
+import os
+import stat
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ash
+from ash import AshError, Layout, Lock, Mount, changes_in_stream, last_words, path_inside, printable, write_file
+
+pytestmark = pytest.mark.budget(10)
+
+
+# path_inside
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with folders and links of every kind, and a file beside it that nothing inside must reach."""
+    top = tmp_path_factory.mktemp("paths")
+    (top / "secret").write_text("outside")
+    root = top / "root"
+    (root / "a/b").mkdir(parents=True)
+    (root / "run").mkdir()
+    links = {
+        "absolute": "/a/b",
+        "up": "../../../secret",
+        "far-up": "/../../../../secret",
+        "a/b/up": "../../..",
+        "a/relative": "b",
+        "circle": "circle",
+        "one": "two",
+        "two": "one",
+        "chain": "absolute/up",
+        "dangling": "/nowhere/at/all",
+        "resolv.conf": "../run/systemd/resolve/stub-resolv.conf",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        ("a/b", "a/b"),
+        ("/a//b/./c", "a/b/c"),
+        ("absolute/c", "a/b/c"),
+        ("up", "secret"),
+        ("far-up", "secret"),
+        ("a/relative/x", "a/b/x"),
+        ("chain/a", "a"),
+        ("a/b/up/a", "a"),
+        ("../../..", ""),
+        ("dangling/x", "nowhere/at/all/x"),
+        ("resolv.conf", "run/systemd/resolve/stub-resolv.conf"),
+        ("", ""),
+    ],
+)
+def test_links_lead_where_they_do_for_a_program_in_the_root(root: Path, path: str, inside: str) -> None:
+    assert path_inside(root, path) == root / inside
+
+
+@pytest.mark.parametrize("path", ["circle", "one/x", "two"])
+def test_links_in_a_circle_are_an_error(root: Path, path: str) -> None:
+    with pytest.raises(AshError, match="circle"):
+        path_inside(root, path)
+
+
+parts = ["a", "b", "..", ".", "", "absolute", "up", "far-up", "relative", "chain", "dangling", "run", "new", "resolv.conf"]
+
+
+@given(st.lists(st.sampled_from(parts), max_size=9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_path_leads_out_of_the_root(root: Path, path: list[str]) -> None:
+    found = path_inside(root, "/".join(path))
+    assert found == root or root in found.parents
+    assert ".." not in found.parts
+    assert not found.is_symlink()
+
+
+# Text
+
+
+@given(st.text())
+def test_what_is_printed_has_no_control_characters(text: str) -> None:
+    shown = printable(text)
+    assert all(c.isprintable() or c in "\n\t" for c in shown)
+
+
+def test_a_terminals_escapes_are_shown_and_not_sent() -> None:
+    assert printable("\x1b]0;title\x07\u202e x\r\n\tä") == "\\x1b]0;title\\x07\\u202e x\\r\n\tä"
+
+
+def test_a_file_name_that_is_no_text_is_shown_as_well() -> None:
+    printable(os.fsdecode(b"\xff\xfe")).encode()
+
+
+def test_last_words_are_the_last_lines_that_say_something() -> None:
+    assert last_words("a\n\nb\n  c  \n\nd\n\n") == "b; c; d"
+    assert last_words("") == ""
+
+
+# Programs
+
+
+def test_a_program_that_fails_is_an_error_with_its_own_words() -> None:
+    with pytest.raises(AshError, match=r"failed \(3\): no such luck"):
+        ash.run(["/bin/sh", "-c", "echo a try; echo no such luck >&2; exit 3"])
+
+
+def test_a_program_that_is_not_there_is_named() -> None:
+    with pytest.raises(AshError, match="no-such-program is not installed"):
+        ash.run(["no-such-program"])
+
+
+def test_programs_get_little_of_the_callers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LD_PRELOAD", "PYTHONPATH", "EDITOR", "APT_CONFIG", "BASH_ENV", "HOME"):
+        monkeypatch.setenv(name, "/evil")
+    for name in ("TERM", "LANG", "LC_TIME", "NO_COLOR", "https_proxy", "HTTP_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "kept")
+    environment = ash.clean_environment()
+    assert "/evil" not in environment.values()
+    assert {"TERM", "LANG", "LC_TIME", "NO_COLOR", "https_proxy", "HTTP_PROXY", "no_proxy"} <= environment.keys()
+    assert environment["PATH"].split(":")[0].startswith("/usr")
+
+
+# Small files
+
+
+def test_a_small_file_is_replaced_whole_and_a_reader_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "fstree"
+    write_file(path, "old\n")
+    with path.open() as reader:
+        write_file(path, "new\n", mode=0o600)
+        assert reader.read() == "old\n"
+    assert path.read_text() == "new\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["fstree"]
+
+
+def test_what_a_crash_left_beside_it_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / ".fstree.new").symlink_to("elsewhere")
+    write_file(tmp_path / "fstree", "new\n")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+# Locks
+
+
+def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
+    with Lock(tmp_path / "7/lock", "snapshot 7"), pytest.raises(AshError) as caught, Lock(tmp_path / "7/lock", "snapshot 7"):
+        pass
+    assert caught.value.status == ash.LOCKED
+    assert f"pid {os.getpid()}" in caught.value.message
+    assert caught.value.message.startswith("snapshot 7 is locked by ")
+
+
+def test_a_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
+    code = "import ash, os, sys, pathlib; ash.Lock(pathlib.Path(sys.argv[1]), 'it').__enter__(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], cwd=Path(ash.__file__).parent, check=False)
+    assert "pid " in (tmp_path / "lock").read_text()
+    with Lock(tmp_path / "lock", "it"):
+        pass
+
+
+def test_a_lock_whose_file_was_deleted_is_not_held_by_two(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with Lock(path, "it"):
+        path.unlink()
+        with Lock(path, "it"), pytest.raises(AshError), Lock(path, "it"):
+            pass
+
+
+# mountinfo
+
+
+@pytest.mark.parametrize(
+    ("options", "subvolume"), [("rw,space_cache=v2,subvolid=268,subvol=/x", 268), ("rw,subvol=/subvolid", None)]
+)
+def test_a_btrfs_mount_shows_its_subvolume(options: str, subvolume: int | None) -> None:
+    assert Mount("/", "btrfs", "/dev/vda", options).subvolume == subvolume
+
+
+def test_other_file_systems_have_no_subvolume() -> None:
+    assert Mount("/", "ext4", "/dev/vda", "rw,subvolid=5").subvolume is None
+
+
+def test_the_mounts_of_this_process_are_read() -> None:
+    found = {mount.target: mount for mount in ash.mounts()}
+    assert found["/proc"].kind == "proc"
+    assert ash.mount_of(Path("/proc/self/status")).target.startswith("/proc")
+
+
+# btrfs send streams: a magic and version, then commands (length, number, checksum) of attributes (type, length)
+
+
+def command(number: int, *attributes: tuple[int, bytes]) -> bytes:
+    body = b"".join(struct.pack("<HH", kind, len(value)) + value for kind, value in attributes)
+    return struct.pack("<IHI", len(body), number, 0) + body
+
+
+def stream(*commands: bytes) -> bytes:
+    return b"btrfs-stream\0" + struct.pack("<I", 1) + b"".join(commands)
+
+
+PATH, PATH_TO, UID, OWN_UUID, CTIME = 15, 16, 6, 1, 10
+SNAPSHOT, MKFILE, RENAME, UNLINK, CHMOD, UTIMES, END = 2, 3, 9, 11, 18, 20, 21
+
+
+def test_the_paths_that_a_stream_changes_are_read() -> None:
+    text = stream(
+        command(SNAPSHOT, (PATH, b"snapshot-7"), (OWN_UUID, bytes(16))),
+        command(MKFILE, (PATH, b"o257-9-0")),
+        command(RENAME, (PATH, b"o257-9-0"), (PATH_TO, b"etc/new")),
+        command(CHMOD, (PATH, "usr/ä".encode()), (UID, bytes(8))),
+        command(UNLINK, (PATH, b"etc/\xff")),
+        command(END),
+    )
+    kinds = {"etc/new": "added", "usr/ä": "changed", os.fsdecode(b"etc/\xff"): "removed"}
+    assert changes_in_stream(text) == kinds
+
+
+def test_times_alone_are_no_change() -> None:
+    text = stream(command(SNAPSHOT, (PATH, b"s")), command(UTIMES, (PATH, b"etc"), (CTIME, bytes(12))), command(END))
+    assert changes_in_stream(text) == {}
+
+
+def test_an_empty_stream_changes_nothing() -> None:
+    assert changes_in_stream(stream()) == {}
+
+
+# The layout
+
+
+def test_the_layout_is_that_of_ashos() -> None:
+    layout = Layout.at(Path("/top"), "debian")
+    snapshots = Path("/top/@.snapshots_debian")
+    assert layout.rootfs(7) == snapshots / "rootfs/snapshot-7"
+    assert layout.rootfs("deploy-aux") == snapshots / "rootfs/snapshot-deploy-aux"
+    assert layout.working_copy(7) == snapshots / "rootfs/snapshot-chr7"
+    assert layout.undo(7) == snapshots / "rootfs/undo-7"
+    assert (layout.etc(7), layout.boot(7)) == (snapshots / "etc/etc-7", snapshots / "boot/boot-7")
+    assert (layout.executable, layout.tree) == (snapshots / "ash/ash", snapshots / "ash/fstree")
+    assert layout.description(7) == snapshots / "ash/snapshots/7-desc"
+    assert layout.home_root == snapshots / "ash/root"
+    assert (layout.var, layout.home) == (Path("/top/@var_debian"), Path("/top/@home_debian"))
+    assert layout.grub_cfg == Path("/top/@boot_debian/grub/grub.cfg")
+
+
+def test_a_layout_that_is_only_read_has_no_top_level() -> None:
+    with pytest.raises(AshError, match="@var_debian is not mounted"):
+        _ = Layout(Path("/.snapshots"), "debian").var

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The source itself: one executable of it, no distribution's name in the core, a README that is true."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ash
+from installer.executable import build
+
+pytestmark = pytest.mark.budget(10)
+
+CHECKOUT = Path(ash.__file__).parent
+DISTROS = sorted(path.parent.name for path in CHECKOUT.glob("distros/*/ashpk.py"))
+
+
+@pytest.fixture(scope="module", params=DISTROS)
+def executable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one executable of a distribution, in a folder with nothing else of ash but its libraries."""
+    path = tmp_path_factory.mktemp("executable") / "ash"
+    path.write_text(build(request.param))
+    path.chmod(0o755)
+    (path.parent / "distro").write_text(request.param)
+    return path
+
+
+def output(*argv: str | Path) -> str:
+    ended = subprocess.run(argv, capture_output=True, text=True, cwd="/", check=False, env={"PATH": os.defpath})
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_executable_runs_by_itself(executable: Path) -> None:
+    distro = (executable.parent / "distro").read_text()
+    assert output(sys.executable, "-I", executable, "version") == f"ash {ash.ASH_VERSION} ({distro})\n"
+
+
+def test_the_executable_is_isolated_from_its_caller(executable: Path) -> None:
+    text = executable.read_text()
+    assert text.startswith("#!/usr/bin/python3 -I\n")
+    assert "#!/usr/bin/env" not in text
+
+
+def test_the_executable_knows_its_distribution_without_a_checkout(executable: Path) -> None:
+    script = "import runpy, sys; sys.argv[0] = sys.argv[1]; g = runpy.run_path(sys.argv[1]); print(*g['Distro'].registry)"
+    distro = (executable.parent / "distro").read_text()
+    assert output(sys.executable, "-I", "-c", script, executable).split()[-1] == distro
+
+
+def test_the_executable_imports_nothing_of_the_checkout(executable: Path) -> None:
+    modules = {n.module or "" for n in ast.walk(ast.parse(executable.read_text())) if isinstance(n, ast.ImportFrom)}
+    assert not any(module.startswith(("distros", "installer")) for module in modules)
+
+
+def test_the_start_guard_stands_once_and_last(executable: Path) -> None:
+    text = executable.read_text()
+    assert text.count("\nif __name__ ==") == 1
+    assert text.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
+
+
+def test_the_core_is_isolated_in_a_checkout_too() -> None:
+    assert output(sys.executable, "-I", CHECKOUT / "ash.py", "version").startswith("ash ")
+
+
+@pytest.mark.parametrize("distro", DISTROS)
+def test_a_module_has_only_classes_and_functions_and_no_future(distro: str) -> None:
+    tree = ast.parse((CHECKOUT / "distros" / distro / "ashpk.py").read_text())
+    docstring, *rest = tree.body
+    assert isinstance(docstring, ast.Expr)
+    for node in rest:
+        assert isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef), ast.unparse(node)
+        assert not (isinstance(node, ast.ImportFrom) and node.module == "__future__")
+
+
+@pytest.mark.parametrize("distro", DISTROS)
+def test_a_module_knows_nothing_of_btrfs_and_booting(distro: str) -> None:
+    tree = ast.parse((CHECKOUT / "distros" / distro / "ashpk.py").read_text())
+    taken = {name.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ash" for name in n.names}
+    assert not taken & {"snapshot_subvolume", "create_subvolume", "delete_subvolume", "set_readonly", "Slots", "Menu"}
+
+
+def test_the_core_asks_no_distributions_name() -> None:
+    known = {*DISTROS, "arch", "fedora", "ubuntu", "alpine", "opensuse", "void", "gentoo"}
+    tree = ast.parse((CHECKOUT / "ash.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            assert not constants & known, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_the_core_never_uses_a_shell() -> None:
+    tree = ast.parse((CHECKOUT / "ash.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert not any(keyword.arg == "shell" for keyword in node.keywords), f"line {node.lineno}"
+            assert ast.unparse(node.func) not in ("os.system", "os.popen"), f"line {node.lineno}"
+
+
+def test_the_readme_has_the_command_table_that_ash_prints() -> None:
+    table = output(sys.executable, "-I", CHECKOUT / "ash.py", "help", "--format", "markdown")
+    assert table in (CHECKOUT / "README.md").read_text()
+
+
+def test_every_command_is_in_the_table() -> None:
+    table = ash.markdown_table()
+    assert all(f"| `{c.usage}` |" in table and all(f"`{a}`" in table for a in c.aliases) for c in ash.COMMANDS)

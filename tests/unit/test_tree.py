@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The tree of snapshots: its file, ours and the old ash's, and what is done to it."""
+
+import ast
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ash import MISSING, AshError, Tree
+
+pytestmark = pytest.mark.budget(10)
+
+# A plain model of a tree: the parent of each number, in the order in which they were added.
+Model = dict[int, int | None]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    """A tree as a plain dictionary."""
+    numbers = draw(st.lists(st.integers(0, 10**6), unique=True, max_size=25))
+    return {n: draw(st.sampled_from([None, *numbers[:i]])) for i, n in enumerate(numbers)}
+
+
+def built(model: Model) -> Tree:
+    """The model as a Tree."""
+    tree = Tree.parse('{"name": "root"}')
+    for number, parent in model.items():
+        tree.add(number, parent)
+    return tree
+
+
+def below(model: Model, number: int) -> set[int]:
+    """A number and all below it, in the model."""
+    found = {number}
+    while more := {n for n, parent in model.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def as_dict(model: Model, of: int | None, name: object) -> dict[str, object]:
+    """The model in the shape of the tree's file, with names made by a function."""
+    children = [as_dict(model, n, n) for n, parent in model.items() if parent == of]
+    return {"name": name, **({"children": children} if children else {})}
+
+
+@given(models())
+def test_the_file_says_what_the_tree_is(model: Model) -> None:
+    tree = built(model)
+    again = Tree.parse(tree.dump())
+    assert {n: again.parent(n) for n in again.numbers()} == model
+    assert again.dump() == tree.dump()
+
+
+@given(models())
+def test_the_file_is_one_line_that_json_and_python_read_alike(model: Model) -> None:
+    text = built(model).dump()
+    assert text.count("\n") == 1
+    assert json.loads(text) == ast.literal_eval(text) == as_dict(model, None, "root")
+
+
+@given(models())
+def test_the_old_ash_wrote_a_python_literal_with_numbers_as_strings(model: Model) -> None:
+    def old(of: int | None, name: str) -> dict[str, object]:
+        children = [old(n, str(n)) for n, parent in model.items() if parent == of]
+        return {"name": name, **({"children": children} if children else {})}
+
+    tree = Tree.parse(str(old(None, "root")))
+    assert {n: tree.parent(n) for n in tree.numbers()} == model
+
+
+@given(models(), st.data())
+def test_a_branch_is_a_number_with_everything_below_it(model: Model, data: st.DataObject) -> None:
+    tree = built(model)
+    for number in model:
+        branch = tree.branch(number)
+        assert branch[0] == number
+        assert set(branch) == below(model, number)
+    if model:
+        removed = data.draw(st.sampled_from(sorted(model)))
+        tree.remove(removed)
+        assert set(tree.numbers()) == set(model) - below(model, removed)
+
+
+@given(models())
+def test_parents_come_before_their_branches(model: Model) -> None:
+    numbers = built(model).numbers()
+    assert all(parent is None or numbers.index(parent) < numbers.index(n) for n, parent in model.items())
+
+
+@settings(max_examples=40)
+@given(models(), st.booleans())
+def test_each_snapshot_is_drawn_on_a_line_of_its_own(model: Model, ascii_only: bool) -> None:
+    drawn = built(model).draw(lambda n: f"<{n}>", ascii_only)
+    lines = drawn.splitlines()
+    assert lines[0] == "root - root"
+    assert sorted(int(line.partition("<")[2].rstrip(">")) for line in lines[1:]) == sorted(model)
+    assert not ascii_only or drawn.isascii()
+
+
+@given(models(), st.integers(0, 10**6))
+def test_what_is_not_there_is_said_to_be_missing(model: Model, number: int) -> None:
+    tree = built(model)
+    assert (number in tree) == (number in model)
+    if number not in model:
+        for ask in (tree.branch, tree.parent, tree.remove):
+            with pytest.raises(AshError) as caught:
+                ask(number)
+            assert caught.value.status == MISSING
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        '{"name": "toor"}',
+        '{"name": "root", "children": [{"name": "x"}]}',
+        '{"name": "root", "children": [{"name": 1}, {"name": 1}]}',
+        '{"name": "root", "children": [{"name": 1, "children": [{"name": "1"}]}]}',
+        '{"name": "root", "children": [{"name": -1}]}',
+        '{"name": "root", "children": [{"children": []}]}',
+        '{"name": "root", "children": 5}',
+        '{"children": []}',
+        "__import__('os').abort()",
+        "{'name': 'root', 'children': [" * 4000,
+    ],
+)
+def test_a_damaged_file_is_an_error_of_one_line(text: str) -> None:
+    with pytest.raises(AshError) as caught:
+        Tree.parse(text)
+    assert "\n" not in caught.value.message
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_tree_or_an_error(text: str) -> None:
+    try:
+        Tree.parse(text)
+    except AshError as error:
+        assert error.hint
+
+
+def test_a_new_system_has_the_base_alone() -> None:
+    assert Tree.of_base().dump() == '{"name": "root", "children": [{"name": 0}]}\n'
