@@ -93,7 +93,7 @@ class _Guide:
 def _look(guide: _Guide) -> None:
     guide.explain("Starting the machine; under emulation this takes a minute.")
     guide.machine.login()
-    guide.explain("It is up. There is one snapshot, number 0: the system as it was installed. The star: it starts next.")
+    guide.explain("It is up. There is one snapshot, number 0: the system as it was installed. The star: it is next.")
     guide.run("ash tree")
 
 

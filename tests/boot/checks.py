@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What a running system must be like, asked of it by its own programs."""
+
+import re
+import shlex
+import time
+
+from installer.machine import Machine
+
+READ_ONLY = "Read-only file system"
+# A clock that was set wrong is hours off; a machine under emulation lags by seconds.
+CLOCK_SECONDS = 120
+
+
+def said(machine: Machine, line: str) -> str:
+    """What a command that must succeed printed."""
+    return machine.command(line, timeout=300).output.strip()
+
+
+def refused(machine: Machine, line: str, words: str) -> None:
+    """A command fails, and says why."""
+    result = machine.command(line, ok=None)
+    assert result.status != 0
+    assert words in result.output
+
+
+def new_snapshot(machine: Machine, command: str) -> int:
+    """Run an ash command that makes a snapshot; returns its number."""
+    return int(said(machine, f"ash -q {command}"))
+
+
+def runs_snapshot(machine: Machine, number: int) -> None:
+    """The snapshot is the one that runs, by what ash says and by the kernel's own options."""
+    assert said(machine, "ash current") == str(number)
+    assert said(machine, "cat /usr/share/ash/snap") == str(number)
+    slot = said(machine, "ash whichtmp")
+    assert f"rootfs/snapshot-{slot} " in said(machine, "cat /proc/cmdline")
+    (line,) = [line for line in said(machine, "ash tree").splitlines() if "[booted]" in line]
+    assert re.search(rf"\b{number}[* ]-", line)
+
+
+def starts_next(machine: Machine, number: int) -> None:
+    """The tree marks the snapshot, and only that, as the one for the next start."""
+    (line,) = [line for line in said(machine, "ash tree").splitlines() if "*" in line]
+    assert re.search(rf"\b{number}\*", line)
+
+
+def is_healthy(machine: Machine) -> None:
+    """No unit has failed, now or when the distribution's own timers have run; clock, name and logins are right."""
+    assert said(machine, "systemctl is-system-running --wait || true") == "running"
+    units = said(machine, "systemctl list-timers --all --plain --no-legend | grep -o '[^ ]*$'")
+    for unit in units.split():
+        machine.command(f"systemctl start {shlex.quote(unit)}", timeout=300)
+    assert said(machine, "systemctl --failed --plain --no-legend") == ""
+    assert abs(int(said(machine, "date +%s")) - time.time()) < CLOCK_SECONDS
+    assert said(machine, "hostname") == said(machine, "cat /etc/hostname")
+    said(machine, "getent hosts $(hostname)")
+    assert "ttyS0" in said(machine, "loginctl list-sessions --no-legend")
+
+
+def is_immutable(machine: Machine) -> None:
+    """What belongs to a snapshot cannot be written, by any way; what is shared, or the deployment's own, can."""
+    slot = said(machine, "ash whichtmp")
+    for place in ("/", "/usr", "/boot", f"/.snapshots/rootfs/snapshot-{slot}/usr", "/.snapshots/rootfs/snapshot-0/usr"):
+        refused(machine, f"touch {place}/written", READ_ONLY)
+    for place in ("/etc", "/var", "/home", "/root", "/tmp", "/var/tmp"):
+        said(machine, f"touch {place}/written && rm {place}/written")
+    assert said(machine, "stat -c %a /tmp /root").split() == ["1777", "700"]
+
+
+def online(machine: Machine) -> None:
+    """Wait for the network, which comes up beside the login prompt."""
+    said(machine, "/usr/lib/systemd/systemd-networkd-wait-online --any --timeout=120")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The life of a system that starts by BIOS: changed, rebooted, edited, broken, brought back."""
+
+import pytest
+
+from installer.machine import DEAD_ENDS, Machine
+from tests.boot.checks import is_healthy, is_immutable, new_snapshot, online, runs_snapshot, said, starts_next
+from tests.boot.conftest import Boot
+from tests.support import Disk
+
+pytestmark = [pytest.mark.boot, pytest.mark.budget(480)]
+
+SERVICE = "[Service]\nType=oneshot\nExecStart=touch /run/it-ran\n[Install]\nWantedBy=multi-user.target\n"
+NAMESERVER = "nameserver 192.0.2.53"
+
+
+def test_the_life_of_a_system(disk: Disk, boot: Boot) -> None:
+    with boot(disk) as machine:
+        machine.login()
+        runs_snapshot(machine, 0)
+        is_healthy(machine)
+        install_from_the_archive(machine)
+
+        restart(machine)
+        runs_snapshot(machine, 1)
+        assert "Hello, world!" in said(machine, "hello")
+        is_immutable(machine)
+        write_what_persists(machine)
+
+        restart(machine)
+        runs_snapshot(machine, 1)
+        find_what_persists(machine)
+        edit_the_resolver_in_a_chroot(machine)
+
+        restart(machine)
+        runs_snapshot(machine, 1)
+        assert NAMESERVER in said(machine, "cat /etc/resolv.conf")
+        deploy_something_broken(machine)
+
+        machine.reboot()
+        machine.expect(rf"doesn't have requested|No working init|{DEAD_ENDS}", 300)
+        machine.reset()
+        assert "snapshot 1: " in machine.choose("last booted")
+        machine.login()
+        runs_snapshot(machine, 1)
+        assert new_snapshot(machine, "rollback") == 3
+        starts_next(machine, 3)
+
+        restart(machine)
+        runs_snapshot(machine, 3)
+        assert "Hello, world!" in said(machine, "hello")
+        assert NAMESERVER in said(machine, "cat /etc/resolv.conf")
+        assert said(machine, "systemctl --failed --plain --no-legend") == ""
+        machine.poweroff()
+    ash_agrees_from_outside(disk)
+
+
+def restart(machine: Machine) -> None:
+    """Reboot into what the menu starts by itself."""
+    machine.reboot()
+    machine.login()
+
+
+def install_from_the_archive(machine: Machine) -> None:
+    """A clone gets a package; the base and the running system do not."""
+    assert new_snapshot(machine, "clone 0") == 1
+    online(machine)
+    said(machine, "ash install 1 hello")
+    assert "hello" in said(machine, "ash list 1").split()
+    assert "hello" not in said(machine, "ash list 0").split()
+    machine.command("hello", ok=127)
+    said(machine, "ash deploy 1")
+    starts_next(machine, 1)
+    runs_snapshot(machine, 0)
+
+
+def write_what_persists(machine: Machine) -> None:
+    """Files where files stay, one where they do not, a service and a user."""
+    for place in ("/etc", "/var", "/home", "/root", "/tmp"):
+        said(machine, f"echo kept > {place}/kept")
+    said(machine, f"printf %s '{SERVICE}' > /etc/systemd/system/mine.service && systemctl enable mine.service")
+    said(machine, "useradd --create-home somebody")
+    assert "snapshot 0" not in said(machine, "setpriv --reuid 65534 --clear-groups ash tree")
+    machine.command("setpriv --reuid 65534 --clear-groups ash clone 0", ok=5)
+
+
+def find_what_persists(machine: Machine) -> None:
+    for place in ("/etc", "/var", "/home", "/root"):
+        assert said(machine, f"cat {place}/kept") == "kept"
+    machine.command("test -e /tmp/kept", ok=1)
+    said(machine, "systemctl is-active multi-user.target && test -e /run/it-ran")
+    assert said(machine, "stat -c %U /home/somebody") == "somebody"
+
+
+def edit_the_resolver_in_a_chroot(machine: Machine) -> None:
+    """The example of the documents: a shell in the snapshot, an edit, `exit`, deploy."""
+    machine.send("ash chroot 1\n")
+    machine.expect(r"[#$] ")
+    machine.send(f"echo '{NAMESERVER}' > /etc/resolv.conf\n")
+    machine.send("exit\n")
+    said(machine, "ash deploy 1")
+    assert NAMESERVER not in said(machine, "cat /etc/resolv.conf")
+
+
+def deploy_something_broken(machine: Machine) -> None:
+    assert new_snapshot(machine, "branch 1") == 2
+    said(machine, "ash run 2 rm -r /usr/lib/systemd")
+    said(machine, "ash deploy 2")
+    starts_next(machine, 2)
+
+
+def ash_agrees_from_outside(disk: Disk) -> None:
+    """The image is whole: ash works on it, and all snapshots are read-only."""
+    rows = {row["snapshot"]: row for row in disk.ash("--json", "tree").json["tree"]}
+    assert {number: row["deployed"] for number, row in rows.items()} == {0: False, 1: False, 2: False, 3: True}
+    with disk.files() as files:
+        assert not {f"@.snapshots_debian/rootfs/snapshot-{number}" for number in rows} & files.writable()
+        assert (files.root(0) / "usr/lib/systemd/systemd").exists()
+        assert not (files.root(0) / "usr/bin/hello").exists()

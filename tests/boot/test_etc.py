@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What was changed in the running /etc is still there in the next deployment, beside what the snapshot brought."""
+
+import pytest
+
+from installer.machine import Machine
+from tests.boot.checks import runs_snapshot, said
+from tests.boot.conftest import Boot
+from tests.support import Disk
+
+pytestmark = [pytest.mark.boot, pytest.mark.budget(200)]
+
+
+def test_edits_of_the_running_system_go_along(disk: Disk, boot: Boot) -> None:
+    disk.ash("clone", 0)
+    disk.ash("install", 1, "chrony")
+    disk.ash("run", 1, "sh", "-c", "echo of the snapshot >> /etc/issue")
+    with boot(disk) as machine:
+        machine.login()
+        edit(machine)
+        report = said(machine, "ash deploy 1")
+        assert "passwd" in report
+        assert "issue" in report.partition("left behind")[2]
+        said(machine, "echo 192.0.2.2 late >> /etc/hosts; touch /etc/late")
+
+        machine.reboot()
+        machine.login("root", "new password")
+        runs_snapshot(machine, 1)
+        find(machine)
+        said(machine, "ash etc-update")
+        assert said(machine, "ash diff") == "no difference"
+        machine.poweroff()
+    with disk.files() as files:
+        assert "late" in (files.root(1) / "etc/hosts").read_text()
+        assert "human:" in (files.root(1) / "etc/passwd").read_text()
+        assert "human:" not in (files.root(0) / "etc/passwd").read_text()
+
+
+def edit(machine: Machine) -> None:
+    """A user, a password, a file that the snapshot leaves alone and one that it has changed too."""
+    said(machine, "useradd --create-home human && echo human:secret | chpasswd")
+    said(machine, "echo 'root:new password' | chpasswd")
+    said(machine, "echo 192.0.2.1 early >> /etc/hosts")
+    said(machine, "echo of the running system >> /etc/issue")
+    drift = said(machine, "ash diff")
+    assert all(f"/etc/{name}" in drift for name in ("passwd", "shadow", "hosts", "issue"))
+
+
+def find(machine: Machine) -> None:
+    """Each is where it belongs, also what was changed after the deploy."""
+    hosts = said(machine, "cat /etc/hosts")
+    assert "early" in hosts
+    assert "late" in hosts
+    said(machine, "test -e /etc/late")
+    assert "of the snapshot" in said(machine, "cat /etc/issue")
+    assert "of the running system" not in said(machine, "cat /etc/issue")
+    assert "of the running system" in said(machine, "cat /var/lib/ash/conflicts/1-*/etc/issue")
+    assert said(machine, "stat -c %U /home/human") == "human"
+    said(machine, "getent passwd _chrony && systemctl is-active chrony")
+    assert said(machine, "systemctl --failed --plain --no-legend") == ""

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Two siblings with different kernels: each starts with its own, and finds its own modules."""
+
+import pytest
+
+from installer.machine import Machine
+from tests.boot.checks import runs_snapshot, said
+from tests.boot.conftest import Boot
+from tests.support import Disk
+
+pytestmark = [pytest.mark.boot, pytest.mark.budget(240)]
+
+
+def test_siblings_with_different_kernels_start_in_turn(disk: Disk, boot: Boot) -> None:
+    disk.clone()
+    disk.clone()
+    (generic,) = kernels(disk, 1)
+    old = [package for package in disk.ash("--json", "list", 2).json["packages"] if package.startswith("linux-image-")]
+    disk.ash("install", 2, "linux-image-cloud-amd64", "--remove", *old)
+    assert kernels(disk, 1) == {generic}
+    (cloud,) = kernels(disk, 2)
+    assert cloud != generic
+    disk.ash("deploy", 1)
+    disk.ash("deploy", 2)
+
+    with boot(disk) as machine:
+        machine.login()
+        runs_snapshot(machine, 2)
+        runs_kernel(machine, cloud)
+        said(machine, "ash deploy 1")
+        machine.reboot()
+        machine.login()
+        runs_snapshot(machine, 1)
+        runs_kernel(machine, generic)
+        assert said(machine, "systemctl --failed --plain --no-legend") == ""
+        machine.poweroff()
+
+
+def kernels(disk: Disk, snapshot: int) -> set[str]:
+    """The kernels of a snapshot by their versions; each has its initramfs, its modules and its copy in boot-N."""
+    with disk.files() as files:
+        root = files.root(snapshot)
+        found = {path.name.removeprefix("vmlinuz-") for path in (root / "boot").glob("vmlinuz-*")}
+        for version in found:
+            assert (root / f"boot/initrd.img-{version}").stat().st_size > 1 << 20
+            assert (files.boot(snapshot) / f"vmlinuz-{version}").exists()
+        # A package that was removed, not purged, leaves a folder without modules behind.
+        assert {path.parent.name for path in (root / "usr/lib/modules").glob("*/kernel")} == found
+    return found
+
+
+def runs_kernel(machine: Machine, version: str) -> None:
+    """That kernel runs, its modules are the ones there, and one that it has not loaded yet loads."""
+    assert said(machine, "uname -r") == version
+    assert said(machine, "echo /lib/modules/*/kernel") == f"/lib/modules/{version}/kernel"
+    said(machine, "modprobe dummy && ip link show type dummy")

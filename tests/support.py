@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What the tests speak of: a disk with a Debian that ash manages, packages, a terminal."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ASH = [sys.executable, "-I", str(CHECKOUT / "ash.py")]
+# Exit statuses, as the command reference has them.
+DONE, FAILED, USAGE, MISSING, LOCKED, REFUSED, OURS_IN_RUN = 0, 1, 2, 3, 4, 5, 125
+SECONDS = 300
+
+
+def program(*argv: str | Path, status: int = 0, input: str | None = None) -> str:
+    """Run a program of the host that must end with a status; returns its output."""
+    ended = subprocess.run(argv, input=input, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert ended.returncode == status, f"{argv}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The answer in the form that --json gives."""
+        answer: dict[str, Any] = json.loads(self.stdout)
+        assert answer["version"] == 1
+        return answer
+
+    @property
+    def error(self) -> str:
+        """The error, which must be one line, and ash's."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("ash: ")]
+        assert len(lines) == 1, self.stderr
+        assert "Traceback" not in self.stderr
+        return lines[0]
+
+
+class Files:
+    """The file system of a disk, mounted: the paths that DESIGN gives to what is on it."""
+
+    def __init__(self, top: Path, distro: str = "debian") -> None:
+        self.top = top
+        self.snapshots = top / f"@.snapshots_{distro}"
+        self.var = top / f"@var_{distro}"
+        self.state = self.snapshots / "ash"
+        self.grub_cfg = top / f"@boot_{distro}" / "grub/grub.cfg"
+
+    def root(self, which: int | str) -> Path:
+        return self.snapshots / "rootfs" / f"snapshot-{which}"
+
+    def etc(self, which: int | str) -> Path:
+        return self.snapshots / "etc" / f"etc-{which}"
+
+    def boot(self, which: int | str) -> Path:
+        return self.snapshots / "boot" / f"boot-{which}"
+
+    def undo(self, snapshot: int) -> Path:
+        return self.snapshots / "rootfs" / f"undo-{snapshot}"
+
+    def subvolumes(self) -> set[str]:
+        """The paths of all subvolumes, from the top level."""
+        listing = program("btrfs", "subvolume", "list", self.top)
+        return {line.split(" path ", 1)[1] for line in listing.splitlines()}
+
+    def writable(self) -> set[str]:
+        """The paths of the subvolumes that are not read-only."""
+        readonly = program("btrfs", "subvolume", "list", "-r", self.top)
+        return self.subvolumes() - {line.split(" path ", 1)[1] for line in readonly.splitlines()}
+
+    def tree(self) -> set[int]:
+        """The numbers in the tree file."""
+        return set(map(int, re.findall(r'"name": (\d+)', (self.state / "fstree").read_text())))
+
+    def default_slot(self) -> str:
+        """The slot that the boot menu starts by itself: that of its first entry."""
+        slot = re.search(r"^ *linux \S*/rootfs/snapshot-([a-z-]+)/boot/", self.grub_cfg.read_text(), re.MULTILINE)
+        assert slot
+        return slot[1]
+
+    def in_root(self, which: int | str, *argv: str, status: int = 0) -> str:
+        """Run a program of a snapshot, chrooted in it as it is, with /var as all snapshots share it."""
+        root = self.root(which)
+        script = 'mount --bind "$1" "$1/var" -o ro 2>/dev/null; mount --bind "$2" "$1/var"; root=$1; shift 2; '
+        script += 'mount -t proc proc "$root/proc"; mount -t tmpfs tmp "$root/tmp"; exec chroot "$root" "$@"'
+        return program("unshare", "--mount", "sh", "-c", script, "sh", root, self.var, *argv, status=status)
+
+
+class Disk:
+    """A disk image with a Debian that ash manages; ash works on it as a program of its own."""
+
+    def __init__(self, image: Path) -> None:
+        self.image = image
+
+    def _argv(self, words: Sequence[str | int | Path]) -> list[str]:
+        return [*ASH, "--image", str(self.image), *map(str, words)]
+
+    def ash(
+        self,
+        *words: str | int | Path,
+        status: int = DONE,
+        input: str = "",
+        environment: Mapping[str, str] | None = None,
+        seconds: float = SECONDS,
+    ) -> Outcome:
+        """Run ash on the image; it must end with that status."""
+        ended = subprocess.run(
+            self._argv(words),
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env={**os.environ, **(environment or {})},
+            check=False,
+        )
+        outcome = Outcome(ended.returncode, ended.stdout, ended.stderr)
+        assert outcome.status == status, f"ash {words} ended with {outcome.status}, not {status}:\n{outcome}"
+        return outcome
+
+    def start(self, *words: str | int | Path, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start ash on the image, and go on; its output goes to the log."""
+        with (log or Path(os.devnull)).open("wb") as output:
+            return subprocess.Popen(
+                self._argv(words), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def terminal(self, *words: str | int | Path) -> "Terminal":
+        """Start ash on the image in a terminal of its own."""
+        return Terminal(self._argv(words))
+
+    def clone(self, of: int = 0) -> int:
+        """Clone a snapshot; returns the new number."""
+        return int(self.ash("-q", "clone", of).stdout)
+
+    def branch(self, of: int) -> int:
+        """Make a branch of a snapshot; returns the new number."""
+        return int(self.ash("-q", "branch", of).stdout)
+
+    def shell(self, snapshot: int, script: str, **options: Any) -> Outcome:
+        """Run a shell script in a transaction."""
+        return self.ash("run", snapshot, "sh", "-ec", script, **options)
+
+    def attached(self) -> str:
+        """The loop devices of the image: empty when nothing on this machine has it mounted."""
+        return program("losetup", "--noheadings", "--list", "--output", "NAME", "--associated", self.image).strip()
+
+    @contextlib.contextmanager
+    def files(self) -> Iterator[Files]:
+        """Mount the image's file system, beside ash if that is at work."""
+        start, size = _root_partition(self.image)
+        where = ["--offset", str(start), "--sizelimit", str(size)]
+        loop = program("losetup", "--nooverlap", "--find", "--show", *where, self.image).strip()
+        with contextlib.ExitStack() as stack:
+            # Detached by name, a loop device in use goes with its last mount.
+            stack.callback(program, "losetup", "--detach", loop)
+            top = stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-test-"))
+            program("mount", "-t", "btrfs", "-o", "subvolid=5", loop, top)
+            stack.callback(program, "umount", top)
+            yield Files(Path(top))
+
+    def outside_of_btrfs(self) -> bytes:
+        """All of the disk but the root partition: partition table, boot loader, EFI partition."""
+        start, size = _root_partition(self.image)
+        with self.image.open("rb") as image:
+            before = image.read(start)
+            image.seek(start + size)
+            return before + image.read()
+
+
+def _root_partition(image: Path) -> tuple[int, int]:
+    """Where the Linux partition of a GPT image begins, and its size, in bytes."""
+    table = json.loads(program("sfdisk", "--json", image))["partitiontable"]["partitions"]
+    root = next(p for p in table if p["type"] == "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
+    return root["start"] * 512, root["size"] * 512
+
+
+class Terminal:
+    """A program with a terminal of its own, as a person would use it; a context manager."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._argv = argv
+        self._text = ""
+
+    def __enter__(self) -> Self:
+        self._master, slave = pty.openpty()
+        # setsid makes the terminal the controlling one, so that its end is a hang-up.
+        argv = ["setsid", "--ctty", *self._argv]
+        self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hang_up()
+        self.wait()
+
+    def type(self, text: str) -> None:
+        """Type something; a newline is the Enter key."""
+        os.write(self._master, text.encode())
+
+    def expect(self, pattern: str, seconds: float = 60) -> str:
+        """Wait for a text that matches; returns what came up to its end."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self._text)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self._text!r}"
+            if select.select([self._master], [], [], 0.5)[0]:
+                try:
+                    self._text += os.read(self._master, 65536).decode(errors="replace")
+                except OSError:  # EIO: all that used the terminal have closed it
+                    assert re.search(pattern, self._text), f"it ended without {pattern!r}: {self._text!r}"
+        found = self._text[: match.end()]
+        self._text = self._text[match.end() :]
+        return found
+
+    def hang_up(self) -> None:
+        """Take the terminal away, as a lost connection does."""
+        if self._master >= 0:
+            os.close(self._master)
+            self._master = -1
+
+    def wait(self, seconds: float = 60) -> int:
+        """Wait for the program's end; returns its exit status."""
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+def make_deb(
+    folder: Path,
+    name: str,
+    version: str = "1",
+    *,
+    depends: str = "",
+    files: Mapping[str, str] | None = None,
+    **scripts: str,
+) -> Path:
+    """Build a Debian package; scripts are postinst=, prerm= and so on, in sh. Returns the package file."""
+    source = folder / f"{name}-{version}"
+    control = source / "DEBIAN"
+    control.mkdir(parents=True)
+    fields = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: Nobody <nobody@localhost>\n"
+    fields += f"Depends: {depends}\n" if depends else ""
+    (control / "control").write_text(f"{fields}Description: made by a test\n")
+    for script, text in scripts.items():
+        (control / script).write_text(f"#!/bin/sh\nset -e\n{text}\n")
+        (control / script).chmod(0o755)
+    for path, text in (files or {}).items():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        (source / path).write_text(text)
+    package = folder / f"{name}_{version}_all.deb"
+    program("dpkg-deb", "--build", "--root-owner-group", source, package)
+    return package
+
+
+def processes_with(marker: str) -> list[int]:
+    """The processes that have a text in their command lines, whatever they call themselves."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def wait_until(holds: Any, seconds: float = 30) -> None:
+    """Wait until a function returns something true."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def kill_hard(process: subprocess.Popen[bytes]) -> None:
+    """`kill -9` of one process, and wait for its end."""
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A system on a disk image that tests look at while ash works on it: its state, what is left, what is running."""
+
+import contextlib
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ash import btrfs_partition
+from tests.support import CHECKOUT, DONE, Disk, Files, Outcome, program, wait_until
+
+# What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
+Facts = tuple[int, int, int, int, int, int]
+
+
+def facts(path: Path) -> Facts:
+    """What changes when a file does."""
+    status = path.lstat()
+    return (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino, status.st_ctime_ns)
+
+
+def everything_below(folder: Path) -> dict[str, Facts]:
+    """The facts of all files below a folder, and of itself."""
+    found = {".": facts(folder)}
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            found[str(path.relative_to(folder))] = facts(path)
+    return found
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a change that did not happen leaves as it was."""
+
+    subvolumes: dict[str, int]  # ids by path
+    readonly: set[str]
+    var: dict[str, Facts]
+    home: dict[str, Facts]
+    boot: dict[str, Facts]
+    small_files: dict[str, str]  # of ash, but for locks and the history
+    mounts: list[str]
+    loops: str
+    processes: list[int]
+
+
+class System(Disk):
+    """A disk with its file system mounted for the tests to look at.
+
+    Args:
+        image: the disk image.
+        files: its file system.
+    """
+
+    def __init__(self, image: Path, files: Files) -> None:
+        super().__init__(image)
+        self.files = files
+        self.home = files.top / "@home_debian"
+
+    # What is there
+
+    def root(self, which: int | str) -> Path:
+        return self.files.root(which)
+
+    def subvolumes(self) -> dict[str, int]:
+        """The ids of all subvolumes by their paths from the top level."""
+        listing = program("btrfs", "subvolume", "list", self.files.top)
+        return {line.split(" path ", 1)[1]: int(line.split()[1]) for line in listing.splitlines()}
+
+    def id_of(self, which: int | str) -> int:
+        """The subvolume id of a snapshot or slot."""
+        return self.subvolumes()[f"@.snapshots_debian/rootfs/snapshot-{which}"]
+
+    def mounts(self) -> list[str]:
+        """The mounts of this file system, and what lies on them, as this process sees them."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return sorted(line.split(" ", 2)[2] for line in lines if line.split()[2] == self._device())
+
+    def _device(self) -> str:
+        """The number that mountinfo has for this file system, whatever of it is mounted where."""
+        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return next(line[2] for line in lines if line[4] == str(self.files.top))
+
+    def processes(self) -> list[int]:
+        """The processes of other mount namespaces that have something of this file system mounted."""
+        found, ours, device = [], os.readlink("/proc/self/ns/mnt"), self._device()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                mounted = {line.split()[2] for line in (process / "mountinfo").read_text().splitlines()}
+                if os.readlink(process / "ns/mnt") != ours and device in mounted:
+                    found.append(int(process.name))
+        return sorted(found)
+
+    def small_files(self) -> dict[str, str]:
+        """The contents of ash's own files, but for what tells of the past: locks and the history."""
+        state = self.files.state
+        paths = [p for p in state.rglob("*") if p.is_file() and p.name not in ("lock", "history", "ash")]
+        paths = [p for p in paths if p.relative_to(state).parts[0] not in ("lib", "root")]
+        return {str(p.relative_to(state)): p.read_text(errors="replace") for p in paths}
+
+    def state(self) -> State:
+        """All that must be as it was where nothing happened."""
+        subvolumes = self.subvolumes()
+        return State(
+            subvolumes=subvolumes,
+            readonly=set(subvolumes) - self.files.writable(),
+            var=everything_below(self.files.var),
+            home={name: known for name, known in everything_below(self.home).items() if name != "."},
+            boot=everything_below(self.files.grub_cfg.parent),
+            small_files=self.small_files(),
+            mounts=self.mounts(),
+            loops=self.attached(),
+            processes=self.processes(),
+        )
+
+    @contextlib.contextmanager
+    def nothing_changes(self) -> Iterator[None]:
+        """Whatever happens in the block, in the end all is as it was."""
+        before = self.state()
+        yield
+        wait_until(lambda: set(self.processes()) <= set(before.processes))
+        after = self.state()
+        for name in State.__dataclass_fields__:
+            was, now = getattr(before, name), getattr(after, name)
+            if isinstance(was, dict):
+                was, now = set(was.items()), set(now.items())
+            if isinstance(was, set):
+                assert (now - was, was - now) == (set(), set()), name
+            assert was == now, name
+
+    def remains(self) -> set[str]:
+        """What an unfinished change has left: working copies, half-made deployments, intents, overlays."""
+        listed = {path.rpartition("/")[2]: path for path in self.subvolumes()}
+        odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
+        files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
+        # A small file that was being written when its ash was killed is written over by the next.
+        return odd | {name for name in files if not name.endswith(("/lock", "/.intent.new"))}
+
+    def is_sound(self) -> None:
+        """Assert what always holds when no ash is at work: each number of the tree is whole, and nothing else is there."""
+        tree = self.files.tree()
+        subvolumes, writable = set(self.subvolumes()), self.files.writable()
+        of_tree = set()
+        for number in tree:
+            parts = {f"rootfs/snapshot-{number}", f"etc/etc-{number}", f"boot/boot-{number}"}
+            of_tree |= {f"@.snapshots_debian/{part}" for part in parts}
+            assert (self.files.state / f"snapshots/{number}-desc").is_file(), f"{number} has no description"
+        assert of_tree <= subvolumes, f"missing: {of_tree - subvolumes}"
+        assert not of_tree & writable, f"writable: {of_tree & writable}"
+        numbered = {p for p in subvolumes if re.search(r"-\d+$", p)}
+        undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
+        assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
+        last = int((self.files.state / "last").read_text())
+        assert last >= max(tree), "a number could be given twice"
+        for number in tree:
+            root = self.root(number)
+            for folder, copy in (("etc", self.files.etc(number)), ("boot", self.files.boot(number))):
+                assert names_below(root / folder) == names_below(copy), f"{copy.name} is not {folder} of {number}"
+
+    def boots(self) -> str:
+        """Assert that what the menu starts is whole; returns its slot."""
+        slots = re.findall(r"linux (/\S+) root=UUID=\S+ rootflags=subvol=(\S+)", self.files.grub_cfg.read_text())
+        assert slots, "the menu is empty"
+        for kernel, subvolume in slots:
+            root = self.files.top / subvolume
+            slot = root.name.removeprefix("snapshot-")
+            assert (self.files.top / kernel.lstrip("/")).stat().st_size > 1 << 20, kernel
+            fstab = (root / "etc/fstab").read_text()
+            assert f"subvol=@.snapshots_debian/rootfs/snapshot-{slot}," in fstab
+            assert f"/.snapshots/rootfs/snapshot-{slot}/etc /etc none bind" in fstab
+            assert f"@.snapshots_debian/etc/etc-{slot}" in self.subvolumes()
+            assert (root / "usr/share/ash/snap").read_text().strip().isdecimal()
+        for initrd in re.findall(r"^ *initrd (\S+)$", self.files.grub_cfg.read_text(), re.MULTILINE):
+            assert (self.files.top / initrd.lstrip("/")).stat().st_size > 1 << 20, initrd
+        titles = re.findall(r"^menuentry '[^\n]*?, snapshot (\d+):", self.files.grub_cfg.read_text(), re.MULTILINE)
+        holds = [(self.files.top / subvolume / "usr/share/ash/snap").read_text().strip() for _, subvolume in slots]
+        assert titles == holds, "the menu names other snapshots than its slots hold"
+        return slots[0][1].rpartition("snapshot-")[2]
+
+    # What is done to it
+
+    @contextlib.contextmanager
+    def at_work(self, snapshot: int, script: str, status: int = DONE, after: str = "") -> Iterator["AtWork"]:
+        """A transaction that has run a script and waits, until the block ends; then it must end with that status.
+
+        Args:
+            snapshot: its number.
+            script: what it runs first.
+            status: with which the script's end must make ash end.
+            after: what it runs when the block has ended.
+        """
+        mark = uuid.uuid4().hex
+        wait = f"touch /home/started-{mark}; while [ ! -e /home/go-{mark} ]; do sleep 0.02; done"
+        argv = self._argv(["run", snapshot, "sh", "-ec", f"{script}\n{wait}\n{after}"])
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        work = AtWork(process, mark)
+        try:
+            wait_until(lambda: (self.home / f"started-{mark}").exists() or process.poll() is not None)
+            assert process.poll() is None, process.communicate()
+            yield work
+            (self.home / f"go-{mark}").touch()
+            out, err = process.communicate(timeout=120)
+            work.outcome = Outcome(process.returncode, out, err)
+            assert process.returncode == status, work.outcome
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+            for name in ("started", "go"):
+                (self.home / f"{name}-{mark}").unlink(missing_ok=True)
+
+    def cut_short(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
+        """Run ash, and kill it by `kill -9` before the given step of what it does to the disk (the first is 1).
+
+        It ends by itself where it has fewer steps.
+        """
+        argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/cut_short.py"), str(step)]
+        words = ("--image", str(self.image), *words)
+        return subprocess.run(
+            [*argv, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:
+        """Cut a command at its first step, at the next, and so on, until it comes to its end."""
+        for step in range(1, 300, by):
+            ended = self.cut_short(step, *words)
+            if ended.returncode != -signal.SIGKILL:
+                assert ended.returncode == DONE, ended.stderr
+                return
+            wait_until(lambda: not self.processes())
+            yield step
+        raise AssertionError("it never ends")
+
+
+@dataclass
+class AtWork:
+    """A transaction that is going on; `outcome` is there when it has ended."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    outcome: Outcome | None = None
+
+    @property
+    def ended(self) -> Outcome:
+        assert self.outcome is not None
+        return self.outcome
+
+
+def names_below(folder: Path) -> dict[str, tuple[int, int, int, int]]:
+    """The files below a folder with their type, mode, owner and size."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            status = path.lstat()
+            size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+            found[str(path.relative_to(folder))] = (status.st_mode, status.st_uid, status.st_gid, size)
+    return found
+
+
+@contextlib.contextmanager
+def open_system(image: Path, folder: Path) -> Iterator[System]:
+    """A system on a copy of a disk image, which is deleted in the end; nothing of it may stay mounted."""
+    copy, top = folder / "disk.img", folder / "top"
+    program("cp", "--sparse=always", "--reflink=auto", image, copy)
+    top.mkdir()
+    start, size = btrfs_partition(copy)
+    program("mount", "-t", "btrfs", "-o", f"loop,offset={start},sizelimit={size},subvolid=5,compress=zstd", copy, top)
+    try:
+        yield System(copy, Files(top))
+    finally:
+        program("umount", top)
+    wait_until(lambda: not Disk(copy).attached())
+    copy.unlink()

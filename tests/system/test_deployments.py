@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Deployments hold what they say: the tenth like the first."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import FAILED, program
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+
+def menu_titles(system: System) -> list[str]:
+    return re.findall(r"^menuentry '(.*)' --id", system.files.grub_cfg.read_text(), re.MULTILINE)
+
+
+def test_ten_deploys_in_a_row_hold_what_they_say(system: System, snapshot: int) -> None:
+    last_booted = system.id_of("deploy")
+    ids = set()
+    for time in range(10):
+        number = snapshot if time % 3 else system.clone()
+        system.shell(number, f"echo {time} > /etc/time; echo {time} > /usr/time")
+        answer = system.ash("--json", "deploy", number).json
+        ids.add(answer["id"])
+        slot = system.boots()
+        root = system.root(slot)
+        assert slot == answer["slot"] == system.files.default_slot()
+        assert (root / "etc/time").read_text() == (root / "usr/time").read_text() == f"{time}\n"
+        assert (root / "usr/share/ash/snap").read_text() == f"{number}\n"
+        assert (system.files.etc(slot) / "time").read_text() == f"{time}\n"
+        assert f"snapshot {number}: " in menu_titles(system)[0]
+        assert answer["id"] in system.files.grub_cfg.read_text()
+        assert system.id_of("deploy") == last_booted
+        assert not system.remains()
+    assert len(ids) == 10
+    system.is_sound()
+
+
+def test_a_deployment_is_the_snapshot_and_what_it_needs_to_boot(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "rm -rf /usr/lib/systemd/system/ash-*.service /boot/efi; echo mine > /etc/mine")
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    root = system.root(slot)
+    assert (root / "etc/mine").read_text() == "mine\n"
+    assert (root / "usr/bin/ash").is_symlink()
+    assert (root / "usr/lib/systemd/system/ash-protect.service").is_file()
+    assert (root / "boot/efi").is_dir()
+    assert "VARIANT_ID=ashos" in (root / "usr/lib/os-release").read_text() + (root / "etc/os-release").read_text()
+    assert not (system.root(snapshot) / "usr/share/ash/snap").exists(), "it counts in a deployment only"
+
+
+def test_fstab_of_the_user_is_kept(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo 'LABEL=data /srv ext4 nofail 0 2 # mine' >> /etc/fstab; sed -i 's/^tmpfs.*/tmpfs \\/tmp tmpfs size=9g 0 0/' /etc/fstab")
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    text = (system.root(slot) / "etc/fstab").read_text()
+    assert "LABEL=data /srv ext4 nofail 0 2 # mine" in text.splitlines()
+    assert len(re.findall(r" /boot/efi ", text)) == 1
+    assert "size=9g" not in text, "the line for /tmp is ash's own"
+    assert len(re.findall(r" / btrfs ", text)) == 1
+
+
+def test_deploying_what_is_deployed_changes_nothing(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    with system.nothing_changes():
+        answer = system.ash("--json", "deploy", snapshot).json
+    assert answer["changed"] is False
+    system.shell(snapshot, "touch /etc/mark")
+    assert system.ash("--json", "deploy", snapshot).json["changed"] is True
+
+
+def test_deploy_says_that_a_reboot_is_needed_and_with_q_the_number(system: System, snapshot: int) -> None:
+    assert "reboot" in system.ash("deploy", snapshot).stdout
+    assert system.ash("-q", "deploy", 0).stdout == "0\n"
+
+
+def test_a_secondary_deployment_is_one_more_entry(system: System, snapshot: int) -> None:
+    system.ash("deploy", 0)
+    first = menu_titles(system)[0]
+    system.shell(snapshot, "echo second > /etc/which")
+    answer = system.ash("--json", "deploy", snapshot, "--secondary").json
+    assert answer["slot"].endswith("-secondary")
+    assert menu_titles(system)[0] == first
+    assert any(f"snapshot {snapshot}: " in title and "secondary" in title for title in menu_titles(system)[1:])
+    assert (system.root(answer["slot"]) / "etc/which").read_text() == "second\n"
+    system.boots()
+    assert f"snapshot {snapshot} is deployed" in system.ash("-y", "del", snapshot, status=5).error
+
+
+def test_a_snapshot_without_a_kernel_is_not_deployed(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "rm -f /boot/vmlinuz* /boot/initrd*")
+    with system.nothing_changes():
+        assert "no kernel" in system.ash("deploy", snapshot, status=FAILED).error
+
+
+def test_a_snapshot_whose_grub_configuration_is_broken_is_not_deployed(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo 'exit 7' >> /etc/default/grub")
+    with system.nothing_changes():
+        assert f"snapshot {snapshot} cannot be booted" in system.ash("deploy", snapshot, status=FAILED).error
+    system.boots()
+
+
+def test_kernel_options_of_the_snapshot_are_used(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "sed -i 's/^GRUB_CMDLINE_LINUX=.*/GRUB_CMDLINE_LINUX=\"quiet x=\\\\\"a b\\\\\"\"/; s/^GRUB_TIMEOUT=.*/GRUB_TIMEOUT=77/' /etc/default/grub")
+    system.ash("deploy", snapshot)
+    text = system.files.grub_cfg.read_text()
+    assert re.search(r"^ *linux .* quiet ", text, re.MULTILINE)
+    assert "set timeout=77" in text
+
+
+def test_the_users_own_entries_are_in_the_menu(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "printf '%s\\n' \"menuentry 'Memory {test}' {\" '    linux16 /memtest' '}' >> /etc/grub.d/40_custom")
+    system.ash("deploy", snapshot)
+    assert "menuentry 'Memory {test}' {" in system.files.grub_cfg.read_text()
+    program("grub-script-check", system.files.grub_cfg)
+
+
+@pytest.mark.parametrize("text", ["it's $HOME; reboot", "} menuentry 'x' {", 'a "b" \\'])
+def test_hostile_descriptions_do_not_break_the_menu(system: System, snapshot: int, text: str) -> None:
+    system.ash("desc", snapshot, "--", text)
+    system.ash("deploy", snapshot)
+    program("grub-script-check", system.files.grub_cfg)
+    system.boots()
+
+
+def test_nested_subvolumes_in_a_slot_break_no_deploy(system: System, snapshot: int) -> None:
+    for time in range(4):
+        for slot in ("deploy-aux", "deploy-spare"):
+            if system.root(slot).exists():
+                program("btrfs", "subvolume", "create", system.root(slot) / f"usr/nested-{time}")
+                program("btrfs", "subvolume", "create", system.root(slot) / f"usr/nested-{time}/deep")
+        system.shell(snapshot, f"echo {time} > /etc/time")
+        slot = system.ash("--json", "deploy", snapshot).json["slot"]
+        assert (system.root(slot) / "etc/time").read_text() == f"{time}\n"
+        assert not list((system.root(slot) / "usr").glob("nested-*"))
+        assert not system.remains()
+    assert not any(f"snapshot-{slot}/usr/nested" in path for path in system.subvolumes())
+
+
+def test_a_snapshot_with_a_nested_subvolume_is_deployed_and_copied(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "btrfs subvolume create /opt/nested; echo x > /opt/nested/x; touch /etc/mark")
+    copy = system.clone(snapshot)
+    slot = system.ash("--json", "deploy", copy).json["slot"]
+    assert (system.root(slot) / "etc/mark").exists()
+    system.shell(snapshot, "echo y > /etc/mark")
+    system.shell(snapshot, "echo z > /etc/mark")
+    system.ash("deploy", 0)
+    assert not system.remains()
+    system.is_sound()
+
+
+def test_a_default_subvolume_set_on_a_slot_breaks_no_deploy(system: System, snapshot: int) -> None:
+    for time in range(3):
+        program("btrfs", "subvolume", "set-default", str(system.id_of("deploy-aux")), system.files.top)
+        system.shell(snapshot, f"echo {time} > /etc/time")
+        slot = system.ash("--json", "deploy", snapshot).json["slot"]
+        assert (system.root(slot) / "etc/time").read_text() == f"{time}\n"
+        assert not system.remains()
+    assert "ID 5 " in program("btrfs", "subvolume", "get-default", system.files.top)
+
+
+def test_what_somebody_wrote_into_a_slot_is_gone_with_the_next_deploy(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    (system.root("deploy-aux") / "usr/foreign").touch()
+    system.shell(snapshot, "touch /etc/mark")
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    assert not (system.root(slot) / "usr/foreign").exists()
+
+
+def test_the_last_menus_are_kept(system: System, snapshot: int) -> None:
+    for time in range(3):
+        system.shell(snapshot, f"echo {time} > /etc/time")
+        system.ash("deploy", snapshot)
+    kept = sorted(path.name for path in system.files.grub_cfg.parent.glob("grub.cfg.*"))
+    assert "grub.cfg.1" in kept
+    assert len(kept) <= 5
+
+
+def test_a_grub_cfg_that_somebody_broke_is_made_again(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    system.files.grub_cfg.write_text("broken")
+    system.ash("recover")
+    system.boots()
+
+
+def test_rollback_on_an_image_keeps_the_last_booted_deployment(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo broken > /etc/which")
+    system.ash("deploy", snapshot)
+    (system.root("deploy") / "etc/edited").write_text("in the running system\n")
+    answer = system.ash("--json", "rollback").json
+    kept = answer["snapshot"]
+    assert kept in system.files.tree()
+    assert (system.root(kept) / "etc/edited").read_text() == "in the running system\n"
+    assert not (system.root(kept) / "etc/which").exists()
+    assert not (system.root(kept) / "usr/share/ash/snap").exists()
+    slot = system.boots()
+    assert slot == answer["slot"] != "deploy"
+    assert (system.root(slot) / "etc/edited").exists()
+    (system.root("deploy") / "etc/edited").unlink()
+    system.is_sound()
+
+
+def test_the_menu_file_and_grub_cfg_agree(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    menu = json.loads((system.files.state / "menu").read_text())
+    assert menu["default"] == system.boots()
+    assert menu["last_booted"] == "deploy"
+    assert Path(system.files.grub_cfg).stat().st_mode & 0o077 == 0

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""One ash at a time on a snapshot, several at once on a system and on an image."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ash import btrfs_partition
+from tests.support import ASH, LOCKED, OURS_IN_RUN, Disk, kill_hard, program, wait_until
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+
+
+def test_a_second_ash_on_the_same_snapshot_is_told_who_holds_it(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "touch /etc/mark") as work:
+        for words in (["install", snapshot, "hello"], ["unlock", snapshot], ["-y", "del", snapshot]):
+            error = system.ash(*words, status=LOCKED).error
+            assert f"snapshot {snapshot} is locked by pid {work.process.pid} (ash " in error
+            assert f"run {snapshot}" in error
+            assert "--wait SECONDS" in error
+        assert "is locked" in system.ash("run", snapshot, "true", status=OURS_IN_RUN).error
+        answer = system.ash("--json", "run", snapshot, "true", status=OURS_IN_RUN).json
+        assert answer["error"]["status"] == LOCKED
+    assert (system.root(snapshot) / "etc/mark").exists()
+
+
+def test_a_second_ash_waits_as_long_as_it_is_told_to(system: System, snapshot: int) -> None:
+    began = time.monotonic()
+    with system.at_work(snapshot, "touch /etc/one"):
+        system.ash("--wait", "1", "run", snapshot, "true", status=OURS_IN_RUN)
+        assert time.monotonic() - began > 1
+        waiting = system.start("--wait", "30", "run", snapshot, "touch", "/etc/two")
+        time.sleep(0.5)
+        assert waiting.poll() is None
+    assert waiting.wait(30) == 0
+    assert (system.root(snapshot) / "etc/one").exists()
+    assert (system.root(snapshot) / "etc/two").exists()
+
+
+def test_two_snapshots_are_changed_at_once(system: System, snapshot: int) -> None:
+    other = system.clone()
+    with system.at_work(snapshot, "touch /etc/mark"), system.at_work(other, "touch /etc/mark"):
+        third = system.clone()
+        system.shell(third, "touch /etc/mark")
+    assert all((system.root(number) / "etc/mark").exists() for number in (snapshot, other, third))
+    system.is_sound()
+
+
+def test_a_snapshot_that_is_being_changed_is_copied_as_it_was_before(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo before > /etc/mark")
+    with system.at_work(snapshot, "echo after > /etc/mark"):
+        copy = system.clone(snapshot)
+        branch = system.branch(snapshot)
+        system.ash("deploy", snapshot)
+        assert (system.root("deploy-aux") / "etc/mark").read_text() == "before\n"
+    for number in (copy, branch):
+        assert (system.root(number) / "etc/mark").read_text() == "before\n"
+    assert (system.root(snapshot) / "etc/mark").read_text() == "after\n"
+    system.ash("deploy", 0)
+
+
+def test_reading_needs_no_lock(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "touch /etc/mark"):
+        assert str(snapshot) in system.ash("tree").stdout
+        assert system.ash("--json", "list", snapshot).json["packages"]
+        system.ash("desc", snapshot, "is being changed")
+
+
+def test_the_lock_is_free_the_moment_its_ash_is_dead(system: System, snapshot: int) -> None:
+    process = system.start("run", snapshot, "sh", "-c", "touch /home/begun; sleep 4720")
+    wait_until((system.home / "begun").exists)
+    kill_hard(process)
+    began = time.monotonic()
+    system.ash("--wait", "10", "run", snapshot, "true")
+    assert time.monotonic() - began < 5
+    (system.home / "begun").unlink()
+
+
+def test_copies_made_at_once_get_different_numbers(system: System) -> None:
+    processes = [
+        subprocess.Popen([*ASH, "--image", system.image, "-q", "clone", "0"], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    numbers = [int(process.communicate(timeout=60)[0]) for process in processes]
+    assert len(set(numbers)) == 4
+    assert set(numbers) <= system.files.tree()
+    system.is_sound()
+
+
+# The image
+
+
+def test_many_ash_on_an_image_share_one_loop_device_and_leave_none(disk: Disk) -> None:
+    processes = [subprocess.Popen([*ASH, "--image", disk.image, "tree"], stdout=subprocess.DEVNULL) for _ in range(8)]
+    seen = set()
+    while any(process.poll() is None for process in processes):
+        seen.add(disk.attached())
+    assert [process.wait() for process in processes] == [0] * 8
+    assert all(len(devices.split()) <= 1 for devices in seen), seen
+    wait_until(lambda: not disk.attached())
+
+
+def test_a_loop_device_that_the_user_attached_stays_his(disk: Disk) -> None:
+    start, size = btrfs_partition(disk.image)
+    where = ["--offset", str(start), "--sizelimit", str(size)]
+    loop = program("losetup", "--find", "--show", *where, disk.image).strip()
+    try:
+        disk.ash("run", disk.clone(), "true")
+        assert disk.attached() == loop
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=False, capture_output=True)
+
+
+def test_a_loop_device_of_the_whole_image_is_named(disk: Disk) -> None:
+    loop = program("losetup", "--find", "--show", disk.image).strip()
+    try:
+        assert loop in disk.ash("tree", status=LOCKED).error
+    finally:
+        program("losetup", "--detach", loop)
+    disk.ash("tree")
+
+
+def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
+    number = disk.clone()
+    process = disk.start("run", number, "sleep", "4721")
+    wait_until(disk.attached)
+    time.sleep(0.3)
+    kill_hard(process)
+    wait_until(lambda: not disk.attached(), 10)
+    disk.ash("run", number, "true")
+
+
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
+def test_an_image_that_a_machine_runs_from_is_refused(disk: Disk) -> None:
+    argv = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-m", "64", "-display", "none", "-monitor", "none", "-serial", "none"]
+    machine = subprocess.Popen([*argv, "-drive", f"file={disk.image},format=raw,if=virtio"], stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: disk.image.name in open_files(machine.pid), 20)
+        time.sleep(0.5)
+        error = disk.ash("tree", status=LOCKED).error
+        assert "in use by a virtual machine" in error
+        assert not disk.attached()
+    finally:
+        machine.send_signal(signal.SIGKILL)
+        machine.wait()
+    disk.ash("tree")
+
+
+def open_files(process: int) -> set[str]:
+    """The names of the files that a process has open."""
+    return {Path(os.readlink(entry)).name for entry in Path(f"/proc/{process}/fd").iterdir()}
+
+
+def test_ash_runs_with_the_distributions_own_python_too(disk: Disk) -> None:
+    assert sys.version_info >= (3, 11)
+    program("/usr/bin/python3", "-I", ASH[-1], "--image", disk.image, "clone", "0")

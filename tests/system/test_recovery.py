@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
+
+import pytest
+
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
+
+
+def test_a_commit_is_all_or_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:
+    outcomes = set()
+    number, script = snapshot, "echo new > /etc/mark; echo new > /usr/mark; echo new > /var/lib/mark-{0}; echo new > /var/lib/two-{0}"
+    before = system.id_of(number)
+    for step in system.each_step_of("run", number, "sh", "-c", script.format(number), by=3):
+        changed = system.id_of(number) != before
+        system.ash("recover")
+        marks = [system.root(number) / "etc/mark", system.root(number) / "usr/mark", system.files.etc(number) / "mark"]
+        marks += [system.files.var / f"lib/mark-{number}", system.files.var / f"lib/two-{number}"]
+        assert [mark.exists() for mark in marks] == [changed] * 5, f"step {step}"
+        assert not system.remains(), f"step {step}"
+        system.is_sound()
+        outcomes.add(changed)
+        if changed:
+            break
+    assert outcomes == {False, True}
+
+
+def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: System) -> None:
+    after_the_exchange = 0
+    for step in range(1, 200, 2):
+        number = system.clone()
+        entries = [f"lib/a-{number}/x", f"lib/b-{number}", f"spool/c-{number}"]
+        script = f"cd /var; mkdir lib/a-{number}; for e in {' '.join(entries)}; do echo new > $e; done; touch /etc/mark"
+        ended = system.cut_short(step, "run", number, "sh", "-c", script)
+        exchanged = (system.root(number) / "etc/mark").exists()
+        after_the_exchange += exchanged
+        if exchanged:
+            system.ash("run", number, "true")
+            merged = {entry: (system.files.var / entry).exists() for entry in entries}
+            assert all(merged.values()), f"step {step}: {merged}"
+            assert system.files.undo(number).exists(), f"step {step}"
+            assert not system.remains(), f"step {step}"
+        if ended.returncode == 0:
+            break
+    assert after_the_exchange > 5
+    system.ash("recover")
+    system.is_sound()
+
+
+def test_a_recovery_that_is_cut_itself_is_gone_on_with(system: System, snapshot: int) -> None:
+    for killed_at in (14, 24):
+        system.cut_short(killed_at, "run", snapshot, "sh", "-c", "echo new > /var/lib/again; touch /etc/mark /boot/mark")
+        for _ in system.each_step_of("recover", by=2):
+            pass
+        in_var, in_root = (system.files.var / "lib/again").exists(), (system.root(snapshot) / "etc/mark").exists()
+        assert in_var == in_root
+        assert not system.remains()
+        system.is_sound()
+
+
+def test_a_copy_is_made_whole_or_not_at_all(system: System, snapshot: int) -> None:
+    known = system.files.tree()
+    for step in system.each_step_of("branch", snapshot, by=3):
+        system.ash("tmp")
+        assert not system.remains(), f"step {step}"
+        system.is_sound()
+        made = system.files.tree() - known
+        assert len(made) <= 1, f"step {step}"
+        known |= made
+
+
+def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:
+    outcomes = set()
+    for step in range(5, 80, 4):
+        top = system.clone()
+        branch = system.branch(top)
+        system.cut_short(step, "-q", "del", top)
+        system.ash("tmp")
+        assert not system.remains(), f"step {step}"
+        system.is_sound()
+        there = {top, branch} & system.files.tree()
+        assert there in ({top, branch}, set()), f"step {step}"
+        outcomes.add(bool(there))
+    assert outcomes == {False, True}
+
+
+def test_the_machine_boots_wherever_a_deploy_is_cut(system: System) -> None:
+    one, two = system.clone(), system.clone()
+    system.shell(one, "echo one > /etc/which")
+    system.shell(two, "echo two > /etc/which")
+    system.ash("deploy", one)
+    last_booted = system.id_of("deploy")
+    target, started = two, set()
+    for step in system.each_step_of("deploy", target, by=2):
+        slot = system.boots()
+        which = (system.root(slot) / "etc/which").read_text() if (system.root(slot) / "etc/which").exists() else "base\n"
+        started.add(which)
+        assert system.id_of("deploy") == last_booted, f"step {step} touched what was booted last"
+        system.ash("recover")
+        assert system.boots()
+        assert not system.remains(), f"step {step}"
+        if which == "two\n":
+            system.ash("deploy", one)
+    assert (system.root(system.boots()) / "etc/which").read_text() == "two\n"
+    assert "base\n" in started or "one\n" in started
+
+
+def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> None:
+    before = system.id_of(0)
+    for step in (3, 9, 15, 21):
+        system.cut_short(step, "new")
+    system.ash("tmp")
+    assert system.id_of(0) == before
+    system.is_sound()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""`ash chroot` as a person uses it: on a terminal, and when that goes away."""
+
+import os
+
+import pytest
+
+from tests.support import OURS_IN_RUN, REFUSED, Terminal, processes_with, wait_until
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+
+
+def prompt(terminal: Terminal) -> None:
+    """Wait until the shell takes commands."""
+    terminal.type("echo ready-$((6 * 7))\n")
+    terminal.expect("ready-42")
+
+
+def test_exit_keeps_the_changes(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("echo kept > /etc/mark; test -t 0 && ischroot && exit\n")
+        assert terminal.wait() == 0
+    assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
+
+
+def test_lwns_example_an_edit_of_resolv_conf(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("echo nameserver 192.0.2.1 > /etc/resolv.conf\nexit\n")
+        assert terminal.wait() == 0
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    assert (system.root(slot) / "etc/resolv.conf").read_text() == "nameserver 192.0.2.1\n"
+    system.ash("deploy", 0)
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("y", True), ("n", False), ("", False), ("N", False)])
+def test_another_status_asks_whether_to_keep(system: System, snapshot: int, answer: str, kept: bool) -> None:
+    before = system.id_of(snapshot)
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("echo kept > /etc/mark; exit 7\n")
+        terminal.expect(r"status 7: keep the changes\? \[y/N/back\] ")
+        terminal.type(f"{answer}\n")
+        assert terminal.wait() == (0 if kept else 7)
+    assert (system.id_of(snapshot) != before) == kept
+    assert (system.root(snapshot) / "etc/mark").exists() == kept
+    assert not system.remains()
+
+
+def test_back_goes_on_where_the_shell_was_left(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("echo one > /etc/one; exit 1\n")
+        terminal.expect(r"\[y/N/back\] ")
+        terminal.type("back\n")
+        prompt(terminal)
+        terminal.type("cat /etc/one > /etc/two; exit\n")
+        assert terminal.wait() == 0
+    assert (system.root(snapshot) / "etc/two").read_text() == "one\n"
+
+
+def test_control_c_interrupts_what_runs_and_not_the_transaction(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("sleep 4730\n")
+        wait_until(lambda: processes_with("4730"))
+        terminal.type("\x03")
+        prompt(terminal)
+        terminal.type("echo kept > /etc/mark; exit 0\n")
+        assert terminal.wait() == 0
+    assert (system.root(snapshot) / "etc/mark").exists()
+    assert not processes_with("4730")
+
+
+def test_control_c_ends_a_run_and_changes_nothing(system: System, snapshot: int) -> None:
+    with system.nothing_changes(), system.terminal("run", snapshot, "sh", "-c", "touch /etc/mark; echo begun; sleep 4731") as terminal:
+        terminal.expect("begun")
+        terminal.type("\x03")
+        assert terminal.wait() in (130, -2)
+    assert not processes_with("4731")
+    system.shell(snapshot, "true")
+
+
+def test_without_a_terminal_another_status_drops_the_changes(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        system.ash("chroot", snapshot, input="touch /etc/mark\nfalse\n", status=1)
+    system.ash("chroot", snapshot, input="touch /etc/mark\n")
+    assert (system.root(snapshot) / "etc/mark").exists()
+
+
+def hung_up(system: System, snapshot: int) -> None:
+    """A shell that wrote something and then lost its terminal."""
+    terminal = system.terminal("chroot", snapshot)
+    with terminal:
+        prompt(terminal)
+        terminal.type("echo kept > /etc/mark; echo kept > /var/lib/kept; sleep 4732\n")
+        wait_until(lambda: processes_with("4732"))
+    wait_until(lambda: not processes_with("4732") and not system.processes())
+
+
+def test_after_a_hang_up_the_work_waits_and_is_gone_on_with(system: System, snapshot: int) -> None:
+    before = system.id_of(snapshot)
+    hung_up(system, snapshot)
+    assert system.id_of(snapshot) == before
+    error = system.ash("run", snapshot, "true", status=OURS_IN_RUN).error
+    assert f"ash chroot {snapshot} --resume" in error
+    assert f"ash unlock {snapshot}" in error
+    system.ash("install", snapshot, "hello", status=REFUSED)
+    system.ash("recover")
+    assert (system.files.snapshots / f"rootfs/snapshot-chr{snapshot}").exists(), "a boot does not drop it"
+    copy = system.clone(snapshot)
+    assert not (system.root(copy) / "etc/mark").exists()
+    with system.terminal("chroot", snapshot, "--resume") as terminal:
+        prompt(terminal)
+        terminal.type("cat /etc/mark /var/lib/kept; exit\n")
+        terminal.expect("kept\r\nkept")
+        assert terminal.wait() == 0
+    assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
+    assert (system.files.var / "lib/kept").read_text() == "kept\n"
+    assert not system.remains()
+    (system.files.var / "lib/kept").unlink()
+
+
+@pytest.mark.parametrize("words", [["unlock"], ["tmp"]])
+def test_after_a_hang_up_the_work_can_be_dropped(system: System, snapshot: int, words: list[str]) -> None:
+    before = system.id_of(snapshot)
+    hung_up(system, snapshot)
+    named = [*words, snapshot] if words == ["unlock"] else words
+    assert system.ash("--json", *named).json["changed"] is True
+    assert system.id_of(snapshot) == before
+    assert not system.remains()
+    system.shell(snapshot, "test ! -e /etc/mark")
+
+
+def test_resume_where_nothing_waits_is_refused(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        system.ash("chroot", snapshot, "--resume", status=OURS_IN_RUN)
+
+
+def test_unlock_refuses_while_its_process_lives(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "touch /etc/mark") as work:
+        assert f"pid {work.process.pid}" in system.ash("unlock", snapshot, status=4).error
+        assert system.ash("--json", "tmp").json["snapshots"] == []
+    assert (system.root(snapshot) / "etc/mark").exists()
+
+
+def test_the_shell_is_that_of_the_snapshots_root(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "sed -i 's|^\\(root:.*\\):/bin/bash$|\\1:/bin/sh|' /etc/passwd")
+    assert "shell-/bin/sh\n" in system.ash("chroot", snapshot, input="echo shell-$0\n").stdout
+    system.shell(snapshot, "sed -i 's|^\\(root:.*\\):/bin/sh$|\\1:/no/such/shell|' /etc/passwd")
+    system.ash("chroot", snapshot, input="exit 0\n")
+    assert os.path.lexists(system.root(snapshot) / "bin/sh")

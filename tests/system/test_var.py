@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""/var is shared and alive: what a transaction brings into it, and what it leaves alone."""
+
+import os
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import FAILED, OURS_IN_RUN, make_deb
+from tests.system.lab import System, facts
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+
+def conflicts(system: System, snapshot: int) -> Path:
+    """The newest conflicts folder of a snapshot."""
+    folders = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
+    assert folders, "nothing was in conflict"
+    return folders[-1]
+
+
+def no_conflicts(system: System, snapshot: int) -> bool:
+    return not list((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
+
+
+@pytest.mark.parametrize("entry", ["lib/new", "spool/new", "www/new", "cache/new", "log/new", "new"])
+def test_a_new_entry_is_there_afterwards_with_all_that_it_is(system: System, snapshot: int, entry: str) -> None:
+    system.shell(
+        snapshot,
+        f"mkdir -p /var/{entry}/deep; cd /var/{entry}; echo x > deep/file; chown 7:8 deep deep/file; chmod 2710 deep; "
+        "chmod 640 deep/file; ln -s deep/file link; mkfifo pipe; touch -d 2001-02-03T04:05:06Z deep/file; "
+        "python3 -c \"import os; os.setxattr('deep/file', 'user.note', b'n')\"; touch \"$(printf 'b\\377')\"",
+    )
+    folder = system.files.var / entry
+    status = (folder / "deep/file").stat()
+    assert (folder / "deep/file").read_text() == "x\n"
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777, int(status.st_mtime)) == (7, 8, 0o640, 981173106)
+    assert (folder / "deep").stat().st_mode & 0o7777 == 0o2710
+    assert os.readlink(folder / "link") == "deep/file"
+    assert (folder / "pipe").is_fifo()
+    assert os.getxattr(folder / "deep/file", "user.note") == b"n"
+    assert b"b\xff" in os.listdir(os.fsencode(folder))
+    assert not [name for name in os.listxattr(folder) if "overlay" in name]
+    assert no_conflicts(system, snapshot)
+
+
+def test_an_entry_that_nobody_changed_takes_the_transactions_files(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "mkdir /var/lib/app; echo one > /var/lib/app/a; echo one > /var/lib/app/b; echo c > /var/lib/app/c")
+    system.shell(snapshot, "echo two > /var/lib/app/a; rm /var/lib/app/b; chmod 700 /var/lib/app")
+    app = system.files.var / "lib/app"
+    assert (app / "a").read_text() == "two\n"
+    assert not (app / "b").exists()
+    assert (app / "c").read_text() == "c\n"
+    assert app.stat().st_mode & 0o777 == 0o700
+    assert no_conflicts(system, snapshot)
+
+
+def test_an_entry_that_was_changed_meanwhile_stays_and_the_other_goes_aside(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "mkdir -p /var/lib/shared; echo one > /var/lib/shared/a")
+    with system.at_work(snapshot, "echo transaction > /var/lib/shared/a; echo new > /var/lib/shared/b; touch /etc/mark") as work:
+        (system.files.var / "lib/shared/other").write_text("live\n")
+        before = facts(system.files.var / "lib/shared/a")
+    assert facts(system.files.var / "lib/shared/a") == before
+    assert sorted(os.listdir(system.files.var / "lib/shared")) == ["a", "other"]
+    aside = conflicts(system, snapshot) / "lib/shared"
+    assert (aside / "a").read_text() == "transaction\n"
+    assert (aside / "b").read_text() == "new\n"
+    assert (system.root(snapshot) / "etc/mark").exists(), "the snapshot has changed all the same"
+    assert "/var/lib/shared" in work.ended.stdout + work.ended.stderr
+    assert f"/var/lib/ash/conflicts/{snapshot}-" in work.ended.stdout + work.ended.stderr
+
+
+@pytest.mark.parametrize("change", ["mode", "deleted", "renamed", "new below"])
+def test_every_kind_of_live_change_counts(system: System, snapshot: int, change: str) -> None:
+    entry = f"kind-{change.replace(' ', '-')}"
+    live = system.files.var / "lib" / entry
+    (live / "deep").mkdir(parents=True)
+    (live / "deep/file").write_text("one\n")
+    with system.at_work(snapshot, f"echo two > /var/lib/{entry}/deep/file"):
+        match change:
+            case "mode":
+                (live / "deep/file").chmod(0o600)
+            case "deleted":
+                (live / "deep/file").unlink()
+            case "renamed":
+                (live / "deep/file").rename(live / "deep/other")
+            case _:
+                (live / "deep/newer").touch()
+    assert not (live / "deep/file").exists() or (live / "deep/file").read_text() == "one\n"
+    assert (conflicts(system, snapshot) / "lib" / entry / "deep/file").read_text() == "two\n"
+
+
+def test_an_entry_with_an_open_file_stays_and_the_other_goes_aside(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "mkdir -p /var/lib/opened; echo one > /var/lib/opened/db")
+    with (system.files.var / "lib/opened/db").open() as reader:
+        system.shell(snapshot, "echo two > /var/lib/opened/db")
+        assert reader.read() == "one\n"
+    assert (system.files.var / "lib/opened/db").read_text() == "one\n"
+    assert (conflicts(system, snapshot) / "lib/opened/db").read_text() == "two\n"
+
+
+def test_a_database_that_is_in_use_is_never_torn(system: System, snapshot: int) -> None:
+    folder = system.files.var / "lib/database"
+    folder.mkdir()
+    with sqlite3.connect(folder / "data.db") as live:
+        live.execute("pragma journal_mode = wal")
+        live.execute("create table t (x)")
+        live.commit()
+        with system.at_work(snapshot, "echo broken > /var/lib/database/data.db; rm -f /var/lib/database/data.db-wal"):
+            live.execute("insert into t values (7)")
+            live.commit()
+    assert sqlite3.connect(folder / "data.db").execute("select x from t").fetchall() == [(7,)]
+
+
+def test_a_conflict_of_one_entry_does_not_hold_back_another(system: System, snapshot: int) -> None:
+    (system.files.var / "lib/held").mkdir()
+    with system.at_work(snapshot, "echo x > /var/lib/held/x; echo x > /var/lib/free"):
+        (system.files.var / "lib/held/live").touch()
+    assert (system.files.var / "lib/free").exists()
+    assert not (system.files.var / "lib/held/x").exists()
+
+
+def test_what_a_sibling_did_just_the_same_is_no_conflict(system: System, snapshot: int) -> None:
+    other = system.clone()
+    script = "mkdir -p /var/lib/same; echo same > /var/lib/same/x; chown 7 /var/lib/same/x"
+    with system.at_work(snapshot, script):
+        system.shell(other, script)
+    assert (system.files.var / "lib/same/x").read_text() == "same\n"
+    assert no_conflicts(system, snapshot)
+
+
+def test_in_a_cache_the_newest_file_wins(system: System, snapshot: int) -> None:
+    cache = system.files.var / "cache/apt"
+    with system.at_work(snapshot, "echo old > /var/cache/apt/both; touch -d 2001-01-01 /var/cache/apt/both; echo t > /var/cache/apt/new; echo n > /var/cache/apt/later; touch -d 2037-01-01 /var/cache/apt/later"):
+        (cache / "both").write_text("live\n")
+        (cache / "later").write_text("live\n")
+        (cache / "mine").write_text("live\n")
+    assert [(cache / name).read_text() for name in ("both", "new", "later", "mine")] == ["live\n", "t\n", "n\n", "live\n"]
+    assert no_conflicts(system, snapshot)
+
+
+def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snapshot: int) -> None:
+    log, folder = system.files.var / "log/dpkg.log", system.files.var / "log/apt"
+    log.write_text("before\n")
+    (folder / "history.log").write_text("before\n")
+    with system.at_work(snapshot, "echo transaction >> /var/log/dpkg.log; echo transaction >> /var/log/apt/history.log; echo n > /var/log/apt/new.log"):
+        with log.open("a") as live:
+            live.write("live\n")
+        with (folder / "history.log").open("a") as live:
+            live.write("live\n")
+    assert log.read_text() == "before\nlive\ntransaction\n"
+    assert (folder / "history.log").read_text() == "before\nlive\ntransaction\n"
+    assert (folder / "new.log").read_text() == "n\n"
+    assert no_conflicts(system, snapshot)
+
+
+@pytest.mark.parametrize("end", ["exit 1", "kill -9 $$"])
+def test_nothing_of_a_failed_transaction_is_in_var(system: System, snapshot: int, end: str) -> None:
+    script = "echo x > /var/lib/failed; echo x >> /var/log/dpkg.log; echo x > /var/cache/apt/failed; rm -rf /var/lib/misc /var/backups"
+    with system.nothing_changes():
+        system.shell(snapshot, f"{script}; {end}", status=1 if "exit" in end else 137)
+
+
+def test_live_changes_during_a_failed_transaction_stay(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "rm -rf /var/lib/misc; echo x > /var/lib/mine", status=FAILED, after="exit 1"):
+        (system.files.var / "lib/mine").write_text("live\n")
+    assert (system.files.var / "lib/mine").read_text() == "live\n"
+    assert (system.files.var / "lib/misc").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "left"),
+    [
+        ("rm -r /var/lib/dir", None),
+        ("rm -r /var/lib/dir; mkdir /var/lib/dir; echo n > /var/lib/dir/new", {"new"}),
+        ("rm -r /var/lib/dir; echo file > /var/lib/dir", "file\n"),
+        ("rm -r /var/lib/dir; ln -s /etc /var/lib/dir", "link"),
+        ("mv /var/lib/dir/old /var/lib/dir/moved", {"moved", "keep"}),
+        ("rm /var/lib/dir/old; mkdir /var/lib/dir/old", {"old", "keep"}),
+    ],
+)
+def test_deleting_and_replacing_without_removing_a_package(
+    system: System, snapshot: int, script: str, left: set[str] | str | None
+) -> None:
+    live = system.files.var / "lib/dir"
+    if live.is_symlink() or live.is_file():
+        live.unlink()
+    live.mkdir(exist_ok=True)
+    for name in os.listdir(live):
+        (live / name).rmdir() if (live / name).is_dir() else (live / name).unlink()
+    for name in ("old", "keep"):
+        (live / name).write_text(f"{name}\n")
+    system.shell(snapshot, script)
+    if left is None:
+        assert not live.exists()
+    elif left == "link":
+        assert os.readlink(live) == "/etc"
+    elif isinstance(left, str):
+        assert live.read_text() == left
+    else:
+        assert set(os.listdir(live)) == left
+    assert no_conflicts(system, snapshot)
+
+
+def test_data_of_a_removed_package_stays(system: System, snapshot: int, tmp_path: Path) -> None:
+    package = make_deb(
+        tmp_path,
+        "ash-test-data",
+        postinst="mkdir -p /var/lib/ash-test-data; echo d > /var/lib/ash-test-data/d",
+        postrm='[ "$1" != purge ] || rm -rf /var/lib/ash-test-data',
+    )
+    (system.files.state / "root/data.deb").write_bytes(package.read_bytes())
+    system.shell(snapshot, "dpkg -i /root/data.deb")
+    sibling = system.clone(snapshot)
+    system.ash("run", snapshot, "dpkg", "--purge", "ash-test-data")
+    assert (system.files.var / "lib/ash-test-data/d").read_text() == "d\n"
+    assert "ash-test-data" not in system.ash("--json", "list", snapshot).json["packages"]
+    assert "ash-test-data" in system.ash("--json", "list", sibling).json["packages"]
+
+
+def test_sockets_of_a_transaction_are_dropped(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "mkdir /var/lib/sock; touch /var/lib/sock/file; python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('/var/lib/sock/s')\"")
+    assert os.listdir(system.files.var / "lib/sock") == ["file"]
+
+
+def test_a_subvolume_in_var_is_not_written_to_unseen(system: System, snapshot: int) -> None:
+    subprocess.run(["btrfs", "subvolume", "create", system.files.var / "lib/volume"], check=True, capture_output=True)
+    (system.files.var / "lib/volume/live").touch()
+    before = system.id_of(snapshot)
+    error = system.shell(snapshot, "echo x > /var/lib/volume/mine; touch /etc/mark", status=OURS_IN_RUN).error
+    assert "/var/lib/volume" in error
+    assert system.id_of(snapshot) == before
+    assert os.listdir(system.files.var / "lib/volume") == ["live"]
+    system.shell(snapshot, "touch /etc/mark")
+
+
+def test_a_transaction_sees_var_as_it_was_when_it_began(system: System, snapshot: int) -> None:
+    (system.files.var / "lib/seen").write_text("before\n")
+    with system.at_work(snapshot, "true", after="cat /var/lib/seen") as work:
+        time.sleep(0.1)
+        (system.files.var / "lib/seen").write_text("after\n")
+    assert work.ended.stdout == "before\n"
+    assert (system.files.var / "lib/seen").read_text() == "after\n"

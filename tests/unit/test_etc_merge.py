@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The three-way merge of /etc: whatever either side did is in the result, or is named as a conflict."""
+
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ash import ACCOUNT_FILES, EtcMerge, etc_drift, merge_accounts, merge_columns
+
+pytestmark = pytest.mark.budget(20)
+
+
+# passwd and its kin
+
+
+NAMES = st.sampled_from(["root", "ada", "bob", "cy", "_chrony", "dee"])
+# Few numbers, so that they meet.
+LINES = {
+    "passwd": st.tuples(st.just("x"), st.sampled_from("0 100 101 1000 1001".split()), st.sampled_from(["A", "B"])),
+    "shadow": st.tuples(st.sampled_from(["!", "$y$1", "$y$2"]), st.sampled_from(["1", "2"])),
+    "group": st.tuples(
+        st.just("x"),
+        st.sampled_from("0 100 101 1000".split()),
+        st.lists(st.sampled_from(["ada", "bob", "cy"]), unique=True).map(",".join),
+    ),
+}
+FILES = {name: st.dictionaries(NAMES, line, max_size=5) for name, line in LINES.items()}
+Accounts = dict[str, tuple[str, ...]]
+
+
+def text_of(accounts: Accounts) -> str:
+    return "".join(":".join([name, *columns]) + "\n" for name, columns in accounts.items())
+
+
+def read(text: str) -> Accounts:
+    rows = [line.split(":") for line in text.splitlines()]
+    assert len({row[0] for row in rows}) == len(rows), f"a name stands twice: {text}"
+    return {row[0]: tuple(row[1:]) for row in rows}
+
+
+three_way = st.sampled_from(sorted(LINES)).flatmap(lambda name: st.tuples(st.just(name), *[FILES[name]] * 3))
+
+
+@given(three_way)
+def test_no_name_of_either_side_is_lost_silently(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
+    name, base, running, own = sides
+    merged, conflicts = merge_accounts(name, *map(text_of, (base, running, own)))
+    result = read(merged)
+    for account in {*base, *running, *own}:
+        was, now, theirs = (side.get(account) for side in (base, running, own))
+        if now == was:
+            assert result.get(account) == theirs, f"{account}: only the new side changed it"
+        elif account in conflicts:
+            assert result.get(account) == theirs, f"{account}: a conflict leaves the new side's line"
+        elif theirs in (was, now):
+            assert result.get(account) == now, f"{account}: only the running side changed it, or both did the same"
+        else:
+            assert account in result, f"{account} is gone, and nobody was told"
+
+
+@given(three_way)
+def test_nobody_gets_anothers_number(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
+    name, base, running, own = sides
+    merged, _ = merge_accounts(name, *map(text_of, (base, running, own)))
+    if name == "shadow":
+        return
+    result = read(merged)
+    brought = {account for account in result if account not in own}
+    for account in brought - base.keys():
+        others = {columns[1] for other, columns in result.items() if other != account and other not in brought}
+        assert result[account][1] not in others
+
+
+@given(three_way)
+def test_a_second_merge_changes_nothing(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
+    name, base, running, own = sides
+    merged, conflicts = merge_accounts(name, *map(text_of, (base, running, own)))
+    again, _ = merge_accounts(name, text_of(running), text_of(running), merged)
+    assert again == merged
+    assert conflicts or read(merge_accounts(name, text_of(base), text_of(running), merged)[0]) == read(merged)
+
+
+def test_a_password_and_a_shell_that_were_changed_on_different_sides_both_hold() -> None:
+    base = "ada:x:1000:1000:Ada:/home/ada:/bin/sh\n"
+    running, own = base.replace("Ada", "Ada L"), base.replace("/bin/sh", "/bin/bash")
+    assert merge_accounts("passwd", base, running, own) == ("ada:x:1000:1000:Ada L:/home/ada:/bin/bash\n", [])
+
+
+def test_two_passwords_are_a_conflict_and_the_new_sides_holds() -> None:
+    base, running, own = "ada:a:1:::::\n", "ada:b:2:::::\nbob:x:1:::::\n", "ada:c:3:::::\n"
+    assert merge_accounts("shadow", base, running, own) == ("ada:c:3:::::\nbob:x:1:::::\n", ["ada"])
+
+
+def test_members_are_merged_one_by_one() -> None:
+    base, running, own = "sudo:x:27:ada,bob\n", "sudo:x:27:ada,cy\n", "sudo:x:27:ada,bob,dee\n"
+    assert merge_accounts("group", base, running, own) == ("sudo:x:27:ada,dee,cy\n", [])
+
+
+def test_administrators_and_members_of_gshadow_are_merged_each_by_themselves() -> None:
+    base, running, own = "sudo:*:ada:bob\n", "sudo:*:ada,cy:bob\n", "sudo:*:ada:bob,dee\n"
+    assert merge_accounts("gshadow", base, running, own) == ("sudo:*:ada,cy:bob,dee\n", [])
+
+
+def test_a_deleted_user_is_deleted_and_one_that_was_changed_meanwhile_stays() -> None:
+    base = "ada:x:1000:\nbob:x:1001:\n"
+    assert merge_accounts("group", base, "ada:x:1000:\n", base) == ("ada:x:1000:\n", [])
+    changed = base.replace("1001:", "1001:ada")
+    assert merge_accounts("group", base, "ada:x:1000:\n", changed) == (changed, ["bob"])
+
+
+def test_a_new_user_whose_number_is_taken_is_a_conflict() -> None:
+    own = "root:x:0:0::/:\nbob:x:1000:1000::/home/bob:\n"
+    running = "root:x:0:0::/:\nada:x:1000:1000::/home/ada:\n"
+    assert merge_accounts("passwd", "root:x:0:0::/:\n", running, own) == (own, ["ada"])
+
+
+def test_all_ranges_of_a_user_are_kept() -> None:
+    base = "ada:100000:65536\nada:300000:65536\n"
+    merged, conflicts = merge_accounts("subuid", base, base + "bob:165536:65536\n", base)
+    assert merged == base + "bob:165536:65536\n"
+    assert not conflicts
+
+
+def test_lines_of_another_shape_are_not_mixed() -> None:
+    assert merge_columns("a:b:c", "a:x:c:d", "a:b:y", set()) is None
+
+
+# Files
+
+
+@pytest.fixture
+def merge(tmp_path: Path) -> EtcMerge:
+    """A merge of three folders, each with the same few files; what is to happen is done to them by the test."""
+    base = tmp_path / "base"
+    for name in ("file", "other", "dir/one", "dir/two", "ssh/ssh_host_ed25519_key", "machine-id"):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_text(f"{name}\n")
+    (base / "fstab").write_text("UUID=1 / btrfs subvol=old 0 0\nUUID=2 /boot/efi vfat x 0 0\n")
+    (base / "link").symlink_to("file")
+    for side in ("running", "target"):
+        shutil.copytree(base, tmp_path / side, symlinks=True)
+    return EtcMerge(base, tmp_path / "running", tmp_path / "target", tmp_path / "conflicts/7-now", lambda text: f"own\n{text}")
+
+
+def set_aside(merge: EtcMerge, path: str) -> str:
+    return (merge.conflicts / "etc" / path).read_text()
+
+
+def test_nothing_changed_is_no_drift(merge: EtcMerge) -> None:
+    merge.merge()
+    assert (merge.carried, merge.in_conflict) == ([], [])
+    assert not merge.conflicts.exists()
+
+
+def test_what_only_the_running_side_changed_is_carried_with_all_that_it_is(merge: EtcMerge) -> None:
+    running = merge.running
+    (running / "file").write_text("edited\n")
+    (running / "file").chmod(0o600)
+    os.chown(running / "other", 7, 8)
+    (running / "link").unlink()
+    (running / "link").symlink_to("other")
+    (running / "new/deep").mkdir(parents=True)
+    (running / "new/deep/file").write_text("n\n")
+    (running / "new").chmod(0o700)
+    (running / "dir/one").unlink()
+    os.setxattr(running / "file", "user.note", b"n")
+    merge.merge()
+    target = merge.target
+    assert ((target / "file").read_text(), (target / "file").stat().st_mode & 0o777) == ("edited\n", 0o600)
+    assert os.getxattr(target / "file", "user.note") == b"n"
+    assert ((target / "other").stat().st_uid, (target / "other").stat().st_gid) == (7, 8)
+    assert os.readlink(target / "link") == "other"
+    assert (target / "new/deep/file").read_text() == "n\n"
+    assert (target / "new").stat().st_mode & 0o777 == 0o700
+    assert sorted(os.listdir(target / "dir")) == ["two"]
+    assert etc_drift(merge.running, target) == {}
+    assert merge.in_conflict == []
+
+
+def test_what_only_the_new_side_changed_stays(merge: EtcMerge) -> None:
+    (merge.target / "file").write_text("newer\n")
+    (merge.target / "other").unlink()
+    (merge.target / "dir/three").touch()
+    merge.merge()
+    assert (merge.target / "file").read_text() == "newer\n"
+    assert not (merge.target / "other").exists()
+    assert sorted(os.listdir(merge.target / "dir")) == ["one", "three", "two"]
+    assert (merge.carried, merge.in_conflict) == ([], [])
+
+
+def test_a_file_that_both_changed_stays_as_in_the_new_side_and_the_other_is_kept(merge: EtcMerge) -> None:
+    (merge.running / "file").write_text("mine\n")
+    (merge.running / "file").chmod(0o600)
+    (merge.target / "file").write_text("theirs\n")
+    merge.merge()
+    assert (merge.target / "file").read_text() == "theirs\n"
+    assert merge.in_conflict == ["file"]
+    assert set_aside(merge, "file") == "mine\n"
+    assert (merge.conflicts / "etc/file").stat().st_mode & 0o777 == 0o600
+    assert merge.conflicts.parent.stat().st_mode & 0o777 == 0o700
+    assert os.listdir(merge.target) == os.listdir(merge.running), "nothing lies beside it that its program would read"
+
+
+def test_the_same_change_on_both_sides_is_no_conflict(merge: EtcMerge) -> None:
+    for side in (merge.running, merge.target):
+        (side / "file").write_text("same\n")
+        (side / "both").write_text("new\n")
+        (side / "other").unlink()
+    merge.merge()
+    assert merge.in_conflict == []
+
+
+def test_a_file_that_one_side_deleted_and_the_other_changed_is_a_conflict(merge: EtcMerge) -> None:
+    (merge.running / "file").unlink()
+    (merge.target / "file").write_text("theirs\n")
+    (merge.running / "other").write_text("mine\n")
+    (merge.target / "other").unlink()
+    merge.merge()
+    assert (merge.target / "file").read_text() == "theirs\n"
+    assert not (merge.target / "other").exists()
+    assert sorted(merge.in_conflict) == ["file", "other"]
+    assert set_aside(merge, "other") == "mine\n"
+
+
+def test_a_folder_that_was_deleted_stays_where_the_new_side_has_more_in_it(merge: EtcMerge) -> None:
+    shutil.rmtree(merge.running / "dir")
+    (merge.target / "dir/three").touch()
+    merge.merge()
+    assert os.listdir(merge.target / "dir") == ["three"]
+    assert merge.in_conflict == ["dir"]
+
+
+def test_a_file_became_a_folder(merge: EtcMerge) -> None:
+    (merge.running / "file").unlink()
+    (merge.running / "file").mkdir()
+    (merge.running / "file/inside").write_text("i\n")
+    merge.merge()
+    assert (merge.target / "file/inside").read_text() == "i\n"
+    assert sorted(merge.carried) == ["file", "file/inside"]
+
+
+def test_a_folder_became_a_file(merge: EtcMerge) -> None:
+    shutil.rmtree(merge.running / "dir")
+    (merge.running / "dir").write_text("file now\n")
+    merge.merge()
+    assert (merge.target / "dir").read_text() == "file now\n"
+
+
+def test_a_folder_that_became_a_link_takes_nothing_of_the_new_side_away(merge: EtcMerge) -> None:
+    shutil.rmtree(merge.running / "dir")
+    (merge.running / "dir").symlink_to("ssh")
+    (merge.target / "dir/one").write_text("theirs\n")
+    (merge.target / "dir/three").write_text("theirs\n")
+    merge.merge()
+    assert (merge.target / "dir/one").read_text() == "theirs\n"
+    assert (merge.target / "dir/three").read_text() == "theirs\n"
+    assert "dir" in merge.in_conflict
+
+
+@pytest.mark.parametrize("depth", ["new", "sub/new"])
+def test_nothing_is_written_through_a_link_out_of_the_new_side(merge: EtcMerge, tmp_path: Path, depth: str) -> None:
+    outside = tmp_path / "outside"
+    (outside / "sub").mkdir(parents=True)
+    for side in (merge.base, merge.running, merge.target):
+        (side / "dir/sub").mkdir()
+    (merge.running / "dir" / depth).write_text("secret\n")
+    shutil.rmtree(merge.target / "dir")
+    (merge.target / "dir").symlink_to(outside)
+    merge.merge()
+    assert not (outside / depth).exists()
+    assert set_aside(merge, f"dir/{depth}") == "secret\n"
+
+
+def test_a_link_is_carried_as_a_link_and_never_followed(merge: EtcMerge, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("outside\n")
+    for side in (merge.base, merge.target):
+        (side / "link").unlink()
+        (side / "link").symlink_to(outside)
+    (merge.running / "link").unlink()
+    (merge.running / "link").write_text("file now\n")
+    merge.merge()
+    assert not (merge.target / "link").is_symlink()
+    assert outside.read_text() == "outside\n"
+
+
+def test_pipes_and_sockets_stop_nothing(merge: EtcMerge) -> None:
+    os.mkfifo(merge.running / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(merge.running / "socket"))
+        (merge.running / "file").write_text("edited\n")
+        merge.merge()
+    assert (merge.target / "file").read_text() == "edited\n"
+    assert (merge.target / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", sorted(ACCOUNT_FILES))
+def test_account_files_that_are_no_utf_8_are_merged(merge: EtcMerge, name: str) -> None:
+    (merge.base / name).write_bytes(b"root:x:0:0\n")
+    (merge.running / name).write_bytes(b"root:x:0:0\nada:x:1:Ad\xe9\n")
+    (merge.target / name).write_bytes(b"root:x:0:0\nbob:x:2:B\xf6b\n")
+    merge.merge()
+    assert (merge.target / name).read_bytes() == b"root:x:0:0\nbob:x:2:B\xf6b\nada:x:1:Ad\xe9\n"
+
+
+def test_an_fstab_that_is_no_utf_8_is_merged(merge: EtcMerge) -> None:
+    (merge.running / "fstab").write_bytes(b"UUID=3 /srv ext4 x 0 0 # M\xfcll\n")
+    merge.merge()
+    assert b"/srv" in (merge.target / "fstab").read_bytes()
+
+
+def test_of_fstab_only_the_users_lines_are_compared(merge: EtcMerge) -> None:
+    (merge.running / "fstab").write_text("UUID=1 / btrfs subvol=other 0 0\nUUID=2 /boot/efi vfat x 0 0\n")
+    merge.merge()
+    assert merge.carried == []
+    assert "subvol=old" in (merge.target / "fstab").read_text()
+
+
+def test_the_users_lines_of_fstab_are_carried(merge: EtcMerge) -> None:
+    with (merge.running / "fstab").open("a") as fstab:
+        fstab.write("UUID=3 /srv ext4 defaults 0 2\n")
+    merge.merge()
+    assert merge.carried == ["fstab"]
+    assert (merge.target / "fstab").read_text().endswith("UUID=3 /srv ext4 defaults 0 2\n")
+
+
+def test_lines_of_fstab_that_both_changed_are_a_conflict(merge: EtcMerge) -> None:
+    for side, device in ((merge.running, "mine"), (merge.target, "theirs")):
+        with (side / "fstab").open("a") as fstab:
+            fstab.write(f"{device} /srv ext4 defaults 0 2\n")
+    merge.merge()
+    assert "theirs" in (merge.target / "fstab").read_text()
+    assert "mine" in set_aside(merge, "fstab")
+
+
+def test_the_machines_identity_goes_along_whatever_the_new_side_has(merge: EtcMerge) -> None:
+    (merge.running / "machine-id").write_text("mine\n")
+    (merge.target / "machine-id").write_text("theirs\n")
+    (merge.target / "ssh/ssh_host_ed25519_key").write_text("theirs\n")
+    (merge.running / "ssh/ssh_host_rsa_key.pub").write_text("mine\n")
+    merge.merge()
+    assert (merge.target / "machine-id").read_text() == "mine\n"
+    assert (merge.target / "ssh/ssh_host_ed25519_key").read_text() == "ssh/ssh_host_ed25519_key\n"
+    assert (merge.target / "ssh/ssh_host_rsa_key.pub").read_text() == "mine\n"
+    assert merge.in_conflict == []
+
+
+def test_the_identity_is_not_saved_into_a_snapshot(merge: EtcMerge) -> None:
+    (merge.running / "machine-id").write_text("mine\n")
+    (merge.running / "ssh/ssh_host_rsa_key").write_text("mine\n")
+    merge.identity = False
+    merge.merge()
+    assert (merge.target / "machine-id").read_text() == "machine-id\n"
+    assert not (merge.target / "ssh/ssh_host_rsa_key").exists()
+
+
+def test_a_fresh_etc_is_the_new_sides_and_keeps_the_drift_aside(merge: EtcMerge) -> None:
+    (merge.running / "file").write_text("mine\n")
+    (merge.running / "new").mkdir()
+    (merge.running / "new/file").write_text("n\n")
+    (merge.running / "other").unlink()
+    (merge.running / "machine-id").write_text("mine\n")
+    merge.merge(fresh=True)
+    assert (merge.target / "file").read_text() == "file\n"
+    assert (merge.target / "other").exists()
+    assert not (merge.target / "new").exists()
+    assert (merge.target / "machine-id").read_text() == "mine\n"
+    assert (set_aside(merge, "file"), set_aside(merge, "new/file")) == ("mine\n", "n\n")
+    assert merge.carried == []
+
+
+# Any three folders
+
+
+PATHS = ["a", "b", "a/x", "a/y", "a/z/deep"]
+FOLDERS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["1", "2"]), max_size=5)
+EDITS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["3", "4", None]), max_size=3)
+
+
+Edits = dict[str, str | None]  # what each path is to hold; None: it goes
+
+
+def fill(folder: Path, files: Mapping[str, str | None]) -> None:
+    """Make a folder with files; a path that another has as a folder is one."""
+    folder.mkdir()
+    for path in sorted((path for path, text in files.items() if text is not None), reverse=True):
+        if not (folder / path).is_dir():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(files[path] or "")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@settings(max_examples=300, deadline=None)
+@given(FOLDERS, EDITS, EDITS)
+def test_no_file_of_either_side_is_lost_silently(
+    tmp_path_factory: pytest.TempPathFactory, base: Edits, running: Edits, own: Edits
+) -> None:
+    top = tmp_path_factory.mktemp("etc")
+    for name, edits in (("base", {}), ("running", running), ("target", own)):
+        fill(top / name, {**base, **edits})
+    before, live, new = (contents(top / name) for name in ("base", "running", "target"))
+    merge = EtcMerge(top / "base", top / "running", top / "target", top / "conflicts/7-now", str)
+    merge.merge()
+    result = contents(top / "target")
+    aside = contents(merge.conflicts / "etc") if merge.conflicts.exists() else {}
+    for path in {*before, *live, *new}:
+        was, now, theirs = before.get(path), live.get(path), new.get(path)
+        if now not in (was, None) and result.get(path) != now:
+            assert aside.get(path) == now, f"the running {path} is neither carried nor kept"
+        if theirs not in (was, now, None):
+            assert result.get(path) == theirs, f"the new {path} is gone"
+        if now == was and theirs == was:
+            assert result.get(path) == was, f"{path} was changed by nobody"
+    shutil.rmtree(top)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The numbers of users and groups: a name keeps its own everywhere, and none gets another's."""
+
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ash import NUMBERED_FILES, AshError, Numbers, free_number, read_numbers, renumber
+
+pytestmark = pytest.mark.budget(15)
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+def etc_with(folder: Path, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def passwd(accounts: dict[str, int]) -> str:
+    return "".join(f"{name}:x:{number}:{number}::/:/bin/sh\n" for name, number in accounts.items())
+
+
+def settled(given_before: dict[str, int], before: dict[str, int], after: dict[str, int], folder: Path) -> tuple[Numbers, dict[int, int]]:
+    numbers = Numbers()
+    numbers.given["passwd"].update(given_before)
+    old = etc_with(folder / "before", passwd=passwd(before))
+    new = etc_with(folder / "after", passwd=passwd(after))
+    moves = numbers.settle(old, new)
+    return numbers, moves.get("passwd", {})
+
+
+def test_a_new_name_keeps_a_number_that_was_never_given(tmp_path: Path) -> None:
+    numbers, moves = settled({"root": 0}, {"root": 0}, {"root": 0, "_chrony": 100}, tmp_path)
+    assert moves == {}
+    assert numbers.given["passwd"] == {"root": 0, "_chrony": 100}
+
+
+def test_a_new_name_with_anothers_number_gets_one_of_its_kind(tmp_path: Path) -> None:
+    numbers, moves = settled({"_chrony": 100}, {}, {"debian-tor": 100}, tmp_path)
+    assert moves == {100: numbers.given["passwd"]["debian-tor"]}
+    assert 100 < numbers.given["passwd"]["debian-tor"] < 1000
+    numbers, moves = settled({"ada": 1000}, {}, {"bob": 1000}, tmp_path)
+    assert numbers.given["passwd"]["bob"] == 1001
+
+
+def test_a_known_name_gets_its_number_again(tmp_path: Path) -> None:
+    _, moves = settled({"_chrony": 100, "debian-tor": 101}, {}, {"debian-tor": 100, "_chrony": 101}, tmp_path)
+    assert moves == {100: 101, 101: 100}
+
+
+def test_names_that_were_there_before_are_left_alone(tmp_path: Path) -> None:
+    _, moves = settled({"ada": 1000}, {"ada": 1005}, {"ada": 1005}, tmp_path)
+    assert moves == {}
+
+
+def test_roots_number_is_never_taken_away(tmp_path: Path) -> None:
+    """As `useradd -o -u 0 toor` makes it: a second name for root, on purpose."""
+    _, moves = settled({"root": 0}, {"root": 0}, {"root": 0, "toor": 0}, tmp_path)
+    assert 0 not in moves
+
+
+def test_a_number_that_two_names_share_on_purpose_takes_no_files_from_the_first(tmp_path: Path) -> None:
+    _, moves = settled({"ada": 1000}, {"ada": 1000}, {"ada": 1000, "ada-too": 1000}, tmp_path)
+    assert 1000 not in moves
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(100, 106), max_size=6),
+    st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(100, 106), max_size=6), max_size=5),
+)
+def test_after_any_sequence_no_two_names_share_a_number(
+    tmp_path_factory: pytest.TempPathFactory, first: dict[str, int], later: list[dict[str, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("numbers")
+    numbers, seen = Numbers(), dict[str, int]()
+    for step, accounts in enumerate([first, *later]):
+        # A package manager gives no number twice in one snapshot.
+        accounts = {name: number for number, name in {number: name for name, number in accounts.items()}.items()}
+        old, new = etc_with(folder / f"{step}o", passwd=""), etc_with(folder / f"{step}n", passwd=passwd(accounts))
+        moves = numbers.settle(old, new).get("passwd", {})
+        for name, number in accounts.items():
+            settled_number = moves.get(number, number)
+            assert seen.setdefault(name, settled_number) == settled_number, f"{name} has another number than before"
+    given_numbers = list(numbers.given["passwd"].values())
+    assert len(set(given_numbers)) == len(given_numbers)
+    shutil.rmtree(folder)
+
+
+@given(st.sampled_from(NUMBERED_FILES), st.integers(1, 59999), st.sets(st.integers(1, 1200)))
+def test_a_free_number_is_free_and_of_the_same_kind(name: str, like: int, taken: set[int]) -> None:
+    if len(taken & set(range(1, 1000))) == 999:
+        return
+    number = free_number(name, like, taken)
+    assert number not in taken
+    if not name.startswith("sub"):
+        assert (number < 1000) == (like < 1000)
+        assert number > 0
+
+
+def test_ranges_of_subordinate_numbers_do_not_overlap() -> None:
+    taken = {100000, 165536}
+    assert free_number("subuid", 100000, taken) == 231072
+
+
+def test_where_no_number_is_left_it_is_an_error_of_ash() -> None:
+    with pytest.raises(AshError):
+        free_number("passwd", 100, set(range(1, 1000)))
+
+
+def test_lines_that_are_no_accounts_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "passwd"
+    path.write_bytes(b"# comment\n\n+::::::\nroot:x:0:0::/:\nbroken:x\nno:x:number:1::/:\nlat\xe9n:x:7:7::/:\n")
+    assert list(read_numbers(path).values()) == [0, 7]
+    assert read_numbers(tmp_path / "nowhere") == {}
+
+
+def test_the_file_reads_as_it_was_written_and_damage_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "ids"
+    assert Numbers.load(path).given == Numbers().given
+    numbers = Numbers()
+    numbers.learn(etc_with(tmp_path / "etc", passwd=passwd({"ada": 1000}), subuid="ada:100000:65536\n"))
+    path.write_text(numbers.dump())
+    assert Numbers.load(path).given == numbers.given
+    assert numbers.given["subuid"] == {"ada": 100000}
+    for text in ("", "{", "[]", '{"passwd": {"a": "x"}}', '{"passwd": 7}'):
+        path.write_text(text)
+        with pytest.raises(AshError, match="damaged"):
+            Numbers.load(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root to which a transaction has brought the user and group `new`, both with number 100."""
+    root = tmp_path / "root"
+    etc_with(
+        root / "etc",
+        passwd="root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\nnew:x:100:100::/:\n",
+        group="root:x:0:\nold:x:100:\nnew:x:100:ada\n",
+        subuid="ada:100000:65536\nnew:100000:65536\n",
+    )
+    etc_with(
+        tmp_path / "before/etc",
+        passwd="root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\n",
+        group="root:x:0:\nold:x:100:\n",
+        subuid="ada:100000:65536\n",
+    )
+    return root
+
+
+MOVES = {"passwd": {100: 999}, "group": {100: 998}, "subuid": {100000: 165536}}
+
+
+@needs_root
+def test_the_lines_of_new_accounts_get_their_numbers_and_others_keep_theirs(root: Path) -> None:
+    renumber(root, MOVES, root.parent / "before/etc", {})
+    assert (root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\nnew:x:999:998::/:\n"
+    assert (root / "etc/group").read_text() == "root:x:0:\nold:x:100:\nnew:x:998:ada\n"
+    assert (root / "etc/subuid").read_text() == "ada:100000:65536\nnew:165536:65536\n"
+
+
+@needs_root
+def test_files_of_new_accounts_go_along_and_files_of_old_ones_stay(root: Path) -> None:
+    before = root.parent / "before"
+    for name in ("usr/old", "usr/given-away"):
+        for top in (root, before):
+            (top / name).parent.mkdir(exist_ok=True)
+            (top / name).touch()
+    os.chown(root / "usr/old", 100, 100)
+    os.chown(before / "usr/old", 100, 100)
+    os.chown(root / "usr/given-away", 100, 0)
+    (root / "usr/new").mkdir()
+    (root / "usr/new/link").symlink_to("/nowhere")
+    for path in (root / "usr/new", root / "usr/new/link"):
+        os.chown(path, 100, 100, follow_symlinks=False)
+    renumber(root, MOVES, before / "etc", {root: before})
+    owners = {str(p.relative_to(root / "usr")): (p.lstat().st_uid, p.lstat().st_gid) for p in (root / "usr").rglob("*")}
+    assert owners == {"old": (100, 100), "given-away": (999, 0), "new": (999, 998), "new/link": (999, 998)}
+
+
+@needs_root
+def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
+    program = root / "program"
+    program.write_text("x")
+    os.chown(program, 100, 100)
+    program.chmod(0o6755)
+    # VFS_CAP_REVISION_2 with CAP_NET_RAW permitted and effective (<linux/capability.h>)
+    capability = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
+    os.setxattr(program, "security.capability", capability)
+    os.setxattr(program, "user.note", b"n")
+    folder = root / "folder"
+    folder.mkdir()
+    os.chown(folder, 100, 100)
+    folder.chmod(0o3775)
+    renumber(root, MOVES, root.parent / "before/etc", {root: root.parent / "before"})
+    status = program.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (999, 998, 0o6755)
+    assert os.getxattr(program, "security.capability") == capability
+    assert os.getxattr(program, "user.note") == b"n"
+    assert folder.stat().st_mode & 0o7777 == 0o3775
+
+
+@needs_root
+def test_a_file_with_two_names_moves_once(root: Path) -> None:
+    """Numbers that change places: a file that is met twice would get its old owner back."""
+    etc_with(root / "etc", passwd="a:x:101:101::/:\nb:x:100:100::/:\n", group="", subuid="")
+    etc_with(root.parent / "before/etc", passwd="", group="", subuid="")
+    (root / "one").touch()
+    os.chown(root / "one", 100, 0)
+    os.link(root / "one", root / "two")
+    renumber(root, {"passwd": {100: 101, 101: 100}}, root.parent / "before/etc", {root: root.parent / "before"})
+    assert (root / "one").stat().st_uid == 101
+
+
+@needs_root
+def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
+    (root / "etc/passwd").write_bytes(b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:100:100::/:\n")
+    renumber(root, MOVES, root.parent / "before/etc", {})
+    assert (root / "etc/passwd").read_bytes() == b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:999:998::/:\n"
+
+
+@needs_root
+def test_modes_of_passwd_and_its_kin_stay(root: Path) -> None:
+    (root / "etc/passwd").chmod(0o640)
+    os.chown(root / "etc/passwd", 0, 42)
+    renumber(root, MOVES, root.parent / "before/etc", {})
+    status = (root / "etc/passwd").stat()
+    assert (status.st_gid, status.st_mode & 0o777) == (42, 0o640)
