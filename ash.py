@@ -445,6 +445,16 @@ def write_file(path: Path, text: str, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
+def read_text(path: Path) -> str:
+    """A file's text, whatever its encoding; empty where there is no such file."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write what read_text() has read, in place."""
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
 def sync_folder(folder: Path) -> None:
     """Have a folder's new names on the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -1928,7 +1938,7 @@ class Transaction:
         """Home directories in the shared /home, of accounts that the transaction has made."""
         known = read_numbers(before / "passwd")
         homes = []
-        for line in (self.root / "etc/passwd").read_text(errors="replace").splitlines():
+        for line in read_text(self.root / "etc/passwd").splitlines():
             row = line.split(":")
             if len(row) > 5 and row[0] not in known and row[5].startswith("/home/"):
                 home = self.layout.home / row[5].removeprefix("/home/")
@@ -2016,7 +2026,7 @@ def mark_variant(root: Path) -> None:
 
 
 NUMBERED_FILES = ("passwd", "group", "subuid", "subgid")
-FIRST_HUMAN, LAST_SYSTEM = 1000, 999  # as Debian, Arch and Fedora have it in login.defs
+FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and Fedora have it in login.defs
 SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
 
 
@@ -2064,7 +2074,8 @@ class Numbers:
             old, new = read_numbers(before / name), read_numbers(after / name)
             given = self.given[name]
             for account, number in new.items():
-                if old.get(account) == number:
+                shared = list(new.values()).count(number) > 1  # on purpose: no tool gives a number twice by itself
+                if old.get(account) == number or shared:
                     given.setdefault(account, number)
                     continue
                 if account not in given:
@@ -2078,16 +2089,20 @@ class Numbers:
 def free_number(name: str, like: int, taken: Container[int]) -> int:
     """A number of the same kind as another (system or human, or a range's start) that is not taken."""
     if name in ("subuid", "subgid"):
-        return next(n for n in range(like, 1 << 31, SUBORDINATES) if n not in taken)
-    candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, 60000)
-    return next(n for n in candidates if n not in taken)
+        candidates = range(like, 1 << 31, SUBORDINATES)
+    else:
+        candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, LAST_HUMAN + 1)
+    number = next((n for n in candidates if n not in taken), None)
+    if number is None:
+        raise AshError(f"all numbers for {name} are given", "take out names that nobody needs any more")
+    return number
 
 
 def read_numbers(path: Path) -> dict[str, int]:
     """Names and numbers of passwd, group, subuid or subgid."""
     column = 1 if path.name.startswith("sub") else 2
-    rows = [line.split(":") for line in (path.read_text(errors="replace").splitlines() if path.is_file() else [])]
-    return {row[0]: int(row[column]) for row in rows if len(row) > column and row[column].isdecimal()}
+    rows = [line.split(":") for line in read_text(path).splitlines()]
+    return {row[0]: int(row[column]) for row in reversed(rows) if len(row) > column and row[column].isdecimal()}
 
 
 def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, folders: Mapping[Path, Path]) -> None:
@@ -2106,17 +2121,20 @@ def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, f
             continue
         old = read_numbers(before / name)
         lines = []
-        for line in path.read_text().splitlines():
+        for line in read_text(path).splitlines():
             row, column = line.split(":"), 1 if name.startswith("sub") else 2
             if len(row) > column and row[column].isdecimal() and old.get(row[0]) != int(row[column]):
                 row[column] = str(moves.get(name, {}).get(int(row[column]), row[column]))
                 if name == "passwd" and len(row) > 3 and row[3].isdecimal():
                     row[3] = str(groups.get(int(row[3]), row[3]))
             lines.append(":".join(row))
-        path.write_text("".join(f"{text}\n" for text in lines))
+        write_text(path, "".join(f"{text}\n" for text in lines))
+    done = set()
     for folder, original in folders.items():
         for path in [folder, *(folder / inside for inside in paths_below(folder))]:
-            give_to(path, original / path.relative_to(folder), users, groups)
+            if inode_of(path) not in done:  # it may have several names
+                give_to(path, original / path.relative_to(folder), users, groups)
+                done.add(inode_of(path))
 
 
 def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
@@ -2304,6 +2322,18 @@ def is_same(one: Path, other: Path) -> bool:
     return True
 
 
+def is_special(path: Path) -> bool:
+    """Whether a path is a socket or a device: these are made by programs, not kept."""
+    kind = path.lstat().st_mode if os.path.lexists(path) else 0
+    return stat.S_ISSOCK(kind) or stat.S_ISBLK(kind) or stat.S_ISCHR(kind)
+
+
+def has_plain_parents(folder: Path, path: str) -> bool:
+    """Whether all that a path goes through below a folder are folders, and no links that lead elsewhere."""
+    parents = [folder / parent for parent in Path(path).parents]
+    return all(parent.is_dir() and (parent == folder or not parent.is_symlink()) for parent in parents)
+
+
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
     found = set()
@@ -2319,7 +2349,7 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
         if NOT_DRIFT.fullmatch(path):
             continue
         with contextlib.suppress(PermissionError):  # what cannot be read, and has another time, has changed
-            if is_same(base / path, running / path):
+            if is_same(base / path, running / path) or is_special(running / path):
                 continue
         before, now = os.path.lexists(base / path), os.path.lexists(running / path)
         drift[path] = "changed" if before and now else "added" if now else "removed"
@@ -2336,7 +2366,10 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
     Returns:
         the new text, and the names of which both sides changed the same.
     """
-    old, live, new = ({line.partition(":")[0]: line for line in text.splitlines()} for text in (base, running, own))
+    separator = "\n" if name in ("subuid", "subgid") else ":"  # a user may have several ranges: each is for itself
+    old, live, new = (
+        {line.partition(separator)[0]: line for line in text.splitlines()} for text in (base, running, own)
+    )
     conflicts = []
     for account in dict.fromkeys([*old, *live]):
         was, now, theirs = old.get(account), live.get(account), new.get(account)
@@ -2421,41 +2454,49 @@ class EtcMerge:
 
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
+        plain = has_plain_parents(self.target, path)
         if path == "fstab":
             self._carry_fstab(own, now, was)
-        elif is_same(own, now):
+        elif plain and is_same(own, now):
             pass
-        elif is_same(own, was) and (own.parent.is_dir() and not own.parent.is_symlink()):
+        elif plain and is_same(own, was) and not self._hides_something_new(path):
             self.place(now, own)
             self.carried.append(path)
-        elif path in ACCOUNT_FILES and all(one.is_file() for one in (own, now, was)):
+        elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
         elif not (now.is_dir() and own.is_dir()):
             self._keep_aside(path)
 
+    def _hides_something_new(self, path: str) -> bool:
+        """Whether the target has a folder, with something of its own in it, where the running /etc has none."""
+        own, now = self.target / path, self.running / path
+        if not own.is_dir() or own.is_symlink() or (now.is_dir() and not now.is_symlink()):
+            return False
+        return bool(first_difference(own, self.base / path))
+
     def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
-        texts = [path.read_text() if path.exists() else "" for path in (own, now, was)]
+        texts = [read_text(path) for path in (own, now, was)]
         ours, live, before = map(fstab_of_user, texts)
         if live in (before, ours):
             return
         if ours == before:
-            own.write_text(self.own_fstab(texts[1]))
+            write_text(own, self.own_fstab(texts[1]))
             self.carried.append("fstab")
         else:
             self._keep_aside("fstab")
 
     def _carry_accounts(self, path: str) -> None:
-        was, now, own = ((folder / path).read_text() for folder in (self.base, self.running, self.target))
+        was, now, own = (read_text(folder / path) for folder in (self.base, self.running, self.target))
         merged, conflicts = merge_accounts(path, was, now, own)
         if merged != own:
-            (self.target / path).write_text(merged)
+            write_text(self.target / path, merged)
             self.carried.append(path)
         if conflicts:
             self._keep_aside(path)
 
     def _carry_removal(self, path: str) -> None:
         own = self.target / path
-        if not os.path.lexists(own):
+        if not has_plain_parents(self.target, path) or not os.path.lexists(own):
             return
         if not is_same(own, self.base / path) or (own.is_dir() and not own.is_symlink() and any(own.iterdir())):
             self.in_conflict.append(path)
@@ -2469,8 +2510,10 @@ class EtcMerge:
     def _carry_identity(self, path: str) -> None:
         own = self.target / path
         if self.identity and not is_same(own, self.running / path):
-            own.parent.mkdir(exist_ok=True)
-            self.place(self.running / path, own)
+            if not os.path.lexists(own.parent):
+                own.parent.mkdir()
+            if has_plain_parents(self.target, path):
+                self.place(self.running / path, own)
 
     def _keep_aside(self, path: str) -> None:
         """Put the running version into the conflicts folder."""
@@ -2486,7 +2529,9 @@ class EtcMerge:
     def place(source: Path, target: Path) -> None:
         """Make a path what another is; a folder without what is in it."""
         if source.is_dir() and not source.is_symlink():
-            target.mkdir(exist_ok=True)
+            if target.is_symlink() or not target.is_dir():
+                remove_tree(target)
+                target.mkdir()
             copy_attributes(source, target)
         else:
             remove_tree(target)

@@ -194,7 +194,7 @@ def version_key(version: str) -> tuple[object, ...]:
 
     Runs of digits count as numbers, other runs letter by letter: `~` before the end, letters before the rest.
     """
-    epoch, _, rest = version.rpartition(":")
+    epoch, _, rest = version.partition(":") if ":" in version else ("0", "", version)
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "0")
 
     def order(letter: str) -> int:
@@ -204,7 +204,7 @@ def version_key(version: str) -> tuple[object, ...]:
         runs = re.findall(r"(\D*)(\d*)", part)
         return [([*map(order, letters), 0], int(digits or 0)) for letters, digits in runs]
 
-    return int(epoch or 0), key(upstream), key(revision)
+    return int(epoch), key(upstream), key(revision)
 
 
 def paragraphs(path: Path) -> Iterator[dict[str, str]]:

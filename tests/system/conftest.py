@@ -10,15 +10,15 @@ from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
 from tests.system.lab import System, open_system
 
 
-@pytest.fixture(scope="session")
-def own_mounts() -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _own_mounts() -> None:
     """A mount namespace of the tests' own: no other program on this machine keeps their disks mounted."""
     libc("unshare", CLONE_NEWNS)
     mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
 
 
 @pytest.fixture(scope="module")
-def system(own_mounts: None, image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+def system(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A system for the tests of one module."""
     with open_system(image, tmp_path_factory.mktemp("system")) as system:
         yield system

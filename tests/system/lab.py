@@ -56,8 +56,10 @@ class System(Disk):
 
     Args:
         image: the disk image.
-        files: its file system.
+        files: its file system, mounted.
     """
+
+    files: Files  # type: ignore[assignment]
 
     def __init__(self, image: Path, files: Files) -> None:
         super().__init__(image)
@@ -131,9 +133,8 @@ class System(Disk):
             was, now = getattr(before, name), getattr(after, name)
             if isinstance(was, dict):
                 was, now = set(was.items()), set(now.items())
-            if isinstance(was, set):
-                assert (now - was, was - now) == (set(), set()), name
-            assert was == now, name
+            difference = (was ^ now) if isinstance(was, set) else (was, now)
+            assert was == now, f"{name}: {sorted(map(str, difference))[:20]}"
 
     def remains(self) -> set[str]:
         """What an unfinished change has left: working copies, half-made deployments, intents, overlays."""
@@ -144,7 +145,7 @@ class System(Disk):
         return odd | {name for name in files if not name.endswith(("/lock", "/.intent.new"))}
 
     def is_sound(self) -> None:
-        """Assert what always holds when no ash is at work: each number of the tree is whole, and nothing else is there."""
+        """Assert what holds when no ash is at work: each number of the tree is whole, and nothing else is there."""
         tree = self.files.tree()
         subvolumes, writable = set(self.subvolumes()), self.files.writable()
         of_tree = set()
@@ -182,7 +183,7 @@ class System(Disk):
         titles = re.findall(r"^menuentry '[^\n]*?, snapshot (\d+):", self.files.grub_cfg.read_text(), re.MULTILINE)
         holds = [(self.files.top / subvolume / "usr/share/ash/snap").read_text().strip() for _, subvolume in slots]
         assert titles == holds, "the menu names other snapshots than its slots hold"
-        return slots[0][1].rpartition("snapshot-")[2]
+        return str(slots[0][1].rpartition("snapshot-")[2])
 
     # What is done to it
 
@@ -200,7 +201,12 @@ class System(Disk):
         wait = f"touch /home/started-{mark}; while [ ! -e /home/go-{mark} ]; do sleep 0.02; done"
         argv = self._argv(["run", snapshot, "sh", "-ec", f"{script}\n{wait}\n{after}"])
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         work = AtWork(process, mark)
         try:
@@ -226,7 +232,12 @@ class System(Disk):
         argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/cut_short.py"), str(step)]
         words = ("--image", str(self.image), *words)
         return subprocess.run(
-            [*argv, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+            [*argv, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:

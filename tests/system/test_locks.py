@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 def test_a_second_ash_on_the_same_snapshot_is_told_who_holds_it(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "touch /etc/mark") as work:
-        for words in (["install", snapshot, "hello"], ["unlock", snapshot], ["-y", "del", snapshot]):
-            error = system.ash(*words, status=LOCKED).error
+        for words in (f"install {snapshot} hello", f"unlock {snapshot}", f"-y del {snapshot}"):
+            error = system.ash(*words.split(), status=LOCKED).error
             assert f"snapshot {snapshot} is locked by pid {work.process.pid} (ash " in error
             assert f"run {snapshot}" in error
             assert "--wait SECONDS" in error
@@ -139,7 +139,20 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
 
 @pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
 def test_an_image_that_a_machine_runs_from_is_refused(disk: Disk) -> None:
-    argv = ["qemu-system-x86_64", "-S", "-accel", "tcg", "-m", "64", "-display", "none", "-monitor", "none", "-serial", "none"]
+    argv = [
+        "qemu-system-x86_64",
+        "-S",
+        "-accel",
+        "tcg",
+        "-m",
+        "64",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "none",
+    ]
     machine = subprocess.Popen([*argv, "-drive", f"file={disk.image},format=raw,if=virtio"], stdin=subprocess.DEVNULL)
     try:
         wait_until(lambda: disk.image.name in open_files(machine.pid), 20)

@@ -81,8 +81,10 @@ def test_siblings_have_their_own_packages(system: System, snapshot: int) -> None
 
 def test_nothing_of_a_package_shows_in_the_shared_var(system: System, snapshot: int) -> None:
     system.ash("install", snapshot, "libjs-bootstrap4")
-    places = [system.files.var / "lib", system.files.var / "log", system.files.var / "backups", system.files.var / "cache/debconf"]
-    named = program("find", *(p for p in places if p.exists()), "-name", "*bootstrap*", "-not", "-path", "*/apt/lists/*")
+    places = [system.files.var / name for name in ("lib", "log", "backups", "cache/debconf")]
+    named = program(
+        "find", *(p for p in places if p.exists()), "-name", "*bootstrap*", "-not", "-path", "*/apt/lists/*"
+    )
     assert named == ""
     assert (system.files.var / "lib/dpkg").is_symlink()
     assert not (system.files.var / "lib/apt/extended_states").exists()
@@ -104,7 +106,9 @@ def test_several_snapshots_one_after_the_other(system: System, snapshot: int) ->
     assert "hello" not in packages(system, snapshot).keys() | packages(system, other).keys()
 
 
-def test_a_package_file_on_disk_is_installed_with_its_dependencies(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_a_package_file_on_disk_is_installed_with_its_dependencies(
+    system: System, snapshot: int, tmp_path: Path
+) -> None:
     package = make_deb(tmp_path, "ash-test", depends="hello", files={"usr/share/ash-test/x": "x\n"})
     answer = system.ash("--json", "install", snapshot, package).json
     assert set(answer["packages"]["added"]) == {"ash-test", "hello"}
@@ -130,7 +134,9 @@ def test_what_cannot_be_installed_changes_nothing(system: System, snapshot: int,
 
 
 @pytest.mark.parametrize("script", ["preinst", "postinst"])
-def test_a_package_whose_script_fails_changes_nothing(system: System, snapshot: int, script: str, tmp_path: Path) -> None:
+def test_a_package_whose_script_fails_changes_nothing(
+    system: System, snapshot: int, script: str, tmp_path: Path
+) -> None:
     text = "mkdir -p /var/lib/ash-broken; echo x > /var/lib/ash-broken/x; echo x > /etc/ash-broken; exit 1"
     package = make_deb(tmp_path, "ash-broken", files={"usr/share/ash-broken/x": "x\n"}, **{script: text})
     with system.nothing_changes():
@@ -150,7 +156,12 @@ def test_a_package_whose_removal_fails_stays(system: System, snapshot: int, tmp_
 
 def test_edited_configuration_stays_at_an_upgrade(system: System, snapshot: int, tmp_path: Path) -> None:
     for version in ("1", "2"):
-        package = make_deb(tmp_path, "ash-conf", version, files={"etc/ash-test.conf": f"{version}\n", "DEBIAN/conffiles": "/etc/ash-test.conf\n"})
+        package = make_deb(
+            tmp_path,
+            "ash-conf",
+            version,
+            files={"etc/ash-test.conf": f"{version}\n", "DEBIAN/conffiles": "/etc/ash-test.conf\n"},
+        )
         answer = system.ash("--json", "install", snapshot, package).json
         if version == "1":
             system.shell(snapshot, "echo mine > /etc/ash-test.conf")
@@ -159,7 +170,9 @@ def test_edited_configuration_stays_at_an_upgrade(system: System, snapshot: int,
 
 
 def test_remove_keeps_configuration_and_purge_does_not(system: System, snapshot: int, tmp_path: Path) -> None:
-    package = make_deb(tmp_path, "ash-conf", files={"etc/ash-test.conf": "x\n", "DEBIAN/conffiles": "/etc/ash-test.conf\n"})
+    package = make_deb(
+        tmp_path, "ash-conf", files={"etc/ash-test.conf": "x\n", "DEBIAN/conffiles": "/etc/ash-test.conf\n"}
+    )
     system.ash("install", snapshot, package)
     system.ash("remove", snapshot, "ash-conf")
     assert (system.root(snapshot) / "etc/ash-test.conf").exists()
@@ -169,7 +182,8 @@ def test_remove_keeps_configuration_and_purge_does_not(system: System, snapshot:
 
 def test_a_service_of_a_package_is_enabled_and_not_started(system: System, snapshot: int, tmp_path: Path) -> None:
     unit = "[Service]\nExecStart=/bin/sleep 4740\n[Install]\nWantedBy=multi-user.target\n"
-    start = "deb-systemd-helper enable ash-test.service; deb-systemd-invoke start ash-test.service; invoke-rc.d ash-test start || true"
+    start = "deb-systemd-helper enable ash-test.service; deb-systemd-invoke start ash-test.service; "
+    start += "invoke-rc.d ash-test start || true"
     package = make_deb(tmp_path, "ash-service", files={"usr/lib/systemd/system/ash-test.service": unit}, postinst=start)
     system.ash("install", snapshot, package)
     assert (system.root(snapshot) / "etc/systemd/system/multi-user.target.wants/ash-test.service").is_symlink()

@@ -75,7 +75,10 @@ def test_control_c_interrupts_what_runs_and_not_the_transaction(system: System, 
 
 
 def test_control_c_ends_a_run_and_changes_nothing(system: System, snapshot: int) -> None:
-    with system.nothing_changes(), system.terminal("run", snapshot, "sh", "-c", "touch /etc/mark; echo begun; sleep 4731") as terminal:
+    with (
+        system.nothing_changes(),
+        system.terminal("run", snapshot, "sh", "-c", "touch /etc/mark; echo begun; sleep 4731") as terminal,
+    ):
         terminal.expect("begun")
         terminal.type("\x03")
         assert terminal.wait() in (130, -2)

@@ -54,7 +54,9 @@ def test_the_predecessor_is_kept_as_it_was(system: System, snapshot: int) -> Non
     assert before not in system.subvolumes().values()
 
 
-@pytest.mark.parametrize("script", ["true", "cat /etc/os-release", "echo x > /tmp/x; echo x > /run/x; touch /dev/shm/x"])
+@pytest.mark.parametrize(
+    "script", ["true", "cat /etc/os-release", "echo x > /tmp/x; echo x > /run/x; touch /dev/shm/x"]
+)
 def test_where_nothing_changed_nothing_is_exchanged(system: System, snapshot: int, script: str) -> None:
     system.shell(snapshot, "echo one > /etc/mark")
     with system.nothing_changes():
@@ -85,7 +87,9 @@ def test_home_and_root_are_shared_and_outside_of_the_transaction(system: System,
 
 
 def test_os_release_says_again_that_this_is_managed_by_ash(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "sed -i /VARIANT_ID/d /usr/lib/os-release; rm -f /etc/os-release; cp /usr/lib/os-release /etc")
+    system.shell(
+        snapshot, "sed -i /VARIANT_ID/d /usr/lib/os-release; rm -f /etc/os-release; cp /usr/lib/os-release /etc"
+    )
     text = (system.root(snapshot) / "etc/os-release").read_text()
     assert "VARIANT_ID=ashos" in text
     assert "ID=debian" in text.splitlines()
@@ -100,7 +104,11 @@ def test_files_keep_owner_mode_links_and_attributes(system: System, snapshot: in
     root = system.root(snapshot) / "usr"
     assert (root / "a").stat().st_ino == (root / "b").stat().st_ino
     assert (root / "c").readlink().name == "a"
-    assert ((root / "a").stat().st_uid, (root / "a").stat().st_gid, (root / "a").stat().st_mode & 0o7777) == (7, 8, 0o4750)
+    assert ((root / "a").stat().st_uid, (root / "a").stat().st_gid, (root / "a").stat().st_mode & 0o7777) == (
+        7,
+        8,
+        0o4750,
+    )
 
 
 # What fails

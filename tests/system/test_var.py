@@ -48,7 +48,9 @@ def test_a_new_entry_is_there_afterwards_with_all_that_it_is(system: System, sna
 
 
 def test_an_entry_that_nobody_changed_takes_the_transactions_files(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "mkdir /var/lib/app; echo one > /var/lib/app/a; echo one > /var/lib/app/b; echo c > /var/lib/app/c")
+    system.shell(
+        snapshot, "mkdir /var/lib/app; echo one > /var/lib/app/a; echo one > /var/lib/app/b; echo c > /var/lib/app/c"
+    )
     system.shell(snapshot, "echo two > /var/lib/app/a; rm /var/lib/app/b; chmod 700 /var/lib/app")
     app = system.files.var / "lib/app"
     assert (app / "a").read_text() == "two\n"
@@ -60,7 +62,9 @@ def test_an_entry_that_nobody_changed_takes_the_transactions_files(system: Syste
 
 def test_an_entry_that_was_changed_meanwhile_stays_and_the_other_goes_aside(system: System, snapshot: int) -> None:
     system.shell(snapshot, "mkdir -p /var/lib/shared; echo one > /var/lib/shared/a")
-    with system.at_work(snapshot, "echo transaction > /var/lib/shared/a; echo new > /var/lib/shared/b; touch /etc/mark") as work:
+    with system.at_work(
+        snapshot, "echo transaction > /var/lib/shared/a; echo new > /var/lib/shared/b; touch /etc/mark"
+    ) as work:
         (system.files.var / "lib/shared/other").write_text("live\n")
         before = facts(system.files.var / "lib/shared/a")
     assert facts(system.files.var / "lib/shared/a") == before
@@ -134,11 +138,20 @@ def test_what_a_sibling_did_just_the_same_is_no_conflict(system: System, snapsho
 
 def test_in_a_cache_the_newest_file_wins(system: System, snapshot: int) -> None:
     cache = system.files.var / "cache/apt"
-    with system.at_work(snapshot, "echo old > /var/cache/apt/both; touch -d 2001-01-01 /var/cache/apt/both; echo t > /var/cache/apt/new; echo n > /var/cache/apt/later; touch -d 2037-01-01 /var/cache/apt/later"):
+    with system.at_work(
+        snapshot,
+        "echo old > /var/cache/apt/both; touch -d 2001-01-01 /var/cache/apt/both; echo t > /var/cache/apt/new; "
+        "echo n > /var/cache/apt/later; touch -d 2037-01-01 /var/cache/apt/later",
+    ):
         (cache / "both").write_text("live\n")
         (cache / "later").write_text("live\n")
         (cache / "mine").write_text("live\n")
-    assert [(cache / name).read_text() for name in ("both", "new", "later", "mine")] == ["live\n", "t\n", "n\n", "live\n"]
+    assert [(cache / name).read_text() for name in ("both", "new", "later", "mine")] == [
+        "live\n",
+        "t\n",
+        "n\n",
+        "live\n",
+    ]
     assert no_conflicts(system, snapshot)
 
 
@@ -146,7 +159,10 @@ def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snap
     log, folder = system.files.var / "log/dpkg.log", system.files.var / "log/apt"
     log.write_text("before\n")
     (folder / "history.log").write_text("before\n")
-    with system.at_work(snapshot, "echo transaction >> /var/log/dpkg.log; echo transaction >> /var/log/apt/history.log; echo n > /var/log/apt/new.log"):
+    with system.at_work(
+        snapshot,
+        "cd /var/log; echo transaction >> dpkg.log; echo transaction >> apt/history.log; echo n > apt/new.log",
+    ):
         with log.open("a") as live:
             live.write("live\n")
         with (folder / "history.log").open("a") as live:
@@ -159,7 +175,7 @@ def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snap
 
 @pytest.mark.parametrize("end", ["exit 1", "kill -9 $$"])
 def test_nothing_of_a_failed_transaction_is_in_var(system: System, snapshot: int, end: str) -> None:
-    script = "echo x > /var/lib/failed; echo x >> /var/log/dpkg.log; echo x > /var/cache/apt/failed; rm -rf /var/lib/misc /var/backups"
+    script = "cd /var; echo x > lib/failed; echo x >> log/dpkg.log; echo x > cache/apt/failed; rm -rf lib/misc backups"
     with system.nothing_changes():
         system.shell(snapshot, f"{script}; {end}", status=1 if "exit" in end else 137)
 
@@ -222,7 +238,11 @@ def test_data_of_a_removed_package_stays(system: System, snapshot: int, tmp_path
 
 
 def test_sockets_of_a_transaction_are_dropped(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "mkdir /var/lib/sock; touch /var/lib/sock/file; python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('/var/lib/sock/s')\"")
+    system.shell(
+        snapshot,
+        "mkdir /var/lib/sock; touch /var/lib/sock/file; "
+        "python3 -c \"import socket; socket.socket(socket.AF_UNIX).bind('/var/lib/sock/s')\"",
+    )
     assert os.listdir(system.files.var / "lib/sock") == ["file"]
 
 

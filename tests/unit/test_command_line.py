@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,7 +52,9 @@ WORDS = [line.split() for line in ALIASES.replace("\n", ";").split(";") if line.
 EXISTING = {command.name for command in ash.COMMANDS}
 
 
-@pytest.mark.parametrize(("name", "word"), [(words[0], word) for words in WORDS if words[0] in EXISTING for word in words])
+@pytest.mark.parametrize(
+    ("name", "word"), [(words[0], word) for words in WORDS if words[0] in EXISTING for word in words]
+)
 def test_every_alias_calls_its_command(name: str, word: str) -> None:
     assert ash.find_command(word).name == name
 
@@ -96,7 +99,13 @@ def test_a_package_with_a_number_for_a_name_comes_with_its_option() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["install 3 hello", "in -s 3 -p hello", "install -s 3 --pkg hello", "install --snap 3 --package hello", "in -s 3 hello"],
+    [
+        "install 3 hello",
+        "in -s 3 -p hello",
+        "install -s 3 --pkg hello",
+        "install --snap 3 --package hello",
+        "in -s 3 hello",
+    ],
 )
 def test_packages_are_words_or_an_option(line: str) -> None:
     args = parsed(line)
@@ -126,7 +135,13 @@ def test_del_takes_numbers_only() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["desc 3 two words", "desc -s 3 two words", "desc 3 -d two words", "desc 3 --desc two words", "desc -s 3 --description two words"],
+    [
+        "desc 3 two words",
+        "desc -s 3 two words",
+        "desc 3 -d two words",
+        "desc 3 --desc two words",
+        "desc -s 3 --description two words",
+    ],
 )
 def test_a_description_is_several_words(line: str) -> None:
     args = parsed(line)
@@ -176,7 +191,9 @@ def test_options_before_the_number_are_those_of_ash(line: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["{0} clone 3", "clone {0} 3", "clone 3 {0}"])
-@pytest.mark.parametrize("option", ["--json", "--dry-run", "-v", "-q", "-y", "--yes", "--chroot", "--wait 5", "--distro debian"])
+@pytest.mark.parametrize(
+    "option", ["--json", "--dry-run", "-v", "-q", "-y", "--yes", "--chroot", "--wait 5", "--distro debian"]
+)
 def test_options_of_all_commands_stand_anywhere(place: str, option: str) -> None:
     assert parsed(place.format(option)).snapshots == [3]
 
@@ -213,7 +230,7 @@ def test_a_long_option_is_never_guessed() -> None:
 def test_remove_of_a_number_alone_names_both_commands_that_it_could_mean() -> None:
     command, args = ash.parse(["remove", "5"])
     with pytest.raises(AshError) as caught:
-        ash.cmd_remove(ash.System(ash.Layout(ash.Path("/nowhere"), "none"), ash.Distro()), args)
+        ash.cmd_remove(ash.System(ash.Layout(Path("/nowhere"), "none"), ash.Distro()), args)
     assert command.name == "remove"
     assert caught.value.status == USAGE
     assert "ash del 5" in caught.value.hint
@@ -272,7 +289,7 @@ def test_an_error_in_json_has_its_status_and_shape() -> None:
 )
 def test_exit_statuses(line: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ash, "private_mounts", lambda: None)
-    monkeypatch.setattr(ash, "require_root", lambda doing: None)
+    monkeypatch.setattr(ash, "require_root", lambda _: None)
     expected = {125, status} if line == "run" else {status, MISSING, REFUSED}
     assert outcome(*line.split())[0] in expected
 
@@ -287,7 +304,7 @@ def test_the_exit_statuses_are_those_of_the_command_reference() -> None:
     assert (FAILED, USAGE, MISSING, ash.LOCKED, REFUSED, ash.OUR_FAILURE_IN_RUN) == (1, 2, 3, 4, 5, 125)
 
 
-def test_a_file_that_is_no_disk_image_is_named(tmp_path: ash.Path) -> None:
+def test_a_file_that_is_no_disk_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(bytes(2 << 20))
     with pytest.raises(AshError, match=r"no disk image"):
         ash.btrfs_partition(tmp_path / "x.img")

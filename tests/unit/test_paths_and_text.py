@@ -74,7 +74,22 @@ def test_links_in_a_circle_are_an_error(root: Path, path: str) -> None:
         path_inside(root, path)
 
 
-parts = ["a", "b", "..", ".", "", "absolute", "up", "far-up", "relative", "chain", "dangling", "run", "new", "resolv.conf"]
+parts = [
+    "a",
+    "b",
+    "..",
+    ".",
+    "",
+    "absolute",
+    "up",
+    "far-up",
+    "relative",
+    "chain",
+    "dangling",
+    "run",
+    "new",
+    "resolv.conf",
+]
 
 
 @given(st.lists(st.sampled_from(parts), max_size=9))
@@ -157,7 +172,11 @@ def test_what_a_crash_left_beside_it_does_no_harm(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
-    with Lock(tmp_path / "7/lock", "snapshot 7"), pytest.raises(AshError) as caught, Lock(tmp_path / "7/lock", "snapshot 7"):
+    with (
+        Lock(tmp_path / "7/lock", "snapshot 7"),
+        pytest.raises(AshError) as caught,
+        Lock(tmp_path / "7/lock", "snapshot 7"),
+    ):
         pass
     assert caught.value.status == ash.LOCKED
     assert f"pid {os.getpid()}" in caught.value.message
@@ -165,7 +184,9 @@ def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
 
 
 def test_a_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
-    code = "import ash, os, sys, pathlib; ash.Lock(pathlib.Path(sys.argv[1]), 'it').__enter__(); os.kill(os.getpid(), 9)"
+    code = (
+        "import ash, os, sys, pathlib; ash.Lock(pathlib.Path(sys.argv[1]), 'it').__enter__(); os.kill(os.getpid(), 9)"
+    )
     subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], cwd=Path(ash.__file__).parent, check=False)
     assert "pid " in (tmp_path / "lock").read_text()
     with Lock(tmp_path / "lock", "it"):

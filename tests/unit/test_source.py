@@ -46,7 +46,9 @@ def test_the_executable_is_isolated_from_its_caller(executable: Path) -> None:
 
 
 def test_the_executable_knows_its_distribution_without_a_checkout(executable: Path) -> None:
-    script = "import runpy, sys; sys.argv[0] = sys.argv[1]; g = runpy.run_path(sys.argv[1]); print(*g['Distro'].registry)"
+    script = (
+        "import runpy, sys; sys.argv[0] = sys.argv[1]; g = runpy.run_path(sys.argv[1]); print(*g['Distro'].registry)"
+    )
     distro = (executable.parent / "distro").read_text()
     assert output(sys.executable, "-I", "-c", script, executable).split()[-1] == distro
 
@@ -79,7 +81,9 @@ def test_a_module_has_only_classes_and_functions_and_no_future(distro: str) -> N
 @pytest.mark.parametrize("distro", DISTROS)
 def test_a_module_knows_nothing_of_btrfs_and_booting(distro: str) -> None:
     tree = ast.parse((CHECKOUT / "distros" / distro / "ashpk.py").read_text())
-    taken = {name.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ash" for name in n.names}
+    taken = {
+        name.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module == "ash" for name in n.names
+    }
     assert not taken & {"snapshot_subvolume", "create_subvolume", "delete_subvolume", "set_readonly", "Slots", "Menu"}
 
 
