@@ -2101,8 +2101,11 @@ def free_number(name: str, like: int, taken: Container[int]) -> int:
 def read_numbers(path: Path) -> dict[str, int]:
     """Names and numbers of passwd, group, subuid or subgid."""
     column = 1 if path.name.startswith("sub") else 2
-    rows = [line.split(":") for line in read_text(path).splitlines()]
-    return {row[0]: int(row[column]) for row in reversed(rows) if len(row) > column and row[column].isdecimal()}
+    found: dict[str, int] = {}
+    for row in (line.split(":") for line in read_text(path).splitlines()):
+        if len(row) > column and row[column].isdecimal():
+            found.setdefault(row[0], int(row[column]))
+    return found
 
 
 def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, folders: Mapping[Path, Path]) -> None:
@@ -2322,6 +2325,11 @@ def is_same(one: Path, other: Path) -> bool:
     return True
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
 def is_special(path: Path) -> bool:
     """Whether a path is a socket or a device: these are made by programs, not kept."""
     kind = path.lstat().st_mode if os.path.lexists(path) else 0
@@ -2464,15 +2472,13 @@ class EtcMerge:
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
-        elif not (now.is_dir() and own.is_dir()):
+        elif not (is_folder(now) and is_folder(own)):
             self._keep_aside(path)
 
     def _hides_something_new(self, path: str) -> bool:
         """Whether the target has a folder, with something of its own in it, where the running /etc has none."""
         own, now = self.target / path, self.running / path
-        if not own.is_dir() or own.is_symlink() or (now.is_dir() and not now.is_symlink()):
-            return False
-        return bool(first_difference(own, self.base / path))
+        return is_folder(own) and not is_folder(now) and bool(first_difference(own, self.base / path))
 
     def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
         texts = [read_text(path) for path in (own, now, was)]
@@ -2498,10 +2504,10 @@ class EtcMerge:
         own = self.target / path
         if not has_plain_parents(self.target, path) or not os.path.lexists(own):
             return
-        if not is_same(own, self.base / path) or (own.is_dir() and not own.is_symlink() and any(own.iterdir())):
+        if not is_same(own, self.base / path) or (is_folder(own) and any(own.iterdir())):
             self.in_conflict.append(path)
             return
-        if own.is_dir() and not own.is_symlink():
+        if is_folder(own):
             own.rmdir()
         else:
             own.unlink()
@@ -2519,7 +2525,7 @@ class EtcMerge:
         """Put the running version into the conflicts folder."""
         now = self.running / path
         self.in_conflict.append(path)
-        if not now.is_dir() or now.is_symlink():
+        if not is_folder(now):
             make_private_folder(self.conflicts)
             aside = self.conflicts / "etc" / path
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -2528,8 +2534,8 @@ class EtcMerge:
     @staticmethod
     def place(source: Path, target: Path) -> None:
         """Make a path what another is; a folder without what is in it."""
-        if source.is_dir() and not source.is_symlink():
-            if target.is_symlink() or not target.is_dir():
+        if is_folder(source):
+            if not is_folder(target):
                 remove_tree(target)
                 target.mkdir()
             copy_attributes(source, target)
