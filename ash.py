@@ -60,6 +60,8 @@ BASE = 0
 # Below this much free space a transaction is not started. 256 MiB is what btrfs keeps as its own global reserve
 # at most (512 MiB on large disks) and what a kernel with its initramfs takes.
 SPACE_FLOOR = 256 << 20
+# What is kept for deleting on a full disk: a few pages of tree, numbers and intents.
+RESERVE = 4 << 20
 
 
 class AshError(Exception):
@@ -180,7 +182,7 @@ def printable(text: str) -> str:
 # From <linux/sched.h>, <linux/mount.h>, <linux/fs.h>, <linux/prctl.h>.
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x04000000, 0x08000000, 0x20000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_NOATIME, MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1024, 4096, 16384, 1 << 18, 1 << 19
+MS_NOATIME, MS_BIND, MS_REC, MS_SLAVE = 1024, 4096, 16384, 1 << 19
 RENAME_EXCHANGE = 2
 PR_SET_PDEATHSIG = 1
 AT_FDCWD = -100
@@ -389,6 +391,10 @@ class Layout:
     def menu(self) -> Path:
         """What the boot menu is made from: readable by all, while grub.cfg lies on a volume that is not mounted."""
         return self.ash / "menu"
+
+    @property
+    def reserve(self) -> Path:
+        return self.ash / "reserve"
 
     @property
     def home_root(self) -> Path:
@@ -618,9 +624,10 @@ class Lock:
                 by = holder or "another ash"
                 raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
-        command = " ".join(["ash", *sys.argv[1:]])
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({printable(command)})\n"), 0)
+        command = printable(" ".join(["ash", *sys.argv[1:]])).replace("\n", "\\n")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({command})\n"), 0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -645,6 +652,7 @@ class Lock:
 
 # From <linux/btrfs.h>: _IOR(0x94, 60, struct of 504 bytes).
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
+BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's id at 16
 BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
@@ -695,6 +703,12 @@ def set_readonly(path: Path, readonly: bool = True) -> None:
     run(["btrfs", "property", "set", "-ts", path, "ro", "true" if readonly else "false"])
 
 
+def free_space(path: Path) -> int:
+    """The bytes that can be written to the file system of a path."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
 def sync_filesystem(path: Path) -> None:
     """Have everything on the disk that was written so far: a full commit, which GRUB can read too."""
     run(["btrfs", "filesystem", "sync", path])
@@ -721,11 +735,11 @@ def delete_subvolume(path: Path) -> None:
         for nested in nested_subvolumes(path):
             delete_subvolume(nested)
         done = run(["btrfs", "subvolume", "delete", path], check=False)
-    if done.returncode and "not permitted" in done.stderr:
+    if os.path.lexists(path) and re.search("not permitted|default subvolume", done.stderr):
         # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the top level's id.
         run(["btrfs", "subvolume", "set-default", "5", path.parent])
         done = run(["btrfs", "subvolume", "delete", path], check=False)
-    if done.returncode:
+    if done.returncode or os.path.lexists(path):
         raise AshError(f"cannot delete {path.name}: {last_words(done.stderr)}")
 
 
@@ -858,7 +872,13 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     # Two loop devices of one file would be two writers of one file system. losetup takes the one that is there, if
     # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
     lock_first_byte(disk.fileno(), image)
-    loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
+    there = run(["losetup", "--associated", image, "--noheadings", "--output", "NAME"]).stdout.split()
+    attach = run(["losetup", "--nooverlap", "--show", "--find", *where, image], check=False)
+    if attach.returncode and there:
+        raise AshError(f"{image} is attached as {there[0]}", f"losetup --detach {there[0]}", LOCKED)
+    loop = attach.stdout.strip()
+    if attach.returncode:
+        raise AshError(f"cannot attach {image}: {last_words(attach.stderr)}")
     with Path(loop).open("rb"):
         loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
         # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
@@ -867,7 +887,8 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
         try:
             top = mount_top(node)
         finally:
-            run(["losetup", "--detach", loop], check=False)  # while it is in use this means: once it no longer is
+            if loop not in there:  # while it is in use this means: once it no longer is
+                run(["losetup", "--detach", loop], check=False)
     return top, node
 
 
@@ -890,6 +911,21 @@ def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
         raise AshError(f"{image} is in use by a virtual machine", "shut that down first", LOCKED)
+
+
+def device_of(path: Path) -> Path:
+    """A device of the btrfs file system that a path lies on.
+
+    Not what mountinfo names: an ash that worked on the image meanwhile has mounted it by another name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        answer = fcntl.ioctl(descriptor, BTRFS_IOC_FS_INFO, bytes(1024))
+    finally:
+        os.close(descriptor)
+    uuid = answer[16:32].hex()
+    fsid = "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
+    return Path("/dev") / min(entry.name for entry in Path(f"/sys/fs/btrfs/{fsid}/devices").iterdir())
 
 
 def mount_top(device: Path) -> Path:
@@ -1125,7 +1161,7 @@ class Chroot:
             if not has_input:
                 os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             libc("unshare", CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
-            mount("none", Path("/"), flags=MS_REC | MS_PRIVATE)
+            mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
             self._mount()
             with self._transient_files(), self._resolver():
                 status = self._start(argv)
@@ -1138,6 +1174,7 @@ class Chroot:
     def _mount(self) -> None:
         root = self.root
         bind(root, root)
+        mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # nodes that are made in there are dead
         if self.disks:
             mount("/dev", root / "dev", flags=MS_BIND | MS_REC)
             mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
@@ -1185,10 +1222,11 @@ class Chroot:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(file.text)
             path.chmod(file.mode)
-            written.append(path)
+            written.append((path, file.text))
         yield
-        for path in written:
-            path.unlink(missing_ok=True)
+        for path, text in written:
+            if read_text(path) == text:  # else it was replaced in there, and is the snapshot's now
+                path.unlink()
 
     @contextmanager
     def _resolver(self) -> Iterator[None]:
@@ -1471,21 +1509,30 @@ class VarMerge:
                 found.append(name)
         return [entry for entry in found if not is_there_already(self.upper / entry, self.origin / entry)]
 
-    def merge(self, entry: str) -> None:
-        """Put one entry in place, or into the conflicts folder."""
+    def decide(self, entry: str) -> str:
+        """What is to be done with an entry: one of "nothing", "newest", "append", "aside", "place"."""
         changed, live = self.upper / entry, self.live / entry
         if is_there_already(changed, live):
-            return
+            return "nothing"
         if entry in self.distro.caches:
-            self._place(changed, live, newest=True)
-        elif entry in self.distro.logs and os.path.lexists(live):
+            return "newest"
+        if entry in self.distro.logs and os.path.lexists(live):
+            return "append"
+        if fingerprint(live) != fingerprint(self.origin / entry) or self._is_open(live):
+            return "aside"
+        return "place"
+
+    def merge(self, entry: str, decision: str) -> None:
+        """Put one entry in place, or into the conflicts folder, as was decided; it may have been begun before."""
+        changed, live = self.upper / entry, self.live / entry
+        if decision in ("newest", "place"):
+            self._place(changed, live, newest=decision == "newest")
+        elif decision == "append":
             self._append(changed, live, self.origin / entry)
-        elif fingerprint(live) != fingerprint(self.origin / entry) or self._is_open(live):
+        elif decision == "aside":
             self.in_conflict.append(entry)
             make_private_folder(self.conflicts)
             self._place(changed, self.conflicts / entry)
-        else:
-            self._place(changed, live)
 
     def _is_open(self, live: Path) -> bool:
         if self._opened is None:
@@ -1644,6 +1691,7 @@ class Workplace:
         self.origin = self.folder / "var"
         self.upper = self.folder / "upper"
         self.overlay_work = self.folder / "overlay"
+        self.decisions = self.folder / "decisions"
         self.merged = self.folder / "merged"
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:
@@ -1682,7 +1730,7 @@ class Workplace:
     def _clear(self) -> None:
         if self.origin.exists():
             delete_subvolume(self.origin)
-        for leftover in (self.upper, self.overlay_work, self.merged, self.folder / "intent"):
+        for leftover in (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"):
             remove_tree(leftover)
 
     def delete_snapshot(self) -> None:
@@ -1695,15 +1743,10 @@ class Workplace:
     def finish(self, intent: Intent) -> VarMerge:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
         layout, n = self.layout, self.snapshot
-        done = self.merged.read_text().splitlines() if self.merged.exists() else []
-        conflicts = layout.conflicts(n)
-        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, intent.delete)
-        if set(intent.entries) - set(done):
+        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, layout.conflicts(n), intent.delete)
+        if intent.entries:
             with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
-                for entry in [entry for entry in intent.entries if entry not in done]:
-                    merge.merge(entry)
-                    with self.merged.open("a", encoding="utf-8", errors="surrogateescape") as file:
-                        file.write(f"{entry}\n")
+                self._merge(merge, intent.entries)
         for folder in intent.copies:
             renew_copy(layout, n, folder)
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
@@ -1713,6 +1756,23 @@ class Workplace:
             self.root.rename(layout.undo(n))
         self._clear()
         return merge
+
+    def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
+        """Merge the entries; what to do with each is on the disk before the first is touched.
+
+        So a merge that was interrupted is gone on with, and its own traces are not taken for another's changes.
+        """
+        done = read_text(self.merged).splitlines()
+        if not self.decisions.exists():
+            decided = {entry: merge.decide(entry) for entry in entries}
+            write_file(self.decisions, json.dumps({"aside": merge.conflicts.name, "decided": decided}))
+        decisions = json.loads(read_text(self.decisions))
+        merge.conflicts = merge.conflicts.with_name(decisions["aside"])
+        for entry, decision in decisions["decided"].items():
+            if entry not in done:
+                merge.merge(entry, decision)
+                with self.merged.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(f"{entry}\n")
 
 
 def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
@@ -1813,8 +1873,8 @@ class Transaction:
         Intent("open").save(self.place.folder)
 
     def _require_space(self) -> None:
-        disk = os.statvfs(self.layout.snapshots)
-        free = disk.f_bavail * disk.f_frsize
+        self.system.keep_reserve()
+        free = free_space(self.layout.snapshots)
         if free < SPACE_FLOOR:
             raise AshError(
                 f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed",
@@ -1973,7 +2033,7 @@ class Transaction:
         with readonly_view(original, self.place.folder / "view") as before:
             paths = changed_paths(before, self.root)
         resolver = "etc/resolv.conf"  # was another one meanwhile
-        if paths.keys() == {resolver} and (original / resolver).read_bytes() == (self.root / resolver).read_bytes():
+        if paths.keys() == {resolver} and is_same(original / resolver, self.root / resolver):
             return set()
         return set(paths)
 
@@ -2792,12 +2852,16 @@ class Slots:
 
     def recover(self) -> None:
         """Tidy up after a deploy that was interrupted: the menu file decides, grub.cfg follows it."""
-        for slot in (*SLOTS, *SECONDARY_SLOTS):
-            delete_subvolume(self.layout.rootfs(f"new-{slot}"))
-            delete_subvolume(self.layout.etc(f"new-{slot}"))
+        self.tidy_up()
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
         (self.layout.work("deploy") / "intent").unlink(missing_ok=True)
+
+    def tidy_up(self) -> None:
+        """Delete deployments that were not finished."""
+        for slot in (*SLOTS, *SECONDARY_SLOTS):
+            delete_subvolume(self.layout.rootfs(f"new-{slot}"))
+            delete_subvolume(self.layout.etc(f"new-{slot}"))
 
     def choose(self, secondary: bool) -> str:
         """The first slot that is neither booted nor the newest good deployment."""
@@ -3054,7 +3118,7 @@ class System:
             found = mount_of(args.root)
             if found.kind != "btrfs":
                 raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
-            top = mount_top(Path(found.source))
+            top = mount_top(device_of(args.root))
         return cls._at(top, args)
 
     @classmethod
@@ -3062,8 +3126,8 @@ class System:
         if is_in_chroot() and not args.chroot:
             raise AshError("ash must not be run inside a chroot", "--chroot does it all the same", REFUSED)
         snapshots = Path("/.snapshots")
-        root = next(m for m in reversed(mounts()) if m.target == "/")
-        if root.kind != "btrfs" or not (snapshots / "ash/fstree").exists():
+        root = next((m for m in reversed(mounts()) if m.target == "/"), None)
+        if root is None or root.kind != "btrfs" or not (snapshots / "ash/fstree").exists():
             raise AshError("this system is not managed by ash", "--root DIR or --image FILE names one that is", MISSING)
         ident = read_distro(snapshots / "ash/distro")
         if not changes:
@@ -3362,7 +3426,11 @@ class System:
             if there and not fresh_etc:
                 return there, False
             slot = slots.choose(secondary)
-            deployment = slots.build(snapshot, slot, fresh_etc)
+            try:
+                deployment = slots.build(snapshot, slot, fresh_etc)
+            except BaseException:
+                slots.tidy_up()
+                raise
             slots.put_in_place(deployment, secondary)
         return deployment, True
 
@@ -3418,6 +3486,17 @@ class System:
             Slots(self).recover()
         return found
 
+    def free_reserve(self) -> None:
+        """Give up the space that is kept for commands that free some."""
+        self.layout.reserve.unlink(missing_ok=True)
+        sync_filesystem(self.layout.snapshots)
+
+    def keep_reserve(self) -> None:
+        """Keep some space, where there is enough of it, for commands that free some on a full disk."""
+        if not self.layout.reserve.exists() and free_space(self.layout.snapshots) > SPACE_FLOOR:
+            with contextlib.suppress(OSError):
+                self.layout.reserve.write_bytes(os.urandom(RESERVE))  # nothing that could be compressed
+
     def history(self) -> list[dict[str, Any]]:
         """What was done, oldest first; a line that a crash has torn is left out."""
         entries = []
@@ -3432,7 +3511,8 @@ class System:
     def remember(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the history."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}).encode() + b"\n"
-        with self.lock("state"), self.layout.history.open("ab+") as file:
+        # On a full disk the command's own result matters more than its line.
+        with contextlib.suppress(OSError), self.lock("state"), self.layout.history.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
@@ -3771,7 +3851,7 @@ def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     import tabulate
 
     tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
-    return tabulate.tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True)
+    return str(tabulate.tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
 
 
 def cmd_current(system: System, args: argparse.Namespace) -> Reply:
@@ -4923,7 +5003,7 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     if not command.changes or args.dry_run:
         return command.function(system, args)
     try:
-        reply = command.function(system, args)
+        reply = on_a_full_disk_too(command, system, args)
     except AshError as error:
         if error.status == FAILED or isinstance(error, CommandFailed):
             system.remember({**history_of(command, args, {}), "result": error.message})
@@ -4931,6 +5011,18 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     if reply.data.get("changed"):
         system.remember({**reply.data, **history_of(command, args, reply.data), "result": "done"})
     return reply
+
+
+def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
+    """Do a command; one that frees space does so with ash's reserve, where the disk is full."""
+    frees = command.function in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover)
+    try:
+        return command.function(system, args)
+    except OSError as error:
+        if not frees or error.errno != errno.ENOSPC:
+            raise
+    system.free_reserve()
+    return command.function(system, args)
 
 
 def version_system(args: argparse.Namespace) -> System:

@@ -34,7 +34,7 @@ def test_a_terminal_ends_logged_in_with_five_suggestions(disk: Disk) -> None:
         terminal.type("ash tree\n")
         terminal.expect(r"0\*- base snapshot")
         terminal.type("ash -q clone 0\n")
-        terminal.expect(r"\n1\r")
+        terminal.expect(r"[\r\n]1\r")
         terminal.type("systemctl poweroff\n")
         terminal.expect("as you left it", seconds=120)
         assert terminal.wait() == os.EX_OK

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """/var is shared and alive: what a transaction brings into it, and what it leaves alone."""
 
+import contextlib
 import os
 import sqlite3
 import subprocess
@@ -109,14 +110,15 @@ def test_an_entry_with_an_open_file_stays_and_the_other_goes_aside(system: Syste
 def test_a_database_that_is_in_use_is_never_torn(system: System, snapshot: int) -> None:
     folder = system.files.var / "lib/database"
     folder.mkdir()
-    with sqlite3.connect(folder / "data.db") as live:
+    with contextlib.closing(sqlite3.connect(folder / "data.db")) as live:
         live.execute("pragma journal_mode = wal")
         live.execute("create table t (x)")
         live.commit()
         with system.at_work(snapshot, "echo broken > /var/lib/database/data.db; rm -f /var/lib/database/data.db-wal"):
             live.execute("insert into t values (7)")
             live.commit()
-    assert sqlite3.connect(folder / "data.db").execute("select x from t").fetchall() == [(7,)]
+    with contextlib.closing(sqlite3.connect(folder / "data.db")) as live:
+        assert live.execute("select x from t").fetchall() == [(7,)]
 
 
 def test_a_conflict_of_one_entry_does_not_hold_back_another(system: System, snapshot: int) -> None:

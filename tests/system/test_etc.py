@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The running /etc is never lost: what deploy, the shutdown and etc-update make of what was changed in it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import CHECKOUT, REFUSED
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+# ash on the image as if the slot that is named first were what runs on this machine.
+AS_BOOTED = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+import ash
+slot = sys.argv[2]
+ash.System.booted = property(lambda self: slot)
+sys.argv[1:] = sys.argv[3:]
+sys.exit(ash.main())
+"""
+
+
+class Machine:
+    """A system of which a deployment runs, as far as ash's own notes say so."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.files = system.files
+        self._menu = system.files.state / "menu"
+
+    def boot(self) -> str:
+        """Note that the deployment for the next boot was booted; returns its slot."""
+        menu = json.loads(self._menu.read_text())
+        menu["last_booted"] = menu["default"]
+        self._menu.write_text(json.dumps(menu))
+        self.system.ash("recover")
+        return self.slot
+
+    @property
+    def slot(self) -> str:
+        last: str = json.loads(self._menu.read_text())["last_booted"]
+        return last
+
+    @property
+    def etc(self) -> Path:
+        """The running /etc."""
+        return self.system.root(self.slot) / "etc"
+
+    def deploy(self, snapshot: int, *options: str) -> dict[str, Any]:
+        """Deploy; returns ash's answer."""
+        return self.system.ash("--json", "deploy", snapshot, *options).json
+
+    @property
+    def next_etc(self) -> Path:
+        """The /etc of the deployment for the next boot."""
+        return self.system.root(self.system.files.default_slot()) / "etc"
+
+    def running(self, *words: str | int) -> dict[str, Any]:
+        """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
+        argv = [sys.executable, "-c", AS_BOOTED, CHECKOUT, self.slot, "--json", "--image", self.system.image, *map(str, words)]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def aside(self, answer: dict[str, Any]) -> Path:
+        """Where the running versions of what was not carried are."""
+        folder = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
+        assert folder.parent.stat().st_mode & 0o777 == 0o700
+        return folder / "etc"
+
+
+@pytest.fixture
+def machine(system: System, snapshot: int) -> Iterator[Machine]:
+    """A machine that runs a deployment of the test's snapshot."""
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    machine.boot()
+    yield machine
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def add_user(etc: Path, name: str, number: int) -> None:
+    """Add a user with a group, as useradd does."""
+    for file, line in {
+        "passwd": f"{name}:x:{number}:{number}::/home/{name}:/bin/sh",
+        "shadow": f"{name}:!:20000:0:99999:7:::",
+        "group": f"{name}:x:{number}:",
+        "gshadow": f"{name}:!::",
+        "subuid": f"{name}:{100000 + 65536 * (number - 1000)}:65536",
+    }.items():
+        path = etc / file
+        path.write_text((path.read_text() if path.exists() else "") + line + "\n")
+
+
+def test_a_user_a_password_a_file_and_a_group_are_where_they_belong(machine: Machine, snapshot: int) -> None:
+    """While the running system is edited, the snapshot gets a user and edits of the same files."""
+    system, etc = machine.system, machine.etc
+    system.shell(
+        snapshot,
+        "useradd --system --no-create-home _daemon; groupadd --system people; echo theirs > /etc/motd; echo new > /etc/from-snapshot; "
+        "echo a-conf > /etc/both",
+    )
+    add_user(etc, "ada", 1000)
+    shadow = (etc / "shadow").read_text().splitlines()
+    root = ["root", "$y$new", *shadow[0].split(":")[2:]]
+    (etc / "shadow").write_text("\n".join([":".join(root), *shadow[1:], ""]))
+    (etc / "shadow").chmod(0o640)
+    (etc / "issue").write_text("mine\n")
+    (etc / "motd").write_text("mine\n")
+    (etc / "both").write_text("mine\n")
+    answer = machine.deploy(snapshot)
+    new = machine.next_etc
+    for name in ("passwd", "shadow", "group", "gshadow"):
+        accounts = [line.split(":")[0] for line in (new / name).read_text().splitlines()]
+        assert "ada" in accounts, name
+        assert "_daemon" in accounts, name
+        assert len(accounts) == len(set(accounts))
+    assert "people" in (new / "group").read_text()
+    assert (new / "shadow").read_text().startswith("root:$y$new:")
+    assert (new / "issue").read_text() == "mine\n"
+    assert (new / "from-snapshot").read_text() == "new\n"
+    assert ((new / "motd").read_text(), (new / "both").read_text()) == ("theirs\n", "a-conf\n")
+    assert sorted(answer["conflicts"]) == ["both", "motd"]
+    assert {"issue", "passwd", "shadow", "group", "gshadow"} <= set(answer["carried"])
+    assert (machine.aside(answer) / "motd").read_text() == "mine\n"
+    ids = json.loads((machine.files.state / "ids").read_text())
+    assert ids["passwd"]["ada"] == 1000, "no snapshot may give the number to another"
+
+
+def test_deploy_says_what_it_carried_and_what_not(machine: Machine, snapshot: int) -> None:
+    machine.system.shell(snapshot, "echo theirs > /etc/motd")
+    (machine.etc / "motd").write_text("mine\n")
+    (machine.etc / "own").touch()
+    text = machine.system.ash("deploy", snapshot).stdout
+    assert "own" in text.split("carried over")[1].splitlines()[0]
+    assert "motd" in text.split("left behind")[1]
+    assert "/var/lib/ash/conflicts/" in text
+
+
+def test_drift_goes_on_from_deployment_to_deployment(machine: Machine, snapshot: int) -> None:
+    (machine.etc / "own").write_text("1\n")
+    machine.deploy(snapshot)
+    machine.boot()
+    (machine.etc / "own").write_text("2\n")
+    other = machine.system.clone(snapshot)
+    machine.deploy(other)
+    assert (machine.next_etc / "own").read_text() == "2\n"
+    machine.boot()
+    (machine.etc / "own").unlink()
+    machine.deploy(snapshot)
+    assert not (machine.next_etc / "own").exists()
+
+
+def test_what_was_edited_is_deployed_again_and_what_was_not_is_not(machine: Machine, snapshot: int) -> None:
+    assert machine.deploy(snapshot)["changed"] is False, "it runs"
+    other = machine.system.clone(snapshot)
+    assert machine.deploy(other)["changed"] is True
+    assert machine.deploy(other)["changed"] is False
+    (machine.etc / "later").touch()
+    answer = machine.deploy(other)
+    assert (answer["changed"], answer["carried"]) == (True, ["later"])
+
+
+def test_a_fresh_etc_is_the_snapshots_with_the_machines_identity(machine: Machine, snapshot: int) -> None:
+    etc = machine.etc
+    (etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    (etc / "ssh").mkdir(exist_ok=True)
+    (etc / "ssh/ssh_host_ed25519_key").write_text("key\n")
+    (etc / "own").write_text("mine\n")
+    (etc / "motd").write_text("mine\n")
+    with (etc / "fstab").open("a") as fstab:
+        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+    answer = machine.deploy(snapshot, "--fresh-etc")
+    new = machine.next_etc
+    assert (new / "machine-id").read_text().startswith("0123456789abcdef")
+    assert (new / "ssh/ssh_host_ed25519_key").read_text() == "key\n"
+    assert not (new / "own").exists()
+    assert (new / "motd").read_bytes() == (machine.system.root(snapshot) / "etc/motd").read_bytes()
+    assert "/srv" not in (new / "fstab").read_text()
+    assert answer["carried"] == []
+    aside = machine.aside(answer)
+    assert ((aside / "own").read_text(), (aside / "motd").read_text()) == ("mine\n", "mine\n")
+    assert "/srv" in (aside / "fstab").read_text()
+
+
+def test_the_identity_goes_into_every_deployment(machine: Machine, snapshot: int) -> None:
+    (machine.etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    other = machine.system.clone()
+    machine.system.shell(other, "echo ffffffffffffffffffffffffffffffff > /etc/machine-id")
+    machine.deploy(other)
+    assert (machine.next_etc / "machine-id").read_text().startswith("0123456789abcdef")
+
+
+def test_the_users_lines_of_fstab_are_carried_and_ashs_are_the_slots(machine: Machine, snapshot: int) -> None:
+    with (machine.etc / "fstab").open("a") as fstab:
+        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+    answer = machine.deploy(machine.system.clone(snapshot))
+    assert answer["carried"] == ["fstab"]
+    slot = machine.system.boots()
+    lines = (machine.next_etc / "fstab").read_text().splitlines()
+    assert lines.count("UUID=1234-ABCD /srv vfat nofail 0 0") == 1
+    assert [line for line in lines if line.split()[1:2] == ["/boot/efi"]]
+    assert len([line for line in lines if line.split()[1:2] == ["/"]]) == 1
+    assert all(f"snapshot-{slot}" in line for line in lines if "/rootfs/snapshot-" in line)
+
+
+def test_a_mutable_directory_does_not_hinder_the_users_lines(machine: Machine, snapshot: int) -> None:
+    system = machine.system
+    system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")
+    machine.deploy(snapshot)
+    machine.boot()
+    with (machine.etc / "fstab").open("a") as fstab:
+        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+    other = system.clone(snapshot)
+    answer = machine.deploy(other)
+    text = (machine.next_etc / "fstab").read_text()
+    assert answer["conflicts"] == []
+    assert text.count("/srv") == 1
+    assert [line.split()[0] for line in text.splitlines() if "/opt/games" in line.split()[1:2]] == [
+        f"/.snapshots/mutable_dirs/snapshot-{other}/opt/games"
+    ]
+
+
+def test_a_mutable_directory_is_not_saved_as_the_users_own_line(machine: Machine, snapshot: int) -> None:
+    system = machine.system
+    system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")
+    machine.deploy(snapshot)
+    machine.boot()
+    with (machine.etc / "fstab").open("a") as fstab:
+        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+    assert system.ash("--json", "etc-update").json["carried"] == ["fstab"]
+    saved = (system.root(snapshot) / "etc/fstab").read_text()
+    assert ("mutable_dirs" in saved, " /srv " in saved) == (False, True)
+    machine.deploy(snapshot)
+    assert (machine.next_etc / "fstab").read_text().count(" /opt/games ") == 1
+
+
+def test_a_deleted_file_stays_deleted(machine: Machine, snapshot: int) -> None:
+    (machine.etc / "motd").unlink()
+    answer = machine.deploy(machine.system.clone(snapshot))
+    assert "motd" in answer["carried"]
+    assert not (machine.next_etc / "motd").exists()
+
+
+def test_diff_without_arguments_shows_the_drift(machine: Machine, snapshot: int) -> None:
+    system = machine.system
+    identity = system.ash("--json", "diff").json["drift"]
+    assert not [path for path in identity if path != "machine-id" and "ssh_host" not in path]
+    (machine.etc / "own").write_text("mine\n")
+    (machine.etc / "issue").write_text("mine\n")
+    (machine.etc / "motd").unlink()
+    answer = system.ash("--json", "diff").json
+    assert answer["slot"] == machine.slot
+    assert answer["drift"] == {**identity, "own": "added", "issue": "changed", "motd": "removed"}
+    text = system.ash("diff").stdout
+    assert ("+ /etc/own" in text, "^ /etc/issue" in text, "- /etc/motd" in text) == (True, True, True)
+    assert "+mine" in system.ash("diff", "--patch").stdout
+
+
+def test_etc_update_saves_the_drift_into_the_booted_snapshot(machine: Machine, snapshot: int) -> None:
+    system, etc = machine.system, machine.etc
+    (etc / "own").write_text("mine\n")
+    (etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    (etc / "ssh").mkdir(exist_ok=True)
+    (etc / "ssh/ssh_host_rsa_key").write_text("key\n")
+    with (etc / "fstab").open("a") as fstab:
+        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+    add_user(etc, "bea", 1003)
+    answer = system.ash("--json", "etc-update").json
+    assert (answer["changed"], answer["snapshot"]) == (True, snapshot)
+    assert {"own", "passwd", "fstab"} <= set(answer["carried"])
+    saved = system.root(snapshot) / "etc"
+    assert (saved / "own").read_text() == "mine\n"
+    assert "bea:x:1003:" in (saved / "passwd").read_text()
+    assert not (saved / "ssh/ssh_host_rsa_key").exists()
+    assert "0123456789abcdef" not in (saved / "machine-id").read_text()
+    fstab_lines = (saved / "fstab").read_text().splitlines()
+    assert "UUID=1234-ABCD /srv vfat nofail 0 0" in fstab_lines
+    assert all(f"snapshot-{snapshot}" in line for line in fstab_lines if "/rootfs/snapshot-" in line)
+    assert set(system.ash("--json", "diff").json["drift"]) <= {"machine-id", "ssh/ssh_host_rsa_key"}
+    assert (system.files.etc(snapshot) / "own").exists()
+    again = system.ash("--json", "etc-update").json
+    assert (again["changed"], again["carried"]) == (False, [])
+    machine.deploy(snapshot)
+    assert (machine.next_etc / "ssh/ssh_host_rsa_key").read_text() == "key\n"
+    assert (machine.next_etc / "machine-id").read_text().startswith("0123456789abcdef")
+    system.ash("undo", snapshot, status=REFUSED)
+
+
+def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
+    system = machine.system
+    system.shell(snapshot, "echo theirs > /etc/motd; echo new > /etc/from-snapshot")
+    (machine.etc / "motd").write_text("mine\n")
+    (machine.etc / "own").touch()
+    answer = system.ash("--json", "etc-update").json
+    assert (answer["carried"], answer["conflicts"]) == (["own"], ["motd"])
+    saved = system.root(snapshot) / "etc"
+    assert ((saved / "motd").read_text(), (saved / "from-snapshot").exists()) == ("theirs\n", True)
+    assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved is drift still"
+    folder = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))[-1]
+    assert (folder / "etc/motd").read_text() == "mine\n"
+
+
+def test_etc_update_is_refused_where_the_base_runs(system: System) -> None:
+    system.ash("deploy", 0)
+    Machine(system).boot()
+    (Machine(system).etc / "own").touch()
+    with system.nothing_changes():
+        assert "base" in system.ash("etc-update", status=REFUSED).error
+    (Machine(system).etc / "own").unlink()
+
+
+def test_what_changes_after_the_deploy_is_carried_at_shutdown(machine: Machine, snapshot: int) -> None:
+    (machine.etc / "before").write_text("1\n")
+    answer = machine.running("deploy", machine.system.clone(snapshot))
+    assert answer["carried"] == ["before"]
+    assert machine.running("carry") == {"version": 1, "command": "carry", "changed": False, "carried": []}
+    (machine.etc / "before").write_text("2\n")
+    (machine.etc / "after").write_text("a\n")
+    (machine.etc / "issue").unlink()
+    add_user(machine.etc, "cyd", 1004)
+    carried = machine.running("carry")
+    assert carried["changed"] is True
+    assert {"before", "after", "issue", "passwd"} <= set(carried["carried"])
+    new = machine.next_etc
+    assert ((new / "before").read_text(), (new / "after").read_text(), (new / "issue").exists()) == ("2\n", "a\n", False)
+    assert "cyd:" in (new / "passwd").read_text()
+    slot = machine.system.boots()
+    assert f"snapshot-{slot}/etc /etc none bind" in (new / "fstab").read_text()
+    assert machine.running("carry")["changed"] is False
+    assert not [name for name in os.listdir(new.parent) if "ash-new" in name]
+    (machine.etc / "after").unlink()
+    machine.running("carry")
+    assert not (new / "after").exists(), "what was carried once and then taken back is not there"
+
+
+def test_at_shutdown_nothing_is_carried_into_a_fresh_etc(machine: Machine, snapshot: int) -> None:
+    machine.running("deploy", machine.system.clone(snapshot), "--fresh-etc")
+    (machine.etc / "own").touch()
+    assert machine.running("carry")["changed"] is False
+    assert not (machine.next_etc / "own").exists()
+
+
+def test_at_shutdown_without_a_new_deployment_nothing_happens(machine: Machine) -> None:
+    (machine.etc / "own").touch()
+    assert machine.running("carry")["changed"] is False
+    assert (machine.etc / "own").exists()
+
+
+def test_rollback_keeps_what_runs_with_its_etc(machine: Machine) -> None:
+    (machine.etc / "own").write_text("mine\n")
+    answer = machine.system.ash("--json", "rollback").json
+    assert (machine.system.root(answer["snapshot"]) / "etc/own").read_text() == "mine\n"
+    assert (machine.next_etc / "own").read_text() == "mine\n"

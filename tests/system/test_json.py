@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What each command answers in JSON has the shape that is written down for it, and nothing else."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ash import ANSWERS, COMMANDS, DRY_SHAPE, ERROR_SHAPE
+from tests.support import FAILED, make_deb
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+TYPES: dict[str, Any] = {"int": int, "str": str, "bool": bool, "null": type(None), "list": list}
+# Those that answer only where a system runs, or on a terminal, or never in JSON: tests of the boot see them.
+NOT_HERE = {"current", "whichtmp", "edit-conf", "chroot", "help"}
+asked: set[str] = set()
+
+
+def has_shape(value: Any, shape: Any, at: str) -> None:
+    """Assert that a value of an answer has a shape as ash.ANSWERS writes it."""
+    if isinstance(shape, str):
+        if shape != "any":
+            types = tuple(TYPES[name] for name in shape.split())
+            assert isinstance(value, types), f"{at}: {value!r} is no {shape}"
+            assert isinstance(value, bool) <= ("bool" in shape.split()), f"{at}: {value!r} is no {shape}"
+    elif isinstance(shape, list):
+        assert isinstance(value, list), at
+        for number, one in enumerate(value):
+            has_shape(one, shape[0], f"{at}[{number}]")
+    else:
+        assert isinstance(value, dict), at
+        known = {key.rstrip("?"): part for key, part in shape.items() if not key.startswith("*")}
+        rest = next((part for key, part in shape.items() if key.startswith("*")), None)
+        for key, one in value.items():
+            assert key in known or rest is not None, f"{at}: {key} is not written down"
+            has_shape(one, known.get(key, rest), f"{at}.{key}")
+        missing = {key for key in shape if not key.endswith("?") and key != "*"} - value.keys()
+        assert not missing, f"{at}: {missing} are missing"
+
+
+def check(system: System, *words: str | int | Path, status: int = 0) -> dict[str, Any]:
+    """Run a command with --json and look at its answer's shape; returns the answer."""
+    answer = system.ash("--json", *words, status=status).json
+    asked.add(answer["command"])
+    has_shape({k: v for k, v in answer.items() if k not in ("version", "command")}, ANSWERS[answer["command"]], str(words[0]))
+    return answer
+
+
+def test_each_command_has_a_shape() -> None:
+    assert set(ANSWERS) | {"chroot", "help"} == {command.name for command in COMMANDS}
+
+
+def test_the_tree(system: System, snapshot: int) -> None:
+    branch = check(system, "branch", snapshot)["snapshot"]
+    for words in (
+        ["tree"], ["tree", "-l"], ["clone", snapshot], ["clone-tree", snapshot], ["cbranch", branch], ["ubranch", snapshot, branch],
+        ["new"], ["desc", branch, "x"], ["mutable", branch], ["immutable", branch], ["immen", branch], ["immen", branch], ["sub"],
+    ):  # fmt: skip
+        check(system, *words)
+    check(system, "-y", "del", branch)
+
+
+def test_transactions(system: System, snapshot: int) -> None:
+    system.branch(snapshot)
+    check(system, "run", snapshot, "touch", "/etc/x")
+    check(system, "run", snapshot, "true")
+    check(system, "tree-run", snapshot, "touch", "/etc/y")
+    check(system, "tree-run", snapshot, "false", status=FAILED)
+    check(system, "undo", snapshot)
+    check(system, "unlock", snapshot)
+    check(system, "tmp")
+    check(system, "recover")
+    (system.files.var / "lib/shared").mkdir()
+    with system.at_work(snapshot, "touch /var/lib/shared/x"):
+        (system.files.var / "lib/shared/y").touch()
+    check(system, "log")
+    check(system, "log", snapshot)
+
+
+def test_packages(system: System, snapshot: int, tmp_path: Path) -> None:
+    other = system.clone()
+    one, two = make_deb(tmp_path, "ash-test-json"), make_deb(tmp_path, "ash-test-json", "2")
+    check(system, "install", snapshot, one)
+    check(system, "install", snapshot, two)
+    check(system, "install", snapshot, "ash-test-json")
+    check(system, "install", "--snapshots", snapshot, other, "-p", two)
+    check(system, "diff", 0, snapshot)
+    check(system, "diff", 0, snapshot, "--files", "--patch")
+    check(system, "list", snapshot)
+    check(system, "remove", snapshot, "ash-test-json")
+    check(system, "remove", other, "ash-test-json", "--purge", "--delete-data")
+    check(system, "undo", other)
+    check(system, "log")
+
+
+def test_booting(system: System, snapshot: int) -> None:
+    check(system, "status")
+    check(system, "deploy", snapshot)
+    check(system, "deploy", snapshot)
+    slot = check(system, "deploy", snapshot, "--secondary")["slot"]
+    assert "secondary" in slot
+    check(system, "boot", snapshot)
+    check(system, "carry")
+    (system.root("deploy") / "etc/drifted").touch()
+    check(system, "diff")
+    check(system, "status")
+    check(system, "rollback")
+    menu = system.files.state / "menu"
+    menu.write_text(menu.read_text().replace('"last_booted": "deploy"', f'"last_booted": "{system.files.default_slot()}"'))
+    system.ash("recover")
+    (system.root(system.files.default_slot()) / "etc/drifted-too").touch()
+    check(system, "etc-update")
+    check(system, "deploy", 0)
+
+
+def test_looking_for_damage(system: System, snapshot: int) -> None:
+    check(system, "version")
+    check(system, "fsck")
+    os.rename(system.files.state / f"snapshots/{snapshot}-desc", system.files.state / "aside")
+    os.rename(system.files.state / "last", system.files.state / "last-aside")
+    found = check(system, "fsck", status=FAILED)["damage"]
+    assert {one["snapshot"] for one in found} == {None, snapshot}
+    os.rename(system.files.state / "aside", system.files.state / f"snapshots/{snapshot}-desc")
+    os.rename(system.files.state / "last-aside", system.files.state / "last")
+
+
+DRY = [
+    ["clone", 0], ["branch", 0], ["clone-tree", 0], ["cbranch", 0], ["ubranch", 0, 0], ["new"], ["desc", 0, "x"], ["deploy", 0],
+    ["rollback"], ["recover"], ["tmp"], ["carry"], ["unlock", 0], ["del", "N"], ["undo", "N"], ["mutable", "N"], ["immutable", "N"],
+    ["immen", "N"], ["run", "N", "true"], ["tree-run", "N", "true"], ["boot", 0], ["etc-update"], ["edit-conf", "N"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", DRY, ids=lambda words: str(words[0]))
+def test_a_dry_run(system: System, snapshot: int, words: list[str | int]) -> None:
+    answer = system.ash("--json", "--dry-run", *(snapshot if word == "N" else word for word in words)).json
+    has_shape({k: v for k, v in answer.items() if k not in ("version", "command")}, DRY_SHAPE, str(words[0]))
+    assert answer["changed"] is False
+
+
+def test_an_error(system: System) -> None:
+    for words, status in ((["clone", 999999], 3), (["frobnicate"], 2), (["undo", 0], 5), (["clone", "x"], 2), (["run", 0, "true"], 125)):
+        answer = system.ash("--json", *words, status=status).json
+        assert answer.keys() == {"version", "command", "error"}
+        has_shape(answer["error"], ERROR_SHAPE, str(words[0]))
+
+
+def test_all_of_them_were_asked() -> None:
+    """The last test of this module, which runs as a whole."""
+    if len(asked) > 3:
+        assert set(ANSWERS) - NOT_HERE == asked
