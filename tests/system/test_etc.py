@@ -65,7 +65,17 @@ class Machine:
 
     def running(self, *words: str | int) -> dict[str, Any]:
         """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
-        argv = [sys.executable, "-c", AS_BOOTED, CHECKOUT, self.slot, "--json", "--image", self.system.image, *map(str, words)]
+        argv: list[Any] = [
+            sys.executable,
+            "-c",
+            AS_BOOTED,
+            CHECKOUT,
+            self.slot,
+            "--json",
+            "--image",
+            self.system.image,
+            *map(str, words),
+        ]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -73,7 +83,7 @@ class Machine:
 
     def aside(self, answer: dict[str, Any]) -> Path:
         """Where the running versions of what was not carried are."""
-        folder = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
+        folder: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
         assert folder.parent.stat().st_mode & 0o777 == 0o700
         return folder / "etc"
 
@@ -306,7 +316,7 @@ def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
     saved = system.root(snapshot) / "etc"
     assert ((saved / "motd").read_text(), (saved / "from-snapshot").exists()) == ("theirs\n", True)
     assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved is drift still"
-    folder = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))[-1]
+    folder = max((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
     assert (folder / "etc/motd").read_text() == "mine\n"
 
 
@@ -332,7 +342,11 @@ def test_what_changes_after_the_deploy_is_carried_at_shutdown(machine: Machine, 
     assert carried["changed"] is True
     assert {"before", "after", "issue", "passwd"} <= set(carried["carried"])
     new = machine.next_etc
-    assert ((new / "before").read_text(), (new / "after").read_text(), (new / "issue").exists()) == ("2\n", "a\n", False)
+    assert ((new / "before").read_text(), (new / "after").read_text(), (new / "issue").exists()) == (
+        "2\n",
+        "a\n",
+        False,
+    )
     assert "cyd:" in (new / "passwd").read_text()
     slot = machine.system.boots()
     assert f"snapshot-{slot}/etc /etc none bind" in (new / "fstab").read_text()

@@ -45,7 +45,9 @@ def check(system: System, *words: str | int | Path, status: int = 0) -> dict[str
     """Run a command with --json and look at its answer's shape; returns the answer."""
     answer = system.ash("--json", *words, status=status).json
     asked.add(answer["command"])
-    has_shape({k: v for k, v in answer.items() if k not in ("version", "command")}, ANSWERS[answer["command"]], str(words[0]))
+    has_shape(
+        {k: v for k, v in answer.items() if k not in ("version", "command")}, ANSWERS[answer["command"]], str(words[0])
+    )
     return answer
 
 
@@ -109,7 +111,9 @@ def test_booting(system: System, snapshot: int) -> None:
     check(system, "status")
     check(system, "rollback")
     menu = system.files.state / "menu"
-    menu.write_text(menu.read_text().replace('"last_booted": "deploy"', f'"last_booted": "{system.files.default_slot()}"'))
+    menu.write_text(
+        menu.read_text().replace('"last_booted": "deploy"', f'"last_booted": "{system.files.default_slot()}"')
+    )
     system.ash("recover")
     (system.root(system.files.default_slot()) / "etc/drifted-too").touch()
     check(system, "etc-update")
@@ -142,7 +146,13 @@ def test_a_dry_run(system: System, snapshot: int, words: list[str | int]) -> Non
 
 
 def test_an_error(system: System) -> None:
-    for words, status in ((["clone", 999999], 3), (["frobnicate"], 2), (["undo", 0], 5), (["clone", "x"], 2), (["run", 0, "true"], 125)):
+    for words, status in (
+        (["clone", 999999], 3),
+        (["frobnicate"], 2),
+        (["undo", 0], 5),
+        (["clone", "x"], 2),
+        (["run", 0, "true"], 125),
+    ):
         answer = system.ash("--json", *words, status=status).json
         assert answer.keys() == {"version", "command", "error"}
         has_shape(answer["error"], ERROR_SHAPE, str(words[0]))

@@ -209,7 +209,7 @@ def test_kill_9_at_a_random_moment_is_all_or_nothing(system: System, snapshot: i
         before = mark_in(system, snapshot, "etc/value")
         script = f"echo {value} > /etc/value; echo {value} > /usr/value; echo {value} > /var/lib/value-{snapshot}"
         process = system.start("run", snapshot, "sh", "-ec", script)
-        time.sleep(random.uniform(0.1, usual * 1.3))  # noqa: S311 - no secret
+        time.sleep(random.uniform(0.1, usual * 1.3))
         kill_hard(process)
         system.ash("tmp")
         found = mark_in(system, snapshot, "etc/value")

@@ -71,7 +71,7 @@ def test_a_number_is_never_given_twice(disk: Disk) -> None:
 
 
 def test_descriptions_are_data(disk: Disk) -> None:
-    hostile = "it's \"50 %\" of $(reboot) } { \\n `id` ä ✓"
+    hostile = 'it\'s "50 %" of $(reboot) } { \\n `id` ä ✓'
     disk.clone()
     changed = disk.ash("--json", "desc", 1, *hostile.split(" ")).json
     assert changed["changed"]
@@ -168,7 +168,15 @@ def test_reading_changes_nothing(disk: Disk) -> None:
         before = (files.subvolumes(), (files.state / "fstree").read_text(), files.grub_cfg.read_text())
     for words in (["tree"], ["tree", "-l"], ["list", 1], ["version"], ["help"]):
         assert disk.ash(*words).stdout
-    for words in (["clone", 0], ["branch", 1], ["new"], ["desc", 1, "x"], ["del", 1], ["deploy", 1], ["run", 1, "false"]):
+    for words in (
+        ["clone", 0],
+        ["branch", 1],
+        ["new"],
+        ["desc", 1, "x"],
+        ["del", 1],
+        ["deploy", 1],
+        ["run", 1, "false"],
+    ):
         assert disk.ash("--json", "--dry-run", *words).json["changed"] is False
     with disk.files() as files:
         after = (files.subvolumes(), (files.state / "fstree").read_text(), files.grub_cfg.read_text())
@@ -184,16 +192,26 @@ def test_only_root_works_on_an_image(disk: Disk) -> None:
     disk.image.chmod(0o644)
     for folder in disk.image.parents[:3]:
         folder.chmod(0o755)
-    argv = ["setpriv", "--reuid", "65534", "--clear-groups", *ASH, "--image", disk.image, "clone", "0"]
+    argv: list[str | Path] = [
+        "setpriv",
+        "--reuid",
+        "65534",
+        "--clear-groups",
+        *ASH,
+        "--image",
+        disk.image,
+        "clone",
+        "0",
+    ]
     program(*argv, status=REFUSED)
 
 
 def test_no_change_from_inside_a_chroot(disk: Disk) -> None:
     with disk.files() as files:
         root = files.root("deploy")
-        inside = ["chroot", root, "/.snapshots/ash/ash"]
+        inside: list[str | Path] = ["chroot", root, "/.snapshots/ash/ash"]
         mounts = 'mount --bind "$1" "$2/.snapshots"; mount -t proc proc "$2/proc"; shift 2; exec "$@"'
-        argv = ["unshare", "--mount", "sh", "-c", mounts, "sh", files.snapshots, root, *inside]
+        argv: list[str | Path] = ["unshare", "--mount", "sh", "-c", mounts, "sh", files.snapshots, root, *inside]
         program(*argv, "clone", "0", status=REFUSED)
         assert "Tree" in program(*argv, "help")
 

@@ -86,7 +86,11 @@ def test_undo_leaves_var_and_names_packages_whose_state_is_newer(system: System,
 
     state = {"var/lib/ash-test-state/x": "x"}
     system.ash("install", snapshot, package("ash-test-state", "1", state), package("ash-test-plain", "1", {}))
-    new = [package("ash-test-state", "2", state), package("ash-test-plain", "2", {}), package("ash-test-fresh", "1", {"var/lib/fresh/x": ""})]
+    new = [
+        package("ash-test-state", "2", state),
+        package("ash-test-plain", "2", {}),
+        package("ash-test-fresh", "1", {"var/lib/fresh/x": ""}),
+    ]
     system.ash("install", snapshot, *new)
     answer = system.ash("--json", "undo", snapshot).json
     assert answer["packages"]["upgraded"] == {"ash-test-plain": ["2", "1"], "ash-test-state": ["2", "1"]}
@@ -193,8 +197,15 @@ def test_mutable_directories_are_outside_of_the_transaction_and_in_fstab(system:
     system.shell(sibling, "[ ! -e /opt/games/x ]; [ -e /srv/x ]")
     system.ash("deploy", snapshot)
     slot = system.boots()
-    lines = [line.split()[:2] for line in (system.root(slot) / "etc/fstab").read_text().splitlines() if "mutable_dirs" in line]
-    assert lines == [[f"/.snapshots/mutable_dirs/snapshot-{snapshot}/opt/games", "/opt/games"], ["/.snapshots/mutable_dirs/srv", "/srv"]]
+    lines = [
+        line.split()[:2]
+        for line in (system.root(slot) / "etc/fstab").read_text().splitlines()
+        if "mutable_dirs" in line
+    ]
+    assert lines == [
+        [f"/.snapshots/mutable_dirs/snapshot-{snapshot}/opt/games", "/opt/games"],
+        ["/.snapshots/mutable_dirs/srv", "/srv"],
+    ]
     assert (system.root(slot) / "opt/games").is_dir()
     system.ash("deploy", 0)
 
@@ -213,10 +224,12 @@ def test_a_bad_ash_conf_is_told_in_one_line(system: System, snapshot: int) -> No
     system.ash("run", snapshot, "true")
 
 
-def test_ash_conf_is_edited_and_a_bad_line_is_refused(system: System, snapshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ash_conf_is_edited_and_a_bad_line_is_refused(
+    system: System, snapshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     editor = tmp_path / "my editor"
     editor.write_text('#!/bin/sh\n[ "$1" = -x ] && cp "$NEW" "$2" 2>/dev/null || cp /tmp/ash-test-new "$2"\n')
-    editor.write_text(f"#!/bin/sh\ncp {tmp_path}/new \"$2\"\n")
+    editor.write_text(f'#!/bin/sh\ncp {tmp_path}/new "$2"\n')
     editor.chmod(0o755)
     monkeypatch.setenv("EDITOR", "false")
     monkeypatch.setenv("SUDO_EDITOR", f"'{editor}' -x")
@@ -240,7 +253,12 @@ def test_clone_tree_copies_all_below_with_their_descriptions(system: System, sna
     copies = {int(old): new for old, new in answer["copies"].items()}
     assert set(copies) == {snapshot, one, two, deep}
     tree = tree_of(system)
-    assert {n: tree[copies[n]] for n in copies} == {snapshot: None, one: copies[snapshot], two: copies[snapshot], deep: copies[one]}
+    assert {n: tree[copies[n]] for n in copies} == {
+        snapshot: None,
+        one: copies[snapshot],
+        two: copies[snapshot],
+        deep: copies[one],
+    }
     assert mark(system, copies[deep]) == "deep"
     assert (system.files.state / f"snapshots/{copies[deep]}-desc").read_text() == "deep one\n"
     assert (system.files.state / f"snapshots/{copies[snapshot]}-desc").read_text() == "copy\n"
@@ -285,7 +303,9 @@ def test_tree_run_goes_through_all_and_names_what_failed(system: System, snapsho
     below = system.branch(bad)
     outside = system.clone()
     system.shell(bad, "touch /etc/bad")
-    answer = system.ash("--json", "tree-run", snapshot, "sh", "-c", "echo ran > /etc/mark; [ ! -e /etc/bad ]", status=FAILED).json
+    answer = system.ash(
+        "--json", "tree-run", snapshot, "sh", "-c", "echo ran > /etc/mark; [ ! -e /etc/bad ]", status=FAILED
+    ).json
     assert [change["snapshot"] for change in answer["snapshots"]] == [snapshot, good, below]
     assert list(answer["failed"]) == [str(bad)]
     assert [mark(system, n) for n in (snapshot, good, below, bad, outside)] == ["ran", "ran", "ran", "", ""]
@@ -320,7 +340,11 @@ def test_every_change_of_every_command_is_in_the_history(system: System, snapsho
         assert len(entries) == before + 1, words
         assert (entries[-1]["command"], entries[-1]["result"], entries[-1]["user"]) == (words[0], "done", 0)
         assert entries[-1]["arguments"][-len(words) :] == [str(word) for word in words]
-    of_packages = [e["packages"] for e in system.ash("--json", "log", snapshot).json["history"] if e["command"] in ("install", "remove")]
+    of_packages = [
+        e["packages"]
+        for e in system.ash("--json", "log", snapshot).json["history"]
+        if e["command"] in ("install", "remove")
+    ]
     nothing: dict[str, Any] = {"added": {}, "removed": {}, "upgraded": {}}
     assert of_packages == [
         {**nothing, "added": {"ash-test-log": "1"}},
@@ -338,7 +362,7 @@ def test_failed_changes_are_in_the_history(system: System, snapshot: int, tmp_pa
         (["tree-run", snapshot, "false"], FAILED),
     ):
         before = len(system.ash("--json", "log", snapshot).json["history"])
-        system.ash(*words, status=status)
+        system.ash(*map(str, words), status=status)
         entries = system.ash("--json", "log", snapshot).json["history"]
         assert len(entries) == before + 1, words
         assert entries[-1]["command"] == words[0]
@@ -353,7 +377,9 @@ def test_packages_of_several_snapshots_are_in_the_history(system: System, snapsh
     assert json.dumps(entry).count('"ash-test-two": "1"') >= 1, entry
 
 
-def test_the_history_of_one_snapshot_and_who_did_it(system: System, snapshot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_history_of_one_snapshot_and_who_did_it(
+    system: System, snapshot: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = system.clone()
     monkeypatch.setenv("SUDO_UID", "1234")
     system.shell(other, "touch /etc/x")
@@ -422,7 +448,9 @@ def test_status_shows_drift_and_unfinished_work(system: System, snapshot: int) -
 
 def test_diff_names_packages_and_configuration_files(system: System, snapshot: int, tmp_path: Path) -> None:
     files = {"etc/ash-test-conf": "1\n", "DEBIAN/conffiles": "/etc/ash-test-conf\n", "usr/share/ash-test-d/x": "x"}
-    system.ash("install", snapshot, make_deb(tmp_path, "ash-test-d", "1", files=files), make_deb(tmp_path, "ash-test-gone"))
+    system.ash(
+        "install", snapshot, make_deb(tmp_path, "ash-test-d", "1", files=files), make_deb(tmp_path, "ash-test-gone")
+    )
     other = system.clone(snapshot)
     newer = make_deb(tmp_path, "ash-test-d", "2", files={**files, "etc/ash-test-conf": "2\n"})
     system.ash("install", other, newer, make_deb(tmp_path, "ash-test-new"), "--remove", "ash-test-gone")
@@ -435,7 +463,12 @@ def test_diff_names_packages_and_configuration_files(system: System, snapshot: i
         "upgraded": {"ash-test-d": ["1", "2"]},
     }
     config = answer["config"]
-    assert (config["etc/ash-test-conf"], config["etc/own"], config["etc/motd"], config["etc/issue"]) == ("changed", "added", "removed", "changed")
+    assert (config["etc/ash-test-conf"], config["etc/own"], config["etc/motd"], config["etc/issue"]) == (
+        "changed",
+        "added",
+        "removed",
+        "changed",
+    )
     assert answer["files"] == {}
     assert not [path for path in config if path.startswith("usr/")]
     back = system.ash("--json", "diff", other, snapshot).json
@@ -463,7 +496,11 @@ def differences(old: Path, new: Path) -> dict[str, str]:
 
     before, after = look(old), look(new)
     changed = {path: "changed" for path in before.keys() & after.keys() if before[path] != after[path]}
-    return changed | dict.fromkeys(after.keys() - before.keys(), "added") | dict.fromkeys(before.keys() - after.keys(), "removed")
+    return (
+        changed
+        | dict.fromkeys(after.keys() - before.keys(), "added")
+        | dict.fromkeys(before.keys() - after.keys(), "removed")
+    )
 
 
 def shuffle(top: Path, chance: random.Random) -> None:
@@ -510,8 +547,8 @@ def test_what_btrfs_says_has_changed_is_what_has(system: System, seed: int) -> N
         assert path in said or {*above} & {"added", "removed", "changed"}, f"{path} was {kind}: {said}"
     for path, kind in said.items():
         assert true.get(path, "changed") == kind or kind == "changed", f"{path} was {true.get(path)}, not {kind}"
-    for path in (work, old, new):
-        program("btrfs", "subvolume", "delete", path)
+    for made in (work, old, new):
+        program("btrfs", "subvolume", "delete", made)
 
 
 # Damage
@@ -639,7 +676,7 @@ def test_fsck_takes_work_under_way_for_no_damage(system: System, snapshot: int) 
 def edit_in_place(system: System, snapshot: int, path: str, text: str) -> None:
     """Change a file of a read-only snapshot, and its copy, behind ash's back."""
     for file in (system.root(snapshot) / path, system.files.etc(snapshot) / path.removeprefix("etc/")):
-        if file.parent.is_dir() and path.startswith("etc/") or file.is_relative_to(system.root(snapshot)):
+        if (file.parent.is_dir() and path.startswith("etc/")) or file.is_relative_to(system.root(snapshot)):
             top = system.root(snapshot) if file.is_relative_to(system.root(snapshot)) else system.files.etc(snapshot)
             writable(top, True)
             file.write_text(text)
@@ -674,7 +711,10 @@ def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, s
 
 
 def test_fsck_takes_files_that_a_package_diverted_for_no_damage(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "dpkg-divert --local --rename --add /usr/bin/nano 2>/dev/null || dpkg-divert --local --rename --add /usr/bin/less")
+    system.shell(
+        snapshot,
+        "dpkg-divert --local --rename --add /usr/bin/nano 2>/dev/null || dpkg-divert --local --rename --add /usr/bin/less",
+    )
     whole(system)
 
 
@@ -682,7 +722,7 @@ def test_fsck_finds_nested_subvolumes(system: System, snapshot: int) -> None:
     writable(system.root(snapshot), True)
     program("btrfs", "subvolume", "create", system.root(snapshot) / "usr/nested")
     writable(system.root(snapshot), False)
-    damage(system, "snapshot-%d/usr/nested is a subvolume nested in another" % snapshot)
+    damage(system, f"snapshot-{snapshot}/usr/nested is a subvolume nested in another")
     writable(system.root(snapshot), True)
     program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr/nested")
     writable(system.root(snapshot), False)

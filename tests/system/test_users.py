@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A user has one number in all snapshots, and no two users share one, whatever was installed where first."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -63,7 +64,9 @@ def test_two_siblings_that_install_in_opposite_order_agree(system: System, snaps
             assert owner(system.files.etc(number) / f"ash-test-{name}.conf") == (0, group)
             assert owner(system.files.var / f"lib/ash-test-{name}/db") == (user, group)
             assert owner(system.files.var / f"lib/ash-test-{name}") == (user, group)
-    assert not list((system.files.var / "lib/ash/conflicts").glob(f"{sibling}-*")), "the second finds what the first left"
+    assert not list((system.files.var / "lib/ash/conflicts").glob(f"{sibling}-*")), (
+        "the second finds what the first left"
+    )
 
 
 def test_packages_of_debian_that_make_users_agree(system: System, snapshot: int) -> None:
@@ -102,20 +105,23 @@ def test_setuid_bits_and_capabilities_survive_a_renumbering(system: System, snap
 def test_people_have_one_number_and_their_homes_are_theirs(system: System, snapshot: int) -> None:
     sibling = system.clone()
     system.shell(snapshot, "useradd --create-home ada")
-    system.shell(sibling, "useradd --create-home bob; echo mine > /home/bob/file; chown bob: /home/bob/file; useradd --no-create-home ada")
+    system.shell(
+        sibling,
+        "useradd --create-home bob; echo mine > /home/bob/file; chown bob: /home/bob/file; useradd --no-create-home ada",
+    )
     agree(system)
     for name in ("ada", "bob"):
         user = numbers(system, sibling)[name]
         assert user >= 1000
         assert owner(system.home / name) == (user, numbers(system, sibling, "group")[name])
     assert owner(system.home / "bob/file")[0] == numbers(system, sibling)["bob"]
-    ranges = {}
+    ranges: dict[str, tuple[int, int]] = {}
     for number in (snapshot, sibling):
         for line in (system.root(number) / "etc/subuid").read_text().splitlines():
             name, first, size = line.split(":")
             assert ranges.setdefault(name, (int(first), int(size))) == (int(first), int(size))
     by_start = sorted(ranges.values())
-    assert all(a + size <= b for (a, size), (b, _) in zip(by_start, by_start[1:], strict=False)), "ranges overlap"
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(by_start)), "ranges overlap"
 
 
 def test_a_user_that_comes_again_has_the_number_it_had(system: System, snapshot: int) -> None:
@@ -142,7 +148,10 @@ def test_two_transactions_at_once_give_different_numbers(system: System, snapsho
 
 
 def test_a_second_name_for_root_takes_nothing_from_root(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "useradd --non-unique --uid 0 --no-create-home toor; mkdir -p /usr/lib/ash-test-root; touch /usr/lib/ash-test-root/x /var/lib/ash-test-root")
+    system.shell(
+        snapshot,
+        "useradd --non-unique --uid 0 --no-create-home toor; mkdir -p /usr/lib/ash-test-root; touch /usr/lib/ash-test-root/x /var/lib/ash-test-root",
+    )
     assert owner(system.root(snapshot) / "usr/lib/ash-test-root/x") == (0, 0)
     assert owner(system.files.var / "lib/ash-test-root") == (0, 0)
     assert numbers(system, snapshot)["root"] == 0

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def conflicts(system: System, snapshot: int) -> list[Path]:
 
 @pytest.mark.parametrize("kind", ["rewrites it", "deletes it", "replaces its folder"])
 def test_sqlite_goes_on_committing(system: System, snapshot: int, kind: str) -> None:
-    name = kind.split()[0]
+    name = kind.split(maxsplit=1)[0]
     folder = system.files.var / f"lib/{name}"
     folder.mkdir()
     script = {
@@ -109,7 +110,7 @@ def postgresql() -> Path | None:
     )
 
 
-def as_postgres(program: str, *argv: str | Path, **more: str) -> str:
+def as_postgres(program: str, *argv: str | Path, **more: Any) -> str:
     """Run one of PostgreSQL's programs, as a user that is not root."""
     folder = postgresql()
     assert folder
@@ -117,7 +118,7 @@ def as_postgres(program: str, *argv: str | Path, **more: str) -> str:
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=environment, **more)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.mark.skipif(postgresql() is None, reason="PostgreSQL is not installed on this machine")
@@ -127,8 +128,8 @@ def test_a_running_postgresql_is_never_torn(system: System, snapshot: int, tmp_p
     os.chown(top, 65534, 65534)
     folders = [system.files.top, *system.files.top.parents]
     modes = {folder: folder.stat().st_mode for folder in folders if not folder.stat().st_mode & 0o001}
-    for folder in modes:
-        folder.chmod(0o711 | modes[folder])
+    for folder, mode in modes.items():
+        folder.chmod(0o711 | mode)
     data, sockets = top / "main", tmp_path
     os.chown(sockets, 65534, 65534)
     here: list[str | Path] = ["-h", sockets, "-d", "postgres"]
@@ -251,7 +252,9 @@ def test_a_purge_leaves_what_a_sibling_uses(system: System, snapshot: int, packa
     assert (system.root(sibling) / f"etc/{package.name}.conf").exists()
 
 
-def test_delete_data_deletes_only_what_no_other_snapshot_claims(system: System, snapshot: int, package: Package) -> None:
+def test_delete_data_deletes_only_what_no_other_snapshot_claims(
+    system: System, snapshot: int, package: Package
+) -> None:
     sibling = system.clone()
     for number in (snapshot, sibling):
         system.ash("install", number, package.file)

@@ -22,11 +22,13 @@ pytestmark = pytest.mark.budget(20)
 NAMES = st.sampled_from(["root", "ada", "bob", "cy", "_chrony", "dee"])
 # Few numbers, so that they meet.
 LINES = {
-    "passwd": st.tuples(st.just("x"), st.sampled_from("0 100 101 1000 1001".split()), st.sampled_from(["A", "B"])),
+    "passwd": st.tuples(
+        st.just("x"), st.sampled_from(["0", "100", "101", "1000", "1001"]), st.sampled_from(["A", "B"])
+    ),
     "shadow": st.tuples(st.sampled_from(["!", "$y$1", "$y$2"]), st.sampled_from(["1", "2"])),
     "group": st.tuples(
         st.just("x"),
-        st.sampled_from("0 100 101 1000".split()),
+        st.sampled_from(["0", "100", "101", "1000"]),
         st.lists(st.sampled_from(["ada", "bob", "cy"]), unique=True).map(",".join),
     ),
 }
@@ -145,7 +147,9 @@ def merge(tmp_path: Path) -> EtcMerge:
     (base / "link").symlink_to("file")
     for side in ("running", "target"):
         shutil.copytree(base, tmp_path / side, symlinks=True)
-    return EtcMerge(base, tmp_path / "running", tmp_path / "target", tmp_path / "conflicts/7-now", lambda text: f"own\n{text}")
+    return EtcMerge(
+        base, tmp_path / "running", tmp_path / "target", tmp_path / "conflicts/7-now", lambda text: f"own\n{text}"
+    )
 
 
 def set_aside(merge: EtcMerge, path: str) -> str:

@@ -28,7 +28,9 @@ def passwd(accounts: dict[str, int]) -> str:
     return "".join(f"{name}:x:{number}:{number}::/:/bin/sh\n" for name, number in accounts.items())
 
 
-def settled(given_before: dict[str, int], before: dict[str, int], after: dict[str, int], folder: Path) -> tuple[Numbers, dict[int, int]]:
+def settled(
+    given_before: dict[str, int], before: dict[str, int], after: dict[str, int], folder: Path
+) -> tuple[Numbers, dict[int, int]]:
     numbers = Numbers()
     numbers.given["passwd"].update(given_before)
     old = etc_with(folder / "before", passwd=passwd(before))
@@ -81,9 +83,9 @@ def test_after_any_sequence_no_two_names_share_a_number(
 ) -> None:
     folder = tmp_path_factory.mktemp("numbers")
     numbers, seen = Numbers(), dict[str, int]()
-    for step, accounts in enumerate([first, *later]):
+    for step, wanted in enumerate([first, *later]):
         # A package manager gives no number twice in one snapshot.
-        accounts = {name: number for number, name in {number: name for name, number in accounts.items()}.items()}
+        accounts = {name: number for number, name in {number: name for name, number in wanted.items()}.items()}
         old, new = etc_with(folder / f"{step}o", passwd=""), etc_with(folder / f"{step}n", passwd=passwd(accounts))
         moves = numbers.settle(old, new).get("passwd", {})
         for name, number in accounts.items():
