@@ -872,7 +872,9 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     # Two loop devices of one file would be two writers of one file system. losetup takes the one that is there, if
     # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
     lock_first_byte(disk.fileno(), image)
-    there = run(["losetup", "--associated", image, "--noheadings", "--output", "NAME"]).stdout.split()
+    listed = run(["losetup", "--associated", image, "--noheadings", "--output", "NAME,AUTOCLEAR"]).stdout.splitlines()
+    there = [line.split()[0] for line in listed]
+    kept = [line.split()[0] for line in listed if line.split()[1] == "0"]  # somebody else's: it stays
     attach = run(["losetup", "--nooverlap", "--show", "--find", *where, image], check=False)
     if attach.returncode and there:
         raise AshError(f"{image} is attached as {there[0]}", f"losetup --detach {there[0]}", LOCKED)
@@ -887,7 +889,7 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
         try:
             top = mount_top(node)
         finally:
-            if loop not in there:  # while it is in use this means: once it no longer is
+            if loop not in kept:  # while it is in use this means: once it no longer is
                 run(["losetup", "--detach", loop], check=False)
     return top, node
 
@@ -1744,7 +1746,7 @@ class Workplace:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
         layout, n = self.layout, self.snapshot
         merge = VarMerge(self.upper, self.origin, layout.var, self.distro, layout.conflicts(n), intent.delete)
-        if intent.entries:
+        if intent.entries and self.upper.exists():  # it is the first to go when all is done
             with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
                 self._merge(merge, intent.entries)
         for folder in intent.copies:
