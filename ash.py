@@ -2225,6 +2225,7 @@ def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mappin
 # What a root needs to be booted: fstab, units
 # ---------------------------------------------------------------------------------------------------------------
 
+MUTABLE_FOLDERS = "/.snapshots/mutable_dirs/"
 OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
 # /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
 MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
@@ -2548,7 +2549,8 @@ class EtcMerge:
         if live in (before, ours):
             return
         if ours == before:
-            write_text(own, self.own_fstab(texts[1]))
+            mutable = [f"{line}\n" for line in texts[0].splitlines() if line.startswith(MUTABLE_FOLDERS)]
+            write_text(own, self.own_fstab(texts[1]) + "".join(mutable))
             self.carried.append("fstab")
         else:
             self._keep_aside("fstab")
@@ -2608,7 +2610,8 @@ class EtcMerge:
 
 def fstab_of_user(text: str) -> list[str]:
     """The lines of an fstab that are not ash's own."""
-    return [line for line in text.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    others = [line for line in text.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    return [line for line in others if not line.startswith(MUTABLE_FOLDERS)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3070,7 +3073,9 @@ def is_in_chroot() -> bool:
     """Whether this process's root is not the one that the system was started with."""
     try:
         ours, first = os.stat("/"), os.stat("/proc/1/root/")
-    except PermissionError:
+    except PermissionError:  # a chroot into a folder has no mount at its root
+        if not any(m.target == "/" for m in mounts()):
+            return True
         return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
     except OSError:
         return True  # no /proc: nobody starts a system so

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +88,12 @@ class Machine:
 
 
 @pytest.fixture
-def machine(system: System, snapshot: int) -> Iterator[Machine]:
+def machine(system: System, snapshot: int) -> Machine:
     """A machine that runs a deployment of the test's snapshot."""
     system.ash("deploy", snapshot, "--fresh-etc")
     machine = Machine(system)
     machine.boot()
-    yield machine
-    assert system.ash("--json", "fsck").json["damage"] == []
+    return machine
 
 
 def add_user(etc: Path, name: str, number: int) -> None:
@@ -375,3 +373,8 @@ def test_rollback_keeps_what_runs_with_its_etc(machine: Machine) -> None:
     answer = machine.system.ash("--json", "rollback").json
     assert (machine.system.root(answer["snapshot"]) / "etc/own").read_text() == "mine\n"
     assert (machine.next_etc / "own").read_text() == "mine\n"
+
+
+def test_after_all_this_nothing_is_damaged(system: System) -> None:
+    """The last test of this module."""
+    assert system.ash("--json", "fsck").json["damage"] == []

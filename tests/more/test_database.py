@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What describes /usr and /etc travels with the snapshot: nothing in the shared /var names packages of one sibling.
+
+ASH_TEST_PACKAGES names more packages to try, by hand: a hundred popular ones take half an hour.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from distros.debian.ashpk import Debian
+from tests.system.lab import Facts, System, everything_below
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
+
+# Packages whose scripts note things in /var: kernel headers with dkms, modules of apache2 and of pam, dictionaries,
+# certificates for Java, Python programs, users of ucf, debconf and of trigger files.
+PACKAGES = [
+    "linux-headers-amd64", "dkms", "apache2", "libpam-pwquality", "wamerican", "hunspell-en-us", "iamerican",
+    "ca-certificates-java", "openjdk-21-jre-headless", "python3-requests", "ucf", "xfonts-utils", "fontconfig",
+]  # fmt: skip
+# Data that a package gives its user, and that is not read again by any package's script.
+DATA = {"www/html/index.html"}
+APT = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0"
+
+# A module for the kernel, as small as it can be.
+DKMS = {
+    "dkms.conf": 'PACKAGE_NAME="ashtest"\\nPACKAGE_VERSION="1"\\nBUILT_MODULE_NAME[0]="ashtest"\\n'
+    'DEST_MODULE_LOCATION[0]="/updates"\\nAUTOINSTALL="yes"\\n',
+    "Makefile": "obj-m += ashtest.o\\n",
+    "ashtest.c": '#include <linux/module.h>\\nMODULE_LICENSE("GPL");\\n',
+}
+
+
+class Installed:
+    """Two siblings, in one of which the packages are."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.with_packages, self.sibling = system.clone(), system.clone()
+        self.database_before = everything_below(system.root(self.sibling) / "usr/share/ash/db")
+        system.shell(self.sibling, "apt-get -qq update")
+        self.before = everything_below(system.files.var)
+        self.packages = [*PACKAGES, *os.environ.get("ASH_TEST_PACKAGES", "").split()]
+        system.shell(self.with_packages, f"{APT} install {' '.join(self.packages)}", seconds=3600)
+
+    def new_in_var(self) -> dict[str, Facts]:
+        """The files in the shared /var that are new or changed, but for caches and logs that the module names."""
+        after = everything_below(self.system.files.var)
+        expected = (*Debian.caches, *Debian.logs, "log/journal")
+        return {
+            path: facts
+            for path, facts in after.items()
+            if self.before.get(path) != facts and not any(f"{path}/".startswith(f"{folder}/") for folder in expected)
+        }
+
+
+@pytest.fixture(scope="module")
+def installed(system: System) -> Installed:
+    return Installed(system)
+
+
+def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: Installed) -> None:
+    system, distro = installed.system, Debian()
+    root = system.root(installed.with_packages)
+    there = distro.packages(root)
+    new = there.keys() - distro.packages(system.root(installed.sibling)).keys()
+    assert set(installed.packages) <= there.keys()
+    # What is no word of English too; versions that are no small number.
+    names = {name for name in new if "-" in name} | set(installed.packages)
+    versions = {there[name] for name in new if len(there[name]) > 5}
+    lists = [
+        path.read_text() for name in new for path in (root / "usr/share/ash/db/dpkg/info").glob(f"{name}[.:]*list")
+    ]
+    paths = {
+        line for text in lists for line in text.splitlines() if line.count("/") > 2 and not (root / line[1:]).is_dir()
+    }
+    unlisted = {}
+    for path in installed.new_in_var():
+        file = system.files.var / path
+        if path in DATA or file.is_symlink() or not file.is_file():
+            continue
+        text = file.read_bytes().decode(errors="replace")
+        named = set(re.findall(r"[a-z0-9][a-z0-9+.-]+", text)) & names | {
+            version for version in versions if version in text
+        }
+        named |= set(re.findall(r"/(?:usr|etc)/[\w./+-]+", text)) & paths
+        if named:
+            unlisted[path] = sorted(named)[:3]
+    assert not unlisted
+
+
+def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> None:
+    system = installed.system
+    for name in Debian.database:
+        link = system.files.var / name
+        assert link.is_symlink(), f"a package has replaced the link /var/{name}"
+        for snapshot in (installed.with_packages, installed.sibling, 0):
+            assert (system.root(snapshot) / os.readlink(link).lstrip("/")).is_dir()
+
+
+def test_the_sibling_has_noticed_nothing(installed: Installed) -> None:
+    system = installed.system
+    assert everything_below(system.root(installed.sibling) / "usr/share/ash/db") == installed.database_before
+    system.shell(
+        installed.sibling, 'dpkg --audit; apt-get check; [ -z "$(dpkg --audit)" ]; ! ls /etc/apache2 2>/dev/null'
+    )
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_the_tools_of_the_packages_know_their_own_records(installed: Installed) -> None:
+    system = installed.system
+    system.shell(
+        installed.with_packages,
+        "a2query -m mpm_event; a2enmod headers; a2query -m headers; pam-auth-update --package; grep -q pwquality /etc/pam.d/common-password; "
+        "debconf-show dictionaries-common | grep -q american; ucfq /etc/default/im-config || true; "
+        "update-ca-certificates --fresh >/dev/null; [ -s /etc/ssl/certs/java/cacerts ]; hunspell -v >/dev/null 2>&1 || true; apt-get check",
+    )
+
+
+def test_a_module_of_dkms_is_installed_and_known_to_be(installed: Installed) -> None:
+    """dkms compares paths in its folder with where links of that folder lead."""
+    files = "; ".join(f"printf '{text}' > {name}" for name, text in DKMS.items())
+    script = f"mkdir /usr/src/ashtest-1; cd /usr/src/ashtest-1; {files}; kernel=$(ls /lib/modules | tail -n 1); "
+    system = installed.system
+    said = system.shell(
+        installed.with_packages,
+        f"{script} dkms install ashtest/1 -k $kernel 1>&2; dkms autoinstall -k $kernel 1>&2; dkms status",
+        seconds=600,
+    )
+    assert re.search(r"^ashtest/1, .*: installed$", said.stdout, re.MULTILINE), said
+
+
+def test_purging_in_one_leaves_the_other_whole(installed: Installed) -> None:
+    system = installed.system
+    few = "libpam-pwquality wamerican"
+    system.shell(installed.sibling, f"{APT} install {few}")
+    before = everything_below(system.files.var / "lib")
+    system.shell(installed.with_packages, f"{APT} purge {few}", seconds=600)
+    system.shell(
+        installed.sibling,
+        'pam-auth-update --package; grep -q pwquality /etc/pam.d/common-password; [ -z "$(dpkg --verify libpam-pwquality wamerican)" ]; '
+        "debconf-show libpam-runtime | grep -q pwquality; select-default-wordlist --rebuild; readlink /etc/dictionaries-common/words | grep -q american",
+    )
+    after = everything_below(system.files.var / "lib")
+    assert {path for path in before.keys() - after.keys() if not path.startswith("apt/")} == set()
+
+
+def test_marks_of_apt_are_the_snapshots_own(installed: Installed) -> None:
+    system = installed.system
+    own = "usr/share/ash/db/apt/extended_states"
+    assert not os.path.lexists(system.files.var / "lib/apt/extended_states")
+    marked = (system.root(installed.with_packages) / own).read_text()
+    assert "Package: apache2-bin" in marked
+    sibling: Path = system.root(installed.sibling) / own
+    assert not sibling.exists() or "apache2-bin" not in sibling.read_text()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""fsck: each kind of damage is named, with its snapshot, and where there is none nothing is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import FAILED, make_deb, program
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(40)]
+
+
+@pytest.fixture(scope="module")
+def snapshot(system: System) -> int:
+    """One snapshot for all tests, each of which mends what it has broken: fsck looks at all there are."""
+    return system.clone()
+
+
+def damage(system: System, words: str, snapshot: int | None = None) -> None:
+    """Assert that fsck names a damage, of that snapshot, and nothing that does not belong to it."""
+    found = system.ash("--json", "fsck", status=FAILED).json["damage"]
+    assert [one for one in found if words in one["what"] and one["snapshot"] == snapshot], found
+    assert words in system.ash("fsck", status=FAILED).stdout
+
+
+def whole(system: System) -> None:
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def writable(path: Path, yes: bool) -> None:
+    program("btrfs", "property", "set", "-ts", path, "ro", "false" if yes else "true")
+
+
+def test_fsck_of_a_whole_system_finds_nothing(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo x > /etc/x; echo x > /boot/x")
+    system.ash("deploy", snapshot)
+    system.ash("deploy", 0)
+    with system.nothing_changes():
+        whole(system)
+
+
+def test_fsck_finds_a_snapshot_that_is_gone(system: System, snapshot: int) -> None:
+    aside = system.root(snapshot).with_name("aside")
+    system.root(snapshot).rename(aside)
+    damage(system, f"snapshot-{snapshot} is missing", snapshot)
+    system.root(snapshot).mkdir()  # a plain directory is no snapshot
+    damage(system, f"snapshot-{snapshot} is missing", snapshot)
+    system.root(snapshot).rmdir()
+    aside.rename(system.root(snapshot))
+    whole(system)
+
+
+def test_fsck_finds_a_snapshot_that_is_writable(system: System, snapshot: int) -> None:
+    writable(system.root(snapshot), True)
+    damage(system, "is writable", snapshot)
+    writable(system.root(snapshot), False)
+    whole(system)
+
+
+@pytest.mark.parametrize("folder", ["etc", "boot"])
+def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int, folder: str) -> None:
+    copy = system.files.etc(snapshot) if folder == "etc" else system.files.boot(snapshot)
+    writable(copy, True)
+    (copy / "extra").touch()
+    damage(system, f"{copy.name} differs from its /{folder}: extra", snapshot)
+    (copy / "extra").unlink()
+    writable(copy, False)
+    copy.rename(copy.with_name("aside"))
+    damage(system, f"{copy.name} is missing", snapshot)
+    copy.with_name("aside").rename(copy)
+    whole(system)
+
+
+def test_fsck_finds_a_description_that_is_gone(system: System, snapshot: int) -> None:
+    (system.files.state / f"snapshots/{snapshot}-desc").unlink()
+    damage(system, "no description", snapshot)
+    system.ash("desc", snapshot, "again")
+    whole(system)
+
+
+@pytest.mark.parametrize("name", ["rootfs/snapshot-4711", "rootfs/undo-4711", "etc/etc-4711", "boot/boot-4711"])
+def test_fsck_finds_what_belongs_to_no_snapshot(system: System, name: str) -> None:
+    path = system.files.snapshots / name
+    program("btrfs", "subvolume", "create", path)
+    damage(system, f"{path.name} belongs to no snapshot")
+    program("btrfs", "subvolume", "delete", path)
+    whole(system)
+
+
+@pytest.mark.parametrize("text", ["0\n", "", "many\n", None])
+def test_fsck_finds_a_highest_number_that_is_too_low(system: System, snapshot: int, text: str | None) -> None:
+    last = system.files.state / "last"
+    good = last.read_text()
+    if text is None:
+        last.unlink()
+    else:
+        last.write_text(text)
+    damage(system, "the highest number ever given")
+    last.write_text(good)
+    whole(system)
+
+
+@pytest.mark.parametrize("name", ["fstree", "menu", "ids"])
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_fsck_finds_small_files_that_are_damaged(system: System, name: str, text: str) -> None:
+    path = system.files.state / name
+    good = path.read_text()
+    path.write_text(text)
+    try:
+        outcome = system.ash("fsck", status=FAILED)
+    finally:
+        path.write_text(good)
+    assert "Traceback" not in outcome.stderr
+    assert {"fstree": "tree file", "menu": "menu file", "ids": "numbers"}[name] in outcome.stdout + outcome.stderr
+    whole(system)
+
+
+def test_fsck_finds_what_an_interrupted_change_left(system: System, snapshot: int) -> None:
+    work = system.files.state / f"work/{snapshot}"
+    (work / "intent").write_text(json.dumps({"state": "open"}))
+    damage(system, "interrupted change", snapshot)
+    (work / "intent").write_text("torn")
+    outcome = system.ash("fsck", status=FAILED)
+    assert "intent" in outcome.stdout + outcome.stderr, "a damaged intent file"
+    (work / "intent").unlink()
+    copy = system.root(f"chr{snapshot}")
+    program("btrfs", "subvolume", "create", copy)
+    damage(system, "is left of a transaction", snapshot)
+    system.ash("unlock", snapshot)
+    whole(system)
+
+
+def test_fsck_takes_work_under_way_for_no_damage(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "touch /etc/x"):
+        whole(system)
+
+
+def edit_in_place(system: System, snapshot: int, path: str, text: str) -> None:
+    """Change a file of a read-only snapshot, and its copy, behind ash's back."""
+    for file in (system.root(snapshot) / path, system.files.etc(snapshot) / path.removeprefix("etc/")):
+        if (file.parent.is_dir() and path.startswith("etc/")) or file.is_relative_to(system.root(snapshot)):
+            top = system.root(snapshot) if file.is_relative_to(system.root(snapshot)) else system.files.etc(snapshot)
+            writable(top, True)
+            file.write_text(text)
+            writable(top, False)
+
+
+def test_fsck_finds_clashes_of_numbers(system: System, snapshot: int) -> None:
+    passwd = (system.root(snapshot) / "etc/passwd").read_text()
+    system.shell(snapshot, "echo one:x:850:850::/: >> /etc/passwd")
+    edit_in_place(system, snapshot, "etc/passwd", passwd + "one:x:850:850::/:\ntwo:x:850:850::/:\n")
+    damage(system, "two and one share the number 850 in passwd", snapshot)
+    edit_in_place(system, snapshot, "etc/passwd", passwd + "one:x:851:850::/:\n")
+    damage(system, "one is 851 in passwd, and 850 elsewhere", snapshot)
+    edit_in_place(system, snapshot, "etc/passwd", passwd)
+    whole(system)
+
+
+def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, snapshot: int, tmp_path: Path) -> None:
+    system.ash("install", snapshot, make_deb(tmp_path, "ash-test-half", files={"usr/share/ash-test-half": "x"}))
+    status = "usr/share/ash/db/dpkg/status"
+    good = (system.root(snapshot) / status).read_text()
+    stanza = "Package: ash-test-half\nStatus: install ok "
+    edit_in_place(system, snapshot, status, good.replace(f"{stanza}installed", f"{stanza}half-configured"))
+    damage(system, "package ash-test-half is half-configured", snapshot)
+    edit_in_place(system, snapshot, status, good)
+    writable(system.root(snapshot), True)
+    (system.root(snapshot) / "usr/share/ash-test-half").unlink()
+    writable(system.root(snapshot), False)
+    damage(system, "package ash-test-half lacks /usr/share/ash-test-half", snapshot)
+    system.ash("-q", "del", snapshot)
+    whole(system)
+
+
+def test_fsck_takes_files_that_a_package_diverted_for_no_damage(system: System, snapshot: int) -> None:
+    system.shell(
+        snapshot,
+        "dpkg-divert --local --rename --add /usr/bin/nano 2>/dev/null || dpkg-divert --local --rename --add /usr/bin/less",
+    )
+    whole(system)
+
+
+def test_fsck_finds_nested_subvolumes(system: System, snapshot: int) -> None:
+    writable(system.root(snapshot), True)
+    program("btrfs", "subvolume", "create", system.root(snapshot) / "usr/nested")
+    writable(system.root(snapshot), False)
+    damage(system, f"snapshot-{snapshot}/usr/nested is a subvolume nested in another")
+    writable(system.root(snapshot), True)
+    program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr/nested")
+    writable(system.root(snapshot), False)
+    whole(system)
+
+
+def test_fsck_finds_a_boot_menu_that_does_not_boot(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    slot = system.boots()
+    good = system.files.grub_cfg.read_text()
+    system.files.grub_cfg.write_text(good.replace("root=UUID", "root=UID"))
+    damage(system, "grub.cfg is not what ash wrote last")
+    system.files.grub_cfg.unlink()
+    damage(system, "grub.cfg is not what ash wrote last")
+    system.ash("recover")
+    whole(system)
+    kernel = next((system.root(slot) / "boot").glob("vmlinuz*"))
+    kernel.rename(kernel.with_name("aside"))
+    damage(system, f"lacks {kernel.name}", snapshot)
+    kernel.with_name("aside").rename(kernel)
+    menu = system.files.state / "menu"
+    text = menu.read_text()
+    menu.write_text(json.dumps({**json.loads(text), "default": "deploy-nowhere"}))
+    damage(system, "no deployment is chosen")
+    menu.write_text(text)
+    system.ash("deploy", 0)
+    whole(system)
+
+
+def test_fsck_finds_a_slot_that_is_gone(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    slot = system.root(system.boots())
+    slot.rename(slot.with_name("aside"))
+    damage(system, f"{slot.name} lacks", snapshot)
+    slot.with_name("aside").rename(slot)
+    system.ash("deploy", 0)
+    whole(system)
