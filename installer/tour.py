@@ -166,7 +166,9 @@ def guided(image: Path, *, uefi: bool = False) -> int:
         columns, rows = shutil.get_terminal_size()
         terminal = shlex.quote(os.environ.get("TERM", "linux"))
         machine.send(f"stty cols {columns} rows {rows}; export TERM={terminal}; dmesg --console-level emerg\n")
+        machine.expect(r"[#$] ", 60)  # the shell has read its line: it takes the user's now
         print(SUGGESTIONS.format(image=image), flush=True)
+        machine.send("\n")
         machine.hand_over()
     print(f"\nThe machine has ended; {image} is as you left it.")
     return 0
