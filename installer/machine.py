@@ -403,7 +403,7 @@ class Machine:
         before = termios.tcgetattr(keyboard)
         self._mirror = sys.stdout.buffer
         try:
-            tty.setraw(keyboard)
+            tty.setraw(keyboard, termios.TCSADRAIN)  # what was typed meanwhile is not thrown away
             while not self._ended:
                 if keyboard in select.select([keyboard], [], [], 0.2)[0]:
                     typed = os.read(keyboard, 1024)

@@ -121,15 +121,28 @@ def test_fsck_finds_what_an_interrupted_change_left(system: System, snapshot: in
     work = system.files.state / f"work/{snapshot}"
     (work / "intent").write_text(json.dumps({"state": "open"}))
     damage(system, "interrupted change", snapshot)
-    (work / "intent").write_text("torn")
-    outcome = system.ash("fsck", status=FAILED)
-    assert "intent" in outcome.stdout + outcome.stderr, "a damaged intent file"
     (work / "intent").unlink()
     copy = system.root(f"chr{snapshot}")
     program("btrfs", "subvolume", "create", copy)
     damage(system, "is left of a transaction", snapshot)
     system.ash("unlock", snapshot)
     whole(system)
+
+
+def test_fsck_finds_a_damaged_intent_file_and_unlock_mends_it(system: System, snapshot: int) -> None:
+    other = system.clone()
+    (system.files.state / f"work/{other}/intent").write_text("torn")
+    try:
+        found = system.ash("fsck", status=FAILED)
+        assert "intent" in found.stdout + found.stderr
+        system.shell(snapshot, "true")
+        system.ash("recover")
+        assert system.ash("--json", "status").json["waiting"] == []
+        system.ash("unlock", other)
+        system.shell(other, "true")
+    finally:
+        (system.files.state / f"work/{other}/intent").unlink(missing_ok=True)
+        system.ash("-y", "del", other)
 
 
 def test_fsck_takes_work_under_way_for_no_damage(system: System, snapshot: int) -> None:
