@@ -865,33 +865,74 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     Returns:
         where the top level is mounted, and the device's node.
     """
-    offset, size = btrfs_partition(image)
-    where = ["--offset", str(offset), "--sizelimit", str(size)]
+    place = btrfs_partition(image)
     disk = stack.enter_context(image.open("rb+"))
     refuse_if_in_a_machine(disk.fileno(), image)
-    # Two loop devices of one file would be two writers of one file system. losetup takes the one that is there, if
-    # any (--nooverlap), which only works for one ash at a time; the open device is not detached meanwhile.
+    # Two loop devices of one file would be two writers of one file system: one ash at a time looks for the one that
+    # is there, and an open device is not detached meanwhile.
     lock_first_byte(disk.fileno(), image)
-    listed = run(["losetup", "--associated", image, "--noheadings", "--output", "NAME,AUTOCLEAR"]).stdout.splitlines()
-    there = [line.split()[0] for line in listed]
-    kept = [line.split()[0] for line in listed if line.split()[1] == "0"]  # somebody else's: it stays
-    attach = run(["losetup", "--nooverlap", "--show", "--find", *where, image], check=False)
-    if attach.returncode and there:
-        raise AshError(f"{image} is attached as {there[0]}", f"losetup --detach {there[0]}", LOCKED)
-    loop = attach.stdout.strip()
-    if attach.returncode:
-        raise AshError(f"cannot attach {image}: {last_words(attach.stderr)}")
-    with Path(loop).open("rb"):
-        loop = run(["losetup", "--nooverlap", "--show", "--find", *where, image]).stdout.strip()
+    loop = opened_loop(disk.fileno(), image, place)
+    if loop < 0:
+        loop = open_new_loop(disk.fileno(), image, *place)
+    try:
         # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
         node = PRIVATE / "disk"
-        os.mknod(node, 0o600 | stat.S_IFBLK, os.stat(loop).st_rdev)
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.fstat(loop).st_rdev)
+        return mount_top(node), node
+    finally:
+        os.close(loop)
+
+
+# From <linux/loop.h>: requests; struct loop_info64 (device, inode, -, offset, sizelimit, -, flags, names and keys).
+LOOP_GET_STATUS64, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C05, 0x4C0A, 0x4C82
+LOOP_INFO = struct.Struct("=5Q12xI160x16x")
+LO_FLAGS_AUTOCLEAR = 4
+
+
+def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
+    """The loop device of a part of an open file, opened; -1 where there is none.
+
+    Raises:
+        AshError: another part of the file is attached (status LOCKED).
+    """
+    file = os.fstat(disk)
+    for entry in Path("/sys/block").glob("loop*/loop"):  # there while it is attached
+        device = Path("/dev", entry.parent.name)
+        with contextlib.suppress(OSError):  # it has just gone
+            loop = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                info = LOOP_INFO.unpack(fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(LOOP_INFO.size)))
+            except OSError:
+                info = (0,) * 6
+            if info[:2] == (file.st_dev, file.st_ino) and info[3:5] == place:
+                return loop
+            os.close(loop)
+            if info[:2] == (file.st_dev, file.st_ino):
+                raise AshError(f"{image} is attached as {device}", f"losetup --detach {device}", LOCKED)
+    return -1
+
+
+def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int:
+    """Attach a part of an open file (size 0: to its end), and open the loop device, which goes with its last user.
+
+    LOOP_CONFIGURE (Linux 5.8) does both at once, so that no end of this process leaves a device behind.
+    """
+    give_up = time.monotonic() + 10
+    while True:
         try:
-            top = mount_top(node)
-        finally:
-            if loop not in kept:  # while it is in use this means: once it no longer is
-                run(["losetup", "--detach", loop], check=False)
-    return top, node
+            with Path("/dev/loop-control").open("rb") as control:
+                number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+            loop = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                info = LOOP_INFO.pack(0, 0, 0, offset, size, LO_FLAGS_AUTOCLEAR)
+                fcntl.ioctl(loop, LOOP_CONFIGURE, struct.pack("=II", disk, 0) + info + bytes(64))
+                return loop
+            except OSError:
+                os.close(loop)
+                raise
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > give_up:  # EBUSY: another was faster
+                raise AshError(f"cannot attach {image}: {error.strerror}", "is the loop module there?") from error
 
 
 def lock_first_byte(descriptor: int, image: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ash import LOCKED, USAGE, AshError, run
+from ash import LOCKED, USAGE, AshError, open_new_loop, run
 from installer import host
 
 MIB = 2**20
@@ -132,15 +132,10 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def loop_device(image: Path, partition: Partition | None = None) -> Iterator[Path]:
     """A loop device of a whole image, or of one partition of it; it goes with this process at the latest."""
-    where = ["--offset", str(partition.start), "--sizelimit", str(partition.size)] if partition else []
-    device = Path(run(["losetup", "--show", "--find", *where, image]).stdout.strip())
-    descriptor = -1
+    place = (partition.start, partition.size) if partition else (0, 0)
+    with image.open("rb+") as disk:
+        loop = open_new_loop(disk.fileno(), image, *place)
     try:
-        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-        run(["losetup", "--detach", device])  # while it is open this only says: once it no longer is
-        yield device
+        yield Path(os.readlink(f"/proc/self/fd/{loop}"))
     finally:
-        if descriptor < 0:
-            run(["losetup", "--detach", device], check=False)
-        else:
-            os.close(descriptor)
+        os.close(loop)

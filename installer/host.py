@@ -17,7 +17,6 @@ from ash import REFUSED, USAGE, AshError, Chroot, clean_environment, last_words,
 Tools = Mapping[str, str]
 
 DISK: Tools = {
-    "losetup": "mount",
     "mount": "mount",
     "sfdisk": "fdisk",
     "mkfs.btrfs": "btrfs-progs",

@@ -94,9 +94,7 @@ def accelerator() -> tuple[str, ...]:
     return KVM if ended.returncode == 2 * 0x31 + 1 else TCG
 
 
-def _hardware(
-    image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_format: str, scratch: Path
-) -> list[str]:
+def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_format: str, scratch: Path) -> list[str]:
     """QEMU's command line without the console; scratch takes the machine's own UEFI variables."""
     argv = [QEMU, *accelerator(), "-m", str(memory)]
     if uefi:
@@ -125,9 +123,7 @@ def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = Fals
     _require_qemu()
     print(f"Starting {image}. Ctrl-A X ends the machine at once; `systemctl poweroff` inside ends it properly.")
     with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
-        argv = _hardware(
-            image, uefi=uefi, snapshot=snapshot, memory=memory, disk_format="raw", scratch=Path(scratch)
-        )
+        argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, disk_format="raw", scratch=Path(scratch))
         return subprocess.run([*argv, "-nographic"], check=False).returncode
 
 

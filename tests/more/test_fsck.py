@@ -171,7 +171,8 @@ def test_fsck_finds_clashes_of_numbers(system: System, snapshot: int) -> None:
     whole(system)
 
 
-def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, tmp_path: Path) -> None:
+    snapshot = system.clone()
     system.ash("install", snapshot, make_deb(tmp_path, "ash-test-half", files={"usr/share/ash-test-half": "x"}))
     status = "usr/share/ash/db/dpkg/status"
     good = (system.root(snapshot) / status).read_text()
@@ -183,7 +184,7 @@ def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, s
     (system.root(snapshot) / "usr/share/ash-test-half").unlink()
     writable(system.root(snapshot), False)
     damage(system, "package ash-test-half lacks /usr/share/ash-test-half", snapshot)
-    system.ash("-q", "del", snapshot)
+    system.ash("-y", "del", snapshot)
     whole(system)
 
 

@@ -500,7 +500,11 @@ def look(top: Path) -> Look:
 def differences(before: Look, after: Look) -> dict[str, str]:
     """What differs, found by looking at everything."""
     changed = {path: "changed" for path in before.keys() & after.keys() if before[path][:2] != after[path][:2]}
-    return changed | dict.fromkeys(after.keys() - before.keys(), "added") | dict.fromkeys(before.keys() - after.keys(), "removed")
+    return (
+        changed
+        | dict.fromkeys(after.keys() - before.keys(), "added")
+        | dict.fromkeys(before.keys() - after.keys(), "removed")
+    )
 
 
 def shuffle(top: Path, chance: random.Random) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """One ash at a time on a snapshot, several at once on a system and on an image."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ash import btrfs_partition
-from tests.support import ASH, LOCKED, OURS_IN_RUN, Disk, kill_hard, program, wait_until
+from tests.support import ASH, CHECKOUT, LOCKED, OURS_IN_RUN, Disk, kill_hard, program, wait_until
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -135,6 +136,17 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
     kill_hard(process)
     wait_until(lambda: not disk.attached(), 10)
     disk.ash("run", number, "true")
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
+    cut = [sys.executable, "-I", str(CHECKOUT / "tests/system/cut_short.py")]
+    with disk.files() if attached else contextlib.nullcontext():
+        for step in range(1, 20):
+            subprocess.run([*cut, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
+            if not attached:
+                wait_until(lambda: not disk.attached(), 5)
+    wait_until(lambda: not disk.attached(), 5)
 
 
 @pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
