@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What the README's first command shows a newcomer: by itself, and in a terminal."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.support import CHECKOUT, Disk
+from tests.support import CHECKOUT, Disk, Terminal
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(360)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(450)]
 
 TRY = [sys.executable, str(CHECKOUT / "init.py"), "try"]
 TOUR = ["ash tree", "ash clone 0", "ash install 1 hello", "ash deploy 1", "reboot", "hello", "ash tree", "ash branch 1"]
@@ -24,3 +25,17 @@ def test_the_tour_shows_each_step_and_leaves_the_image_as_it_was(disk: Disk) -> 
     assert not missing
     assert "Hello, world!" in toured.stdout
     assert disk.image.stat().st_mtime_ns == before
+
+
+def test_a_terminal_ends_logged_in_with_five_suggestions(disk: Disk) -> None:
+    with Terminal([*TRY, str(disk.image)]) as terminal:
+        shown = terminal.expect(r"ash rollback .*\n", seconds=300)
+        assert shown.count("\n  ash ") == 5
+        terminal.type("ash tree\n")
+        terminal.expect(r"0\*- base snapshot")
+        terminal.type("ash -q clone 0\n")
+        terminal.expect(r"[\r\n]1\r")
+        terminal.type("systemctl poweroff\n")
+        terminal.expect("as you left it", seconds=120)
+        assert terminal.wait() == os.EX_OK
+    assert len(disk.ash("--json", "tree").json["tree"]) == 2
