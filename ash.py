@@ -683,6 +683,11 @@ class Subvolume:
         return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made)
 
 
+def is_subvolume(path: Path) -> bool:
+    """Whether a path is the root of a subvolume, and no link to one."""
+    return path.is_dir() and not path.is_symlink() and path.stat().st_ino == SUBVOLUME_INODE
+
+
 def subvolume_id(path: Path) -> int:
     """The id of the subvolume that a path lies in."""
     return Subvolume.at(path).id
@@ -748,7 +753,7 @@ def nested_subvolumes(path: Path) -> list[Path]:
     found: list[Path] = []
     for folder, names, _ in os.walk(path):
         inside = [Path(folder, name) for name in names]
-        nested = [sub for sub in inside if not sub.is_symlink() and sub.stat().st_ino == SUBVOLUME_INODE]
+        nested = [sub for sub in inside if is_subvolume(sub)]
         names[:] = [sub.name for sub in inside if sub not in nested]
         found += nested
     return found
@@ -1776,12 +1781,19 @@ class Workplace:
         for leftover in (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"):
             remove_tree(leftover)
 
+    def remains(self) -> list[Path]:
+        """The parts of the snapshot itself that are there."""
+        layout, n = self.layout, self.snapshot
+        parts = (layout.rootfs(n), layout.undo(n), layout.etc(n), layout.boot(n), layout.description(n))
+        return [part for part in parts if os.path.lexists(part)]
+
     def delete_snapshot(self) -> None:
         """Delete all parts of the snapshot itself."""
-        layout, n = self.layout, self.snapshot
-        for part in (layout.rootfs(n), layout.undo(n), layout.etc(n), layout.boot(n)):
-            delete_subvolume(part)
-        layout.description(n).unlink(missing_ok=True)
+        for part in self.remains():
+            if is_subvolume(part):
+                delete_subvolume(part)
+            else:
+                remove_tree(part)
 
     def finish(self, intent: Intent) -> VarMerge:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
@@ -3222,12 +3234,12 @@ class System:
             return None
         booted = next(m.subvolume for m in reversed(mounts()) if m.target == "/")
         for slot in (*SLOTS, *SECONDARY_SLOTS):
-            if self._is_subvolume(self.layout.rootfs(slot), booted):
+            if self._has_id(self.layout.rootfs(slot), booted):
                 return slot
-        return next((n for n in self.tree().numbers() if self._is_subvolume(self.layout.rootfs(n), booted)), None)
+        return next((n for n in self.tree().numbers() if self._has_id(self.layout.rootfs(n), booted)), None)
 
     @staticmethod
-    def _is_subvolume(path: Path, ident: int | None) -> bool:
+    def _has_id(path: Path, ident: int | None) -> bool:
         try:
             return subvolume_id(path) == ident
         except OSError:
@@ -3373,18 +3385,18 @@ class System:
         self.require_changeable(snapshot)
         root = self.layout.rootfs(snapshot)
         with self.lock(snapshot):
-            self.workplace(snapshot).recover(self.tree())
+            place = self.workplace(snapshot)
+            place.recover(self.tree())
             if is_mutable(root) == mutable:
                 return False
+            intent = Intent("merge", copies=["boot", "etc"])
+            intent.save(place.folder)  # whatever interrupts this: finishing makes the root what its mark says
             set_readonly(root, False)
             if mutable:
                 (root / IN_ROOT_MUTABLE).touch()
             else:
                 (root / IN_ROOT_MUTABLE).unlink()
-                for folder in ("etc", "boot"):
-                    renew_copy(self.layout, snapshot, folder)
-                set_readonly(root)
-            sync_filesystem(self.layout.snapshots)
+            place.finish(intent)
         return True
 
     def delete_data(self, change: Change) -> Change:
@@ -3412,14 +3424,25 @@ class System:
         root = self.layout.undo(change.snapshot)
         return [name for name in (*older, *change.removed) if self.distro.has_state(root, name)]
 
-    def delete(self, snapshots: Sequence[int]) -> list[int]:
+    def doomed(self, snapshots: Sequence[int], remains: bool = False) -> list[int]:
+        """What goes when snapshots are deleted: they and their branches.
+
+        Args:
+            snapshots: their numbers.
+            remains: also numbers that are not in the tree, where something of them is on the disk.
+        """
+        tree = self.tree()
+        lost = [n for n in snapshots if remains and n not in tree and self.workplace(n).remains()]
+        known = {number for snapshot in snapshots if snapshot not in lost for number in tree.branch(snapshot)}
+        return sorted({*known, *lost})
+
+    def delete(self, snapshots: Sequence[int], remains: bool = False) -> list[int]:
         """Delete snapshots with their branches, all or none of them. Returns their numbers.
 
         Raises:
             AshError: one of them is the base, booted, deployed or locked.
         """
-        tree = self.tree()
-        doomed = sorted({number for snapshot in snapshots for number in tree.branch(snapshot)})
+        tree, doomed = self.tree(), self.doomed(snapshots, remains)
         with ExitStack() as stack:
             for number in doomed:
                 stack.enter_context(self.lock(number))
@@ -3453,7 +3476,7 @@ class System:
 
     @staticmethod
     def _used(path: Path, in_use: Container[int]) -> bool:
-        return path.exists() and subvolume_id(path) in in_use
+        return is_subvolume(path) and subvolume_id(path) in in_use
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Have a snapshot booted from the next start on (or make one more menu entry for it).
@@ -3726,7 +3749,7 @@ class Check:
 
     def _snapshot(self, number: int) -> Iterator[Damage]:
         root = self.layout.rootfs(number)
-        if not root.is_dir() or root.stat().st_ino != SUBVOLUME_INODE:
+        if not is_subvolume(root):
             yield Damage(f"{root.name} is missing", number)
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
@@ -3922,9 +3945,9 @@ def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
-def added(number: int, text: str) -> Reply:
-    """The answer of a command that made a snapshot."""
-    return Reply({"snapshot": number, "changed": True}, text, str(number))
+def added(number: int, source: int, parent: int | None, text: str) -> Reply:
+    """The answer of a command that made a snapshot of another, below a third or (None) at the top."""
+    return Reply({"snapshot": number, "changed": True, "from": source, "parent": parent}, text, str(number))
 
 
 def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
@@ -3933,7 +3956,7 @@ def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"clone snapshot {number}")
     new = system.copy_snapshot(number, None, new_description(args, f"clone of {number}"))
-    return added(new, f"snapshot {new} is a clone of {number}")
+    return added(new, number, None, f"snapshot {new} is a clone of {number}")
 
 
 def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
@@ -3942,14 +3965,14 @@ def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"branch from snapshot {number}")
     new = system.copy_snapshot(number, number, new_description(args, f"branch of {number}"))
-    return added(new, f"snapshot {new} is a branch of {number}")
+    return added(new, number, number, f"snapshot {new} is a branch of {number}")
 
 
 def cmd_new(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would("make a new snapshot from the base")
     new = system.copy_snapshot(BASE, None, new_description(args, "clone of 0"))
-    return added(new, f"snapshot {new} is a new tree, made from the base")
+    return added(new, BASE, None, f"snapshot {new} is a new tree, made from the base")
 
 
 def new_description(args: argparse.Namespace, default: str) -> str:
@@ -3959,13 +3982,14 @@ def new_description(args: argparse.Namespace, default: str) -> str:
 
 def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
-    branch = system.tree().branch(number)
+    tree = system.tree()
+    branch, parent = tree.branch(number), tree.parent(number)
     if args.dry_run:
         return would(f"copy {', '.join(map(str, branch))}")
     copies = system.copy_branch(number, new_description(args, f"clone of {number}"))
-    data = {"snapshot": copies[number], "changed": True, "copies": {str(old): new for old, new in copies.items()}}
     text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
-    return Reply(data, text, str(copies[number]))
+    reply = added(copies[number], number, parent, text)
+    return replace(reply, data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
 
 
 def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
@@ -3974,7 +3998,8 @@ def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"copy snapshot {number} beside it")
     new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
-    return added(new, f"snapshot {new} is a clone of {number}, below {'the root' if parent is None else parent}")
+    below = "the root" if parent is None else parent
+    return added(new, number, parent, f"snapshot {new} is a clone of {number}, below {below}")
 
 
 def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
@@ -3986,7 +4011,7 @@ def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"copy snapshot {number} below {parent}")
     new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
-    return added(new, f"snapshot {new} is a clone of {number}, below {parent}")
+    return added(new, number, parent, f"snapshot {new} is a clone of {number}, below {parent}")
 
 
 def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
@@ -4005,7 +4030,7 @@ def own_subvolumes(layout: Layout) -> list[Path]:
     top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
     inside = [path for folder in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / folder).iterdir())]
     work = sorted(layout.work("").glob("*/var"))
-    return [path for path in (*top, *inside, *work) if path.is_dir() and path.stat().st_ino == SUBVOLUME_INODE]
+    return [path for path in (*top, *inside, *work) if is_subvolume(path)]
 
 
 def cmd_log(system: System, args: argparse.Namespace) -> Reply:
@@ -4018,7 +4043,7 @@ def cmd_log(system: System, args: argparse.Namespace) -> Reply:
             " ".join(["ash", *map(str, entry.get("arguments", []))]),
             " ".join(map(str, entry.get("snapshots", []))),
             entry.get("result", ""),
-            packages_summary(entry.get("packages", {})),
+            " ".join(packages_summary(change.get("packages", {})) for change in entry.get("changes", [entry])),
         ]
         for entry in entries
     ]
@@ -4045,15 +4070,14 @@ def cmd_del(system: System, args: argparse.Namespace) -> Reply:
     snapshots = args.snapshots
     if not snapshots:
         raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
-    tree = system.tree()
-    doomed = sorted({number for snapshot in snapshots for number in tree.branch(snapshot)})
+    doomed = system.doomed(snapshots, args.nuke)
     system.require_replaceable(doomed, "not deleted")
     names = ", ".join(map(str, doomed))
     if args.dry_run:
         return would(f"delete {names}", snapshots=doomed)
     if not console.quiet:
         needs_confirmation(args, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
-    deleted = system.delete(snapshots)
+    deleted = system.delete(snapshots, args.nuke)
     return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
 
 
@@ -4152,7 +4176,8 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
     with step(f"keeping the booted deployment, of snapshot {of}"):
         number = keep_deployment(system, slot, f"rollback to {of}")
         deployment, changed = system.deploy(number)
-    return deployed(deployment, changed)
+    reply = deployed(deployment, changed)
+    return replace(reply, data={**reply.data, "from": of})
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:
@@ -4626,7 +4651,7 @@ CHANGE_SHAPE = {
 }  # fmt: skip
 CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
 CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE]}
-ADDED_SHAPE = {"snapshot": "int", "changed": "bool"}
+ADDED_SHAPE = {"snapshot": "int", "changed": "bool", "from": "int", "parent": "int null"}
 DEPLOYED_SHAPE = {
     "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
     "conflicts_folder": "str",
@@ -4668,7 +4693,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     },
     "deploy": DEPLOYED_SHAPE,
     "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
-    "rollback": DEPLOYED_SHAPE,
+    "rollback": {**DEPLOYED_SHAPE, "from": "int"},
     "boot": {"snapshot": "int", "changed": "bool", "slots": ["str"]},
     "carry": {"changed": "bool", "carried": ["str"]},
     "whichtmp": {"slot": "str int"},
@@ -4802,6 +4827,7 @@ COMMANDS = [
     Command(
         "del", ["delete", "rm", "rem", "rm-snapshot"], "Tree", "del N...", "delete N and its branches, after asking",
         cmd_del, changes=True, numbers=MANY, several=True,
+        arguments=[flag("--nuke", help="also the remains of a damaged snapshot, which the tree does not have")],
     ),
     Command(
         "sub", ["subs", "subvol", "subvols", "subvolumes"], "Tree", "sub", "list the distribution's subvolumes", cmd_sub
@@ -5052,13 +5078,24 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
         return command.function(system, args)
     try:
         reply = on_a_full_disk_too(command, system, args)
-    except AshError as error:
-        if error.status == FAILED or isinstance(error, CommandFailed):
-            system.remember({**history_of(command, args, {}), "result": error.message})
+    except BaseException as error:
+        if failure := failure_for_history(error):
+            system.remember({**history_of(command, args, {}), "result": failure})
         raise
-    if reply.data.get("changed"):
-        system.remember({**reply.data, **history_of(command, args, reply.data), "result": "done"})
+    if reply.data.get("changed") or reply.status:
+        result = reply.text if reply.status else "done"
+        system.remember({**history_of(command, args, reply.data), "result": result})
     return reply
+
+
+def failure_for_history(error: BaseException) -> str:
+    """What the history says of a change that failed; empty where none was begun."""
+    if isinstance(error, AshError):
+        begun = error.status == FAILED or isinstance(error, CommandFailed)
+        return error.message if begun else ""
+    if isinstance(error, HangUp):
+        return "the terminal hung up; the work is kept"
+    return f"failed: {error}" if isinstance(error, OSError) else "interrupted"
 
 
 def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
@@ -5085,9 +5122,14 @@ def version_system(args: argparse.Namespace) -> System:
 
 
 def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Who does what to which snapshots, for the history."""
-    several = [one["snapshot"] if isinstance(one, dict) else one for one in data.get("snapshots", [])]
-    touched = {*getattr(args, "snapshots", []), *several, *([data["snapshot"]] if "snapshot" in data else [])}
+    """Who did what to which snapshots, with all that the command answered.
+
+    An answer's list of changes, one for each snapshot, is "changes" here; "snapshots" are numbers.
+    """
+    several = data.get("snapshots", [])
+    changes = [one for one in several if isinstance(one, dict)]
+    numbers = [change["snapshot"] for change in changes] or several
+    touched = {*getattr(args, "snapshots", []), *numbers, *([data["snapshot"]] if "snapshot" in data else [])}
     try:
         user = Path("/proc/self/loginuid").read_text().strip()
     except OSError:
@@ -5095,6 +5137,8 @@ def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, An
     unset = str(2**32 - 1)
     user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
     return {
+        **data,
+        **({"changes": changes} if changes else {}),
         "user": int(user) if user.isdecimal() else 0,
         "command": command.name,
         "arguments": sys.argv[1:],

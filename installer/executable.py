@@ -7,7 +7,25 @@ from pathlib import Path
 from ash import AshError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-SHEBANG = "#!/usr/bin/python3 -I"
+# The shell starts Python, which takes the rest from `lib`: Python keeps the compiled text of what it imports, so that
+# a command need not compile 5,000 lines first. To Python, all of this is the beginning of a string.
+LAUNCH = """\
+#!/bin/sh
+# SPDX-License-Identifier: AGPL-3.0-or-later
+''':'
+exec /usr/bin/python3 -I -c '
+import os, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "lib"))
+try:
+    from ash import main
+except Exception:  # a damaged copy, or none
+    import runpy
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    sys.exit(main())
+' "$0" "$@"
+'''"""
 START = ['if __name__ == "__main__":', "    sys.exit(main())"]
 
 
@@ -24,7 +42,8 @@ def build(distro: str) -> str:
     if core[-2:] != START:
         raise AshError("ash.py does not end with its start", hint="its last two lines must be the start guard")
     modules = [line for name in _family(distro) for line in ["", "", *_module(name)]]
-    text = "\n".join([SHEBANG, *core[core[0].startswith("#!") : -2], *modules, "", "", *START, ""])
+    docstring = next(number for number, line in enumerate(core) if line.startswith('"""'))
+    text = LAUNCH + "\n".join([*core[docstring:-2], *modules, "", "", *START, ""])
     try:
         compile(text, "ash", "exec")
     except SyntaxError as error:

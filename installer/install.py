@@ -202,6 +202,7 @@ def _install_ash(layout: Layout, root: Path) -> None:
     """The executable and what it imports; it must start with the new system's own Python."""
     _install_libraries(layout.lib, root / "usr/lib/python3/dist-packages")
     write_file(layout.executable, executable.build(layout.distro), mode=0o755)
+    (layout.lib / "ash.py").symlink_to("../ash")  # what the executable imports of itself
     binds = {layout.ash: "mnt"}
     compile_all = ["python3", "-m", "compileall", "-q", "-s", "/mnt", "-p", "/.snapshots/ash", "/mnt/lib"]
     machine_chroot(root, compile_all, binds=binds)

@@ -89,6 +89,20 @@ def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:
     assert outcomes == {False, True}
 
 
+def test_a_snapshot_is_mutable_or_read_only_wherever_that_is_cut(system: System, snapshot: int) -> None:
+    outcomes = set()
+    for step in system.each_step_of("immen", snapshot):
+        system.ash("recover")
+        mutable = (system.root(snapshot) / "usr/share/ash/mutable").exists()
+        writable = f"@.snapshots_debian/rootfs/snapshot-{snapshot}" in system.files.writable()
+        assert writable == mutable, f"step {step}"
+        assert not system.remains(), f"step {step}"
+        outcomes.add(mutable)
+    assert outcomes == {False, True}
+    system.ash("immutable", snapshot)
+    system.is_sound()
+
+
 def test_the_machine_boots_wherever_a_deploy_is_cut(system: System) -> None:
     one, two = system.clone(), system.clone()
     system.shell(one, "echo one > /etc/which")

@@ -188,24 +188,6 @@ def test_nothing_of_an_image_is_booted(disk: Disk) -> None:
     assert "nothing" in disk.ash("whichtmp", status=1).error
 
 
-def test_only_root_works_on_an_image(disk: Disk) -> None:
-    disk.image.chmod(0o644)
-    for folder in disk.image.parents[:3]:
-        folder.chmod(0o755)
-    argv: list[str | Path] = [
-        "setpriv",
-        "--reuid",
-        "65534",
-        "--clear-groups",
-        *ASH,
-        "--image",
-        disk.image,
-        "clone",
-        "0",
-    ]
-    program(*argv, status=REFUSED)
-
-
 def test_no_change_from_inside_a_chroot(disk: Disk) -> None:
     with disk.files() as files:
         root = files.root("deploy")

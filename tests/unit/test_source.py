@@ -3,6 +3,7 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,31 @@ def test_the_executable_runs_by_itself(executable: Path) -> None:
     assert output(sys.executable, "-I", executable, "version") == f"ash {ash.ASH_VERSION} ({distro})\n"
 
 
-def test_the_executable_is_isolated_from_its_caller(executable: Path) -> None:
-    text = executable.read_text()
-    assert text.startswith("#!/usr/bin/python3 -I\n")
-    assert "#!/usr/bin/env" not in text
+def test_the_executable_is_isolated_from_its_caller(executable: Path, tmp_path: Path) -> None:
+    for module in ("json", "ash", "argparse", "sitecustomize"):
+        (tmp_path / f"{module}.py").write_text("print('hostile')")
+    (tmp_path / "python3").write_text("#!/bin/sh\necho hostile")
+    (tmp_path / "python3").chmod(0o755)
+    hostile = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path), "PYTHONSTARTUP": str(tmp_path / "json.py")}
+    ended = subprocess.run(
+        [executable, "version"], capture_output=True, text=True, cwd=tmp_path, check=True, env=hostile
+    )
+    assert ended.stdout.startswith("ash ")
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\0" * 999])
+def test_the_executable_starts_whatever_its_compiled_text_is_like(executable: Path, damage: bytes | None) -> None:
+    lib = executable.parent / "lib"
+    lib.mkdir(exist_ok=True)
+    (lib / "ash.py").unlink(missing_ok=True)
+    (lib / "ash.py").symlink_to("../ash")
+    first = output(executable, "version")
+    (compiled,) = (lib / "__pycache__").glob("ash.*.pyc")
+    if damage is not None:
+        compiled.write_bytes(compiled.read_bytes()[:16] + damage)  # the header says that it is right
+    assert output(executable, "version") == first
+    shutil.rmtree(lib)
 
 
 def test_the_executable_knows_its_distribution_without_a_checkout(executable: Path) -> None:
