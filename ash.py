@@ -1427,17 +1427,28 @@ def fingerprint(path: Path) -> list[tuple[str, int, int]]:
 
 
 def open_inodes() -> set[tuple[int, int]]:
-    """Device and inode number of every file that any process has open."""
-    found = set()
+    """Device and inode number of every file that any process has open, or mapped into its memory."""
+    found: set[tuple[int, int]] = set()
+    mapped: set[tuple[str, str]] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            for descriptor in os.scandir(process / "fd"):
-                with contextlib.suppress(OSError):
-                    status = descriptor.stat()
-                    found.add((status.st_dev, status.st_ino))
+            opened = [*(process / "fd").iterdir(), *mapped_files(process, mapped)]
         except OSError:
             continue  # it has ended
+        found |= {inode for path in opened if (inode := inode_of(path, follow=True))}
     return found
+
+
+def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
+    """Links to the files that a process has mapped, but for those that are known already, by device and inode."""
+    links = []
+    for line in (process / "maps").read_text(errors="replace").splitlines():
+        addresses, _, _, device, inode, *_ = line.split()
+        if inode != "0" and (device, inode) not in known:
+            known.add((device, inode))
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            links.append(process / "map_files" / f"{start:x}-{end:x}")
+    return links
 
 
 def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
@@ -1447,11 +1458,11 @@ def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
     return any(inode_of(Path(folder, name)) in opened for folder, _, names in os.walk(path) for name in names)
 
 
-def inode_of(path: Path) -> tuple[int, int] | None:
-    """Device and inode number of a file; None where it is gone."""
+def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
+    """Device and inode number of a file, or of what it leads to; None where that is gone."""
     try:
-        status = path.lstat()
-    except FileNotFoundError:
+        status = path.stat(follow_symlinks=follow)
+    except OSError:
         return None
     return status.st_dev, status.st_ino
 
@@ -1707,6 +1718,7 @@ class Intent:
     entries: list[str] = field(default_factory=list)  # of /var
     copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
     delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
+    homes: list[str] = field(default_factory=list)  # home directories that were there when it began
 
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
@@ -1718,7 +1730,7 @@ class Intent:
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
-            raise AshError(f"the intent file {folder / 'intent'} is damaged", "ash fsck --repair") from None
+            raise AshError(f"the intent file of snapshot {folder.name} is damaged", "ash unlock N drops it") from None
 
     def save(self, folder: Path) -> None:
         write_file(folder / "intent", json.dumps(vars(self)))
@@ -1746,9 +1758,16 @@ class Workplace:
         """Finish or undo what was interrupted.
 
         Raises:
-            AshError: work waits here that a hang-up left behind, and `drop_kept` is not given (REFUSED).
+            AshError: work waits here that a hang-up left behind (REFUSED), or the intent file is damaged, and
+                `drop_kept` is not given.
         """
-        intent = Intent.load(self.folder)
+        try:
+            intent = Intent.load(self.folder)
+        except AshError:
+            if not drop_kept:
+                raise
+            self.drop()
+            return
         if intent is None:
             if self.root.exists():
                 self.drop()
@@ -1794,6 +1813,15 @@ class Workplace:
                 delete_subvolume(part)
             else:
                 remove_tree(part)
+
+    def swap(self, new: Path, intent: Intent) -> Intent:
+        """Exchange the snapshot with another subvolume: this is the commit. Returns the intent, to be finished."""
+        rootfs = self.layout.rootfs(self.snapshot)
+        intent = replace(intent, state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
+        intent.save(self.folder)
+        sync_filesystem(self.layout.snapshots)
+        exchange(rootfs, new)
+        return intent
 
     def finish(self, intent: Intent) -> VarMerge:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
@@ -1890,6 +1918,7 @@ class Transaction:
         self.place = Workplace(self.layout, self.distro, snapshot)
         self.root = self.place.root
         self.var = self.place.origin
+        self.intent = Intent("open")
         self.change = Change(snapshot)
         self.binds: list[tuple[Path, str]] = []
         self._stack = ExitStack()
@@ -1914,7 +1943,7 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
-                Intent("kept").save(self.place.folder)
+                replace(self.intent, state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
                 self.place.drop()
             else:
@@ -1925,7 +1954,8 @@ class Transaction:
         intent = Intent.load(self.place.folder)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
-        Intent("open").save(self.place.folder)
+        self.intent = replace(intent, state="open")
+        self.intent.save(self.place.folder)
 
     def _require_space(self) -> None:
         self.system.keep_reserve()
@@ -1939,7 +1969,8 @@ class Transaction:
 
     def _begin(self) -> None:
         self.place.folder.mkdir(parents=True, exist_ok=True)
-        Intent("open").save(self.place.folder)
+        self.intent.homes = sorted(os.listdir(self.layout.home))
+        self.intent.save(self.place.folder)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
         try:
@@ -2008,19 +2039,17 @@ class Transaction:
             entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), ()).entries()
             before, after = self._packages(paths)
             intent = Intent(
-                state="commit" if paths else "merge",
-                old=subvolume_id(layout.rootfs(n)),
-                new=subvolume_id(self.root),
+                state="merge",
                 entries=entries,
                 copies=sorted({path.split("/")[0] for path in paths} & {"etc", "boot"}),
                 delete=self._entries_to_delete_in(entries, before.keys() - after.keys()),
             )
-            if not paths:
-                delete_subvolume(self.root)
-            intent.save(place.folder)
-            sync_filesystem(layout.snapshots)
             if paths:
-                exchange(layout.rootfs(n), self.root)
+                intent = place.swap(self.root, intent)
+            else:
+                delete_subvolume(self.root)
+                intent.save(place.folder)
+                sync_filesystem(layout.snapshots)
         except BaseException:
             place.drop()
             raise
@@ -2050,15 +2079,12 @@ class Transaction:
             renumber(self.root, moves, before, folders)
 
     def _new_homes(self, before: Path) -> list[Path]:
-        """Home directories in the shared /home, of accounts that the transaction has made."""
+        """Home directories that the transaction has made in the shared /home, with their accounts."""
         known = read_numbers(before / "passwd")
-        homes = []
-        for line in read_text(self.root / "etc/passwd").splitlines():
-            row = line.split(":")
-            if len(row) > 5 and row[0] not in known and row[5].startswith("/home/"):
-                home = self.layout.home / row[5].removeprefix("/home/")
-                homes += [home] if home.is_dir() and not home.is_symlink() and home.parent == self.layout.home else []
-        return homes
+        rows = [line.split(":") for line in read_text(self.root / "etc/passwd").splitlines()]
+        names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
+        there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
+        return [self.layout.home / name for name in sorted(names & there) if is_folder(self.layout.home / name)]
 
     def _lay_out_database_files(self) -> None:
         """Show the snapshot's own single files of the package database in its /var."""
@@ -3351,7 +3377,8 @@ class System:
             for number in tree.branch(snapshot):
                 parent = tree.parent(number)
                 text = description if number == snapshot else self.describe(number)
-                copies[number] = self.copy_snapshot(number, copies.get(parent or -1, parent), text)
+                above = parent if parent is None else copies.get(parent, parent)
+                copies[number] = self.copy_snapshot(number, above, text)
         except BaseException:
             if copies:
                 self.delete([copies[snapshot]])
@@ -3373,11 +3400,7 @@ class System:
             if not before.exists():
                 raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
             packages = self.distro.packages(now), self.distro.packages(before)
-            intent = Intent("commit", subvolume_id(now), subvolume_id(before), copies=["boot", "etc"])
-            intent.save(place.folder)
-            sync_filesystem(layout.snapshots)
-            exchange(now, before)
-            place.finish(intent)
+            place.finish(place.swap(before, Intent("commit", copies=["boot", "etc"])))
         return Change.between(snapshot, *packages)
 
     def set_mutable(self, snapshot: int, mutable: bool) -> bool:
@@ -3389,13 +3412,17 @@ class System:
             place.recover(self.tree())
             if is_mutable(root) == mutable:
                 return False
-            intent = Intent("merge", copies=["boot", "etc"])
-            intent.save(place.folder)  # whatever interrupts this: finishing makes the root what its mark says
-            set_readonly(root, False)
-            if mutable:
-                (root / IN_ROOT_MUTABLE).touch()
-            else:
-                (root / IN_ROOT_MUTABLE).unlink()
+            try:
+                snapshot_subvolume(root, place.root)
+                if mutable:
+                    (place.root / IN_ROOT_MUTABLE).touch()
+                else:
+                    (place.root / IN_ROOT_MUTABLE).unlink()
+                    set_readonly(place.root)
+                intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"]))
+            except BaseException:
+                place.drop()
+                raise
             place.finish(intent)
         return True
 
@@ -3510,7 +3537,7 @@ class System:
         source = subvolume_id(self.layout.rootfs(snapshot))
         for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
             there = slots.menu.deployments.get(slot)
-            if there and (there.snapshot, there.source) == (snapshot, source):
+            if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
                 running = slots.running
                 if running == slot or etc_state(self.layout.rootfs(running) / "etc") == there.etc_state:
                     return there
@@ -3547,12 +3574,15 @@ class System:
         found = []
         for folder in sorted(self.layout.work("").glob("[0-9]*")):
             number = int(folder.name)
-            intent = Intent.load(folder)
-            if intent is None or (intent.state == "kept" and not drop_kept):
+            if not (folder / "intent").exists():
                 continue
-            with contextlib.suppress(AshError), self.lock(number):
-                self.workplace(number).recover(self.tree(), drop_kept)
+            try:
+                with self.lock(number):
+                    self.workplace(number).recover(self.tree(), drop_kept)
                 found.append(number)
+            except AshError as error:
+                if error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
+                    console.say(f"ash: {error.message} ({error.hint})")
         with self.lock("deploy"):
             Slots(self).recover()
         return found
@@ -3779,7 +3809,11 @@ class Check:
         for folder in sorted(self.layout.work("").glob("[0-9]*")):
             number = int(folder.name)
             with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
-                intent = Intent.load(folder)
+                try:
+                    intent = Intent.load(folder)
+                except AshError as error:
+                    yield Damage(error.message, number)
+                    continue
                 if intent is not None and intent.state != "kept":
                     yield Damage("an interrupted change waits to be finished or undone: ash recover", number)
                 elif intent is None and self.layout.working_copy(number).exists():
@@ -3799,7 +3833,7 @@ class Check:
                         yield Damage(f"{account} is {ident} in {name}, and {given[name][account]} elsewhere", number)
 
     def _nested(self) -> Iterator[Damage]:
-        listing = run(["btrfs", "subvolume", "list", self.layout.snapshots]).stdout
+        listing = run(["btrfs", "subvolume", "list", self.layout.volume("@.snapshots").parent]).stdout
         prefix = f"{self.layout.volume_name('@.snapshots')}/rootfs/"
         for path in re.findall(r" path (.*)$", listing, re.MULTILINE):
             inside = path.removeprefix(prefix)
@@ -4332,7 +4366,7 @@ def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
         return would(f"drop what a dead transaction left on snapshot {number}")
     folder = system.layout.work(number)
     with system.lock(number):
-        changed = Intent.load(folder) is not None or system.layout.working_copy(number).exists()
+        changed = (folder / "intent").exists() or system.layout.working_copy(number).exists()
         system.workplace(number).recover(system.tree(), drop_kept=True)
     text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
     return Reply({"snapshot": number, "changed": changed}, text)
@@ -4610,9 +4644,10 @@ def waiting_work(system: System) -> list[int]:
     """The snapshots with work that a hang-up left behind."""
     found = []
     for folder in sorted(system.layout.work("").glob("[0-9]*")):
-        intent = Intent.load(folder)
-        if intent is not None and intent.state == "kept":
-            found.append(int(folder.name))
+        with contextlib.suppress(AshError):  # damaged: fsck tells
+            intent = Intent.load(folder)
+            if intent is not None and intent.state == "kept":
+                found.append(int(folder.name))
     return found
 
 

@@ -150,12 +150,17 @@ room=$(df --output=avail -k / | tail -n 1)
             state = package["Status"].rpartition(" ")[2]
             if state not in ("installed", "config-files", "not-installed"):
                 found.append(f"package {package['Package']} is {state}")
-        installed = self.packages(root)
+        installed, diverted = self.packages(root), diversions(root)
+
+        def moved(path: str, package: str) -> str:
+            target, keeper = diverted.get(path, (path, package))
+            return path if package == keeper else target
+
         for listing in sorted((root / IN_ROOT_DB / "dpkg/info").glob("*.list")):
             name = listing.stem.partition(":")[0]
             if name in installed:
                 files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
-                missing = [line for line in files if not os.path.lexists(root / line[1:])]
+                missing = [line for line in files if not os.path.lexists(root / moved(line, name)[1:])]
                 found += [f"package {name} lacks {missing[0]} ({len(missing)} files)"] if missing else []
         return found
 
@@ -214,6 +219,13 @@ def paragraphs(path: Path) -> Iterator[dict[str, str]]:
         fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
         if fields:
             yield fields
+
+
+def diversions(root: Path) -> dict[str, tuple[str, str]]:
+    """By path, where dpkg puts the files of packages instead, and the package to which that does not apply."""
+    path = root / IN_ROOT_DB / "dpkg/diversions"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
 
 
 def planned(snapshot: int, simulation: str) -> Change:
