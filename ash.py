@@ -427,6 +427,11 @@ IN_ROOT_SNAP = "usr/share/ash/snap"
 IN_ROOT_MUTABLE = "usr/share/ash/mutable"
 
 
+def in_database(name: str) -> str:
+    """Where a part of the package database is in a root: what is `lib/X` in /var is `X` there."""
+    return f"{IN_ROOT_DB}/{name.removeprefix('lib/')}"
+
+
 def is_mutable(root: Path) -> bool:
     """Whether a root was made mutable."""
     return (root / IN_ROOT_MUTABLE).exists()
@@ -2089,7 +2094,7 @@ class Transaction:
     def _lay_out_database_files(self) -> None:
         """Show the snapshot's own single files of the package database in its /var."""
         for name in self.distro.database_files:
-            own, shown = self.root / IN_ROOT_DB / Path(name).name, self.place.upper / name
+            own, shown = self.root / in_database(name), self.place.upper / name
             if own.exists():
                 for folder in reversed(Path(name).parents[:-1]):
                     (self.place.upper / folder).mkdir(exist_ok=True)
@@ -2099,7 +2104,7 @@ class Transaction:
     def _take_database_files(self) -> None:
         """Take the single files of the package database from /var back into the snapshot."""
         for name in self.distro.database_files:
-            own, shown = self.root / IN_ROOT_DB / Path(name).name, self.place.upper / name
+            own, shown = self.root / in_database(name), self.place.upper / name
             if not os.path.lexists(shown):
                 continue
             if is_whiteout(shown):
@@ -3412,6 +3417,7 @@ class System:
             place.recover(self.tree())
             if is_mutable(root) == mutable:
                 return False
+            Intent("open").save(place.folder)
             try:
                 snapshot_subvolume(root, place.root)
                 if mutable:
@@ -3653,16 +3659,17 @@ def split_base(layout: Layout, distro: Distro) -> None:
     root = layout.rootfs(BASE)
     (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
     for name in distro.database:
-        travels, shared = root / IN_ROOT_DB / Path(name).name, root / "var" / name
+        travels, shared = root / in_database(name), root / "var" / name
+        travels.parent.mkdir(parents=True, exist_ok=True)
         if shared.is_dir():
             shared.rename(travels)
         else:
             travels.mkdir()
             shared.parent.mkdir(parents=True, exist_ok=True)
-        shared.symlink_to(f"/{IN_ROOT_DB}/{travels.name}")
+        shared.symlink_to(f"/{in_database(name)}")
     for name in distro.database_files:
         if (root / "var" / name).exists():
-            (root / "var" / name).rename(root / IN_ROOT_DB / Path(name).name)
+            (root / "var" / name).rename(root / in_database(name))
     distro.prepare_base(root)
     numbers = Numbers()
     numbers.learn(root / "etc")

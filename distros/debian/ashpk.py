@@ -7,7 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ash import IN_ROOT_DB, MISSING, REFUSED, AshError, Change, Distro, PackageError, Transaction, TransientFile
+from ash import (
+    IN_ROOT_DB,
+    MISSING,
+    REFUSED,
+    AshError,
+    Change,
+    Distro,
+    PackageError,
+    Transaction,
+    TransientFile,
+    in_database,
+)
 
 
 class Debian(Distro):
@@ -48,6 +59,7 @@ class Debian(Distro):
         "lib/systemd/deb-systemd-user-helper-enabled",
         "lib/systemd/deb-systemd-user-helper-masked",
         "cache/debconf",
+        "cache/dictionaries-common",
         "cache/ldconfig",
     )
     database_files = ("lib/shells.state",)
@@ -82,7 +94,7 @@ room=$(df --output=avail -k / | tail -n 1)
     }
 
     def prepare_base(self, root: Path) -> None:
-        """Keep apt's marks with the snapshot, and /usr/bin/ash ours where the package ash is installed."""
+        """Keep the records of apt and dkms with the snapshot, and /usr/bin/ash ours where the package ash comes."""
         marks = root / IN_ROOT_DB / "apt"
         marks.mkdir(exist_ok=True)
         old = root / "var/lib/apt/extended_states"
@@ -90,10 +102,13 @@ room=$(df --output=avail -k / | tail -n 1)
             old.rename(marks / "extended_states")
         conf = root / "etc/apt/apt.conf.d/05ash"
         conf.write_text(f'Dir::State::extended_states "/{IN_ROOT_DB}/apt/extended_states";\n')
-        diversions = root / IN_ROOT_DB / "dpkg/diversions"
-        known = diversions.read_text() if diversions.exists() else ""
-        if "/usr/bin/ash\n" not in known:
-            diversions.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
+        dkms = root / "etc/dkms/framework.conf.d/ash.conf"  # dkms compares this path with where links in it lead
+        dkms.parent.mkdir(parents=True, exist_ok=True)
+        dkms.write_text(f'dkms_tree="/{in_database("lib/dkms")}"\n')
+        if "/usr/bin/ash" not in diversions(root):
+            path = root / IN_ROOT_DB / "dpkg/diversions"
+            known = path.read_text() if path.exists() else ""
+            path.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
 
     def packages(self, root: Path) -> dict[str, str]:
         """Read dpkg's status file."""

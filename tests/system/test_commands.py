@@ -364,7 +364,7 @@ def test_a_distribution_that_is_not_there_is_named(system: System) -> None:
 
 def test_without_root_ash_says_so_in_one_line(system: System, for_all: Path) -> None:
     copy = shutil.copy(ASH, for_all)  # the checkout may be root's alone
-    argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-I", copy]
+    argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-I", copy]
     program(*argv, "--image", str(system.image), "tree", status=REFUSED)
     program(*argv, "--image", str(system.image), "clone", "0", status=REFUSED)
     program(*argv, "version", status=0)

@@ -89,7 +89,7 @@ def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: In
         named |= set(re.findall(r"/(?:usr|etc)/[\w./+-]+", text)) & paths
         if named:
             unlisted[path] = sorted(named)[:3]
-    assert not unlisted
+    assert not unlisted, "\n".join(f"/var/{path} names {', '.join(named)}" for path, named in unlisted.items())
 
 
 def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> None:

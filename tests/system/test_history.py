@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The history, and what is shown of the state of things."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import FAILED, make_deb
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+
+
+def last_entry(system: System, *words: str | int) -> dict[str, Any]:
+    entries = system.ash("--json", "log", *words).json["history"]
+    assert isinstance(entries[-1], dict)
+    return entries[-1]
+
+
+def test_every_change_of_every_command_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    deb = make_deb(tmp_path, "ash-test-log", "1")
+    newer = make_deb(tmp_path, "ash-test-log", "2")
+    done: list[list[Any]] = [
+        ["clone", snapshot], ["branch", snapshot], ["cbranch", snapshot], ["ubranch", 0, snapshot], ["clone-tree", snapshot],
+        ["new"], ["desc", snapshot, "some", "text"], ["run", snapshot, "touch", "/etc/x"], ["tree-run", snapshot, "touch", "/etc/y"],
+        ["undo", snapshot], ["mutable", snapshot], ["immutable", snapshot], ["immen", snapshot], ["install", snapshot, deb],
+        ["install", snapshot, newer], ["remove", snapshot, "ash-test-log"], ["deploy", snapshot], ["boot", snapshot], ["deploy", 0],
+    ]  # fmt: skip
+    for words in done:
+        before = len(system.ash("--json", "log").json["history"])
+        system.ash(*words)
+        entries = system.ash("--json", "log").json["history"]
+        assert len(entries) == before + 1, words
+        assert (entries[-1]["command"], entries[-1]["result"], entries[-1]["user"]) == (words[0], "done", 0)
+        assert entries[-1]["arguments"][-len(words) :] == [str(word) for word in words]
+    of_packages = [
+        e["packages"]
+        for e in system.ash("--json", "log", snapshot).json["history"]
+        if e["command"] in ("install", "remove")
+    ]
+    nothing: dict[str, Any] = {"added": {}, "removed": {}, "upgraded": {}}
+    assert of_packages == [
+        {**nothing, "added": {"ash-test-log": "1"}},
+        {**nothing, "upgraded": {"ash-test-log": ["1", "2"]}},
+        {**nothing, "removed": {"ash-test-log": "2"}},
+    ]
+    assert "^ash-test-log" in system.ash("log", snapshot).stdout
+
+
+def test_the_history_tells_how_each_snapshot_came_to_be(system: System, snapshot: int) -> None:
+    child = system.branch(snapshot)
+    for words in (["cbranch", child], ["ubranch", child, 0], ["clone-tree", child], ["clone-tree", snapshot], ["new"]):
+        system.ash(*words)
+    system.ash("-y", "del", child)
+    parents: dict[int, int | None] = {0: None}
+    for entry in system.ash("--json", "log").json["history"]:
+        if entry["result"] != "done":
+            continue
+        if entry["command"] == "del":
+            for number in entry["snapshots"]:
+                del parents[number]
+        copies = {int(old): new for old, new in entry.get("copies", {}).items()}
+        for old, new in copies.items():
+            parents[new] = entry["parent"] if old == entry["from"] else copies.get(parents[old] or 0, parents[old])
+        if "from" in entry and not copies:
+            assert entry["from"] in parents
+            parents[entry["snapshot"]] = entry.get("parent")
+    tree = system.ash("--json", "tree").json["tree"]
+    assert parents == {row["snapshot"]: row["parent"] for row in tree}
+
+
+def test_failed_changes_are_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    broken = make_deb(tmp_path, "ash-test-broken", postinst="exit 3")
+    for words, status in (
+        (["run", snapshot, "false"], 1),
+        (["install", snapshot, broken], FAILED),
+        (["tree-run", snapshot, "false"], FAILED),
+    ):
+        before = len(system.ash("--json", "log", snapshot).json["history"])
+        system.ash(*map(str, words), status=status)
+        entries = system.ash("--json", "log", snapshot).json["history"]
+        assert len(entries) == before + 1, words
+        assert entries[-1]["command"] == words[0]
+        assert entries[-1]["result"] != "done"
+
+
+def test_packages_of_several_snapshots_are_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    other = system.clone()
+    system.ash("install", "--snapshots", snapshot, other, "-p", make_deb(tmp_path, "ash-test-two"))
+    entry = last_entry(system)
+    assert entry["snapshots"] == [snapshot, other]
+    assert [change["packages"]["added"] for change in entry["changes"]] == [{"ash-test-two": "1"}] * 2
+    assert "+ash-test-two +ash-test-two" in system.ash("log", other).stdout
+
+
+def test_the_history_of_one_snapshot_and_who_did_it(
+    system: System, snapshot: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = system.clone()
+    monkeypatch.setenv("SUDO_UID", "1234")
+    system.shell(other, "touch /etc/x")
+    mine = system.ash("--json", "log", other).json["history"]
+    assert [entry["command"] for entry in mine] == ["clone", "run"]
+    assert mine[-1]["user"] in (1234, int(Path("/proc/self/loginuid").read_text().strip()))
+    assert all(entry["command"] != "run" for entry in system.ash("--json", "log", snapshot).json["history"])
+
+
+def test_a_torn_line_of_the_history_is_passed_over(system: System, snapshot: int) -> None:
+    with (system.files.state / "history").open("a") as history:
+        history.write('{"time": "2026-01-0')
+    before = len(system.ash("--json", "log").json["history"])
+    system.ash("desc", snapshot, "after", "a", "crash")
+    entries = system.ash("--json", "log").json["history"]
+    assert len(entries) == before + 1
+    assert entries[-1]["command"] == "desc"
+
+
+def test_sub_lists_the_subvolumes_of_the_distribution(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "touch /etc/x")
+    rows = {row["path"]: row for row in system.ash("--json", "sub").json["subvolumes"]}
+    there = system.subvolumes()
+    assert {path: row["id"] for path, row in rows.items()} == there
+    assert {path for path, row in rows.items() if not row["readonly"]} == system.files.writable()
+    assert f"rootfs/undo-{snapshot}" in system.ash("sub").stdout
+
+
+def test_status_tells_what_is_next_and_what_is_under_way(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    status = system.ash("--json", "status").json
+    assert (status["next"]["snapshot"], status["next"]["slot"]) == (snapshot, system.files.default_slot())
+    assert status["booted"] == {"snapshot": None, "slot": None}
+    assert 0 < status["free_bytes"] < status["size_bytes"]
+    assert (status["running"], status["waiting"]) == ({}, [])
+    other = system.clone()
+    with system.at_work(other, "true"):
+        running = system.ash("--json", "status").json["running"]
+        assert list(running) == [str(other)]
+        assert "pid" in running[str(other)]
+        assert f"snapshot {other}" in system.ash("status").stdout
+    system.ash("deploy", 0)
+
+
+def test_status_shows_drift_and_unfinished_work(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        terminal.expect("#")
+        terminal.type("touch /etc/x\n")
+        terminal.expect("#")
+    slot = json.loads((system.files.state / "menu").read_text())
+    running = slot["last_booted"] or slot["default"]
+    (system.root(running) / "etc/drifted").touch()
+    status = system.ash("--json", "status").json
+    assert status["waiting"] == [snapshot]
+    assert status["drift"]["drifted"] == "added"
+    assert f"ash chroot {snapshot} --resume" in system.ash("status").stdout
+    system.ash("unlock", snapshot)
+    (system.root(running) / "etc/drifted").unlink()

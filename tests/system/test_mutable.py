@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Mutable snapshots and directories, and ash.conf, which names them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support import DONE, FAILED, REFUSED, USAGE
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+
+
+def mark(system: System, snapshot: int) -> str:
+    """What the tests write into a snapshot to know it again."""
+    path = system.root(snapshot) / "etc/mark"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def test_a_mutable_snapshot_its_children_and_back(system: System, snapshot: int) -> None:
+    assert system.ash("--json", "mutable", snapshot).json["mutable"] is True
+    assert system.ash("--json", "mutable", snapshot).json["changed"] is False
+    root = f"@.snapshots_debian/rootfs/snapshot-{snapshot}"
+    assert root in system.files.writable()
+    branch, clone = system.branch(snapshot), system.clone(snapshot)
+    rows = {row["snapshot"]: row["mutable"] for row in system.ash("--json", "tree").json["tree"]}
+    assert (rows[snapshot], rows[branch], rows[clone], rows[0]) == (True, True, True, False)
+    assert "[mutable]" in system.ash("tree").stdout
+    (system.root(snapshot) / "usr/written").write_text("by hand\n")
+    (system.root(snapshot) / "etc/mark").write_text("by hand\n")
+    system.shell(snapshot, "echo t > /usr/transaction")
+    assert root in system.files.writable(), "a transaction leaves it mutable"
+    system.ash("immutable", snapshot)
+    assert root not in system.files.writable()
+    assert (system.root(snapshot) / "usr/written").read_text() == "by hand\n"
+    assert (system.files.etc(snapshot) / "mark").read_text() == "by hand\n"
+    assert (system.root(snapshot) / "usr/transaction").exists()
+    for other in (branch, clone):
+        system.ash("immutable", other)
+    system.is_sound()
+
+
+def test_immen_toggles_and_says_which_way(system: System, snapshot: int) -> None:
+    assert "mutable" in system.ash("immen", snapshot).stdout
+    assert system.ash("--json", "immen", snapshot).json["mutable"] is False
+    assert f"@.snapshots_debian/rootfs/snapshot-{snapshot}" not in system.files.writable()
+
+
+@pytest.mark.parametrize("word", ["immdis", "immdisable", "disimm", "disableimm"])
+def test_every_other_name_is_literal(system: System, word: str, snapshot: int) -> None:
+    back = {"immdis": "immutable", "immdisable": "immenable", "disimm": "enimm", "disableimm": "enableimm"}[word]
+    assert system.ash("--json", word, snapshot).json["mutable"] is True
+    assert system.ash("--json", back, snapshot).json["mutable"] is False
+
+
+def test_the_base_is_never_mutable_and_a_number_is_wanted(system: System) -> None:
+    for word in ("mutable", "immutable", "immen"):
+        system.ash(word, 0, status=REFUSED)
+        system.ash(word, status=USAGE)
+    assert system.files.writable() & {"@.snapshots_debian/rootfs/snapshot-0"} == set()
+
+
+def test_a_mutable_snapshot_is_deployed_writable(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    system.ash("deploy", snapshot)
+    slot = system.boots()
+    fstab = (system.root(slot) / "etc/fstab").read_text().splitlines()
+    assert next(line for line in fstab if line.split()[1] == "/").split()[3].endswith(",rw")
+    assert f"snapshot-{slot} rw " in system.files.grub_cfg.read_text()
+    system.ash("immutable", snapshot)
+    system.ash("deploy", snapshot)
+    slot = system.boots()
+    fstab = (system.root(slot) / "etc/fstab").read_text().splitlines()
+    assert next(line for line in fstab if line.split()[1] == "/").split()[3].endswith(",ro")
+    system.ash("deploy", 0)
+
+
+def test_a_mutable_snapshot_is_compared_and_nothing_is_left_of_that(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    (system.root(snapshot) / "usr/written").write_text("x")
+    other = system.clone(snapshot)
+    (system.root(other) / "usr/more").write_text("x")
+    before = system.subvolumes()
+    answer = system.ash("--json", "diff", 0, snapshot, "--files").json
+    assert answer["files"]["usr/written"] == "added"
+    assert system.ash("--json", "diff", snapshot, other, "--files").json["files"]["usr/more"] == "added"
+    assert system.ash("diff", snapshot, snapshot).stdout == "no difference\n"
+    assert system.subvolumes() == before
+    for mutable in (snapshot, other):
+        system.ash("immutable", mutable)
+
+
+def test_undo_of_a_mutable_snapshot(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    system.shell(snapshot, "echo one > /etc/mark")
+    system.ash("undo", snapshot)
+    assert mark(system, snapshot) == ""
+    assert f"@.snapshots_debian/rootfs/snapshot-{snapshot}" in system.files.writable()
+    system.ash("immutable", snapshot)
+
+
+def test_mutable_directories_are_outside_of_the_transaction_and_in_fstab(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "printf 'mutable_dirs::opt/games\\nmutable_dirs_shared::srv\\n' > /etc/ash.conf")
+    sibling = system.clone(snapshot)
+    system.shell(snapshot, "echo mine > /opt/games/x; echo ours > /srv/x")
+    system.shell(snapshot, "echo kept > /opt/games/failed; exit 1", status=FAILED)
+    kept = system.files.snapshots / "mutable_dirs"
+    assert (kept / f"snapshot-{snapshot}/opt/games/x").read_text() == "mine\n"
+    assert (kept / "srv/x").read_text() == "ours\n"
+    assert not (system.root(snapshot) / "opt/games/x").exists()
+    system.shell(sibling, "[ ! -e /opt/games/x ]; [ -e /srv/x ]")
+    system.ash("deploy", snapshot)
+    slot = system.boots()
+    lines = [
+        line.split()[:2]
+        for line in (system.root(slot) / "etc/fstab").read_text().splitlines()
+        if "mutable_dirs" in line
+    ]
+    assert lines == [
+        [f"/.snapshots/mutable_dirs/snapshot-{snapshot}/opt/games", "/opt/games"],
+        ["/.snapshots/mutable_dirs/srv", "/srv"],
+    ]
+    assert (system.root(slot) / "opt/games").is_dir()
+    system.ash("deploy", 0)
+
+
+def test_a_mutable_directory_cannot_lead_out(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "printf 'mutable_dirs::../../x,/opt//y/\\n' > /etc/ash.conf")
+    system.shell(snapshot, "echo y > /opt/y/y")
+    assert os.listdir(system.files.snapshots / "mutable_dirs" / f"snapshot-{snapshot}") == ["opt"]
+
+
+def test_a_bad_ash_conf_is_told_in_one_line(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo nonsense > /etc/ash.conf")
+    assert "line 1 of ash.conf" in system.ash("run", snapshot, "true", status=125).error
+    assert "line 1 of ash.conf" in system.ash("deploy", snapshot, status=USAGE).error
+    system.ash("undo", snapshot)
+    system.ash("run", snapshot, "true")
+
+
+def test_ash_conf_is_edited_and_a_bad_line_is_refused(
+    system: System, snapshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = tmp_path / "my editor"
+    editor.write_text('#!/bin/sh\n[ "$1" = -x ] && cp "$NEW" "$2" 2>/dev/null || cp /tmp/ash-test-new "$2"\n')
+    editor.write_text(f'#!/bin/sh\ncp {tmp_path}/new "$2"\n')
+    editor.chmod(0o755)
+    monkeypatch.setenv("EDITOR", "false")
+    monkeypatch.setenv("SUDO_EDITOR", f"'{editor}' -x")
+    for text, status in (("mutable_dirs::opt/a\n", DONE), ("what is this\n", USAGE), ("unknown::1\n", USAGE)):
+        (tmp_path / "new").write_text(text)
+        with system.terminal("edit-conf", snapshot) as terminal:
+            assert terminal.wait() == status
+    assert (system.root(snapshot) / "etc/ash.conf").read_text() == "mutable_dirs::opt/a\n"
+    assert system.remains() == set()
+    system.ash("edit-conf", snapshot, status=USAGE)

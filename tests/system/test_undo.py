@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Undo, and undo of the undo."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import LOCKED, MISSING, REFUSED, USAGE, make_deb
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(30)]
+
+
+def mark(system: System, snapshot: int) -> str:
+    """What the tests write into a snapshot to know it again."""
+    path = system.root(snapshot) / "etc/mark"
+    return path.read_text().strip() if path.exists() else ""
+
+
+def test_undo_is_the_state_before_and_a_second_one_is_redo(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark; echo b > /boot/mark")
+    system.shell(snapshot, "echo two > /etc/mark; rm /boot/mark")
+    for expected, in_boot in (("one", True), ("two", False), ("one", True)):
+        answer = system.ash("--json", "undo", snapshot).json
+        assert (answer["changed"], answer["snapshot"]) == (True, snapshot)
+        assert mark(system, snapshot) == expected
+        assert (system.files.etc(snapshot) / "mark").read_text().strip() == expected
+        assert (system.files.boot(snapshot) / "mark").exists() == in_boot
+        system.is_sound()
+
+
+def test_after_undo_a_change_begins_from_there(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark")
+    system.shell(snapshot, "echo two > /etc/mark")
+    system.ash("undo", snapshot)
+    system.shell(snapshot, "cat /etc/mark > /etc/seen; echo three > /etc/mark")
+    assert (system.root(snapshot) / "etc/seen").read_text() == "one\n"
+    system.ash("undo", snapshot)
+    assert mark(system, snapshot) == "one"
+
+
+def test_undo_of_a_snapshot_that_was_never_changed_is_refused(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        assert "has not been changed" in system.ash("undo", snapshot, status=REFUSED).error
+
+
+def test_undo_refuses_the_base_what_is_deployed_and_what_does_not_exist(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark")
+    system.ash("undo", 0, status=REFUSED)
+    system.ash("undo", 999999, status=MISSING)
+    system.ash("undo", status=USAGE)
+    system.ash("deploy", snapshot)
+    assert "deployed" in system.ash("undo", snapshot, status=REFUSED).error
+    assert mark(system, snapshot) == "one"
+    system.ash("deploy", 0)
+
+
+def test_undo_of_a_snapshot_that_is_being_changed_is_locked(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark")
+    with system.at_work(snapshot, "true"):
+        system.ash("undo", snapshot, status=LOCKED)
+
+
+def test_undo_leaves_var_and_names_packages_whose_state_is_newer(system: System, snapshot: int, tmp_path: Path) -> None:
+    def package(name: str, version: str, files: dict[str, str]) -> Path:
+        return make_deb(tmp_path, name, version, files=files, postinst=f"echo {version} > /var/lib/{name}.v || true")
+
+    state = {"var/lib/ash-test-state/x": "x"}
+    system.ash("install", snapshot, package("ash-test-state", "1", state), package("ash-test-plain", "1", {}))
+    new = [
+        package("ash-test-state", "2", state),
+        package("ash-test-plain", "2", {}),
+        package("ash-test-fresh", "1", {"var/lib/fresh/x": ""}),
+    ]
+    system.ash("install", snapshot, *new)
+    answer = system.ash("--json", "undo", snapshot).json
+    assert answer["packages"]["upgraded"] == {"ash-test-plain": ["2", "1"], "ash-test-state": ["2", "1"]}
+    assert answer["packages"]["removed"] == {"ash-test-fresh": "1"}
+    assert sorted(answer["newer_state"]) == ["ash-test-fresh", "ash-test-state"]
+    assert (system.files.var / "lib/ash-test-state.v").read_text() == "2\n", "undo does not touch /var"
+    redo = system.ash("undo", snapshot)
+    assert "newer" not in redo.stdout
