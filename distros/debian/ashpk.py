@@ -61,6 +61,7 @@ class Debian(Distro):
         "cache/debconf",
         "cache/dictionaries-common",
         "cache/ldconfig",
+        "cache/postgresql/dicts",
     )
     database_files = ("lib/shells.state",)
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
