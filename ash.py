@@ -220,6 +220,7 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 def exchange(one: Path, other: Path) -> None:
     """Let two paths of one file system swap their names, in one step that no crash can halve."""
+    about_to(f"exchange {one.name} and {other.name}")
     libc("renameat2", AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
 
 
@@ -442,8 +443,14 @@ def is_mutable(root: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def about_to(what: str) -> None:
+    """Name the change of the disk that comes next: an audit hook of a test kills ash there, or cuts the power."""
+    sys.audit("ash.step", what)
+
+
 def write_file(path: Path, text: str, mode: int = 0o644) -> None:
     """Replace a file whole: after a crash it has the old content or the new, and the new once this returned."""
+    about_to(f"write {path.name}")
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
@@ -452,8 +459,14 @@ def write_file(path: Path, text: str, mode: int = 0o644) -> None:
         file.write(text)
         file.flush()
         os.fsync(descriptor)
-    beside.rename(path)
+    rename(beside, path)
     sync_folder(path.parent)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or subvolume another name, in the place of what has it."""
+    about_to(f"rename {old.name} to {new.name}")
+    old.rename(new)
 
 
 def read_text(path: Path) -> str:
@@ -463,6 +476,7 @@ def read_text(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write what read_text() has read, in place."""
+    about_to(f"write {path.name}")
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
@@ -700,16 +714,19 @@ def subvolume_id(path: Path) -> int:
 
 def create_subvolume(path: Path) -> None:
     """Make an empty, writable subvolume."""
+    about_to(f"create {path.name}")
     run(["btrfs", "subvolume", "create", path])
 
 
 def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> None:
     """Copy a subvolume as a new one."""
+    about_to(f"snapshot {source.name} as {target.name}")
     run(["btrfs", "subvolume", "snapshot", *(["-r"] if readonly else []), source, target])
 
 
 def set_readonly(path: Path, readonly: bool = True) -> None:
     """Make a subvolume read-only, or writable."""
+    about_to(f"make {path.name} {'read-only' if readonly else 'writable'}")
     run(["btrfs", "property", "set", "-ts", path, "ro", "true" if readonly else "false"])
 
 
@@ -721,6 +738,7 @@ def free_space(path: Path) -> int:
 
 def sync_filesystem(path: Path) -> None:
     """Have everything on the disk that was written so far: a full commit, which GRUB can read too."""
+    about_to("sync")
     run(["btrfs", "filesystem", "sync", path])
 
 
@@ -739,6 +757,7 @@ def delete_subvolume(path: Path) -> None:
         return
     if subvolume_id(path) in subvolumes_in_use():
         raise AshError(f"{path.name} is in use: it is not deleted", "", REFUSED)
+    about_to(f"delete {path.name}")
     done = run(["btrfs", "subvolume", "delete", path], check=False)
     if done.returncode and "not empty" in done.stderr:
         set_readonly(path, False)
@@ -1170,6 +1189,7 @@ class Chroot:
         """
         if console.verbose:
             print("+", f"[{self.root.name}]", *argv, file=sys.stderr)
+        about_to(f"run {argv[0]} in {self.root.name}")
         sys.stdout.flush()
         sys.stderr.flush()
         problem, problem_in = os.pipe()
@@ -1486,6 +1506,7 @@ def copy_attributes(source: Path, target: Path) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file, a link or a pipe to a new name; by reflink where the file system can, else written through."""
+    about_to(f"copy {target.name}")
     kind = source.lstat().st_mode
     if stat.S_ISLNK(kind):
         target.symlink_to(os.readlink(source))
@@ -1511,6 +1532,7 @@ def make_private_folder(folder: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Delete a file or a directory with all that is in it; nothing happens where there is none."""
+    about_to(f"remove {path.name}")
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -1629,7 +1651,7 @@ class VarMerge:
             copy_file(changed, beside)
             if target.is_dir() and not target.is_symlink():
                 remove_tree(target)
-            beside.rename(target)
+            rename(beside, target)
 
     def _delete(self, live: Path) -> None:
         if not os.path.lexists(live):
@@ -1653,6 +1675,7 @@ class VarMerge:
             known = origin.lstat().st_size if os.path.lexists(origin) else 0
             with changed.open("rb") as ours, live.open("ab") as log:
                 ours.seek(min(known, changed.stat().st_size))
+                about_to(f"append to {live.name}")
                 shutil.copyfileobj(ours, log)
 
 
@@ -1841,7 +1864,7 @@ class Workplace:
         sync_filesystem(layout.snapshots)
         if intent.state == "commit" and self.root.exists():
             delete_subvolume(layout.undo(n))
-            self.root.rename(layout.undo(n))
+            rename(self.root, layout.undo(n))
         self._clear()
         return merge
 
@@ -1859,6 +1882,7 @@ class Workplace:
         for entry, decision in decisions["decided"].items():
             if entry not in done:
                 merge.merge(entry, decision)
+                about_to(f"note that {entry} is merged")
                 with self.merged.open("a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(f"{entry}\n")
 
@@ -1868,6 +1892,7 @@ def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
     target, new = layout.copy(folder, snapshot), layout.copy(folder, f"new-{snapshot}")
     delete_subvolume(new)
     create_subvolume(new)
+    about_to(f"fill {new.name}")
     run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(snapshot) / folder}/.", new])
     set_readonly(new)
     replace_subvolume(new, target)
@@ -1879,7 +1904,7 @@ def replace_subvolume(new: Path, target: Path) -> None:
         exchange(new, target)
         delete_subvolume(new)
     else:
-        new.rename(target)
+        rename(new, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2944,7 +2969,7 @@ class Slots:
         self.tidy_up()
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
-        (self.layout.work("deploy") / "intent").unlink(missing_ok=True)
+        remove_tree(self.layout.work("deploy") / "intent")
 
     def tidy_up(self) -> None:
         """Delete deployments that were not finished."""
@@ -3062,7 +3087,7 @@ class Slots:
         if target.exists():
             exchange(new, target)
         else:
-            new.rename(target)
+            rename(new, target)
         sync_filesystem(layout.snapshots)
         if not secondary:
             if not self.menu.last_booted:
@@ -3071,7 +3096,7 @@ class Slots:
         self.menu.deployments[slot] = deployment
         self.write_menu()
         delete_subvolume(new)
-        intent.unlink()
+        remove_tree(intent)
 
     def forget_drift(self, slot: str, but: Sequence[str]) -> None:
         """Take the changes of a slot's /etc as what it started with, since they are saved, but for some paths."""
@@ -3101,6 +3126,7 @@ class Slots:
         old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT_MENUS + 1))]
         for newer, older in reversed(list(itertools.pairwise(old))):
             if newer.exists():
+                about_to(f"keep {older.name}")
                 older.unlink(missing_ok=True)
                 os.link(newer, older)
         write_file(grub_cfg, self._rendered(), mode=0o600)
@@ -3490,7 +3516,7 @@ class System:
                         tree.remove(snapshot)
             for number in doomed:
                 self.workplace(number).delete_snapshot()
-                shutil.rmtree(self.layout.work(number))
+                remove_tree(self.layout.work(number))
         return doomed
 
     def require_replaceable(self, snapshots: Sequence[int], so: str) -> None:
@@ -3623,6 +3649,7 @@ class System:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
+            about_to("write the history")
             file.write(line)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
+from tests.support import program
 from tests.system.lab import System, open_system
 
 
@@ -15,6 +16,23 @@ def _own_mounts() -> None:
     """A mount namespace of the tests' own: no other program on this machine keeps their disks mounted."""
     libc("unshare", CLONE_NEWNS)
     mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
+
+
+@pytest.fixture(scope="module")
+def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on a btrfs of its own, where copies of disk images cost nothing."""
+    folder = tmp_path_factory.mktemp("reflinks")
+    disk, top = folder / "disk", folder / "top"
+    top.mkdir()
+    with disk.open("wb") as file:
+        file.truncate(1 << 36)
+    program("mkfs.btrfs", "--quiet", disk)
+    program("mount", "-o", "loop", disk, top)
+    try:
+        yield top
+    finally:
+        program("umount", top)
+        disk.unlink()
 
 
 @pytest.fixture(scope="module")

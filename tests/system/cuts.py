@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Commands cut off at their steps: on copies of one disk, which are made in no time since they share their blocks."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support import CHECKOUT, DONE, Disk, Files, make_deb, program
+
+SCRIPT = (
+    "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
+)
+SHELL = ["sh", "-ec", SCRIPT]
+
+# Each command that changes something, as it is cut: its arguments (DEB is a package file). A name may have a number
+# after it, where a command is cut in several ways.
+COMMANDS: dict[str, list[str]] = {
+    "run": ["run", "1", *SHELL],
+    "install": ["install", "1", "DEB"],
+    "remove": ["remove", "2", "ash-test-there"],
+    "tree-run": ["tree-run", "1", *SHELL],
+    "desc": ["desc", "1", "new"],
+    "clone": ["clone", "1"],
+    "branch": ["branch", "1"],
+    "cbranch": ["cbranch", "2"],
+    "ubranch": ["ubranch", "0", "1"],
+    "clone-tree": ["clone-tree", "1"],
+    "new": ["new"],
+    "del": ["-y", "del", "3"],
+    "undo": ["undo", "2"],
+    "mutable": ["mutable", "2"],
+    "immutable": ["immutable", "3"],
+    "immen": ["immen", "3"],
+    "deploy": ["deploy", "2"],
+    "deploy 2": ["deploy", "2", "--secondary"],
+    "rollback": ["rollback"],
+    "boot": ["boot", "1"],
+    "etc-update": ["etc-update"],
+    "carry": ["carry"],
+    "unlock": ["unlock", "5"],
+    "tmp": ["tmp"],
+    "recover": ["recover"],
+}
+# A shell and an editor are transactions like `run`, and want a terminal.
+LIKE_RUN = {"chroot", "edit-conf"}
+
+
+@dataclass
+class View:
+    """What a user sees of a system: all that a cut may leave as it was, or as it was to be, and nothing between."""
+
+    snapshots: dict[int, Any]
+    undo: dict[str, str]
+    var: dict[str, str]
+    secondary: list[str]
+    boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
+
+
+class Scene:
+    """A disk in a state in which each of COMMANDS has something to do, and copies of it.
+
+    Args:
+        folder: on a file system with reflinks.
+        image: a new system.
+    """
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.folder = folder
+        self.image = folder / "scene.img"
+        program("cp", "--sparse=always", image, self.image)
+        self.deb = make_deb(folder, "ash-test-cut", files={"usr/mark": "new\n", "var/lib/mark-deb/x": "new\n"})
+        disk = Disk(self.image)
+        there = make_deb(folder, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
+        disk.ash(
+            "run", disk.clone(), "sh", "-ec", "mkdir /var/lib/mark; echo old > /etc/mark; echo old > /var/lib/mark/x"
+        )
+        disk.ash("install", disk.branch(1), there)
+        disk.ash("-q", "clone", 1, "-d", "third")
+        disk.ash("mutable", 3)
+        disk.ash("deploy", 1)
+        self._boot(disk)
+        disk.ash("deploy", disk.clone(2))  # 4
+        with disk.files() as files:
+            self.booted = json.loads((files.state / "menu").read_text())["last_booted"]
+            (files.root(self.booted) / "etc/drifted").write_text("drifted\n")
+            self.last_booted = f"1 {text(files.root(self.booted) / 'etc/mark')}"
+        self._interrupt(disk.clone(1))
+
+    @staticmethod
+    def _boot(disk: Disk) -> None:
+        """Note that the deployment for the next boot was booted."""
+        with disk.files() as files:
+            menu = json.loads((files.state / "menu").read_text())
+            (files.state / "menu").write_text(json.dumps({**menu, "last_booted": menu["default"]}))
+        disk.ash("recover")
+
+    def _interrupt(self, number: int) -> None:
+        """Leave a change of a snapshot half done: committed, and not merged into /var."""
+        names = self.steps(["run", str(number), *SHELL])
+        exchanged = next(i for i, name in enumerate(names, 1) if name.startswith("exchange snapshot-"))
+        self.run_on(self.image, ["run", str(number), *SHELL], kill=exchanged + 2)
+
+    @contextlib.contextmanager
+    def copy(self) -> Iterator[Path]:
+        """A copy of the disk, for as long as the block lasts."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            copy = Path(folder, "disk.img")
+            program("cp", "--reflink=always", self.image, copy)
+            yield copy
+
+    def run_on(self, image: Path, words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command on an image, by the stepper with these options."""
+        argv = [
+            sys.executable,
+            "-I",
+            str(CHECKOUT / "tests/system/stepper.py"),
+            json.dumps(options),
+            "--image",
+            str(image),
+        ]
+        words = [str(self.deb) if word == "DEB" else word for word in words]
+        return subprocess.run(
+            [*argv, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def steps(self, words: Sequence[str]) -> list[str]:
+        """The names of a command's steps."""
+        with self.copy() as copy:
+            names = copy.with_name("names")
+            done = self.run_on(copy, words, names=str(names), booted=self._booted(words))
+            assert done.returncode == DONE, done.stderr
+            return names.read_text().splitlines()
+
+    def _booted(self, words: Sequence[str]) -> str | None:
+        """Shutting down, rolling back and saving /etc are things of a running system."""
+        return self.booted if {"carry", "rollback", "etc-update"} & {*words} else None
+
+    def outcomes(self, words: Sequence[str]) -> tuple[View, View]:
+        """What the scene is like when nothing happened, and when the command was done."""
+        with self.copy() as copy:
+            before = look(Disk(copy))
+        with self.copy() as copy:
+            done = self.run_on(copy, words, booted=self._booted(words))
+            assert done.returncode == DONE, done.stderr
+            return before, look(Disk(copy))
+
+    def killed(self, words: Sequence[str], step: int) -> View:
+        """What the scene is like when the command was killed before a step, and the next command has run."""
+        with self.copy() as copy:
+            ended = self.run_on(copy, words, kill=step, booted=self._booted(words))
+            assert ended.returncode == -signal.SIGKILL, (step, ended)
+            return look(Disk(copy))
+
+    def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
+        """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
+        with self.copy() as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
+            done = self.run_on(copy, words, copies=copies, booted=self._booted(words))
+            assert done.returncode == DONE, done.stderr
+            program("cp", "--reflink=always", copy, Path(copies, "0.img"))
+            for step in wanted:
+                image = Path(copies, f"{step}.img")
+                is_whole(image)
+                yield step, look(Disk(image))
+                image.unlink()
+
+
+def look(disk: Disk) -> View:
+    """See to it that all is tidied up and nothing damaged, and look at what there is."""
+    disk.ash("recover")
+    assert disk.ash("--json", "fsck").json["damage"] == []
+    rows = disk.ash("--json", "tree").json["tree"]
+    with disk.files() as files:
+        assert not [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
+        left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
+        assert not left, left
+        menu = json.loads((files.state / "menu").read_text())
+        default = menu["deployments"][menu["default"]]
+        secondary = [
+            d for slot, d in menu["deployments"].items() if "secondary" in slot or slot == "deploy-aux-secondary"
+        ]
+        return View(
+            snapshots={row["snapshot"]: (row, marks(files, row["snapshot"])) for row in map(without_boot, rows)},
+            undo={path.name: text(path / "etc/mark") for path in sorted((files.snapshots / "rootfs").glob("undo-*"))},
+            var={
+                str(path.relative_to(files.var)): text(path)
+                for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
+            },
+            secondary=[f"{d['snapshot']}" for d in secondary],
+            boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
+        )
+
+
+def without_boot(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the tree without the mark that `boots` stands for."""
+    return {key: value for key, value in row.items() if key not in ("deployed", "booted")}
+
+
+def marks(files: Files, number: int) -> list[str]:
+    """What the tests have written in a snapshot, with its copies."""
+    root = files.root(number)
+    places = (
+        root / "etc/mark",
+        files.etc(number) / "mark",
+        root / "boot/mark",
+        files.boot(number) / "mark",
+        root / "usr/mark",
+    )
+    return [*map(text, places), text(root / "etc/drifted"), text(root / "usr/share/ash-test-there")]
+
+
+def text(path: Path) -> str:
+    """A file's text; empty where there is none."""
+    return path.read_text() if path.is_file() else ""
+
+
+def is_whole(image: Path) -> None:
+    """The file system of a disk has no damage, and GRUB itself can read what the boot menu names."""
+    start, size = next(p for p in partitions(image) if p[1] > 1 << 30)
+    loop = program("losetup", "--find", "--show", "--offset", str(start), "--sizelimit", str(size), image).strip()
+    try:
+        program("btrfs", "check", "--readonly", loop)
+    finally:
+        program("losetup", "--detach", loop)
+    menu = grub(image, "cat", "/@boot_debian/grub/grub.cfg")
+    named = {word for line in re.findall(r"^ *(?:linux|initrd) (.*)$", menu, re.MULTILINE) for word in line.split()}
+    files = [word for word in named if word.startswith("/")]
+    assert len(files) >= 2
+    for path in files:
+        assert re.fullmatch(r"[0-9a-f]{8}", grub(image, "crc", path).strip()), path
+
+
+def grub(image: Path, command: str, path: str) -> str:
+    """What GRUB's own code for btrfs makes of a file on a disk."""
+    return program("grub-fstest", image, "--root=loop0,gpt3", command, f"(loop0,gpt3){path}")
+
+
+def partitions(image: Path) -> list[tuple[int, int]]:
+    """Where the partitions of an image begin, and their sizes, in bytes."""
+    table = json.loads(program("sfdisk", "--json", image))["partitiontable"]["partitions"]
+    return [(p["start"] * 512, p["size"] * 512) for p in table]

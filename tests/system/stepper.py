@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Run ash with something done at each named step of what it does to the disk: `stepper.py OPTIONS ASH-ARGUMENTS`.
+
+OPTIONS is a JSON object with any of
+    "names": a file, to which the names of the steps are written;
+    "kill": the number of the step (the first is 1) before which ash is killed;
+    "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
+        what was written to the disk by then, as after a power cut;
+    "booted": the slot that ash is to believe to be booted.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))
+
+import ash  # noqa: E402
+
+
+def copy_disk(image: Path, copy: Path) -> None:
+    """Copy an image by reflink, which takes what has reached it so far."""
+    with image.open("rb") as old, copy.open("xb") as new:
+        fcntl.ioctl(new, ash.FICLONE, old.fileno())
+
+
+class Stepper:
+    """Gets ash's audit events, and does at its steps what the options say."""
+
+    def __init__(self, options: dict[str, Any], image: Path) -> None:
+        self.options = options
+        self.image = image
+        self.process = os.getpid()
+        self.step = 0
+
+    def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event != "ash.step" or os.getpid() != self.process:
+            return
+        self.step += 1
+        if names := self.options.get("names"):
+            with Path(names).open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{arguments[0]}\n")
+        if copies := self.options.get("copies"):
+            copy_disk(self.image, Path(copies, f"{self.step}.img"))
+        if self.step == self.options.get("kill"):
+            os.kill(self.process, signal.SIGKILL)
+
+
+def main() -> int:
+    """Run ash with what follows the options on the command line."""
+    options, sys.argv[1:] = json.loads(sys.argv[1]), sys.argv[2:]
+    if slot := options.get("booted"):
+        ash.System.booted = property(lambda _: slot)  # type: ignore[method-assign,assignment]
+    sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
+    return ash.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
