@@ -3358,16 +3358,16 @@ class System:
             write_file(self.layout.last, f"{number}\n")
         return number
 
-    def add_snapshot(self, source: Path, parent: int | None, description: str, copies_of: int | None = None) -> int:
-        """Make a new snapshot.
+    @contextmanager
+    def new_snapshot(self, source: Path, description: str, copies_of: int | None = None) -> Iterator[int]:
+        """Make a new snapshot, which the block puts into the tree: else it is gone again when the block has ended.
 
         Args:
             source: the root to copy.
-            parent: the number that it goes under; None for the top.
             description: what it is.
             copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
 
-        Returns:
+        Yields:
             its number.
         """
         number = self.new_number()
@@ -3383,37 +3383,43 @@ class System:
                 else:
                     renew_copy(layout, number, folder)
             write_file(layout.description(number), f"{description}\n")
-            with self.editing_tree() as tree:
-                tree.add(number, parent)
+            yield number
             undo.pop_all()
             remove_tree(place.folder / "intent")
-        return number
+
+    @contextmanager
+    def new_copy(self, snapshot: int, description: str) -> Iterator[int]:
+        """The same of another snapshot; one that is being changed is copied as it was before."""
+        self.require(snapshot)
+        root = self.layout.rootfs(snapshot)
+        with ExitStack() as stack:
+            try:
+                with self.lock(snapshot):
+                    self.workplace(snapshot).recover(self.tree(), drop_kept=False)
+                    number = stack.enter_context(self.new_snapshot(root, description, copies_of=snapshot))
+            except AshError as error:
+                if error.status not in (LOCKED, REFUSED):
+                    raise
+                number = stack.enter_context(self.new_snapshot(root, description))
+            yield number
 
     def copy_snapshot(self, snapshot: int, parent: int | None, description: str) -> int:
-        """Copy a snapshot; one that is being changed is copied as it was before. Returns the new number."""
-        self.require(snapshot)
-        try:
-            with self.lock(snapshot):
-                self.workplace(snapshot).recover(self.tree(), drop_kept=False)
-                return self.add_snapshot(self.layout.rootfs(snapshot), parent, description, copies_of=snapshot)
-        except AshError as error:
-            if error.status not in (LOCKED, REFUSED):
-                raise
-        return self.add_snapshot(self.layout.rootfs(snapshot), parent, description)
+        """Copy a snapshot, below another or (None) at the top. Returns the new number."""
+        with self.new_copy(snapshot, description) as number, self.editing_tree() as tree:
+            tree.add(number, parent)
+        return number
 
     def copy_branch(self, snapshot: int, description: str) -> dict[int, int]:
         """Copy a snapshot with all its branches, next to it. Returns the copies by the originals' numbers."""
-        tree, copies = self.tree(), dict[int, int]()
-        try:
-            for number in tree.branch(snapshot):
-                parent = tree.parent(number)
+        branch, copies = self.tree().branch(snapshot), dict[int, int]()
+        with ExitStack() as stack:
+            for number in branch:
                 text = description if number == snapshot else self.describe(number)
-                above = parent if parent is None else copies.get(parent, parent)
-                copies[number] = self.copy_snapshot(number, above, text)
-        except BaseException:
-            if copies:
-                self.delete([copies[snapshot]])
-            raise
+                copies[number] = stack.enter_context(self.new_copy(number, text))
+            with self.editing_tree() as tree:
+                for number, copy in copies.items():
+                    parent = tree.parent(number)
+                    tree.add(copy, parent if parent is None else copies.get(parent, parent))
         return copies
 
     def undo(self, snapshot: int) -> Change:
@@ -4257,7 +4263,9 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
         (copy / IN_ROOT_SNAP).unlink(missing_ok=True)
-        return system.add_snapshot(copy, None, description)
+        with system.new_snapshot(copy, description) as number, system.editing_tree() as tree:
+            tree.add(number, None)
+        return number
 
 
 def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:

@@ -26,7 +26,7 @@ COMMANDS: dict[str, list[str]] = {
     "run": ["run", "1", *SHELL],
     "install": ["install", "1", "DEB"],
     "remove": ["remove", "2", "ash-test-there"],
-    "tree-run": ["tree-run", "1", *SHELL],
+    "tree-run": ["tree-run", "2", *SHELL],
     "desc": ["desc", "1", "new"],
     "clone": ["clone", "1"],
     "branch": ["branch", "1"],
