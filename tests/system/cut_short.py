@@ -2,7 +2,7 @@
 """Run ash until its n-th step that changes something on the disk, and kill it there: `cut_short.py N ASH-ARGUMENTS`.
 
 Steps are seen by Python's audit events: renaming, deleting and making files, running programs, system calls by
-ctypes. So this knows nothing of how ash does things, and a new step is cut like the old ones.
+ctypes, requests to btrfs that tell it something. So this knows nothing of how ash does things, and a new step is cut like the old ones.
 """
 
 import os
@@ -10,8 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.fork", "subprocess.Popen"}
+EVENTS = {"ash.step", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.fork", "subprocess.Popen"}
 CALLS = {"renameat2"}
+IOC_WRITE = 1  # <asm-generic/ioctl.h>: the direction is in a request's highest two bits
 
 
 class Cutter:
@@ -23,8 +24,9 @@ class Cutter:
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
         is_call = event == "ctypes.dlsym" and arguments[1] in CALLS
+        tells = event == "fcntl.ioctl" and isinstance(arguments[1], int) and arguments[1] >> 30 == IOC_WRITE
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if os.getpid() == self.process and (event in EVENTS or is_call or writes):
+        if os.getpid() == self.process and (event in EVENTS or is_call or tells or writes):
             self.left -= 1
             if self.left == 0:
                 os.kill(self.process, signal.SIGKILL)
