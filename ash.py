@@ -26,7 +26,6 @@ import shutil
 import signal
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +35,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 if TYPE_CHECKING:
+    import subprocess
+
     from anytree import AnyNode
 
 # Distro modules say `from ash import ...`, both imported from a checkout and concatenated with this file.
@@ -137,6 +138,8 @@ def run(
     Raises:
         AshError: it could not be started, or failed; the message ends with its own last words.
     """
+    import subprocess
+
     words = [str(word) for word in argv]
     if console.verbose:
         print("+", *words, file=sys.stderr)
@@ -494,6 +497,7 @@ class Tree:
 
     def __init__(self, root: AnyNode) -> None:
         self.root = root
+        self.nodes = {node.name: node for node in root.descendants}
 
     @classmethod
     def parse(cls, text: str) -> Tree:
@@ -505,12 +509,12 @@ class Tree:
         from anytree.importer import DictImporter
 
         try:
-            data = cls._literal(text)
-            tree = cls(DictImporter().import_(data))
-            for node in tree.root.descendants:
+            root = DictImporter().import_(cls._literal(text))
+            below = root.descendants
+            for node in below:
                 node.name = int(node.name)
-            numbers = tree.numbers()
-            if tree.root.name != "root" or len(set(numbers)) != len(numbers) or min(numbers, default=0) < 0:
+            tree = cls(root)
+            if root.name != "root" or len(tree.nodes) != len(below) or min(tree.nodes, default=0) < 0:
                 raise ValueError("not a tree of different numbers")
         except (ValueError, TypeError, AttributeError, KeyError, SyntaxError, RecursionError, AssertionError) as error:
             raise AshError(f"the tree file cannot be read: {error}", "ash fsck --repair rebuilds it") from None
@@ -541,13 +545,12 @@ class Tree:
         return [node.name for node in self.root.descendants]
 
     def __contains__(self, snapshot: int) -> bool:
-        return any(node.name == snapshot for node in self.root.descendants)
+        return snapshot in self.nodes
 
     def _node(self, snapshot: int) -> AnyNode:
-        for node in self.root.descendants:
-            if node.name == snapshot:
-                return node
-        raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+        if snapshot not in self.nodes:
+            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+        return self.nodes[snapshot]
 
     def branch(self, snapshot: int) -> list[int]:
         """N and its branches, parents first."""
@@ -563,11 +566,13 @@ class Tree:
         """Put a new number below another, or at the top."""
         from anytree import AnyNode
 
-        AnyNode(name=snapshot, parent=self.root if parent is None else self._node(parent))
+        above = self.root if parent is None else self._node(parent)
+        self.nodes[snapshot] = AnyNode(name=snapshot, parent=above)
 
     def remove(self, snapshot: int) -> None:
         """Take out a snapshot and its branches."""
-        self._node(snapshot).parent = None
+        for number in self.branch(snapshot):
+            self.nodes.pop(number).parent = None
 
     def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
         """The tree as lines of text, a snapshot each."""
@@ -840,6 +845,8 @@ def changed_paths(old: Path, new: Path) -> dict[str, str]:
     Returns:
         "added", "removed" or "changed" for each path.
     """
+    import subprocess
+
     argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
     if done.returncode:
@@ -3990,27 +3997,24 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
     tree, menu, current = system.tree(), Menu.load(system.layout.menu), system.current
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
 
-    def marks(number: int) -> list[str]:
-        facts = {
-            "booted": number == current,
-            "deployed": number == next_boot,
-            "mutable": is_mutable(system.layout.rootfs(number)),
-        }
-        return [name for name, holds in facts.items() if holds]
-
-    def label(number: int) -> str:
-        notes = "".join(f" [{mark}]" for mark in marks(number) if mark != "deployed")
-        return f"{number}{'*' if number == next_boot else ' '}- {system.describe(number)}{notes}"
-
     rows: list[dict[str, Any]] = [
         {
             "snapshot": n,
             "parent": tree.parent(n),
             "description": system.describe(n),
-            **{mark: mark in marks(n) for mark in ("booted", "deployed", "mutable")},
+            "booted": n == current,
+            "deployed": n == next_boot,
+            "mutable": is_mutable(system.layout.rootfs(n)),
         }
         for n in tree.numbers()
     ]
+    by_number = {row["snapshot"]: row for row in rows}
+
+    def label(number: int) -> str:
+        row = by_number[number]
+        notes = "".join(f" [{mark}]" for mark in ("booted", "mutable") if row[mark])
+        return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
+
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
     text = tree.draw(label, ascii_only)
     if args.long:
@@ -4630,6 +4634,7 @@ def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
 def edited(text: str) -> str:
     """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
     import shlex
+    import subprocess
     import tempfile
 
     wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]

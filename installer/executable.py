@@ -8,12 +8,13 @@ from ash import AshError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # The shell starts Python, which takes the rest from `lib`: Python keeps the compiled text of what it imports, so that
-# a command need not compile 5,000 lines first. To Python, all of this is the beginning of a string.
+# a command need not compile 5,000 lines first. All else that it imports is in the standard library: hence -S.
+# To Python, all of this is the beginning of a string.
 LAUNCH = """\
 #!/bin/sh
 # SPDX-License-Identifier: AGPL-3.0-or-later
 ''':'
-exec /usr/bin/python3 -I -c '
+exec /usr/bin/python3 -I -S -c '
 import os, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "lib"))

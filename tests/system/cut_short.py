@@ -10,7 +10,17 @@ import signal
 import sys
 from pathlib import Path
 
-EVENTS = {"ash.step", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.fork", "subprocess.Popen"}
+EVENTS = {
+    "ash.step",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.fork",
+    "subprocess.Popen",
+}
 CALLS = {"renameat2"}
 IOC_WRITE = 1  # <asm-generic/ioctl.h>: the direction is in a request's highest two bits
 
