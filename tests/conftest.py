@@ -9,11 +9,16 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support import CHECKOUT, Disk
 
 BUDGETS: dict[str, float] = {}
 TIMES: defaultdict[str, float] = defaultdict(float)
+
+# How long an example takes says more of the machine than of ash.
+settings.register_profile("ash", deadline=None)
+settings.load_profile("ash")
 
 
 @pytest.fixture(scope="session")

@@ -403,7 +403,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(FOLDERS, EDITS, EDITS)
 def test_no_file_of_either_side_is_lost_silently(
     tmp_path_factory: pytest.TempPathFactory, base: Edits, running: Edits, own: Edits
