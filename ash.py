@@ -32,7 +32,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
 if TYPE_CHECKING:
     import subprocess
@@ -178,6 +178,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: str) -> str:
+    """Text as a part of one line: its line breaks are shown, not sent, as well."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Kernel calls that Python 3.11 has no function for
 # ---------------------------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ class Mount:
 def mounts() -> list[Mount]:
     """All mounts that this process sees, in the order in which they were made."""
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in lines_of(read_text(Path("/proc/self/mountinfo"))):
         before, _, after = line.partition(" - ")
         kind, source, options = after.split(" ", 2)
         target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
@@ -473,8 +478,13 @@ def rename(old: Path, new: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, whatever its encoding; empty where there is no such file."""
-    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
+    """A file's text, byte for byte, whatever its encoding; empty where there is no such file."""
+    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text. Only a line feed ends one: splitlines() also splits at what users may have in a name."""
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def write_text(path: Path, text: str) -> None:
@@ -492,6 +502,64 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def from_json(text: str, shape: Any) -> Any:
+    """Read JSON that must have a shape.
+
+    Raises:
+        ValueError: it is no JSON, or not of that shape.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not has_shape(value, shape):
+        raise ValueError("it is not what it should be")
+    return value
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a value has a shape: a type, a function that says so, a list or dict of shapes ("*" is any key).
+
+    A key that ends in "?" may be missing; other keys may not, and those that are not in the shape do not matter.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(one, shape[0]) for one in value)
+    if isinstance(shape, dict) and "*" in shape:
+        return isinstance(value, dict) and all(has_shape(one, shape["*"]) for one in value.values())
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            has_shape(value[name], of) if (name := key.rstrip("?")) in value else name != key
+            for key, of in shape.items()
+        )
+    return type(value) is shape if isinstance(shape, type) else bool(shape(value))
+
+
+# What shapes are made of, beside types.
+LARGEST_NUMBER = 2**32 - 1  # of a user, and no subvolume or snapshot comes near it
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a snapshot, a subvolume or a user can have."""
+    return type(value) is int and 0 <= value <= LARGEST_NUMBER
+
+
+def is_inner_path(value: Any) -> bool:
+    """Whether a value is a path that leads down, and not out of where it begins."""
+    return isinstance(value, str) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value is a plain name: letters, digits, and a few signs that no program takes for its own."""
+    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", value))
+
+
+def to_number(text: str) -> int | None:
+    """The number that a text is; None where it is none, or a larger one than there can be."""
+    text = text.strip()
+    number = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+    return number if is_number(number) else None
+
+
 class Tree:
     """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
 
@@ -506,19 +574,31 @@ class Tree:
         Raises:
             AshError: it is not a tree of numbers.
         """
-        from anytree.importer import DictImporter
+        from anytree import AnyNode
 
         try:
-            root = DictImporter().import_(cls._literal(text))
-            below = root.descendants
-            for node in below:
-                node.name = int(node.name)
+            data = cls._literal(text)
+            if not has_shape(data, {"name": str, "children?": list}) or data["name"] != "root":
+                raise ValueError("it has no root")
+            root = AnyNode(name="root")
+            cls._grow(root, data)
             tree = cls(root)
-            if root.name != "root" or len(tree.nodes) != len(below) or min(tree.nodes, default=0) < 0:
-                raise ValueError("not a tree of different numbers")
-        except (ValueError, TypeError, AttributeError, KeyError, SyntaxError, RecursionError, AssertionError) as error:
-            raise AshError(f"the tree file cannot be read: {error}", "ash fsck --repair rebuilds it") from None
+            if len(tree.nodes) != len(tree.numbers()):
+                raise ValueError("a number is there twice")
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            what = str(error) or "it is nested too deeply"
+            raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
+
+    @classmethod
+    def _grow(cls, node: AnyNode, data: Mapping[str, Any]) -> None:
+        from anytree import AnyNode
+
+        for below in data.get("children", []):
+            known = has_shape(below, {"name": lambda name: to_number(str(name)) is not None, "children?": list})
+            if not known or type(below["name"]) not in (int, str) or below.keys() - {"name", "children"}:
+                raise ValueError("it is not a tree of numbers")
+            cls._grow(AnyNode(name=to_number(str(below["name"])), parent=node), below)
 
     @staticmethod
     def _literal(text: str) -> Any:
@@ -526,8 +606,11 @@ class Tree:
             return json.loads(text)
         except ValueError:
             import ast
+            import warnings
 
-            return ast.literal_eval(text.strip())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a compiler thinks of it is nobody's business
+                return ast.literal_eval(text.strip())
 
     @classmethod
     def of_base(cls) -> Tree:
@@ -606,7 +689,7 @@ class Configuration:
             AshError: a line is none, with its number; or its key is not known.
         """
         values = {}
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(lines_of(text), start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             key, separator, value = line.partition("::")
@@ -619,7 +702,7 @@ class Configuration:
     def paths(self, key: str) -> list[str]:
         """The directories of a list, by their paths from the root; those that lead out of it are left out."""
         listed = [part.strip().strip("/") for part in self.values.get(key, "").split(",")]
-        return [path for path in listed if path and ".." not in path.split("/")]
+        return [path for path in listed if is_inner_path(path) and path.isprintable()]
 
 
 class Lock:
@@ -648,7 +731,7 @@ class Lock:
                 by = holder or "another ash"
                 raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
-        command = printable(" ".join(["ash", *sys.argv[1:]])).replace("\n", "\\n")
+        command = one_line(" ".join(["ash", *sys.argv[1:]]))
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({command})\n"), 0)
@@ -1512,7 +1595,7 @@ def open_inodes() -> set[tuple[int, int]]:
 def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
     """Links to the files that a process has mapped, but for those that are known already, by device and inode."""
     links = []
-    for line in (process / "maps").read_text(errors="replace").splitlines():
+    for line in lines_of(read_text(process / "maps")):
         addresses, _, _, device, inode, *_ = line.split()
         if inode != "0" and (device, inode) not in known:
             known.add((device, inode))
@@ -1793,16 +1876,25 @@ class Intent:
     delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
     homes: list[str] = field(default_factory=list)  # home directories that were there when it began
 
+    SHAPE: ClassVar[Mapping[str, Any]] = {
+        "state": lambda state: state in ("open", "kept", "commit", "merge", "number"),
+        "old?": is_number,
+        "new?": is_number,
+        "entries?": [is_inner_path],
+        "copies?": [lambda folder: folder in ("etc", "boot")],
+        "delete?": [is_inner_path],
+        "homes?": [str],
+    }
+
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
         """The intent in a work folder; AshError where its file is damaged."""
-        try:
-            text = (folder / "intent").read_text()
-        except FileNotFoundError:
+        if not os.path.lexists(folder / "intent"):
             return None
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            data = from_json(read_text(folder / "intent"), cls.SHAPE)
+            return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+        except ValueError:
             raise AshError(f"the intent file of snapshot {folder.name} is damaged", "ash unlock N drops it") from None
 
     def save(self, folder: Path) -> None:
@@ -1814,6 +1906,11 @@ class Workplace:
 
     Its methods need the snapshot's lock.
     """
+
+    DECISIONS: ClassVar[Mapping[str, Any]] = {
+        "aside": is_name,
+        "decided": {"*": lambda decision: decision in ("nothing", "newest", "append", "aside", "place")},
+    }
 
     def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
         self.layout = layout
@@ -1918,18 +2015,19 @@ class Workplace:
 
         So a merge that was interrupted is gone on with, and its own traces are not taken for another's changes.
         """
-        done = read_text(self.merged).splitlines()
-        if not self.decisions.exists():
-            decided = {entry: merge.decide(entry) for entry in entries}
-            write_file(self.decisions, json.dumps({"aside": merge.conflicts.name, "decided": decided}))
-        decisions = json.loads(read_text(self.decisions))
+        done = lines_of(read_text(self.merged))
+        try:
+            decisions = from_json(read_text(self.decisions), self.DECISIONS)
+        except ValueError:  # none yet; or damaged, and what has been merged already will be found so
+            decisions = {"aside": merge.conflicts.name, "decided": {entry: merge.decide(entry) for entry in entries}}
+            write_file(self.decisions, json.dumps(decisions))
         merge.conflicts = merge.conflicts.with_name(decisions["aside"])
-        for entry, decision in decisions["decided"].items():
-            if entry not in done:
-                merge.merge(entry, decision)
+        for entry in entries:
+            if json.dumps(entry) not in done:
+                merge.merge(entry, decisions["decided"].get(entry, "aside"))
                 about_to(f"note that {entry} is merged")
-                with self.merged.open("a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(f"{entry}\n")
+                with self.merged.open("a") as file:
+                    file.write(f"{json.dumps(entry)}\n")
 
 
 def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
@@ -2156,7 +2254,7 @@ class Transaction:
     def _new_homes(self, before: Path) -> list[Path]:
         """Home directories that the transaction has made in the shared /home, with their accounts."""
         known = read_numbers(before / "passwd")
-        rows = [line.split(":") for line in read_text(self.root / "etc/passwd").splitlines()]
+        rows = [line.split(":") for line in lines_of(read_text(self.root / "etc/passwd"))]
         names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
         there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
         return [self.layout.home / name for name in sorted(names & there) if is_folder(self.layout.home / name)]
@@ -2261,9 +2359,9 @@ class Numbers:
         if not path.exists():
             return cls()
         try:
-            data = json.loads(path.read_text())
-            return cls({name: {k: int(v) for k, v in data.get(name, {}).items()} for name in NUMBERED_FILES})
-        except (ValueError, TypeError, AttributeError):
+            data = from_json(read_text(path), {f"{name}?": {"*": is_number} for name in NUMBERED_FILES})
+            return cls({name: data.get(name, {}) for name in NUMBERED_FILES})
+        except ValueError:
             raise AshError(f"the file of users' numbers {path} is damaged", "ash fsck --repair makes it anew") from None
 
     def dump(self) -> str:
@@ -2318,9 +2416,10 @@ def read_numbers(path: Path) -> dict[str, int]:
     """Names and numbers of passwd, group, subuid or subgid."""
     column = 1 if path.name.startswith("sub") else 2
     found: dict[str, int] = {}
-    for row in (line.split(":") for line in read_text(path).splitlines()):
-        if len(row) > column and row[column].isdecimal():
-            found.setdefault(row[0], int(row[column]))
+    for row in (line.split(":") for line in lines_of(read_text(path))):
+        number = to_number(row[column]) if len(row) > column else None
+        if number is not None:
+            found.setdefault(row[0], number)
     return found
 
 
@@ -2340,12 +2439,14 @@ def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, f
             continue
         old = read_numbers(before / name)
         lines = []
-        for line in read_text(path).splitlines():
+        for line in lines_of(read_text(path)):
             row, column = line.split(":"), 1 if name.startswith("sub") else 2
-            if len(row) > column and row[column].isdecimal() and old.get(row[0]) != int(row[column]):
-                row[column] = str(moves.get(name, {}).get(int(row[column]), row[column]))
-                if name == "passwd" and len(row) > 3 and row[3].isdecimal():
-                    row[3] = str(groups.get(int(row[3]), row[3]))
+            number = to_number(row[column]) if len(row) > column else None
+            if number is not None and old.get(row[0]) != number:
+                row[column] = str(moves.get(name, {}).get(number, row[column]))
+                group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
+                if group is not None:
+                    row[3] = str(groups.get(group, row[3]))
             lines.append(":".join(row))
         write_text(path, "".join(f"{text}\n" for text in lines))
     done = set()
@@ -2592,9 +2693,7 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
         the new text, and the names of which both sides changed the same.
     """
     separator = "\n" if name in ("subuid", "subgid") else ":"  # a user may have several ranges: each is for itself
-    old, live, new = (
-        {line.partition(separator)[0]: line for line in text.splitlines()} for text in (base, running, own)
-    )
+    old, live, new = ({line.partition(separator)[0]: line for line in lines_of(text)} for text in (base, running, own))
     conflicts = []
     for account in dict.fromkeys([*old, *live]):
         was, now, theirs = old.get(account), live.get(account), new.get(account)
@@ -2703,7 +2802,7 @@ class EtcMerge:
         if live in (before, ours):
             return
         if ours == before:
-            mutable = [f"{line}\n" for line in texts[0].splitlines() if line.startswith(MUTABLE_FOLDERS)]
+            mutable = [f"{line}\n" for line in lines_of(texts[0]) if line.startswith(MUTABLE_FOLDERS)]
             write_text(own, self.own_fstab(texts[1]) + "".join(mutable))
             self.carried.append("fstab")
         else:
@@ -2764,7 +2863,7 @@ class EtcMerge:
 
 def fstab_of_user(text: str) -> list[str]:
     """The lines of an fstab that are not ash's own."""
-    others = [line for line in text.splitlines() if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
     return [line for line in others if not line.startswith(MUTABLE_FOLDERS)]
 
 
@@ -2783,6 +2882,15 @@ class BootConfig:
     rootflags: str = ""  # beside the subvolume
     header: Sequence[str] = field(default_factory=list)  # terminals and timeout
     foreign: str = ""  # other systems, and the user's own entries
+
+    SHAPE: ClassVar[Mapping[str, Any]] = {
+        "kernel": is_inner_path,
+        "initrds": [is_inner_path],
+        "options": str,
+        "rootflags?": str,
+        "header?": [str],
+        "foreign?": str,
+    }
 
     # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
     NOT_FOREIGN: ClassVar[re.Pattern[str]] = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
@@ -2846,6 +2954,31 @@ class Deployment:
     conflicts: Sequence[str] = field(default_factory=list)
     conflicts_folder: str = ""
 
+    SHAPE: ClassVar[Mapping[str, Any]] = {
+        "slot": str,
+        "id": is_name,
+        "snapshot": is_number,
+        "source": is_number,
+        "name": str,
+        "inputs": str,
+        "config": BootConfig.SHAPE,
+        "mutable?": bool,
+        "etc_from?": str,
+        "etc_state?": str,
+        "carried?": [str],
+        "conflicts?": [str],
+        "conflicts_folder?": str,
+    }
+
+
+Fields = TypeVar("Fields")
+
+
+def from_fields(kind: Callable[..., Fields], data: Mapping[str, Any]) -> Fields:
+    """A dataclass from what its file has for it; what another ash may have written beside is passed over."""
+    known: Container[str] = vars(kind)["__dataclass_fields__"]
+    return kind(**{name: value for name, value in data.items() if name in known})
+
 
 @dataclass
 class Menu:
@@ -2855,19 +2988,29 @@ class Menu:
     last_booted: str = ""
     deployments: dict[str, Deployment] = field(default_factory=dict)
 
+    SHAPE: ClassVar[Mapping[str, Any]] = {
+        "default": str,
+        "last_booted": str,
+        "deployments": {"*": Deployment.SHAPE},
+    }
+
     @classmethod
     def load(cls, path: Path) -> Menu:
         """The menu as its file has it; an empty one where there is none."""
         if not path.exists():
             return cls()
         try:
-            data = json.loads(path.read_text())
+            data = from_json(read_text(path), cls.SHAPE)
             deployments = {
-                slot: Deployment(**{**entry, "config": BootConfig(**entry["config"])})
+                slot: from_fields(Deployment, {**entry, "config": from_fields(BootConfig, entry["config"])})
                 for slot, entry in data["deployments"].items()
             }
-            return cls(data["default"], data["last_booted"], deployments)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            slots = {*SLOTS, *SECONDARY_SLOTS}
+            misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
+            if misplaced or data["last_booted"] not in ("", *slots):
+                raise ValueError("it names what is not there")
+            return cls(data["default"] if data["default"] in deployments else "", data["last_booted"], deployments)
+        except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash deploy N --root DIR from a live system") from None
 
     def dump(self) -> str:
@@ -3201,7 +3344,7 @@ class Slots:
         return self.menu.render(self.layout, self.uuid, self.system.describe)
 
     def _grub_cfg(self) -> str:
-        return self.layout.grub_cfg.read_text() if self.layout.grub_cfg.exists() else ""
+        return read_text(self.layout.grub_cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3211,11 +3354,10 @@ class Slots:
 
 def read_distro(path: Path) -> tuple[str, str]:
     """The distro id, and the id of the module that serves it, from ash's `distro` file."""
-    try:
-        words = path.read_text().split()
-        return words[0], words[-1]
-    except (OSError, IndexError):
-        raise AshError(f"{path} is missing or empty", "--distro ID") from None
+    words = read_text(path).split()
+    if not words or not all(is_name(word) for word in words):
+        raise AshError(f"{path} is missing or damaged", "--distro ID")
+    return words[0], words[-1]
 
 
 def require_root(doing: str) -> None:
@@ -3315,14 +3457,14 @@ class System:
     @property
     def uuid(self) -> str:
         """The UUID of the root file system."""
-        return self.layout.part.read_text().strip()
+        uuid = read_text(self.layout.part).strip()
+        if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
+            raise AshError(f"{self.layout.part} is damaged: it should have the UUID of the root partition", "blkid")
+        return uuid
 
     def tree(self) -> Tree:
         """The tree as it is now."""
-        try:
-            return Tree.parse(self.layout.tree.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise AshError(f"the tree file cannot be read: {error}", "ash fsck --repair rebuilds it") from None
+        return Tree.parse(read_text(self.layout.tree))
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
@@ -3351,7 +3493,10 @@ class System:
         """The number of a snapshot, or of the one that a slot's deployment was made from."""
         if isinstance(which, int):
             return which
-        return int((self.layout.rootfs(which) / IN_ROOT_SNAP).read_text())
+        number = to_number(read_text(self.layout.rootfs(which) / IN_ROOT_SNAP))
+        if number is None:
+            raise AshError(f"slot {which} does not say which snapshot it was made from", "deploy one into it")
+        return number
 
     @property
     def current(self) -> int | None:
@@ -3397,9 +3542,11 @@ class System:
     def new_number(self) -> int:
         """A number that was never given, on the disk before it is used."""
         with self.lock("state"):
-            known = [int(self.layout.last.read_text())] if self.layout.last.exists() else []
+            last = to_number(read_text(self.layout.last)) if self.layout.last.exists() else 0
+            if last is None:
+                raise AshError(f"{self.layout.last} is damaged: it should have the highest number ever given")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
-            number = max([*known, *self.tree().numbers(), *(int(n) for n in names if n.isdecimal())], default=0) + 1
+            number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
             write_file(self.layout.last, f"{number}\n")
         return number
 
@@ -3684,12 +3831,9 @@ class System:
     def history(self) -> list[dict[str, Any]]:
         """What was done, oldest first; a line that a crash has torn is left out."""
         entries = []
-        path = self.layout.history
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        for line in lines_of(read_text(self.layout.history)):
             with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    entries.append(entry)
+                entries.append(from_json(line, HISTORY_SHAPE))
         return entries
 
     def remember(self, entry: Mapping[str, Any]) -> None:
@@ -3782,8 +3926,8 @@ class Difference:
     def text(self) -> str:
         """The difference for people."""
         signs = {"added": "+", "removed": "-", "changed": "^"}
-        lines = self.packages.summary().splitlines()[1:]
-        lines += [f"  {signs[kind]} /{path}" for path, kind in sorted({**self.config, **self.files}.items())]
+        lines = lines_of(self.packages.summary())[1:]
+        lines += [f"  {signs[kind]} /{one_line(path)}" for path, kind in sorted({**self.config, **self.files}.items())]
         return "\n".join(lines) or "no difference"
 
 
@@ -4038,7 +4182,8 @@ def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     import tabulate
 
     tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
-    return str(tabulate.tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True))
 
 
 def cmd_current(system: System, args: argparse.Namespace) -> Reply:
@@ -4166,13 +4311,26 @@ def cmd_log(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
 
 
+# What the table of the history is made from.
+PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
+HISTORY_SHAPE = {
+    "time?": str,
+    "user?": is_number,
+    "arguments?": list,
+    "snapshots?": [is_number],
+    "result?": str,
+    "packages?": PACKAGES_OF_HISTORY,
+    "changes?": [{"packages?": PACKAGES_OF_HISTORY}],
+}
+
+
 def user_name(number: int) -> str:
     """A user's name, or its number where it has none here."""
     import pwd
 
     try:
         return pwd.getpwuid(number).pw_name
-    except KeyError:
+    except (KeyError, OverflowError):
         return str(number)
 
 
@@ -5064,6 +5222,15 @@ COMMANDS = [
     ),
 ]  # fmt: skip
 
+
+def seconds(text: str) -> float:
+    """How long to wait, as the command line has it."""
+    number = float(text)
+    if not number >= 0:  # so that it is no NaN either
+        raise ValueError
+    return number
+
+
 FOR_ALL = (cmd_log, cmd_diff)  # without a snapshot they are about something else than the booted one
 
 GLOBAL_OPTIONS = [
@@ -5073,7 +5240,7 @@ GLOBAL_OPTIONS = [
     flag("--chroot", help="run although ash finds itself inside a chroot"),
     flag("--dry-run", help="print what would be done, change nothing"),
     flag("--json", help="answer in JSON"),
-    Argument(("--wait",), "how long to wait for a lock", {"type": float, "default": 0.0, "metavar": "SECONDS"}),
+    Argument(("--wait",), "how long to wait for a lock", {"type": seconds, "default": 0.0, "metavar": "SECONDS"}),
     Argument(("-y", "--yes"), "answer yes", {"action": "store_true"}),
     Argument(("-v", "--verbose"), "show the programs as they run", {"action": "store_true"}),
     Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
@@ -5159,7 +5326,10 @@ def leading_numbers(given: Sequence[str]) -> list[int]:
     for word in given:
         if not (word.isascii() and word.isdecimal()):
             break
-        numbers.append(int(word))
+        number = to_number(word)
+        if number is None:
+            raise AshError("no snapshot has a number so large", "ash tree shows what there is", MISSING)
+        numbers.append(number)
     return numbers
 
 
@@ -5259,7 +5429,7 @@ def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, An
     return {
         **data,
         **({"changes": changes} if changes else {}),
-        "user": int(user) if user.isdecimal() else 0,
+        "user": to_number(user) or 0,
         "command": command.name,
         "arguments": sys.argv[1:],
         "snapshots": sorted(touched),
@@ -5279,7 +5449,7 @@ def print_reply(command: Command, reply: Reply) -> None:
 def report(error: AshError, command: Command | None) -> int:
     """Print an error; returns ash's exit status."""
     hint = f" ({error.hint})" if error.hint else ""
-    print(printable(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
+    print(one_line(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
     status = error.status
     if console.json:
         problem = {"message": error.message, "hint": error.hint, "status": status}

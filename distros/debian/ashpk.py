@@ -115,14 +115,14 @@ room=$(df --output=avail -k / | tail -n 1)
         """Read dpkg's status file."""
         return {
             package["Package"]: package["Version"]
-            for package in paragraphs(root / IN_ROOT_DB / "dpkg/status")
+            for package in known_packages(root)
             if package["Status"].endswith(" installed")
         }
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether all are there, and none only because another needs it."""
         automatic = {
-            package["Package"]
+            package.get("Package", "")
             for package in paragraphs(root / IN_ROOT_DB / "apt/extended_states")
             if package.get("Auto-Installed") == "1"
         }
@@ -162,7 +162,7 @@ room=$(df --output=avail -k / | tail -n 1)
     def problems(self, root: Path) -> list[str]:
         """Packages that are half there, and files that dpkg believes to be there and that are not."""
         found = []
-        for package in paragraphs(root / IN_ROOT_DB / "dpkg/status"):
+        for package in known_packages(root):
             state = package["Status"].rpartition(" ")[2]
             if state not in ("installed", "config-files", "not-installed"):
                 found.append(f"package {package['Package']} is {state}")
@@ -222,10 +222,10 @@ def version_key(version: str) -> tuple[object, ...]:
         return -1 if letter == "~" else ord(letter) if letter.isalpha() else ord(letter) + 256
 
     def key(part: str) -> list[object]:
-        runs = re.findall(r"(\D*)(\d*)", part)
-        return [([*map(order, letters), 0], int(digits or 0)) for letters, digits in runs]
+        runs = re.findall(r"([^0-9]*)([0-9]*)", part)
+        return [([*map(order, letters), 0], (len(digits.lstrip("0")), digits.lstrip("0"))) for letters, digits in runs]
 
-    return int(epoch), key(upstream), key(revision)
+    return int(epoch) if re.fullmatch("[0-9]{1,9}", epoch) else 0, key(upstream), key(revision)
 
 
 def paragraphs(path: Path) -> Iterator[dict[str, str]]:
@@ -235,6 +235,13 @@ def paragraphs(path: Path) -> Iterator[dict[str, str]]:
         fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
         if fields:
             yield fields
+
+
+def known_packages(root: Path) -> Iterator[dict[str, str]]:
+    """What dpkg's status file says of each package, where it says what and how it is."""
+    for package in paragraphs(root / IN_ROOT_DB / "dpkg/status"):
+        if "Package" in package:
+            yield {"Status": "unknown damaged", "Version": "", **package}
 
 
 def diversions(root: Path) -> dict[str, tuple[str, str]]:

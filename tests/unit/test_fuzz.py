@@ -1,0 +1,489 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Damaged and hostile small files and command lines: read as they should be, or one clear line; never a traceback."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ash
+from ash import (
+    AshError,
+    BootConfig,
+    Configuration,
+    Deployment,
+    EtcMerge,
+    Intent,
+    Layout,
+    Menu,
+    Numbers,
+    System,
+    Tree,
+    Workplace,
+    merge_accounts,
+)
+from distros.debian.ashpk import Debian, version_key
+
+pytestmark = pytest.mark.budget(30)
+
+Found = TypeVar("Found")
+
+FUZZ = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=100
+)
+
+# Values that programs stumble over where they expect another.
+ODD: list[Any] = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    10**40,
+    float("inf"),
+    float("nan"),
+    "",
+    "0",
+    "-1",
+    "1_0",
+    "\u0663",
+    "9" * 5000,
+]
+ODD += ["../../x", "/etc/passwd", "a\nb", "\x00", "\x1b[2J", "\u202e", "\u2028", [], {}, [[]], [None], {"": 0}]
+DOCUMENTS: st.SearchStrategy[Any] = st.recursive(
+    st.sampled_from(ODD) | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+PIECES = ["", "[" * 5000, "{", "}", '"', "'", ":", ",", "9" * 5000, "\x00", "NaN"]
+
+
+def places(document: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths to all values in a document."""
+    yield here
+    items: Any = ()
+    if isinstance(document, dict | list):
+        items = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in items:
+        yield from places(value, (*here, key))
+
+
+def changed(document: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A copy of a document with another value at a path."""
+    if not place:
+        return value
+    copy = document.copy()
+    copy[place[0]] = changed(document[place[0]], place[1:], value)
+    return copy
+
+
+@st.composite
+def mutated(draw: st.DrawFn, document: Any) -> str:
+    """A document as JSON with some of its values changed, and some of its text."""
+    for _ in range(draw(st.integers(0, 2))):
+        document = changed(document, draw(st.sampled_from(list(places(document)))), draw(DOCUMENTS))
+    text = json.dumps(document)
+    if draw(st.booleans()):
+        start = draw(st.integers(0, len(text)))
+        end = start + draw(st.integers(0, 4))
+        text = text[:start] + draw(st.sampled_from(PIECES)) + text[end:]
+    return text
+
+
+def texts_like(document: Any) -> st.SearchStrategy[str]:
+    """Mutations of a document, and any text."""
+    return st.one_of(mutated(document), mutated(document), st.text(max_size=50), DOCUMENTS.map(repr))
+
+
+def either(function: Callable[[], Found]) -> Found | None:
+    """What a function returns; None where it raises one clear error, and nothing else is to be raised."""
+    try:
+        return function()
+    except AshError:
+        return None
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return path
+
+
+# The tree
+
+
+@given(texts_like({"name": "root", "children": [{"name": 0}, {"name": 3, "children": [{"name": "4"}]}]}))
+@FUZZ
+def test_a_tree_file(text: str) -> None:
+    tree = either(lambda: Tree.parse(text))
+    if tree is None:
+        return
+    numbers = tree.numbers()
+    assert all(type(number) is int and number >= 0 for number in numbers)
+    assert len(set(numbers)) == len(numbers)
+    again = Tree.parse(tree.dump())
+    assert [(n, again.parent(n)) for n in again.numbers()] == [(n, tree.parent(n)) for n in numbers]
+    tree.draw(str)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "root", "children": [{"name": 1.5}]}',
+        '{"name": "root", "children": [{"name": true}]}',
+        '{"name": "root", "children": [{"name": "1_0"}]}',
+        '{"name": "root", "children": [{"name": 0, "parent": 3}]}',
+        '{"name": "root", "children": [{"name": 0, "height": 3}]}',
+        '{"name": "root", "children": [{"name": Infinity}]}',
+        '{"name": "root", "children": [{"name": ' + "9" * 400 + "}]}",
+        '{"name": "root", "children": "0123"}',
+        '{"name": "root", "children": {"name": 0}}',
+        "[" * 50000,
+        "(" * 50000,
+        "0is None",
+        "__import__('os').system('touch /tmp/x')",
+    ],
+)
+def test_what_only_looks_like_a_tree_is_none(text: str) -> None:
+    with pytest.raises(AshError, match="the tree file cannot be read"):
+        Tree.parse(text)
+
+
+# Small files of the state
+
+
+@given(
+    st.text()
+    | st.lists(
+        st.sampled_from(["mutable_dirs::", "aur::", "a/b", "..", ".", "/", ",", "\n", " ", "\u2028", "\x0c", "#"])
+    ).map("".join)
+)
+def test_a_configuration(text: str) -> None:
+    conf = either(lambda: Configuration.parse(text))
+    for path in conf.paths("mutable_dirs") if conf else ():
+        assert not {"", ".", ".."} & set(path.split("/"))
+        assert path.isprintable()
+
+
+NUMBERS = {"passwd": {"root": 0, "ada": 1000}, "group": {"root": 0}, "subuid": {"ada": 100000}, "subgid": {}}
+
+
+@given(text=texts_like(NUMBERS))
+@FUZZ
+def test_a_file_of_users_numbers(text: str, tmp_path: Path) -> None:
+    numbers = either(lambda: Numbers.load(written(tmp_path / "ids", text)))
+    if numbers is not None:
+        assert all(0 <= number < 2**32 for given in numbers.given.values() for number in given.values())
+        numbers.learn(tmp_path)
+        json.loads(numbers.dump())
+
+
+INTENT = vars(Intent("commit", 5, 6, ["lib/x"], ["etc"], ["lib/x"], ["ada"]))
+
+
+@given(text=texts_like(INTENT))
+@FUZZ
+def test_an_intent_file(text: str, tmp_path: Path) -> None:
+    written(tmp_path / "intent", text)
+    intent = either(lambda: Intent.load(tmp_path))
+    if intent is not None:
+        assert set(intent.copies) <= {"etc", "boot"}
+        assert not any(part in ("", ".", "..") for entry in intent.entries for part in entry.split("/"))
+        assert type(intent.old) is type(intent.new) is int
+
+
+DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib/x": "place", "log/y": "append"}}
+
+
+@given(text=texts_like(DECISIONS))
+@FUZZ
+def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
+    """Where it cannot be read it is decided anew: what was merged already is as the transaction has it."""
+    layout = Layout.at(tmp_path, "debian")
+    place = Workplace(layout, Debian(), 5)
+    for folder in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
+        folder.mkdir(parents=True, exist_ok=True)
+    place.merged.unlink(missing_ok=True)
+    written(place.decisions, text)
+    merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian(), layout.conflicts(5), ())
+    either(lambda: place._merge(merge, ["lib/x"]))
+    assert {path.name for path in tmp_path.iterdir()} <= {"@.snapshots_debian", "@var_debian"}
+    assert {path.name for path in layout.var.iterdir()} == {"lib"}
+
+
+CONFIG = BootConfig("vmlinuz-1", ["initrd.img-1"], "quiet", "", ["set timeout=5"], "menuentry 'x' {\n}")
+DEPLOYED = Deployment("deploy", "c0ffee", 3, 261, "Debian", "digest", CONFIG, carried=["motd"])
+MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": replace(DEPLOYED, slot="deploy-aux")}).dump())
+
+
+@given(text=texts_like(MENU))
+@FUZZ
+def test_a_menu_file(text: str, tmp_path: Path) -> None:
+    menu = either(lambda: Menu.load(written(tmp_path / "menu", text)))
+    if menu is None:
+        return
+    assert set(menu.deployments) <= {*ash.SLOTS, *ash.SECONDARY_SLOTS}
+    assert json.loads(menu.dump())
+    if menu.default:
+        grub_cfg = menu.render(Layout.at(tmp_path, "debian"), "0-0", str)
+        names = {deployment.id for deployment in menu.deployments.values()}
+        assert all(name.isalnum() for name in names)
+        assert f'set default_id="{menu.deployments[menu.default].id}"' in grub_cfg
+
+
+ENTRY = {
+    "time": "2026-01-01T00:00:00+0000", "user": 0, "command": "install", "arguments": ["install", "5", "x"],
+    "snapshots": [5], "result": "done", "packages": {"added": {"x": "1"}, "removed": {}, "upgraded": {}},
+    "changes": [{"packages": {"added": {"x": "1"}}}],
+}  # fmt: skip
+
+
+@given(lines=st.lists(texts_like(ENTRY), max_size=3), wanted=st.sampled_from([[], [5]]))
+@FUZZ
+def test_a_history(lines: list[str], wanted: list[int], tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    written(system.layout.history, "\n".join([*lines, json.dumps(ENTRY)]) + "\n")
+    args = ash.parse(["log", *map(str, wanted)])[1]
+    reply = ash.cmd_log(system, args)
+    assert ENTRY in reply.data["history"], "a line that is whole is shown"
+    assert len(reply.text.split("\n")) == len(reply.data["history"]) + 1, "a line each"
+
+
+def system_in(folder: Path) -> System:
+    """A system of which only ash's own folder is there."""
+    layout = Layout.at(folder, "debian")
+    for place in (layout.ash / "snapshots", layout.snapshots / "rootfs"):
+        place.mkdir(parents=True, exist_ok=True)
+    layout.tree.write_text(Tree.of_base().dump())
+    return System(layout, Debian())
+
+
+SMALL = (
+    st.binary(max_size=20)
+    | st.text(max_size=20).map(lambda text: text.encode(errors="replace"))
+    | st.sampled_from(
+        [b"9" * 5000, b"9" * 400, b"-1\n", b"1.5", b"\xd9\xa3", b"debian ..", b"d/e x", b"0\x1b[2J", b"7\n"]
+    )
+)
+
+
+@given(content=SMALL)
+@FUZZ
+def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    system.layout.last.write_bytes(content)
+    number = either(system.new_number)
+    if number is None:
+        assert system.layout.last.read_bytes() == content, "what is damaged stays as it is"
+    else:
+        assert system.layout.last.read_text() == f"{number}\n"
+
+
+@given(content=SMALL)
+@FUZZ
+def test_the_partitions_uuid(content: bytes, tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    system.layout.part.write_bytes(content)
+    uuid = either(lambda: system.uuid)
+    assert uuid is None or set(uuid) <= set("0123456789abcdefABCDEF-")
+
+
+@given(content=SMALL)
+@FUZZ
+def test_the_distributions_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "distro"
+    path.write_bytes(content)
+    words = either(lambda: ash.read_distro(path))
+    if words is not None:
+        assert not any("/" in word or not word.isprintable() for word in words)
+        either(lambda: ash.load_distro(words[1]))
+
+
+@given(content=SMALL)
+@FUZZ
+def test_the_number_of_a_deployment(content: bytes, tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    snap = system.layout.rootfs("deploy") / ash.IN_ROOT_SNAP
+    snap.parent.mkdir(parents=True, exist_ok=True)
+    snap.write_bytes(content)
+    either(lambda: system.snapshot_of("deploy"))
+
+
+# Files of a snapshot
+
+
+ACCOUNTS = st.lists(
+    st.sampled_from(
+        ["ada", "bob", ":", ":x:1000:1000:", "0", "9" * 5000, "-1", "\n", "\udcff", "\u2028", "\x0c", "\x85", "\u0663"]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@given(text=ACCOUNTS)
+@FUZZ
+def test_accounts(text: str, tmp_path: Path) -> None:
+    for name in ash.NUMBERED_FILES:
+        ash.write_text(tmp_path / name, text)
+        assert all(0 <= number < 2**32 for number in ash.read_numbers(tmp_path / name).values())
+    numbers = Numbers()
+    either(lambda: numbers.settle(tmp_path / "none", tmp_path))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\x1c", "\x0b", "\r"])
+def test_only_a_line_feed_ends_a_line(separator: str, tmp_path: Path) -> None:
+    """A user may put some of these into the name that passwd has of him: it must not become a line of its own."""
+    line = f"eve:x:1001:1001:{separator}root::0:0:/home/eve:/bin/sh"
+    merged, conflicts = merge_accounts("passwd", "", f"{line}\n", "root:x:0:0::/root:/bin/sh\n")
+    assert (merged.split("\n")[1:], conflicts) == ([line, ""], [])
+    ash.write_text(tmp_path / "passwd", f"{line}\n")
+    assert ash.read_numbers(tmp_path / "passwd") == {"eve": 1001}
+    assert ash.fstab_of_user(f"# a{separator}/dev/sdz / ext4") == [f"# a{separator}/dev/sdz / ext4"]
+
+
+@given(
+    text=st.text(max_size=60)
+    | st.lists(st.sampled_from(["linux ", "/boot/vmlinuz", "}", "{", "\n", "'", "\x1b", "initrd "])).map("".join)
+)
+def test_what_grub_mkconfig_prints(text: str) -> None:
+    either(lambda: BootConfig.parse(text))
+
+
+FIELDS = [
+    "Package",
+    "Version",
+    "Status",
+    ": ",
+    "x",
+    "install ok installed",
+    "\n",
+    "\n\n",
+    "\x1b[2J",
+    " ",
+    "Conffiles:\n",
+    "1:x-",
+    "\udcff",
+]
+
+
+@given(text=st.lists(st.sampled_from(FIELDS), max_size=20).map("".join))
+@FUZZ
+def test_a_package_database(text: str, tmp_path: Path) -> None:
+    dpkg = tmp_path / ash.IN_ROOT_DB / "dpkg"
+    (dpkg / "info").mkdir(parents=True, exist_ok=True)
+    for name in ("status", "diversions", "info/x.list"):
+        ash.write_text(dpkg / name, text)
+    debian = Debian()
+    for question in (debian.packages, debian.problems, debian.config_files):
+        either(lambda question=question: question(tmp_path))  # type: ignore[misc]
+    debian.has_installed(tmp_path, ["x"])
+    debian.claims(tmp_path, "lib/x")
+
+
+@given(st.text(), st.text())
+def test_versions_that_are_none_are_in_some_order(one: str, other: str) -> None:
+    assert (version_key(one) < version_key(other)) in (True, False)
+
+
+# The command line
+
+
+WORDS = [name for command in ash.COMMANDS for name in (command.name, *command.aliases)]
+OPTIONS = [option for command in ash.COMMANDS for argument in command.arguments for option in argument.flags]
+OPTIONS += [option for argument in ash.GLOBAL_OPTIONS for option in argument.flags]
+OPTIONS += ["-s", "--snaps", "--", "-", "--wait=nan", "--json=1", "-h", "--image=/nowhere", "--root=", "--format"]
+VALUES = [
+    "0",
+    "5",
+    "-1",
+    "9" * 5000,
+    "\u0663",
+    "",
+    " ",
+    "nan",
+    "1e999",
+    "\udcff",
+    "\x1b[2J",
+    "\u202e",
+    "$(reboot)",
+    "a\nb",
+]
+ARGUMENTS = st.lists(st.sampled_from(WORDS) | st.sampled_from(OPTIONS) | st.sampled_from(VALUES), max_size=6)
+
+
+def ended(argv: list[str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of ash on a machine that it does not manage."""
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = ash.main(argv)
+        except SystemExit as stop:  # argparse ends so after a help text
+            status = int(stop.code or 0)
+    for stream in (out, err):
+        stream.seek(0)
+    return status, out.read(), err.read()
+
+
+@pytest.fixture
+def nothing_is_managed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line comes as far as a system, whatever this machine is."""
+
+    def refuse(*_: object) -> System:
+        raise AshError("this system is not managed by ash")
+
+    monkeypatch.setattr(System, "open", refuse)
+    monkeypatch.setattr(ash.console, "json", False)
+    monkeypatch.setattr(ash.console, "verbose", False)
+    monkeypatch.setattr(ash.console, "quiet", False)
+
+
+@given(argv=ARGUMENTS | st.lists(st.text(max_size=6), max_size=4))
+@FUZZ
+def test_a_command_line(argv: list[str], nothing_is_managed: None) -> None:
+    status, out, err = ended(argv)
+    assert 0 <= status <= 255
+    if status:
+        assert len(err.rstrip("\n").split("\n")) == 1, err
+        assert err.startswith("ash: ")
+    if status and "--json" in argv and out:
+        assert json.loads(out)["error"]["status"]
+    assert all(c.isprintable() or c in "\n\t" for c in err + out)
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "x"])
+def test_a_time_to_wait_is_one(value: str, nothing_is_managed: None) -> None:
+    status, _, err = ended(["--wait", value, "tree"])
+    assert (status, "wait" in err) == (ash.USAGE, True)
+
+
+# Names of every kind, in the merge of /etc
+
+
+NAMES = st.sampled_from([b"a", b"-rf", b"\xff\xfe", b"x\ny", "\u202e".encode(), b"\x1b[2J", b"$(reboot)", b"`'\""])
+
+
+@given(running=st.dictionaries(NAMES, NAMES, max_size=4), own=st.dictionaries(NAMES, NAMES, max_size=4))
+@FUZZ
+def test_names_of_every_kind_in_etc(
+    running: dict[bytes, bytes], own: dict[bytes, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("etc")
+    sides: dict[str, dict[bytes, bytes]] = {"base": {}, "running": running, "target": own}
+    for side, files in sides.items():
+        (folder / side).mkdir()
+        for name, content in files.items():
+            (folder / side / os.fsdecode(name)).write_bytes(content)
+    aside = folder / "var/lib/ash/conflicts/1"
+    merge = EtcMerge(folder / "base", folder / "running", folder / "target", aside, str)
+    merge.merge()
+    differing = {name for name in running if own.get(name) != running[name]}
+    assert {os.fsencode(path) for path in (*merge.carried, *merge.in_conflict)} == differing
