@@ -155,7 +155,7 @@ class System(Disk):
             assert (self.files.state / f"snapshots/{number}-desc").is_file(), f"{number} has no description"
         assert of_tree <= subvolumes, f"missing: {of_tree - subvolumes}"
         assert not of_tree & writable, f"writable: {of_tree & writable}"
-        numbered = {p for p in subvolumes if re.search(r"-\d+$", p)}
+        numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}
         undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
         assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
         last = int((self.files.state / "last").read_text())
