@@ -3903,9 +3903,12 @@ def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
     """The number below which each snapshot was made, also of those that were deleted since; none is at the top."""
     parents: dict[int, int] = {}
     for number, original, entry in lines_of_birth(history):
-        above = entry.get("parent") if original == entry["from"] else parents.get(original)
+        above = entry.get("parent")
         if original != entry["from"]:  # copied with the branch that it is in
-            above = entry["copies"].get(str(above), above)
+            above, copies = parents.get(original), entry["copies"]
+            while above is not None and str(above) not in copies:  # that one was taken out meanwhile
+                above = parents.get(above)
+            above = copies.get(str(above))
         if isinstance(above, int) and above < number:  # numbers only rise: what leads elsewhere is not ash's
             parents[number] = above
     return parents
@@ -3980,16 +3983,10 @@ class Mender:
                 return
             self.lost.keep(self.layout.tree)
             there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
-            numbers = [n for n, path in there.items() if is_whole(path) and not self._is_coming_or_going(n)]
+            works = {number: self.layout.work(number) for number in there}
+            busy = {n for n, work in works.items() if is_coming_or_going(work) and is_held(work / "lock")}
+            numbers = [n for n, path in there.items() if is_whole(path) and n not in busy]  # those write it themselves
             write_file(self.layout.tree, tree_of_history(numbers, self.system.history()).dump())
-
-    def _is_coming_or_going(self, number: int) -> bool:
-        """Whether a living ash makes or deletes a snapshot: it writes the tree by itself."""
-        with contextlib.suppress(AshError):
-            intent = Intent.load(self.layout.work(number))
-            if intent is not None and intent.state == "number":
-                return is_held(self.layout.work(number) / "lock")
-        return False
 
     def adopt(self, number: int) -> None:
         """Put a snapshot that no tree entry has into the tree, at the top."""
@@ -4155,6 +4152,14 @@ class Mender:
                 beside.rename(target)
 
 
+def is_coming_or_going(folder: Path) -> bool:
+    """Whether the snapshot of a work folder was being made or deleted by the last that worked on it."""
+    with contextlib.suppress(AshError):
+        intent = Intent.load(folder)
+        return intent is not None and intent.state == "number"
+    return False
+
+
 def is_held(lock: Path) -> bool:
     """Whether somebody holds a lock."""
     with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
@@ -4183,6 +4188,7 @@ class Check:
         self.system = system
         self.layout = system.layout
         self.mender = Mender(system)
+        self._known: dict[int, list[str]] = {}  # problems of packages, by subvolume id: what looks again need not ask
 
     def run(self) -> Iterator[Damage]:
         """All damage there is; what is interrupted comes first, since to finish it mends more."""
@@ -4220,8 +4226,14 @@ class Check:
         for folder in ("etc", "boot"):
             yield from self._copy(number, folder)
         audit = f"ash run {number} {self.system.distro.audit}" if self.system.distro.audit else ""
-        for problem in self.system.distro.problems(root):
+        for problem in self._problems(root):
             yield Damage(problem, number, audit)
+
+    def _problems(self, root: Path) -> list[str]:
+        ident = subvolume_id(root)
+        if ident not in self._known:
+            self._known[ident] = self.system.distro.problems(root)
+        return self._known[ident]
 
     def _copy(self, number: int, folder: str) -> Iterator[Damage]:
         copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
@@ -4237,7 +4249,7 @@ class Check:
     def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
         for folder, prefix in (("rootfs", "snapshot-"), ("rootfs", "undo-"), ("etc", "etc-"), ("boot", "boot-")):
             for number, path in numbered(self.layout.snapshots / folder, prefix).items():
-                if number in numbers or (self.layout.work(number) / "intent").exists():
+                if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
                 what = f"{path.name} belongs to no snapshot of the tree"
                 if is_whole(self.layout.rootfs(number)):

@@ -138,7 +138,7 @@ class System(Disk):
 
     def remains(self) -> set[str]:
         """What an unfinished change has left: working copies, half-made deployments, intents, overlays."""
-        listed = {path.rpartition("/")[2]: path for path in self.subvolumes()}
+        listed = {path.rpartition("/")[2]: path for path in self.subvolumes() if "/lost+found/" not in path}
         odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
         files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
         # A small file that was being written when its ash was killed is written over by the next.
