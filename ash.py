@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
 
@@ -406,6 +407,11 @@ class Layout:
         return self.ash / "reserve"
 
     @property
+    def lost_found(self) -> Path:
+        """What fsck has taken out, a folder for each time: on the same file system, so that nothing is copied."""
+        return self.snapshots / "lost+found"
+
+    @property
     def home_root(self) -> Path:
         return self.ash / "root"
 
@@ -613,6 +619,11 @@ class Tree:
                 return ast.literal_eval(text.strip())
 
     @classmethod
+    def empty(cls) -> Tree:
+        """A tree without snapshots."""
+        return cls.parse('{"name": "root"}')
+
+    @classmethod
     def of_base(cls) -> Tree:
         """The tree of a new system: the base alone."""
         return cls.parse('{"name": "root", "children": [{"name": 0}]}')
@@ -656,6 +667,13 @@ class Tree:
         """Take out a snapshot and its branches."""
         for number in self.branch(snapshot):
             self.nodes.pop(number).parent = None
+
+    def take_out(self, snapshot: int) -> None:
+        """Take out one snapshot alone: its branches move up to its parent."""
+        node = self._node(snapshot)
+        for child in node.children:
+            child.parent = node.parent
+        self.nodes.pop(snapshot).parent = None
 
     def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
         """The tree as lines of text, a snapshot each."""
@@ -1122,10 +1140,15 @@ def device_of(path: Path) -> Path:
 
     Not what mountinfo names: an ash that worked on the image meanwhile has mounted it by another name.
     """
+    devices = Path(f"/sys/fs/btrfs/{file_system_id(path)}/devices")
+    return Path("/dev") / min(entry.name for entry in devices.iterdir())
+
+
+def file_system_id(path: Path) -> str:
+    """The UUID of the btrfs file system that a folder lies on; OSError where it is another kind."""
     answer = ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024))
     uuid = answer[16:32].hex()
-    fsid = "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
-    return Path("/dev") / min(entry.name for entry in Path(f"/sys/fs/btrfs/{fsid}/devices").iterdir())
+    return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
 
 
 def mount_top(device: Path) -> Path:
@@ -1170,6 +1193,8 @@ class Distro:
     transient: ClassVar[Mapping[str, TransientFile]] = {}
     # Added to the environment of what runs in a transaction.
     environment: ClassVar[Mapping[str, str]] = {}
+    # The command that tells all about what problems() finds.
+    audit: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -1969,6 +1994,11 @@ class Workplace:
             delete_subvolume(self.origin)
         for leftover in (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"):
             remove_tree(leftover)
+
+    def leftovers(self) -> list[Path]:
+        """What a transaction has left, the intent file last."""
+        beside = (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent")
+        return [path for path in (self.root, self.origin, *beside) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
         """The parts of the snapshot itself that are there."""
@@ -3011,7 +3041,7 @@ class Menu:
                 raise ValueError("it names what is not there")
             return cls(data["default"] if data["default"] in deployments else "", data["last_booted"], deployments)
         except ValueError:
-            raise AshError(f"the menu file {path} is damaged", "ash deploy N --root DIR from a live system") from None
+            raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
 
     def dump(self) -> str:
         """The menu as its file has it."""
@@ -3336,6 +3366,37 @@ class Slots:
         self.write_menu()
         return slots
 
+    def rebuild(self) -> None:
+        """Add to the menu what it does not know, from the slots that are there and from what grub.cfg says of them.
+
+        Raises:
+            AshError: nothing can be booted.
+        """
+        entry = r" rootflags=subvol=\S*/snapshot-([a-z-]+)\S* .*\bash\.deployment=(\w+)"
+        of_id = {ident: slot for slot, ident in re.findall(entry, self._grub_cfg())}
+        ids = {slot: ident for ident, slot in of_id.items()}
+        named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(\w+)"', self._grub_cfg())}
+        for slot in (*SLOTS, *SECONDARY_SLOTS):
+            if slot not in self.menu.deployments and (self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file():
+                with contextlib.suppress(AshError):  # it cannot be booted
+                    self.menu.deployments[slot] = self._found(slot, ids.get(slot) or os.urandom(8).hex())
+        booted, last = self.system.booted, self.menu.last_booted
+        wanted = (named.get("default"), booted, last, named.get("fallback"), *SLOTS, *SECONDARY_SLOTS)
+        there = [slot for slot in wanted if isinstance(slot, str) and slot in self.menu.deployments]
+        if not there:
+            raise AshError("nothing is deployed", "ash deploy N")
+        self.menu.default = there[0]
+        before = (booted, last, named.get("fallback"))
+        self.menu.last_booted = next((slot for slot in before if slot in there and isinstance(slot, str)), there[0])
+        self.write_menu()
+
+    def _found(self, slot: str, ident: str) -> Deployment:
+        """What the menu should know of a slot; of which state of its snapshot it was made, nobody knows any more."""
+        root = self.layout.rootfs(slot)
+        inputs, config = boot_config(root, self.menu, self.layout.grub_cfg.parent)
+        name = os_release(root, "NAME") or self.layout.distro
+        return Deployment(slot, ident, self.system.snapshot_of(slot), 0, name, inputs, config, is_mutable(root))
+
     def is_written(self) -> bool:
         """Whether grub.cfg is what the menu file says, but for descriptions that were changed since."""
         return without_titles(self._grub_cfg()) == without_titles(self._rendered())
@@ -3544,7 +3605,7 @@ class System:
         with self.lock("state"):
             last = to_number(read_text(self.layout.last)) if self.layout.last.exists() else 0
             if last is None:
-                raise AshError(f"{self.layout.last} is damaged: it should have the highest number ever given")
+                raise AshError(f"{self.layout.last} is damaged: it has no number", "ash fsck --repair mends it")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
             number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
             write_file(self.layout.last, f"{number}\n")
@@ -3907,7 +3968,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Comparing snapshots, and finding damage
+# Comparing snapshots
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -3972,15 +4033,372 @@ def patch(old: Path, new: Path, path: str) -> str:
     return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Damage, and how each kind of it is mended
+# ---------------------------------------------------------------------------------------------------------------
+
+FOUND = "found by fsck"  # the description of a snapshot of which nothing else is known
+
+
 @dataclass(frozen=True)
 class Damage:
-    """Something that fsck found."""
+    """Something that fsck found.
+
+    Args:
+        what: what is wrong.
+        snapshot: the one that it is about.
+        remedy: what mends it: what `mend` does, or where that is None what the user can do.
+        mend: mends it; called where `fsck --repair` was asked for.
+    """
 
     what: str
     snapshot: int | None = None
+    remedy: str = field(default="", compare=False)
+    mend: Callable[[], None] | None = field(default=None, compare=False)
 
     def text(self) -> str:
         return f"snapshot {self.snapshot}: {self.what}" if self.snapshot is not None else self.what
+
+    def advice(self) -> str:
+        """What is wrong, and what mends it."""
+        return f"{self.text()} ({self.remedy})" if self.remedy else self.text()
+
+
+class LostFound:
+    """The folder for what one repair takes out: it may be the last copy, so nothing is deleted."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.folder = layout.lost_found / time.strftime("%Y-%m-%dT%H%M%S")
+
+    @property
+    def seen(self) -> str:
+        """The folder as the running system sees it; empty where nothing was taken out."""
+        return f"/.snapshots/{self.folder.relative_to(self.layout.snapshots)}" if self.folder.exists() else ""
+
+    def take(self, path: Path) -> None:
+        """Move a subvolume, file or folder here, under its path from the snapshots' folder.
+
+        Raises:
+            AshError: it is mounted (REFUSED).
+        """
+        is_sub = is_subvolume(path)
+        if is_sub and subvolume_id(path) in subvolumes_in_use():
+            raise AshError(f"{path.name} is in use: it is not moved", "", REFUSED)
+        target = self._place_for(path)
+        readonly = is_sub and Subvolume.at(path).readonly
+        if readonly:
+            set_readonly(path, False)  # the kernel moves no read-only one to another folder
+        try:
+            path.rename(target)
+        finally:
+            if readonly:
+                set_readonly(target if target.exists() else path)
+
+    def keep(self, path: Path) -> None:
+        """Keep a small file that is to be replaced; it stays where it is until then."""
+        if path.is_file() and not path.is_symlink():
+            os.link(path, self._place_for(path))
+        elif os.path.lexists(path):
+            self.take(path)
+
+    def _place_for(self, path: Path) -> Path:
+        wanted = self.folder / path.relative_to(self.layout.snapshots)
+        self.layout.lost_found.mkdir(mode=0o700, exist_ok=True)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([wanted.name], (f"{wanted.name}.{again}" for again in itertools.count(1)))
+        return next(wanted.with_name(name) for name in names if not os.path.lexists(wanted.with_name(name)))
+
+
+def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
+    for entry in history:
+        if entry.get("result") == "done" and isinstance(entry.get("from"), int):
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # not what ash writes
+                copies = entry.get("copies", {str(entry["from"]): entry["snapshot"]})
+                yield from [(int(new), int(old), entry) for old, new in copies.items()]
+
+
+def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """The number below which each snapshot was made, also of those that were deleted since; none is at the top."""
+    parents: dict[int, int] = {}
+    for number, original, entry in lines_of_birth(history):
+        above = entry.get("parent")
+        if original != entry["from"]:  # copied with the branch that it is in
+            above, copies = parents.get(original), entry["copies"]
+            while above is not None and str(above) not in copies:  # that one was taken out meanwhile
+                above = parents.get(above)
+            above = copies.get(str(above))
+        if isinstance(above, int) and above < number:  # numbers only rise: what leads elsewhere is not ash's
+            parents[number] = above
+    return parents
+
+
+def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
+    """The tree of some snapshots: each below the nearest one that it was made below and that is there."""
+    tree, parents = Tree.empty(), parents_in_history(history)
+    for number in sorted(numbers):
+        above = parents.get(number)
+        while above is not None and above not in tree:
+            above = parents.get(above)
+        tree.add(number, above)
+    return tree
+
+
+def description_in_history(system: System, number: int) -> str:
+    """The description that a snapshot had, or was given by itself when it was made; empty where nothing is known."""
+    history = [entry for entry in system.history() if entry.get("result") == "done"]
+    said = [entry for entry in history if entry.get("command") == "desc" and entry.get("snapshot") == number]
+    if said:
+        return str(said[-1].get("description", ""))
+    for made, original, entry in lines_of_birth(history):
+        if made == number:
+            return first_description(entry) if original == entry["from"] else system.describe(original)
+    return ""
+
+
+def first_description(entry: Mapping[str, Any]) -> str:
+    """The description that the command of a line of the history gave."""
+    command = entry.get("command", "")
+    kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
+    with contextlib.suppress(AshError):  # another ash's command line
+        given = parse(list(map(str, entry.get("arguments", []))))[1]
+        return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
+    return f"{kind} {entry['from']}"
+
+
+def is_whole(root: Path) -> bool:
+    """Whether a root has all that makes it a snapshot."""
+    return is_subvolume(root) and all((root / folder).is_dir() for folder in ("etc", "usr", IN_ROOT_DB))
+
+
+def numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """The paths in a folder that are named by a prefix and a number."""
+    found = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*")}
+    return {int(name): found[name] for name in sorted(found) if name.isascii() and name.isdecimal()}
+
+
+class Mender:
+    """Mends each kind of damage; what it takes out goes to lost+found.
+
+    Each method takes the locks that commands take and looks again, since an ash may have been at work meanwhile. Cut
+    anywhere, it can be called again.
+
+    Raises (all methods):
+        AshError: it cannot be mended, or an ash is at work there (LOCKED).
+    """
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.layout = system.layout
+        self.lost = LostFound(system.layout)
+
+    # The tree and the numbers
+
+    def rebuild_tree(self) -> None:
+        """Make the tree anew from the history and the snapshots that are there."""
+        with self.system.lock("state"):
+            with contextlib.suppress(AshError):
+                self.system.tree()
+                return
+            self.lost.keep(self.layout.tree)
+            there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
+            works = {number: self.layout.work(number) for number in there}
+            busy = {n for n, work in works.items() if is_coming_or_going(work) and is_held(work / "lock")}
+            numbers = [n for n, path in there.items() if is_whole(path) and n not in busy]  # those write it themselves
+            write_file(self.layout.tree, tree_of_history(numbers, self.system.history()).dump())
+
+    def adopt(self, number: int) -> None:
+        """Put a snapshot that no tree entry has into the tree, at the top."""
+        with self.system.lock(number):
+            if number in self.system.tree() or not is_whole(self.layout.rootfs(number)):
+                return
+            self._describe(number)
+            with self.system.editing_tree() as tree:
+                tree.add(number)
+
+    def describe(self, number: int) -> None:
+        """Give a snapshot a description again."""
+        with self.system.lock(number):
+            self._describe(number)
+
+    def _describe(self, number: int) -> None:
+        path = self.layout.description(number)
+        if not path.is_file():
+            self.lost.keep(path)
+            path.parent.mkdir(exist_ok=True)
+            write_file(path, f"{description_in_history(self.system, number) or FOUND}\n")
+
+    def raise_last(self) -> None:
+        """Have the highest number ever given be one that none exceeds."""
+        with self.system.lock("state"):
+            self.lost.keep(self.layout.last)
+            known = read_text(self.layout.last).strip()
+            there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
+            given = [entry[0] for entry in lines_of_birth(self.system.history())]
+            highest = max([*there, *given, *self.system.tree().numbers()], default=0)
+            write_file(self.layout.last, f"{max(highest, int(known) if known.isdecimal() else 0)}\n")
+
+    def renew_ids(self) -> None:
+        """Make the file of users' numbers anew from all there are."""
+        with self.system.lock("state"):
+            self.lost.keep(self.layout.ids)
+            numbers = Numbers()
+            for number in sorted(self.system.tree().numbers()):
+                numbers.learn(self.layout.rootfs(number) / "etc")
+            for slot in (*SLOTS, *SECONDARY_SLOTS):
+                numbers.learn(self.layout.rootfs(slot) / "etc")
+            write_file(self.layout.ids, numbers.dump())
+
+    # A snapshot's parts
+
+    def replace_root(self, number: int) -> None:
+        """Put a snapshot's predecessor in its place, where it is gone itself; without one it leaves the tree."""
+        layout = self.layout
+        with self.system.lock(number):
+            if is_subvolume(layout.rootfs(number)):
+                return
+            if not is_subvolume(layout.undo(number)):
+                self._give_up(number)
+                return
+            for part in (layout.rootfs(number), layout.etc(number), layout.boot(number)):
+                if os.path.lexists(part):  # the copies are of the state that is lost
+                    self.lost.take(part)
+            layout.undo(number).rename(layout.rootfs(number))
+            for folder in ("etc", "boot"):
+                renew_copy(layout, number, folder)
+
+    def _give_up(self, number: int) -> None:
+        with self.system.editing_tree() as tree:
+            if number in tree:
+                tree.take_out(number)
+        place = self.system.workplace(number)
+        for part in (*place.remains(), *place.leftovers()):
+            self.lost.take(part)
+        forget_work(place.folder)
+
+    def protect(self, number: int, path: Path) -> None:
+        """Make a part of a snapshot read-only; what was written to it meanwhile stays."""
+        with self.system.lock(number):
+            set_readonly(path)
+
+    def renew_copy(self, number: int, folder: str) -> None:
+        """Make a copy of a snapshot's folder anew; what it was may be all that is left of an edit."""
+        copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
+        with self.system.lock(number):
+            if is_subvolume(copy) and not first_difference(copy, original):
+                return
+            if os.path.lexists(copy):
+                self.lost.take(copy)
+            renew_copy(self.layout, number, folder)
+
+    def set_aside(self, number: int, path: Path) -> None:
+        """Take out what belongs to no snapshot."""
+        with self.system.lock(number):
+            if number not in self.system.tree() and os.path.lexists(path):
+                self.lost.take(path)
+                forget_work(self.layout.work(number))
+
+    def move_out(self, path: Path) -> None:
+        """Take out a subvolume that is nested in another."""
+        rootfs = self.layout.snapshots / "rootfs"
+        holder = rootfs / path.relative_to(rootfs).parts[0]
+        of_snapshot = re.fullmatch(r"(?:snapshot-(?:chr)?|undo-)(\d+)", holder.name)
+        with self.system.lock(int(of_snapshot[1]) if of_snapshot else "deploy"):
+            if not is_subvolume(path):
+                return  # it went with the one that it was nested in
+            readonly = Subvolume.at(holder).readonly
+            set_readonly(holder, False)
+            try:
+                self.lost.take(path)
+            finally:
+                set_readonly(holder, readonly)
+
+    def finish(self, number: int) -> None:
+        """Finish or undo what was interrupted; where nobody knows what that was, set it aside."""
+        place, tree = self.system.workplace(number), self.system.tree()
+        with self.system.lock(number):
+            intent = None
+            with contextlib.suppress(AshError):
+                intent = Intent.load(place.folder)
+            if intent is not None and intent.state == "number" and number not in tree:
+                for part in (*place.remains(), *place.leftovers()):
+                    self.lost.take(part)
+                forget_work(place.folder)
+            elif intent is None or not is_subvolume(self.layout.rootfs(number)):
+                for leftover in place.leftovers():
+                    self.lost.take(leftover)
+            else:
+                place.recover(tree)
+
+    @staticmethod
+    def unmount(target: str) -> None:
+        """Unmount something for the whole system: ash itself has a mount namespace of its own."""
+        run(["nsenter", "--mount", "--target", "1", "umount", target])
+        run(["umount", target], check=False)  # here it is gone already where mounts are shared, as they usually are
+
+    # The boot menu
+
+    def finish_deploy(self) -> None:
+        """Tidy up after a deploy that was interrupted."""
+        with self.system.lock("deploy"):
+            Slots(self.system).recover()
+
+    def rebuild_menu(self) -> None:
+        """Make the menu anew from the slots that are there and from grub.cfg."""
+        with self.system.lock("deploy"):
+            try:
+                slots = Slots(self.system)
+            except AshError:
+                self.lost.take(self.layout.menu)
+                slots = Slots(self.system)
+            if slots.menu.default not in slots.menu.deployments:
+                slots.rebuild()
+
+    def write_menu(self) -> None:
+        """Write grub.cfg again."""
+        with self.system.lock("deploy"):
+            slots = Slots(self.system)
+            if not slots.is_written():
+                slots.write_menu()
+
+    def bring_boot_file(self, slot: str, name: str, source: Path) -> None:
+        """Copy a boot file that a deployment lacks."""
+        target = self.layout.rootfs(slot) / "boot" / name
+        beside = target.with_name(f".{name}.new")
+        with self.system.lock("deploy"):
+            if not target.is_file():
+                run(["cp", "-a", "--reflink=auto", source, beside])
+                beside.rename(target)
+
+
+def is_coming_or_going(folder: Path) -> bool:
+    """Whether the snapshot of a work folder was being made or deleted by the last that worked on it."""
+    with contextlib.suppress(AshError):
+        intent = Intent.load(folder)
+        return intent is not None and intent.state == "number"
+    return False
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock."""
+    with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def forget_work(folder: Path) -> None:
+    """Delete the work folder of a snapshot that is none any more, where nothing but its lock is in it."""
+    if os.listdir(folder) == ["lock"]:
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finding damage
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Check:
@@ -3989,107 +4407,229 @@ class Check:
     def __init__(self, system: System) -> None:
         self.system = system
         self.layout = system.layout
+        self.mender = Mender(system)
+        self._known: dict[int, list[str]] = {}  # problems of packages, by subvolume id: what looks again need not ask
 
     def run(self) -> Iterator[Damage]:
-        """All damage there is."""
+        """All damage there is; what is interrupted comes first, since to finish it mends more."""
         try:
-            tree = self.system.tree()
+            numbers = self.system.tree().numbers()
         except AshError as error:
-            yield Damage(error.message)
+            remedy = "make it anew from the history and the snapshots that are there"
+            yield Damage(error.message, None, remedy, self.mender.rebuild_tree)
             return
-        numbers = tree.numbers()
+        yield from self._leftovers()
         for number in numbers:
             yield from self._snapshot(number)
         yield from self._strays(numbers)
-        yield from self._leftovers()
+        yield from self._last(numbers)
         yield from self._numbers_of_users(numbers)
         yield from self._nested()
+        yield from self._mounts(numbers)
         yield from self._menu()
 
     def _snapshot(self, number: int) -> Iterator[Damage]:
-        root = self.layout.rootfs(number)
+        layout, mender = self.layout, self.mender
+        root = layout.rootfs(number)
         if not is_subvolume(root):
-            yield Damage(f"{root.name} is missing", number)
+            has_undo = is_subvolume(layout.undo(number))
+            gone = "take it out of the tree, what is below it moves up"
+            remedy = f"put {layout.undo(number).name} in its place" if has_undo else gone
+            yield Damage(f"{root.name} is missing", number, remedy, partial(mender.replace_root, number))
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
-            yield Damage(f"{root.name} is writable", number)
-        if not self.layout.description(number).is_file():
-            yield Damage("it has no description", number)
+            remedy = "make it read-only, as it is"
+            yield Damage(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
+        if not layout.description(number).is_file():
+            remedy = "take it from the history"
+            yield Damage("it has no description", number, remedy, partial(mender.describe, number))
         for folder in ("etc", "boot"):
-            copy = self.layout.copy(folder, number)
-            if not copy.is_dir():
-                yield Damage(f"{copy.name} is missing", number)
-            elif different := first_difference(copy, root / folder):
-                yield Damage(f"{copy.name} differs from its /{folder}: {different}", number)
-        for problem in self.system.distro.problems(root):
-            yield Damage(problem, number)
+            yield from self._copy(number, folder)
+        audit = f"ash run {number} {self.system.distro.audit}" if self.system.distro.audit else ""
+        for problem in self._problems(root):
+            yield Damage(problem, number, audit)
+
+    def _problems(self, root: Path) -> list[str]:
+        ident = subvolume_id(root)
+        if ident not in self._known:
+            self._known[ident] = self.system.distro.problems(root)
+        return self._known[ident]
+
+    def _copy(self, number: int, folder: str) -> Iterator[Damage]:
+        copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
+        renew, remedy = partial(self.mender.renew_copy, number, folder), "make it anew"
+        if not is_subvolume(copy):
+            yield Damage(f"{copy.name} is missing", number, remedy, renew)
+        elif different := first_difference(copy, original):
+            yield Damage(f"{copy.name} differs from its /{folder}: {different}", number, remedy, renew)
+        elif not Subvolume.at(copy).readonly:
+            protect = partial(self.mender.protect, number, copy)
+            yield Damage(f"{copy.name} is writable", number, "make it read-only", protect)
 
     def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
         for folder, prefix in (("rootfs", "snapshot-"), ("rootfs", "undo-"), ("etc", "etc-"), ("boot", "boot-")):
-            for path in sorted((self.layout.snapshots / folder).glob(f"{prefix}*")):
-                name = path.name.removeprefix(prefix)
-                if name.isdecimal() and int(name) not in numbers:
-                    yield Damage(f"{path.name} belongs to no snapshot of the tree")
-        last = self.layout.last.read_text().strip() if self.layout.last.exists() else ""
-        if not last.isdecimal() or int(last) < max(numbers, default=0):
-            yield Damage(f"the highest number ever given is {last or 'not known'}, the tree has {max(numbers)}")
+            for number, path in numbered(self.layout.snapshots / folder, prefix).items():
+                if number in numbers or is_coming_or_going(self.layout.work(number)):
+                    continue
+                what = f"{path.name} belongs to no snapshot of the tree"
+                if is_whole(self.layout.rootfs(number)):
+                    adopt = partial(self.mender.adopt, number)
+                    yield Damage(what, None, f"put snapshot {number} into the tree, at the top", adopt)
+                else:
+                    yield Damage(what, None, "take it out", partial(self.mender.set_aside, number, path))
+
+    def _last(self, numbers: Sequence[int]) -> Iterator[Damage]:
+        last, highest = read_text(self.layout.last).strip(), max(numbers, default=0)
+        if not last.isdecimal() or int(last) < highest:
+            what = f"the highest number ever given is {last or 'not known'}, the tree has {highest}"
+            yield Damage(what, None, "raise it", self.mender.raise_last)
 
     def _leftovers(self) -> Iterator[Damage]:
-        for folder in sorted(self.layout.work("").glob("[0-9]*")):
-            number = int(folder.name)
+        deploy = self.layout.work("deploy")
+        if (deploy / "intent").exists() and not is_held(deploy / "lock"):
+            yield Damage("an interrupted deploy waits to be tidied up", None, "do it", self.mender.finish_deploy)
+        for number, folder in numbered(self.layout.work(""), "").items():
+            finish = partial(self.mender.finish, number)
             with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
                 try:
                     intent = Intent.load(folder)
                 except AshError as error:
-                    yield Damage(error.message, number)
+                    yield Damage(error.message, number, "set aside what it was about", finish)
                     continue
                 if intent is not None and intent.state != "kept":
-                    yield Damage("an interrupted change waits to be finished or undone: ash recover", number)
+                    what = "an interrupted change waits to be finished or undone"
+                    yield Damage(what, number, "finish or undo it", finish)
                 elif intent is None and self.layout.working_copy(number).exists():
-                    yield Damage(f"{self.layout.working_copy(number).name} is left of a transaction", number)
+                    what = f"{self.layout.working_copy(number).name} is left of a transaction"
+                    yield Damage(what, number, "set it aside", finish)
 
     def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        given = Numbers.load(self.layout.ids).given
-        for number in numbers:
-            for name in NUMBERED_FILES:
-                accounts = read_numbers(self.layout.rootfs(number) / "etc" / name)
-                owners: dict[int, str] = {}
-                for account, ident in accounts.items():
-                    if ident in owners:
-                        yield Damage(f"{account} and {owners[ident]} share the number {ident} in {name}", number)
-                    owners[ident] = account
-                    if given[name].get(account, ident) != ident:
-                        yield Damage(f"{account} is {ident} in {name}, and {given[name][account]} elsewhere", number)
+        remedy = "make it anew from the snapshots"
+        if not self.layout.ids.exists():
+            yield Damage("the file of users' numbers is missing", None, remedy, self.mender.renew_ids)
+        try:
+            given = Numbers.load(self.layout.ids).given
+        except AshError as error:
+            yield Damage(error.message, None, remedy, self.mender.renew_ids)
+            return
+        for number, name in itertools.product(numbers, NUMBERED_FILES):
+            for what in self._clashes(name, read_numbers(self.layout.rootfs(number) / "etc" / name), given[name]):
+                hint = f"whose the files of that number are, only you can tell: then ash chroot {number}, usermod -u"
+                yield Damage(what, number, hint)
+
+    @staticmethod
+    def _clashes(name: str, accounts: Mapping[str, int], given: Mapping[str, int]) -> Iterator[str]:
+        owners: dict[int, str] = {}
+        for account, ident in accounts.items():
+            if ident in owners:
+                yield f"{account} and {owners[ident]} share the number {ident} in {name}"
+            owners[ident] = account
+            if given.get(account, ident) != ident:
+                yield f"{account} is {ident} in {name}, and {given[account]} elsewhere"
 
     def _nested(self) -> Iterator[Damage]:
         listing = run(["btrfs", "subvolume", "list", self.layout.volume("@.snapshots").parent]).stdout
         prefix = f"{self.layout.volume_name('@.snapshots')}/rootfs/"
-        for path in re.findall(r" path (.*)$", listing, re.MULTILINE):
+        for path in sorted(re.findall(r" path (.*)$", listing, re.MULTILINE)):
             inside = path.removeprefix(prefix)
             if path.startswith(prefix) and "/" in inside:
-                yield Damage(f"{inside} is a subvolume nested in another")
+                what = f"{inside} is a subvolume nested in another"
+                move = partial(self.mender.move_out, self.layout.snapshots / "rootfs" / inside)
+                yield Damage(what, None, "take it out", move)
+
+    def _mounts(self, numbers: Sequence[int]) -> Iterator[Damage]:
+        layout, there = self.layout, mounts()
+        parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
+        of_subvolume = {subvolume_id(part): number for number, part in parts if is_subvolume(part)}
+        root = next((m.subvolume for m in reversed(there) if m.target == "/"), None)  # it may be booted as it is
+        for one in there:
+            inside = self._subvolume_below(one, there)
+            if inside in of_subvolume and inside != root:
+                own = self.system.running and one.target.startswith("/.snapshots/")
+                mend = partial(self.mender.unmount, one.target) if own else None
+                what = f"{one.target} is a foreign mount inside it"
+                yield Damage(what, of_subvolume[inside], f"umount {one.target}", mend)
+
+    def _subvolume_below(self, one: Mount, there: Sequence[Mount]) -> int | None:
+        """The id of the subvolume that a mount lies on, where that is of this file system."""
+        above = [m for m in reversed(there) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
+        if above and max(above, key=lambda m: len(m.target)).kind == "btrfs":
+            with contextlib.suppress(OSError):
+                folder = Path(one.target).parent
+                if file_system_id(folder) == file_system_id(self.layout.snapshots):
+                    return subvolume_id(folder)
+        return None
 
     def _menu(self) -> Iterator[Damage]:
+        rebuild, remedy = self.mender.rebuild_menu, "make the menu anew from the deployments that are there"
         try:
             slots = Slots(self.system)
         except AshError as error:
-            yield Damage(error.message)
+            yield Damage(error.message, None, remedy, rebuild)
             return
         if slots.menu.default not in slots.menu.deployments:
-            yield Damage("no deployment is chosen for the next boot")
+            there = any((self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file() for slot in (*SLOTS, *SECONDARY_SLOTS))
+            what = "no deployment is chosen for the next boot"
+            yield Damage(what, None, remedy, rebuild) if there else Damage(what, None, "ash deploy N")
             return
-        for slot, deployment in slots.menu.deployments.items():
-            boot = self.layout.rootfs(slot) / "boot"
-            for name in (deployment.config.kernel, *deployment.config.initrds):
-                if not (boot / name).is_file():
-                    yield Damage(f"{boot.parent.name} lacks {name}, which the boot menu names", deployment.snapshot)
+        for deployment in slots.menu.deployments.values():
+            yield from self._boot_files(deployment)
         if not slots.is_written():
-            yield Damage("grub.cfg is not what ash wrote last: ash recover writes it again")
+            yield Damage("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
+
+    def _boot_files(self, deployment: Deployment) -> Iterator[Damage]:
+        root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
+        roots = [path / "boot" for path in (self.layout.rootfs(number), self.layout.undo(number))]
+        for name in (deployment.config.kernel, *deployment.config.initrds):
+            if (root / "boot" / name).is_file():
+                continue
+            what = f"{root.name} lacks {name}, which the boot menu names"
+            sources = [path / name for path in (*roots, self.layout.boot(number)) if (path / name).is_file()]
+            if sources and is_subvolume(root):
+                bring = partial(self.mender.bring_boot_file, deployment.slot, name, sources[0])
+                yield Damage(what, number, "copy it from the snapshot", bring)
+            else:
+                yield Damage(what, number, "ash deploy N, of a snapshot that has a kernel")
 
 
 def first_difference(one: Path, other: Path) -> str:
     """The first path at which two folders differ; empty where they do not."""
     return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did: the damage that it mended, and what is left with the reason, if one is known."""
+
+    mended: Sequence[Damage]
+    left: Mapping[Damage, str]
+    lost_found: str
+
+
+def repair(system: System) -> Repaired:
+    """Mend all damage that can be mended. Only what a last look does not find any more counts as mended."""
+    check = Check(system)
+    tried: dict[Damage, str | None] = {}  # why it could not be mended; None where it was
+    seen = list(check.run())
+    while new := [damage for damage in seen if damage not in tried]:  # mending brings more to light
+        tried |= {damage: attempt(damage) for damage in new}
+        sync_filesystem(system.layout.snapshots)
+        seen = list(check.run())
+    mended = [damage for damage, why in tried.items() if why is None and damage not in seen]
+    return Repaired(mended, {damage: tried[damage] or "" for damage in seen}, check.mender.lost.seen)
+
+
+def attempt(damage: Damage) -> str | None:
+    """Mend a damage; returns why that was not possible, None where it was."""
+    if damage.mend is None:
+        return ""
+    try:
+        damage.mend()
+    except AshError as error:
+        return f"{error.message} ({error.hint})" if error.hint else error.message
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4896,10 +5436,33 @@ def waiting_work(system: System) -> list[int]:
 
 def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
     require_root("checking everything")
+    if args.repair and not args.dry_run:
+        return repaired(repair(system))
     damage = list(Check(system).run())
-    data = {"damage": [vars(one) for one in damage]}
-    text = "\n".join(one.text() for one in damage) or "no damage"
-    return Reply(data, text, status=FAILED if damage else 0)
+    mendable = [one.advice() for one in damage if one.mend]
+    status = FAILED if len(damage) > (len(mendable) if args.repair else 0) else 0
+    data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
+    if args.repair:
+        reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
+        return replace(reply, data={**reply.data, "would": mendable}, status=status)
+    lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
+    lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
+    return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
+
+
+def repaired(result: Repaired) -> Reply:
+    """The answer of a repair."""
+    mended, left = result.mended, result.left
+    rows = [(one, one in mended) for one in (*mended, *left)]
+    data = {
+        "damage": [{"what": one.what, "snapshot": one.snapshot, "mended": done} for one, done in rows],
+        "changed": bool(mended),
+        "lost_found": result.lost_found,
+    }
+    lines = [f"mended: {one.text()}" for one in mended] or ([] if left else ["no damage"])
+    lines += [f"left: {one.text()}: {why}" if why else f"left: {one.advice()}" for one, why in left.items()]
+    lines += [f"what was taken out is in {result.lost_found}"] if result.lost_found else []
+    return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
 def cmd_version(system: System, args: argparse.Namespace) -> Reply:
@@ -4992,7 +5555,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
         "slot?": "str", "drift?": {"*": "str"},
     },
-    "fsck": {"damage": [{"what": "str", "snapshot": "int null"}]},
+    "fsck": {
+        "damage": [{"what": "str", "snapshot": "int null", "mended": "bool"}], "changed": "bool", "lost_found": "str",
+    },
     "version": {"ash": "str", "distro": "str"},
 }  # fmt: skip
 # Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
@@ -5023,6 +5588,7 @@ class Command:
         group, usage, help: for people.
         function: what does it.
         changes: whether it changes something, and so needs root.
+        changes_with: the option with which a command that only looks changes something.
         wants_disk: whether it can say more where root lets it see the whole file system.
         numbers: how many snapshots it can be about.
         several: whether --snapshots names several, on which it works one after the other.
@@ -5038,12 +5604,17 @@ class Command:
     help: str
     function: Callable[..., Reply]
     changes: bool = False
+    changes_with: str = ""
     wants_disk: bool = False
     numbers: int = 0
     several: bool = False
     words: bool = False
     rest: bool = False
     arguments: Sequence[Argument] = ()
+
+    def is_change(self, args: argparse.Namespace) -> bool:
+        """Whether it changes something, called like this."""
+        return self.changes or (self.changes_with != "" and getattr(args, self.changes_with))
 
 
 def flag(*flags: str, help: str) -> Argument:
@@ -5196,8 +5767,9 @@ COMMANDS = [
     ),
     Command("status", [], "Boot", "status", "show what is booted, what is next, what is under way", cmd_status),
     Command(
-        "fsck", [], "ash itself", "fsck", "look for damage; exit status 1 where there is any", cmd_fsck,
-        wants_disk=True,
+        "fsck", [], "ash itself", "fsck [--repair]", "look for damage; exit status 1 where any is left", cmd_fsck,
+        wants_disk=True, changes_with="repair",
+        arguments=[flag("--repair", help="mend it; what is taken out is kept in /.snapshots/lost+found")],
     ),
     Command(
         "edit-conf", ["edit"], "Inside a snapshot", "edit-conf [N]", "edit N's /etc/ash.conf", cmd_edit_conf,
@@ -5362,9 +5934,10 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     """Do what the command line says."""
     if command.function is cmd_help:
         return cmd_help(args)
-    whole = command.changes or (command.wants_disk and os.geteuid() == 0)
+    changes = command.is_change(args)
+    whole = changes or (command.wants_disk and os.geteuid() == 0)
     system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
-    if not command.changes or args.dry_run:
+    if not changes or args.dry_run:
         return command.function(system, args)
     try:
         reply = on_a_full_disk_too(command, system, args)
@@ -5419,7 +5992,9 @@ def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, An
     several = data.get("snapshots", [])
     changes = [one for one in several if isinstance(one, dict)]
     numbers = [change["snapshot"] for change in changes] or several
-    touched = {*getattr(args, "snapshots", []), *numbers, *([data["snapshot"]] if "snapshot" in data else [])}
+    damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
+    own = [data["snapshot"]] if "snapshot" in data else []
+    touched = {*getattr(args, "snapshots", []), *numbers, *own, *damaged}
     try:
         user = Path("/proc/self/loginuid").read_text().strip()
     except OSError:

@@ -66,6 +66,7 @@ class Debian(Distro):
     database_files = ("lib/shells.state",)
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
     logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
+    audit = "dpkg --audit"
     environment: ClassVar[Mapping[str, str]] = {
         "APT_CONFIG": "/run/ash/apt.conf",
         "APT_LISTCHANGES_FRONTEND": "none",

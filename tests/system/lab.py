@@ -138,7 +138,7 @@ class System(Disk):
 
     def remains(self) -> set[str]:
         """What an unfinished change has left: working copies, half-made deployments, intents, overlays."""
-        listed = {path.rpartition("/")[2]: path for path in self.subvolumes()}
+        listed = {path.rpartition("/")[2]: path for path in self.subvolumes() if "/lost+found/" not in path}
         odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
         files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
         # A small file that was being written when its ash was killed is written over by the next.
@@ -155,7 +155,7 @@ class System(Disk):
             assert (self.files.state / f"snapshots/{number}-desc").is_file(), f"{number} has no description"
         assert of_tree <= subvolumes, f"missing: {of_tree - subvolumes}"
         assert not of_tree & writable, f"writable: {of_tree & writable}"
-        numbered = {p for p in subvolumes if re.search(r"-\d+$", p)}
+        numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}
         undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
         assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
         last = int((self.files.state / "last").read_text())

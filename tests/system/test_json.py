@@ -127,6 +127,7 @@ def test_looking_for_damage(system: System, snapshot: int) -> None:
     os.rename(system.files.state / "last", system.files.state / "last-aside")
     found = check(system, "fsck", status=FAILED)["damage"]
     assert {one["snapshot"] for one in found} == {None, snapshot}
+    assert all(one["mended"] for one in check(system, "fsck", "--repair")["damage"])
     os.rename(system.files.state / "aside", system.files.state / f"snapshots/{snapshot}-desc")
     os.rename(system.files.state / "last-aside", system.files.state / "last")
 
@@ -135,6 +136,7 @@ DRY = [
     ["clone", 0], ["branch", 0], ["clone-tree", 0], ["cbranch", 0], ["ubranch", 0, 0], ["new"], ["desc", 0, "x"], ["deploy", 0],
     ["rollback"], ["recover"], ["tmp"], ["carry"], ["unlock", 0], ["del", "N"], ["undo", "N"], ["mutable", "N"], ["immutable", "N"],
     ["immen", "N"], ["run", "N", "true"], ["tree-run", "N", "true"], ["boot", 0], ["etc-update"], ["edit-conf", "N"],
+    ["fsck", "--repair"],
 ]  # fmt: skip
 
 

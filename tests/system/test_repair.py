@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""fsck --repair: each kind of damage is mended or told, nothing is lost, and what was not asked for does not happen."""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import FAILED, make_deb, program
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+
+
+@pytest.fixture(scope="module")
+def snapshot(system: System) -> int:
+    """One snapshot for most tests, each of which leaves it whole, with an edit and a predecessor."""
+    number = system.clone()
+    system.shell(number, "echo kept > /etc/mark")
+    system.shell(number, "echo newest > /etc/mark")
+    return number
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[None]:
+    """A read-only subvolume, writable for as long as the block lasts."""
+    program("btrfs", "property", "set", "-ts", path, "ro", "false")
+    yield
+    program("btrfs", "property", "set", "-ts", path, "ro", "true")
+
+
+def found(system: System) -> list[dict[str, Any]]:
+    """The damage that fsck finds."""
+    ended = system.ash("--json", "fsck", status=FAILED)
+    damage: list[dict[str, Any]] = ended.json["damage"]
+    return damage
+
+
+def whole(system: System) -> None:
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+@contextlib.contextmanager
+def the_tree_as_it_is(system: System) -> Iterator[None]:
+    """Whatever happens in the block, the tree is the same in the end."""
+    before = system.ash("--json", "tree").json["tree"]
+    yield
+    assert sorted(map(str, before)) == sorted(map(str, system.ash("--json", "tree").json["tree"]))
+
+
+def mended(system: System, words: str, snapshot: int | None = None) -> Path:
+    """Assert that a repair mends a damage, and leaves none. Returns the folder for what it took out."""
+    answer = system.ash("--json", "fsck", "--repair").json
+    assert [one for one in answer["damage"] if words in one["what"] and one["snapshot"] == snapshot], answer
+    assert all(one["mended"] for one in answer["damage"])
+    assert answer["changed"] is True
+    whole(system)
+    assert not answer["lost_found"] or answer["lost_found"].startswith("/.snapshots/lost+found/")
+    folder = system.files.snapshots / answer["lost_found"].removeprefix("/.snapshots/")
+    return folder if answer["lost_found"] else Path("/nonexistent")
+
+
+def told(system: System, words: str, advice: str, snapshot: int | None = None) -> None:
+    """Assert that a repair leaves a damage as it is, and says what to do."""
+    answer = system.ash("--json", "fsck", "--repair", status=FAILED).json
+    left = [one for one in answer["damage"] if words in one["what"] and one["snapshot"] == snapshot]
+    assert [one["mended"] for one in left] == [False], answer
+    line = next(line for line in system.ash("fsck", "--repair", status=FAILED).stdout.splitlines() if words in line)
+    assert line.startswith("left: ")
+    assert advice in line
+
+
+def test_without_damage_nothing_is_done(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        answer = system.ash("--json", "fsck", "--repair").json
+        assert system.ash("fsck", "--repair").stdout == "no damage\n"
+    assert (answer["damage"], answer["changed"], answer["lost_found"]) == ([], False, "")
+
+
+def break_much(system: System) -> set[str]:
+    """Damage of many kinds; returns texts, each of which must be in a file `mark` afterwards, somewhere."""
+    files = system.files
+    numbers = written, lost, copied, orphan = [system.clone() for _ in range(4)]
+    child = system.branch(lost)
+    for number in (*numbers, child):
+        system.shell(number, f"echo {number} > /etc/mark")
+    with opened(files.etc(copied)):
+        (files.etc(copied) / "mark").write_text("edited in the copy\n")
+    program("btrfs", "property", "set", "-ts", system.root(written), "ro", "false")
+    for path in (system.root(lost), files.undo(lost)):
+        program("btrfs", "subvolume", "delete", path)
+    forget(system, orphan)
+    (files.state / "last").write_text("0\n")
+    (files.state / f"snapshots/{child}-desc").unlink()
+    strays = {"rootfs/undo-4711", "etc/etc-4711", "rootfs/snapshot-4712"}
+    for stray in strays:
+        program("btrfs", "subvolume", "create", files.snapshots / stray)
+        (files.snapshots / stray / "mark").write_text(f"{stray}\n")
+    nest(system, copied)
+    tear_intent(system, child)
+    (files.state / "ids").write_text("{")
+    (files.state / "menu").write_text("torn")
+    return {*strays, *map(str, (*numbers, child)), "edited in the copy", "nested", "not committed"}
+
+
+def tidy_up(system: System) -> None:
+    """Delete what break_much() has made: fsck looks at all there is."""
+    for row in system.ash("--json", "tree").json["tree"]:
+        mark = system.root(row["snapshot"]) / "etc/mark"
+        if mark.is_file() and mark.read_text() == f"{row['snapshot']}\n":
+            system.ash("-y", "del", row["snapshot"])
+
+
+def forget(system: System, snapshot: int) -> None:
+    """Take a snapshot's entry out of the tree file."""
+    tree = system.files.state / "fstree"
+    entry = rf'{{"name": {snapshot}}}'
+    tree.write_text(re.sub(f"{entry}, |, {entry}", "", tree.read_text()))
+    assert snapshot not in system.files.tree()
+
+
+def nest(system: System, snapshot: int) -> None:
+    """Make a subvolume in a snapshot."""
+    with opened(system.root(snapshot)):
+        program("btrfs", "subvolume", "create", system.root(snapshot) / "usr/nested")
+        (system.root(snapshot) / "usr/nested/mark").write_text("nested\n")
+
+
+def tear_intent(system: System, snapshot: int) -> None:
+    """A transaction that was interrupted, with an intent file that cannot be read."""
+    (system.files.state / f"work/{snapshot}/intent").write_bytes(b"torn \xff")
+    copy = system.root(f"chr{snapshot}")
+    program("btrfs", "subvolume", "snapshot", system.root(snapshot), copy)
+    (copy / "etc/mark").write_text("not committed\n")
+
+
+def marks(system: System) -> set[str]:
+    """The texts of all files `mark` of snapshots, copies and in lost+found."""
+    below = ("etc/mark", "mark", "usr/nested/mark")
+    places = [f"{place}/{mark}" for place in ("rootfs/*", "etc/*", "lost+found/*/*/*") for mark in below]
+    return {path.read_text().strip() for place in places for path in system.files.snapshots.glob(place)}
+
+
+def test_without_repair_nothing_changes(system: System) -> None:
+    kept = break_much(system)
+    history = (system.files.state / "history").read_text()
+    with system.nothing_changes():
+        damage = found(system)
+        dry = system.ash("--json", "--dry-run", "fsck", "--repair").json
+    assert len(damage) > 12
+    assert not any(one["mended"] for one in damage)
+    assert (dry["changed"], len(dry["would"])) == (False, len(damage))
+    assert (system.files.state / "history").read_text() == history
+    system.ash("fsck", "--repair")
+    whole(system)
+    assert kept <= marks(system)
+    tidy_up(system)
+
+
+def test_a_repair_that_is_cut_short_is_gone_on_with(system: System) -> None:
+    kept = break_much(system)
+    for _ in system.each_step_of("fsck", "--repair", by=5):
+        assert kept <= marks(system)
+    whole(system)
+    assert kept <= marks(system)
+    system.is_sound()
+    system.boots()
+    tidy_up(system)
+
+
+def test_a_snapshot_that_is_gone_comes_back_from_its_predecessor(system: System, snapshot: int) -> None:
+    program("btrfs", "subvolume", "delete", system.root(snapshot))
+    lost = mended(system, f"snapshot-{snapshot} is missing", snapshot)
+    assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
+    assert (system.files.etc(snapshot) / "mark").read_text() == "kept\n"
+    assert (lost / f"etc/etc-{snapshot}/mark").read_text() == "newest\n"
+    system.is_sound()
+    system.shell(snapshot, "echo newest > /etc/mark")
+
+
+def test_without_a_predecessor_it_leaves_the_tree_and_its_branches_move_up(system: System) -> None:
+    top = system.clone()
+    middle = system.branch(top)
+    child = system.branch(middle)
+    below = system.branch(child)
+    system.root(middle).rename(system.root(middle).with_name("aside"))
+    system.root(middle).mkdir()
+    lost = mended(system, f"snapshot-{middle} is missing", middle)
+    parents = {row["snapshot"]: row["parent"] for row in system.ash("--json", "tree").json["tree"]}
+    assert middle not in parents
+    assert (parents[child], parents[below]) == (top, child)
+    assert (lost / f"ash/snapshots/{middle}-desc").read_text() == f"branch of {top}\n"
+    assert {path.name for path in lost.glob("*/*")} >= {f"etc-{middle}", f"boot-{middle}", f"snapshot-{middle}"}
+    program("btrfs", "subvolume", "delete", system.root(middle).with_name("aside"))
+    copied = system.ash("--json", "clone-tree", top).json["copies"]
+    with the_tree_as_it_is(system):
+        (system.files.state / "fstree").unlink()
+        mended(system, "tree file")
+    for number in (top, copied[str(top)]):
+        system.ash("-y", "del", number)
+    system.is_sound()
+
+
+def test_what_was_written_to_a_snapshot_stays(system: System, snapshot: int) -> None:
+    program("btrfs", "property", "set", "-ts", system.root(snapshot), "ro", "false")
+    (system.root(snapshot) / "usr/written").write_text("x")
+    mended(system, "is writable", snapshot)
+    assert (system.root(snapshot) / "usr/written").read_text() == "x"
+    assert str(system.root(snapshot).relative_to(system.files.top)) not in system.files.writable()
+
+
+@pytest.mark.parametrize("folder", ["etc", "boot"])
+def test_copies_are_made_anew(system: System, snapshot: int, folder: str) -> None:
+    copy = system.files.etc(snapshot) if folder == "etc" else system.files.boot(snapshot)
+    with opened(copy):
+        (copy / "extra").write_text("x")
+    lost = mended(system, f"{copy.name} differs from its /{folder}: extra", snapshot)
+    assert (lost / folder / copy.name / "extra").read_text() == "x"
+    program("btrfs", "subvolume", "delete", copy)
+    mended(system, f"{copy.name} is missing", snapshot)
+    program("btrfs", "property", "set", "-ts", copy, "ro", "false")
+    mended(system, f"{copy.name} is writable", snapshot)
+    system.is_sound()
+
+
+@pytest.mark.parametrize("name", ["rootfs/snapshot-4711", "rootfs/undo-4711", "etc/etc-4711", "boot/boot-4711"])
+def test_what_belongs_to_no_snapshot_is_taken_out(system: System, name: str) -> None:
+    path = system.files.snapshots / name
+    program("btrfs", "subvolume", "create", path)
+    (path / "mark").write_text(name)
+    program("btrfs", "property", "set", "-ts", path, "ro", "true")
+    lost = mended(system, f"{path.name} belongs to no snapshot")
+    assert not path.exists()
+    assert (lost / name / "mark").read_text() == name
+    assert str((lost / name).relative_to(system.files.top)) not in system.files.writable()
+    assert not (system.files.state / "work/4711").exists()
+
+
+def test_a_whole_snapshot_that_is_in_no_tree_comes_back(system: System, snapshot: int) -> None:
+    system.ash("desc", snapshot, "precious")
+    forget(system, snapshot)
+    mended(system, f"snapshot-{snapshot} belongs to no snapshot")
+    row = next(row for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == snapshot)
+    assert (row["parent"], row["description"]) == (None, "precious")
+    unknown = int((system.files.state / "last").read_text()) + 10
+    program("btrfs", "subvolume", "snapshot", "-r", system.root(snapshot), system.root(unknown))
+    mended(system, f"snapshot-{unknown} belongs to no snapshot")
+    assert f"{unknown} - found by fsck" in system.ash("tree").stdout
+    assert system.clone() == unknown + 1
+    system.is_sound()
+    for number in (unknown, unknown + 1):
+        system.ash("-y", "del", number)
+
+
+@pytest.mark.parametrize("text", ["", '{"name": "root", "children": [{"na'])
+def test_the_tree_is_rebuilt_as_it_was(system: System, text: str) -> None:
+    top = system.clone()
+    branch = system.branch(top)
+    made = [system.ash(*words) for words in (["cbranch", branch], ["ubranch", top, 0], ["clone-tree", top], ["new"])]
+    system.ash("-y", "del", branch)
+    tree = system.files.state / "fstree"
+    with the_tree_as_it_is(system):
+        tree.write_text(text)
+        lost = mended(system, "tree file")
+    assert (lost / "ash/fstree").read_text() == text
+    for number in (top, *(int(re.findall(r"snapshot (\d+)", outcome.stdout)[0]) for outcome in made[2:])):
+        system.ash("-y", "del", number)
+
+
+def test_descriptions_come_from_the_history(system: System, snapshot: int) -> None:
+    made = [
+        int(system.ash("-q", *words).stdout)
+        for words in (["clone", 0, "-d", "two", "words"], ["branch", 0], ["new"], ["clone-tree", snapshot])
+    ]
+    system.ash("desc", made[1], "said", "later")
+    descriptions = {number: system.files.state / f"snapshots/{number}-desc" for number in (*made, 0)}
+    before = {number: path.read_text() for number, path in descriptions.items()}
+    for path in descriptions.values():
+        path.unlink()
+    mended(system, "no description", made[0])
+    assert {number: path.read_text() for number, path in descriptions.items()} == before | {0: "found by fsck\n"}
+    descriptions[0].write_text(before[0])
+    for number in made:
+        system.ash("-y", "del", number)
+
+
+def test_what_was_interrupted_is_finished_or_set_aside(system: System, snapshot: int) -> None:
+    work = system.files.state / f"work/{snapshot}"
+    (work / "intent").write_text(json.dumps({"state": "open"}))
+    mended(system, "interrupted change", snapshot)
+    tear_intent(system, snapshot)
+    (work / "upper/lib").mkdir(parents=True)
+    (work / "upper/lib/new").write_text("x")
+    lost = mended(system, "intent", snapshot)
+    assert (lost / f"rootfs/snapshot-chr{snapshot}/etc/mark").read_text() == "not committed\n"
+    assert (lost / f"ash/work/{snapshot}/upper/lib/new").read_text() == "x"
+    tear_intent(system, snapshot)
+    (work / "intent").unlink()
+    lost = mended(system, "is left of a transaction", snapshot)
+    assert (lost / f"rootfs/snapshot-chr{snapshot}").is_dir()
+    assert not system.remains()
+    system.shell(snapshot, "test $(cat /etc/mark) = newest")
+
+
+def test_what_a_deletion_left_is_kept(system: System) -> None:
+    number = system.clone()
+    system.shell(number, "echo kept > /etc/mark")
+    forget(system, number)
+    (system.files.state / f"work/{number}/intent").write_text(json.dumps({"state": "number"}))
+    lost = mended(system, "interrupted change", number)
+    assert (lost / f"rootfs/snapshot-{number}/etc/mark").read_text() == "kept\n"
+    assert not (system.files.state / f"work/{number}").exists()
+    system.is_sound()
+
+
+@pytest.mark.parametrize("text", ["0\n", "many\n", "\udcff", None])
+def test_the_highest_number_is_raised(system: System, snapshot: int, text: str | None) -> None:
+    last = system.files.state / "last"
+    good = int(last.read_text())
+    last.unlink()
+    if text is not None:
+        last.write_text(text, errors="surrogateescape")
+    if text not in ("0\n", None):
+        assert "ash fsck --repair" in system.ash("clone", 0, status=FAILED).error
+    mended(system, "the highest number ever given")
+    assert int(last.read_text()) == good  # also where that one was deleted: the history knows it
+
+
+@pytest.mark.parametrize("text", ["{", None])
+def test_the_numbers_of_users_are_collected_anew(system: System, snapshot: int, text: str | None) -> None:
+    system.shell(snapshot, "grep -q ^one: /etc/passwd || echo one:x:850:850::/: >> /etc/passwd")
+    ids = system.files.state / "ids"
+    before = json.loads(ids.read_text())
+    ids.unlink()
+    if text is not None:
+        ids.write_text(text)
+    mended(system, "numbers")
+    after = json.loads(ids.read_text())
+    assert after["passwd"]["one"] == 850
+    assert after == before
+
+
+def test_clashes_of_users_are_told(system: System) -> None:
+    number = system.clone()
+    for folder in (system.root(number) / "etc", system.files.etc(number)):
+        top = system.root(number) if folder.name == "etc" else folder
+        with opened(top), (folder / "passwd").open("a") as passwd:
+            passwd.write("three:x:860:860::/:\nfour:x:860:860::/:\n")
+    told(system, "four and three share the number 860 in passwd", "only you can tell", number)
+    system.ash("-y", "del", number)
+    whole(system)
+
+
+def test_a_package_database_that_lies_is_told(system: System, tmp_path: Path) -> None:
+    number = system.clone()
+    system.ash("install", number, make_deb(tmp_path, "ash-test-lies", files={"usr/share/ash-test-lies": "x"}))
+    with opened(system.root(number)):
+        (system.root(number) / "usr/share/ash-test-lies").unlink()
+    told(system, "package ash-test-lies lacks", f"ash run {number} dpkg --audit", number)
+    assert [e["result"] for e in system.ash("--json", "log", number).json["history"]][-1].startswith("left: ")
+    system.ash("-y", "del", number)
+    whole(system)
+
+
+def test_a_foreign_mount_is_told(system: System, snapshot: int) -> None:
+    where = system.root(snapshot) / "mnt"
+    program("mount", "-t", "tmpfs", "foreign", where)
+    try:
+        told(system, f"{where} is a foreign mount", f"umount {where}", snapshot)
+        program("mountpoint", "-q", where)
+    finally:
+        program("umount", where)
+    whole(system)
+
+
+@pytest.mark.parametrize("holder", ["snapshot", "deployment"])
+def test_nested_subvolumes_are_moved_out(system: System, snapshot: int, holder: str) -> None:
+    root = system.root(snapshot if holder == "snapshot" else system.files.default_slot())
+    readonly = holder == "snapshot"
+    with opened(root) if readonly else contextlib.nullcontext():
+        program("btrfs", "subvolume", "create", root / "usr/nested")
+        program("btrfs", "subvolume", "create", root / "usr/nested/deeper")
+        (root / "usr/nested/deeper/mark").write_text("deep")
+    lost = mended(system, f"{root.name}/usr/nested is a subvolume nested in another")
+    assert (lost / f"rootfs/{root.name}/usr/nested/deeper/mark").read_text() == "deep"
+    assert (str(root.relative_to(system.files.top)) in system.files.writable()) != readonly
+
+
+def lose_kernel(system: System) -> str:
+    kernel = next((system.root(system.files.default_slot()) / "boot").glob("vmlinuz*"))
+    kernel.unlink()
+    return f"lacks {kernel.name}"
+
+
+def lose_menu(system: System) -> str:
+    (system.files.state / "menu").unlink()
+    return "no deployment is chosen"
+
+
+def tear_menu(system: System) -> str:
+    (system.files.state / "menu").write_bytes(b"{\xff")
+    return "menu file"
+
+
+def choose_nothing(system: System) -> str:
+    menu = system.files.state / "menu"
+    menu.write_text(json.dumps({**json.loads(menu.read_text()), "default": "deploy-nowhere"}))
+    return "no deployment is chosen"
+
+
+def lose_grub_cfg(system: System) -> str:
+    system.files.grub_cfg.unlink()
+    return "grub.cfg is not"
+
+
+def break_grub_cfg(system: System) -> str:
+    system.files.grub_cfg.write_bytes(b"linux /nowhere \xff")
+    return "grub.cfg is not"
+
+
+BOOT = [lose_kernel, lose_menu, tear_menu, choose_nothing, lose_grub_cfg, break_grub_cfg]
+
+
+@pytest.mark.parametrize("damage", BOOT, ids=lambda damage: damage.__name__)
+def test_the_boot_menu_is_what_it_was(system: System, snapshot: int, damage: Callable[[System], str]) -> None:
+    system.ash("deploy", snapshot)
+    before = system.files.grub_cfg.read_text()
+    of_kernel = snapshot if damage is lose_kernel else None
+    mended(system, damage(system), of_kernel)
+    assert system.files.grub_cfg.read_text() == before
+    assert system.root(system.boots()).is_dir()
+    assert system.ash("--json", "status").json["next"]["snapshot"] == snapshot
+
+
+def test_without_menu_and_grub_cfg_the_deployments_are_found(system: System, snapshot: int) -> None:
+    tear_menu(system)
+    lose_grub_cfg(system)
+    mended(system, "menu file")
+    system.boots()
+
+
+def test_a_slot_that_is_gone_is_told(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    slot = system.root(system.boots())
+    slot.rename(slot.with_name("aside"))
+    told(system, f"{slot.name} lacks vmlinuz", "ash deploy", snapshot)
+    slot.with_name("aside").rename(slot)
+    whole(system)
+
+
+def test_what_an_ash_works_on_is_left_alone(system: System, snapshot: int) -> None:
+    copy = system.files.boot(snapshot)
+    with system.at_work(snapshot, "true"):
+        program("btrfs", "subvolume", "delete", copy)
+        told(system, f"{copy.name} is missing", f"snapshot {snapshot} is locked by", snapshot)
+        assert not copy.exists()
+    mended(system, f"{copy.name} is missing", snapshot)
+
+
+def test_the_history_has_what_was_mended(system: System, snapshot: int) -> None:
+    program("btrfs", "subvolume", "delete", system.files.boot(snapshot))
+    system.ash("fsck", "--repair")
+    entry = system.ash("--json", "log", snapshot).json["history"][-1]
+    assert (entry["command"], entry["result"], entry["changed"]) == ("fsck", "done", True)
+    assert [one["snapshot"] for one in entry["damage"]] == [snapshot]
+    before = len(system.ash("--json", "log").json["history"])
+    system.ash("fsck")
+    assert len(system.ash("--json", "log").json["history"]) == before
