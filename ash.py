@@ -4480,8 +4480,9 @@ class Check:
 
     def _last(self, numbers: Sequence[int]) -> Iterator[Damage]:
         last, highest = read_text(self.layout.last).strip(), max(numbers, default=0)
-        if not last.isdecimal() or int(last) < highest:
-            what = f"the highest number ever given is {last or 'not known'}, the tree has {highest}"
+        known = last if last.isdecimal() else "not known"
+        if known != last or int(last) < highest:
+            what = f"the highest number ever given is {known}, the tree has {highest}"
             yield Damage(what, None, "raise it", self.mender.raise_last)
 
     def _leftovers(self) -> Iterator[Damage]:

@@ -4,12 +4,13 @@
 import ast
 import contextlib
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ash import MISSING, AshError, Tree
+from ash import MISSING, AshError, Tree, tree_of_history
 
 pytestmark = pytest.mark.budget(10)
 
@@ -40,7 +41,7 @@ def below(model: Model, number: int) -> set[int]:
     return found
 
 
-def as_dict(model: Model, of: int | None, name: object) -> dict[str, object]:
+def as_dict(model: Model, of: int | None, name: object) -> dict[str, Any]:
     """The model in the shape of the tree's file, with names made by a function."""
     children = [as_dict(model, n, n) for n, parent in model.items() if parent == of]
     return {"name": name, **({"children": children} if children else {})}
@@ -63,7 +64,7 @@ def test_the_file_is_one_line_that_json_and_python_read_alike(model: Model) -> N
 
 @given(models())
 def test_the_old_ash_wrote_a_python_literal_with_numbers_as_strings(model: Model) -> None:
-    def old(of: int | None, name: str) -> dict[str, object]:
+    def old(of: int | None, name: str) -> dict[str, Any]:
         children = [old(n, str(n)) for n, parent in model.items() if parent == of]
         return {"name": name, **({"children": children} if children else {})}
 
@@ -145,3 +146,45 @@ def test_any_text_is_a_tree_or_an_error(text: str) -> None:
 
 def test_a_new_system_has_the_base_alone() -> None:
     assert Tree.of_base().dump() == '{"name": "root", "children": [{"name": 0}]}\n'
+
+
+def test_what_is_below_a_snapshot_that_is_taken_out_moves_up() -> None:
+    tree = Tree.parse(
+        '{"name": "root", "children": [{"name": 1, "children": [{"name": 2, "children": [{"name": 3}, {"name": 4}]}]}]}'
+    )
+    tree.take_out(2)
+    assert {n: tree.parent(n) for n in tree.numbers()} == {1: None, 3: 1, 4: 1}
+    tree.take_out(1)
+    assert {n: tree.parent(n) for n in tree.numbers()} == {3: None, 4: None}
+
+
+def made(number: int, original: int, parent: object, **more: object) -> dict[str, Any]:
+    """A line of the history."""
+    return {"result": "done", "snapshot": number, "from": original, "parent": parent, **more}
+
+
+def test_the_history_tells_the_tree() -> None:
+    history: list[dict[str, Any]] = [
+        made(1, 0, None),
+        made(2, 1, 1),
+        made(3, 2, 2),
+        {"result": "done", "snapshots": [2]},
+        made(4, 1, None, copies={"1": 4, "3": 5}),  # 2 was taken out, and 3 moved up
+        {**made(6, 0, 1), "result": "failed"},
+    ]
+    tree = tree_of_history([0, 1, 3, 4, 5, 6, 7], history)
+    assert {n: tree.parent(n) for n in tree.numbers()} == {0: None, 1: None, 3: 1, 4: None, 5: 4, 6: None, 7: None}
+
+
+def test_a_history_that_is_wrong_makes_no_wrong_tree() -> None:
+    odd: list[dict[str, Any]] = [
+        made(1, 0, 1),
+        made(1, 0, 2),
+        made(2, 0, 1),
+        made(2, 0, "x"),
+        made(3, 0, None, copies={"x": "y"}),
+        {"from": 1},
+    ]
+    odd += [{"result": "done", "from": 1}, {"result": "done", "from": 0, "copies": 5}]
+    tree = tree_of_history([1, 2, 3], odd)
+    assert {n: tree.parent(n) for n in tree.numbers()} == {1: None, 2: 1, 3: None}
