@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Self, TypeVar
 
 if TYPE_CHECKING:
     import subprocess
@@ -143,7 +144,7 @@ def run(
 
     words = [str(word) for word in argv]
     if console.verbose:
-        print("+", *words, file=sys.stderr)
+        print(one_line(" ".join(["+", *words])), file=sys.stderr)
     try:
         done = subprocess.run(
             words,
@@ -177,6 +178,20 @@ def step(text: str) -> Iterator[None]:
 def printable(text: str) -> str:
     """Text with its control and escape characters shown, not sent, but for line breaks."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of every kind as a part of one line."""
+    return one_line(", ".join(map(str, names)))
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """Data as a line of JSON that a terminal shows and does not obey, and that every encoding can have."""
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    text = json.dumps(data, ensure_ascii=ascii_only)
+    return "".join(
+        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else json.dumps(c)[1:-1] for c in text
+    )
 
 
 def one_line(text: str) -> str:
@@ -433,7 +448,9 @@ class Layout:
 
     def conflicts(self, snapshot: int) -> Path:
         """A new folder for what a merge did not dare to put in place."""
-        return self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
+        folder = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
+        names = itertools.chain([folder.name], (f"{folder.name}-{number}" for number in itertools.count(2)))
+        return next(new for name in names if not os.path.lexists(new := folder.with_name(name)))
 
 
 # Below a root file system.
@@ -449,7 +466,7 @@ def in_database(name: str) -> str:
 
 def is_mutable(root: Path) -> bool:
     """Whether a root was made mutable."""
-    return (root / IN_ROOT_MUTABLE).exists()
+    return os.path.lexists(place_inside(root, IN_ROOT_MUTABLE))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1341,7 +1358,7 @@ class Chroot:
             AshError: the namespaces or mounts could not be made.
         """
         if console.verbose:
-            print("+", f"[{self.root.name}]", *argv, file=sys.stderr)
+            print(one_line(" ".join(["+", f"[{self.root.name}]", *argv])), file=sys.stderr)
         about_to(f"run {argv[0]} in {self.root.name}")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -1448,10 +1465,11 @@ class Chroot:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(file.text)
             path.chmod(file.mode)
-            written.append((path, file.text))
+            written.append((name, file.text))
         yield
-        for path, text in written:
-            if read_text(path) == text:  # else it was replaced in there, and is the snapshot's now
+        for name, text in written:
+            path = place_inside(self.root, name)
+            if not path.is_symlink() and read_text(path) == text:  # else it was replaced, and is the snapshot's now
                 path.unlink()
 
     @contextmanager
@@ -1471,7 +1489,7 @@ class Chroot:
         edited = not after.is_file() or after.read_bytes() != given
         if edited and after.is_file() and (self.root / "run") in after.parents:
             content = after.read_bytes()
-            link = self.root / "etc/resolv.conf"
+            link = place_inside(self.root, "etc/resolv.conf")
             link.unlink()
             link.write_bytes(content)
         elif not edited and before is None:
@@ -1493,6 +1511,7 @@ class Chroot:
             self._mount_proc()
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            os.chdir("/")  # a shell tells what it starts where it is: not where the caller was
             environment = {**clean_environment(), "container": "ash", "SYSTEMD_OFFLINE": "1", **self.environment}
             os.execve(FIRST_PROCESS[0], [*FIRST_PROCESS, str(self.root), *argv], environment)
         os.close(alive)
@@ -1542,6 +1561,27 @@ def path_inside(root: Path, path: str) -> Path:
     return done
 
 
+def place_inside(root: Path, path: str) -> Path:
+    """Where a path itself is for a program whose root is `root`: as path_inside(), but a link at its end is it."""
+    parent, _, name = path.rpartition("/")
+    return path_inside(root, parent) / name
+
+
+def write_inside(root: Path, path: str, text: str) -> None:
+    """Write a file of a root; a link in its place goes, and keeps what it led to."""
+    place = place_inside(root, path)
+    if place.is_symlink():
+        place.unlink()
+    write_text(place, text)
+
+
+def require_folders(root: Path) -> None:
+    """Raise AshError where /etc or /boot of a root is a link or no folder: all that ash does there would go astray."""
+    for name in ("etc", "boot"):
+        if not is_folder(root / name):
+            raise AshError(f"/{name} is no folder in {root.name}", "it must be one, and no link", REFUSED)
+
+
 def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None) -> str:
     """Run one of GRUB's tools, or the like, chrooted in a root and with the machine's own disks.
 
@@ -1559,7 +1599,8 @@ def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str]
     import tempfile
 
     chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=list((binds or {}).items()), disks=True, resolver=False)
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    folder = PRIVATE if PRIVATE.is_mount() else None  # not where the caller's TMPDIR says
+    with tempfile.TemporaryFile(dir=folder) as stdout, tempfile.TemporaryFile(dir=folder) as stderr:
         status = chroot.run(argv, stdout=stdout.fileno(), stderr=stderr.fileno())
         stdout.seek(0)
         stderr.seek(0)
@@ -1646,41 +1687,79 @@ def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
 
 
 def copy_attributes(source: Path, target: Path) -> None:
-    """Owner, mode, extended attributes and times of a file, without overlayfs's own marks."""
+    """Owner, extended attributes, mode and times of a file, without overlayfs's own marks.
+
+    What it is copied to is opened first: the owner of its folder may put a link in its place at any time.
+    """
     status = source.lstat()
-    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-    if not stat.S_ISLNK(status.st_mode):
-        target.chmod(stat.S_IMODE(status.st_mode))
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+        return
+    descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        give_attributes(source, status, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def give_attributes(source: Path, status: os.stat_result, target: int) -> None:
+    """The same, to an open file. Access lists come before the mode, which would open the file to its group."""
+    os.fchown(target, status.st_uid, status.st_gid)
     for name in os.listxattr(source, follow_symlinks=False):
         if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False), follow_symlinks=False)
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+            os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False))
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, a link or a pipe to a new name; by reflink where the file system can, else written through."""
+    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other."""
     about_to(f"copy {target.name}")
-    kind = source.lstat().st_mode
-    if stat.S_ISLNK(kind):
+    status = source.lstat()
+    if stat.S_ISLNK(status.st_mode):
         target.symlink_to(os.readlink(source))
-    elif stat.S_ISFIFO(kind):
-        os.mkfifo(target)
+        copy_attributes(source, target)
+    elif stat.S_ISFIFO(status.st_mode):
+        # Nobody can put a link in its place that chmod would follow: the mode is right from the start, or narrower.
+        os.mkfifo(target, stat.S_IMODE(status.st_mode))
+        copy_attributes(source, target)
     else:
-        with source.open("rb") as old, target.open("xb") as new:
-            try:
-                fcntl.ioctl(new, FICLONE, old.fileno())
-            except OSError:  # a directory without copy-on-write
-                shutil.copyfileobj(old, new)
-                new.flush()
-                os.fsync(new.fileno())
-    copy_attributes(source, target)
+        made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with source.open("rb") as old, os.fdopen(made, "wb") as new:
+            copy_content(old, new)
+            give_attributes(source, status, made)
+
+
+def copy_content(old: BinaryIO, new: BinaryIO) -> None:
+    """Copy an open file into a new one; by reflink where the file system can, else written through."""
+    try:
+        fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:  # a directory without copy-on-write
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a folder, its parent for root alone: what is kept there may be secret."""
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    folder.parent.mkdir(mode=0o700, exist_ok=True)
-    folder.mkdir(exist_ok=True)
+    """Make ash's folder in /var/lib and in it, for root alone, one in which what is kept may be secret.
+
+    A link in the place of one of them goes: what root puts there would be elsewhere, or be another's to read.
+
+    Raises:
+        AshError: /var/lib itself is a link.
+    """
+    parents = [folder.parent.parent, folder.parent]
+    if parents[0].parent.is_symlink():
+        raise AshError(f"{parents[0].parent} is a link", "it must be a folder", REFUSED)
+    parents[0].parent.mkdir(parents=True, exist_ok=True)
+    for parent, mode in zip(parents, (0o755, 0o700), strict=True):
+        if not is_folder(parent):
+            remove_tree(parent)
+        parent.mkdir(mode=0o700, exist_ok=True)
+        os.chown(parent, 0, 0)
+        parent.chmod(mode)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def remove_tree(path: Path) -> None:
@@ -1734,6 +1813,7 @@ class VarMerge:
     distro: Distro
     conflicts: Path
     delete: Iterable[str]
+    token: str = field(default_factory=lambda: os.urandom(8).hex())  # in names of files that are being written
     in_conflict: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     _opened: set[tuple[int, int]] | None = None
@@ -1742,7 +1822,7 @@ class VarMerge:
         """The entries that the transaction changed, by their paths from /var."""
         found = []
         for name in sorted(os.listdir(self.upper)):
-            if name in FOLDERS_OF_ENTRIES and (self.upper / name).is_dir():
+            if name in FOLDERS_OF_ENTRIES and is_folder(self.upper / name) and not (self.origin / name).is_symlink():
                 found += [f"{name}/{entry}" for entry in sorted(os.listdir(self.upper / name))]
             else:
                 found.append(name)
@@ -1751,6 +1831,8 @@ class VarMerge:
     def decide(self, entry: str) -> str:
         """What is to be done with an entry: one of "nothing", "newest", "append", "aside", "place"."""
         changed, live = self.upper / entry, self.live / entry
+        if live.parent.is_symlink():  # it has become one meanwhile
+            return "aside"
         if is_there_already(changed, live):
             return "nothing"
         if entry in self.distro.caches:
@@ -1764,6 +1846,8 @@ class VarMerge:
     def merge(self, entry: str, decision: str) -> None:
         """Put one entry in place, or into the conflicts folder, as was decided; it may have been begun before."""
         changed, live = self.upper / entry, self.live / entry
+        if live.parent.is_symlink() and decision != "nothing":
+            decision = "aside"
         if decision in ("newest", "place"):
             self._place(changed, live, newest=decision == "newest")
         elif decision == "append":
@@ -1785,9 +1869,7 @@ class VarMerge:
             return
         kind = changed.lstat().st_mode
         if stat.S_ISDIR(kind):
-            if os.path.lexists(target) and not stat.S_ISDIR(target.lstat().st_mode):
-                target.unlink()
-            target.mkdir(parents=True, exist_ok=True)
+            self._place_folder(changed, target)
             names = os.listdir(changed)
             if is_opaque(changed):
                 for name in set(os.listdir(target)) - set(names):
@@ -1798,13 +1880,22 @@ class VarMerge:
         elif stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISFIFO(kind):
             if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
                 return
-            beside = target.with_name(f".{target.name}.ash-new")
+            beside = target.with_name(f".ash-new-{self.token}")
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_tree(beside)
             copy_file(changed, beside)
             if target.is_dir() and not target.is_symlink():
                 remove_tree(target)
             rename(beside, target)
+
+    @staticmethod
+    def _place_folder(changed: Path, target: Path) -> None:
+        """Make a folder, or make it as closed as it is to be, before there is anything new in it."""
+        if is_folder(target):
+            copy_attributes(changed, target)
+        else:
+            target.unlink(missing_ok=True)
+            target.mkdir(mode=0o700, parents=True)
 
     def _delete(self, live: Path) -> None:
         if not os.path.lexists(live):
@@ -1822,7 +1913,7 @@ class VarMerge:
         if not os.path.lexists(live):
             self._place(changed, live)
         elif stat.S_ISDIR(changed.lstat().st_mode):
-            for name in os.listdir(changed):
+            for name in os.listdir(changed) if is_folder(live) else ():
                 self._append(changed / name, live / name, origin / name)
         elif stat.S_ISREG(live.lstat().st_mode):
             known = origin.lstat().st_size if os.path.lexists(origin) else 0
@@ -1871,12 +1962,12 @@ class Change:
         if not self.changed:
             return f"snapshot {self.snapshot}: nothing to change"
         lines = [f"snapshot {self.snapshot} {verb}"]
-        lines += [f"  + {name} {version}" for name, version in self.added.items()]
-        lines += [f"  - {name} {version}" for name, version in self.removed.items()]
-        lines += [f"  ^ {name} {old} -> {new}" for name, (old, new) in self.upgraded.items()]
-        lines += [f"  left in place: {path} (--delete-data deletes it)" for path in self.kept]
+        lines += [one_line(f"  + {name} {version}") for name, version in self.added.items()]
+        lines += [one_line(f"  - {name} {version}") for name, version in self.removed.items()]
+        lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
+        lines += [f"  left in place: {one_line(path)} (--delete-data deletes it)" for path in self.kept]
         if self.conflicts:
-            lines.append(f"  changed outside meanwhile, and left as it is there: {', '.join(self.conflicts)}")
+            lines.append(f"  changed outside meanwhile, and left as it is there: {listed(self.conflicts)}")
             lines.append(f"  what the transaction made of it is in {self.conflicts_folder}")
         return "\n".join(lines)
 
@@ -1934,6 +2025,7 @@ class Workplace:
 
     DECISIONS: ClassVar[Mapping[str, Any]] = {
         "aside": is_name,
+        "token": is_name,
         "decided": {"*": lambda decision: decision in ("nothing", "newest", "append", "aside", "place")},
     }
 
@@ -2049,8 +2141,10 @@ class Workplace:
         try:
             decisions = from_json(read_text(self.decisions), self.DECISIONS)
         except ValueError:  # none yet; or damaged, and what has been merged already will be found so
-            decisions = {"aside": merge.conflicts.name, "decided": {entry: merge.decide(entry) for entry in entries}}
-            write_file(self.decisions, json.dumps(decisions))
+            decided = {entry: merge.decide(entry) for entry in entries}
+            decisions = {"aside": merge.conflicts.name, "token": merge.token, "decided": decided}
+            write_file(self.decisions, json.dumps(decisions), mode=0o600)  # nobody knows the token
+        merge.token = decisions["token"]
         merge.conflicts = merge.conflicts.with_name(decisions["aside"])
         for entry in entries:
             if json.dumps(entry) not in done:
@@ -2062,6 +2156,7 @@ class Workplace:
 
 def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
     """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
+    require_folders(layout.rootfs(snapshot))
     target, new = layout.copy(folder, snapshot), layout.copy(folder, f"new-{snapshot}")
     delete_subvolume(new)
     create_subvolume(new)
@@ -2188,7 +2283,8 @@ class Transaction:
 
     def show(self, path: Path) -> str:
         """Let what runs in the transaction see a file of outside; returns its path in there."""
-        inside = f"/run/ash/files/{path.name}"
+        # Its name in there is one that every program reads as a name, and no other file's.
+        inside = f"/run/ash/files/{len(self.binds)}/{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
         self.binds.append((path.resolve(), inside))
         return inside
 
@@ -2196,8 +2292,7 @@ class Transaction:
         """The working copy, as what runs in it sees it."""
         mutable = []
         for kept, seen in mutable_folders(self.root, self.snapshot):
-            (self.layout.snapshots / kept).mkdir(parents=True, exist_ok=True)
-            mutable.append((self.layout.snapshots / kept, seen))
+            mutable.append((make_mutable_folder(self.layout, kept), seen))
         return Chroot(
             self.root,
             {**self.distro.environment},
@@ -2233,6 +2328,8 @@ class Transaction:
         """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
         layout, n, place = self.layout, self.snapshot, self.place
         try:
+            require_folders(self.root)
+            self._require_folders_of_var()
             mark_variant(self.root)
             self._refuse_foreign_writes()
             self._settle_numbers()
@@ -2267,6 +2364,13 @@ class Transaction:
             kept=merge.kept,
         )
 
+    def _require_folders_of_var(self) -> None:
+        """Whoever makes a link of one of these has all that ash puts there, and what others have there, elsewhere."""
+        for name in FOLDERS_OF_ENTRIES:
+            there = self.place.upper / name
+            if os.path.lexists(there) and not is_folder(there):
+                raise AshError(f"/var/{name} must stay a folder", "make links in it, or mount something there", REFUSED)
+
     def _settle_numbers(self) -> None:
         """See that no name that the transaction brought has another's number, or another number than elsewhere."""
         before = self.layout.rootfs(self.snapshot) / "etc"
@@ -2292,8 +2396,8 @@ class Transaction:
     def _lay_out_database_files(self) -> None:
         """Show the snapshot's own single files of the package database in its /var."""
         for name in self.distro.database_files:
-            own, shown = self.root / in_database(name), self.place.upper / name
-            if own.exists():
+            own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
+            if own.is_file() and not own.is_symlink() and has_plain_parents(self.var, name):
                 for folder in reversed(Path(name).parents[:-1]):
                     (self.place.upper / folder).mkdir(exist_ok=True)
                     copy_attributes(self.var / folder, self.place.upper / folder)
@@ -2302,7 +2406,7 @@ class Transaction:
     def _take_database_files(self) -> None:
         """Take the single files of the package database from /var back into the snapshot."""
         for name in self.distro.database_files:
-            own, shown = self.root / in_database(name), self.place.upper / name
+            own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
             if not os.path.lexists(shown):
                 continue
             if is_whiteout(shown):
@@ -2357,11 +2461,11 @@ class Transaction:
 def mark_variant(root: Path) -> None:
     """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
     path = path_inside(root, "etc/os-release")
-    text = path.read_text() if path.is_file() else ""
-    if "VARIANT_ID=ashos" not in text.splitlines():
+    lines = lines_of(read_text(path))
+    if "VARIANT_ID=ashos" not in lines:
         path.parent.mkdir(parents=True, exist_ok=True)
-        others = [line for line in text.splitlines() if not line.startswith("VARIANT_ID=")]
-        path.write_text("\n".join([*others, "VARIANT_ID=ashos", ""]))
+        others = [line for line in lines if not line.startswith("VARIANT_ID=")]
+        write_text(path, "\n".join([*others, "VARIANT_ID=ashos", ""]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2446,6 +2550,8 @@ def read_numbers(path: Path) -> dict[str, int]:
     """Names and numbers of passwd, group, subuid or subgid."""
     column = 1 if path.name.startswith("sub") else 2
     found: dict[str, int] = {}
+    if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+        return found
     for row in (line.split(":") for line in lines_of(read_text(path))):
         number = to_number(row[column]) if len(row) > column else None
         if number is not None:
@@ -2465,7 +2571,7 @@ def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, f
     users, groups = moves.get("passwd", {}), moves.get("group", {})
     for name in NUMBERED_FILES:
         path = root / "etc" / name
-        if not path.is_file():
+        if not path.is_file() or path.is_symlink():
             continue
         old = read_numbers(before / name)
         lines = []
@@ -2545,6 +2651,11 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
     return "\n".join([*lines, *fstab_of_user(old), ""])
 
 
+def fstab_word(path: str) -> str:
+    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
+    return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
+
+
 def fstab_mount_point(line: str) -> str:
     """The mount point of a line of fstab; empty for comments and blank lines."""
     words = line.split()
@@ -2619,6 +2730,15 @@ def mutable_folders(root: Path, snapshot: int) -> list[tuple[str, str]]:
     return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
 
+def make_mutable_folder(layout: Layout, kept: str) -> Path:
+    """Make the folder behind a mutable one, where there is none; AshError where a link leads to elsewhere."""
+    folder = layout.snapshots / kept
+    if path_inside(layout.snapshots, kept) != folder:
+        raise AshError(f"{kept} leads through a link", "ash edit-conf N names the folder itself", REFUSED)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
     """Put into a writable root what it needs to be booted and to have ash in it.
 
@@ -2628,20 +2748,22 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
         which: the snapshot's number or slot's name under which it will be mounted.
         uuid: of the root file system.
     """
+    require_folders(root)
     for name in MOUNT_POINTS:
-        (root / name).mkdir(parents=True, exist_ok=True)
-    fstab = root / "etc/fstab"
-    fstab.write_text(render_fstab(layout, uuid, which, fstab.read_text() if fstab.exists() else "", is_mutable(root)))
-    link = root / "usr/bin/ash"
+        path_inside(root, name).mkdir(parents=True, exist_ok=True)
+    old = read_text(path_inside(root, "etc/fstab"))
+    write_inside(root, "etc/fstab", render_fstab(layout, uuid, which, old, is_mutable(root)))
+    link = place_inside(root, "usr/bin/ash")
     remove_tree(link)
     link.symlink_to("/.snapshots/ash/ash")
-    units = root / "usr/lib/systemd/system"
-    if units.is_dir():
+    units = "usr/lib/systemd/system"
+    if path_inside(root, units).is_dir():
         for name, (text, wanted_by) in UNITS.items():
-            (units / name).write_text(text)
-            (units / wanted_by).mkdir(exist_ok=True)
-            remove_tree(units / wanted_by / name)
-            (units / wanted_by / name).symlink_to(f"../{name}")
+            write_inside(root, f"{units}/{name}", text)
+            path_inside(root, f"{units}/{wanted_by}").mkdir(parents=True, exist_ok=True)
+            wanted = place_inside(root, f"{units}/{wanted_by}/{name}")
+            remove_tree(wanted)
+            wanted.symlink_to(f"../{name}")
     mark_variant(root)
 
 
@@ -2809,7 +2931,7 @@ class EtcMerge:
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
         plain = has_plain_parents(self.target, path)
-        if path == "fstab":
+        if path == "fstab" and not any(one.is_symlink() for one in (own, now, was)):
             self._carry_fstab(own, now, was)
         elif plain and is_same(own, now):
             pass
@@ -2884,7 +3006,7 @@ class EtcMerge:
         if is_folder(source):
             if not is_folder(target):
                 remove_tree(target)
-                target.mkdir()
+                target.mkdir(mode=0o700)
             copy_attributes(source, target)
         else:
             remove_tree(target)
@@ -2935,7 +3057,8 @@ class BootConfig:
         Raises:
             AshError: there is no kernel in it.
         """
-        linux = re.search(r"^\s*linux\s+(\S+)\s*(.*)$", text, re.MULTILINE)
+        kernels = re.finditer(r"^\s*linux\s+(\S+)[ \t]*(.*)$", text, re.MULTILINE)
+        linux = next((found for found in kernels if cls._is_usable(found)), None)
         if linux is None:
             raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
         entry = text[linux.end() : text.find("}", linux.end())]
@@ -2951,6 +3074,12 @@ class BootConfig:
             header=list(dict.fromkeys(line.strip() for line in cls.HEADER.findall(text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
+
+    @staticmethod
+    def _is_usable(linux: re.Match[str]) -> bool:
+        """Whether a kernel's line is a whole one: grub-mkconfig does not quote what files in /boot are called."""
+        usable = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
+        return bool(usable.fullmatch(linux[1])) and linux[2].startswith("root=")
 
     @staticmethod
     def _in_boot(path: str) -> str:
@@ -3127,11 +3256,12 @@ def boot_inputs(root: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    boot, default = root / "boot", root / "etc/default"
+    boot, default, scripts = (path_inside(root, name) for name in ("boot", "etc/default", "etc/grub.d"))
     for path in sorted([*boot.glob("vmlinu*"), *boot.glob("initr*"), *boot.glob("*.img"), *boot.glob("*-ucode*")]):
-        status = path.stat()
+        status = path.lstat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
-    for path in sorted([default / "grub", *(default / "grub.d").glob("*"), *(root / "etc/grub.d").glob("*")]):
+    settings = [default / "grub", *path_inside(default, "grub.d").glob("*"), *scripts.glob("*")]
+    for path in sorted(path_inside(root, str(path.relative_to(root))) for path in settings):
         if path.is_file():
             digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
     return digest.hexdigest()
@@ -3163,8 +3293,8 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
         grub: GRUB's own folder, which the tools want to find in /boot.
     """
     inputs = boot_inputs(root)
-    default = root / "etc/default/grub"
-    probes = default.exists() and re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default.read_text(), re.MULTILINE)
+    default = read_text(path_inside(root, "etc/default/grub"))
+    probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
     for deployment in menu.deployments.values():
         if deployment.inputs == inputs and not probes:
             return inputs, deployment.config
@@ -3209,12 +3339,13 @@ class Slots:
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
         equip(layout, new, slot, self.uuid)
-        (new / IN_ROOT_SNAP).write_text(f"{snapshot}\n")
+        write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
         with (new / "etc/fstab").open("a") as fstab:
             for kept, seen in mutable_folders(new, snapshot):
-                (layout.snapshots / kept).mkdir(parents=True, exist_ok=True)
+                make_mutable_folder(layout, kept)
                 path_inside(new, seen).mkdir(parents=True, exist_ok=True)
-                fstab.write(f"/.snapshots/{kept} /{seen} none bind,x-systemd.requires-mounts-for=/.snapshots 0 0\n")
+                where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
+                fstab.write(f"{where} none bind,x-systemd.requires-mounts-for=/.snapshots 0 0\n")
         grub = layout.grub_cfg.parent
         grub.mkdir(exist_ok=True)
         try:
@@ -3240,6 +3371,7 @@ class Slots:
             return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
 
         running = layout.rootfs(slot) / "etc"
+        require_folders(running.parent)
         return EtcMerge(layout.etc(slot), running, target, layout.conflicts(snapshot), own_fstab)
 
     def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
@@ -3322,9 +3454,11 @@ class Slots:
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
         for path, kind in etc_drift(layout.etc(slot), layout.rootfs(slot) / "etc").items():
-            if path not in but and kind != "removed":
+            if path in but or not has_plain_parents(new, path):
+                continue
+            if kind != "removed":
                 EtcMerge.place(layout.rootfs(slot) / "etc" / path, new / path)
-            elif path not in but:
+            else:
                 remove_tree(new / path)
         set_readonly(new)
         replace_subvolume(new, layout.etc(slot))
@@ -3554,7 +3688,7 @@ class System:
         """The number of a snapshot, or of the one that a slot's deployment was made from."""
         if isinstance(which, int):
             return which
-        number = to_number(read_text(self.layout.rootfs(which) / IN_ROOT_SNAP))
+        number = to_number(read_text(path_inside(self.layout.rootfs(which), IN_ROOT_SNAP)))
         if number is None:
             raise AshError(f"slot {which} does not say which snapshot it was made from", "deploy one into it")
         return number
@@ -3705,10 +3839,12 @@ class System:
             Intent("open").save(place.folder)
             try:
                 snapshot_subvolume(root, place.root)
+                mark = place_inside(place.root, IN_ROOT_MUTABLE)
                 if mutable:
-                    (place.root / IN_ROOT_MUTABLE).touch()
+                    mark.parent.mkdir(parents=True, exist_ok=True)
+                    mark.touch()
                 else:
-                    (place.root / IN_ROOT_MUTABLE).unlink()
+                    mark.unlink()
                     set_readonly(place.root)
                 intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"]))
             except BaseException:
@@ -3731,7 +3867,7 @@ class System:
                 entry = str(Path(*inside.parts[:2])) if inside.parts[0] in FOLDERS_OF_ENTRIES else inside.parts[0]
                 if any(self.distro.claims(root, entry) for root in others):
                     kept.append(path)
-                else:
+                elif has_plain_parents(self.layout.var, str(inside)):
                     remove_tree(self.layout.var / inside)
             sync_filesystem(self.layout.snapshots)
         return replace(change, kept=kept)
@@ -3858,6 +3994,7 @@ class System:
         slot = Slots(self).running
         if not slot or not self.layout.etc(slot).exists():
             raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
+        require_folders(self.layout.rootfs(slot))
         return slot, etc_drift(self.layout.etc(slot), self.layout.rootfs(slot) / "etc")
 
     def recover(self, drop_kept: bool) -> list[int]:
@@ -4025,11 +4162,16 @@ def patch(old: Path, new: Path, path: str) -> str:
     texts = []
     for root in (old, new):
         file = root / path
-        try:
-            texts.append(file.read_text().splitlines(keepends=True) if file.is_file() else [])
-        except UnicodeDecodeError:
-            return f"binary file /{path} differs\n"
-    before, after = texts
+        if not has_plain_parents(root, path) or not os.path.lexists(file):
+            texts.append("")
+        elif file.is_symlink():  # what it leads to is not the snapshot's, or has a difference of its own
+            texts.append(f"link to {os.readlink(file)}\n")
+        else:
+            texts.append(read_text(file))
+    path = one_line(path)
+    if not "".join(texts).isascii() and any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(texts)):
+        return f"binary file /{path} differs\n"
+    before, after = ([f"{line}\n" for line in lines_of(text)] for text in texts)
     return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
 
 
@@ -4057,7 +4199,8 @@ class Damage:
     mend: Callable[[], None] | None = field(default=None, compare=False)
 
     def text(self) -> str:
-        return f"snapshot {self.snapshot}: {self.what}" if self.snapshot is not None else self.what
+        what = one_line(self.what)
+        return f"snapshot {self.snapshot}: {what}" if self.snapshot is not None else what
 
     def advice(self) -> str:
         """What is wrong, and what mends it."""
@@ -4458,7 +4601,9 @@ class Check:
     def _copy(self, number: int, folder: str) -> Iterator[Damage]:
         copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
         renew, remedy = partial(self.mender.renew_copy, number, folder), "make it anew"
-        if not is_subvolume(copy):
+        if not is_folder(original):
+            yield Damage(f"its /{folder} is no folder", number)
+        elif not is_subvolume(copy):
             yield Damage(f"{copy.name} is missing", number, remedy, renew)
         elif different := first_difference(copy, original):
             yield Damage(f"{copy.name} differs from its /{folder}: {different}", number, remedy, renew)
@@ -4735,7 +4880,7 @@ def cmd_current(system: System, args: argparse.Namespace) -> Reply:
 
 
 def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
-    number, text = the_snapshot(system, args), " ".join([*args.desc, *args.words])
+    number, text = the_snapshot(system, args), described(*args.desc, *args.words)
     system.require(number)
     if not text:
         raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
@@ -4779,7 +4924,13 @@ def cmd_new(system: System, args: argparse.Namespace) -> Reply:
 
 def new_description(args: argparse.Namespace, default: str) -> str:
     """The description that was given, or the default."""
-    return " ".join(args.desc) or default
+    return described(*args.desc) or default
+
+
+def described(*words: str) -> str:
+    """A description from its words: one line, and text that every program can read."""
+    text = " ".join(" ".join(words).split())
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
@@ -4917,10 +5068,10 @@ def deployed(deployment: Deployment, changed: bool) -> Reply:
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
     if changed and deployment.carried:
-        text += f"\n  carried over from the running /etc: {', '.join(deployment.carried)}"
+        text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
     if changed and deployment.conflicts:
         text += f"\n  left behind, the running versions are in {deployment.conflicts_folder}: "
-        text += ", ".join(deployment.conflicts)
+        text += listed(deployment.conflicts)
     data = {
         "snapshot": number,
         "changed": changed,
@@ -4938,18 +5089,18 @@ def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
         return would("carry changes of the running /etc over to the deployment for the next boot")
     with system.lock("deploy"):
         carried = Slots(system).carry()
-    text = f"carried over: {', '.join(carried)}" if carried else "nothing to carry over"
+    text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
     return Reply({"changed": bool(carried), "carried": carried}, text)
 
 
 def cmd_etc_update(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
-        return would("save into the booted snapshot: " + ", ".join(system.drift()[1]))
+        return would("save into the booted snapshot: " + listed(system.drift()[1]))
     change, merge = system.etc_update()
     data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
-    lines = [f"snapshot {change.snapshot} has now: {', '.join(merge.carried)}" if merge.carried else "nothing to save"]
+    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
     if merge.in_conflict:
-        lines.append(f"  changed in both, left as it is in the snapshot: {', '.join(merge.in_conflict)}")
+        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
     return Reply(data, "\n".join(lines))
 
 
@@ -5003,7 +5154,7 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         delete_subvolume(copy)
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
-        (copy / IN_ROOT_SNAP).unlink(missing_ok=True)
+        place_inside(copy, IN_ROOT_SNAP).unlink(missing_ok=True)
         with system.new_snapshot(copy, description) as number, system.editing_tree() as tree:
             tree.add(number, None)
         return number
@@ -5105,7 +5256,7 @@ def cmd_run(system: System, args: argparse.Namespace) -> Reply:
     number = args.snapshots[0]
     system.require_changeable(number)
     if args.dry_run:
-        return would(f"run in snapshot {number}: {' '.join(command)}")
+        return would(f"run in snapshot {number}: {one_line(' '.join(command))}")
     change = run_in(system, number, command)
     return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
 
@@ -5123,17 +5274,17 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     command = command_to_run(args)
     branch = system.tree().branch(args.snapshots[0])
     if args.dry_run:
-        return would(f"run in {', '.join(map(str, branch))}: {' '.join(command)}")
+        return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
     changes, failed = [], dict[int, str]()
     for number in branch:
         try:
             changes.append(run_in(system, number, command))
         except AshError as error:
             failed[number] = error.message
-            console.say(f"ash: {error.message}")
+            console.say(one_line(f"ash: {error.message}"))
     done = ", ".join(str(change.snapshot) for change in changes)
     text = [f"done in {done}"] if changes else []
-    text += [f"failed in {number}: {message}" for number, message in failed.items()]
+    text += [f"failed in {number}: {one_line(message)}" for number, message in failed.items()]
     data = {
         "changed": any(change.changed for change in changes),
         "snapshots": [change_data(change) for change in changes],
@@ -5322,11 +5473,13 @@ def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
         raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
     with Transaction(system, number) as work:
         path = path_inside(work.root, "etc/ash.conf")
+        if os.path.lexists(path) and not path.is_file():
+            raise AshError(f"/etc/ash.conf of snapshot {number} is no file")
         path.parent.mkdir(exist_ok=True)
-        text = edited(path.read_text() if path.exists() else CONF_EXAMPLE)
+        text = edited(read_text(path) or CONF_EXAMPLE)
         Configuration.parse(text)
-        if text != (path.read_text() if path.exists() else ""):
-            path.write_text(text)
+        if text != read_text(path):
+            write_text(path, text)
     return Reply(change_data(work.change), work.change.summary())
 
 
@@ -5339,12 +5492,11 @@ def edited(text: str) -> str:
     wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]
     editor = next((shlex.split(words) for words in wanted if words), None) or [shutil.which("nano") or "vi"]
     with tempfile.NamedTemporaryFile("w+", suffix=".conf", dir=PRIVATE) as file:
-        file.write(text)
-        file.flush()
+        write_text(Path(file.name), text)
         status = subprocess.run([*editor, file.name], check=False).returncode
         if status:
             raise AshError(f"the editor ended with {status}: nothing is changed")
-        return Path(file.name).read_text()
+        return read_text(Path(file.name))
 
 
 def cmd_mutable(system: System, args: argparse.Namespace) -> Reply:
@@ -5401,7 +5553,10 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({system.booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
-        *(f"running:      snapshot {number}: {holder}" for number, holder in running_transactions(system).items()),
+        *(
+            f"running:      snapshot {number}: {one_line(holder)}"
+            for number, holder in running_transactions(system).items()
+        ),
         *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in waiting_work(system)),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
@@ -6015,9 +6170,9 @@ def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, An
 def print_reply(command: Command, reply: Reply) -> None:
     """Print a command's answer in the form that was asked for."""
     if console.json:
-        print(json.dumps({"version": JSON_VERSION, "command": command.name, **reply.data}, ensure_ascii=False))
+        print(as_json({"version": JSON_VERSION, "command": command.name, **reply.data}))
     elif console.quiet and reply.brief:
-        print(reply.brief)
+        print(printable(reply.brief))
     elif reply.text and not (console.quiet and command.changes):
         print(printable(reply.text))
 
@@ -6029,7 +6184,7 @@ def report(error: AshError, command: Command | None) -> int:
     status = error.status
     if console.json:
         problem = {"message": error.message, "hint": error.hint, "status": status}
-        print(json.dumps({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
+        print(as_json({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
     its_own = command is not None and command.function in (cmd_run, cmd_chroot)
     return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
 
@@ -6042,6 +6197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AshError):
         command = find_command(split_command_line(given)[1])  # for errors in the rest of the line
     os.umask(0o022)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         command, args = parse(given)

@@ -18,6 +18,7 @@ from ash import (
     Transaction,
     TransientFile,
     in_database,
+    path_inside,
 )
 
 
@@ -124,7 +125,7 @@ room=$(df --output=avail -k / | tail -n 1)
         """Whether all are there, and none only because another needs it."""
         automatic = {
             package.get("Package", "")
-            for package in paragraphs(root / IN_ROOT_DB / "apt/extended_states")
+            for package in paragraphs(database(root) / "apt/extended_states")
             if package.get("Auto-Installed") == "1"
         }
         return set(packages) <= self.packages(root).keys() - automatic
@@ -135,7 +136,7 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether dpkg's list of the package's files has something in /var/lib."""
-        info = root / IN_ROOT_DB / "dpkg/info"
+        info = database(root) / "dpkg/info"
         lists = [info / f"{package}.list", *info.glob(f"{package}:*.list")]
         return any("/var/lib/" in path.read_text(errors="replace") for path in lists if path.exists())
 
@@ -144,7 +145,7 @@ room=$(df --output=avail -k / | tail -n 1)
         installed = self.packages(root)
         claimed = {name for name in installed if name == Path(entry).name}
         wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
-        for path in (root / IN_ROOT_DB / "dpkg/info").glob("*.list"):
+        for path in (database(root) / "dpkg/info").glob("*.list"):
             name = path.stem.partition(":")[0]
             if name in installed and wanted.search(path.read_text(errors="replace")):
                 claimed.add(name)
@@ -152,11 +153,11 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def config_files(self, root: Path) -> set[str]:
         """Those of dpkg's status file, and those that ucf keeps."""
-        status = root / IN_ROOT_DB / "dpkg/status"
+        status = database(root) / "dpkg/status"
         text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else ""
         blocks = re.findall(r"^Conffiles:\n((?: .*\n)*)", text, re.MULTILINE)
         own = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
-        registry = root / IN_ROOT_DB / "ucf/registry"
+        registry = database(root) / "ucf/registry"
         lines = registry.read_text(errors="replace").splitlines() if registry.exists() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
@@ -173,7 +174,7 @@ room=$(df --output=avail -k / | tail -n 1)
             target, keeper = diverted.get(path, (path, package))
             return path if package == keeper else target
 
-        for listing in sorted((root / IN_ROOT_DB / "dpkg/info").glob("*.list")):
+        for listing in sorted((database(root) / "dpkg/info").glob("*.list")):
             name = listing.stem.partition(":")[0]
             if name in installed:
                 files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
@@ -185,11 +186,11 @@ room=$(df --output=avail -k / | tail -n 1)
         """One run of apt-get, after fetching the package lists where there are none."""
         if not any((work.var / "lib/apt/lists").glob("*_*")):
             self._apt(work, False, "update")
-        self._apt(work, simulate, "install", *packages, *(f"{name}-" for name in remove))
+        self._apt(work, simulate, "install", "--", *packages, *(f"{name}-" for name in remove))
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
         """One run of apt-get."""
-        self._apt(work, simulate, "purge" if purge else "remove", "--autoremove", *packages)
+        self._apt(work, simulate, "purge" if purge else "remove", "--autoremove", "--", *packages)
 
     @staticmethod
     def _apt(work: Transaction, simulate: bool, *arguments: str) -> None:
@@ -238,16 +239,21 @@ def paragraphs(path: Path) -> Iterator[dict[str, str]]:
             yield fields
 
 
+def database(root: Path) -> Path:
+    """The package database of a root, wherever links in the root lead to it."""
+    return path_inside(root, IN_ROOT_DB)
+
+
 def known_packages(root: Path) -> Iterator[dict[str, str]]:
     """What dpkg's status file says of each package, where it says what and how it is."""
-    for package in paragraphs(root / IN_ROOT_DB / "dpkg/status"):
+    for package in paragraphs(database(root) / "dpkg/status"):
         if "Package" in package:
             yield {"Status": "unknown damaged", "Version": "", **package}
 
 
 def diversions(root: Path) -> dict[str, tuple[str, str]]:
     """By path, where dpkg puts the files of packages instead, and the package to which that does not apply."""
-    path = root / IN_ROOT_DB / "dpkg/diversions"
+    path = database(root) / "dpkg/diversions"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
 

@@ -487,3 +487,17 @@ def test_names_of_every_kind_in_etc(
     merge.merge()
     differing = {name for name in running if own.get(name) != running[name]}
     assert {os.fsencode(path) for path in (*merge.carried, *merge.in_conflict)} == differing
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@given(
+    text=st.text(alphabet=st.characters() | st.sampled_from("\udcff\x1b\x9b\u202e\u2066\u2028ö日\U0001f600\U000e0001"))
+)
+def test_an_answer_can_be_printed_in_any_encoding(encoding: str, text: str) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    with contextlib.redirect_stdout(out):
+        line = ash.as_json({"text": text})
+        print(line)
+        out.seek(0)
+    assert json.loads(out.read()) == {"text": text}
+    assert line.isprintable()

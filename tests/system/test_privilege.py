@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What root does for a user of ash: no secret gets about, no link leads it astray, no caller's program is run."""
+
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ash
+from ash import VarMerge, copy_file, make_private_folder
+from distros.debian.ashpk import Debian
+from installer import executable
+from tests.support import ASH
+from tests.system.lab import System, everything_below
+from tests.system.test_drift import Machine
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+SECRET = "s3cret-of-the-host"
+KEY = "k3y-of-the-machine"
+
+
+@pytest.fixture
+def machine(system: System, snapshot: int) -> Machine:
+    """A machine that runs a deployment of the test's snapshot."""
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    machine.boot()
+    return machine
+
+
+def copies_in(system: System, text: str = SECRET) -> list[str]:
+    """The files with the secret in them, wherever ash may have written to; history and locks have what was typed."""
+    files = system.files
+    folders = [files.state, files.var / "lib", files.grub_cfg.parent, files.snapshots / "etc", files.snapshots / "boot"]
+    for name in ("etc", "boot", "usr/share/ash", "usr/lib/systemd/system"):
+        folders += (files.snapshots / "rootfs").glob(f"*/{name}")
+    argv = [
+        "grep",
+        "-rlsF",
+        "--exclude=history",
+        "--exclude=lock",
+        "--exclude=initrd.img-*",
+        "--exclude=vmlinuz-[4-8]*",
+        text,
+    ]
+    argv += (str(folder) for folder in folders if not folder.is_symlink())
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+# Modes
+
+
+def below(folder: Path, mode: int) -> None:
+    """Assert that a folder gives nobody else more than a mode does."""
+    assert not stat.S_IMODE(folder.stat().st_mode) & ~mode, f"{folder} is {folder.stat().st_mode:o}"
+
+
+def test_a_file_is_never_more_readable_than_what_it_is_a_copy_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "key"
+    source.write_text(SECRET)
+    source.chmod(0o600)
+    modes = []
+
+    def plainly(old: Any, new: Any) -> None:
+        modes.append(stat.S_IMODE(os.fstat(new.fileno()).st_mode))
+        shutil.copyfileobj(old, new, 4)
+        modes.append(stat.S_IMODE(os.fstat(new.fileno()).st_mode))
+
+    monkeypatch.setattr(ash, "copy_content", plainly)
+    for mode in (0o600, 0o4755):
+        source.chmod(mode)
+        copy_file(source, tmp_path / f"copy-{mode}")
+        assert stat.S_IMODE((tmp_path / f"copy-{mode}").stat().st_mode) == mode
+    assert modes == [0o600] * 4
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    made: list[int] = []
+    mkfifo = os.mkfifo
+
+    def noted(path: Path, mode: int = 0o666) -> None:
+        made.append(mode)
+        mkfifo(path, mode)
+
+    monkeypatch.setattr(os, "mkfifo", noted)
+    copy_file(tmp_path / "pipe", tmp_path / "copy-of-pipe")
+    assert made == [0o600]
+
+
+def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of a folder in /var replaces the new file by a link before its mode is set."""
+    victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
+    victim.write_text("")
+    victim.chmod(0o600)
+    source.write_text("x")
+    source.chmod(0o666)
+    os.setxattr(source, "user.x", b"1")
+    content = ash.copy_content
+
+    def replaced(old: Any, new: Any) -> None:
+        content(old, new)
+        target.unlink()
+        target.symlink_to(victim)
+
+    monkeypatch.setattr(ash, "copy_content", replaced)
+    copy_file(source, target)
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    assert os.listxattr(victim) == []
+
+
+def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper, origin, live = (tmp_path / name for name in ("upper", "origin", "live"))
+    for folder in (upper / "lib/new/deep", upper / "lib/old", origin / "lib", live / "lib/old"):
+        folder.mkdir(parents=True)
+    for name in ("new", "new/deep", "old"):
+        (upper / "lib" / name / "file").write_text(SECRET)
+        (upper / "lib" / name).chmod(0o700)
+    original, seen = ash.copy_file, []
+
+    def watched(source: Path, target: Path) -> None:
+        below(target.parent, 0o700)
+        seen.append(target.name)
+        original(source, target)
+
+    monkeypatch.setattr(ash, "copy_file", watched)
+    merge = VarMerge(upper, origin, live, Debian(), tmp_path / "aside", ())
+    for entry in ("lib/new", "lib/old"):
+        merge.merge(entry, "place")
+    assert len(set(seen)) == 1, "one name that is its own"
+    assert merge.token in seen[0], "and that nobody knows"
+    assert len(seen) == 3
+    assert VarMerge(upper, origin, live, Debian(), tmp_path, ()).token != merge.token
+
+
+def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snapshot: int) -> None:
+    system, etc = machine.system, machine.etc
+    system.shell(
+        snapshot,
+        f"umask 077; echo theirs > /etc/both; mkdir /var/lib/own-keys; echo {KEY} > /var/lib/own-keys/key;"
+        f"echo {KEY} > /etc/from-snapshot; echo {KEY} > /boot/key",
+    )
+    for name in ("both", "own"):
+        (etc / name).touch(mode=0o600)
+        (etc / name).write_text(KEY)
+    (etc / "shadow").write_text(f"{(etc / 'shadow').read_text()}ada:{KEY}:1:0:9:7:::\n")
+    (etc / "ssh").mkdir(exist_ok=True)
+    (etc / "ssh/ssh_host_rsa_key").touch(mode=0o600)
+    (etc / "ssh/ssh_host_rsa_key").write_text(KEY)
+    conflicts = system.files.var / "lib/ash/conflicts"
+    conflicts.mkdir(parents=True, exist_ok=True)
+    conflicts.chmod(0o777)
+    os.chown(conflicts, 1000, 1000)
+    answer = machine.deploy(snapshot)
+    assert answer["conflicts"] == ["both"]
+    assert (stat.S_IMODE(conflicts.stat().st_mode), conflicts.stat().st_uid) == (0o700, 0)
+    machine.running("carry")
+    copies = copies_in(system, KEY)
+    assert len(copies) >= 9, copies
+    for copy in map(Path, copies):
+        readable = stat.S_IMODE(copy.stat().st_mode)
+        assert readable == (0o640 if copy.name.startswith("shadow") else 0o600), f"{copy} is {readable:o}"
+
+
+# Links
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the host, which is as it was in the end."""
+    folder = tmp_path / "outside"
+    (folder / "dpkg/info").mkdir(parents=True)
+    package = f"Package: {SECRET}\nStatus: install ok installed\nVersion: {SECRET}\n"
+    (folder / "dpkg/status").write_text(package)
+    for name in ("secret", "resolv.conf", "fstab", "passwd", "ash-carry.service", "shells.state", "ash.conf"):
+        (folder / name).write_text(f"{SECRET}:x:0:0:{SECRET}\nNAME={SECRET}\n")
+    before = everything_below(folder)
+    yield folder
+    assert everything_below(folder) == before
+
+
+def tried(system: System, *words: str | int) -> int:
+    """Run ash, whatever comes of it: no traceback, and nothing of what is outside. Returns its status."""
+    argv = [*ASH, "--image", str(system.image), *map(str, words)]
+    ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert SECRET not in ended.stdout + ended.stderr, f"{words}: {ended}"
+    return ended.returncode
+
+
+def every_command(system: System, machine: Machine, snapshot: int) -> dict[str, int]:
+    """Run all commands that read or write in a snapshot; the statuses with which they ended."""
+    lines = [
+        f"diff 0 {snapshot} --patch --files",
+        f"diff {snapshot} 0 --patch",
+        f"list {snapshot}",
+        "tree -l",
+        "fsck",
+        f"run {snapshot} true",
+        f"mutable {snapshot}",
+        f"immutable {snapshot}",
+        f"undo {snapshot}",
+        f"undo {snapshot}",
+        f"clone {snapshot}",
+        f"deploy {snapshot}",
+        "diff --patch",
+        "etc-update",
+        "recover",
+    ]
+    statuses = {}
+    for line in lines:
+        statuses[line.split()[0]] = tried(system, *line.split())
+    return statuses
+
+
+FILES = [
+    "etc/fstab",
+    "etc/os-release",
+    "etc/motd",
+    "etc/resolv.conf",
+    "etc/default/grub",
+    "usr/share/ash/snap",
+    "usr/lib/systemd/system/ash-carry.service",
+    "usr/lib/systemd/system/local-fs.target.wants/ash-recover.service",
+    "boot/vmlinuz-99",
+]
+
+
+def link(system: System, snapshot: int, links: dict[str, Path | str]) -> None:
+    """Make links in a snapshot."""
+    lines = [f"rm -rf '/{path}'; ln -s '{target}' '/{path}'" for path, target in links.items()]
+    system.shell(snapshot, "\n".join(lines))
+
+
+def test_links_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outside: Path) -> None:
+    system = machine.system
+    number = system.clone()
+    up = "../" * 20
+    link(system, number, dict.fromkeys(FILES, f"{up}{outside}/secret"))
+    statuses = every_command(system, machine, number)
+    assert {name for name, status in statuses.items() if status} <= {"fsck", "undo"}, statuses
+    assert system.files.default_slot() != machine.slot
+    assert copies_in(system) == []
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"etc/passwd": "passwd", "etc/ash.conf": "ash.conf", "usr/share/ash/db/shells.state": "shells.state"},
+        {"usr/share/ash/db": ""},
+        {"usr/share/ash": "", "usr/lib/systemd/system": ""},
+        {"boot": ""},
+    ],
+    ids=" ".join,
+)
+def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
+    system: System, snapshot: int, outside: Path, links: dict[str, str]
+) -> None:
+    """A mutable snapshot is changed without ash's seeing to it."""
+    system.ash("mutable", snapshot)
+    for path, target in links.items():
+        place = system.root(snapshot) / path
+        ash.remove_tree(place)
+        place.symlink_to(outside / target)
+    for line in (
+        f"diff 0 {snapshot} --patch",
+        f"list {snapshot}",
+        "fsck",
+        f"run {snapshot} touch /etc/x",
+        f"deploy {snapshot}",
+    ):
+        tried(system, *line.split())
+    tried(system, "install", snapshot, "nothing")
+    tried(system, "immutable", snapshot)
+    assert copies_in(system) == []
+
+
+@pytest.mark.parametrize("folder", ["etc", "boot"])
+def test_a_snapshot_without_a_folder_for_its_configuration_is_not_made(
+    system: System, snapshot: int, outside: Path, folder: str
+) -> None:
+    with system.nothing_changes():
+        refused = system.shell(snapshot, f"mv /{folder} /x; ln -s {outside} /{folder}", status=125)
+    assert f"/{folder} is no folder" in refused.error
+
+
+def test_links_of_mutable_folders_do_not_lead_out_of_them(system: System, snapshot: int, outside: Path) -> None:
+    system.shell(snapshot, "echo mutable_dirs_shared::srv > /etc/ash.conf")
+    system.shell(snapshot, f"ln -s {outside} /srv/x; echo mutable_dirs_shared::srv/x > /etc/ash.conf")
+    assert tried(system, "run", snapshot, "touch", "/srv/x/new") != 0
+    assert tried(system, "deploy", snapshot) != 0
+
+
+def test_a_link_put_into_var_meanwhile_is_not_followed(system: System, snapshot: int, outside: Path) -> None:
+    """Neither in an entry, nor in a cache, nor in a log, nor where the folder of entries was."""
+    var = system.files.var
+    places = ["lib/led", "cache/man/led", "log/apt/led", "www/led/deep", "spool/led"]
+    for place in places:
+        (var / place).mkdir(parents=True)
+    script = " ".join(f"echo x > /var/{place}/secret; echo y > /var/{place}/new;" for place in places)
+    with system.at_work(snapshot, script):
+        for place in [*places[:-2], "www", "spool"]:
+            ash.remove_tree(var / place)
+            (var / place).symlink_to(outside)
+    assert not (var / "cache/man/led").is_symlink() or not (outside / "new").exists()
+    for place in ("www", "spool", "lib/led"):
+        ash.remove_tree(var / place)
+
+
+@pytest.mark.parametrize("place", ["lib/ash", "lib/ash/conflicts"])
+def test_the_conflicts_folder_is_where_it_belongs(machine: Machine, snapshot: int, outside: Path, place: str) -> None:
+    system = machine.system
+    system.shell(snapshot, "echo theirs > /etc/motd")
+    (machine.etc / "motd").write_text("mine\n")
+    ash.remove_tree(system.files.var / place)
+    (system.files.var / place).symlink_to(outside)
+    answer = machine.deploy(snapshot)
+    assert (machine.aside(answer) / "motd").read_text() == "mine\n"
+    assert not (system.files.var / place).is_symlink()
+
+
+def test_a_private_folder_is_a_new_one(tmp_path: Path) -> None:
+    """Two within a second do not share one."""
+    folder = tmp_path / "var/lib/ash/conflicts/5-now"
+    (tmp_path / "var/lib").mkdir(parents=True)
+    make_private_folder(folder)
+    below(folder.parent, 0o700)
+    (folder.parent / "planted").symlink_to(tmp_path)
+    make_private_folder(folder)
+    (tmp_path / "other/lib").parent.mkdir()
+    (tmp_path / "other/lib").symlink_to(tmp_path)
+    with pytest.raises(ash.AshError, match="is a link"):
+        make_private_folder(tmp_path / "other/lib/ash/conflicts/1")
+
+
+def test_folders_of_var_do_not_become_links(system: System, snapshot: int, outside: Path) -> None:
+    with system.nothing_changes():
+        script = f"rm -rf /var/lib 2>/dev/null || true; ln -sfn {outside} /var/lib"
+        assert "/var/lib" in system.shell(snapshot, script, status=125).error
+
+
+# Programs and the environment
+
+
+def fakes(folder: Path, *names: str) -> Path:
+    """A folder with programs that tell that they were run."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(f"#!/bin/bash\ntouch '{folder}/ran-{name}'\nexit 0\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def ran(folder: Path) -> list[str]:
+    """Which of them were run."""
+    return sorted(path.name for path in folder.glob("ran-*"))
+
+
+PROGRAMS = ["btrfs", "cp", "sh", "mount", "chroot", "unshare", "grub-mkconfig", "env", "apt-get", "losetup", "python3"]
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["ash.py", "executable"])
+def test_nothing_of_the_caller_reaches_what_root_runs(system: System, tmp_path: Path, built: bool) -> None:
+    hostile = fakes(tmp_path / "bin", *PROGRAMS)
+    for module in ("json", "argparse", "anytree", "sitecustomize", "startup"):
+        (hostile / f"{module}.py").write_text(f"open('{hostile}/ran-{module}', 'w')\nraise SystemExit(9)\n")
+    environment = {
+        "PATH": f"{hostile}:{os.environ['PATH']}",
+        "LD_PRELOAD": f"{hostile}/nothing.so",
+        "PYTHONPATH": str(hostile),
+        "PYTHONSTARTUP": f"{hostile}/startup.py",
+        "PYTHONHOME": str(hostile),
+        "TMPDIR": str(hostile),
+        "BASH_ENV": f"{hostile}/btrfs",
+        "ENV": f"{hostile}/btrfs",
+        "IFS": "/",
+    }
+    argv = list(ASH)
+    if built:
+        (tmp_path / "ash").write_text(executable.build("debian"))
+        (tmp_path / "ash").chmod(0o755)
+        argv = [str(tmp_path / "ash")]
+    number = system.clone()
+    for line in (f"clone {number}", f"run {number} env", "diff 0 1", f"deploy {number}"):
+        words = [*argv, "--image", str(system.image), *line.split()]
+        ended = subprocess.run(words, cwd=hostile, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended
+        assert str(hostile) not in ended.stdout
+        assert ended.stderr.count("cannot be preloaded") <= 1 + built, "only ash itself was started so"
+    assert ran(hostile) == []
+
+
+def test_a_snapshots_programs_run_in_it_alone(system: System, snapshot: int, tmp_path: Path) -> None:
+    """What they would touch is not there where they belong."""
+    text = f'#!/bin/bash\\ntouch {tmp_path}/ran-$(basename $0)\\nexec /bin/bash --posix \\"$@\\"\\n'
+    script = f"""
+        for name in btrfs cp mount chroot sh; do
+            rm -f /usr/local/bin/$name; printf "{text}" > /usr/local/bin/$name; chmod 755 /usr/local/bin/$name
+            [ $name = sh ] || cp --remove-destination /usr/local/bin/$name /usr/bin/$name 2>/dev/null || true
+        done"""
+    system.shell(snapshot, script)
+    for line in ("diff 0 {0} --files", "run {0} /bin/true", "deploy {0}", "undo {0}", "clone {0}", "fsck"):
+        tried(system, *line.format(snapshot).split())
+    assert ran(tmp_path) == []
