@@ -736,7 +736,8 @@ class Configuration:
 
     def paths(self, key: str) -> list[str]:
         """The directories of a list, by their paths from the root; those that lead out of it are left out."""
-        listed = [part.strip().strip("/") for part in self.values.get(key, "").split(",")]
+        written = [part.strip().split("/") for part in self.values.get(key, "").split(",")]
+        listed = ["/".join(name for name in names if name not in ("", ".")) for names in written]
         return [path for path in listed if is_inner_path(path) and path.isprintable()]
 
 
