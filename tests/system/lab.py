@@ -95,7 +95,7 @@ class System(Disk):
         found, ours, device = [], os.readlink("/proc/self/ns/mnt"), self._device()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                mounted = {line.split()[2] for line in (process / "mountinfo").read_text().splitlines()}
+                mounted = {line.split()[2] for line in (process / "mountinfo").read_text(errors="replace").splitlines()}
                 if os.readlink(process / "ns/mnt") != ours and device in mounted:
                     found.append(int(process.name))
         return sorted(found)
