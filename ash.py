@@ -2815,9 +2815,10 @@ def has_plain_parents(folder: Path, path: str) -> bool:
 
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
-    found = set()
+    found: set[str] = set()
     for here, folders, files in os.walk(folder):
-        found |= {str(Path(here, name).relative_to(folder)) for name in (*folders, *files)}
+        inside = f"{here}/"[len(str(folder)) + 1 :]  # by text: a Path for each would take ten times as long
+        found.update(inside + name for name in (*folders, *files))
     return found
 
 

@@ -178,7 +178,7 @@ room=$(df --output=avail -k / | tail -n 1)
             name = listing.stem.partition(":")[0]
             if name in installed:
                 files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
-                missing = [line for line in files if not os.path.lexists(root / moved(line, name)[1:])]
+                missing = [line for line in files if not os.path.lexists(f"{root}{moved(line, name)}")]
                 found += [f"package {name} lacks {missing[0]} ({len(missing)} files)"] if missing else []
         return found
 

@@ -142,8 +142,9 @@ def test_what_fsck_finds_may_have_any_name(system: System, snapshot: int) -> Non
     program("btrfs", "property", "set", "-ts", copy, "ro", "false")
     for text in TEXTS[1:3]:
         (copy / text).touch()
-        damage = shown(system, "fsck", status=FAILED).stdout
-        assert len(damage.rstrip("\n").split("\n")) == 1, damage
+        found, advice = shown(system, "fsck", status=FAILED).stdout.rstrip("\n").split("\n")
+        assert found.startswith(f"snapshot {snapshot}: "), found
+        assert "--repair" in advice, advice
         (copy / text).unlink()
     (copy / TEXTS[0]).touch()
     shown(system, "--json", "fsck", status=FAILED)
