@@ -278,7 +278,8 @@ class Machine:
         shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
         self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
         self.expect(f"<{token}>", 60)
-        self.command("dmesg --console-level emerg 2>/dev/null || true")
+        # Neither the kernel nor systemd (its signal for that) prints between what commands print.
+        self.command("dmesg --console-level emerg 2>/dev/null; kill -s RTMIN+21 1 2>/dev/null || true")
 
     def enter_shell(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
         """Wait for the login prompt (timeout in seconds) and log in, to the shell as a user meets it."""

@@ -31,7 +31,8 @@ def new_snapshot(machine: Machine, command: str) -> int:
 
 def runs_snapshot(machine: Machine, number: int) -> None:
     """The snapshot is the one that runs, by what ash says and by the kernel's own options."""
-    assert said(machine, "ash current") == str(number)
+    current = said(machine, "ash current")
+    assert current == str(number), current
     assert said(machine, "cat /usr/share/ash/snap") == str(number)
     slot = said(machine, "ash whichtmp")
     assert f"rootfs/snapshot-{slot} " in said(machine, "cat /proc/cmdline")

@@ -7,7 +7,7 @@ from tests.boot.checks import is_immutable, new_snapshot, runs_snapshot, said, s
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(300)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(400)]
 
 
 def test_deploy_and_the_last_booted_deployment(disk: Disk, boot: Boot) -> None:

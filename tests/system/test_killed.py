@@ -13,10 +13,10 @@ import pytest
 from ash import COMMANDS as TABLE
 from tests.system.cuts import COMMANDS, LIKE_RUN, Scene
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(240)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(500)]
 
 WHOLE = {"run", "deploy"}
-FEW = 3
+FEW = 2
 
 
 def chosen(name: str, steps: int) -> range:

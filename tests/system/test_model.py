@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from tests.support import REFUSED
 from tests.system.lab import open_system
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
 STEPS = int(os.environ.get("ASH_TEST_STEPS", "30"))
 SEQUENCES = int(os.environ.get("ASH_TEST_SEQUENCES", "2"))

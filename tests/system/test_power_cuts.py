@@ -11,7 +11,7 @@ import pytest
 
 from tests.system.cuts import COMMANDS, Scene
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(300)]
 
 NAMES = list(COMMANDS) if os.environ.get("ASH_TEST_CUTS") == "all" else ["run", "deploy"]
 DURABLE = {"run", "install", "remove", "tree-run", "deploy", "deploy 2", "rollback", "undo", "mutable", "etc-update"}
