@@ -2085,13 +2085,17 @@ class Workplace:
     def _clear(self) -> None:
         if self.origin.exists():
             delete_subvolume(self.origin)
-        for leftover in (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"):
+        for leftover in self.files:
             remove_tree(leftover)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that a transaction has in the work folder beside the copy of /var, the intent file last."""
+        return self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
-        beside = (self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent")
-        return [path for path in (self.root, self.origin, *beside) if os.path.lexists(path)]
+        return [path for path in (self.root, self.origin, *self.files) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
         """The parts of the snapshot itself that are there."""
@@ -4235,7 +4239,7 @@ class LostFound:
         if readonly:
             set_readonly(path, False)  # the kernel moves no read-only one to another folder
         try:
-            path.rename(target)
+            rename(path, target)
         finally:
             if readonly:
                 set_readonly(target if target.exists() else path)
@@ -4409,7 +4413,7 @@ class Mender:
             for part in (layout.rootfs(number), layout.etc(number), layout.boot(number)):
                 if os.path.lexists(part):  # the copies are of the state that is lost
                     self.lost.take(part)
-            layout.undo(number).rename(layout.rootfs(number))
+            rename(layout.undo(number), layout.rootfs(number))
             for folder in ("etc", "boot"):
                 renew_copy(layout, number, folder)
 
@@ -4514,7 +4518,7 @@ class Mender:
         with self.system.lock("deploy"):
             if not target.is_file():
                 run(["cp", "-a", "--reflink=auto", source, beside])
-                beside.rename(target)
+                rename(beside, target)
 
 
 def is_coming_or_going(folder: Path) -> bool:
@@ -4538,7 +4542,7 @@ def is_held(lock: Path) -> bool:
 def forget_work(folder: Path) -> None:
     """Delete the work folder of a snapshot that is none any more, where nothing but its lock is in it."""
     if os.listdir(folder) == ["lock"]:
-        shutil.rmtree(folder)
+        remove_tree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5570,14 +5574,8 @@ def running_transactions(system: System) -> dict[str, str]:
     """The snapshots that an ash works on, with who does."""
     found = {}
     for folder in sorted(system.layout.work("").glob("[0-9]*")):
-        path = folder / "lock"
-        if not path.exists() or not (folder / "intent").exists():
-            continue
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                found[folder.name] = file.read().decode(errors="replace").strip()
+        if (folder / "intent").exists() and is_held(folder / "lock"):
+            found[folder.name] = (folder / "lock").read_text(errors="replace").strip()
     return found
 
 

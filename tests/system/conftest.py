@@ -8,7 +8,7 @@ import pytest
 
 from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
 from tests.support import program
-from tests.system.lab import System, open_system
+from tests.system.lab import Machine, System, open_system
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,3 +46,12 @@ def system(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sy
 def snapshot(system: System) -> int:
     """The number of a fresh clone of the base."""
     return system.clone()
+
+
+@pytest.fixture
+def machine(system: System, snapshot: int) -> Machine:
+    """A machine that runs a deployment of the test's snapshot."""
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    machine.boot()
+    return machine

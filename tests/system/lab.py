@@ -2,6 +2,7 @@
 """A system on a disk image that tests look at while ash works on it: its state, what is left, what is running."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ash import btrfs_partition
 from tests.support import CHECKOUT, DONE, Disk, Files, Outcome, program, wait_until
@@ -292,3 +294,75 @@ def open_system(image: Path, folder: Path) -> Iterator[System]:
         program("umount", top)
     wait_until(lambda: not Disk(copy).attached())
     copy.unlink()
+
+
+# ash on the image as if the slot that is named first were what runs on this machine.
+AS_BOOTED = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+import ash
+slot = sys.argv[2]
+ash.System.booted = property(lambda self: slot)
+sys.argv[1:] = sys.argv[3:]
+sys.exit(ash.main())
+"""
+
+
+class Machine:
+    """A system of which a deployment runs, as far as ash's own notes say so."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.files = system.files
+        self._menu = system.files.state / "menu"
+
+    def boot(self) -> str:
+        """Note that the deployment for the next boot was booted; returns its slot."""
+        menu = json.loads(self._menu.read_text())
+        menu["last_booted"] = menu["default"]
+        self._menu.write_text(json.dumps(menu))
+        self.system.ash("recover")
+        return self.slot
+
+    @property
+    def slot(self) -> str:
+        last: str = json.loads(self._menu.read_text())["last_booted"]
+        return last
+
+    @property
+    def etc(self) -> Path:
+        """The running /etc."""
+        return self.system.root(self.slot) / "etc"
+
+    def deploy(self, snapshot: int, *options: str) -> dict[str, Any]:
+        """Deploy; returns ash's answer."""
+        return self.system.ash("--json", "deploy", snapshot, *options).json
+
+    @property
+    def next_etc(self) -> Path:
+        """The /etc of the deployment for the next boot."""
+        return self.system.root(self.system.files.default_slot()) / "etc"
+
+    def running(self, *words: str | int) -> dict[str, Any]:
+        """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
+        argv: list[Any] = [
+            sys.executable,
+            "-c",
+            AS_BOOTED,
+            CHECKOUT,
+            self.slot,
+            "--json",
+            "--image",
+            self.system.image,
+            *map(str, words),
+        ]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def aside(self, answer: dict[str, Any]) -> Path:
+        """Where the running versions of what was not carried are."""
+        folder: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
+        assert folder.parent.stat().st_mode & 0o777 == 0o700
+        return folder / "etc"

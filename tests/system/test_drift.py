@@ -4,97 +4,14 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support import CHECKOUT, REFUSED
-from tests.system.lab import System
+from tests.support import REFUSED
+from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
-
-# ash on the image as if the slot that is named first were what runs on this machine.
-AS_BOOTED = """\
-import sys
-sys.path.insert(0, sys.argv[1])
-import ash
-slot = sys.argv[2]
-ash.System.booted = property(lambda self: slot)
-sys.argv[1:] = sys.argv[3:]
-sys.exit(ash.main())
-"""
-
-
-class Machine:
-    """A system of which a deployment runs, as far as ash's own notes say so."""
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.files = system.files
-        self._menu = system.files.state / "menu"
-
-    def boot(self) -> str:
-        """Note that the deployment for the next boot was booted; returns its slot."""
-        menu = json.loads(self._menu.read_text())
-        menu["last_booted"] = menu["default"]
-        self._menu.write_text(json.dumps(menu))
-        self.system.ash("recover")
-        return self.slot
-
-    @property
-    def slot(self) -> str:
-        last: str = json.loads(self._menu.read_text())["last_booted"]
-        return last
-
-    @property
-    def etc(self) -> Path:
-        """The running /etc."""
-        return self.system.root(self.slot) / "etc"
-
-    def deploy(self, snapshot: int, *options: str) -> dict[str, Any]:
-        """Deploy; returns ash's answer."""
-        return self.system.ash("--json", "deploy", snapshot, *options).json
-
-    @property
-    def next_etc(self) -> Path:
-        """The /etc of the deployment for the next boot."""
-        return self.system.root(self.system.files.default_slot()) / "etc"
-
-    def running(self, *words: str | int) -> dict[str, Any]:
-        """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
-        argv: list[Any] = [
-            sys.executable,
-            "-c",
-            AS_BOOTED,
-            CHECKOUT,
-            self.slot,
-            "--json",
-            "--image",
-            self.system.image,
-            *map(str, words),
-        ]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
-
-    def aside(self, answer: dict[str, Any]) -> Path:
-        """Where the running versions of what was not carried are."""
-        folder: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
-        assert folder.parent.stat().st_mode & 0o777 == 0o700
-        return folder / "etc"
-
-
-@pytest.fixture
-def machine(system: System, snapshot: int) -> Machine:
-    """A machine that runs a deployment of the test's snapshot."""
-    system.ash("deploy", snapshot, "--fresh-etc")
-    machine = Machine(system)
-    machine.boot()
-    return machine
 
 
 def add_user(etc: Path, name: str, number: int) -> None:

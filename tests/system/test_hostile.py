@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ASH, DONE, FAILED, MISSING, Outcome, make_deb, program
-from tests.system.lab import System
-from tests.system.test_drift import Machine
+from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

@@ -16,22 +16,12 @@ from ash import VarMerge, copy_file, make_private_folder
 from distros.debian.ashpk import Debian
 from installer import executable
 from tests.support import ASH
-from tests.system.lab import System, everything_below
-from tests.system.test_drift import Machine
+from tests.system.lab import Machine, System, everything_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 SECRET = "s3cret-of-the-host"
 KEY = "k3y-of-the-machine"
-
-
-@pytest.fixture
-def machine(system: System, snapshot: int) -> Machine:
-    """A machine that runs a deployment of the test's snapshot."""
-    system.ash("deploy", snapshot, "--fresh-etc")
-    machine = Machine(system)
-    machine.boot()
-    return machine
 
 
 def copies_in(system: System, text: str = SECRET) -> list[str]:
