@@ -52,6 +52,7 @@ if (HERE / "lib").is_dir():
     sys.path.insert(0, str(HERE / "lib"))
 
 JSON_VERSION = 1
+TIME_OF_HISTORY = "%Y-%m-%dT%H:%M:%S%z"
 
 FAILED, USAGE, MISSING, LOCKED, REFUSED = 1, 2, 3, 4, 5
 OUR_FAILURE_IN_RUN = 125  # as chroot(1) and env(1): the other numbers belong to the command
@@ -99,11 +100,17 @@ class Console:
     verbose: bool = False
     quiet: bool = False
     json: bool = False
+    hushed: bool = False  # what goes on is told otherwise
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def silent(self) -> bool:
+        """Whether only the result, and errors, are printed."""
+        return self.quiet or self.json
 
     def say(self, text: str) -> None:
         """Tell the user something on stderr that is not the command's result."""
-        if not (self.quiet or self.json):
+        if not self.silent:
             print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -169,9 +176,20 @@ def last_words(text: str, lines: int = 3) -> str:
 
 
 @contextmanager
+def hushed() -> Iterator[None]:
+    """Tell nothing of what goes on in the block, unless with -v."""
+    before, console.hushed = console.hushed, not console.verbose
+    try:
+        yield
+    finally:
+        console.hushed = before
+
+
+@contextmanager
 def step(text: str) -> Iterator[None]:
     """Say what is being done now, with the seconds since ash began."""
-    console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
+    if not console.hushed:
+        console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
     yield
 
 
@@ -367,8 +385,8 @@ class Layout:
     def undo(self, snapshot: int) -> Path:
         return self.snapshots / "rootfs" / f"undo-{snapshot}"
 
-    def working_copy(self, snapshot: int) -> Path:
-        return self.rootfs(f"chr{snapshot}")
+    def working_copy(self, name: int | str) -> Path:
+        return self.rootfs(f"chr{name}")
 
     def work(self, name: int | str) -> Path:
         return self.ash / "work" / str(name)
@@ -420,6 +438,15 @@ class Layout:
     @property
     def reserve(self) -> Path:
         return self.ash / "reserve"
+
+    @property
+    def upstate(self) -> Path:
+        """How the last automatic upgrade ended: 0 or 1, when, what there is to say."""
+        return self.ash / "upstate"
+
+    @property
+    def profiles(self) -> Path:
+        return self.ash / "profiles"
 
     @property
     def lost_found(self) -> Path:
@@ -702,9 +729,15 @@ class Tree:
 
 
 CONF_EXAMPLE = """\
-# ash's configuration of this snapshot: key::value lines, lists by comma.
+# ash's configuration: key::value lines, lists by comma.
+# Of this snapshot:
 # mutable_dirs::opt/games
 # mutable_dirs_shared::srv
+# Of the machine, as the running system's /etc has it; what `ash auto-upgrade` may do (systemctl enable --now
+# ash-upgrade.timer has it done every night): none, check, stage (not deploy), deploy, reboot (in the window).
+# auto_upgrade::deploy
+# auto_upgrade_window::02:00-05:00
+# auto_upgrade_base::True
 """
 
 
@@ -714,14 +747,24 @@ class Configuration:
 
     values: Mapping[str, str] = field(default_factory=dict)
 
-    KEYS: ClassVar[frozenset[str]] = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared"})
+    # What a value must be, and how that is said.
+    SWITCH: ClassVar[tuple[str, str]] = ("True|False", "True or False")
+    ANYTHING: ClassVar[tuple[str, str]] = (".*", "")
+    KEYS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "aur": SWITCH,
+        "auto_upgrade": ("none|check|stage|deploy|reboot", "none, check, stage, deploy or reboot"),
+        "auto_upgrade_base": SWITCH,
+        "auto_upgrade_window": (r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", "times such as 02:00-05:00"),
+        "mutable_dirs": ANYTHING,
+        "mutable_dirs_shared": ANYTHING,
+    }
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
         """Read `key::value` lines.
 
         Raises:
-            AshError: a line is none, with its number; or its key is not known.
+            AshError: a line is none, with its number; or its key is not known, or its value wrong.
         """
         values = {}
         for number, line in enumerate(lines_of(text), start=1):
@@ -731,8 +774,15 @@ class Configuration:
             if not separator or key.strip() not in cls.KEYS:
                 hint = f"a line is KEY::VALUE; keys are {', '.join(sorted(cls.KEYS))}"
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", hint, USAGE)
+            pattern, wanted = cls.KEYS[key.strip()]
+            if not re.fullmatch(pattern, value.strip(), re.IGNORECASE):
+                raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", f"it must be {wanted}", USAGE)
             values[key.strip()] = value.strip()
         return cls(values)
+
+    def is_on(self, key: str) -> bool:
+        """Whether a switch was set."""
+        return self.values.get(key, "").lower() == "true"
 
     def paths(self, key: str) -> list[str]:
         """The directories of a list, by their paths from the root; those that lead out of it are left out."""
@@ -1213,6 +1263,8 @@ class Distro:
     environment: ClassVar[Mapping[str, str]] = {}
     # The command that tells all about what problems() finds.
     audit: ClassVar[str] = ""
+    # Packages that a running system cannot change under its own feet: libc, init, and what all talk to.
+    not_live: ClassVar[re.Pattern[str]] = re.compile("(?!)")
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -1248,15 +1300,49 @@ class Distro:
         """What is wrong with the package database of a root; needs no privileges and runs nothing."""
         raise NotImplementedError
 
-    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
-        """Install packages (names, or paths in the root) and remove others, in one run of the package manager.
-
-        With `simulate` it only says what it would do, and leaves that in `work.change`.
-        """
+    def automatic(self, root: Path) -> set[str]:
+        """The installed packages that are there only because others need them; runs nothing."""
         raise NotImplementedError
 
-    def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
-        """Remove packages and what nothing needs any more; `simulate` as above."""
+    def archives(self, root: Path) -> str:
+        """What says which archives a root's packages come from: roots of which it is the same share their lists."""
+        raise NotImplementedError
+
+    # Where the transaction only simulates (`work.simulate`), these leave what they would do in `work.change`.
+
+    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
+        """Install packages (names, or paths in the root) and remove others, in one run of the package manager."""
+        raise NotImplementedError
+
+    def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
+        """Remove packages and what nothing needs any more."""
+        raise NotImplementedError
+
+    def refresh(self, work: Transaction) -> list[str]:
+        """Fetch the package lists. Returns which archives could not be had; the others' lists are new."""
+        raise NotImplementedError
+
+    def upgrade(self, work: Transaction, download_only: bool = False) -> None:
+        """Upgrade all packages, by the lists that are there."""
+        raise NotImplementedError
+
+    def repair(self, work: Transaction) -> None:
+        """Finish what is half installed, and renew the keyring and the lists."""
+        raise NotImplementedError
+
+    def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
+        """Keep packages at their versions, or let them go again."""
+        raise NotImplementedError
+
+    def available(self, work: Transaction, packages: Sequence[str]) -> set[str]:
+        """Those of the packages that the archives have."""
+        raise NotImplementedError
+
+    def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
+        """Install packages (by name, whether only because others need them) and let go of unwanted ones.
+
+        An unwanted package that another needs stays.
+        """
         raise NotImplementedError
 
 
@@ -1941,6 +2027,7 @@ class Change:
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
     kept: Sequence[str] = ()
+    download: int = 0  # bytes that a simulated change would fetch
 
     @classmethod
     def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str], **more: Any) -> Change:
@@ -1967,6 +2054,7 @@ class Change:
         lines += [one_line(f"  - {name} {version}") for name, version in self.removed.items()]
         lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
         lines += [f"  left in place: {one_line(path)} (--delete-data deletes it)" for path in self.kept]
+        lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
         if self.conflicts:
             lines.append(f"  changed outside meanwhile, and left as it is there: {listed(self.conflicts)}")
             lines.append(f"  what the transaction made of it is in {self.conflicts_folder}")
@@ -1980,6 +2068,7 @@ class Intent:
     `state` is one of
         open: a transaction runs; dropped by recovery.
         kept: its terminal hung up; waits for `chroot --resume` or `unlock`.
+        live: it is being put into the running deployment, `slot`; what was put there is put back.
         commit: it is being exchanged; finished where the exchange has happened, else dropped.
         merge: only /var is to be merged; finished.
         number: the snapshot is being made or deleted; without its place in the tree it is deleted.
@@ -1992,15 +2081,17 @@ class Intent:
     copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
     delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
     homes: list[str] = field(default_factory=list)  # home directories that were there when it began
+    slot: str = ""
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
-        "state": lambda state: state in ("open", "kept", "commit", "merge", "number"),
+        "state": lambda state: state in ("open", "kept", "live", "commit", "merge", "number"),
         "old?": is_number,
         "new?": is_number,
         "entries?": [is_inner_path],
         "copies?": [lambda folder: folder in ("etc", "boot")],
         "delete?": [is_inner_path],
         "homes?": [str],
+        "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
     }
 
     @classmethod
@@ -2030,12 +2121,13 @@ class Workplace:
         "decided": {"*": lambda decision: decision in ("nothing", "newest", "append", "aside", "place")},
     }
 
-    def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
+    def __init__(self, layout: Layout, distro: Distro, snapshot: int, name: str = "") -> None:
         self.layout = layout
         self.distro = distro
         self.snapshot = snapshot
-        self.folder = layout.work(snapshot)
-        self.root = layout.working_copy(snapshot)
+        self.name = name or snapshot  # of its lock
+        self.folder = layout.work(self.name)
+        self.root = layout.working_copy(self.name)
         self.origin = self.folder / "var"
         self.upper = self.folder / "upper"
         self.overlay_work = self.folder / "overlay"
@@ -2123,10 +2215,7 @@ class Workplace:
     def finish(self, intent: Intent) -> VarMerge:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
         layout, n = self.layout, self.snapshot
-        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, layout.conflicts(n), intent.delete)
-        if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
-                self._merge(merge, intent.entries)
+        merge = self.merge_into_var(intent)
         for folder in intent.copies:
             renew_copy(layout, n, folder)
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
@@ -2135,6 +2224,16 @@ class Workplace:
             delete_subvolume(layout.undo(n))
             rename(self.root, layout.undo(n))
         self._clear()
+        return merge
+
+    def merge_into_var(self, intent: Intent) -> VarMerge:
+        """Merge what was written to /var, as far as that has not been done."""
+        layout = self.layout
+        conflicts = layout.conflicts(self.snapshot)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, intent.delete)
+        if intent.entries and self.upper.exists():  # it is the first to go when all is done
+            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
+                self._merge(merge, intent.entries)
         return merge
 
     def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
@@ -2195,6 +2294,21 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
+
+    paths: Mapping[str, str]  # "added", "removed" or "changed"
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    intent: Intent
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders of the root in which something was changed."""
+        return {path.partition("/")[0] for path in self.paths}
+
+
 class Transaction:
     """A change of one snapshot: committed whole when its block ends, dropped whole when it raises.
 
@@ -2206,19 +2320,24 @@ class Transaction:
         snapshot: its number.
         resume: go on with what a hang-up left.
         simulate: drop it in the end in any case.
+        base: whether it may be the base.
 
     Raises (on entering):
         AshError: no such snapshot, the base, one that runs, locked, or too little space.
     """
 
-    def __init__(self, system: System, snapshot: int, *, resume: bool = False, simulate: bool = False) -> None:
+    def __init__(
+        self, system: System, snapshot: int, *, resume: bool = False, simulate: bool = False, base: bool = False
+    ) -> None:
         self.system = system
         self.layout = system.layout
         self.distro = system.distro
         self.snapshot = snapshot
         self.resume = resume
         self.simulate = simulate
+        self.base = base
         self.place = Workplace(self.layout, self.distro, snapshot)
+        self.original = self.layout.rootfs(snapshot)
         self.root = self.place.root
         self.var = self.place.origin
         self.intent = Intent("open")
@@ -2227,11 +2346,11 @@ class Transaction:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self.system.require_changeable(self.snapshot)
+        self.system.require_changeable(self.snapshot, self.base)
         with ExitStack() as stack:
-            lock = stack.enter_context(self.system.lock(self.snapshot))
+            lock = stack.enter_context(self.system.lock(self.place.name))
             os.set_inheritable(lock.descriptor, True)
-            self.system.require_changeable(self.snapshot)
+            self.system.require_changeable(self.snapshot, self.base)
             if self.resume:
                 self._require_kept()
             else:
@@ -2282,7 +2401,7 @@ class Transaction:
             if "Text file busy" in error.message:
                 raise AshError("a swap file in /var is in use", "move it to a subvolume of its own", REFUSED) from None
             raise
-        snapshot_subvolume(self.layout.rootfs(self.snapshot), self.root)
+        snapshot_subvolume(self.original, self.root)
         copy_attributes(self.var, self.place.upper)
         self._lay_out_database_files()
 
@@ -2319,7 +2438,7 @@ class Transaction:
 
         def hear(piece: bytes) -> None:
             said.append(piece)
-            if not (console.quiet or console.json):
+            if not (console.silent or console.hushed):
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
 
@@ -2331,41 +2450,46 @@ class Transaction:
 
     def _commit(self) -> None:
         """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
-        layout, n, place = self.layout, self.snapshot, self.place
         try:
-            require_folders(self.root)
-            self._require_folders_of_var()
-            mark_variant(self.root)
-            self._refuse_foreign_writes()
-            self._settle_numbers()
-            self._take_database_files()
-            set_readonly(self.root)
-            paths = self._changed_paths()
-            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), ()).entries()
-            before, after = self._packages(paths)
-            intent = Intent(
-                state="merge",
-                entries=entries,
-                copies=sorted({path.split("/")[0] for path in paths} & {"etc", "boot"}),
-                delete=self._entries_to_delete_in(entries, before.keys() - after.keys()),
-            )
-            if paths:
-                intent = place.swap(self.root, intent)
+            found = self._conclude()
+            intent = replace(found.intent, state="merge", copies=sorted(found.folders & {"etc", "boot"}))
+            if found.paths:
+                intent = self.place.swap(self.root, intent)
             else:
                 delete_subvolume(self.root)
-                intent.save(place.folder)
-                sync_filesystem(layout.snapshots)
+                intent.save(self.place.folder)
+                sync_filesystem(self.layout.snapshots)
         except BaseException:
-            place.drop()
+            self.place.drop()
             raise
-        merge = place.finish(intent)
-        self.change = Change.between(
-            n,
-            before,
-            after,
-            changed=bool(paths) or bool(entries),
+        merge = self.place.finish(intent)
+        self.change = self._made(found, merge)
+
+    def _conclude(self) -> Findings:
+        """Make the working copy what it is to be, for good, and find out what was changed."""
+        layout, place = self.layout, self.place
+        require_folders(self.root)
+        self._require_folders_of_var()
+        mark_variant(self.root)
+        self._refuse_foreign_writes()
+        self._settle_numbers()
+        self._take_database_files()
+        set_readonly(self.root)
+        paths = self._changed_paths()
+        merge = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(self.snapshot), ())
+        entries = merge.entries()
+        before, after = self._packages(paths)
+        delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
+        return Findings(paths, before, after, replace(self.intent, entries=entries, delete=delete))
+
+    def _made(self, found: Findings, merge: VarMerge) -> Change:
+        return Change.between(
+            self.snapshot,
+            found.before,
+            found.after,
+            changed=bool(found.paths) or bool(found.intent.entries),
             conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
-            conflicts_folder=f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else "",
+            conflicts_folder=f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else "",
             kept=merge.kept,
         )
 
@@ -2378,7 +2502,7 @@ class Transaction:
 
     def _settle_numbers(self) -> None:
         """See that no name that the transaction brought has another's number, or another number than elsewhere."""
-        before = self.layout.rootfs(self.snapshot) / "etc"
+        before = self.original / "etc"
         if all(is_same(before / name, self.root / "etc" / name) for name in NUMBERED_FILES):
             return
         with self.system.lock("state"):
@@ -2386,7 +2510,7 @@ class Transaction:
             moves = numbers.settle(before, self.root / "etc")
             write_file(self.layout.ids, numbers.dump())
         if moves:
-            folders = {self.root: self.layout.rootfs(self.snapshot), self.place.upper: self.var}
+            folders = {self.root: self.original, self.place.upper: self.var}
             folders |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
             renumber(self.root, moves, before, folders)
 
@@ -2421,20 +2545,19 @@ class Transaction:
                 copy_file(shown, own)
             shown.unlink()
 
-    def _changed_paths(self) -> set[str]:
-        original = self.layout.rootfs(self.snapshot)
-        with readonly_view(original, self.place.folder / "view") as before:
+    def _changed_paths(self) -> dict[str, str]:
+        with readonly_view(self.original, self.place.folder / "view") as before:
             paths = changed_paths(before, self.root)
         resolver = "etc/resolv.conf"  # was another one meanwhile
-        if paths.keys() == {resolver} and is_same(original / resolver, self.root / resolver):
-            return set()
-        return set(paths)
+        if paths.keys() == {resolver} and is_same(self.original / resolver, self.root / resolver):
+            return {}
+        return paths
 
     def _entries_to_delete_in(self, entries: Sequence[str], removed: Container[str]) -> list[str]:
         """The entries whose deletions are the doing of an upgrade, or of the user, and not of a package's removal."""
         if not removed:
             return list(entries)
-        before, after = self.layout.rootfs(self.snapshot), self.root
+        before, after = self.original, self.root
         return [
             entry
             for entry in entries
@@ -2446,7 +2569,7 @@ class Transaction:
         """The packages before and after, where the database has changed."""
         if not any(path.startswith(IN_ROOT_DB) for path in paths):
             return {}, {}
-        return self.distro.packages(self.layout.rootfs(self.snapshot)), self.distro.packages(self.root)
+        return self.distro.packages(self.original), self.distro.packages(self.root)
 
     def _refuse_foreign_writes(self) -> None:
         """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
@@ -2717,7 +2840,38 @@ ExecStart=true
 ExecStop=/usr/bin/ash carry
 """
 
+# By night, where the administrator has enabled the timer; what is done is /etc/ash.conf's to say.
+UPGRADE_UNIT = """\
+[Unit]
+Description=Upgrade the booted snapshot, check it, deploy it
+Documentation=man:ash(8)
+Wants=network-online.target
+After=network-online.target time-sync.target
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ash auto-upgrade
+Nice=19
+IOSchedulingClass=idle
+"""
+UPGRADE_TIMER = """\
+[Unit]
+Description=Upgrade the booted snapshot every night
+Documentation=man:ash(8)
+
+[Timer]
+OnCalendar=02:00
+RandomizedDelaySec=3h
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+
+# Their texts, and what wants them at every start.
 UNITS = {
+    "ash-upgrade.service": (UPGRADE_UNIT, ""),
+    "ash-upgrade.timer": (UPGRADE_TIMER, ""),
     "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
     "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
     "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
@@ -2761,10 +2915,15 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
     link = place_inside(root, "usr/bin/ash")
     remove_tree(link)
     link.symlink_to("/.snapshots/ash/ash")
+    old_name = place_inside(root, "usr/bin/ast")  # what astOS called it
+    if not os.path.lexists(old_name):
+        old_name.symlink_to("ash")
     units = "usr/lib/systemd/system"
     if path_inside(root, units).is_dir():
         for name, (text, wanted_by) in UNITS.items():
             write_inside(root, f"{units}/{name}", text)
+            if not wanted_by:
+                continue
             path_inside(root, f"{units}/{wanted_by}").mkdir(parents=True, exist_ok=True)
             wanted = place_inside(root, f"{units}/{wanted_by}/{name}")
             remove_tree(wanted)
@@ -2907,6 +3066,7 @@ class EtcMerge:
         conflicts: where the running version of a file goes that both sides changed.
         own_fstab: makes the target's fstab from the lines of another.
         identity: whether the machine's id and host keys are carried too.
+        keeps: whether anything is put into the conflicts folder.
     """
 
     base: Path
@@ -2915,6 +3075,7 @@ class EtcMerge:
     conflicts: Path
     own_fstab: Callable[[str], str]
     identity: bool = True
+    keeps: bool = True
     carried: list[str] = field(default_factory=list)
     in_conflict: list[str] = field(default_factory=list)
 
@@ -3000,7 +3161,7 @@ class EtcMerge:
         """Put the running version into the conflicts folder."""
         now = self.running / path
         self.in_conflict.append(path)
-        if not is_folder(now):
+        if self.keeps and not is_folder(now):
             make_private_folder(self.conflicts)
             aside = self.conflicts / "etc" / path
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -3008,15 +3169,19 @@ class EtcMerge:
 
     @staticmethod
     def place(source: Path, target: Path) -> None:
-        """Make a path what another is; a folder without what is in it."""
-        if is_folder(source):
-            if not is_folder(target):
-                remove_tree(target)
-                target.mkdir(mode=0o700)
-            copy_attributes(source, target)
-        else:
+        """Make a path what another is, a file in one step; a folder without what is in it."""
+        beside = target.with_name(".ash-new")
+        remove_tree(beside)
+        if not is_folder(source):
+            copy_file(source, beside)
+        if is_folder(source) != is_folder(target):
             remove_tree(target)
-            copy_file(source, target)
+        if not is_folder(source):
+            rename(beside, target)
+            return
+        if not is_folder(target):
+            target.mkdir(mode=0o700)
+        copy_attributes(source, target)
 
 
 def fstab_of_user(text: str) -> list[str]:
@@ -3663,6 +3828,14 @@ class System:
             raise AshError(f"{self.layout.part} is damaged: it should have the UUID of the root partition", "blkid")
         return uuid
 
+    def configuration(self) -> Configuration:
+        """What the running /etc/ash.conf says; of another system, that of the slot that was booted last."""
+        path = Path("/etc/ash.conf")
+        if not self.running:
+            menu = Menu.load(self.layout.menu)
+            path = path_inside(self.layout.rootfs(menu.last_booted or menu.default or BASE), "etc/ash.conf")
+        return Configuration.parse(read_text(path))
+
     def tree(self) -> Tree:
         """The tree as it is now."""
         return Tree.parse(read_text(self.layout.tree))
@@ -3712,10 +3885,10 @@ class System:
         if snapshot not in self.tree():
             raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
 
-    def require_changeable(self, snapshot: int) -> None:
-        """Raise AshError where a snapshot must not be changed: the base, and one that runs as it is."""
+    def require_changeable(self, snapshot: int, base: bool = False) -> None:
+        """Raise AshError where a snapshot must not be changed: one that runs as it is, and unless allowed the base."""
         self.require(snapshot)
-        if snapshot == BASE:
+        if snapshot == BASE and not base:
             raise AshError("snapshot 0 is the base: it is not changed", "ash clone 0 makes a copy that can be", REFUSED)
         if subvolume_id(self.layout.rootfs(snapshot)) in subvolumes_in_use():
             raise AshError(f"snapshot {snapshot} is in use: it runs as it is", "ash clone it, change the copy", REFUSED)
@@ -4006,14 +4179,14 @@ class System:
     def recover(self, drop_kept: bool) -> list[int]:
         """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots."""
         found = []
-        for folder in sorted(self.layout.work("").glob("[0-9]*")):
-            number = int(folder.name)
-            if not (folder / "intent").exists():
+        places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
+        for place in (LivePlace(self.layout, self.distro, BASE), *places):
+            if not (place.folder / "intent").exists():
                 continue
             try:
-                with self.lock(number):
-                    self.workplace(number).recover(self.tree(), drop_kept)
-                found.append(number)
+                with self.lock(place.name):
+                    place.recover(self.tree(), drop_kept)
+                found += [place.snapshot] if place.name != "live" else []
             except AshError as error:
                 if error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
                     console.say(f"ash: {error.message} ({error.hint})")
@@ -4042,7 +4215,7 @@ class System:
 
     def remember(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the history."""
-        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}).encode() + b"\n"
+        line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
         # On a full disk the command's own result matters more than its line.
         with contextlib.suppress(OSError), self.lock("state"), self.layout.history.open("ab+") as file:
             if file.tell():
@@ -4050,6 +4223,534 @@ class System:
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
             about_to("write the history")
             file.write(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The running deployment is changed too: a change that was made in a copy of it is put in place, path by path
+# ---------------------------------------------------------------------------------------------------------------
+
+# What makes a unit start with the system: a link in a folder of the unit that wants it.
+WANTED = re.compile(r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)")
+UNIT_FILE = re.compile(r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))")
+TMPFILES = re.compile(r"usr/lib/tmpfiles\.d/([^/]+\.conf)")
+KERNEL = re.compile(r"boot/vmlinu[xz]-(.+)")
+
+
+@dataclass
+class Live:
+    """What a change did to the running system."""
+
+    changed: bool = False
+    started: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)  # for the reboot
+    conflicts: list[str] = field(default_factory=list)  # of /etc
+    error: str = ""
+
+    def text(self) -> str:
+        """What the user is told."""
+        if self.error:
+            return f"the running system is as it was: {one_line(self.error)}"
+        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
+        lines += [f"  started: {listed(self.started)}"] if self.started else []
+        lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
+        lines += [f"  left as it is there: {listed(self.conflicts)}"] if self.conflicts else []
+        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
+        return "\n".join(lines)
+
+
+def put_in_place(paths: Iterable[str], source: Path, target: Path) -> None:
+    """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
+    there = {path: os.path.lexists(source / path) for path in paths}
+    for path in sorted(path for path, is_there in there.items() if is_there):
+        if has_plain_parents(target, path) and not is_special(source / path):
+            EtcMerge.place(source / path, target / path)
+    for path in sorted((path for path, is_there in there.items() if not is_there), reverse=True):
+        if not has_plain_parents(target, path):
+            continue
+        remove_tree((target / path).with_name(".ash-new"))
+        if not is_folder(target / path):
+            remove_tree(target / path)
+        elif not any((target / path).iterdir()):
+            (target / path).rmdir()
+
+
+class LivePlace(Workplace):
+    """The work folder of a change of the running deployment: beside a transaction's, it has that as it was before."""
+
+    def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
+        super().__init__(layout, distro, snapshot, "live")
+        self.before = self.folder / "before"
+
+    def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
+        """Put back what was put in place, where that was interrupted."""
+        intent = None
+        try:
+            intent = Intent.load(self.folder)
+        except AshError:
+            if not drop_kept:
+                raise
+        if intent is not None and intent.state == "live":
+            slot = self.layout.rootfs(intent.slot)
+            if is_subvolume(slot) and subvolume_id(slot) == intent.old:
+                self.put(intent.slot, self.root, self.before)
+        self.drop()
+
+    def drop(self) -> None:
+        """Delete all that is left, the intent file last."""
+        delete_subvolume(self.root)
+        delete_subvolume(self.before)
+        self._clear()
+
+    def paths(self) -> set[str]:
+        """What is put in place of the changed paths: not /etc, which others change meanwhile, and no kernel."""
+        changed = changed_paths(self.before, self.root)
+        kernels = {found[1] for path in changed if (found := KERNEL.fullmatch(path))}
+        elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
+        return {path for path in changed if not path.startswith(elsewhere)}
+
+    def put(self, slot: str, old: Path, new: Path) -> list[str]:
+        """Lead a slot from one state to another. Returns the paths of /etc that both changed: they are as they were."""
+        layout, root = self.layout, self.layout.rootfs(slot)
+        put_in_place(self.paths(), new, root)
+        origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
+        delete_subvolume(beside)
+        snapshot_subvolume(origin, beside)
+        conflicts = layout.conflicts(self.snapshot)
+        merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
+        merge(target=beside, keeps=False).merge()  # so that this does not count as drift
+        running = merge(target=root / "etc")
+        running.merge()
+        set_readonly(beside)
+        replace_subvolume(beside, origin)
+        sync_filesystem(layout.snapshots)
+        return running.in_conflict
+
+
+class LiveTransaction(Transaction):
+    """A change of the running deployment: made in a copy of it, then put in place; put back where that fails.
+
+    Raises (on entering):
+        AshError: no deployment runs, another change of it is under way, or too little space.
+    """
+
+    place: LivePlace
+
+    def __init__(self, system: System) -> None:
+        slot = system.booted
+        if not isinstance(slot, str):
+            raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
+        super().__init__(system, system.snapshot_of(slot), base=True)
+        self.slot = slot
+        self.place = LivePlace(self.layout, self.distro, self.snapshot)
+        self.original, self.root, self.var = self.place.before, self.place.root, self.place.origin
+        self.live = Live()
+
+    def _begin(self) -> None:
+        self.place.drop()
+        self.place.folder.mkdir(parents=True, exist_ok=True)
+        snapshot_subvolume(self.layout.rootfs(self.slot), self.place.before, readonly=True)
+        super()._begin()
+
+    def _commit(self) -> None:
+        place, services = self.place, Services(self.live)
+        try:
+            found = self._conclude()
+            replaced = {name for name, old in found.before.items() if found.after.get(name) != old}
+            self.live.waiting = sorted(name for name in replaced if self.distro.not_live.fullmatch(name))
+            if self.live.waiting:
+                place.drop()
+                return
+            self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
+            with Lock(self.layout.work("deploy") / "lock", "deploying", wait=600):
+                slot = self.layout.rootfs(self.slot)
+                intent = replace(found.intent, state="live", slot=self.slot, old=subvolume_id(slot))
+                intent.save(place.folder)
+                sync_filesystem(self.layout.snapshots)
+                services.stop(found.paths)
+                self.live.conflicts = place.put(self.slot, place.before, self.root)
+                merge = place.merge_into_var(intent)
+                services.start(found.paths)
+        except BaseException as error:
+            place.recover(self.system.tree())
+            services.put_back()
+            done = f"; what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
+            if isinstance(error, AshError):
+                raise AshError(f"{error.message}{done}", error.hint, error.status) from error
+            raise
+        self.live.changed = bool(place.paths())
+        self.change = self._made(found, merge)
+        place.drop()
+
+
+@dataclass
+class Services:
+    """The services of the running system, where systemd runs it, when its files change; `live` gets what was done."""
+
+    live: Live
+    has_systemd: bool = field(default_factory=lambda: Path("/run/systemd/system").is_dir())
+
+    def stop(self, paths: Mapping[str, str]) -> None:
+        """Stop the services whose unit files go."""
+        gone = {found[1] for path, kind in paths.items() if kind == "removed" and (found := UNIT_FILE.fullmatch(path))}
+        for unit in sorted(gone):
+            if self._is_active(unit):
+                run(["systemctl", "stop", unit])
+                self.live.stopped.append(unit)
+
+    def start(self, paths: Mapping[str, str]) -> None:
+        """Let the running system know of its new files, and start the new services that it would have started."""
+        run(["ldconfig"])
+        if not self.has_systemd:
+            return
+        added = [path for path, kind in paths.items() if kind == "added"]
+        if tmpfiles := [found[1] for path in added if (found := TMPFILES.fullmatch(path))]:
+            run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
+        run(["systemctl", "daemon-reload"])
+        wanted = [found.groups() for path in added if (found := WANTED.fullmatch(path))]
+        for unit in sorted({unit for wanting, unit in wanted if self._is_active(wanting)}):
+            self.live.started.append(unit)
+            run(["systemctl", "start", unit])
+
+    def put_back(self) -> None:
+        """Let the running system know that its old files are back; start again what was stopped."""
+        run(["ldconfig"], check=False)
+        if self.has_systemd:
+            for unit in self.live.started:
+                run(["systemctl", "stop", unit], check=False)
+            run(["systemctl", "daemon-reload"], check=False)
+            for unit in self.live.stopped:
+                run(["systemctl", "start", unit], check=False)
+
+    def _is_active(self, unit: str) -> bool:
+        return self.has_systemd and run(["systemctl", "is-active", unit], check=False).stdout.strip() == "active"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several snapshots: each by a process of its own, parents first; what they have in common shares its blocks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Branch:
+    """A snapshot that a tree command works on, and what came of it."""
+
+    number: int
+    parent: int | None
+    process: int = 0
+    answer: int = -1  # the pipe on which the process says what it did
+    output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
+    began: float = 0
+    change: Change | None = None
+    error: str = ""
+    hint: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.change is not None or bool(self.error)
+
+    def state(self) -> str:
+        """How far it is, for people."""
+        if self.error:
+            return f"failed: {one_line(self.error)}"
+        if self.change is not None:
+            return "changed" if self.change.changed else "nothing to change"
+        return f"{time.monotonic() - self.began:.0f} s" if self.process else "waits"
+
+
+class Crew:
+    """Works on several snapshots, each by a process of its own; what fails in one does not stop the others.
+
+    Args:
+        doing: what is done, for people: "upgrading".
+        jobs: how many at a time.
+        shown: whether what is printed in them is for the user; otherwise only errors are.
+    """
+
+    REDRAW = 0.5  # seconds
+
+    def __init__(self, doing: str, jobs: int, shown: bool = False) -> None:
+        self.doing = doing
+        self.jobs = jobs
+        self.shown = shown
+        self.branches: list[Branch] = []
+        self.drawn = 0
+
+    def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> list[Branch]:
+        """Have the work done in each snapshot, after its parent's; returns what came of it."""
+        self.branches = [Branch(number, tree.parent(number)) for number in numbers]
+        try:
+            while not all(branch.is_done for branch in self.branches):
+                self._start_more(work)
+                self._hear()
+                self._draw()
+        except BaseException:
+            for branch in self._running():
+                os.kill(branch.process, signal.SIGTERM)
+                self._end(branch)
+            raise
+        return self.branches
+
+    def _running(self) -> list[Branch]:
+        return [branch for branch in self.branches if branch.process and not branch.is_done]
+
+    def _start_more(self, work: Callable[[int], Change]) -> None:
+        unfinished = {branch.number for branch in self.branches if not branch.is_done}
+        ready = [b for b in self.branches if not b.process and b.parent not in unfinished]
+        for branch in ready[: self.jobs - len(self._running())]:
+            self._start(branch, work)
+
+    def _start(self, branch: Branch, work: Callable[[int], Change]) -> None:
+        import tempfile
+
+        branch.began = time.monotonic()
+        if self.jobs > 1:
+            branch.output = tempfile.TemporaryFile(dir=PRIVATE)  # noqa: SIM115 (closed where it is printed)
+        branch.answer, answer_in = os.pipe()
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        branch.process = os.fork()
+        if branch.process == 0:
+            self._work(branch, work, parent, answer_in)
+        os.close(answer_in)
+
+    def _work(self, branch: Branch, work: Callable[[int], Change], parent: int, answer: int) -> NoReturn:
+        """The process of one snapshot: work, say what was done, end."""
+        said: dict[str, Any] = {"error": "it was interrupted"}
+        try:
+            die_with_parent(parent)
+            if branch.output:
+                os.dup2(branch.output.fileno(), 1)
+                os.dup2(branch.output.fileno(), 2)
+            with contextlib.nullcontext() if self.shown else hushed():
+                said = {"change": vars(work(branch.number))}
+        except AshError as error:
+            said = {"error": error.message.strip(), "hint": error.hint}
+        except OSError as error:
+            said = {"error": error.strerror or str(error)}
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with os.fdopen(answer, "w") as pipe:
+                json.dump(said, pipe)
+            os._exit(0)
+
+    def _hear(self) -> None:
+        """Wait for an answer, but not for long."""
+        import select
+
+        running = {branch.answer: branch for branch in self._running()}
+        for answer in select.select([*running], [], [], self.REDRAW)[0]:
+            self._end(running[answer])
+
+    def _end(self, branch: Branch) -> None:
+        with os.fdopen(branch.answer, errors="surrogateescape") as pipe:
+            text = pipe.read()
+        os.waitpid(branch.process, 0)
+        said: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
+        branch.error, branch.hint = said.get("error", ""), said.get("hint", "")
+        branch.change = Change(**said["change"]) if "change" in said else None
+        if branch.output:
+            branch.output.seek(0)
+            if self.shown or console.verbose:
+                sys.stderr.buffer.write(branch.output.read())
+                sys.stderr.flush()
+            branch.output.close()
+
+    def _draw(self) -> None:
+        """On a terminal, a line for each snapshot, in the place of those that were drawn last."""
+        if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
+            return
+        width = shutil.get_terminal_size().columns
+        up = f"\x1b[{self.drawn}A" if self.drawn else ""
+        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}"[: width - 1] for branch in self.branches]
+        sys.stderr.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
+        sys.stderr.flush()
+        self.drawn = len(lines)
+
+
+def in_branches(crew: Crew, branches: Sequence[Branch], live: Live | None = None) -> Reply:
+    """The answer of a command that worked on a tree: what it did in each snapshot, and what failed where."""
+    changes = [branch.change for branch in branches if branch.change is not None]
+    failed = [branch for branch in branches if branch.error]
+    counts = {
+        "changed": sum(done.changed for done in changes),
+        "as they should be": sum(not done.changed for done in changes),
+        "failed": len(failed),
+    }
+    lines = [f"{crew.doing} {len(branches)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
+    lines += [done.summary() for done in changes if done.changed]
+    lines += [one_line(f"snapshot {b.number} failed: {b.error}{f' ({b.hint})' if b.hint else ''}") for b in failed]
+    lines += [live.text()] if live else []
+    data: dict[str, Any] = {
+        "changed": any(done.changed for done in changes),
+        "snapshots": [change_data(done) for done in changes],
+        "failed": {str(branch.number): branch.error for branch in failed},
+    }
+    if live:
+        data["live"] = vars(live)
+    return Reply(data, "\n".join(lines), status=FAILED if failed or (live and live.error) else 0)
+
+
+# From <linux/fs.h>: struct file_dedupe_range (offset, length, count) and one file_dedupe_range_info (descriptor,
+# offset, bytes, status). btrfs takes 16 MiB at a time.
+FIDEDUPERANGE = 0xC0189436
+DEDUPE = struct.Struct("=QQHHIqQQiI")
+DEDUPE_AT_ONCE = 16 << 20
+SMALLEST_SHARED = 4096  # smaller files lie in the tree itself
+
+
+def share_blocks(system: System, changes: Iterable[Change]) -> int:
+    """Have files that several snapshots got in their last changes share their blocks. Returns the bytes saved.
+
+    The kernel compares them itself, and does nothing where they differ.
+    """
+    layout = system.layout
+    known: dict[tuple[str, int], list[Path]] = {}
+    saved = 0
+    for number in [done.snapshot for done in changes if done.changed and layout.undo(done.snapshot).exists()]:
+        with readonly_view(layout.rootfs(number), layout.work(number) / "view") as root:
+            paths = changed_paths(layout.undo(number), root)
+        for path in paths:
+            folder, _, inside = path.partition("/")
+            copies = [layout.copy(folder, number) / inside] if folder in ("etc", "boot") else []
+            for file in (layout.rootfs(number) / path, *copies):
+                size = size_of(file)
+                if size >= SMALLEST_SHARED:
+                    others = known.setdefault((path, size), [])
+                    shared = next((n for other in others if (n := share_file(other, file, size))), 0)
+                    others += [] if shared else [file]
+                    saved += shared
+    return saved
+
+
+def size_of(path: Path) -> int:
+    """The size of a plain file in bytes; -1 where there is none."""
+    status = path.lstat() if os.path.lexists(path) else None
+    return status.st_size if status and stat.S_ISREG(status.st_mode) else -1
+
+
+def share_file(source: Path, target: Path, size: int) -> int:
+    """Let a file use the blocks of another where their content is the same; returns the bytes that do."""
+    done = 0
+    with contextlib.suppress(OSError), source.open("rb") as old, target.open("rb") as new:
+        while done < size:
+            length = min(DEDUPE_AT_ONCE, size - done)
+            request = bytearray(DEDUPE.pack(done, length, 1, 0, 0, new.fileno(), done, 0, 0, 0))
+            fcntl.ioctl(old, FIDEDUPERANGE, request)
+            *_, shared, status, _ = DEDUPE.unpack(request)
+            if status or not shared:
+                break
+            done += shared
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Profiles: packages that belong together, such as a desktop
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profile file says; each section of it is a list of lines."""
+
+    name: str
+    sections: Mapping[str, Sequence[str]]
+
+    # Sections with packages: what must be there, what is taken where the archives have it.
+    WANTED: ClassVar[tuple[str, ...]] = ("packages", "generic", "init", "greeter")
+    OPTIONAL: ClassVar[str] = "packages::optional"
+    SERVICES: ClassVar[Mapping[str, Sequence[str]]] = {
+        "services::systemd": ("systemctl", "enable"),
+        "services::openrc": ("rc-update", "add"),
+    }
+    SECTIONS: ClassVar[frozenset[str]] = frozenset({*WANTED, OPTIONAL, *SERVICES, "commands", "presets", "notes"})
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Profile:
+        """Read a profile: sections in brackets, a line for each thing in them; `#` begins a comment.
+
+        Raises:
+            AshError: a line is in no section, or its section is not known (USAGE).
+        """
+        sections: dict[str, list[str]] = {}
+        section = ""
+        for number, line in enumerate(map(str.strip, lines_of(text)), start=1):
+            if not line or line.startswith("#"):
+                continue
+            heading = re.fullmatch(r"\[(.*)\]", line)
+            section = heading[1] if heading else section
+            if section in cls.SECTIONS:
+                sections.setdefault(section, []).extend([] if heading else [line])
+            else:
+                hint = f"sections are {', '.join(sorted(cls.SECTIONS))}"
+                raise AshError(f"line {number} of profile {name} is wrong: {line!r}", hint, USAGE)
+        return cls(name, sections)
+
+    def lines(self, section: str) -> Sequence[str]:
+        """What a section has; nothing where there is none."""
+        return self.sections.get(section, ())
+
+    @property
+    def packages(self) -> list[str]:
+        """The packages that must be there; several may be on one line."""
+        return [name for section in self.WANTED for line in self.lines(section) for name in line.split()]
+
+    @property
+    def optional(self) -> list[str]:
+        """The packages that are taken where the archives have them."""
+        return [name for line in self.lines(self.OPTIONAL) for name in line.split()]
+
+    @property
+    def everything(self) -> list[str]:
+        """All its packages."""
+        return [*self.packages, *self.optional]
+
+    def install(self, work: Transaction, user: str) -> None:
+        """Install it: packages, services, then its commands, in which $USER is who called ash."""
+        there = work.distro.available(work, self.optional) if self.optional else set()
+        work.distro.install(work, [*self.packages, *(name for name in self.optional if name in there)])
+        if work.simulate:
+            return
+        for section, command in self.SERVICES.items():
+            if path_inside(work.root, f"usr/bin/{command[0]}").exists() or section == "services::openrc":
+                self._enable(work, section, command)
+        for line in self.lines("commands"):
+            self._run(work, ["env", f"USER={user}", "sh", "-ec", line])
+
+    def _enable(self, work: Transaction, section: str, command: Sequence[str]) -> None:
+        if path_inside(work.root, "usr/sbin/openrc").exists() == (section == "services::openrc"):
+            for line in self.lines(section):
+                self._run(work, [*command, *line.split()])
+
+    def _run(self, work: Transaction, argv: Sequence[str]) -> None:
+        try:
+            work.run(argv)
+        except PackageError as error:
+            said = last_words(error.message)
+            raise AshError(f"profile {self.name}: {' '.join(argv[-2:])} failed: {said}") from None
+
+
+def profile_files(system: System) -> dict[str, Path]:
+    """The profiles that there are for a system's distribution, by name: those that came with this ash, else its own."""
+    found: dict[str, Path] = {}
+    for folder in (system.layout.profiles, HERE / "profiles"):
+        for ident in (system.distro.id, system.layout.distro):  # a derivative's own is better
+            found |= {path.parent.name: path for path in sorted(folder.glob(f"*/{ident}.conf"))}
+    return dict(sorted(found.items()))
+
+
+def find_profile(system: System, name: str) -> Profile:
+    """A profile by its name, or by the path of its file (it has a slash); AshError where there is none (MISSING)."""
+    if "/" in name:
+        if not Path(name).is_file():
+            raise AshError(f"there is no profile {name}", "", MISSING)
+        return Profile.parse(name, read_text(Path(name)))
+    files = profile_files(system)
+    if name not in files:
+        raise AshError(f"there is no profile {name} for {system.layout.distro}", "ash profiles lists them", MISSING)
+    return Profile.parse(name, read_text(files[name]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4785,6 +5486,152 @@ def attempt(damage: Damage) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# A branch follows its parent
+# ---------------------------------------------------------------------------------------------------------------
+
+# What these bring is nobody's wish for one snapshot.
+FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was done to the packages of a snapshot since some time, by their names."""
+
+    added: set[str] = field(default_factory=set)
+    removed: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, number: int, history: Iterable[Mapping[str, Any]], without: Container[str] = ()) -> Wishes:
+        """Read them from lines of the history, but for those of some commands; the last word on a package counts."""
+        wishes = cls()
+        for entry in history:
+            for done in entry.get("changes", [entry]):
+                if done.get("snapshot") == number and entry.get("command") not in without:
+                    packages = done.get("packages", {})
+                    wishes._note(wishes.added, wishes.removed, packages.get("added", {}))
+                    wishes._note(wishes.removed, wishes.added, packages.get("removed", {}))
+        return wishes
+
+    @staticmethod
+    def _note(wish: set[str], opposite: set[str], names: Iterable[str]) -> None:
+        wish.update(names)
+        opposite.difference_update(names)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What a branch is to take over from its parent.
+
+    Args:
+        system: theirs.
+        parent, number: the two.
+        keep: whether what the parent removed stays in the branch.
+    """
+
+    system: System
+    parent: int
+    number: int
+    keep: bool = False
+
+    def __call__(self, work: Transaction) -> None:
+        """Give a transaction on the branch the packages and the new configuration of the parent."""
+        history = self.system.history()
+        birth = next((i for i, entry in enumerate(history) if self._is_birth(entry)), None)
+        since = history[birth + 1 :] if birth is not None else history
+        self._follow_packages(work, since)
+        self._follow_configuration(work, moment_of(history[birth]) if birth is not None else 0)
+
+    def _is_birth(self, entry: Mapping[str, Any]) -> bool:
+        return any(number == self.number for number, _, _ in lines_of_birth([entry]))
+
+    def _follow_packages(self, work: Transaction, since: Sequence[Mapping[str, Any]]) -> None:
+        distro, root = self.system.distro, self.system.layout.rootfs(self.parent)
+        theirs, ours = distro.packages(root), distro.packages(work.root)
+        own = Wishes.of(self.number, since, FOLLOWS)
+        automatic = distro.automatic(root)
+        missing = {name: name in automatic for name in theirs if name not in ours and name not in own.removed}
+        dropped = Wishes.of(self.parent, since).removed
+        unwanted = [name for name in dropped if name in ours and name not in theirs and name not in own.added]
+        distro.follow(work, missing, [] if self.keep else sorted(unwanted))
+
+    def _follow_configuration(self, work: Transaction, made: float) -> None:
+        """Take over the files of the parent's /etc that came after the branch was made and that it has not."""
+        theirs, ours = self.system.layout.rootfs(self.parent) / "etc", work.root / "etc"
+        for path in sorted(paths_below(theirs)):
+            own_business = NOT_DRIFT.fullmatch(path) or IDENTITY.fullmatch(path) or is_special(theirs / path)
+            is_new = (theirs / path).lstat().st_ctime >= made and not os.path.lexists(ours / path)
+            if is_new and not own_business and has_plain_parents(ours, path):
+                EtcMerge.place(theirs / path, ours / path)
+
+
+def moment_of(entry: Mapping[str, Any]) -> float:
+    """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
+    from datetime import datetime
+
+    with contextlib.suppress(ValueError):
+        return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Is an upgraded snapshot sound?
+# ---------------------------------------------------------------------------------------------------------------
+
+ELF_MAGIC = b"\x7fELF"
+PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/libexec")
+AT_ONCE = 1000  # programs that one ldd looks at
+
+
+def faults(work: Transaction) -> set[str]:
+    """What is wrong with the root of a transaction: packages, kernels, libraries that programs do not find."""
+    return {*work.distro.problems(work.root), *kernel_faults(work.root), *missing_libraries(work)}
+
+
+def kernel_faults(root: Path) -> list[str]:
+    """What the kernels of a root lack that they are started with."""
+    boot = path_inside(root, "boot")
+    found = {path.name for path in boot.glob("*")}
+    modules = path_inside(root, "usr/lib/modules")
+    kernels = {match[1] for name in found if (match := re.fullmatch(r"vmlinu[xz]-(.+)", name))}
+    initramfs = " ".join(name for name in found if name.startswith("initr") and size_of(boot / name) > 0)
+    lacking = [f"kernel {kernel} has no modules" for kernel in kernels if not (modules / kernel).is_dir()]
+    lacking += [f"kernel {kernel} has no initramfs" for kernel in kernels if kernel not in initramfs]
+    return lacking if kernels else ["there is no kernel"]
+
+
+def missing_libraries(work: Transaction) -> set[str]:
+    """The programs of a root that lack a library, by what its own loader says."""
+    programs = sorted(f"/{path}" for folder in PROGRAM_FOLDERS for path in programs_below(work.root, folder))
+    said: list[bytes] = []
+    for start in range(0, len(programs), AT_ONCE):
+        work.chroot().run(["ldd", "/bin/sh", *programs[start : start + AT_ONCE]], hear=said.append)
+    program, lacking = "", set()
+    for line in lines_of(b"".join(said).decode(errors="replace")):
+        if line.startswith("/") and line.endswith(":"):
+            program = line[:-1]
+        elif "not found" in line:
+            lacking.add(f"{program} lacks {line.split()[0]}")
+    return lacking
+
+
+def programs_below(root: Path, folder: str) -> Iterator[str]:
+    """The executable files of a root's folder, by their paths from the root."""
+    for path in paths_below(root / folder):
+        file = root / folder / path
+        status = file.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
+            with file.open("rb") as program:
+                if program.read(4) == ELF_MAGIC:
+                    yield f"{folder}/{path}"
+
+
+def refuse_new_faults(before: set[str], after: set[str]) -> None:
+    """Raise AshError where something is wrong that was not wrong before."""
+    if new := sorted(after - before):
+        raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Commands: each a short function of what it does. They get the system and the parsed command line
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -5180,11 +6027,24 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
 
 def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
-    if console.json:
-        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
     if args.dry_run:
         return would(f"open a shell in snapshot {number}")
-    with hang_ups_raise(), Transaction(system, number, resume=args.resume) as work:
+    return shell_in(system, number, resume=args.resume)
+
+
+def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
+    """Open a root shell in a snapshot; its changes are kept if it ends with 0, or if the user says so.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot, which may be the base.
+        resume: go on with what a hang-up left.
+        binds: what is shown inside: where it is, and its path in there.
+    """
+    if console.json:
+        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+    with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
+        work.binds += binds
         shell = root_shell(work.root)
         console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
         terminal = sys.stdin.isatty()
@@ -5198,6 +6058,76 @@ def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
             if answer == "n":
                 raise CommandFailed(status, f"snapshot {number} is as it was: the shell ended with {status}")
     return Reply(change_data(work.change), work.change.summary())
+
+
+def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
+    slot = system.booted
+    if not isinstance(slot, str):
+        raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
+    if console.json:
+        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+    if args.dry_run:
+        return would("open a writable shell in the running system")
+    with system.lock("live"):
+        LivePlace(system.layout, system.distro, BASE).recover(system.tree())
+        console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
+        status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
+    sync_filesystem(system.layout.snapshots)
+    if status:
+        raise CommandFailed(status, f"the shell ended with {status}; what was changed stays")
+    return Reply({"changed": True}, "")
+
+
+def run_unlocked(root: Path, argv: Sequence[str]) -> int:
+    """Run a program in the running system, with its root writable, and return its exit status.
+
+    Args:
+        root: the running root, on a mount that is writable.
+        argv: program and arguments.
+    """
+    unlocked = PRIVATE / "unlocked"
+    unlocked.mkdir()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        status = OUR_FAILURE_IN_RUN
+        try:
+            die_with_parent(parent)
+            libc("unshare", CLONE_NEWNS)
+            bind(root, unlocked)
+            bound: list[str] = ["/run/"]
+            bind(Path("/run"), unlocked / "run")  # without ash's own, which is mounted there
+            for one in sorted({m.target for m in mounts()} - {"/"}, key=len):
+                if not f"{one}/".startswith(tuple(bound)):  # what is mounted below goes along
+                    mount(one, unlocked / one.lstrip("/"), flags=MS_BIND | MS_REC)
+                    bound.append(f"{one}/")
+            os.chroot(unlocked)
+            os.chdir("/root")
+            os.execve(argv[0], list(argv), clean_environment())
+        except (AshError, OSError) as error:
+            print(one_line(f"ash: {error}"), file=sys.stderr)
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    if sys.stdin.isatty():
+        take_terminal_back()
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+RUNNING_INSIDE = "run/ash/running"
+
+
+def cmd_hollow(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    if not system.running:
+        raise AshError("nothing of this system runs that could be shown in there", "ash chroot N", REFUSED)
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
+    console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
+    reply = shell_in(system, number, resume=args.resume, binds=[(Path("/"), RUNNING_INSIDE)])
+    done, changed = system.deploy(number)
+    return replace(reply, text=f"{reply.text}\n{deployed(done, changed).text}", data={**reply.data, "slot": done.slot})
 
 
 def ask_whether_to_keep(status: int) -> str:
@@ -5278,25 +6208,20 @@ def run_in(system: System, number: int, command: Sequence[str]) -> Change:
 
 def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     command = command_to_run(args)
-    branch = system.tree().branch(args.snapshots[0])
+    tree = system.tree()
+    branch = tree.branch(args.snapshots[0])
     if args.dry_run:
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
-    changes, failed = [], dict[int, str]()
-    for number in branch:
-        try:
-            changes.append(run_in(system, number, command))
-        except AshError as error:
-            failed[number] = error.message
-            console.say(one_line(f"ash: {error.message}"))
-    done = ", ".join(str(change.snapshot) for change in changes)
-    text = [f"done in {done}"] if changes else []
-    text += [f"failed in {number}: {one_line(message)}" for number, message in failed.items()]
-    data = {
-        "changed": any(change.changed for change in changes),
-        "snapshots": [change_data(change) for change in changes],
-        "failed": {str(number): message for number, message in failed.items()},
-    }
-    return Reply(data, "\n".join(text), status=FAILED if failed else 0)
+    crew = Crew("ran in", jobs_of(args), shown=True)
+    return in_branches(crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
+
+
+def jobs_of(args: argparse.Namespace) -> int:
+    """How many snapshots are worked on at a time."""
+    wanted = args.jobs or (len(os.sched_getaffinity(0)) if args.parallel else 1)
+    if wanted < 1:
+        raise AshError(f"{wanted} jobs at a time are too few", "--jobs COUNT", USAGE)
+    return int(wanted)
 
 
 def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
@@ -5347,84 +6272,534 @@ def change_data(change: Change) -> dict[str, Any]:
     }
 
 
-def changed_all(changes: Sequence[Change], after: str = "") -> Reply:
-    """The answer of a command that changed one or several snapshots."""
-    text = "\n".join([*(change.summary() for change in changes), *([after] if after else [])])
+def changed_all(changes: Sequence[Change], live: Live | None = None) -> Reply:
+    """The answer of a command that changed one or several snapshots, and perhaps the running system."""
+    lines = [done.summary() for done in changes]
+    waiting = [str(done.snapshot) for done in changes if done.changed]
+    if live:
+        lines.append(live.text())
+    elif waiting:
+        lines.append(f"ash deploy {waiting[0]} and a reboot make it run")
+    data: dict[str, Any] = {"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}
     if len(changes) == 1:
-        return Reply(change_data(changes[0]), text)
-    return Reply({"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}, text)
+        data = change_data(changes[0])
+    if live:
+        data = {**data, "changed": data["changed"] or live.changed, "live": vars(live)}
+    return Reply(data, "\n".join(lines), status=FAILED if live and live.error else 0)
 
 
 def would_change(changes: Sequence[Change]) -> Reply:
     """The answer of --dry-run for packages: what the package manager's own simulation said."""
-    data = {"changed": False, "dry_run": True, "would": [change_data(change) for change in changes]}
+    planned = [{**change_data(change), "download": change.download} for change in changes]
+    data = {"changed": False, "dry_run": True, "would": planned}
     return Reply(data, "\n".join(change.summary("would change") for change in changes))
 
 
+Work = Callable[[Transaction], None]
+
+
+def change(
+    system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
+) -> Change:
+    """Do something in a snapshot, in a transaction.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot.
+        doing: what is done, for people: "installing into".
+        work: does it.
+        simulate: drop it in the end.
+        base: whether it may be the base.
+    """
+    with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
+        work(transaction)
+    return transaction.change
+
+
+def change_live(system: System, doing: str, work: Work) -> Live:
+    """Do the same in the running deployment; where that fails, it is as it was, and `error` says why."""
+    transaction = LiveTransaction(system)
+    try:
+        with step(f"{doing} the running system"), transaction:
+            work(transaction)
+    except (AshError, OSError) as error:
+        console.say(one_line(f"ash: {error}"))
+        return replace(transaction.live, changed=False, error=str(error))
+    return transaction.live
+
+
+def goes_live(system: System, args: argparse.Namespace, snapshots: Sequence[int], by_default: bool = True) -> bool:
+    """Whether the running system is to be changed too: where that was said, else where its own snapshot is changed.
+
+    Raises:
+        AshError: it was said, and no deployment runs here.
+    """
+    if args.live and args.not_live:
+        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
+    runs = isinstance(system.booted, str)
+    if args.live and not runs:
+        raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
+    return not args.dry_run and (
+        args.live or (by_default and not args.not_live and runs and system.current in snapshots)
+    )
+
+
 def cmd_install(system: System, args: argparse.Namespace) -> Reply:
+    if args.profile:
+        return install_profile(system, args)
     snapshots = args.snapshots or [the_snapshot(system, args)]
     packages = [*args.words, *args.packages]
     if not packages and not args.remove:
         raise AshError("which package?", "ash install N PKG...", USAGE)
-    refuse_live(args)
+    require_package_files(packages)
     for number in snapshots:
         system.require_changeable(number)
-    changes = [install(system, number, packages, args) for number in snapshots]
+    live = goes_live(system, args, snapshots)
+
+    def is_there(root: Path) -> bool:
+        return not (args.remove or args.dry_run) and system.distro.has_installed(root, packages)
+
+    def install(work: Transaction) -> None:
+        named = [work.show(Path(name)) if "/" in name else name for name in packages]
+        system.distro.install(work, named, args.remove)
+
+    changes = [
+        Change(number)
+        if is_there(system.layout.rootfs(number))
+        else change(system, number, "installing into", install, simulate=args.dry_run)
+        for number in snapshots
+    ]
     if args.dry_run:
         return would_change(changes)
-    waiting = [str(change.snapshot) for change in changes if change.changed]
-    return changed_all(changes, f"ash deploy {waiting[0]} and a reboot make it run" if waiting else "")
+    live = live and not is_there(system.layout.rootfs(str(system.booted)))
+    return changed_all(changes, change_live(system, "installing into", install) if live else None)
 
 
-def refuse_live(args: argparse.Namespace) -> None:
-    """Raise AshError where the running system is to be changed too."""
-    if args.live:
-        raise AshError("the running system cannot be changed", "leave out --live, then deploy and reboot", USAGE)
-
-
-def install(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
-    """Install packages into a snapshot; nothing has changed if any of them fails."""
-    root = system.layout.rootfs(number)
-    if not args.remove and not args.dry_run and system.distro.has_installed(root, packages):
-        return Change(number)
-    for path in package_files(packages):
+def require_package_files(packages: Sequence[str]) -> None:
+    """Raise AshError where one of the packages is the name of a file (it has a slash) and there is none."""
+    for path in [Path(name) for name in packages if "/" in name]:
         if not path.is_file():
             raise AshError(f"there is no package file {path}", "", MISSING)
-    with step(f"installing into snapshot {number}"), Transaction(system, number, simulate=args.dry_run) as work:
-        named = [work.show(Path(name)) if "/" in name else name for name in packages]
-        system.distro.install(work, named, args.remove, args.dry_run)
-    return work.change
-
-
-def package_files(packages: Sequence[str]) -> list[Path]:
-    """Those of the packages that are files on disk: their names have a slash."""
-    return [Path(name) for name in packages if "/" in name]
 
 
 def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
     packages = [*args.words, *args.packages]
-    if not packages and args.snapshots:
+    if not packages and not args.profile and args.snapshots:
         n = args.snapshots[0]
         raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
+    if args.profile:
+        packages += profile_of(system, args).everything
     if not packages:
         raise AshError("which package?", "ash remove N PKG...", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
-    refuse_live(args)
     for number in snapshots:
         system.require_changeable(number)
+    live = goes_live(system, args, snapshots)
     changes = [remove(system, number, packages, args) for number in snapshots]
     if args.dry_run:
         return would_change(changes)
-    return changed_all(changes)
+    here = {
+        name for name in packages if live and name in system.distro.packages(system.layout.rootfs(str(system.booted)))
+    }
+    work = partial(system.distro.remove, packages=sorted(here), purge=args.purge)
+    return changed_all(changes, change_live(system, "removing from", work) if here else None)
 
 
 def remove(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
     """Remove packages from a snapshot; nothing has changed if any of it fails."""
-    if not set(packages) & system.distro.packages(system.layout.rootfs(number)).keys() and not args.purge:
+    there = system.distro.packages(system.layout.rootfs(number)).keys()
+    known = [name for name in packages if name in there] if args.profile else packages
+    if not set(known) & there and not args.purge:
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    with step(f"removing from snapshot {number}"), Transaction(system, number, simulate=args.dry_run) as work:
-        system.distro.remove(work, packages, args.purge, args.dry_run)
-    return system.delete_data(work.change) if args.delete_data and work.change.kept else work.change
+    work = partial(system.distro.remove, packages=known, purge=args.purge)
+    done = change(system, number, "removing from", work, simulate=args.dry_run)
+    return system.delete_data(done) if args.delete_data and done.kept else done
+
+
+def install_profile(system: System, args: argparse.Namespace) -> Reply:
+    """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
+    profile = profile_of(system, args)
+    if args.words:
+        raise AshError(f"what is {args.words[0]!r}?", "ash install N --profile NAME", USAGE)
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots, by_default=False)
+    user = os.environ.get("SUDO_USER", "root")
+
+    def install(work: Transaction) -> None:
+        if not args.no_upgrade:
+            upgrade(work, strict=args.strict)
+        profile.install(work, user)
+
+    doing = f"installing {profile.name} into"
+    changes = [change(system, number, doing, install, simulate=args.dry_run) for number in snapshots]
+    if args.dry_run:
+        return would_change(changes)
+    reply = changed_all(changes, change_live(system, doing, install) if live else None)
+    return replace(reply, text="\n".join([reply.text, *profile.lines("notes")]))
+
+
+def profile_of(system: System, args: argparse.Namespace) -> Profile:
+    """The profile that the command line names; `--profile N NAME` works as well."""
+    if to_number(args.profile) is not None and args.words:
+        args.snapshots = [*args.snapshots, *leading_numbers([args.profile])]
+        args.profile = args.words.pop(0)
+    return find_profile(system, args.profile)
+
+
+def cmd_install_profile(system: System, args: argparse.Namespace) -> Reply:
+    if not args.words:
+        raise AshError("which profile?", "ash install-profile NAME N", USAGE)
+    args.profile, *args.words = args.words
+    numbers = leading_numbers(args.words)
+    args.snapshots, args.words = [*args.snapshots, *numbers], args.words[len(numbers) :]
+    return install_profile(system, args)
+
+
+def cmd_profiles(system: System, args: argparse.Namespace) -> Reply:
+    profiles = {name: Profile.parse(name, read_text(path)) for name, path in profile_files(system).items()}
+    data = {name: {"packages": one.everything, "notes": list(one.lines("notes"))} for name, one in profiles.items()}
+    rows = [[name, " ".join(one.packages), " ".join(one.lines("notes")[:1])] for name, one in profiles.items()]
+    text = text_table(rows, ["profile", "packages", "notes"]) if rows else "there are no profiles"
+    return Reply({"profiles": data}, text, "\n".join(profiles))
+
+
+def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots, by_default=False)
+    once = len(snapshots) > 1 and not args.dry_run
+    if once:
+        refresh_once(system, snapshots, args.strict)
+    work = partial(upgrade, fetch=not once, strict=args.strict, download_only=args.download_only)
+    changes = [change(system, number, "upgrading", work, simulate=args.dry_run) for number in snapshots]
+    if args.dry_run:
+        return would_change(changes)
+    if args.download_only:
+        return replace(changed_all(changes), text="what the next upgrade needs is fetched")
+    return changed_all(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
+
+
+def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
+    """Upgrade the packages of a transaction's root.
+
+    Args:
+        work: the transaction.
+        fetch: fetch the package lists first.
+        strict: whether an archive that cannot be had is an error.
+        download_only: fetch the packages, for later.
+    """
+    if fetch:
+        refresh(work, strict)
+    work.distro.upgrade(work, download_only)
+
+
+def warn_of_archives(missing: Sequence[str], strict: bool) -> None:
+    """Tell of archives that could not be had; AshError where that is not to be borne."""
+    if missing and strict:
+        raise AshError(f"not all archives can be had: {'; '.join(missing)}", "leave out --strict to do without them")
+    for one in missing:
+        console.say(f"ash: {one_line(one)}; going on without it")
+
+
+def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> None:
+    """Fetch the package lists for snapshots: those that have the same archives share them."""
+    done = set()
+    for number in snapshots:
+        archives = system.distro.archives(system.layout.rootfs(number))
+        if archives in done:
+            continue
+        try:
+            change(system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True)
+            done.add(archives)
+        except AshError as error:
+            if strict:
+                raise
+            console.say(one_line(f"ash: {error.message}"))
+
+
+def refresh(work: Transaction, strict: bool = False) -> None:
+    """Fetch the package lists of a transaction's root."""
+    warn_of_archives(work.distro.refresh(work), strict)
+
+
+def cmd_refresh(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number, base=True)
+    if args.dry_run:
+        return would(f"fetch the package lists of {listed(snapshots)}")
+    work = partial(refresh, strict=args.strict)
+    changes = [change(system, number, "fetching the package lists of", work, base=True) for number in snapshots]
+    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
+    return replace(changed_all(changes), text=text)
+
+
+def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    if args.dry_run:
+        return would(f"repair the package database of {listed(snapshots)}")
+    changes = [change(system, number, "repairing", system.distro.repair) for number in snapshots]
+    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
+    reply = changed_all(changes)
+    if not left:
+        return reply
+    return replace(reply, text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
+
+
+def cmd_hold(system: System, args: argparse.Namespace) -> Reply:
+    return hold(system, args, True)
+
+
+def cmd_unhold(system: System, args: argparse.Namespace) -> Reply:
+    return hold(system, args, False)
+
+
+def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
+    """Keep packages of a snapshot at their versions, or let them go again."""
+    number, packages = the_snapshot(system, args), [*args.words, *args.packages]
+    system.require_changeable(number)
+    if not packages:
+        raise AshError("which package?", f"ash {'hold' if held else 'unhold'} N PKG...", USAGE)
+    require_installed(system, number, packages)
+    what = "kept at their versions" if held else "upgraded again"
+    if args.dry_run:
+        return would(f"have these of snapshot {number} {what}: {listed(packages)}")
+    done = change(system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held))
+    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
+    return replace(changed_all([done]), text=text)
+
+
+def require_installed(system: System, number: int, packages: Iterable[str]) -> None:
+    """Raise AshError where a snapshot does not have one of the packages."""
+    there = system.distro.packages(system.layout.rootfs(number))
+    if lacking := [name for name in packages if name not in there]:
+        raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
+
+
+def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run and args.shell:
+        return would("open a shell in the base")
+    if args.shell:
+        return shell_in(system, BASE, resume=args.resume)
+    work = partial(upgrade, strict=args.strict)
+    done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
+    return would_change([done]) if args.dry_run else replace(changed_all([done]), text=done.summary())
+
+
+def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    tree, crew = system.tree(), Crew("upgrading", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+    if not args.dry_run:
+        fetch_once(system, numbers, crew, args.strict)
+    work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
+    branches = crew.run(tree, numbers, lambda n: change(system, n, "upgrading", work, simulate=args.dry_run))
+    return concluded(system, args, crew, branches)
+
+
+def fetch_once(system: System, numbers: Sequence[int], crew: Crew, strict: bool) -> None:
+    """Fetch the package lists for a tree, and what several snapshots upgrade alike where they do so at once."""
+    with hushed():
+        refresh_once(system, numbers, strict)
+        done = set()
+        for number in numbers if crew.jobs > 1 else ():
+            root = system.layout.rootfs(number)
+            state = system.distro.archives(root), json.dumps(system.distro.packages(root))
+            if state not in done:
+                done.add(state)
+                with contextlib.suppress(AshError):  # its own upgrade fails too, and says why
+                    change(system, number, "fetching for", partial(upgrade, fetch=False, download_only=True))
+
+
+def concluded(
+    system: System, args: argparse.Namespace, crew: Crew, branches: Sequence[Branch], live: Live | None = None
+) -> Reply:
+    """Have what the snapshots of a tree got in common share its blocks, and say what was done."""
+    if not args.dry_run:
+        share_blocks(system, [branch.change for branch in branches if branch.change is not None])
+        return in_branches(crew, branches, live)
+    reply = would_change([branch.change for branch in branches if branch.change is not None])
+    failed = [one_line(f"snapshot {branch.number}: {branch.error}") for branch in branches if branch.error]
+    return replace(reply, text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
+
+
+def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
+    packages = [*args.words, *args.packages]
+    if not packages:
+        raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
+    tree, crew = system.tree(), Crew("removing from", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+
+    def there(number: int) -> list[str]:
+        return [name for name in packages if name in system.distro.packages(system.layout.rootfs(number))]
+
+    if not any(map(there, numbers)):
+        raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
+
+    def remove_there(number: int) -> Change:
+        return remove(system, number, there(number), args) if there(number) else Change(number)
+
+    return concluded(system, args, crew, crew.run(tree, numbers, remove_there))
+
+
+def cmd_sync(system: System, args: argparse.Namespace) -> Reply:
+    return sync_tree(system, args, upgrades=not args.force)
+
+
+def cmd_force_sync(system: System, args: argparse.Namespace) -> Reply:
+    return sync_tree(system, args, upgrades=False)
+
+
+def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply:
+    """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
+    tree, crew = system.tree(), Crew("synchronizing", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+    live = goes_live(system, args, numbers)
+    if upgrades and not args.dry_run:
+        fetch_once(system, numbers, crew, args.strict)
+
+    def sync(number: int) -> Change:
+        parent = tree.parent(number)
+
+        def work(transaction: Transaction) -> None:
+            if upgrades:
+                upgrade(transaction, fetch=args.dry_run, strict=args.strict)
+            if parent in numbers and parent is not None:
+                Following(system, parent, number, args.keep)(transaction)
+
+        if not upgrades and parent not in numbers:
+            return Change(number)
+        return change(system, number, "synchronizing", work, simulate=args.dry_run)
+
+    branches = crew.run(tree, numbers, sync)
+    booted, above = system.current, tree.parent(system.current) if live and system.current is not None else None
+    done = None
+    if live and booted in numbers and above in numbers and above is not None:
+        done = change_live(system, "synchronizing", Following(system, above, booted, args.keep))
+    return concluded(system, args, crew, branches, done)
+
+
+def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    number, configuration = the_snapshot(system, args), system.configuration()
+    policy = configuration.values.get("auto_upgrade", "deploy").lower()
+    if policy == "none":
+        return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
+    if args.dry_run:
+        return would(f"upgrade snapshot {number}, by the policy {policy}")
+    system.wait = args.wait or NIGHTLY_WAIT
+    try:
+        require_clock(system)
+        reply = upgrade_by_policy(system, number, policy, args.strict)
+        if configuration.is_on("auto_upgrade_base"):
+            with step("upgrading the base"):
+                change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
+    except (AshError, OSError) as error:
+        note_upgrade(system, FAILED, f"snapshot {number} is as it was: {error}")
+        raise
+    note_upgrade(system, 0, lines_of(reply.text)[0])
+    if policy == "reboot" and reply.data["changed"] and is_in_window(configuration):
+        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
+        return replace(reply, text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
+    return reply
+
+
+NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock, where nobody waits for the result
+SLOW_CLOCK = 60  # seconds that a clock may have been set back
+
+
+def require_clock(system: System) -> None:
+    """Raise AshError where the clock is behind what was done last: archives would seem to be of the future."""
+    last = system.layout.tree.stat().st_mtime
+    if time.time() < last - SLOW_CLOCK:
+        now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
+        raise AshError(f"the clock is wrong: it is {now}, and the tree was changed on {then}", "set it, try again")
+
+
+def is_in_window(configuration: Configuration) -> bool:
+    """Whether it is the time of day at which ash may reboot the machine; always where no window is set."""
+    window = configuration.values.get("auto_upgrade_window", "")
+    if not window:
+        return True
+    begin, _, end = window.partition("-")
+    now = time.strftime("%H:%M")
+    return begin <= now < end if begin <= end else now >= begin or now < end
+
+
+def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) -> Reply:
+    """Upgrade a snapshot, check it, keep what it was, deploy it; where any of it fails it is as it was."""
+    system.require_changeable(number)
+    if policy == "check":
+        planned = change(system, number, "looking for upgrades of", partial(upgrade, strict=strict), simulate=True)
+        text = f"snapshot {number}: {len(planned.upgraded)} packages could be upgraded"
+        return Reply({**change_data(planned), "changed": False}, text)
+    before = system.layout.undo(number)
+    known = subvolume_id(before) if before.exists() else None
+
+    def work(transaction: Transaction) -> None:
+        unsound = faults(transaction)
+        upgrade(transaction, strict=strict)
+        refuse_new_faults(unsound, faults(transaction))
+
+    done = change(system, number, "upgrading", work)
+    if not before.exists() or subvolume_id(before) == known:  # it was up to date
+        return replace(changed_all([done]), text=done.summary())
+    lines = [done.summary()]
+    with ExitStack() as undo:
+        undo.callback(system.undo, number)
+        kept = keep_beside(system, number, before, f"{number} before {time.strftime('%Y-%m-%d')}")
+        undo.callback(system.delete, [kept])
+        lines.append(f"  what it was is snapshot {kept} now")
+        if damage := [one.text() for one in Check(system).run() if one.snapshot in (number, None)]:
+            raise AshError(f"it is damaged now: {'; '.join(damage)}")
+        if policy != "stage":
+            lines.append(deployed(*system.deploy(number)).text)
+        undo.pop_all()
+    return replace(changed_all([done]), text="\n".join(lines))
+
+
+def keep_beside(system: System, number: int, root: Path, description: str) -> int:
+    """Make a snapshot of a root beside another snapshot. Returns its number."""
+    parent = system.tree().parent(number)
+    with system.new_snapshot(root, description) as kept, system.editing_tree() as tree:
+        tree.add(kept, parent)
+    return kept
+
+
+def note_upgrade(system: System, status: int, text: str) -> None:
+    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them."""
+    write_file(system.layout.upstate, f"{status}\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n{one_line(text)}\n")
+
+
+def cmd_check(system: System, args: argparse.Namespace) -> Reply:
+    lines = lines_of(read_text(system.layout.upstate))
+    if len(lines) < 2:
+        raise AshError("there was no automatic upgrade yet", "ash auto-upgrade", MISSING)
+    failed = lines[0].strip() != "0"
+    said = f": {lines[2]}" if len(lines) > 2 else ""
+    text = f"the automatic upgrade of {lines[1]} {'failed' if failed else 'succeeded'}{said}"
+    data = {"failed": failed, "time": lines[1], "message": lines[2] if len(lines) > 2 else ""}
+    return Reply(data, text, status=FAILED if failed else 0)
+
+
+def cmd_whichsnap(system: System, args: argparse.Namespace) -> Reply:
+    wanted = [*args.words, *args.packages]
+    if not wanted:
+        raise AshError("which package?", "ash whichsnap PKG...", USAGE)
+    having = {
+        number: {name: packages[name] for name in wanted}
+        for number in system.tree().numbers()
+        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
+    }
+    if not having:
+        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
+    rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
+    numbers = "\n".join(map(str, having))
+    text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
+    return Reply({"snapshots": {str(number): there for number, there in having.items()}}, text, numbers)
 
 
 def cmd_list(system: System, args: argparse.Namespace) -> Reply:
@@ -5647,7 +7022,11 @@ CHANGE_SHAPE = {
     "snapshot": "int", "changed": "bool", "packages": PACKAGES_SHAPE, "conflicts": ["str"], "kept": ["str"],
 }  # fmt: skip
 CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
-CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE]}
+LIVE_SHAPE = {
+    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"], "error": "str",
+}  # fmt: skip
+CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
+TREE_SHAPE = {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}, "live?": LIVE_SHAPE}
 ADDED_SHAPE = {"snapshot": "int", "changed": "bool", "from": "int", "parent": "int null"}
 DEPLOYED_SHAPE = {
     "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
@@ -5695,7 +7074,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "carry": {"changed": "bool", "carried": ["str"]},
     "whichtmp": {"slot": "str int"},
     "run": {**CHANGE_SHAPE, "status": "int"},
-    "tree-run": {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}},
+    "tree-run": TREE_SHAPE,
+    "live-chroot": {"changed": "bool"},
+    "hollow": {**CHANGE_SHAPE, "slot": "str"},
     "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
     "edit-conf": CHANGE_SHAPE,
     "mutable": MUTABLE_SHAPE,
@@ -5705,7 +7086,22 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "tmp": RECOVERED_SHAPE,
     "recover": RECOVERED_SHAPE,
     "install": CHANGES_SHAPE,
+    "install-profile": CHANGES_SHAPE,
+    "profiles": {"profiles": {"*": {"packages": ["str"], "notes": ["str"]}}},
     "remove": CHANGES_SHAPE,
+    "tree-rmpkg": TREE_SHAPE,
+    "upgrade": CHANGES_SHAPE,
+    "hold": CHANGES_SHAPE,
+    "unhold": CHANGES_SHAPE,
+    "tree-upgrade": TREE_SHAPE,
+    "auto-upgrade": CHANGES_SHAPE,
+    "check": {"failed": "bool", "time": "str", "message": "str"},
+    "base-update": CHANGES_SHAPE,
+    "refresh": CHANGES_SHAPE,
+    "fixdb": CHANGES_SHAPE,
+    "whichsnap": {"snapshots": {"*": {"*": "str"}}},
+    "sync": TREE_SHAPE,
+    "force-sync": TREE_SHAPE,
     "list": {"snapshot": "int", "packages": {"*": "str"}},
     "diff": {
         "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
@@ -5783,12 +7179,26 @@ def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
     return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
 
 
+JOBS = [
+    flag("-j", "--parallel", help="several at a time: as many as there are processors"),
+    Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
+]
+STRICT = flag("--strict", help="fail where not all archives can be had")
+DOWNLOAD_ONLY = flag("--download-only", help="fetch the packages now, for later")
+PROFILE = Argument(("-P", "--profile", "--prof"), "the packages of a profile", {"default": "", "metavar": "NAME"})
+NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
+RESUME = flag("--resume", help="go on with what a hang-up left")
 DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
 COMMAND_WORDS = words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
 LIVE = [
     flag("--live", "-l", help="also in the running system"),
     flag("--not-live", "-nl", help="only in the snapshot"),
 ]
+PURGE = [
+    flag("--purge", help="also their configuration"),
+    flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
+]
+SYNC = [flag("--keep", help="leave what the parent removed"), STRICT, *JOBS, *LIVE]
 PACKAGES = words("-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)")
 
 MANY = 1000
@@ -5869,7 +7279,7 @@ COMMANDS = [
     Command(
         "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]",
         "open a root shell in N; `exit` keeps the changes", cmd_chroot, changes=True, numbers=1,
-        arguments=[flag("--resume", help="go on with what a hang-up left")],
+        arguments=[RESUME],
     ),
     Command(
         "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
@@ -5877,7 +7287,17 @@ COMMANDS = [
     ),
     Command(
         "tree-run", ["trun"], "Inside a snapshot", "tree-run N COMMAND...", "the same in N and every branch below it",
-        cmd_tree_run, changes=True, numbers=1, words=True, rest=True, arguments=[COMMAND_WORDS],
+        cmd_tree_run, changes=True, numbers=1, words=True, rest=True, arguments=[*JOBS, COMMAND_WORDS],
+    ),
+    Command(
+        "live-chroot", ["lchroot", "lc"], "Inside a snapshot", "live-chroot",
+        "open a writable root shell in the running system; the next deployment does not have its changes",
+        cmd_live_chroot, changes=True,
+    ),
+    Command(
+        "hollow", [], "Inside a snapshot", "hollow [N]",
+        "open a root shell in N that shows the running system as well, then deploy N", cmd_hollow,
+        changes=True, numbers=1, arguments=[RESUME],
     ),
     Command(
         "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
@@ -5892,24 +7312,78 @@ COMMANDS = [
         cmd_recover, changes=True,
     ),
     Command(
-        "install", ["in"], "Packages", "install [N] PKG... [--remove PKG...]", "install packages, or package files",
+        "install", ["in"], "Packages", "install [N] PKG... [--remove PKG...]",
+        "install packages, package files, or a profile; into the booted snapshot and the running system at once",
         cmd_install, changes=True, numbers=1, several=True, words=True,
         arguments=[
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
-            *LIVE,
+            PROFILE, NO_UPGRADE, STRICT, *LIVE,
         ],
     ),
+    Command(
+        "install-profile", [], "Packages", "install-profile NAME [N]",
+        "upgrade N, then install a profile's packages and do its commands", cmd_install_profile,
+        changes=True, numbers=1, several=True, words=True, arguments=[NO_UPGRADE, STRICT, *LIVE],
+    ),
+    Command("profiles", [], "Packages", "profiles", "list the profiles for this distribution", cmd_profiles),
     Command(
         "remove", ["uninstall", "uninst", "unins", "unin", "un"], "Packages", "remove [N] PKG...",
         "remove packages and what nothing needs any more", cmd_remove,
         changes=True, numbers=1, several=True, words=True,
-        arguments=[
-            PACKAGES,
-            *LIVE,
-            flag("--purge", help="also their configuration"),
-            flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
-        ],
+        arguments=[PACKAGES, PROFILE, *LIVE, *PURGE],
+    ),
+    Command(
+        "tree-rmpkg", ["tremove"], "Packages", "tree-rmpkg N PKG...", "the same in N and every branch below it",
+        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, *JOBS, *PURGE],
+    ),
+    Command(
+        "upgrade", ["up"], "Packages", "upgrade [N]", "upgrade all packages", cmd_upgrade,
+        changes=True, numbers=1, several=True, arguments=[DOWNLOAD_ONLY, STRICT, *LIVE],
+    ),
+    Command(
+        "hold", [], "Packages", "hold N PKG...", "keep packages at their versions", cmd_hold,
+        changes=True, numbers=1, words=True, arguments=[PACKAGES],
+    ),
+    Command(
+        "unhold", [], "Packages", "unhold N PKG...", "let them be upgraded again", cmd_unhold,
+        changes=True, numbers=1, words=True, arguments=[PACKAGES],
+    ),
+    Command(
+        "tree-upgrade", ["tupgrade", "tup", "tree-update"], "Packages", "tree-upgrade [N] [-j]",
+        "upgrade N and every branch below it", cmd_tree_upgrade,
+        changes=True, numbers=1, arguments=[DOWNLOAD_ONLY, STRICT, *JOBS],
+    ),
+    Command(
+        "auto-upgrade", ["autoup", "au"], "Packages", "auto-upgrade [N]",
+        "keep N as it is beside it, upgrade N, check it, deploy it; as it was if any of it fails", cmd_auto_upgrade,
+        changes=True, numbers=1, arguments=[STRICT],
+    ),
+    Command("check", [], "Packages", "check", "say how the last automatic upgrade ended", cmd_check),
+    Command(
+        "base-update", ["bu", "ub"], "Packages", "base-update", "upgrade the base", cmd_base_update, changes=True,
+        arguments=[flag("--shell", help="open a root shell in it instead"), RESUME, STRICT],
+    ),
+    Command(
+        "refresh", ["ref"], "Packages", "refresh [N]", "fetch the package lists", cmd_refresh,
+        changes=True, numbers=1, several=True, arguments=[STRICT],
+    ),
+    Command(
+        "fixdb", ["fix"], "Packages", "fixdb [N]", "repair the package database, renew the keyring", cmd_fixdb,
+        changes=True, numbers=1, several=True,
+    ),
+    Command(
+        "whichsnap", ["ws"], "Packages", "whichsnap PKG...", "list the snapshots that have packages", cmd_whichsnap,
+        words=True, arguments=[PACKAGES],
+    ),
+    Command(
+        "sync", ["tree-sync", "tsync"], "Packages", "sync [N] [-j] [--keep]",
+        "upgrade the tree, then give each branch the packages and new configuration of its parent", cmd_sync,
+        changes=True, numbers=1, arguments=[flag("-f", "--force", help="without upgrading"), *SYNC],
+    ),
+    Command(
+        "force-sync", ["fsync"], "Packages", "force-sync [N] [-j] [--keep]", "the same without upgrading",
+        cmd_force_sync, changes=True, numbers=1, arguments=SYNC,
     ),
     Command("list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, numbers=1),
     Command(
@@ -5959,7 +7433,8 @@ def seconds(text: str) -> float:
     return number
 
 
-FOR_ALL = (cmd_log, cmd_diff)  # without a snapshot they are about something else than the booted one
+# Without a snapshot they are about something else than the booted one, or find its number by themselves.
+FOR_ALL = (cmd_log, cmd_diff, cmd_install_profile)
 
 GLOBAL_OPTIONS = [
     Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
@@ -6043,7 +7518,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
         raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
-    if (args.root or args.image) and command.numbers and not args.snapshots and command.function not in FOR_ALL:
+    named = args.snapshots or command.function in FOR_ALL or getattr(args, "profile", "")
+    if (args.root or args.image) and command.numbers and not named:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
 
@@ -6185,7 +7661,7 @@ def report(error: AshError, command: Command | None) -> int:
     if console.json:
         problem = {"message": error.message, "hint": error.hint, "status": status}
         print(as_json({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
-    its_own = command is not None and command.function in (cmd_run, cmd_chroot)
+    its_own = command is not None and command.function in (cmd_run, cmd_chroot, cmd_live_chroot, cmd_hollow)
     return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
 
 

@@ -17,8 +17,11 @@ from ash import (
     PackageError,
     Transaction,
     TransientFile,
+    console,
     in_database,
+    last_words,
     path_inside,
+    read_text,
 )
 
 
@@ -68,17 +71,27 @@ class Debian(Distro):
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
     logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
     audit = "dpkg --audit"
+    keyring: ClassVar[str] = "debian-archive-keyring"
+    not_live = re.compile(r"libc6(:.*)?|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus(-.*)?")
+    # Without questions, and with edited configuration files as they are.
+    force: ClassVar[Sequence[str]] = ("--force-confdef", "--force-confold")
+    apt_get: ClassVar[Sequence[str]] = (
+        *("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet", "-o", "Dpkg::Use-Pty=0"),
+        *("-o", f"Dpkg::Options::={force[0]}", "-o", f"Dpkg::Options::={force[1]}"),
+    )
     environment: ClassVar[Mapping[str, str]] = {
         "APT_CONFIG": "/run/ash/apt.conf",
         "APT_LISTCHANGES_FRONTEND": "none",
         "NEEDRESTART_SUSPEND": "1",
         "debian_chroot": "ash",
     }
-    # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only.
+    # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only; the
+    # lists are shared with snapshots that have other archives.
     APT_CONF = """\
 DPkg::Options {"--force-unsafe-io";};
 DPkg::Pre-Install-Pkgs {"/run/ash/room";};
 Dir::Cache::pkgcache "/run/ash/pkgcache.bin";
+APT::Get::List-Cleanup "false";
 """
     # apt gives it the archives that it is about to unpack; sizes in KiB. 262144 KiB is ash's SPACE_FLOOR.
     ROOM = """\
@@ -123,12 +136,7 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether all are there, and none only because another needs it."""
-        automatic = {
-            package.get("Package", "")
-            for package in paragraphs(database(root) / "apt/extended_states")
-            if package.get("Auto-Installed") == "1"
-        }
-        return set(packages) <= self.packages(root).keys() - automatic
+        return set(packages) <= self.packages(root).keys() - self.automatic(root)
 
     def is_older(self, version: str, other: str) -> bool:
         """Compare versions as dpkg does (deb-version(7))."""
@@ -182,34 +190,104 @@ room=$(df --output=avail -k / | tail -n 1)
                 found += [f"package {name} lacks {missing[0]} ({len(missing)} files)"] if missing else []
         return found
 
-    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str], simulate: bool) -> None:
+    def automatic(self, root: Path) -> set[str]:
+        """Read apt's marks."""
+        marks = paragraphs(database(root) / "apt/extended_states")
+        return {mark.get("Package", "") for mark in marks if mark.get("Auto-Installed") == "1"}
+
+    def archives(self, root: Path) -> str:
+        """apt's sources and preferences."""
+        apt = path_inside(root, "etc/apt")
+        folders = (apt / name for name in ("sources.list.d", "preferences.d"))
+        files = [apt / "sources.list", *(path for folder in folders for path in sorted(folder.glob("*")))]
+        return "\n".join(f"{path.name}\n{read_text(path)}" for path in files if path.is_file())
+
+    def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
         """One run of apt-get, after fetching the package lists where there are none."""
         if not any((work.var / "lib/apt/lists").glob("*_*")):
-            self._apt(work, False, "update")
-        self._apt(work, simulate, "install", "--", *packages, *(f"{name}-" for name in remove))
+            self._apt(work, "update", alters=False)
+        self._apt(work, "install", "--", *packages, *(f"{name}-" for name in remove))
 
-    def remove(self, work: Transaction, packages: Sequence[str], purge: bool, simulate: bool) -> None:
+    def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
         """One run of apt-get."""
-        self._apt(work, simulate, "purge" if purge else "remove", "--autoremove", "--", *packages)
+        self._apt(work, "purge" if purge else "remove", "--autoremove", "--", *packages)
 
-    @staticmethod
-    def _apt(work: Transaction, simulate: bool, *arguments: str) -> None:
-        """Run apt-get without questions; edited configuration files stay."""
-        words = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet"]
-        keep = [
-            "-o",
-            "Dpkg::Options::=--force-confdef",
-            "-o",
-            "Dpkg::Options::=--force-confold",
-            "-o",
-            "Dpkg::Use-Pty=0",
-        ]
+    def refresh(self, work: Transaction) -> list[str]:
+        """One run of apt-get; an archive that is down or wrong is told of, and its old lists stay."""
         try:
-            output = work.run([*words, *keep, *(["--simulate"] if simulate else []), *arguments])
+            output = work.run([*self.apt_get, "update"])
+        except PackageError as error:
+            output = error.message
+        said = re.findall(r"^[WE]: (.*)$", output, re.MULTILINE)
+        trouble = [line for line in said if re.search(r"Failed to fetch|^The repository|GPG error", line)]
+        if not trouble and re.search(r"^E: ", output, re.MULTILINE):
+            raise apt_error(output)
+        return list(dict.fromkeys(trouble))
+
+    def upgrade(self, work: Transaction, download_only: bool = False) -> None:
+        """One run of apt-get, which removes nothing: what only a removal lets in is kept back."""
+        self._apt(work, "upgrade", "--with-new-pkgs", *(["--download-only"] if download_only else []))
+
+    def repair(self, work: Transaction) -> None:
+        """dpkg's own way, then apt's; then the keyring anew."""
+        for name in ("lock", "lock-frontend"):
+            (database(work.root) / "dpkg" / name).unlink(missing_ok=True)
+        try:
+            work.run(["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force])
+        except PackageError as error:
+            console.say(f"ash: dpkg --configure: {last_words(error.message)}")
+        self._apt(work, "install", "--fix-broken")
+        self.refresh(work)
+        self._apt(work, "install", "--reinstall", "--", self.keyring)
+
+    def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
+        """By apt-mark, which needs the packages to be known."""
+        try:
+            work.run(["apt-mark", "hold" if held else "unhold", "--", *packages])
         except PackageError as error:
             raise apt_error(error.message) from None
-        if simulate:
-            work.change = planned(work.snapshot, output)
+
+    def available(self, work: Transaction, packages: Sequence[str]) -> set[str]:
+        """Ask apt-cache for candidates."""
+        output = work.run(["apt-cache", "policy", "--", *packages]) if packages else ""
+        found = re.findall(r"^(\S+):\n  Installed: .*\n  Candidate: (\S+)", output, re.MULTILINE)
+        return {name for name, candidate in found if candidate != "(none)"}
+
+    def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
+        """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
+        if missing:
+            self._apt(work, "install", "--", *missing)
+        automatic = [name for name, needed_only in missing.items() if needed_only]
+        if [*automatic, *unwanted]:
+            work.run(["apt-mark", "auto", "--", *automatic, *unwanted])
+        if unwanted:
+            self._apt(work, "autoremove")
+
+    def _apt(self, work: Transaction, *arguments: str, alters: bool = True) -> None:
+        """Run apt-get without questions; edited configuration files stay."""
+        simulates = work.simulate and alters
+        try:
+            output = work.run([*self.apt_get, *(["--simulate"] if simulates else []), *arguments])
+            if simulates:
+                fetched = work.run([*self.apt_get, "--print-uris", *arguments])
+                work.change = planned(work.snapshot, output, fetched)
+            elif alters:
+                self._build_modules(work)
+        except PackageError as error:
+            raise apt_error(error.message) from None
+
+    @staticmethod
+    def _build_modules(work: Transaction) -> None:
+        """Build what dkms has for the snapshot's own kernels: its scripts look at the running one."""
+        if not (work.root / "usr/sbin/dkms").exists():
+            return
+        for kernel in sorted(path_inside(work.root, "usr/lib/modules").glob("*")):
+            if os.path.lexists(kernel / "build"):  # else there are no headers to build with
+                try:
+                    work.run(["dkms", "autoinstall", "-k", kernel.name])
+                except PackageError as error:
+                    said = last_words(error.message)
+                    raise PackageError(f"E: a module cannot be built for {kernel.name}: {said}") from None
 
 
 def version_key(version: str) -> tuple[object, ...]:
@@ -258,8 +336,11 @@ def diversions(root: Path) -> dict[str, tuple[str, str]]:
     return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
 
 
-def planned(snapshot: int, simulation: str) -> Change:
-    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`."""
+def planned(snapshot: int, simulation: str, uris: str) -> Change:
+    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`.
+
+    What is to be fetched is in what --print-uris prints, as `'URI' FILE SIZE HASH`.
+    """
     installed = re.findall(r"^Inst (\S+) (?:\[(\S+)\] )?\((\S+)", simulation, re.MULTILINE)
     removed = dict(re.findall(r"^(?:Remv|Purg) (\S+) \[(\S+)\]", simulation, re.MULTILINE))
     return Change(
@@ -268,6 +349,7 @@ def planned(snapshot: int, simulation: str) -> Change:
         added={name: new for name, old, new in installed if not old},
         removed=removed,
         upgraded={name: (old, new) for name, old, new in installed if old},
+        download=sum(map(int, re.findall(r"^'\S+' \S+ (\d+) ", uris, re.MULTILINE))),
     )
 
 
@@ -278,7 +360,7 @@ def apt_error(output: str) -> AshError:
         r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output
     ):
         name = missing[1] or missing[2]
-        return AshError(f"there is no package {name}", "ash run N apt-get update fetches the lists", MISSING)
+        return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
     if room := next((line for line in errors if "too little space" in line), ""):
         return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)
     return PackageError("; ".join(errors[:3]) or "apt-get failed")

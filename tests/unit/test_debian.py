@@ -38,6 +38,12 @@ Inst libc6 [2.40-1] (2.41-1 Debian:13.2/stable [amd64]) []
 Conf hello (2.10-5 Debian:13.2/stable [amd64])
 """
 
+URIS = """\
+Reading package lists...
+'http://archive/pool/hello_2.10-5_amd64.deb' hello_2.10-5_amd64.deb 1000 SHA256:00
+'http://archive/pool/libc6_2.41-1_amd64.deb' libc6_2.41-1_amd64.deb 2000 SHA256:00
+"""
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
@@ -67,15 +73,16 @@ def test_what_is_installed_by_hand_need_not_be_installed_again(root: Path) -> No
 
 
 def test_a_simulation_says_what_would_change() -> None:
-    change = planned(7, SIMULATION)
+    change = planned(7, SIMULATION, URIS)
     assert change.changed
     assert change.added == {"hello": "2.10-5"}
     assert change.removed == {"sl": "5.02-1", "old-config": "1.0"}
     assert change.upgraded == {"libc6": ("2.40-1", "2.41-1")}
+    assert change.download == 3000
 
 
 def test_a_simulation_that_does_nothing_is_no_change() -> None:
-    assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n").changed
+    assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n", "").changed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Upgrading one snapshot, holding packages, refreshing lists, the base, and which snapshot has what."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.archive import Archive, use_only
+from tests.support import DONE, FAILED, MISSING, REFUSED
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+OLD, NEW = "1", "2"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    archive = Archive(tmp_path_factory.mktemp("archive") / "files")
+    archive.add("ash-test-tool", OLD, files={"usr/share/tool": "one\n"})
+    return archive
+
+
+@pytest.fixture(scope="module")
+def url(archive: Archive) -> Iterator[str]:
+    with archive.served() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def old(system: System, archive: Archive, url: str) -> int:
+    """A snapshot with the old version of the archive's package, when the archive has the new one."""
+    number = system.clone()
+    system.shell(number, use_only(url))
+    system.ash("refresh", number)
+    system.ash("install", number, "ash-test-tool")
+    archive.add("ash-test-tool", NEW, files={"usr/share/tool": "two\n"})
+    archive.fetched("")
+    return number
+
+
+@pytest.fixture
+def snapshot(system: System, old: int) -> int:
+    """A clone of it for each test."""
+    return system.clone(old)
+
+
+def version(system: System, number: int) -> str | None:
+    found: str | None = system.ash("--json", "list", number).json["packages"].get("ash-test-tool")
+    return found
+
+
+def test_upgrade_brings_what_the_archive_has(system: System, snapshot: int) -> None:
+    answer = system.ash("--json", "upgrade", snapshot).json
+    assert answer["changed"] is True
+    assert answer["packages"]["upgraded"] == {"ash-test-tool": [OLD, NEW]}
+    assert (system.root(snapshot) / "usr/share/tool").read_text() == "two\n"
+    assert system.ash("--json", "upgrade", snapshot).json["changed"] is False
+    system.ash("undo", snapshot)
+    assert version(system, snapshot) == OLD
+
+
+def test_a_dry_run_tells_what_would_be_upgraded_and_fetched(system: System, snapshot: int, archive: Archive) -> None:
+    archive.fetched("")
+    with system.nothing_changes():
+        answer = system.ash("--json", "--dry-run", "upgrade", snapshot).json
+    assert answer["would"][0]["packages"]["upgraded"] == {"ash-test-tool": [OLD, NEW]}
+    assert not archive.fetched("deb$")
+
+
+def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archive: Archive, old: int) -> None:
+    with archive.served() as url:
+        snapshot = system.clone(old)
+        system.shell(snapshot, f"{use_only(url)}; rm -f /var/cache/apt/archives/ash-test*")
+        system.ash("upgrade", snapshot, "--download-only")
+        assert version(system, snapshot) == OLD
+    outcome = system.ash("upgrade", snapshot)
+    assert "without it" in outcome.stderr
+    assert version(system, snapshot) == NEW
+
+
+def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, snapshot: int, url: str) -> None:
+    system.shell(snapshot, use_only("http://127.0.0.1:9", url))
+    with system.nothing_changes():
+        error = system.ash("upgrade", snapshot, "--strict", status=FAILED).stderr.splitlines()[-1]
+        assert "127.0.0.1:9" in error
+        assert "--strict" in error
+    outcome = system.ash("upgrade", snapshot, status=DONE)
+    assert "127.0.0.1:9" in outcome.stderr
+    assert version(system, snapshot) == NEW
+
+
+def test_a_failed_upgrade_changes_nothing(system: System, archive: Archive, tmp_path: Path, snapshot: int) -> None:
+    broken = Archive(tmp_path / "broken")
+    broken.add("ash-test-tool", "3", postinst="exit 1")
+    with broken.served() as url:
+        system.shell(snapshot, use_only(url))
+        system.ash("refresh", snapshot)
+        with system.nothing_changes():
+            system.ash("upgrade", snapshot, status=FAILED)
+    assert version(system, snapshot) == OLD
+
+
+def test_what_is_held_is_not_upgraded(system: System, snapshot: int) -> None:
+    assert system.ash("--json", "hold", snapshot, "ash-test-tool").json["changed"] is True
+    assert system.ash("--json", "hold", snapshot, "ash-test-tool").json["changed"] is False
+    system.ash("upgrade", snapshot)
+    assert version(system, snapshot) == OLD
+    system.ash("unhold", snapshot, "ash-test-tool")
+    system.ash("upgrade", snapshot)
+    assert version(system, snapshot) == NEW
+
+
+def test_what_is_not_there_cannot_be_held(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        assert "no-such" in system.ash("hold", snapshot, "no-such", status=MISSING).error
+
+
+def test_several_snapshots_fetch_the_lists_once(system: System, archive: Archive, old: int) -> None:
+    two = [system.clone(old), system.clone(old)]
+    archive.fetched("")
+    system.ash("upgrade", "--snapshots", *two)
+    assert [version(system, number) for number in two] == [NEW, NEW]
+    asked = archive.fetched("")
+    assert len([path for path in asked if path.endswith("InRelease")]) == 1
+    assert len([path for path in asked if path.endswith(".deb")]) <= 1
+
+
+def test_refresh_fetches_the_lists_and_changes_no_snapshot(system: System, snapshot: int, archive: Archive) -> None:
+    before = system.id_of(snapshot)
+    archive.fetched("")
+    system.ash("refresh", snapshot)
+    assert archive.fetched("Packages")
+    assert system.id_of(snapshot) == before
+
+
+def test_fixdb_finishes_what_is_half_installed(system: System, snapshot: int) -> None:
+    broken = "sed -i '/^Package: ash-test-tool$/,/^$/s/install ok installed/install ok unpacked/' /var/lib/dpkg/status"
+    system.shell(snapshot, broken)
+    assert system.ash("--json", "fsck", status=FAILED).json["damage"]
+    system.shell(snapshot, f"{use_only()}; rm /etc/apt/sources.list")
+    system.ash("fixdb", snapshot, status=FAILED)  # the keyring is in no archive that it has
+    system.ash("undo", snapshot)
+    assert system.ash("--json", "fixdb", snapshot, status=DONE).json["changed"] is True
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_the_base_is_changed_by_base_update_alone(system: System, url: str) -> None:
+    system.ash("upgrade", 0, status=REFUSED)
+    with system.terminal("base-update", "--shell") as terminal:
+        terminal.expect(r"# ")
+        terminal.type(f"{use_only(url)}\n")
+        terminal.type("apt-get update && apt-get -y install ash-test-tool=1 && exit 0\n")
+        terminal.expect(r"Setting up ash-test-tool")
+        assert terminal.wait() == DONE
+    answer = system.ash("--json", "base-update").json
+    assert answer["packages"]["upgraded"] == {"ash-test-tool": [OLD, NEW]}
+    assert answer["snapshot"] == 0
+    system.is_sound()
+    system.ash("undo", 0, status=REFUSED)
+
+
+def test_whichsnap_knows_all_snapshots(system: System, snapshot: int, old: int) -> None:
+    found = system.ash("--json", "whichsnap", "ash-test-tool").json["snapshots"]
+    assert found[str(snapshot)] == {"ash-test-tool": OLD}
+    assert str(old) in found
+    assert system.ash("ws", "ash-test-tool").stdout.count("\n") == len(found) + 1
+    assert "no-such" in system.ash("whichsnap", "no-such", status=MISSING).error
