@@ -4353,7 +4353,7 @@ class LiveTransaction(Transaction):
         super()._begin()
 
     def _commit(self) -> None:
-        place, services = self.place, Services(self.live)
+        place, services = self.place, Services(self.live, self.system.running)
         try:
             found = self._conclude()
             replaced = {name for name, old in found.before.items() if found.after.get(name) != old}
@@ -4385,10 +4385,14 @@ class LiveTransaction(Transaction):
 
 @dataclass
 class Services:
-    """The services of the running system, where systemd runs it, when its files change; `live` gets what was done."""
+    """The services of the running system when its files change; `live` gets what was done."""
 
     live: Live
-    has_systemd: bool = field(default_factory=lambda: Path("/run/systemd/system").is_dir())
+    running: bool  # whether that is what runs here
+
+    @property
+    def has_systemd(self) -> bool:
+        return self.running and Path("/run/systemd/system").is_dir()
 
     def stop(self, paths: Mapping[str, str]) -> None:
         """Stop the services whose unit files go."""
@@ -4400,7 +4404,8 @@ class Services:
 
     def start(self, paths: Mapping[str, str]) -> None:
         """Let the running system know of its new files, and start the new services that it would have started."""
-        run(["ldconfig"])
+        if self.running:
+            run(["ldconfig"])
         if not self.has_systemd:
             return
         added = [path for path, kind in paths.items() if kind == "added"]
@@ -4414,7 +4419,8 @@ class Services:
 
     def put_back(self) -> None:
         """Let the running system know that its old files are back; start again what was stopped."""
-        run(["ldconfig"], check=False)
+        if self.running:
+            run(["ldconfig"], check=False)
         if self.has_systemd:
             for unit in self.live.started:
                 run(["systemctl", "stop", unit], check=False)
@@ -4529,6 +4535,8 @@ class Crew:
             said = {"error": error.message.strip(), "hint": error.hint}
         except OSError as error:
             said = {"error": error.strerror or str(error)}
+        except Exception as error:
+            said = {"error": f"an error in ash itself: {error!r}"}
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -6387,31 +6395,35 @@ def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
     if not packages and not args.profile and args.snapshots:
         n = args.snapshots[0]
         raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
-    if args.profile:
-        packages += profile_of(system, args).everything
-    if not packages:
+    of_profile = profile_of(system, args).everything if args.profile else []
+    if not packages and not of_profile:
         raise AshError("which package?", "ash remove N PKG...", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
     for number in snapshots:
         system.require_changeable(number)
     live = goes_live(system, args, snapshots)
-    changes = [remove(system, number, packages, args) for number in snapshots]
+    changes = []
+    for number in snapshots:
+        there = installed_of(system, number, of_profile)
+        changes.append(remove(system, number, [*packages, *there], args))
     if args.dry_run:
         return would_change(changes)
-    here = {
-        name for name in packages if live and name in system.distro.packages(system.layout.rootfs(str(system.booted)))
-    }
-    work = partial(system.distro.remove, packages=sorted(here), purge=args.purge)
+    here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
+    work = partial(system.distro.remove, packages=here, purge=args.purge)
     return changed_all(changes, change_live(system, "removing from", work) if here else None)
+
+
+def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
+    """Those of the packages that a snapshot or slot has."""
+    there = system.distro.packages(system.layout.rootfs(which))
+    return [name for name in packages if name in there]
 
 
 def remove(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
     """Remove packages from a snapshot; nothing has changed if any of it fails."""
-    there = system.distro.packages(system.layout.rootfs(number)).keys()
-    known = [name for name in packages if name in there] if args.profile else packages
-    if not set(known) & there and not args.purge:
+    if not installed_of(system, number, packages) and not (args.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    work = partial(system.distro.remove, packages=known, purge=args.purge)
+    work = partial(system.distro.remove, packages=packages, purge=args.purge)
     done = change(system, number, "removing from", work, simulate=args.dry_run)
     return system.delete_data(done) if args.delete_data and done.kept else done
 
@@ -6574,10 +6586,9 @@ def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
     return replace(changed_all([done]), text=text)
 
 
-def require_installed(system: System, number: int, packages: Iterable[str]) -> None:
+def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
     """Raise AshError where a snapshot does not have one of the packages."""
-    there = system.distro.packages(system.layout.rootfs(number))
-    if lacking := [name for name in packages if name not in there]:
+    if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
         raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
 
 
@@ -6634,14 +6645,12 @@ def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
     tree, crew = system.tree(), Crew("removing from", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
 
-    def there(number: int) -> list[str]:
-        return [name for name in packages if name in system.distro.packages(system.layout.rootfs(number))]
-
-    if not any(map(there, numbers)):
+    having = {number: installed_of(system, number, packages) for number in numbers}
+    if not any(having.values()):
         raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
 
     def remove_there(number: int) -> Change:
-        return remove(system, number, there(number), args) if there(number) else Change(number)
+        return remove(system, number, having[number], args) if having[number] else Change(number)
 
     return concluded(system, args, crew, crew.run(tree, numbers, remove_there))
 
@@ -6740,9 +6749,10 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
     known = subvolume_id(before) if before.exists() else None
 
     def work(transaction: Transaction) -> None:
-        unsound = faults(transaction)
+        unsound, packages = faults(transaction), system.distro.packages(transaction.root)
         upgrade(transaction, strict=strict)
-        refuse_new_faults(unsound, faults(transaction))
+        if system.distro.packages(transaction.root) != packages:
+            refuse_new_faults(unsound, faults(transaction))
 
     done = change(system, number, "upgrading", work)
     if not before.exists() or subvolume_id(before) == known:  # it was up to date
@@ -6774,15 +6784,25 @@ def note_upgrade(system: System, status: int, text: str) -> None:
     write_file(system.layout.upstate, f"{status}\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n{one_line(text)}\n")
 
 
-def cmd_check(system: System, args: argparse.Namespace) -> Reply:
+RESULTS = {True: "failed", False: "succeeded"}
+
+
+def last_upgrade(system: System) -> dict[str, Any] | None:
+    """How the last automatic upgrade ended; None where there was none."""
     lines = lines_of(read_text(system.layout.upstate))
     if len(lines) < 2:
+        return None
+    return {"failed": lines[0].strip() != "0", "time": one_line(lines[1]), "message": one_line(" ".join(lines[2:]))}
+
+
+def cmd_check(system: System, args: argparse.Namespace) -> Reply:
+    last = last_upgrade(system)
+    if last is None:
         raise AshError("there was no automatic upgrade yet", "ash auto-upgrade", MISSING)
-    failed = lines[0].strip() != "0"
-    said = f": {lines[2]}" if len(lines) > 2 else ""
-    text = f"the automatic upgrade of {lines[1]} {'failed' if failed else 'succeeded'}{said}"
-    data = {"failed": failed, "time": lines[1], "message": lines[2] if len(lines) > 2 else ""}
-    return Reply(data, text, status=FAILED if failed else 0)
+    text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
+    return Reply(
+        last, f"{text}: {last['message']}" if last["message"] else text, status=FAILED if last["failed"] else 0
+    )
 
 
 def cmd_whichsnap(system: System, args: argparse.Namespace) -> Reply:
@@ -6918,6 +6938,7 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
     default = menu.deployments.get(menu.default)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    upgraded = last_upgrade(system)
     drift: dict[str, str] = {}
     with contextlib.suppress(AshError, PermissionError):
         drift = system.drift()[1]
@@ -6928,6 +6949,7 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
         "running": running_transactions(system),
         "waiting": waiting_work(system),
         "drift": drift,
+        **({"upgrade": upgraded} if upgraded else {}),
         "free_bytes": free,
         "size_bytes": size,
     }
@@ -6935,10 +6957,11 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({system.booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
         *(
-            f"running:      snapshot {number}: {one_line(holder)}"
+            f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"
             for number, holder in running_transactions(system).items()
         ),
         *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in waiting_work(system)),
+        *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
     ]
@@ -6948,7 +6971,7 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
 def running_transactions(system: System) -> dict[str, str]:
     """The snapshots that an ash works on, with who does."""
     found = {}
-    for folder in sorted(system.layout.work("").glob("[0-9]*")):
+    for folder in sorted(system.layout.work("").iterdir()):
         if (folder / "intent").exists() and is_held(folder / "lock"):
             found[folder.name] = (folder / "lock").read_text(errors="replace").strip()
     return found
@@ -7033,6 +7056,7 @@ DEPLOYED_SHAPE = {
     "conflicts_folder": "str",
 }  # fmt: skip
 MUTABLE_SHAPE = {"snapshot": "int", "changed": "bool", "mutable": "bool"}
+UPGRADE_SHAPE = {"failed": "bool", "time": "str", "message": "str"}
 RECOVERED_SHAPE = {"snapshots": ["int"], "changed": "bool"}
 ANSWERS: dict[str, dict[str, Any]] = {
     "tree": {
@@ -7065,7 +7089,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "booted": {"snapshot": "int null", "slot": "str int null"},
         "next": {"snapshot": "int null", "slot": "str null", "id": "str null"},
         "last_booted": "str", "running": {"*": "str"}, "waiting": ["int"], "drift": {"*": "str"},
-        "free_bytes": "int", "size_bytes": "int",
+        "upgrade?": UPGRADE_SHAPE, "free_bytes": "int", "size_bytes": "int",
     },
     "deploy": DEPLOYED_SHAPE,
     "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
@@ -7075,8 +7099,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "whichtmp": {"slot": "str int"},
     "run": {**CHANGE_SHAPE, "status": "int"},
     "tree-run": TREE_SHAPE,
-    "live-chroot": {"changed": "bool"},
-    "hollow": {**CHANGE_SHAPE, "slot": "str"},
     "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
     "edit-conf": CHANGE_SHAPE,
     "mutable": MUTABLE_SHAPE,
@@ -7095,7 +7117,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "unhold": CHANGES_SHAPE,
     "tree-upgrade": TREE_SHAPE,
     "auto-upgrade": CHANGES_SHAPE,
-    "check": {"failed": "bool", "time": "str", "message": "str"},
+    "check": UPGRADE_SHAPE,
     "base-update": CHANGES_SHAPE,
     "refresh": CHANGES_SHAPE,
     "fixdb": CHANGES_SHAPE,
@@ -7286,8 +7308,9 @@ COMMANDS = [
         changes=True, numbers=1, words=True, rest=True, arguments=[COMMAND_WORDS],
     ),
     Command(
-        "tree-run", ["trun"], "Inside a snapshot", "tree-run N COMMAND...", "the same in N and every branch below it",
-        cmd_tree_run, changes=True, numbers=1, words=True, rest=True, arguments=[*JOBS, COMMAND_WORDS],
+        "tree-run", ["trun"], "Inside a snapshot", "tree-run [-j] N COMMAND...",
+        "the same in N and every branch below it", cmd_tree_run,
+        changes=True, numbers=1, words=True, rest=True, arguments=[*JOBS, COMMAND_WORDS],
     ),
     Command(
         "live-chroot", ["lchroot", "lc"], "Inside a snapshot", "live-chroot",
@@ -7518,8 +7541,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
         raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
-    named = args.snapshots or command.function in FOR_ALL or getattr(args, "profile", "")
-    if (args.root or args.image) and command.numbers and not named:
+    may_do_without = command.function in FOR_ALL or bool(getattr(args, "profile", None))
+    if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
 

@@ -4,6 +4,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -269,8 +270,10 @@ room=$(df --output=avail -k / | tail -n 1)
         try:
             output = work.run([*self.apt_get, *(["--simulate"] if simulates else []), *arguments])
             if simulates:
-                fetched = work.run([*self.apt_get, "--print-uris", *arguments])
-                work.change = planned(work.snapshot, output, fetched)
+                work.change = planned(work.snapshot, output)
+                if work.change.added or work.change.upgraded:
+                    uris = work.run([*self.apt_get, "--print-uris", *arguments])
+                    work.change = replace(work.change, download=bytes_of(uris))
             elif alters:
                 self._build_modules(work)
         except PackageError as error:
@@ -336,11 +339,13 @@ def diversions(root: Path) -> dict[str, tuple[str, str]]:
     return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
 
 
-def planned(snapshot: int, simulation: str, uris: str) -> Change:
-    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`.
+def bytes_of(uris: str) -> int:
+    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' FILE SIZE HASH`."""
+    return sum(map(int, re.findall(r"^'\S+' \S+ (\d+) ", uris, re.MULTILINE)))
 
-    What is to be fetched is in what --print-uris prints, as `'URI' FILE SIZE HASH`.
-    """
+
+def planned(snapshot: int, simulation: str) -> Change:
+    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`."""
     installed = re.findall(r"^Inst (\S+) (?:\[(\S+)\] )?\((\S+)", simulation, re.MULTILINE)
     removed = dict(re.findall(r"^(?:Remv|Purg) (\S+) \[(\S+)\]", simulation, re.MULTILINE))
     return Change(
@@ -349,7 +354,6 @@ def planned(snapshot: int, simulation: str, uris: str) -> Change:
         added={name: new for name, old, new in installed if not old},
         removed=removed,
         upgraded={name: (old, new) for name, old, new in installed if old},
-        download=sum(map(int, re.findall(r"^'\S+' \S+ (\d+) ", uris, re.MULTILINE))),
     )
 
 

@@ -48,9 +48,21 @@ COMMANDS: dict[str, list[str]] = {
     "unlock": ["unlock", "5"],
     "tmp": ["tmp"],
     "recover": ["recover"],
+    "install-profile": ["install-profile", "PROFILE", "1", "--no-upgrade"],
+    "tree-rmpkg": ["tree-rmpkg", "2", "ash-test-there"],
+    "upgrade": ["upgrade", "2"],
+    "tree-upgrade": ["tree-upgrade", "2"],
+    "auto-upgrade": ["auto-upgrade", "2"],
+    "base-update": ["base-update"],
+    "refresh": ["refresh", "2"],
+    "fixdb": ["fixdb", "2"],
+    "hold": ["hold", "2", "ash-test-there"],
+    "unhold": ["unhold", "2", "less"],
+    "sync": ["sync", "1"],
+    "force-sync": ["force-sync", "1"],
 }
-# A shell and an editor are transactions like `run`, and want a terminal.
-LIKE_RUN = {"chroot", "edit-conf"}
+# Shells and an editor are transactions like `run`, and want a terminal.
+LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
 
 
 @dataclass

@@ -343,7 +343,7 @@ class Machine:
         """The /etc of the deployment for the next boot."""
         return self.system.root(self.system.files.default_slot()) / "etc"
 
-    def running(self, *words: str | int) -> dict[str, Any]:
+    def running(self, *words: str | int | Path, status: int = DONE) -> dict[str, Any]:
         """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
         argv: list[Any] = [
             sys.executable,
@@ -357,7 +357,7 @@ class Machine:
             *map(str, words),
         ]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == status, done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 

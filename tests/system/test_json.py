@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ash import ANSWERS, COMMANDS, DRY_SHAPE, ERROR_SHAPE
+from tests.archive import Archive, use_only
 from tests.support import FAILED, make_deb
 from tests.system.lab import System
 
@@ -15,7 +16,8 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 TYPES: dict[str, Any] = {"int": int, "str": str, "bool": bool, "null": type(None), "list": list}
 # Those that answer only where a system runs, or on a terminal, or never in JSON: tests of the boot see them.
-NOT_HERE = {"current", "whichtmp", "edit-conf", "chroot", "help"}
+SHELLS = {"chroot", "live-chroot", "hollow"}
+NOT_HERE = {"current", "whichtmp", "edit-conf", "help", *SHELLS}
 asked: set[str] = set()
 
 
@@ -52,7 +54,7 @@ def check(system: System, *words: str | int | Path, status: int = 0) -> dict[str
 
 
 def test_each_command_has_a_shape() -> None:
-    assert set(ANSWERS) | {"chroot", "help"} == {command.name for command in COMMANDS}
+    assert set(ANSWERS) | {"help", *SHELLS} == {command.name for command in COMMANDS}
 
 
 def test_the_tree(system: System, snapshot: int) -> None:
@@ -63,6 +65,23 @@ def test_the_tree(system: System, snapshot: int) -> None:
     ):  # fmt: skip
         check(system, *words)
     check(system, "-y", "del", branch)
+
+
+def test_packages_of_trees(system: System, snapshot: int, tmp_path: Path) -> None:
+    archive = Archive(tmp_path / "archive")
+    archive.add("ash-test-json", files={"usr/share/json": "1"})
+    profile = tmp_path / "json.conf"
+    profile.write_text("[packages]\nash-test-json\n[notes]\nnone\n")
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        system.branch(snapshot)
+        for words in (
+            ["refresh", snapshot], ["profiles"], ["install-profile", profile, snapshot], ["whichsnap", "ash-test-json"],
+            ["hold", snapshot, "ash-test-json"], ["unhold", snapshot, "ash-test-json"], ["upgrade", snapshot],
+            ["tree-upgrade", snapshot], ["force-sync", snapshot], ["sync", snapshot], ["fixdb", snapshot],
+            ["tree-rmpkg", snapshot, "ash-test-json"], ["auto-upgrade", snapshot], ["check"], ["status"], ["base-update"],
+        ):  # fmt: skip
+            check(system, *words)
 
 
 def test_transactions(system: System, snapshot: int) -> None:

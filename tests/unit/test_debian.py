@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ash import FAILED, MISSING, REFUSED
-from distros.debian.ashpk import Debian, apt_error, planned
+from distros.debian.ashpk import Debian, apt_error, bytes_of, planned
 
 pytestmark = pytest.mark.budget(5)
 
@@ -73,16 +73,16 @@ def test_what_is_installed_by_hand_need_not_be_installed_again(root: Path) -> No
 
 
 def test_a_simulation_says_what_would_change() -> None:
-    change = planned(7, SIMULATION, URIS)
+    change = planned(7, SIMULATION)
     assert change.changed
     assert change.added == {"hello": "2.10-5"}
     assert change.removed == {"sl": "5.02-1", "old-config": "1.0"}
     assert change.upgraded == {"libc6": ("2.40-1", "2.41-1")}
-    assert change.download == 3000
+    assert bytes_of(URIS) == 3000
 
 
 def test_a_simulation_that_does_nothing_is_no_change() -> None:
-    assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n", "").changed
+    assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n").changed
 
 
 @pytest.mark.parametrize(

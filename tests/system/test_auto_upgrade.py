@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Automatic upgrades: upgraded, checked and deployed, or nothing at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.archive import Archive, use_only
+from tests.support import DONE, FAILED, MISSING, USAGE
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    """An archive in which the snapshot's package has a new version."""
+    return Archive(tmp_path / "archive")
+
+
+@pytest.fixture
+def snapshot(system: System, archive: Archive) -> int:
+    """A snapshot with the first version of a package of it, with a branch of its own."""
+    archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
+    number = system.branch(system.clone())
+    with archive.served() as url:
+        system.shell(number, f"{use_only(url)}; apt-get update; apt-get -y install ash-test-tool")
+    return number
+
+
+def upgrade(system: System, number: int, archive: Archive, *options: str, status: int = DONE) -> None:
+    """Run an automatic upgrade of it from the archive."""
+    with archive.served() as url:
+        system.shell(number, use_only(url))
+        system.ash("auto-upgrade", number, *options, status=status)
+
+
+def configure(system: System, *lines: str) -> None:
+    """Write the machine's /etc/ash.conf: that of the deployment that counts as booted."""
+    root = system.root(system.files.default_slot())
+    (root / "etc/ash.conf").write_text("".join(f"{line}\n" for line in lines))
+
+
+def tool(system: System, number: int | str) -> str:
+    return (system.root(number) / "usr/share/tool").read_text()
+
+
+def test_it_upgrades_checks_and_deploys_and_keeps_what_was(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    before = {row["snapshot"]: row for row in system.ash("--json", "tree").json["tree"]}
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    upgrade(system, snapshot, archive)
+    assert tool(system, snapshot) == "two\n"
+    assert tool(system, system.files.default_slot()) == "two\n"
+    after = {row["snapshot"]: row for row in system.ash("--json", "tree").json["tree"]}
+    (kept,) = after.keys() - before.keys()
+    assert tool(system, kept) == "one\n"
+    assert after[kept]["parent"] == after[snapshot]["parent"]
+    assert after[kept]["description"].startswith(f"{snapshot} before 20")
+    assert "succeeded" in system.ash("check").stdout
+    assert (system.files.state / "upstate").read_text().startswith("0\n20")
+    system.is_sound()
+    upgrade(system, snapshot, archive)
+    assert len(system.ash("--json", "tree").json["tree"]) == len(after), "there was nothing to upgrade"
+
+
+BREAKS = {
+    "a script that fails": {"postinst": "exit 1"},
+    "a library that goes": {"postinst": "rm /usr/lib/*/libz.so.1*"},
+    "a kernel without its initramfs": {"postinst": "rm /boot/initrd.img-*"},
+    "a package that is lost": {"postinst": "rm -r /usr/share/doc/less"},
+    "no kernel that GRUB can boot": {"postinst": "rm /boot/vmlinuz-*"},
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_bad_upgrade_changes_nothing(system: System, snapshot: int, archive: Archive, name: str) -> None:
+    configure(system)
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"}, **BREAKS[name])
+    tree = system.ash("--json", "tree").json["tree"]
+    upgrade(system, snapshot, archive, status=FAILED)
+    assert tool(system, snapshot) == "one\n"
+    assert system.ash("--json", "tree").json["tree"] == tree
+    outcome = system.ash("--json", "check", status=FAILED).json
+    assert outcome["failed"] is True
+    assert f"snapshot {snapshot} is as it was" in outcome["message"]
+    assert not system.remains()
+
+
+def test_policies(system: System, snapshot: int, archive: Archive) -> None:
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    slot = system.files.default_slot()
+    configure(system, "auto_upgrade::none")
+    upgrade(system, snapshot, archive)
+    assert tool(system, snapshot) == "one\n"
+    configure(system, "auto_upgrade::check")
+    upgrade(system, snapshot, archive)
+    assert tool(system, snapshot) == "one\n"
+    assert "1 packages could be upgraded" in system.ash("check").stdout
+    configure(system, "auto_upgrade::stage")
+    upgrade(system, snapshot, archive)
+    assert tool(system, snapshot) == "two\n"
+    assert system.files.default_slot() == slot
+    configure(system, "auto_upgrade::sometimes")
+    assert "line 1" in system.ash("auto-upgrade", snapshot, status=USAGE).error
+
+
+def test_the_base_goes_along_where_that_is_wanted(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system, "auto_upgrade_base::True")
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    upgrade(system, snapshot, archive)
+    assert system.ash("log", 0).stdout.count("auto-upgrade")
+    configure(system)
+
+
+def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    tree = system.files.state / "fstree"
+    there = tree.stat()
+    os.utime(tree, (there.st_atime + 10**6, there.st_mtime + 10**6))
+    try:
+        assert "clock" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
+    finally:
+        os.utime(tree, (there.st_atime, there.st_mtime))
+
+
+def test_it_waits_for_a_lock(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    with system.at_work(snapshot, "true"):
+        process = system.start("auto-upgrade", snapshot)
+        with pytest.raises(Exception, match="timed out"):
+            process.wait(timeout=4)
+    assert process.wait(timeout=120) == DONE
+
+
+def test_check_says_when_there_was_none(system: System) -> None:
+    (system.files.state / "upstate").unlink(missing_ok=True)
+    system.ash("check", status=MISSING)
+
+
+def test_the_timer_is_there_and_not_enabled(system: System) -> None:
+    units = system.root(0) / "usr/lib/systemd/system"
+    assert "RandomizedDelaySec" in (units / "ash-upgrade.timer").read_text()
+    assert not list(system.root(0).glob("etc/systemd/system/*.wants/ash-upgrade*"))
+    assert not list(units.glob("*.wants/ash-upgrade*"))
+    assert os.readlink(system.root(0) / "usr/bin/ast") == "ash"

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Profiles: what they say is done, in one transaction, and each that comes along can be installed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.archive import Archive, use_only
+from tests.support import CHECKOUT, FAILED, MISSING, USAGE
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+PROFILE = """\
+# of a test
+[packages]
+ash-test-one ash-test-two
+[packages::optional]
+ash-test-extra
+no-such-package
+[services::systemd]
+ash-test.service
+[services::openrc]
+never
+[commands]
+echo "$USER of $(pwd)" > /etc/by
+echo 'a = b' >> /etc/by
+[notes]
+reboot, and be happy
+"""
+UNIT = "[Service]\nExecStart=true\n[Install]\nWantedBy=multi-user.target\n"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    archive = Archive(tmp_path_factory.mktemp("archive") / "files")
+    archive.add("ash-test-one", files={"usr/lib/systemd/system/ash-test.service": UNIT})
+    archive.add("ash-test-two")
+    archive.add("ash-test-extra")
+    with archive.served() as url:
+        yield url
+
+
+@pytest.fixture
+def snapshot(system: System, url: str) -> int:
+    number = system.clone()
+    system.shell(number, use_only(url))
+    return number
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "test.conf"
+    path.write_text(PROFILE)
+    return path
+
+
+def test_a_profile_is_installed_whole(system: System, snapshot: int, profile: Path) -> None:
+    outcome = system.ash("install", snapshot, "--profile", profile, environment={"SUDO_USER": "human"})
+    root = system.root(snapshot)
+    packages = system.ash("--json", "list", snapshot).json["packages"]
+    assert {"ash-test-one", "ash-test-two", "ash-test-extra"} <= packages.keys()
+    assert (root / "etc/by").read_text() == "human of /\na = b\n"
+    assert (root / "etc/systemd/system/multi-user.target.wants/ash-test.service").is_symlink()
+    assert outcome.stdout.endswith("reboot, and be happy\n")
+    system.ash("remove", snapshot, "--profile", profile)
+    assert "ash-test-one" not in system.ash("--json", "list", snapshot).json["packages"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["install", "N", "-P", "FILE"],
+        ["install", "--profile", "N", "FILE"],
+        ["install", "-s", "N", "--prof", "FILE"],
+        ["install-profile", "FILE", "N"],
+        ["install-profile", "FILE", "--snap", "N"],
+    ],
+)
+def test_every_way_to_say_it_works(system: System, snapshot: int, profile: Path, words: list[str]) -> None:
+    given = [{"N": str(snapshot), "FILE": str(profile)}.get(word, word) for word in words]
+    answer = system.ash("--json", "--dry-run", *given, "--no-upgrade").json
+    assert set(answer["would"][0]["packages"]["added"]) == {"ash-test-one", "ash-test-two", "ash-test-extra"}
+
+
+def test_a_command_that_fails_leaves_nothing(system: System, snapshot: int, profile: Path) -> None:
+    profile.write_text(PROFILE + "[commands]\nfalse\n")
+    with system.nothing_changes():
+        assert "false" in system.ash("install", snapshot, "--profile", profile, status=FAILED).stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("text", ["hello\n", "[pakages]\nhello\n", "[packages\nhello\n"])
+def test_a_wrong_profile_is_refused_by_its_line(system: System, snapshot: int, profile: Path, text: str) -> None:
+    profile.write_text(text)
+    with system.nothing_changes():
+        assert "line 1" in system.ash("install", snapshot, "--profile", profile, status=USAGE).error
+
+
+def test_a_profile_that_is_not_there_is_told(system: System, snapshot: int) -> None:
+    with system.nothing_changes():
+        system.ash("install", snapshot, "--profile", "no-such", status=MISSING)
+        system.ash("install", snapshot, "--profile", "./no-such", status=MISSING)
+        system.ash("install-profile", status=USAGE)
+        assert "snapshot" in system.ash("install-profile", "i3", status=USAGE).error
+
+
+NAMES = sorted(path.parent.name for path in (CHECKOUT / "profiles").glob("*/debian.conf"))
+
+
+def test_profiles_are_listed(system: System) -> None:
+    listed = system.ash("--json", "profiles").json["profiles"]
+    assert sorted(listed) == NAMES
+    assert {"gnome", "xfce", "i3", "networkmanager", "server"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_archive_has_what_each_profile_wants(system: System, name: str) -> None:
+    snapshot = system.clone()
+    answer = system.ash("--json", "--dry-run", "install", snapshot, "--profile", name, "--no-upgrade").json
+    wanted = system.ash("--json", "profiles").json["profiles"][name]["packages"]
+    there = system.ash("--json", "list", snapshot).json["packages"]
+    assert set(wanted) <= answer["would"][0]["packages"]["added"].keys() | there.keys()

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Commands on whole trees: what fails in one branch does not stop the others, and all is fetched once."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.archive import Archive, use_only
+from tests.support import DONE, FAILED, MISSING, USAGE, kill_hard, make_deb, program, wait_until
+from tests.system.lab import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
+
+LARGE = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    folder = tmp_path_factory.mktemp("archive")
+    archive = Archive(folder / "files")
+    archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
+    archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
+    return archive
+
+
+@pytest.fixture(scope="module")
+def url(archive: Archive) -> Iterator[str]:
+    with archive.served() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def old(system: System, archive: Archive, url: str) -> int:
+    """A snapshot with the old version of a package, when the archive has a new one, with a large file."""
+    number = system.clone()
+    system.shell(number, use_only(url))
+    system.ash("refresh", number)
+    system.ash("install", number, "ash-test-tool")
+    large = os.urandom(LARGE // 2).hex()
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n", "usr/share/large": large})
+    return number
+
+
+@pytest.fixture
+def tree(system: System, old: int) -> list[int]:
+    """A tree of five: a root, two branches, and below the first two more. The second is locked out of the archive."""
+    root = system.clone(old)
+    one, two = system.branch(root), system.branch(root)
+    return [root, one, two, system.branch(one), system.branch(one)]
+
+
+def versions(system: System, numbers: list[int], name: str = "ash-test-tool") -> list[str | None]:
+    return [system.ash("--json", "list", number).json["packages"].get(name) for number in numbers]
+
+
+@pytest.mark.parametrize("options", [[], ["-j"], ["--jobs", "5"]])
+def test_a_tree_is_upgraded_and_all_is_fetched_once(
+    system: System, archive: Archive, old: int, options: list[str]
+) -> None:
+    root = system.clone(old)
+    one, two = system.branch(root), system.branch(root)
+    numbers = [root, one, two, system.branch(one), system.branch(one)]
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    archive.fetched("")
+    answer = system.ash("--json", "tree-upgrade", root, *options).json
+    assert versions(system, numbers) == ["2"] * 5
+    assert sorted(done["snapshot"] for done in answer["snapshots"]) == sorted(numbers)
+    assert answer["failed"] == {}
+    asked = archive.fetched("")
+    assert len([path for path in asked if path.endswith("InRelease")]) == 1
+    assert len([path for path in asked if path.endswith(".deb")]) == 1
+    system.is_sound()
+
+
+def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[int]) -> None:
+    system.shell(
+        tree[1],
+        "printf '#!/bin/sh\\nexit 1\\n' > /var/lib/dpkg/info/ash-test-tool.prerm; chmod +x /var/lib/dpkg/info/ash-test-tool.prerm",
+    )
+    outcome = system.ash("tree-upgrade", tree[0], "-j", status=FAILED)
+    assert versions(system, tree) == ["2", "1", "2", "2", "2"]
+    assert re.search(rf"^snapshot {tree[1]} failed: .*", outcome.stdout, re.MULTILINE)
+    assert outcome.stdout.startswith("upgrading 5 snapshots: 4 changed, 1 failed\n")
+    assert not system.remains()
+
+
+def test_without_a_terminal_there_is_only_a_summary(system: System, tree: list[int]) -> None:
+    outcome = system.ash("tree-upgrade", tree[0])
+    assert outcome.stderr == ""
+    assert outcome.stdout.count("ash-test-tool 1 -> 2") == 5
+    assert "\x1b" not in outcome.stdout
+    assert system.ash("tree-upgrade", tree[0]).stdout == "upgrading 5 snapshots: 5 as they should be\n"
+
+
+def test_on_a_terminal_each_branch_has_a_line(system: System, tree: list[int]) -> None:
+    with system.terminal("tree-upgrade", tree[0], "--jobs", "2") as terminal:
+        for number in tree:
+            terminal.expect(rf"upgrading snapshot {number}: ")
+        terminal.expect(rf"upgrading snapshot {tree[0]}: changed")
+        terminal.expect(rf"upgrading snapshot {tree[-1]}: changed")
+        terminal.expect(r"5 snapshots: 5 changed")
+        assert terminal.wait() == DONE
+
+
+def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[int]) -> None:
+    with system.nothing_changes():
+        answer = system.ash("--json", "--dry-run", "tree-upgrade", tree[0]).json
+    assert len(answer["would"]) == 5
+    assert answer["would"][4]["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
+
+
+def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
+    process = system.start("tree-upgrade", tree[0], "--jobs", "3")
+    time.sleep(2)
+    kill_hard(process)
+    wait_until(lambda: not system.processes())
+    system.ash("recover")
+    assert not system.remains()
+    assert system.ash("--json", "fsck").json["damage"] == []
+    system.ash("tree-upgrade", tree[0], "-j")
+    assert versions(system, tree) == ["2"] * 5
+
+
+def test_what_siblings_got_shares_its_blocks(system: System, old: int) -> None:
+    root = system.clone(old)
+    system.branch(root), system.branch(root), system.branch(root)
+    before = used(system)
+    system.ash("tree-upgrade", root)
+    assert used(system) - before < 2 * LARGE + (12 << 20)  # four times is what they would take by themselves
+
+
+def used(system: System) -> int:
+    """The bytes that the disk has given out."""
+    program("btrfs", "filesystem", "sync", system.files.top)
+    status = os.statvfs(system.files.top)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
+def test_a_package_is_removed_from_all_that_have_it(system: System, tree: list[int]) -> None:
+    system.ash("remove", tree[2], "ash-test-tool")
+    answer = system.ash("--json", "tree-rmpkg", tree[0], "ash-test-tool").json
+    assert versions(system, tree) == [None] * 5
+    changed = {done["snapshot"]: done["changed"] for done in answer["snapshots"]}
+    assert changed == {number: number != tree[2] for number in tree}
+    system.ash("tree-rmpkg", tree[0], "ash-test-tool", status=MISSING)
+    system.ash("tremove", tree[0], status=USAGE)
+
+
+def test_tree_run_runs_in_all_at_once_too(system: System, tree: list[int]) -> None:
+    outcome = system.ash("tree-run", "-j", tree[0], "sh", "-c", "echo done > /etc/mark; echo here", status=DONE)
+    assert all((system.root(number) / "etc/mark").exists() for number in tree)
+    assert (outcome.stdout + outcome.stderr).count("here\n") == 5
+
+
+# A branch follows its parent
+
+
+def test_a_branch_gets_what_its_parent_has_got(system: System, old: int) -> None:
+    parent = system.clone(old)
+    child = system.branch(parent)
+    system.shell(child, "echo own > /etc/own")
+    system.ash("install", parent, "ash-test-other")
+    system.shell(
+        parent, "apt-mark auto ash-test-other; mkdir /etc/new; echo new > /etc/new/file; echo theirs > /etc/own"
+    )
+    system.ash("force-sync", parent)
+    assert versions(system, [child], "ash-test-other") == ["1"]
+    assert versions(system, [child]) == ["1"], "it was upgraded"
+    assert "ash-test-other" in system.ash("run", child, "apt-mark", "showauto").stdout
+    assert (system.root(child) / "etc/new/file").read_text() == "new\n"
+    assert (system.root(child) / "etc/own").read_text() == "own\n"
+    system.ash("sync", parent)
+    assert versions(system, [parent, child]) == ["2", "2"]
+    assert system.ash("--json", "sync", parent).json["changed"] is False
+
+
+def test_what_a_branch_took_out_itself_stays_out(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-other")
+    system.shell(parent, "echo x > /etc/old-file")
+    child = system.branch(parent)
+    system.ash("remove", child, "ash-test-other")
+    system.shell(child, "rm /etc/old-file")
+    system.ash("sync", parent, "--force")
+    assert versions(system, [child], "ash-test-other") == [None]
+    assert not (system.root(child) / "etc/old-file").exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_the_parent_took_out_goes_unless_the_branch_asked_for_it(system: System, old: int, keep: bool) -> None:
+    parent = system.clone(old)
+    asked = system.branch(parent)
+    system.ash("install", asked, "ash-test-other")
+    system.ash("install", parent, "ash-test-other")
+    child = system.branch(parent)
+    system.ash("remove", parent, "ash-test-other")
+    system.ash("force-sync", parent, *(["--keep"] if keep else []))
+    assert versions(system, [asked, child], "ash-test-other") == ["1", "1" if keep else None]
+
+
+def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree: list[int]) -> None:
+    system.ash("install", tree[0], "ash-test-other")
+    system.ash("force-sync", tree[0], "-j")
+    assert versions(system, tree, "ash-test-other") == ["1"] * 5
+
+
+def test_files_of_no_archive_stop_one_branch_alone(system: System, tree: list[int], tmp_path: Path) -> None:
+    system.ash("install", tree[1], make_deb(tmp_path, "ash-test-local"))
+    system.ash("install", tree[0], "ash-test-other")
+    answer = system.ash("--json", "force-sync", tree[0], status=FAILED).json
+    assert set(answer["failed"]) == {str(tree[3]), str(tree[4])}
+    assert versions(system, tree, "ash-test-other") == ["1", "1", "1", None, None]
