@@ -753,6 +753,8 @@ class Lock:
         AshError: another ash holds it (status LOCKED).
     """
 
+    UNSIGNED: ClassVar = 0.2  # seconds for who has just taken it, or only looks whether it is held
+
     def __init__(self, path: Path, what: str, wait: float = 0) -> None:
         self.path = path
         self.what = what
@@ -762,8 +764,8 @@ class Lock:
     def __enter__(self) -> Self:
         give_up = time.monotonic() + self.wait
         while not self._take():
-            if time.monotonic() >= give_up:
-                holder = self.path.read_text(errors="replace").strip() if self.path.exists() else ""
+            late, holder = time.monotonic() - give_up, self._holder()
+            if late >= (0 if holder else self.UNSIGNED):
                 by = holder or "another ash"
                 raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
@@ -774,7 +776,17 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
+
+    def _holder(self) -> str:
+        """Who signed the lock; empty where that one is dead, and who took it after that has not signed it yet."""
+        with contextlib.suppress(OSError):  # the file goes with its snapshot
+            signed = self.path.read_text(errors="replace").strip()
+            named = re.match(r"pid (\d+) ", signed)
+            return signed if named and Path("/proc", named[1]).exists() else ""
+        return ""
 
     def _take(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -2085,6 +2097,8 @@ class Workplace:
     def _clear(self) -> None:
         if self.origin.exists():
             delete_subvolume(self.origin)
+        for folder in ("etc", "boot"):
+            delete_subvolume(self.layout.copy(folder, f"new-{self.snapshot}"))
         for leftover in self.files:
             remove_tree(leftover)
 
