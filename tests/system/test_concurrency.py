@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Eight at once, on the same and on different snapshots, one of them killed now and then: nothing is lost or stuck.
+"""Eight at once, on the same and on different snapshots, some of them killed: nothing is lost or stuck.
 
 ASH_TEST_SECONDS says how long, a minute if nothing does.
 """
@@ -40,7 +40,7 @@ OTHERS = [
 ]
 KINDS = ["run"] * 6 + ["clone", "branch", "del", "del shared", "undo"] * 2 + OTHERS
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(SECONDS + 60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(SECONDS + 40)]
 
 
 @dataclass
@@ -192,7 +192,7 @@ def test_eight_at_once_lose_nothing(system: System, tmp_path: Path) -> None:
         worker.join()
     print(f"done: {dict(seen.done)}; locked: {seen.locked}, of these by nobody in particular: {seen.nameless}")
     assert not seen.odd, "\n".join(seen.odd)
-    assert seen.done.total() > SECONDS / 2
+    assert seen.done.total() > SECONDS / 4
     assert seen.locked
     assert seen.nameless <= seen.locked / 10
     wait_until(lambda: not system.processes())
@@ -208,6 +208,9 @@ def test_eight_at_once_lose_nothing(system: System, tmp_path: Path) -> None:
         merged = len(lines.read_text().splitlines()) if lines.exists() else 0
         assert merged == counted
     system.boots()
+    for number in system.files.tree():
+        if (system.root(number) / "usr/share/ash/mutable").exists():
+            system.ash("immutable", number)
     system.is_sound()
 
 
