@@ -2052,6 +2052,10 @@ class Intent:
         write_file(folder / "intent", json.dumps(vars(self)))
 
 
+class Unfinished(AshError):
+    """A change was committed, and what comes after that has failed."""
+
+
 class Workplace:
     """The work folder of a snapshot: what a transaction has there, how it is finished or dropped.
 
@@ -2160,13 +2164,13 @@ class Workplace:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with.
 
         Raises:
-            AshError: it could not be finished; nobody must take that for a change that did not happen.
+            Unfinished: nobody must take this for a change that did not happen.
         """
         try:
             return self._finish(intent)
         except (AshError, OSError) as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
-            raise AshError(what, "ash recover goes on with it") from error
+            raise Unfinished(what, "ash recover goes on with it") from error
 
     def _finish(self, intent: Intent) -> VarMerge:
         layout, n = self.layout, self.snapshot
@@ -3878,7 +3882,14 @@ class System:
             if not before.exists():
                 raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
             packages = self.distro.packages(now), self.distro.packages(before)
-            place.finish(place.swap(before, Intent("commit", copies=["boot", "etc"])))
+            intent = place.swap(before, Intent("commit", copies=["boot", "etc"]))
+            try:
+                place.finish(intent)
+            except Unfinished as error:
+                if not is_for_space(error):
+                    raise
+                self.free_reserve()
+                place.finish(intent)
         return Change.between(snapshot, *packages)
 
     def set_mutable(self, snapshot: int, mutable: bool) -> bool:
@@ -4065,8 +4076,10 @@ class System:
             except (AshError, OSError) as error:
                 if is_for_space(error):
                     without_space.append(error)
-                elif not isinstance(error, AshError) or error.status not in (LOCKED, REFUSED):  # at work, or kept
+                elif isinstance(error, OSError):
                     console.say(f"ash: snapshot {number}: {reason(error)}")
+                elif error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
+                    console.say(f"ash: {error.message} ({error.hint})")
         with self.lock("deploy"):
             Slots(self).recover()
         if without_space:  # what else could be done is done
@@ -6194,7 +6207,8 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     whole = changes or (command.wants_disk and os.geteuid() == 0)
     system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
     if changes and is_readonly(system.layout.snapshots):
-        raise AshError(f"{args.root} is mounted read-only", f"mount -o remount,rw {args.root}", REFUSED)
+        where = args.root or args.image or "/"
+        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
     if not changes or args.dry_run:
         return command.function(system, args)
     try:
@@ -6225,7 +6239,8 @@ def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespac
     try:
         return command.function(system, args)
     except (AshError, OSError) as error:
-        if not frees or not is_for_space(error):
+        again = command.function is cmd_undo and isinstance(error, Unfinished)  # would be a redo
+        if not frees or again or not is_for_space(error):
             raise
     system.free_reserve()
     return command.function(system, args)

@@ -24,6 +24,7 @@ SECONDS = int(os.environ.get("ASH_TEST_SECONDS", "60"))
 PROCESSES = 8
 SHARED = 4  # snapshots that all work on
 ONE_IN = 12  # is killed
+FEW = 3  # snapshots that each has made
 COUNT = 'echo $(($(cat /etc/count 2>/dev/null || echo 0) + 1)) > /etc/count; echo x >> "/var/lib/count-$0"'
 OTHERS = [
     "desc",
@@ -104,7 +105,9 @@ class Worker(threading.Thread):
 
     def one(self) -> None:
         """One command, and what it says."""
-        number, kind = self.chance.randint(1, SHARED), self.chance.choice(KINDS)
+        number = self.chance.randint(1, SHARED)
+        # Few snapshots, so that all meet on them, and looking at all of them stays a matter of seconds.
+        kind = self.chance.choice(KINDS) if len({*self.own} - self.seen.gone) < FEW else "del"
         with self.lock:
             words = self.words(kind, number)
             process = subprocess.Popen(
