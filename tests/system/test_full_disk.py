@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A full disk: refused in one line or dropped whole; reading and deleting always work."""
 
-import itertools
-import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from tests.support import CHECKOUT, FAILED, OURS_IN_RUN, REFUSED, program
-from tests.system.cuts import FILLER
+from tests.support import FAILED, OURS_IN_RUN, REFUSED
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 MIB = 1 << 20
-STEPPER = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py")]
 
 
 @contextmanager
@@ -86,20 +81,3 @@ def test_on_a_full_disk_reading_and_deleting_work_and_the_machine_boots(system: 
     number = system.clone()
     system.ash("deploy", number)
     system.boots()
-
-
-def test_an_undo_for_which_space_runs_out_is_done_once(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "echo old > /etc/mark")
-    system.shell(snapshot, "echo new > /etc/mark")
-    for step, expected in zip((6, 9, 12), itertools.cycle(["old\n", "new\n"]), strict=False):
-        options = {"fill": step, "filler": str(FILLER)}
-        program(*STEPPER, json.dumps(options), "--image", system.image, "undo", str(snapshot))
-        assert [
-            (system.root(snapshot) / "etc/mark").read_text(),
-            (system.files.etc(snapshot) / "mark").read_text(),
-        ] == [expected] * 2
-        (system.home / "filler").unlink()
-        program("btrfs", "filesystem", "sync", system.files.top)
-        system.shell(system.clone(), "true")  # the reserve is there again
-    assert not system.remains()
-    system.is_sound()
