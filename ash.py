@@ -64,8 +64,10 @@ BASE = 0
 # Below this much free space a transaction is not started. 256 MiB is what btrfs keeps as its own global reserve
 # at most (512 MiB on large disks) and what a kernel with its initramfs takes.
 SPACE_FLOOR = 256 << 20
-# What is kept for deleting on a full disk: a few pages of tree, numbers and intents.
-RESERVE = 4 << 20
+FREES_SPACE = "ash del N frees what a snapshot holds"
+# What is kept for deleting on a full disk: room for a few small files, and in btrfs's own trees, where each operation
+# claims a megabyte or two before it begins. Extended attributes lie in those, none larger than a node of 16 KiB.
+RESERVE, RESERVE_OF_TREES, ATTRIBUTE = 4 << 20, 16 << 20, 16000
 
 
 class AshError(Exception):
@@ -82,6 +84,20 @@ class AshError(Exception):
         self.message = message
         self.hint = hint
         self.status = status
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without a number or a class's name."""
+    if isinstance(error, AshError):
+        return error.message
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def is_for_space(error: BaseException) -> bool:
+    """Whether an error has its cause in a full disk, whoever met it."""
+    return os.strerror(errno.ENOSPC) in reason(error)
 
 
 class HangUp(Exception):
@@ -803,6 +819,8 @@ class Lock:
         AshError: another ash holds it (status LOCKED).
     """
 
+    UNSIGNED: ClassVar = 0.2  # seconds for who has just taken it, or only looks whether it is held
+
     def __init__(self, path: Path, what: str, wait: float = 0) -> None:
         self.path = path
         self.what = what
@@ -812,8 +830,8 @@ class Lock:
     def __enter__(self) -> Self:
         give_up = time.monotonic() + self.wait
         while not self._take():
-            if time.monotonic() >= give_up:
-                holder = self.path.read_text(errors="replace").strip() if self.path.exists() else ""
+            late, holder = time.monotonic() - give_up, self._holder()
+            if late >= (0 if holder else self.UNSIGNED):
                 by = holder or "another ash"
                 raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
@@ -824,7 +842,17 @@ class Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
+
+    def _holder(self) -> str:
+        """Who signed the lock; empty where that one is dead, and who took it after that has not signed it yet."""
+        with contextlib.suppress(OSError):  # the file goes with its snapshot
+            signed = self.path.read_text(errors="replace").strip()
+            named = re.match(r"pid (\d+) ", signed)
+            return signed if named and Path("/proc", named[1]).exists() else ""
+        return ""
 
     def _take(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1219,11 +1247,17 @@ def file_system_id(path: Path) -> str:
     return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
 
 
-def mount_top(device: Path) -> Path:
+def is_readonly(path: Path) -> bool:
+    """Whether a path lies on a mount, or a file system, that is read-only."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def mount_top(device: Path, readonly: bool = False) -> Path:
     """Mount the top level of a btrfs device where only this process sees it."""
     top = PRIVATE / "top"
     top.mkdir()
-    mount(device, top, "btrfs", MS_NOATIME, "subvolid=5,compress=zstd")
+    flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
+    mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
     return top
 
 
@@ -1498,7 +1532,7 @@ class Chroot:
         except AshError as error:
             os.write(problem, error.message.encode(errors="replace"))
         except BaseException as error:  # this process is a copy of ash: it must not go on as one
-            os.write(problem, f"cannot run {argv[0]} in {self.root.name}: {error}".encode(errors="replace"))
+            os.write(problem, f"cannot run {argv[0]} in {self.root.name}: {reason(error)}".encode(errors="replace"))
         os._exit(status)
 
     def _mount(self) -> None:
@@ -2109,6 +2143,10 @@ class Intent:
         write_file(folder / "intent", json.dumps(vars(self)))
 
 
+class Unfinished(AshError):
+    """A change was committed, and what comes after that has failed."""
+
+
 class Workplace:
     """The work folder of a snapshot: what a transaction has there, how it is finished or dropped.
 
@@ -2177,6 +2215,8 @@ class Workplace:
     def _clear(self) -> None:
         if self.origin.exists():
             delete_subvolume(self.origin)
+        for folder in ("etc", "boot"):
+            delete_subvolume(self.layout.copy(folder, f"new-{self.snapshot}"))
         for leftover in self.files:
             remove_tree(leftover)
 
@@ -2213,7 +2253,18 @@ class Workplace:
         return intent
 
     def finish(self, intent: Intent) -> VarMerge:
-        """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
+        """The second half of a commit: it has happened, and whatever interrupts this is gone on with.
+
+        Raises:
+            Unfinished: nobody must take this for a change that did not happen.
+        """
+        try:
+            return self._finish(intent)
+        except (AshError, OSError) as error:
+            what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
+            raise Unfinished(what, "ash recover goes on with it") from error
+
+    def _finish(self, intent: Intent) -> VarMerge:
         layout, n = self.layout, self.snapshot
         merge = self.merge_into_var(intent)
         for folder in intent.copies:
@@ -2385,7 +2436,7 @@ class Transaction:
         if free < SPACE_FLOOR:
             raise AshError(
                 f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed",
-                "ash del N frees what a snapshot holds",
+                FREES_SPACE,
                 REFUSED,
             )
 
@@ -3788,7 +3839,8 @@ class System:
             found = mount_of(args.root)
             if found.kind != "btrfs":
                 raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
-            top = mount_top(device_of(args.root))
+            # What its user has mounted read-only stays so: a second, writable mount would make the first one so too.
+            top = mount_top(device_of(args.root), is_readonly(args.root))
         return cls._at(top, args)
 
     @classmethod
@@ -4003,7 +4055,14 @@ class System:
             if not before.exists():
                 raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
             packages = self.distro.packages(now), self.distro.packages(before)
-            place.finish(place.swap(before, Intent("commit", copies=["boot", "etc"])))
+            intent = place.swap(before, Intent("commit", copies=["boot", "etc"]))
+            try:
+                place.finish(intent)
+            except Unfinished as error:
+                if not is_for_space(error):
+                    raise
+                self.free_reserve()
+                place.finish(intent)
         return Change.between(snapshot, *packages)
 
     def set_mutable(self, snapshot: int, mutable: bool) -> bool:
@@ -4178,7 +4237,7 @@ class System:
 
     def recover(self, drop_kept: bool) -> list[int]:
         """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots."""
-        found = []
+        found, without_space = [], []
         places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
             if not (place.folder / "intent").exists():
@@ -4187,11 +4246,17 @@ class System:
                 with self.lock(place.name):
                     place.recover(self.tree(), drop_kept)
                 found += [place.snapshot] if place.name != "live" else []
-            except AshError as error:
-                if error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
+            except (AshError, OSError) as error:
+                if is_for_space(error):
+                    without_space.append(error)
+                elif isinstance(error, OSError):
+                    console.say(f"ash: {place.name}: {reason(error)}")
+                elif error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
                     console.say(f"ash: {error.message} ({error.hint})")
         with self.lock("deploy"):
             Slots(self).recover()
+        if without_space:  # what else could be done is done
+            raise without_space[0]
         return found
 
     def free_reserve(self) -> None:
@@ -4201,9 +4266,12 @@ class System:
 
     def keep_reserve(self) -> None:
         """Keep some space, where there is enough of it, for commands that free some on a full disk."""
-        if not self.layout.reserve.exists() and free_space(self.layout.snapshots) > SPACE_FLOOR:
+        reserve = self.layout.reserve
+        if free_space(self.layout.snapshots) > SPACE_FLOOR and not (reserve.exists() and os.listxattr(reserve)):
             with contextlib.suppress(OSError):
-                self.layout.reserve.write_bytes(os.urandom(RESERVE))  # nothing that could be compressed
+                reserve.write_bytes(os.urandom(RESERVE))  # nothing that could be compressed
+                for number in range(RESERVE_OF_TREES // ATTRIBUTE):
+                    os.setxattr(reserve, f"user.{number}", bytes(ATTRIBUTE))
 
     def history(self) -> list[dict[str, Any]]:
         """What was done, oldest first; a line that a crash has torn is left out."""
@@ -5232,10 +5300,15 @@ class Mender:
 
 def is_coming_or_going(folder: Path) -> bool:
     """Whether the snapshot of a work folder was being made or deleted by the last that worked on it."""
+    return state_of_work(folder) == "number"
+
+
+def state_of_work(folder: Path) -> str:
+    """The state of the intent in a work folder; empty where there is none, or a damaged one."""
     with contextlib.suppress(AshError):
         intent = Intent.load(folder)
-        return intent is not None and intent.state == "number"
-    return False
+        return intent.state if intent else ""
+    return ""
 
 
 def is_held(lock: Path) -> bool:
@@ -5262,6 +5335,8 @@ def forget_work(folder: Path) -> None:
 class Check:
     """Compares tree, subvolumes, deployments, boot files and package databases with each other; changes nothing."""
 
+    LOOKS = 10  # at a snapshot that others change all the time, before it is theirs alone
+
     def __init__(self, system: System) -> None:
         self.system = system
         self.layout = system.layout
@@ -5286,9 +5361,34 @@ class Check:
         yield from self._mounts(numbers)
         yield from self._menu()
 
-    def _snapshot(self, number: int) -> Iterator[Damage]:
+    def _snapshot(self, number: int) -> list[Damage]:
+        """The damage of a snapshot; one that another ash changes or deletes meanwhile is looked at again."""
+        for _ in range(self.LOOKS):
+            before = self._version(number)
+            try:
+                found = list(self._look_at(number))
+            except OSError:
+                if self._version(number) == before:
+                    raise
+                continue
+            if not found or self._version(number) == before:
+                return found
+        return []
+
+    def _version(self, number: int) -> tuple[object, ...]:
+        """What is another when a snapshot has been changed."""
+        layout = self.layout
+        parts = [
+            path for path in (layout.rootfs(number), layout.etc(number), layout.boot(number)) if is_subvolume(path)
+        ]
+        ids = [subvolume_id(part) for part in parts]
+        return number in self.system.tree(), state_of_work(layout.work(number)), *ids
+
+    def _look_at(self, number: int) -> Iterator[Damage]:
         layout, mender = self.layout, self.mender
         root = layout.rootfs(number)
+        if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
+            return  # it has gone; or its copies are made anew by what finishes its change
         if not is_subvolume(root):
             has_undo = is_subvolume(layout.undo(number))
             gone = "take it out of the tree, what is below it moves up"
@@ -5331,6 +5431,8 @@ class Check:
             for number, path in numbered(self.layout.snapshots / folder, prefix).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
+                if number in self.system.tree() or not os.path.lexists(path):  # it has come or gone meanwhile
+                    continue
                 what = f"{path.name} belongs to no snapshot of the tree"
                 if is_whole(self.layout.rootfs(number)):
                     adopt = partial(self.mender.adopt, number)
@@ -5347,9 +5449,15 @@ class Check:
 
     def _leftovers(self) -> Iterator[Damage]:
         deploy = self.layout.work("deploy")
-        if (deploy / "intent").exists() and not is_held(deploy / "lock"):
-            yield Damage("an interrupted deploy waits to be tidied up", None, "do it", self.mender.finish_deploy)
+        if (deploy / "intent").exists():
+            with contextlib.suppress(AshError), Lock(deploy / "lock", "", 0):
+                if (deploy / "intent").exists():
+                    yield Damage(
+                        "an interrupted deploy waits to be tidied up", None, "do it", self.mender.finish_deploy
+                    )
         for number, folder in numbered(self.layout.work(""), "").items():
+            if not os.path.lexists(folder / "intent") and not self.layout.working_copy(number).exists():
+                continue
             finish = partial(self.mender.finish, number)
             with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
                 try:
@@ -5422,6 +5530,11 @@ class Check:
         return None
 
     def _menu(self) -> Iterator[Damage]:
+        if list(self._look_at_menu()):
+            with contextlib.suppress(AshError), self.system.lock("deploy"):  # a living ash's work is no damage
+                yield from list(self._look_at_menu())
+
+    def _look_at_menu(self) -> Iterator[Damage]:
         rebuild, remedy = self.mender.rebuild_menu, "make the menu anew from the deployments that are there"
         try:
             slots = Slots(self.system)
@@ -7592,6 +7705,9 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
     changes = command.is_change(args)
     whole = changes or (command.wants_disk and os.geteuid() == 0)
     system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
+    if changes and is_readonly(system.layout.snapshots):
+        where = args.root or args.image or "/"
+        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
     if not changes or args.dry_run:
         return command.function(system, args)
     try:
@@ -7621,8 +7737,9 @@ def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespac
     frees = command.function in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover)
     try:
         return command.function(system, args)
-    except OSError as error:
-        if not frees or error.errno != errno.ENOSPC:
+    except (AshError, OSError) as error:
+        again = command.function is cmd_undo and isinstance(error, Unfinished)  # would be a redo
+        if not frees or again or not is_for_space(error):
             raise
     system.free_reserve()
     return command.function(system, args)
@@ -7678,6 +7795,8 @@ def print_reply(command: Command, reply: Reply) -> None:
 
 def report(error: AshError, command: Command | None) -> int:
     """Print an error; returns ash's exit status."""
+    if is_for_space(error):
+        error.hint = error.hint or FREES_SPACE
     hint = f" ({error.hint})" if error.hint else ""
     print(one_line(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
     status = error.status
@@ -7717,9 +7836,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads our output has ended: there is nobody to tell
         return 0
     except OSError as error:  # a full or broken disk, wherever it was met
-        hint = "ash del N frees what a snapshot holds" if error.errno == errno.ENOSPC else ""
-        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return report(AshError(f"{where}{error.strerror or error}", hint), command)
+        return report(AshError(reason(error)), command)
 
 
 if __name__ == "__main__":

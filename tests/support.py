@@ -295,3 +295,15 @@ def kill_hard(process: subprocess.Popen[bytes]) -> None:
     """`kill -9` of one process, and wait for its end."""
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
+
+
+def fill(filler: Path) -> None:
+    """Leave no room for data on a file system."""
+    with filler.open("xb") as file:
+        size, piece = 0, 1 << 36
+        while piece >= 4096:
+            try:
+                os.posix_fallocate(file.fileno(), size, piece)
+                size += piece
+            except OSError:
+                piece //= 2

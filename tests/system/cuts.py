@@ -2,7 +2,9 @@
 """Commands cut off at their steps: on copies of one disk, which are made in no time since they share their blocks."""
 
 import contextlib
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support import CHECKOUT, DONE, Disk, Files, make_deb, program
+from ash import PRIVATE
+from tests.support import CHECKOUT, DONE, Disk, Files, fill, make_deb, program
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -65,6 +68,10 @@ COMMANDS: dict[str, list[str]] = {
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
 
 
+# Where ash itself has the disk image's file system mounted; in /home, where nobody looks at a test's disk.
+FILLER = PRIVATE / "top/@home_debian/filler"
+
+
 @dataclass
 class View:
     """What a user sees of a system: all that a cut may leave as it was, or as it was to be, and nothing between."""
@@ -74,6 +81,9 @@ class View:
     var: dict[str, str]
     secondary: list[str]
     boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
+
+
+Ended = subprocess.CompletedProcess[str]
 
 
 class Scene:
@@ -128,7 +138,7 @@ class Scene:
             program("cp", "--reflink=always", self.image, copy)
             yield copy
 
-    def run_on(self, image: Path, words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def run_on(self, image: Path, words: Sequence[str], **options: Any) -> Ended:
         """Run a command on an image, by the stepper with these options."""
         argv = [
             sys.executable,
@@ -170,6 +180,86 @@ class Scene:
             ended = self.run_on(copy, words, kill=step, booted=self._booted(words))
             assert ended.returncode == -signal.SIGKILL, (step, ended)
             return look(Disk(copy))
+
+    def fails(self, name: str, steps: int, *, broken: bool) -> int:
+        """Let a command's disk fail before some of its steps: it says so, and nothing is lost or between.
+
+        Args:
+            name: which of COMMANDS.
+            steps: how many of its steps.
+            broken: nothing can be written to the disk any more; else it is full, for data.
+
+        Returns:
+            how many times the command failed.
+        """
+        words, failed = COMMANDS[name], 0
+        before, after = self.outcomes(words)
+        names = self.steps(words)
+        for step in range(1, len(names) + 1, max(1, len(names) // steps)):
+            where = f"{name} before step {step}, {names[step - 1]}"
+            ended, view = self._without_room(words, step, broken)
+            said = [line for line in ended.stderr.splitlines() if line.startswith("ash: ")]
+            assert view in (before, after), where
+            assert view.boots in {before.boots, after.boots, self.last_booted}, where
+            if ended.returncode == DONE:
+                assert view == after, where
+                continue
+            failed += 1
+            assert len(said) == 1, (where, ended.stderr)
+            assert "Traceback" not in ended.stderr, where
+            assert "Errno" not in said[0], where
+            assert broken or os.strerror(errno.ENOSPC) in said[0], (where, said)
+            assert broken or view == before or "is not finished" in said[0], (where, said)
+        return failed
+
+    def works_without_room(self, *names: str) -> None:
+        """See that commands do what they should on a disk that is full to the last block."""
+        after = {name: self.outcomes(COMMANDS[name])[1] for name in names}
+        with self._full() as full:
+            for name in names:
+                copy = full.with_name(f"{name}.img")
+                program("cp", "--reflink=always", full, copy)
+                ended = self.run_on(copy, COMMANDS[name])
+                assert ended.returncode == DONE, (name, ended.stderr)
+                assert not ended.stderr, (name, ended.stderr)
+                self._make_room(copy)
+                assert look(Disk(copy)) == after[name], name
+            ended = self.run_on(full, COMMANDS["clone"])
+            assert os.strerror(errno.ENOSPC) in ended.stderr, ended  # it was full
+
+    @contextlib.contextmanager
+    def _full(self) -> Iterator[Path]:
+        """A copy of the disk on which there is no room at all, neither for data nor in btrfs's own trees."""
+        with self.copy() as copy:
+            with Disk(copy).files() as files:
+                filler = files.top / FILLER.relative_to(PRIVATE / "top")
+                fill(filler)
+                number, size = 0, 16000
+                while size:
+                    try:
+                        os.setxattr(filler, f"user.{number}", bytes(size))
+                        number += 1
+                    except OSError:
+                        size //= 2
+            yield copy
+
+    @staticmethod
+    def _make_room(image: Path) -> None:
+        """Take away what fills a disk."""
+        with Disk(image).files() as files:
+            (files.top / FILLER.relative_to(PRIVATE / "top")).unlink(missing_ok=True)
+
+    def _without_room(self, words: Sequence[str], step: int, broken: bool) -> tuple[Ended, View]:
+        """How a command ends on a disk that fails from a step on, and what the scene is like when it is well again."""
+        with self.copy() as copy:
+            # Where the image's copies lie there is no room for a block more: writing to the image fails.
+            filler = self.folder / "filler" if broken else FILLER
+            ended = self.run_on(copy, words, fill=step, filler=str(filler), booted=self._booted(words))
+            if broken:
+                filler.unlink(missing_ok=True)
+            else:
+                self._make_room(copy)
+            return ended, look(Disk(copy))
 
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""

@@ -6,6 +6,8 @@ OPTIONS is a JSON object with any of
     "kill": the number of the step (the first is 1) before which ash is killed;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
+    "fill": the number of the step before which a file system is filled;
+    "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
     "booted": the slot that ash is to believe to be booted.
 """
 
@@ -21,6 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
 import ash  # noqa: E402
+from tests.support import fill  # noqa: E402
 
 
 def copy_disk(image: Path, copy: Path) -> None:
@@ -47,6 +50,8 @@ class Stepper:
                 file.write(f"{arguments[0]}\n")
         if copies := self.options.get("copies"):
             copy_disk(self.image, Path(copies, f"{self.step}.img"))
+        if self.step == self.options.get("fill"):
+            fill(Path(self.options["filler"]))
         if self.step == self.options.get("kill"):
             os.kill(self.process, signal.SIGKILL)
 

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
 
+import itertools
+
 import pytest
 
+from tests.support import DONE
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -72,6 +75,17 @@ def test_a_copy_is_made_whole_or_not_at_all(system: System, snapshot: int) -> No
         made = system.files.tree() - known
         assert len(made) <= 1, f"step {step}"
         known |= made
+
+
+def test_a_copy_of_what_is_being_changed_leaves_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "true"):
+        for step in itertools.count(1, 2):
+            if system.cut_short(step, "clone", snapshot).returncode == DONE:
+                break
+    assert step > 10
+    system.ash("recover")
+    assert not system.remains()
+    system.is_sound()
 
 
 def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -311,3 +312,34 @@ def test_a_file_that_is_no_disk_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(b"")
     with pytest.raises(AshError, match=r"no disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "calls"),
+    [
+        ("undo", AshError("No space left on device"), 2),
+        ("undo", ash.Unfinished("No space left on device"), 1),  # a second undo would be a redo
+        ("recover", ash.Unfinished("No space left on device"), 2),
+        ("undo", AshError("another reason"), 1),
+        ("clone", AshError("No space left on device"), 1),  # does not free any
+    ],
+)
+def test_what_frees_space_is_tried_again_with_the_reserve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: AshError, calls: int
+) -> None:
+    called = []
+
+    def fails(system: ash.System, args: argparse.Namespace) -> ash.Reply:
+        called.append(name)
+        raise error
+
+    monkeypatch.setattr(ash, f"cmd_{name}", fails)
+    monkeypatch.setattr(ash.System, "free_reserve", lambda _: None)
+    command = dataclasses.replace(ash.find_command(name), function=fails)
+    system = ash.System(ash.Layout(tmp_path, "debian"), ash.Distro())
+    with pytest.raises(AshError):
+        ash.on_a_full_disk_too(command, system, argparse.Namespace())
+    assert len(called) == calls

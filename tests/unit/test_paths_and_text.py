@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Paths that stay inside a root, text that terminals do not obey, small files, mountinfo, send streams."""
 
+import fcntl
 import os
 import stat
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -199,6 +201,42 @@ def test_a_lock_whose_file_was_deleted_is_not_held_by_two(tmp_path: Path) -> Non
         path.unlink()
         with Lock(path, "it"), pytest.raises(AshError), Lock(path, "it"):
             pass
+
+
+def test_who_held_a_lock_before_is_not_named_as_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with Lock(path, "it"):
+        pass
+    assert_held_by_nobody_in_particular(path)
+    path.write_text(f"pid {dead_process()} (ash run 1 true)\n")
+    assert_held_by_nobody_in_particular(path)
+
+
+def assert_held_by_nobody_in_particular(path: Path) -> None:
+    with path.open() as unsigned:
+        fcntl.flock(unsigned, fcntl.LOCK_EX)
+        with pytest.raises(AshError, match="locked by another ash"):
+            Lock(path, "it").__enter__()
+
+
+def test_a_lock_that_is_only_looked_at_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        end = threading.Timer(0.02, fcntl.flock, (looks, fcntl.LOCK_UN))
+        end.start()
+        try:
+            with Lock(path, "it"):
+                pass
+        finally:
+            end.join()
+
+
+def dead_process() -> int:
+    """The process id of a program that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        return process.pid
 
 
 # mountinfo

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Disks that fail, are full or read-only: a clear error, and nothing is lost. tests/campaigns has more of it."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ash import MS_BIND, MS_RDONLY, MS_REMOUNT, mount
+from tests.support import ASH, DONE, FAILED, REFUSED, Disk, program
+from tests.system.cuts import Scene
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+
+@pytest.fixture(scope="module")
+def scene(reflinks: Path, image: Path) -> Scene:
+    return Scene(reflinks, image)
+
+
+def test_a_disk_that_is_full_in_the_middle_loses_nothing(scene: Scene) -> None:
+    assert scene.fails("run", 2, broken=False)
+
+
+def test_a_disk_that_fails_in_the_middle_loses_nothing(scene: Scene) -> None:
+    assert scene.fails("deploy", 2, broken=True)
+
+
+def test_what_frees_space_works_where_there_is_none_at_all(scene: Scene) -> None:
+    scene.works_without_room("del")
+
+
+def test_an_image_that_cannot_be_written_is_refused(disk: Disk) -> None:
+    content = disk.image.stat()
+    mount(disk.image, disk.image, flags=MS_BIND)
+    try:
+        mount("none", disk.image, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+        assert "Read-only file system" in disk.ash("clone", 0, status=FAILED).error
+    finally:
+        program("umount", disk.image)
+    assert disk.image.stat().st_mtime_ns == content.st_mtime_ns
+    disk.ash("clone", 0)
+
+
+@pytest.mark.parametrize("how", [["-o", "remount,ro"], ["-o", "remount,bind,ro"]])
+def test_a_disk_that_is_mounted_read_only_is_read_and_not_changed(disk: Disk, how: list[str]) -> None:
+    with disk.files() as files:
+        program("mount", *how, files.top)
+        before = disk.image.stat().st_mtime_ns
+        for words in (["tree"], ["--json", "list", "0"], ["status"], ["fsck"]):
+            assert on(files.top, *words).returncode == DONE, words
+        for words in (
+            ["clone", "0"],
+            ["-y", "del", "0"],
+            ["deploy", "0"],
+            ["recover"],
+            ["desc", "0", "x"],
+            ["--dry-run", "clone", "0"],
+        ):
+            ended = on(files.top, *words)
+            assert ended.returncode == REFUSED, words
+            assert ended.stderr == f"ash: {files.top} is mounted read-only (mount -o remount,rw {files.top})\n"
+        assert program("findmnt", "--noheadings", "--output", "OPTIONS", files.top).startswith("ro")
+        program("mount", "-o", "remount,rw", files.top)
+        assert on(files.top, "desc", "0", "x").returncode == DONE
+    assert disk.image.stat().st_mtime_ns != before
+
+
+def on(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run ash on what is mounted on a folder."""
+    return subprocess.run([*ASH, "--root", folder, *words], capture_output=True, text=True, check=False)
