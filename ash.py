@@ -647,9 +647,13 @@ class Tree:
 
     def dump(self) -> str:
         """The tree as its file has it."""
-        from anytree.exporter import DictExporter
+        return json.dumps(self._as_data(self.root)) + "\n"
 
-        return json.dumps(DictExporter().export(self.root)) + "\n"
+    @classmethod
+    def _as_data(cls, node: AnyNode) -> dict[str, Any]:
+        """A node with what is below it, as anytree's DictExporter has it, which imports exporters of all kinds."""
+        below = [cls._as_data(child) for child in node.children]
+        return {"name": node.name, **({"children": below} if below else {})}
 
     def numbers(self) -> list[int]:
         """All snapshots, parents first."""
