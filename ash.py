@@ -837,6 +837,10 @@ class Subvolume:
     id: int
     readonly: bool
     made: int  # seconds since 1970
+    uuid: bytes
+    source_uuid: bytes  # of the subvolume that it was copied from; zeros where it was made empty
+    made_in: int  # the number of btrfs's transaction
+    changed_in: int
 
     @classmethod
     def at(cls, path: Path) -> Subvolume:
@@ -846,9 +850,32 @@ class Subvolume:
             OSError: there is no such path, or it is not on btrfs.
         """
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
-        # struct btrfs_ioctl_get_subvol_info_args: treeid at 0, flags at 288, otime at 392.
-        ident, flags, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 288, 392))
-        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made)
+        # struct btrfs_ioctl_get_subvol_info_args: treeid at 0; flags, uuid, parent_uuid at 288; ctransid, otransid at
+        # 344; otime at 392.
+        flags, uuid, source_uuid = struct.unpack_from("=Q16s16s", answer, 288)
+        changed_in, made_in = struct.unpack_from("=QQ", answer, 344)
+        ident, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 392))
+        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made, uuid, source_uuid, made_in, changed_in)
+
+
+class Contents:
+    """Tells which subvolumes hold the same, by what btrfs notes of them: nothing in them is read.
+
+    A copy to which nothing was written is what its source was when that was last written to.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, int], int] = {}  # by uuid, and the transaction of its last change
+
+    def of(self, path: Path) -> int:
+        """The same number for all that surely hold the same: the id of the first of them that was asked for."""
+        sub = Subvolume.at(path)
+        states = [(sub.uuid, sub.changed_in)]
+        if any(sub.source_uuid) and sub.changed_in <= sub.made_in:
+            states.append((sub.source_uuid, sub.changed_in))
+        content = next((self._known[state] for state in states if state in self._known), sub.id)
+        self._known |= dict.fromkeys(states, content)
+        return content
 
 
 def is_subvolume(path: Path) -> bool:
@@ -4561,7 +4588,10 @@ class Check:
         self.system = system
         self.layout = system.layout
         self.mender = Mender(system)
-        self._known: dict[int, list[str]] = {}  # problems of packages, by subvolume id: what looks again need not ask
+        # What was found in contents: snapshots share them, and what looks again need not look at all of them again.
+        self._contents = Contents()
+        self._known_problems: dict[int, list[str]] = {}
+        self._known_differences: dict[tuple[int, int], str] = {}  # of a copy, from its folder of a root
 
     def run(self) -> Iterator[Damage]:
         """All damage there is; what is interrupted comes first, since to finish it mends more."""
@@ -4603,10 +4633,17 @@ class Check:
             yield Damage(problem, number, audit)
 
     def _problems(self, root: Path) -> list[str]:
-        ident = subvolume_id(root)
-        if ident not in self._known:
-            self._known[ident] = self.system.distro.problems(root)
-        return self._known[ident]
+        content = self._contents.of(root)
+        if content not in self._known_problems:
+            self._known_problems[content] = self.system.distro.problems(root)
+        return self._known_problems[content]
+
+    def _difference(self, copy: Path, root: Path, folder: str) -> str:
+        """The first path at which a copy of a root's folder differs from it; empty where it does not."""
+        contents = self._contents.of(copy), self._contents.of(root)
+        if contents not in self._known_differences:
+            self._known_differences[contents] = first_difference(copy, root / folder)
+        return self._known_differences[contents]
 
     def _copy(self, number: int, folder: str) -> Iterator[Damage]:
         copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
@@ -4615,7 +4652,7 @@ class Check:
             yield Damage(f"its /{folder} is no folder", number)
         elif not is_subvolume(copy):
             yield Damage(f"{copy.name} is missing", number, remedy, renew)
-        elif different := first_difference(copy, original):
+        elif different := self._difference(copy, self.layout.rootfs(number), folder):
             yield Damage(f"{copy.name} differs from its /{folder}: {different}", number, remedy, renew)
         elif not Subvolume.at(copy).readonly:
             protect = partial(self.mender.protect, number, copy)
