@@ -31,10 +31,9 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self
 
 if TYPE_CHECKING:
     import subprocess
@@ -92,14 +91,14 @@ class HangUp(Exception):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Console:
     """How much ash prints, and in what form."""
 
-    verbose: bool = False
-    quiet: bool = False
-    json: bool = False
-    started: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.verbose = False
+        self.quiet = False
+        self.json = False
+        self.started = time.monotonic()
 
     def say(self, text: str) -> None:
         """Tell the user something on stderr that is not the command's result."""
@@ -276,8 +275,7 @@ def private_mounts() -> None:
     mount("ash", PRIVATE, "tmpfs", MS_NOSUID, "mode=0700")
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A line of mountinfo."""
 
     target: str
@@ -316,7 +314,6 @@ def mount_of(path: Path) -> Mount:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of one distribution on a btrfs file system.
 
@@ -326,11 +323,12 @@ class Layout:
         top: where the top level of the file system is mounted; None where ash only reads the running system.
     """
 
-    snapshots: Path
-    distro: str
-    top: Path | None = None
+    SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
 
-    SUBVOLUMES: ClassVar[tuple[str, ...]] = ("@.snapshots", "@boot", "@etc", "@home", "@var")
+    def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
+        self.snapshots = snapshots
+        self.distro = distro
+        self.top = top
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
@@ -583,6 +581,11 @@ def to_number(text: str) -> int | None:
     return number if is_number(number) else None
 
 
+def fields_of(kind: type[NamedTuple], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file's data there is a field for; what another ash may have written beside is passed over."""
+    return {name: data[name] for name in kind._fields if name in data}
+
+
 class Tree:
     """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
 
@@ -712,13 +715,13 @@ CONF_EXAMPLE = """\
 """
 
 
-@dataclass(frozen=True)
 class Configuration:
     """What /etc/ash.conf says."""
 
-    values: Mapping[str, str] = field(default_factory=dict)
+    KEYS = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared"})
 
-    KEYS: ClassVar[frozenset[str]] = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared"})
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = values
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
@@ -830,8 +833,7 @@ def ask_btrfs(folder: Path, request: int, argument: bytes | int = 0) -> bytes:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Subvolume:
+class Subvolume(NamedTuple):
     """What the kernel says of a subvolume."""
 
     id: int
@@ -1213,8 +1215,7 @@ def mount_top(device: Path) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TransientFile:
+class TransientFile(NamedTuple):
     """A file that is in a root only while a program runs in a transaction."""
 
     text: str
@@ -1332,8 +1333,7 @@ FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
 FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
 
 
-@dataclass(frozen=True)
-class Overlay:
+class Overlay(NamedTuple):
     """A writable view of a directory that leaves it as it is: what is written goes to `upper`."""
 
     lower: Path
@@ -1346,8 +1346,7 @@ class Overlay:
         mount("overlay", target, "overlay", data=f"{dirs},redirect_dir=off,metacopy=off,index=off")
 
 
-@dataclass(frozen=True)
-class Chroot:
+class Chroot(NamedTuple):
     """A root in which programs run with mount, process, IPC and host name namespaces of their own.
 
     Args:
@@ -1361,10 +1360,10 @@ class Chroot:
     """
 
     root: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = {}
     var: Overlay | None = None
     binds: Sequence[tuple[Path, str]] = ()
-    transient: Mapping[str, TransientFile] = field(default_factory=dict)
+    transient: Mapping[str, TransientFile] = {}
     disks: bool = False
     resolver: bool = True
 
@@ -1826,7 +1825,6 @@ def is_there_already(changed: Path, live: Path) -> bool:
     return True
 
 
-@dataclass
 class VarMerge:
     """Brings what a transaction wrote into the live /var.
 
@@ -1839,16 +1837,19 @@ class VarMerge:
         delete: the entries in which deletions are applied; where a package was removed, its data stays.
     """
 
-    upper: Path
-    origin: Path
-    live: Path
-    distro: Distro
-    conflicts: Path
-    delete: Iterable[str]
-    token: str = field(default_factory=lambda: os.urandom(8).hex())  # in names of files that are being written
-    in_conflict: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    _opened: set[tuple[int, int]] | None = None
+    def __init__(
+        self, upper: Path, origin: Path, live: Path, distro: Distro, conflicts: Path, *, delete: Iterable[str]
+    ) -> None:
+        self.upper = upper
+        self.origin = origin
+        self.live = live
+        self.distro = distro
+        self.conflicts = conflicts
+        self.delete = delete
+        self.token = os.urandom(8).hex()  # in names of files that are being written
+        self.in_conflict: list[str] = []
+        self.kept: list[str] = []
+        self._opened: set[tuple[int, int]] | None = None
 
     def entries(self) -> list[str]:
         """The entries that the transaction changed, by their paths from /var."""
@@ -1960,15 +1961,14 @@ class VarMerge:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a command did to a snapshot; `--json` prints it, the history keeps it."""
 
     snapshot: int
     changed: bool = False
-    added: Mapping[str, str] = field(default_factory=dict)
-    removed: Mapping[str, str] = field(default_factory=dict)
-    upgraded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    added: Mapping[str, str] = {}
+    removed: Mapping[str, str] = {}
+    upgraded: Mapping[str, tuple[str, str]] = {}
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
     kept: Sequence[str] = ()
@@ -2004,8 +2004,18 @@ class Change:
         return "\n".join(lines)
 
 
-@dataclass
-class Intent:
+INTENT_SHAPE = {
+    "state": lambda state: state in ("open", "kept", "commit", "merge", "number"),
+    "old?": is_number,
+    "new?": is_number,
+    "entries?": [is_inner_path],
+    "copies?": [lambda folder: folder in ("etc", "boot")],
+    "delete?": [is_inner_path],
+    "homes?": [str],
+}
+
+
+class Intent(NamedTuple):
     """What is under way on a snapshot, so that it can be finished or undone after a crash.
 
     `state` is one of
@@ -2019,20 +2029,10 @@ class Intent:
     state: str
     old: int = 0  # subvolume ids, before and after
     new: int = 0
-    entries: list[str] = field(default_factory=list)  # of /var
-    copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
-    delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
-    homes: list[str] = field(default_factory=list)  # home directories that were there when it began
-
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "state": lambda state: state in ("open", "kept", "commit", "merge", "number"),
-        "old?": is_number,
-        "new?": is_number,
-        "entries?": [is_inner_path],
-        "copies?": [lambda folder: folder in ("etc", "boot")],
-        "delete?": [is_inner_path],
-        "homes?": [str],
-    }
+    entries: Sequence[str] = ()  # of /var
+    copies: Sequence[str] = ()  # of "etc" and "boot": to be renewed
+    delete: Sequence[str] = ()  # entries in which deletions are applied
+    homes: Sequence[str] = ()  # home directories that were there when it began
 
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
@@ -2040,13 +2040,12 @@ class Intent:
         if not os.path.lexists(folder / "intent"):
             return None
         try:
-            data = from_json(read_text(folder / "intent"), cls.SHAPE)
-            return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+            return cls(**fields_of(cls, from_json(read_text(folder / "intent"), INTENT_SHAPE)))
         except ValueError:
             raise AshError(f"the intent file of snapshot {folder.name} is damaged", "ash unlock N drops it") from None
 
     def save(self, folder: Path) -> None:
-        write_file(folder / "intent", json.dumps(vars(self)))
+        write_file(folder / "intent", json.dumps(self._asdict()))
 
 
 class Workplace:
@@ -2145,7 +2144,7 @@ class Workplace:
     def swap(self, new: Path, intent: Intent) -> Intent:
         """Exchange the snapshot with another subvolume: this is the commit. Returns the intent, to be finished."""
         rootfs = self.layout.rootfs(self.snapshot)
-        intent = replace(intent, state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
+        intent = intent._replace(state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
         intent.save(self.folder)
         sync_filesystem(self.layout.snapshots)
         exchange(rootfs, new)
@@ -2154,7 +2153,7 @@ class Workplace:
     def finish(self, intent: Intent) -> VarMerge:
         """The second half of a commit: it has happened, and whatever interrupts this is gone on with."""
         layout, n = self.layout, self.snapshot
-        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, layout.conflicts(n), intent.delete)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, layout.conflicts(n), delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
             with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
                 self._merge(merge, intent.entries)
@@ -2277,7 +2276,7 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
-                replace(self.intent, state="kept").save(self.place.folder)
+                self.intent._replace(state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
                 self.place.drop()
             else:
@@ -2288,7 +2287,7 @@ class Transaction:
         intent = Intent.load(self.place.folder)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
-        self.intent = replace(intent, state="open")
+        self.intent = intent._replace(state="open")
         self.intent.save(self.place.folder)
 
     def _require_space(self) -> None:
@@ -2303,7 +2302,7 @@ class Transaction:
 
     def _begin(self) -> None:
         self.place.folder.mkdir(parents=True, exist_ok=True)
-        self.intent.homes = sorted(os.listdir(self.layout.home))
+        self.intent = self.intent._replace(homes=sorted(os.listdir(self.layout.home)))
         self.intent.save(self.place.folder)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
@@ -2372,7 +2371,7 @@ class Transaction:
             self._take_database_files()
             set_readonly(self.root)
             paths = self._changed_paths()
-            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), ()).entries()
+            entries = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(n), delete=()).entries()
             before, after = self._packages(paths)
             intent = Intent(
                 state="merge",
@@ -2514,14 +2513,14 @@ FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and F
 SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
 
 
-@dataclass
 class Numbers:
     """The names and numbers that were ever given, for each of NUMBERED_FILES.
 
     In subuid and subgid a name's number is where its range begins.
     """
 
-    given: dict[str, dict[str, int]] = field(default_factory=lambda: {name: {} for name in NUMBERED_FILES})
+    def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
+        self.given = {name: {} for name in NUMBERED_FILES} if given is None else given
 
     @classmethod
     def load(cls, path: Path) -> Numbers:
@@ -2761,7 +2760,7 @@ def mutable_folders(root: Path, snapshot: int) -> list[tuple[str, str]]:
     The one is a path from @.snapshots_D, the other from the root.
     """
     path = path_inside(root, "etc/ash.conf")
-    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration()
+    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
     own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
     return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
@@ -2927,7 +2926,6 @@ def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | N
     return ":".join(merged)
 
 
-@dataclass
 class EtcMerge:
     """Carries what was changed in a running /etc over into another one.
 
@@ -2937,17 +2935,19 @@ class EtcMerge:
         target: the /etc to be changed, which still has its own.
         conflicts: where the running version of a file goes that both sides changed.
         own_fstab: makes the target's fstab from the lines of another.
-        identity: whether the machine's id and host keys are carried too.
     """
 
-    base: Path
-    running: Path
-    target: Path
-    conflicts: Path
-    own_fstab: Callable[[str], str]
-    identity: bool = True
-    carried: list[str] = field(default_factory=list)
-    in_conflict: list[str] = field(default_factory=list)
+    def __init__(
+        self, base: Path, running: Path, target: Path, conflicts: Path, own_fstab: Callable[[str], str]
+    ) -> None:
+        self.base = base
+        self.running = running
+        self.target = target
+        self.conflicts = conflicts
+        self.own_fstab = own_fstab
+        self.identity = True  # whether the machine's id and host keys are carried too
+        self.carried: list[str] = []
+        self.in_conflict: list[str] = []
 
     def merge(self, fresh: bool = False) -> None:
         """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
@@ -3061,31 +3061,30 @@ def fstab_of_user(text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BootConfig:
+BOOT_CONFIG_SHAPE = {
+    "kernel": is_inner_path,
+    "initrds": [is_inner_path],
+    "options": str,
+    "rootflags?": str,
+    "header?": [str],
+    "foreign?": str,
+}
+# Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
+NOT_FOREIGN = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
+MENU_HEADER = re.compile(
+    r"^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$", re.MULTILINE
+)
+
+
+class BootConfig(NamedTuple):
     """What ash takes of a snapshot's own grub-mkconfig."""
 
     kernel: str  # names in /boot
     initrds: Sequence[str]
     options: str
     rootflags: str = ""  # beside the subvolume
-    header: Sequence[str] = field(default_factory=list)  # terminals and timeout
+    header: Sequence[str] = ()  # terminals and timeout
     foreign: str = ""  # other systems, and the user's own entries
-
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "kernel": is_inner_path,
-        "initrds": [is_inner_path],
-        "options": str,
-        "rootflags?": str,
-        "header?": [str],
-        "foreign?": str,
-    }
-
-    # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
-    NOT_FOREIGN: ClassVar[re.Pattern[str]] = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
-    HEADER: ClassVar[re.Pattern[str]] = re.compile(
-        r"^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$", re.MULTILINE
-    )
 
     @classmethod
     def parse(cls, text: str) -> BootConfig:
@@ -3101,14 +3100,14 @@ class BootConfig:
         entry = text[linux.end() : text.find("}", linux.end())]
         initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
-        foreign = [body.strip() for name, body in sections if not cls.NOT_FOREIGN.search(name)]
+        foreign = [body.strip() for name, body in sections if not NOT_FOREIGN.search(name)]
         options, rootflags = cls._split_options(linux[2])
         return cls(
             kernel=cls._in_boot(linux[1]),
             initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
             options=options,
             rootflags=rootflags,
-            header=list(dict.fromkeys(line.strip() for line in cls.HEADER.findall(text))),
+            header=list(dict.fromkeys(line.strip() for line in MENU_HEADER.findall(text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
 
@@ -3132,8 +3131,24 @@ class BootConfig:
         return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
 
 
-@dataclass(frozen=True)
-class Deployment:
+DEPLOYMENT_SHAPE = {
+    "slot": str,
+    "id": is_name,
+    "snapshot": is_number,
+    "source": is_number,
+    "name": str,
+    "inputs": str,
+    "config": BOOT_CONFIG_SHAPE,
+    "mutable?": bool,
+    "etc_from?": str,
+    "etc_state?": str,
+    "carried?": [str],
+    "conflicts?": [str],
+    "conflicts_folder?": str,
+}
+
+
+class Deployment(NamedTuple):
     """A bootable writable clone of a snapshot, in a slot."""
 
     slot: str
@@ -3146,49 +3161,26 @@ class Deployment:
     mutable: bool = False
     etc_from: str = ""  # the slot whose changes of /etc were carried over
     etc_state: str = ""  # a digest of that /etc as it was then
-    carried: Sequence[str] = field(default_factory=list)
-    conflicts: Sequence[str] = field(default_factory=list)
+    carried: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
 
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "slot": str,
-        "id": is_name,
-        "snapshot": is_number,
-        "source": is_number,
-        "name": str,
-        "inputs": str,
-        "config": BootConfig.SHAPE,
-        "mutable?": bool,
-        "etc_from?": str,
-        "etc_state?": str,
-        "carried?": [str],
-        "conflicts?": [str],
-        "conflicts_folder?": str,
-    }
 
-
-Fields = TypeVar("Fields")
-
-
-def from_fields(kind: Callable[..., Fields], data: Mapping[str, Any]) -> Fields:
-    """A dataclass from what its file has for it; what another ash may have written beside is passed over."""
-    known: Container[str] = vars(kind)["__dataclass_fields__"]
-    return kind(**{name: value for name, value in data.items() if name in known})
-
-
-@dataclass
 class Menu:
     """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
-
-    default: str = ""  # slots
-    last_booted: str = ""
-    deployments: dict[str, Deployment] = field(default_factory=dict)
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
         "default": str,
         "last_booted": str,
-        "deployments": {"*": Deployment.SHAPE},
+        "deployments": {"*": DEPLOYMENT_SHAPE},
     }
+
+    def __init__(
+        self, default: str = "", last_booted: str = "", deployments: Mapping[str, Deployment] | None = None
+    ) -> None:
+        self.default = default  # slots
+        self.last_booted = last_booted
+        self.deployments = dict(deployments or {})
 
     @classmethod
     def load(cls, path: Path) -> Menu:
@@ -3197,10 +3189,7 @@ class Menu:
             return cls()
         try:
             data = from_json(read_text(path), cls.SHAPE)
-            deployments = {
-                slot: from_fields(Deployment, {**entry, "config": from_fields(BootConfig, entry["config"])})
-                for slot, entry in data["deployments"].items()
-            }
+            deployments = {slot: cls._deployment(entry) for slot, entry in data["deployments"].items()}
             slots = {*SLOTS, *SECONDARY_SLOTS}
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
@@ -3209,10 +3198,15 @@ class Menu:
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
 
+    @staticmethod
+    def _deployment(entry: Mapping[str, Any]) -> Deployment:
+        config = BootConfig(**fields_of(BootConfig, entry["config"]))
+        return Deployment(**{**fields_of(Deployment, entry), "config": config})
+
     def dump(self) -> str:
         """The menu as its file has it."""
         entries = {
-            slot: {**vars(deployment), "config": vars(deployment.config)}
+            slot: {**deployment._asdict(), "config": deployment.config._asdict()}
             for slot, deployment in self.deployments.items()
         }
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
@@ -3423,8 +3417,7 @@ class Slots:
             write_file(self.layout.ids, numbers.dump())
         merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
-        return replace(
-            deployment,
+        return deployment._replace(
             etc_from="" if fresh else running,
             etc_state=etc_state(merge.running),
             carried=merge.carried,
@@ -3533,7 +3526,7 @@ class Slots:
         for slot in slots:
             others = Menu()  # none has the same inputs
             inputs, config = boot_config(self.layout.rootfs(slot), others, self.layout.grub_cfg.parent)
-            self.menu.deployments[slot] = replace(self.menu.deployments[slot], inputs=inputs, config=config)
+            self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
 
@@ -3907,7 +3900,7 @@ class System:
                 elif has_plain_parents(self.layout.var, str(inside)):
                     remove_tree(self.layout.var / inside)
             sync_filesystem(self.layout.snapshots)
-        return replace(change, kept=kept)
+        return change._replace(kept=kept)
 
     def newer_state(self, change: Change) -> list[str]:
         """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
@@ -4146,8 +4139,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
 
     packages: Change
@@ -4219,7 +4211,6 @@ def patch(old: Path, new: Path, path: str) -> str:
 FOUND = "found by fsck"  # the description of a snapshot of which nothing else is known
 
 
-@dataclass(frozen=True)
 class Damage:
     """Something that fsck found.
 
@@ -4230,10 +4221,19 @@ class Damage:
         mend: mends it; called where `fsck --repair` was asked for.
     """
 
-    what: str
-    snapshot: int | None = None
-    remedy: str = field(default="", compare=False)
-    mend: Callable[[], None] | None = field(default=None, compare=False)
+    def __init__(
+        self, what: str, snapshot: int | None = None, remedy: str = "", mend: Callable[[], None] | None = None
+    ) -> None:
+        self.what = what
+        self.snapshot = snapshot
+        self.remedy = remedy
+        self.mend = mend
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Damage) and (self.what, self.snapshot) == (other.what, other.snapshot)
+
+    def __hash__(self) -> int:
+        return hash((self.what, self.snapshot))
 
     def text(self) -> str:
         what = one_line(self.what)
@@ -4790,8 +4790,7 @@ def first_difference(one: Path, other: Path) -> str:
     return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
 
 
-@dataclass(frozen=True)
-class Repaired:
+class Repaired(NamedTuple):
     """What a repair did: the damage that it mended, and what is left with the reason, if one is known."""
 
     mended: Sequence[Damage]
@@ -4830,11 +4829,10 @@ def attempt(damage: Damage) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
 
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = {}
     text: str = ""
     brief: str = ""
     status: int = 0
@@ -4989,7 +4987,7 @@ def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
     copies = system.copy_branch(number, new_description(args, f"clone of {number}"))
     text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
     reply = added(copies[number], number, parent, text)
-    return replace(reply, data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
+    return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
 
 
 def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
@@ -5190,7 +5188,7 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
         number = keep_deployment(system, slot, f"rollback to {of}")
         deployment, changed = system.deploy(number)
     reply = deployed(deployment, changed)
-    return replace(reply, data={**reply.data, "from": of})
+    return reply._replace(data={**reply.data, "from": of})
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:
@@ -5641,7 +5639,7 @@ def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
     data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
     if args.repair:
         reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
-        return replace(reply, data={**reply.data, "would": mendable}, status=status)
+        return reply._replace(data={**reply.data, "would": mendable}, status=status)
     lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
     lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
     return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
@@ -5767,17 +5765,15 @@ DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "a
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """An option of a command, as argparse takes it."""
 
     flags: Sequence[str]
     help: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A line of the command table.
 
     Args:
