@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import struct
@@ -108,14 +107,15 @@ class Console:
 
 console = Console()
 
-# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name).
-HANDED_ON = re.compile(r"TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER", re.IGNORECASE)
+# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name). This and all
+# patterns below are texts: to compile those that a command does not use would take milliseconds of each.
+HANDED_ON = r"(?i:TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER)"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def clean_environment() -> dict[str, str]:
     """What programs get of the caller's environment, with a PATH and HOME of our own."""
-    handed_on = {name: value for name, value in os.environ.items() if HANDED_ON.fullmatch(name)}
+    handed_on = {name: value for name, value in os.environ.items() if re.fullmatch(HANDED_ON, name)}
     return {**handed_on, "PATH": SYSTEM_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"}
 
 
@@ -988,7 +988,7 @@ SEND_RENAME = 9
 SEND_REMOVES = {11, 12}  # UNLINK, RMDIR
 SEND_CHANGES = {13, 14, 15, 16, 17, 18, 19, 22}  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT
 SEND_PATH, SEND_PATH_TO = 15, 16
-ORPHAN = re.compile(r"o\d+-\d+-\d+")  # the name of what is on its way to another
+ORPHAN = r"o\d+-\d+-\d+"  # the name of what is on its way to another
 
 
 def changed_paths(old: Path, new: Path) -> dict[str, str]:
@@ -1012,7 +1012,7 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
 
     def note(path: str, kind: str) -> None:
         before = changes.get(path)
-        if ORPHAN.fullmatch(path.partition("/")[0]):
+        if re.fullmatch(ORPHAN, path.partition("/")[0]):
             return
         if {before, kind} == {"added", "removed"}:
             changes[path] = "changed"
@@ -1767,6 +1767,8 @@ def copy_content(old: BinaryIO, new: BinaryIO) -> None:
     try:
         fcntl.ioctl(new, FICLONE, old.fileno())
     except OSError:  # a directory without copy-on-write
+        import shutil
+
         shutil.copyfileobj(old, new)
         new.flush()
         os.fsync(new.fileno())
@@ -1797,6 +1799,8 @@ def remove_tree(path: Path) -> None:
     """Delete a file or a directory with all that is in it; nothing happens where there is none."""
     about_to(f"remove {path.name}")
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -1941,6 +1945,8 @@ class VarMerge:
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
+        import shutil
+
         if is_whiteout(changed):
             return
         if not os.path.lexists(live):
@@ -2807,9 +2813,9 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 # What programs make anew by themselves, or keep beside what they edit.
-NOT_DRIFT = re.compile(r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-")
+NOT_DRIFT = r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-"
 # The machine's own, whatever snapshot it runs.
-IDENTITY = re.compile(r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?")
+IDENTITY = r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?"
 # A line for each name; the columns are merged one by one, those with lists of members by member.
 ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "subgid"})
 MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
@@ -2860,7 +2866,7 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     """What was changed in a running /etc: "added", "removed" or "changed" for each path, parents first."""
     drift = {}
     for path in sorted(paths_below(base) | paths_below(running)):
-        if NOT_DRIFT.fullmatch(path):
+        if re.fullmatch(NOT_DRIFT, path):
             continue
         with contextlib.suppress(PermissionError):  # what cannot be read, and has another time, has changed
             if is_same(base / path, running / path) or is_special(running / path):
@@ -2953,7 +2959,7 @@ class EtcMerge:
         """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
         drift = etc_drift(self.base, self.running)
         for path in [p for p, kind in drift.items() if kind != "removed"]:
-            if IDENTITY.fullmatch(path):
+            if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
             elif fresh:
                 self._keep_aside(path)
@@ -2962,7 +2968,7 @@ class EtcMerge:
         for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
             self._carry_removal(path)
         if self.identity:
-            for path in [p for p in paths_below(self.running) if IDENTITY.fullmatch(p) and p not in drift]:
+            for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
                 self._carry_identity(path)
 
     def _carry(self, path: str) -> None:
@@ -3070,10 +3076,8 @@ BOOT_CONFIG_SHAPE = {
     "foreign?": str,
 }
 # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
-NOT_FOREIGN = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
-MENU_HEADER = re.compile(
-    r"^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$", re.MULTILINE
-)
+NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
+MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
 
 
 class BootConfig(NamedTuple):
@@ -3100,14 +3104,14 @@ class BootConfig(NamedTuple):
         entry = text[linux.end() : text.find("}", linux.end())]
         initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
-        foreign = [body.strip() for name, body in sections if not NOT_FOREIGN.search(name)]
+        foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
         options, rootflags = cls._split_options(linux[2])
         return cls(
             kernel=cls._in_boot(linux[1]),
             initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
             options=options,
             rootflags=rootflags,
-            header=list(dict.fromkeys(line.strip() for line in MENU_HEADER.findall(text))),
+            header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
 
@@ -4126,7 +4130,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
     write_file(layout.ids, numbers.dump())
     for folder, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
         run(["cp", "-a", "--reflink=auto", f"{root / folder}/.", shared])
-        shutil.rmtree(root / folder)
+        remove_tree(root / folder)
         (root / folder).mkdir()
     equip(layout, root, BASE, layout.part.read_text().strip())
     for name in ("etc", "boot"):
@@ -5531,6 +5535,7 @@ def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
 def edited(text: str) -> str:
     """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
     import shlex
+    import shutil
     import subprocess
     import tempfile
 
@@ -6012,10 +6017,17 @@ GLOBAL_OPTIONS = [
 ]
 
 SNAPSHOT_OPTIONS = ("-s", "--snap", "--snapshot")
+HELP_WIDTH = 80
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises AshError where the command line is wrong."""
+    """An argument parser that raises AshError where the command line is wrong.
+
+    Its help is as wide as a manual page: argparse would ask how wide the terminal is with every option that is added.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, formatter_class=partial(argparse.HelpFormatter, width=HELP_WIDTH))
 
     def error(self, message: str) -> NoReturn:
         raise AshError(message, f"{self.prog} -h", USAGE)
