@@ -1664,11 +1664,19 @@ def is_opaque(path: Path) -> bool:
         return False
 
 
+def status_of(path: Path) -> os.stat_result | None:
+    """What the kernel says of a path itself; None where there is none."""
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps."""
-    if not os.path.lexists(path):
+    status = status_of(path)
+    if status is None:
         return []
-    status = path.lstat()
     found = [(str(path.name), status.st_ino, status.st_ctime_ns)]
     if stat.S_ISDIR(status.st_mode):
         for name in sorted(os.listdir(path)):
@@ -2823,10 +2831,9 @@ MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
 
 def is_same(one: Path, other: Path) -> bool:
     """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
-    there = os.path.lexists(one), os.path.lexists(other)
-    if not all(there):
-        return not any(there)
-    a, b = one.lstat(), other.lstat()
+    a, b = status_of(one), status_of(other)
+    if a is None or b is None:
+        return a is b
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
         return False
     if stat.S_ISLNK(a.st_mode):
@@ -2856,9 +2863,14 @@ def has_plain_parents(folder: Path, path: str) -> bool:
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
     found: set[str] = set()
-    for here, folders, files in os.walk(folder):
-        inside = f"{here}/"[len(str(folder)) + 1 :]  # by text: a Path for each would take ten times as long
-        found.update(inside + name for name in (*folders, *files))
+    todo = [""]
+    while todo:
+        inside = todo.pop()  # by text: a Path for each would take ten times as long
+        with contextlib.suppress(OSError), os.scandir(f"{folder}/{inside}") as entries:
+            for entry in entries:
+                found.add(inside + entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{inside}{entry.name}/")
     return found
 
 
