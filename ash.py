@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import stat
 import struct
@@ -31,10 +30,9 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self
 
 if TYPE_CHECKING:
     import subprocess
@@ -109,15 +107,15 @@ class HangUp(Exception):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Console:
     """How much ash prints, and in what form."""
 
-    verbose: bool = False
-    quiet: bool = False
-    json: bool = False
-    hushed: bool = False  # what goes on is told otherwise
-    started: float = field(default_factory=time.monotonic)
+    def __init__(self) -> None:
+        self.verbose = False
+        self.quiet = False
+        self.json = False
+        self.hushed = False  # what goes on is told otherwise
+        self.started = time.monotonic()
 
     @property
     def silent(self) -> bool:
@@ -132,14 +130,15 @@ class Console:
 
 console = Console()
 
-# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name).
-HANDED_ON = re.compile(r"TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER", re.IGNORECASE)
+# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name). This and all
+# patterns below are texts: to compile those that a command does not use would take milliseconds of each.
+HANDED_ON = r"(?i:TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER)"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def clean_environment() -> dict[str, str]:
     """What programs get of the caller's environment, with a PATH and HOME of our own."""
-    handed_on = {name: value for name, value in os.environ.items() if HANDED_ON.fullmatch(name)}
+    handed_on = {name: value for name, value in os.environ.items() if re.fullmatch(HANDED_ON, name)}
     return {**handed_on, "PATH": SYSTEM_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"}
 
 
@@ -310,8 +309,7 @@ def private_mounts() -> None:
     mount("ash", PRIVATE, "tmpfs", MS_NOSUID, "mode=0700")
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """A line of mountinfo."""
 
     target: str
@@ -350,7 +348,6 @@ def mount_of(path: Path) -> Mount:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of one distribution on a btrfs file system.
 
@@ -360,11 +357,12 @@ class Layout:
         top: where the top level of the file system is mounted; None where ash only reads the running system.
     """
 
-    snapshots: Path
-    distro: str
-    top: Path | None = None
+    SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
 
-    SUBVOLUMES: ClassVar[tuple[str, ...]] = ("@.snapshots", "@boot", "@etc", "@home", "@var")
+    def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
+        self.snapshots = snapshots
+        self.distro = distro
+        self.top = top
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
@@ -626,6 +624,11 @@ def to_number(text: str) -> int | None:
     return number if is_number(number) else None
 
 
+def fields_of(kind: type[NamedTuple], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a file's data there is a field for; what another ash may have written beside is passed over."""
+    return {name: data[name] for name in kind._fields if name in data}
+
+
 class Tree:
     """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
 
@@ -690,9 +693,13 @@ class Tree:
 
     def dump(self) -> str:
         """The tree as its file has it."""
-        from anytree.exporter import DictExporter
+        return json.dumps(self._as_data(self.root)) + "\n"
 
-        return json.dumps(DictExporter().export(self.root)) + "\n"
+    @classmethod
+    def _as_data(cls, node: AnyNode) -> dict[str, Any]:
+        """A node with what is below it, as anytree's DictExporter has it, which imports exporters of all kinds."""
+        below = [cls._as_data(child) for child in node.children]
+        return {"name": node.name, **({"children": below} if below else {})}
 
     def numbers(self) -> list[int]:
         """All snapshots, parents first."""
@@ -757,15 +764,12 @@ CONF_EXAMPLE = """\
 """
 
 
-@dataclass(frozen=True)
 class Configuration:
     """What /etc/ash.conf says."""
 
-    values: Mapping[str, str] = field(default_factory=dict)
-
     # What a value must be, and how that is said.
-    SWITCH: ClassVar[tuple[str, str]] = ("True|False", "True or False")
-    ANYTHING: ClassVar[tuple[str, str]] = (".*", "")
+    SWITCH = ("True|False", "True or False")
+    ANYTHING = (".*", "")
     KEYS: ClassVar[Mapping[str, tuple[str, str]]] = {
         "aur": SWITCH,
         "auto_upgrade": ("none|check|stage|deploy|reboot", "none, check, stage, deploy or reboot"),
@@ -774,6 +778,9 @@ class Configuration:
         "mutable_dirs": ANYTHING,
         "mutable_dirs_shared": ANYTHING,
     }
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = values
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
@@ -904,13 +911,16 @@ def ask_btrfs(folder: Path, request: int, argument: bytes | int = 0) -> bytes:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Subvolume:
+class Subvolume(NamedTuple):
     """What the kernel says of a subvolume."""
 
     id: int
     readonly: bool
     made: int  # seconds since 1970
+    uuid: bytes
+    source_uuid: bytes  # of the subvolume that it was copied from; zeros where it was made empty
+    made_in: int  # the number of btrfs's transaction
+    changed_in: int
 
     @classmethod
     def at(cls, path: Path) -> Subvolume:
@@ -920,9 +930,32 @@ class Subvolume:
             OSError: there is no such path, or it is not on btrfs.
         """
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
-        # struct btrfs_ioctl_get_subvol_info_args: treeid at 0, flags at 288, otime at 392.
-        ident, flags, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 288, 392))
-        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made)
+        # struct btrfs_ioctl_get_subvol_info_args: treeid at 0; flags, uuid, parent_uuid at 288; ctransid, otransid at
+        # 344; otime at 392.
+        flags, uuid, source_uuid = struct.unpack_from("=Q16s16s", answer, 288)
+        changed_in, made_in = struct.unpack_from("=QQ", answer, 344)
+        ident, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 392))
+        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made, uuid, source_uuid, made_in, changed_in)
+
+
+class Contents:
+    """Tells which subvolumes hold the same, by what btrfs notes of them: nothing in them is read.
+
+    A copy to which nothing was written is what its source was when that was last written to.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, int], int] = {}  # by uuid, and the transaction of its last change
+
+    def of(self, path: Path) -> int:
+        """The same number for all that surely hold the same: the id of the first of them that was asked for."""
+        sub = Subvolume.at(path)
+        states = [(sub.uuid, sub.changed_in)]
+        if any(sub.source_uuid) and sub.changed_in <= sub.made_in:
+            states.append((sub.source_uuid, sub.changed_in))
+        content = next((self._known[state] for state in states if state in self._known), sub.id)
+        self._known |= dict.fromkeys(states, content)
+        return content
 
 
 def is_subvolume(path: Path) -> bool:
@@ -1033,7 +1066,7 @@ SEND_RENAME = 9
 SEND_REMOVES = {11, 12}  # UNLINK, RMDIR
 SEND_CHANGES = {13, 14, 15, 16, 17, 18, 19, 22}  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT
 SEND_PATH, SEND_PATH_TO = 15, 16
-ORPHAN = re.compile(r"o\d+-\d+-\d+")  # the name of what is on its way to another
+ORPHAN = r"o\d+-\d+-\d+"  # the name of what is on its way to another
 
 
 def changed_paths(old: Path, new: Path) -> dict[str, str]:
@@ -1057,7 +1090,7 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
 
     def note(path: str, kind: str) -> None:
         before = changes.get(path)
-        if ORPHAN.fullmatch(path.partition("/")[0]):
+        if re.fullmatch(ORPHAN, path.partition("/")[0]):
             return
         if {before, kind} == {"added", "removed"}:
             changes[path] = "changed"
@@ -1266,8 +1299,7 @@ def mount_top(device: Path, readonly: bool = False) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TransientFile:
+class TransientFile(NamedTuple):
     """A file that is in a root only while a program runs in a transaction."""
 
     text: str
@@ -1298,7 +1330,7 @@ class Distro:
     # The command that tells all about what problems() finds.
     audit: ClassVar[str] = ""
     # Packages that a running system cannot change under its own feet: libc, init, and what all talk to.
-    not_live: ClassVar[re.Pattern[str]] = re.compile("(?!)")
+    not_live: ClassVar[str] = "(?!)"
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -1421,8 +1453,7 @@ FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
 FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
 
 
-@dataclass(frozen=True)
-class Overlay:
+class Overlay(NamedTuple):
     """A writable view of a directory that leaves it as it is: what is written goes to `upper`."""
 
     lower: Path
@@ -1435,8 +1466,7 @@ class Overlay:
         mount("overlay", target, "overlay", data=f"{dirs},redirect_dir=off,metacopy=off,index=off")
 
 
-@dataclass(frozen=True)
-class Chroot:
+class Chroot(NamedTuple):
     """A root in which programs run with mount, process, IPC and host name namespaces of their own.
 
     Args:
@@ -1450,10 +1480,10 @@ class Chroot:
     """
 
     root: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = {}
     var: Overlay | None = None
     binds: Sequence[tuple[Path, str]] = ()
-    transient: Mapping[str, TransientFile] = field(default_factory=dict)
+    transient: Mapping[str, TransientFile] = {}
     disks: bool = False
     resolver: bool = True
 
@@ -1754,11 +1784,19 @@ def is_opaque(path: Path) -> bool:
         return False
 
 
+def status_of(path: Path) -> os.stat_result | None:
+    """What the kernel says of a path itself; None where there is none."""
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
 def fingerprint(path: Path) -> list[tuple[str, int, int]]:
     """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps."""
-    if not os.path.lexists(path):
+    status = status_of(path)
+    if status is None:
         return []
-    status = path.lstat()
     found = [(str(path.name), status.st_ino, status.st_ctime_ns)]
     if stat.S_ISDIR(status.st_mode):
         for name in sorted(os.listdir(path)):
@@ -1857,6 +1895,8 @@ def copy_content(old: BinaryIO, new: BinaryIO) -> None:
     try:
         fcntl.ioctl(new, FICLONE, old.fileno())
     except OSError:  # a directory without copy-on-write
+        import shutil
+
         shutil.copyfileobj(old, new)
         new.flush()
         os.fsync(new.fileno())
@@ -1887,6 +1927,8 @@ def remove_tree(path: Path) -> None:
     """Delete a file or a directory with all that is in it; nothing happens where there is none."""
     about_to(f"remove {path.name}")
     if path.is_dir() and not path.is_symlink():
+        import shutil
+
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -1915,7 +1957,6 @@ def is_there_already(changed: Path, live: Path) -> bool:
     return True
 
 
-@dataclass
 class VarMerge:
     """Brings what a transaction wrote into the live /var.
 
@@ -1928,16 +1969,19 @@ class VarMerge:
         delete: the entries in which deletions are applied; where a package was removed, its data stays.
     """
 
-    upper: Path
-    origin: Path
-    live: Path
-    distro: Distro
-    conflicts: Path
-    delete: Iterable[str]
-    token: str = field(default_factory=lambda: os.urandom(8).hex())  # in names of files that are being written
-    in_conflict: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    _opened: set[tuple[int, int]] | None = None
+    def __init__(
+        self, upper: Path, origin: Path, live: Path, distro: Distro, conflicts: Path, *, delete: Iterable[str]
+    ) -> None:
+        self.upper = upper
+        self.origin = origin
+        self.live = live
+        self.distro = distro
+        self.conflicts = conflicts
+        self.delete = delete
+        self.token = os.urandom(8).hex()  # in names of files that are being written
+        self.in_conflict: list[str] = []
+        self.kept: list[str] = []
+        self._opened: set[tuple[int, int]] | None = None
 
     def entries(self) -> list[str]:
         """The entries that the transaction changed, by their paths from /var."""
@@ -2029,6 +2073,8 @@ class VarMerge:
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
+        import shutil
+
         if is_whiteout(changed):
             return
         if not os.path.lexists(live):
@@ -2049,15 +2095,14 @@ class VarMerge:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a command did to a snapshot; `--json` prints it, the history keeps it."""
 
     snapshot: int
     changed: bool = False
-    added: Mapping[str, str] = field(default_factory=dict)
-    removed: Mapping[str, str] = field(default_factory=dict)
-    upgraded: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    added: Mapping[str, str] = {}
+    removed: Mapping[str, str] = {}
+    upgraded: Mapping[str, tuple[str, str]] = {}
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
     kept: Sequence[str] = ()
@@ -2095,8 +2140,19 @@ class Change:
         return "\n".join(lines)
 
 
-@dataclass
-class Intent:
+INTENT_SHAPE = {
+    "state": lambda state: state in ("open", "kept", "live", "commit", "merge", "number"),
+    "old?": is_number,
+    "new?": is_number,
+    "entries?": [is_inner_path],
+    "copies?": [lambda folder: folder in ("etc", "boot")],
+    "delete?": [is_inner_path],
+    "homes?": [str],
+    "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
+}
+
+
+class Intent(NamedTuple):
     """What is under way on a snapshot, so that it can be finished or undone after a crash.
 
     `state` is one of
@@ -2111,22 +2167,11 @@ class Intent:
     state: str
     old: int = 0  # subvolume ids, before and after
     new: int = 0
-    entries: list[str] = field(default_factory=list)  # of /var
-    copies: list[str] = field(default_factory=list)  # of "etc" and "boot": to be renewed
-    delete: list[str] = field(default_factory=list)  # entries in which deletions are applied
-    homes: list[str] = field(default_factory=list)  # home directories that were there when it began
+    entries: Sequence[str] = ()  # of /var
+    copies: Sequence[str] = ()  # of "etc" and "boot": to be renewed
+    delete: Sequence[str] = ()  # entries in which deletions are applied
+    homes: Sequence[str] = ()  # home directories that were there when it began
     slot: str = ""
-
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "state": lambda state: state in ("open", "kept", "live", "commit", "merge", "number"),
-        "old?": is_number,
-        "new?": is_number,
-        "entries?": [is_inner_path],
-        "copies?": [lambda folder: folder in ("etc", "boot")],
-        "delete?": [is_inner_path],
-        "homes?": [str],
-        "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
-    }
 
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
@@ -2134,13 +2179,12 @@ class Intent:
         if not os.path.lexists(folder / "intent"):
             return None
         try:
-            data = from_json(read_text(folder / "intent"), cls.SHAPE)
-            return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+            return cls(**fields_of(cls, from_json(read_text(folder / "intent"), INTENT_SHAPE)))
         except ValueError:
             raise AshError(f"the intent file of snapshot {folder.name} is damaged", "ash unlock N drops it") from None
 
     def save(self, folder: Path) -> None:
-        write_file(folder / "intent", json.dumps(vars(self)))
+        write_file(folder / "intent", json.dumps(self._asdict()))
 
 
 class Unfinished(AshError):
@@ -2246,7 +2290,7 @@ class Workplace:
     def swap(self, new: Path, intent: Intent) -> Intent:
         """Exchange the snapshot with another subvolume: this is the commit. Returns the intent, to be finished."""
         rootfs = self.layout.rootfs(self.snapshot)
-        intent = replace(intent, state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
+        intent = intent._replace(state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
         intent.save(self.folder)
         sync_filesystem(self.layout.snapshots)
         exchange(rootfs, new)
@@ -2281,7 +2325,7 @@ class Workplace:
         """Merge what was written to /var, as far as that has not been done."""
         layout = self.layout
         conflicts = layout.conflicts(self.snapshot)
-        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, intent.delete)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
             with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
                 self._merge(merge, intent.entries)
@@ -2345,8 +2389,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@dataclass(frozen=True)
-class Findings:
+class Findings(NamedTuple):
     """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
 
     paths: Mapping[str, str]  # "added", "removed" or "changed"
@@ -2416,7 +2459,7 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
-                replace(self.intent, state="kept").save(self.place.folder)
+                self.intent._replace(state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
                 self.place.drop()
             else:
@@ -2427,7 +2470,7 @@ class Transaction:
         intent = Intent.load(self.place.folder)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
-        self.intent = replace(intent, state="open")
+        self.intent = intent._replace(state="open")
         self.intent.save(self.place.folder)
 
     def _require_space(self) -> None:
@@ -2442,7 +2485,7 @@ class Transaction:
 
     def _begin(self) -> None:
         self.place.folder.mkdir(parents=True, exist_ok=True)
-        self.intent.homes = sorted(os.listdir(self.layout.home))
+        self.intent = self.intent._replace(homes=sorted(os.listdir(self.layout.home)))
         self.intent.save(self.place.folder)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
@@ -2503,7 +2546,7 @@ class Transaction:
         """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
         try:
             found = self._conclude()
-            intent = replace(found.intent, state="merge", copies=sorted(found.folders & {"etc", "boot"}))
+            intent = found.intent._replace(state="merge", copies=sorted(found.folders & {"etc", "boot"}))
             if found.paths:
                 intent = self.place.swap(self.root, intent)
             else:
@@ -2527,11 +2570,11 @@ class Transaction:
         self._take_database_files()
         set_readonly(self.root)
         paths = self._changed_paths()
-        merge = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(self.snapshot), ())
+        merge = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(self.snapshot), delete=())
         entries = merge.entries()
         before, after = self._packages(paths)
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
-        return Findings(paths, before, after, replace(self.intent, entries=entries, delete=delete))
+        return Findings(paths, before, after, self.intent._replace(entries=entries, delete=delete))
 
     def _made(self, found: Findings, merge: VarMerge) -> Change:
         return Change.between(
@@ -2657,14 +2700,14 @@ FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and F
 SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
 
 
-@dataclass
 class Numbers:
     """The names and numbers that were ever given, for each of NUMBERED_FILES.
 
     In subuid and subgid a name's number is where its range begins.
     """
 
-    given: dict[str, dict[str, int]] = field(default_factory=lambda: {name: {} for name in NUMBERED_FILES})
+    def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
+        self.given = {name: {} for name in NUMBERED_FILES} if given is None else given
 
     @classmethod
     def load(cls, path: Path) -> Numbers:
@@ -2935,7 +2978,7 @@ def mutable_folders(root: Path, snapshot: int) -> list[tuple[str, str]]:
     The one is a path from @.snapshots_D, the other from the root.
     """
     path = path_inside(root, "etc/ash.conf")
-    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration()
+    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
     own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
     return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
@@ -2987,9 +3030,9 @@ def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 # What programs make anew by themselves, or keep beside what they edit.
-NOT_DRIFT = re.compile(r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-")
+NOT_DRIFT = r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-"
 # The machine's own, whatever snapshot it runs.
-IDENTITY = re.compile(r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?")
+IDENTITY = r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?"
 # A line for each name; the columns are merged one by one, those with lists of members by member.
 ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "subgid"})
 MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
@@ -2997,10 +3040,9 @@ MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
 
 def is_same(one: Path, other: Path) -> bool:
     """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
-    there = os.path.lexists(one), os.path.lexists(other)
-    if not all(there):
-        return not any(there)
-    a, b = one.lstat(), other.lstat()
+    a, b = status_of(one), status_of(other)
+    if a is None or b is None:
+        return a is b
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
         return False
     if stat.S_ISLNK(a.st_mode):
@@ -3030,9 +3072,14 @@ def has_plain_parents(folder: Path, path: str) -> bool:
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
     found: set[str] = set()
-    for here, folders, files in os.walk(folder):
-        inside = f"{here}/"[len(str(folder)) + 1 :]  # by text: a Path for each would take ten times as long
-        found.update(inside + name for name in (*folders, *files))
+    todo = [""]
+    while todo:
+        inside = todo.pop()  # by text: a Path for each would take ten times as long
+        with contextlib.suppress(OSError), os.scandir(f"{folder}/{inside}") as entries:
+            for entry in entries:
+                found.add(inside + entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{inside}{entry.name}/")
     return found
 
 
@@ -3040,7 +3087,7 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     """What was changed in a running /etc: "added", "removed" or "changed" for each path, parents first."""
     drift = {}
     for path in sorted(paths_below(base) | paths_below(running)):
-        if NOT_DRIFT.fullmatch(path):
+        if re.fullmatch(NOT_DRIFT, path):
             continue
         with contextlib.suppress(PermissionError):  # what cannot be read, and has another time, has changed
             if is_same(base / path, running / path) or is_special(running / path):
@@ -3106,7 +3153,6 @@ def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | N
     return ":".join(merged)
 
 
-@dataclass
 class EtcMerge:
     """Carries what was changed in a running /etc over into another one.
 
@@ -3120,21 +3166,32 @@ class EtcMerge:
         keeps: whether anything is put into the conflicts folder.
     """
 
-    base: Path
-    running: Path
-    target: Path
-    conflicts: Path
-    own_fstab: Callable[[str], str]
-    identity: bool = True
-    keeps: bool = True
-    carried: list[str] = field(default_factory=list)
-    in_conflict: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        base: Path,
+        running: Path,
+        target: Path,
+        conflicts: Path,
+        own_fstab: Callable[[str], str],
+        *,
+        identity: bool = True,
+        keeps: bool = True,
+    ) -> None:
+        self.base = base
+        self.running = running
+        self.target = target
+        self.conflicts = conflicts
+        self.own_fstab = own_fstab
+        self.identity = identity
+        self.keeps = keeps
+        self.carried: list[str] = []
+        self.in_conflict: list[str] = []
 
     def merge(self, fresh: bool = False) -> None:
         """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
         drift = etc_drift(self.base, self.running)
         for path in [p for p, kind in drift.items() if kind != "removed"]:
-            if IDENTITY.fullmatch(path):
+            if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
             elif fresh:
                 self._keep_aside(path)
@@ -3143,7 +3200,7 @@ class EtcMerge:
         for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
             self._carry_removal(path)
         if self.identity:
-            for path in [p for p in paths_below(self.running) if IDENTITY.fullmatch(p) and p not in drift]:
+            for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
                 self._carry_identity(path)
 
     def _carry(self, path: str) -> None:
@@ -3246,31 +3303,28 @@ def fstab_of_user(text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BootConfig:
+BOOT_CONFIG_SHAPE = {
+    "kernel": is_inner_path,
+    "initrds": [is_inner_path],
+    "options": str,
+    "rootflags?": str,
+    "header?": [str],
+    "foreign?": str,
+}
+# Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
+NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
+MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+
+
+class BootConfig(NamedTuple):
     """What ash takes of a snapshot's own grub-mkconfig."""
 
     kernel: str  # names in /boot
     initrds: Sequence[str]
     options: str
     rootflags: str = ""  # beside the subvolume
-    header: Sequence[str] = field(default_factory=list)  # terminals and timeout
+    header: Sequence[str] = ()  # terminals and timeout
     foreign: str = ""  # other systems, and the user's own entries
-
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "kernel": is_inner_path,
-        "initrds": [is_inner_path],
-        "options": str,
-        "rootflags?": str,
-        "header?": [str],
-        "foreign?": str,
-    }
-
-    # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
-    NOT_FOREIGN: ClassVar[re.Pattern[str]] = re.compile(r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$")
-    HEADER: ClassVar[re.Pattern[str]] = re.compile(
-        r"^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$", re.MULTILINE
-    )
 
     @classmethod
     def parse(cls, text: str) -> BootConfig:
@@ -3286,14 +3340,14 @@ class BootConfig:
         entry = text[linux.end() : text.find("}", linux.end())]
         initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
-        foreign = [body.strip() for name, body in sections if not cls.NOT_FOREIGN.search(name)]
+        foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
         options, rootflags = cls._split_options(linux[2])
         return cls(
             kernel=cls._in_boot(linux[1]),
             initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
             options=options,
             rootflags=rootflags,
-            header=list(dict.fromkeys(line.strip() for line in cls.HEADER.findall(text))),
+            header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
 
@@ -3317,8 +3371,24 @@ class BootConfig:
         return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
 
 
-@dataclass(frozen=True)
-class Deployment:
+DEPLOYMENT_SHAPE = {
+    "slot": str,
+    "id": is_name,
+    "snapshot": is_number,
+    "source": is_number,
+    "name": str,
+    "inputs": str,
+    "config": BOOT_CONFIG_SHAPE,
+    "mutable?": bool,
+    "etc_from?": str,
+    "etc_state?": str,
+    "carried?": [str],
+    "conflicts?": [str],
+    "conflicts_folder?": str,
+}
+
+
+class Deployment(NamedTuple):
     """A bootable writable clone of a snapshot, in a slot."""
 
     slot: str
@@ -3331,49 +3401,26 @@ class Deployment:
     mutable: bool = False
     etc_from: str = ""  # the slot whose changes of /etc were carried over
     etc_state: str = ""  # a digest of that /etc as it was then
-    carried: Sequence[str] = field(default_factory=list)
-    conflicts: Sequence[str] = field(default_factory=list)
+    carried: Sequence[str] = ()
+    conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
 
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "slot": str,
-        "id": is_name,
-        "snapshot": is_number,
-        "source": is_number,
-        "name": str,
-        "inputs": str,
-        "config": BootConfig.SHAPE,
-        "mutable?": bool,
-        "etc_from?": str,
-        "etc_state?": str,
-        "carried?": [str],
-        "conflicts?": [str],
-        "conflicts_folder?": str,
-    }
 
-
-Fields = TypeVar("Fields")
-
-
-def from_fields(kind: Callable[..., Fields], data: Mapping[str, Any]) -> Fields:
-    """A dataclass from what its file has for it; what another ash may have written beside is passed over."""
-    known: Container[str] = vars(kind)["__dataclass_fields__"]
-    return kind(**{name: value for name, value in data.items() if name in known})
-
-
-@dataclass
 class Menu:
     """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
-
-    default: str = ""  # slots
-    last_booted: str = ""
-    deployments: dict[str, Deployment] = field(default_factory=dict)
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
         "default": str,
         "last_booted": str,
-        "deployments": {"*": Deployment.SHAPE},
+        "deployments": {"*": DEPLOYMENT_SHAPE},
     }
+
+    def __init__(
+        self, default: str = "", last_booted: str = "", deployments: Mapping[str, Deployment] | None = None
+    ) -> None:
+        self.default = default  # slots
+        self.last_booted = last_booted
+        self.deployments = dict(deployments or {})
 
     @classmethod
     def load(cls, path: Path) -> Menu:
@@ -3382,10 +3429,7 @@ class Menu:
             return cls()
         try:
             data = from_json(read_text(path), cls.SHAPE)
-            deployments = {
-                slot: from_fields(Deployment, {**entry, "config": from_fields(BootConfig, entry["config"])})
-                for slot, entry in data["deployments"].items()
-            }
+            deployments = {slot: cls._deployment(entry) for slot, entry in data["deployments"].items()}
             slots = {*SLOTS, *SECONDARY_SLOTS}
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
@@ -3394,10 +3438,15 @@ class Menu:
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
 
+    @staticmethod
+    def _deployment(entry: Mapping[str, Any]) -> Deployment:
+        config = BootConfig(**fields_of(BootConfig, entry["config"]))
+        return Deployment(**{**fields_of(Deployment, entry), "config": config})
+
     def dump(self) -> str:
         """The menu as its file has it."""
         entries = {
-            slot: {**vars(deployment), "config": vars(deployment.config)}
+            slot: {**deployment._asdict(), "config": deployment.config._asdict()}
             for slot, deployment in self.deployments.items()
         }
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
@@ -3608,8 +3657,7 @@ class Slots:
             write_file(self.layout.ids, numbers.dump())
         merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
-        return replace(
-            deployment,
+        return deployment._replace(
             etc_from="" if fresh else running,
             etc_state=etc_state(merge.running),
             carried=merge.carried,
@@ -3718,7 +3766,7 @@ class Slots:
         for slot in slots:
             others = Menu()  # none has the same inputs
             inputs, config = boot_config(self.layout.rootfs(slot), others, self.layout.grub_cfg.parent)
-            self.menu.deployments[slot] = replace(self.menu.deployments[slot], inputs=inputs, config=config)
+            self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
 
@@ -4108,7 +4156,7 @@ class System:
                 elif has_plain_parents(self.layout.var, str(inside)):
                     remove_tree(self.layout.var / inside)
             sync_filesystem(self.layout.snapshots)
-        return replace(change, kept=kept)
+        return change._replace(kept=kept)
 
     def newer_state(self, change: Change) -> list[str]:
         """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
@@ -4298,22 +4346,22 @@ class System:
 # ---------------------------------------------------------------------------------------------------------------
 
 # What makes a unit start with the system: a link in a folder of the unit that wants it.
-WANTED = re.compile(r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)")
-UNIT_FILE = re.compile(r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))")
-TMPFILES = re.compile(r"usr/lib/tmpfiles\.d/([^/]+\.conf)")
-KERNEL = re.compile(r"boot/vmlinu[xz]-(.+)")
+WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
+UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
+TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
+KERNEL = r"boot/vmlinu[xz]-(.+)"
 
 
-@dataclass
 class Live:
     """What a change did to the running system."""
 
-    changed: bool = False
-    started: list[str] = field(default_factory=list)
-    stopped: list[str] = field(default_factory=list)
-    waiting: list[str] = field(default_factory=list)  # for the reboot
-    conflicts: list[str] = field(default_factory=list)  # of /etc
-    error: str = ""
+    def __init__(self) -> None:
+        self.changed = False
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.waiting: list[str] = []  # for the reboot
+        self.conflicts: list[str] = []  # of /etc
+        self.error = ""
 
     def text(self) -> str:
         """What the user is told."""
@@ -4373,7 +4421,7 @@ class LivePlace(Workplace):
     def paths(self) -> set[str]:
         """What is put in place of the changed paths: not /etc, which others change meanwhile, and no kernel."""
         changed = changed_paths(self.before, self.root)
-        kernels = {found[1] for path in changed if (found := KERNEL.fullmatch(path))}
+        kernels = {found[1] for path in changed if (found := re.fullmatch(KERNEL, path))}
         elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
         return {path for path in changed if not path.startswith(elsewhere)}
 
@@ -4425,14 +4473,14 @@ class LiveTransaction(Transaction):
         try:
             found = self._conclude()
             replaced = {name for name, old in found.before.items() if found.after.get(name) != old}
-            self.live.waiting = sorted(name for name in replaced if self.distro.not_live.fullmatch(name))
+            self.live.waiting = sorted(name for name in replaced if re.fullmatch(self.distro.not_live, name))
             if self.live.waiting:
                 place.drop()
                 return
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
             with Lock(self.layout.work("deploy") / "lock", "deploying", wait=600):
                 slot = self.layout.rootfs(self.slot)
-                intent = replace(found.intent, state="live", slot=self.slot, old=subvolume_id(slot))
+                intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
                 intent.save(place.folder)
                 sync_filesystem(self.layout.snapshots)
                 services.stop(found.paths)
@@ -4451,12 +4499,17 @@ class LiveTransaction(Transaction):
         place.drop()
 
 
-@dataclass
 class Services:
-    """The services of the running system when its files change; `live` gets what was done."""
+    """The services of the running system when its files change; `live` gets what was done.
 
-    live: Live
-    running: bool  # whether that is what runs here
+    Args:
+        live: what was done, to be added to.
+        running: whether that system is what runs here.
+    """
+
+    def __init__(self, live: Live, running: bool) -> None:
+        self.live = live
+        self.running = running
 
     @property
     def has_systemd(self) -> bool:
@@ -4464,7 +4517,9 @@ class Services:
 
     def stop(self, paths: Mapping[str, str]) -> None:
         """Stop the services whose unit files go."""
-        gone = {found[1] for path, kind in paths.items() if kind == "removed" and (found := UNIT_FILE.fullmatch(path))}
+        gone = {
+            found[1] for path, kind in paths.items() if kind == "removed" and (found := re.fullmatch(UNIT_FILE, path))
+        }
         for unit in sorted(gone):
             if self._is_active(unit):
                 run(["systemctl", "stop", unit])
@@ -4477,10 +4532,10 @@ class Services:
         if not self.has_systemd:
             return
         added = [path for path, kind in paths.items() if kind == "added"]
-        if tmpfiles := [found[1] for path in added if (found := TMPFILES.fullmatch(path))]:
+        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(TMPFILES, path))]:
             run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
         run(["systemctl", "daemon-reload"])
-        wanted = [found.groups() for path in added if (found := WANTED.fullmatch(path))]
+        wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
         for unit in sorted({unit for wanting, unit in wanted if self._is_active(wanting)}):
             self.live.started.append(unit)
             run(["systemctl", "start", unit])
@@ -4505,19 +4560,19 @@ class Services:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Branch:
     """A snapshot that a tree command works on, and what came of it."""
 
-    number: int
-    parent: int | None
-    process: int = 0
-    answer: int = -1  # the pipe on which the process says what it did
-    output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
-    began: float = 0
-    change: Change | None = None
-    error: str = ""
-    hint: str = ""
+    def __init__(self, number: int, parent: int | None) -> None:
+        self.number = number
+        self.parent = parent
+        self.process = 0
+        self.answer = -1  # the pipe on which the process says what it did
+        self.output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
+        self.began = 0.0
+        self.change: Change | None = None
+        self.error = ""
+        self.hint = ""
 
     @property
     def is_done(self) -> bool:
@@ -4598,7 +4653,7 @@ class Crew:
                 os.dup2(branch.output.fileno(), 1)
                 os.dup2(branch.output.fileno(), 2)
             with contextlib.nullcontext() if self.shown else hushed():
-                said = {"change": vars(work(branch.number))}
+                said = {"change": work(branch.number)._asdict()}
         except AshError as error:
             said = {"error": error.message.strip(), "hint": error.hint}
         except OSError as error:
@@ -4638,6 +4693,8 @@ class Crew:
         """On a terminal, a line for each snapshot, in the place of those that were drawn last."""
         if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
             return
+        import shutil
+
         width = shutil.get_terminal_size().columns
         up = f"\x1b[{self.drawn}A" if self.drawn else ""
         lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}"[: width - 1] for branch in self.branches]
@@ -4727,21 +4784,21 @@ def share_file(source: Path, target: Path, size: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Profile:
     """What a profile file says; each section of it is a list of lines."""
 
-    name: str
-    sections: Mapping[str, Sequence[str]]
-
     # Sections with packages: what must be there, what is taken where the archives have it.
-    WANTED: ClassVar[tuple[str, ...]] = ("packages", "generic", "init", "greeter")
-    OPTIONAL: ClassVar[str] = "packages::optional"
+    WANTED = ("packages", "generic", "init", "greeter")
+    OPTIONAL = "packages::optional"
     SERVICES: ClassVar[Mapping[str, Sequence[str]]] = {
         "services::systemd": ("systemctl", "enable"),
         "services::openrc": ("rc-update", "add"),
     }
-    SECTIONS: ClassVar[frozenset[str]] = frozenset({*WANTED, OPTIONAL, *SERVICES, "commands", "presets", "notes"})
+    SECTIONS = frozenset({*WANTED, OPTIONAL, *SERVICES, "commands", "presets", "notes"})
+
+    def __init__(self, name: str, sections: Mapping[str, Sequence[str]]) -> None:
+        self.name = name
+        self.sections = sections
 
     @classmethod
     def parse(cls, name: str, text: str) -> Profile:
@@ -4879,7 +4936,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
     write_file(layout.ids, numbers.dump())
     for folder, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
         run(["cp", "-a", "--reflink=auto", f"{root / folder}/.", shared])
-        shutil.rmtree(root / folder)
+        remove_tree(root / folder)
         (root / folder).mkdir()
     equip(layout, root, BASE, layout.part.read_text().strip())
     for name in ("etc", "boot"):
@@ -4892,8 +4949,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
 
     packages: Change
@@ -4965,7 +5021,6 @@ def patch(old: Path, new: Path, path: str) -> str:
 FOUND = "found by fsck"  # the description of a snapshot of which nothing else is known
 
 
-@dataclass(frozen=True)
 class Damage:
     """Something that fsck found.
 
@@ -4976,10 +5031,19 @@ class Damage:
         mend: mends it; called where `fsck --repair` was asked for.
     """
 
-    what: str
-    snapshot: int | None = None
-    remedy: str = field(default="", compare=False)
-    mend: Callable[[], None] | None = field(default=None, compare=False)
+    def __init__(
+        self, what: str, snapshot: int | None = None, remedy: str = "", mend: Callable[[], None] | None = None
+    ) -> None:
+        self.what = what
+        self.snapshot = snapshot
+        self.remedy = remedy
+        self.mend = mend
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Damage) and (self.what, self.snapshot) == (other.what, other.snapshot)
+
+    def __hash__(self) -> int:
+        return hash((self.what, self.snapshot))
 
     def text(self) -> str:
         what = one_line(self.what)
@@ -5341,7 +5405,10 @@ class Check:
         self.system = system
         self.layout = system.layout
         self.mender = Mender(system)
-        self._known: dict[int, list[str]] = {}  # problems of packages, by subvolume id: what looks again need not ask
+        # What was found in contents: snapshots share them, and what looks again need not look at all of them again.
+        self._contents = Contents()
+        self._known_problems: dict[int, list[str]] = {}
+        self._known_differences: dict[tuple[int, int], str] = {}  # of a copy, from its folder of a root
 
     def run(self) -> Iterator[Damage]:
         """All damage there is; what is interrupted comes first, since to finish it mends more."""
@@ -5408,10 +5475,17 @@ class Check:
             yield Damage(problem, number, audit)
 
     def _problems(self, root: Path) -> list[str]:
-        ident = subvolume_id(root)
-        if ident not in self._known:
-            self._known[ident] = self.system.distro.problems(root)
-        return self._known[ident]
+        content = self._contents.of(root)
+        if content not in self._known_problems:
+            self._known_problems[content] = self.system.distro.problems(root)
+        return self._known_problems[content]
+
+    def _difference(self, copy: Path, root: Path, folder: str) -> str:
+        """The first path at which a copy of a root's folder differs from it; empty where it does not."""
+        contents = self._contents.of(copy), self._contents.of(root)
+        if contents not in self._known_differences:
+            self._known_differences[contents] = first_difference(copy, root / folder)
+        return self._known_differences[contents]
 
     def _copy(self, number: int, folder: str) -> Iterator[Damage]:
         copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
@@ -5420,7 +5494,7 @@ class Check:
             yield Damage(f"its /{folder} is no folder", number)
         elif not is_subvolume(copy):
             yield Damage(f"{copy.name} is missing", number, remedy, renew)
-        elif different := first_difference(copy, original):
+        elif different := self._difference(copy, self.layout.rootfs(number), folder):
             yield Damage(f"{copy.name} differs from its /{folder}: {different}", number, remedy, renew)
         elif not Subvolume.at(copy).readonly:
             protect = partial(self.mender.protect, number, copy)
@@ -5571,8 +5645,7 @@ def first_difference(one: Path, other: Path) -> str:
     return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
 
 
-@dataclass(frozen=True)
-class Repaired:
+class Repaired(NamedTuple):
     """What a repair did: the damage that it mended, and what is left with the reason, if one is known."""
 
     mended: Sequence[Damage]
@@ -5614,12 +5687,12 @@ def attempt(damage: Damage) -> str | None:
 FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
 
 
-@dataclass(frozen=True)
 class Wishes:
     """What was done to the packages of a snapshot since some time, by their names."""
 
-    added: set[str] = field(default_factory=set)
-    removed: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.added: set[str] = set()
+        self.removed: set[str] = set()
 
     @classmethod
     def of(cls, number: int, history: Iterable[Mapping[str, Any]], without: Container[str] = ()) -> Wishes:
@@ -5639,9 +5712,8 @@ class Wishes:
         opposite.difference_update(names)
 
 
-@dataclass(frozen=True)
 class Following:
-    """What a branch is to take over from its parent.
+    """What a branch is to take over from its parent, to be done in a transaction.
 
     Args:
         system: theirs.
@@ -5649,10 +5721,11 @@ class Following:
         keep: whether what the parent removed stays in the branch.
     """
 
-    system: System
-    parent: int
-    number: int
-    keep: bool = False
+    def __init__(self, system: System, parent: int, number: int, keep: bool = False) -> None:
+        self.system = system
+        self.parent = parent
+        self.number = number
+        self.keep = keep
 
     def __call__(self, work: Transaction) -> None:
         """Give a transaction on the branch the packages and the new configuration of the parent."""
@@ -5679,7 +5752,7 @@ class Following:
         """Take over the files of the parent's /etc that came after the branch was made and that it has not."""
         theirs, ours = self.system.layout.rootfs(self.parent) / "etc", work.root / "etc"
         for path in sorted(paths_below(theirs)):
-            own_business = NOT_DRIFT.fullmatch(path) or IDENTITY.fullmatch(path) or is_special(theirs / path)
+            own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = (theirs / path).lstat().st_ctime >= made and not os.path.lexists(ours / path)
             if is_new and not own_business and has_plain_parents(ours, path):
                 EtcMerge.place(theirs / path, ours / path)
@@ -5757,11 +5830,10 @@ def refuse_new_faults(before: set[str], after: set[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
 
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = {}
     text: str = ""
     brief: str = ""
     status: int = 0
@@ -5916,7 +5988,7 @@ def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
     copies = system.copy_branch(number, new_description(args, f"clone of {number}"))
     text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
     reply = added(copies[number], number, parent, text)
-    return replace(reply, data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
+    return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
 
 
 def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
@@ -6117,7 +6189,7 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
         number = keep_deployment(system, slot, f"rollback to {of}")
         deployment, changed = system.deploy(number)
     reply = deployed(deployment, changed)
-    return replace(reply, data={**reply.data, "from": of})
+    return reply._replace(data={**reply.data, "from": of})
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:
@@ -6248,7 +6320,7 @@ def cmd_hollow(system: System, args: argparse.Namespace) -> Reply:
     console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
     reply = shell_in(system, number, resume=args.resume, binds=[(Path("/"), RUNNING_INSIDE)])
     done, changed = system.deploy(number)
-    return replace(reply, text=f"{reply.text}\n{deployed(done, changed).text}", data={**reply.data, "slot": done.slot})
+    return reply._replace(text=f"{reply.text}\n{deployed(done, changed).text}", data={**reply.data, "slot": done.slot})
 
 
 def ask_whether_to_keep(status: int) -> str:
@@ -6445,7 +6517,7 @@ def change_live(system: System, doing: str, work: Work) -> Live:
             work(transaction)
     except (AshError, OSError) as error:
         console.say(one_line(f"ash: {error}"))
-        return replace(transaction.live, changed=False, error=str(error))
+        transaction.live.changed, transaction.live.error = False, reason(error)
     return transaction.live
 
 
@@ -6562,7 +6634,7 @@ def install_profile(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would_change(changes)
     reply = changed_all(changes, change_live(system, doing, install) if live else None)
-    return replace(reply, text="\n".join([reply.text, *profile.lines("notes")]))
+    return reply._replace(text="\n".join([reply.text, *profile.lines("notes")]))
 
 
 def profile_of(system: System, args: argparse.Namespace) -> Profile:
@@ -6603,7 +6675,7 @@ def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would_change(changes)
     if args.download_only:
-        return replace(changed_all(changes), text="what the next upgrade needs is fetched")
+        return changed_all(changes)._replace(text="what the next upgrade needs is fetched")
     return changed_all(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
 
 
@@ -6659,7 +6731,7 @@ def cmd_refresh(system: System, args: argparse.Namespace) -> Reply:
     work = partial(refresh, strict=args.strict)
     changes = [change(system, number, "fetching the package lists of", work, base=True) for number in snapshots]
     text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
-    return replace(changed_all(changes), text=text)
+    return changed_all(changes)._replace(text=text)
 
 
 def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
@@ -6673,7 +6745,7 @@ def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
     reply = changed_all(changes)
     if not left:
         return reply
-    return replace(reply, text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
+    return reply._replace(text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
 
 
 def cmd_hold(system: System, args: argparse.Namespace) -> Reply:
@@ -6696,7 +6768,7 @@ def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
         return would(f"have these of snapshot {number} {what}: {listed(packages)}")
     done = change(system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held))
     text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
-    return replace(changed_all([done]), text=text)
+    return changed_all([done])._replace(text=text)
 
 
 def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
@@ -6712,7 +6784,7 @@ def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
         return shell_in(system, BASE, resume=args.resume)
     work = partial(upgrade, strict=args.strict)
     done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
-    return would_change([done]) if args.dry_run else replace(changed_all([done]), text=done.summary())
+    return would_change([done]) if args.dry_run else changed_all([done])._replace(text=done.summary())
 
 
 def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
@@ -6748,7 +6820,7 @@ def concluded(
         return in_branches(crew, branches, live)
     reply = would_change([branch.change for branch in branches if branch.change is not None])
     failed = [one_line(f"snapshot {branch.number}: {branch.error}") for branch in branches if branch.error]
-    return replace(reply, text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
+    return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
 
 
 def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
@@ -6825,7 +6897,7 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     note_upgrade(system, 0, lines_of(reply.text)[0])
     if policy == "reboot" and reply.data["changed"] and is_in_window(configuration):
         run(["shutdown", "-r", "+1", "ash has upgraded the system"])
-        return replace(reply, text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
+        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
     return reply
 
 
@@ -6869,7 +6941,7 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
 
     done = change(system, number, "upgrading", work)
     if not before.exists() or subvolume_id(before) == known:  # it was up to date
-        return replace(changed_all([done]), text=done.summary())
+        return changed_all([done])._replace(text=done.summary())
     lines = [done.summary()]
     with ExitStack() as undo:
         undo.callback(system.undo, number)
@@ -6881,7 +6953,7 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
         if policy != "stage":
             lines.append(deployed(*system.deploy(number)).text)
         undo.pop_all()
-    return replace(changed_all([done]), text="\n".join(lines))
+    return changed_all([done])._replace(text="\n".join(lines))
 
 
 def keep_beside(system: System, number: int, root: Path, description: str) -> int:
@@ -7000,6 +7072,7 @@ def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
 def edited(text: str) -> str:
     """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
     import shlex
+    import shutil
     import subprocess
     import tempfile
 
@@ -7111,7 +7184,7 @@ def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
     data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
     if args.repair:
         reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
-        return replace(reply, data={**reply.data, "would": mendable}, status=status)
+        return reply._replace(data={**reply.data, "would": mendable}, status=status)
     lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
     lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
     return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
@@ -7257,17 +7330,15 @@ DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "a
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     """An option of a command, as argparse takes it."""
 
     flags: Sequence[str]
     help: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A line of the command table.
 
     Args:
@@ -7586,10 +7657,17 @@ GLOBAL_OPTIONS = [
 ]
 
 SNAPSHOT_OPTIONS = ("-s", "--snap", "--snapshot")
+HELP_WIDTH = 80
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises AshError where the command line is wrong."""
+    """An argument parser that raises AshError where the command line is wrong.
+
+    Its help is as wide as a manual page: argparse would ask how wide the terminal is with every option that is added.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, formatter_class=partial(argparse.HelpFormatter, width=HELP_WIDTH))
 
     def error(self, message: str) -> NoReturn:
         raise AshError(message, f"{self.prog} -h", USAGE)

@@ -188,6 +188,36 @@ def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, t
     whole(system)
 
 
+def test_fsck_tells_copies_from_what_they_are_copies_of(system: System, tmp_path: Path) -> None:
+    """Snapshots that hold the same are looked at once; to change one of them changes what is said of that one only."""
+    deb = make_deb(tmp_path, "ash-test-copied", files={"usr/share/ash-test-copied": "x"})
+    first = system.clone()
+    system.ash("install", first, deb)
+    copies = [system.clone(first), system.clone(first)]
+    of_copy = system.clone(copies[0])
+
+    def lack_it(*numbers: int) -> None:
+        for number in numbers:
+            damage(system, "package ash-test-copied lacks /usr/share/ash-test-copied", number)
+        found = system.ash("--json", "fsck", status=FAILED).json["damage"]
+        assert {one["snapshot"] for one in found} == set(numbers), found
+
+    whole(system)
+    for number in (first, copies[0]):
+        writable(system.root(number), True)
+        (system.root(number) / "usr/share/ash-test-copied").unlink()
+        writable(system.root(number), False)
+    lack_it(first, copies[0])
+    damaged_too = system.clone(first)
+    lack_it(first, copies[0], damaged_too)
+    writable(system.root(first), True)
+    (system.root(first) / "usr/share/ash-test-copied").touch()
+    writable(system.root(first), False)
+    lack_it(copies[0], damaged_too)
+    system.ash("-y", "del", first, *copies, of_copy, damaged_too)
+    whole(system)
+
+
 def test_fsck_takes_files_that_a_package_diverted_for_no_damage(system: System, snapshot: int) -> None:
     system.shell(
         snapshot,

@@ -123,13 +123,13 @@ def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
         original(source, target)
 
     monkeypatch.setattr(ash, "copy_file", watched)
-    merge = VarMerge(upper, origin, live, Debian(), tmp_path / "aside", ())
+    merge = VarMerge(upper, origin, live, Debian(), tmp_path / "aside", delete=())
     for entry in ("lib/new", "lib/old"):
         merge.merge(entry, "place")
     assert len(set(seen)) == 1, "one name that is its own"
     assert merge.token in seen[0], "and that nobody knows"
     assert len(seen) == 3
-    assert VarMerge(upper, origin, live, Debian(), tmp_path, ()).token != merge.token
+    assert VarMerge(upper, origin, live, Debian(), tmp_path, delete=()).token != merge.token
 
 
 def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snapshot: int) -> None:

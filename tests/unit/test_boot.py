@@ -197,7 +197,7 @@ def test_a_damaged_menu_file_is_an_error(tmp_path: Path, text: str) -> None:
 
 
 def test_no_menu_file_is_an_empty_menu(tmp_path: Path) -> None:
-    assert Menu.load(tmp_path / "menu") == Menu()
+    assert vars(Menu.load(tmp_path / "menu")) == vars(Menu())
 
 
 HOSTILE = [

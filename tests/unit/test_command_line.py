@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -338,7 +337,7 @@ def test_what_frees_space_is_tried_again_with_the_reserve(
 
     monkeypatch.setattr(ash, f"cmd_{name}", fails)
     monkeypatch.setattr(ash.System, "free_reserve", lambda _: None)
-    command = dataclasses.replace(ash.find_command(name), function=fails)
+    command = ash.find_command(name)._replace(function=fails)
     system = ash.System(ash.Layout(tmp_path, "debian"), ash.Distro())
     with pytest.raises(AshError):
         ash.on_a_full_disk_too(command, system, argparse.Namespace())

@@ -6,7 +6,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,7 +186,7 @@ def test_a_file_of_users_numbers(text: str, tmp_path: Path) -> None:
         json.loads(numbers.dump())
 
 
-INTENT = vars(Intent("commit", 5, 6, ["lib/x"], ["etc"], ["lib/x"], ["ada"]))
+INTENT = Intent("commit", 5, 6, ["lib/x"], ["etc"], ["lib/x"], ["ada"])._asdict()
 
 
 @given(text=texts_like(INTENT))
@@ -214,7 +213,7 @@ def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     place.merged.unlink(missing_ok=True)
     written(place.decisions, text)
-    merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian(), layout.conflicts(5), ())
+    merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian(), layout.conflicts(5), delete=())
     either(lambda: place._merge(merge, ["lib/x"]))
     assert {path.name for path in tmp_path.iterdir()} <= {"@.snapshots_debian", "@var_debian"}
     assert {path.name for path in layout.var.iterdir()} == {"lib"}
@@ -222,7 +221,7 @@ def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
 
 CONFIG = BootConfig("vmlinuz-1", ["initrd.img-1"], "quiet", "", ["set timeout=5"], "menuentry 'x' {\n}")
 DEPLOYED = Deployment("deploy", "c0ffee", 3, 261, "Debian", "digest", CONFIG, carried=["motd"])
-MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": replace(DEPLOYED, slot="deploy-aux")}).dump())
+MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": DEPLOYED._replace(slot="deploy-aux")}).dump())
 
 
 @given(text=texts_like(MENU))
