@@ -385,6 +385,19 @@ class Layout:
         return self.ash / "ash"
 
     @property
+    def new_executable(self) -> Path:
+        return self.ash / "ash.new"
+
+    @property
+    def old_executable(self) -> Path:
+        return self.ash / "ash.old"
+
+    @property
+    def keyring(self) -> Path:
+        """The keys of those from whom a newer ash is taken, as gpgv reads them."""
+        return self.ash / "keyring.gpg"
+
+    @property
     def lib(self) -> Path:
         return self.ash / "lib"
 
@@ -714,7 +727,7 @@ class Configuration:
 
     values: Mapping[str, str] = field(default_factory=dict)
 
-    KEYS: ClassVar[frozenset[str]] = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared"})
+    KEYS: ClassVar[frozenset[str]] = frozenset({"aur", "mutable_dirs", "mutable_dirs_shared", "upself"})
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
@@ -4785,6 +4798,149 @@ def attempt(damage: Damage) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# A newer ash
+# ---------------------------------------------------------------------------------------------------------------
+
+EXECUTABLE_LIMIT = 16 << 20  # bytes; fifty times what ash has
+SIGNATURE_LIMIT = 64 << 10
+ANSWER_SECONDS = 30  # within which a server must say something, and then something more
+FETCH_SECONDS = 600  # for all of it
+RELEASE_SHAPE = {"ash": str, "distro": str}
+
+
+def url_of_ash(system: System) -> str:
+    """Where the running /etc/ash.conf says that a newer ash is; else the last booted slot's."""
+    there = system.layout.rootfs(Slots(system).running)
+    conf = Path("/etc/ash.conf") if system.running else path_inside(there, "etc/ash.conf")
+    url = Configuration.parse(read_text(conf)).values.get("upself", "")
+    if not url:
+        hint = "a line upself::https://SERVER/ash there says it; ash edit-conf N writes it into a snapshot's"
+        raise AshError("/etc/ash.conf does not say where to fetch ash from", hint, USAGE)
+    if not re.match(r"(https?|file)://", url):
+        raise AshError(f"ash is not fetched from {url}", "upself::URL takes https, http and file", USAGE)
+    return url
+
+
+def require_keyring(layout: Layout) -> None:
+    """Raise AshError where there are no keys to check a newer ash with."""
+    if not layout.keyring.is_file():
+        shown = f"/.snapshots/ash/{layout.keyring.name}"
+        hint = f"gpg --export KEY > {shown} trusts whom you name"
+        raise AshError(f"there is no keyring to check a newer ash with: {shown}", hint, REFUSED)
+
+
+def fetch(url: str, limit: int) -> bytes:
+    """The whole of what is at a URL.
+
+    Raises:
+        AshError: it cannot be had, or not whole, or it is larger than the limit.
+    """
+    import http.client
+    import urllib.request as web
+
+    opener = web.OpenerDirector()
+    for handler in (
+        web.ProxyHandler(),
+        web.HTTPHandler(),
+        web.HTTPSHandler(),
+        web.FileHandler(),
+        web.HTTPRedirectHandler(),
+        web.HTTPErrorProcessor(),
+        web.HTTPDefaultErrorHandler(),
+        web.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    try:
+        with opener.open(url, timeout=ANSWER_SECONDS) as response:
+            return received(response, limit)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
+        raise AshError(f"{url} cannot be fetched: {reason or type(error).__name__}", "nothing is changed") from None
+
+
+def received(response: Any, limit: int) -> bytes:
+    """What a server sends; OSError where that is not all of it, AshError where it is more than the limit."""
+    give_up = time.monotonic() + FETCH_SECONDS
+    content = bytearray()
+    while part := response.read1(1 << 16):
+        content += part
+        if len(content) > limit:
+            raise AshError(f"{response.url} is no ash: it has more than {limit >> 10} KiB", "nothing is changed")
+        if time.monotonic() > give_up:
+            raise TimeoutError("it takes too long")
+    whole = response.headers.get("Content-Length", str(len(content)))
+    if whole != str(len(content)):
+        raise OSError(f"it was cut off after {len(content)} of {whole} bytes")
+    return bytes(content)
+
+
+def fetch_signed(url: str, keyring: Path, folder: Path) -> Path:
+    """Fetch a file and URL.sig into a folder; AshError where that is no good signature by a key of the keyring."""
+    new, signature = folder / "ash", folder / "ash.sig"
+    new.write_bytes(fetch(url, EXECUTABLE_LIMIT))
+    signature.write_bytes(fetch(f"{url}.sig", SIGNATURE_LIMIT))
+    strict = ["--status-fd", "1", "--weak-digest", "SHA1"]
+    done = run(["gpgv", *strict, "--keyring", keyring, signature, new], check=False)
+    # An expired or revoked key's signature is good to gpgv as well, and has another word.
+    if done.returncode or not re.search(r"^\[GNUPG:\] GOODSIG ", done.stdout, re.MULTILINE):
+        why = last_words(done.stderr.replace("gpgv: ", ""), 1)
+        raise AshError(f"{url} is not signed by a key that this system trusts: {why}", "nothing is changed")
+    return new
+
+
+def try_out(system: System, new: Path, where: Sequence[str]) -> str:
+    """Start a new executable, away from the old one, with the libraries that it would have; returns its version.
+
+    Args:
+        system: the one that it must serve.
+        new: the executable, in a folder of its own.
+        where: the options that name the system.
+
+    Raises:
+        AshError: it does not start, or serves another distribution.
+    """
+    lib = new.with_name("lib")
+    lib.mkdir()
+    for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:
+        (lib / library.name).symlink_to(library)
+    (lib / "ash.py").symlink_to("../ash")
+    done = run(["sh", new, "--json", "version", *where], check=False)
+    try:
+        answer = from_json(done.stdout, RELEASE_SHAPE) if done.returncode == 0 else None
+    except ValueError:
+        answer = None
+    if answer is None:
+        words = last_words(done.stderr or done.stdout, 1) or f"it ended with {done.returncode}"
+        raise AshError(f"the new ash does not start: {words}", "nothing is changed")
+    if answer["distro"] != system.layout.distro:
+        hint = f"upself::URL must name the one for {system.layout.distro}"
+        raise AshError(f"the new ash is for {answer['distro']}", hint, REFUSED)
+    return str(answer["ash"])
+
+
+def version_in(text: str) -> str:
+    """The version that the text of an executable has; empty where it is none."""
+    found = re.search(r'^ASH_VERSION = "([^"]*)"$', text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def version_order(version: str) -> list[int]:
+    """What versions are compared by; one that is none comes first."""
+    return [int(part) for part in version.split(".")] if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})*", version) else []
+
+
+def swap_executable(layout: Layout) -> None:
+    """Put the new executable in the old one's place, and keep that: at any time one of them is there, whole."""
+    if layout.executable.is_file():
+        write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
+    rename(layout.new_executable, layout.executable)
+    sync_folder(layout.ash)
+    # Python goes by a file's second and size: a compiled text of the old one could be taken for the new one's.
+    compile_it = [sys.executable, "-I", "-m", "compileall", "-q", "-f", "-p", "/.snapshots/ash", "-s"]
+    run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Commands: each a short function of what it does. They get the system and the parsed command line
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -5621,6 +5777,41 @@ def repaired(result: Repaired) -> Reply:
     return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
+def cmd_upself(system: System, args: argparse.Namespace) -> Reply:
+    import tempfile
+
+    layout, url = system.layout, url_of_ash(system)
+    require_keyring(layout)
+    if args.dry_run:
+        what = "leave it as /.snapshots/ash/ash.new" if args.download_only else "replace /.snapshots/ash/ash"
+        return would(f"fetch {url} and {url}.sig, check the signature and {what}")
+    with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as folder:
+        with step(f"Fetching {url}"):
+            new = fetch_signed(url, layout.keyring, Path(folder))
+        with step("Starting it to see whether it works"):
+            version = try_out(system, new, where_it_is(args))
+        was, text = read_text(layout.executable), read_text(new)
+        here = version_in(was)
+        if text == was or (version == here and not args.force):
+            return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
+        if version_order(version) < version_order(here) and not args.force:
+            hint = "--force takes it all the same"
+            raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
+        write_file(layout.new_executable, text, mode=0o755)
+        changed = {"changed": True, "from": here, "to": version}
+        if args.download_only:
+            return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
+        swap_executable(layout)
+    kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
+    return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
+
+
+def where_it_is(args: argparse.Namespace) -> list[str]:
+    """The options that name the system, for another ash."""
+    options = {"--root": args.root, "--image": args.image, "--distro": args.distro}
+    return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
+
+
 def cmd_version(system: System, args: argparse.Namespace) -> Reply:
     distro = system.layout.distro
     return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
@@ -5714,6 +5905,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "fsck": {
         "damage": [{"what": "str", "snapshot": "int null", "mended": "bool"}], "changed": "bool", "lost_found": "str",
     },
+    "upself": {"changed": "bool", "from": "str", "to": "str"},
     "version": {"ash": "str", "distro": "str"},
 }  # fmt: skip
 # Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
@@ -5940,6 +6132,15 @@ COMMANDS = [
     Command(
         "immen", [], "Tree", "immen N", "make N mutable, or read-only again where it is", cmd_immen,
         changes=True, numbers=1,
+    ),
+    Command(
+        "upself", ["upme", "ash-update", "ast-sync"], "ash itself", "upself [--download-only] [--force]",
+        "fetch the newest ash from where /etc/ash.conf says, check its signature, and put it in place", cmd_upself,
+        changes=True,
+        arguments=[
+            flag("--download-only", "-d", "-t", help="leave it beside, as ash.new"),
+            flag("-f", "--force", help="also the same version again, or an older one"),
+        ],
     ),
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(

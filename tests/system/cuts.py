@@ -51,6 +51,8 @@ COMMANDS: dict[str, list[str]] = {
 }
 # A shell and an editor are transactions like `run`, and want a terminal.
 LIKE_RUN = {"chroot", "edit-conf"}
+# It changes nothing but the executable, and its own tests kill it.
+ELSEWHERE = {"upself"}
 
 
 @dataclass
