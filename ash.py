@@ -5818,8 +5818,8 @@ def cmd_version(system: System, args: argparse.Namespace) -> Reply:
 
 
 def cmd_help(args: argparse.Namespace) -> Reply:
-    if args.format == "markdown":
-        return Reply({}, markdown_table())
+    if args.format in HELP_FORMATS:
+        return Reply({}, HELP_FORMATS[args.format]())
     if args.format == "json":
         return Reply({}, json.dumps({"answers": ANSWERS, "error": ERROR_SHAPE, "dry_run": DRY_SHAPE}, indent=2))
     return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
@@ -6146,7 +6146,10 @@ COMMANDS = [
     Command(
         "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
         arguments=[
-            Argument(("--format",), "of the whole table", {"choices": ["text", "markdown", "json"], "default": "text"})
+            Argument(
+                ("--format",), "of the whole table; bash, zsh and fish are their completions",
+                {"choices": ["text", "markdown", "json", "man", "bash", "zsh", "fish"], "default": "text"},
+            )
         ],
     ),
 ]  # fmt: skip
@@ -6175,7 +6178,12 @@ GLOBAL_OPTIONS = [
     Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
 ]
 
-SNAPSHOT_OPTIONS = ("-s", "--snap", "--snapshot")
+SNAPSHOT_OPTION = Argument(
+    ("-s", "--snap", "--snapshot"), "the snapshot", {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N"}
+)
+SEVERAL_OPTION = Argument(
+    ("--snapshots", "--snaps"), "several snapshots", {"dest": "several", "nargs": "+", "default": []}
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -6196,16 +6204,18 @@ def find_command(word: str) -> Command:
     raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
 
 
+def options_of(command: Command) -> list[Argument]:
+    """The options of a command that not all have."""
+    about = ([SNAPSHOT_OPTION] if command.numbers else []) + ([SEVERAL_OPTION] if command.several else [])
+    return [*command.arguments, *about]
+
+
 def parser_of(command: Command) -> Parser:
     """The parser of a command, with the options of all."""
     usage = f"ash {command.usage}"
     parser = Parser(prog=f"ash {command.name}", usage=usage, description=command.help, allow_abbrev=False)
-    for argument in (*command.arguments, *GLOBAL_OPTIONS):
+    for argument in (*options_of(command), *GLOBAL_OPTIONS):
         parser.add_argument(*argument.flags, help=argument.help, **argument.settings)
-    if command.numbers:
-        parser.add_argument(*SNAPSHOT_OPTIONS, dest="snapshots", type=int, nargs=1, help="the snapshot", metavar="N")
-    if command.several:
-        parser.add_argument("--snapshots", "--snaps", dest="several", nargs="+", default=[], help="several snapshots")
     parser.add_argument("words", nargs=argparse.REMAINDER if command.rest else "*", help=argparse.SUPPRESS)
     return parser
 
@@ -6285,6 +6295,200 @@ def markdown_table() -> str:
         aliases = " ".join(f"`{alias}`" for alias in c.aliases)
         lines += [f"| `{c.usage}` | {aliases} | {c.help} |"]
     return "\n".join(lines)
+
+
+EXIT_STATUSES = {
+    0: "done",
+    FAILED: "failed; what failed is as it was",
+    USAGE: "the command line, or a configuration, is wrong",
+    MISSING: "there is no such snapshot or package",
+    LOCKED: "another ash is at work on it; --wait SECONDS waits",
+    REFUSED: "refused: the base, what runs or is deployed, not root, inside a chroot, too little space",
+    OUR_FAILURE_IN_RUN: "ash itself failed in run or chroot, which else give the command's own status",
+}
+FILES = {
+    "/.snapshots/rootfs/snapshot-N": "snapshot N",
+    "/.snapshots/ash/history": "what was done; ash log shows it",
+    "/.snapshots/ash/keyring.gpg": "whose signature a newer ash must have",
+    "/etc/ash.conf": "configuration: KEY::VALUE lines",
+    "/var/lib/ash/conflicts": "what could not be merged into /var or /etc",
+}
+
+MANUAL_HEAD = rf"""
+.TH ASH 8 "" "ash {ASH_VERSION}" "System Administration"
+.SH NAME
+ash \- keeps the system as a tree of read\-only btrfs snapshots
+.SH SYNOPSIS
+.B ash
+[\fIOPTIONS\fR] \fICOMMAND\fR [\fISNAPSHOT\fR] ...
+.SH DESCRIPTION
+A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager, and takes effect whole or
+not at all.
+Where SNAPSHOT is left out it is the booted one.
+.SH COMMANDS""".removeprefix("\n")
+
+
+def manual() -> str:
+    """The man page, ash(8)."""
+    lines = [MANUAL_HEAD]
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines.append(f".SS {roff(group)}")
+        for c in [c for c in COMMANDS if c.group == group]:
+            also = f" (also {', '.join(c.aliases)})" if c.aliases else ""
+            lines += [*manual_entry(c.usage, c.help + also), ".RS"]
+            lines += [line for option in options_of(c) for line in manual_entry(option_usage(option), option.help)]
+            lines.append(".RE")
+    options = {option_usage(option): option.help for option in GLOBAL_OPTIONS}
+    statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
+    for title, entries in (("OPTIONS", options), ('"EXIT STATUS"', statuses), ("FILES", FILES)):
+        lines += [f".SH {title}", *(line for term, text in entries.items() for line in manual_entry(term, text))]
+    return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
+
+
+def roff(text: str) -> str:
+    """Text as a part of a man page's line."""
+    for character, name in (("\\", "e"), ("-", "-"), ("'", "(aq"), ("`", "(ga")):
+        text = text.replace(character, f"\\{name}")
+    return text
+
+
+def manual_entry(term: str, text: str) -> list[str]:
+    """A term and what it means, in a man page."""
+    return [".TP", rf"\fB{roff(term)}\fR", rf"\&{roff(text)}"]
+
+
+def option_usage(option: Argument) -> str:
+    """An option as it is written on a command line."""
+    word = option.settings.get("metavar") or "|".join(option.settings.get("choices", ())) or "WORD"
+    several = "..." if option.settings.get("nargs", 1) != 1 else ""
+    value = "" if option.settings.get("action") == "store_true" else f" {word}{several}"
+    return f"{', '.join(option.flags)}{value}"
+
+
+# What the completions have in common: the numbers of the snapshots, and the command, which stands behind options.
+LIST_NUMBERS = """ash --json tree 2>/dev/null | grep -o '"snapshot": [0-9]*' | grep -o '[0-9]*$'"""
+WITH_VALUE = "|".join(flag for option in GLOBAL_OPTIONS if "metavar" in option.settings for flag in option.flags)
+
+
+def command_words(command: Command) -> list[str]:
+    """All words that call a command."""
+    return [command.name, *command.aliases]
+
+
+def all_flags(options: Iterable[Argument]) -> list[str]:
+    """Options as they are written, without what they mean."""
+    return [flag for option in options for flag in option.flags]
+
+
+def bash_completion() -> str:
+    """A completion for bash; where nothing fits, bash completes files."""
+    first = [word for command in COMMANDS for word in command_words(command)]
+    cases = [f"        '') words='{' '.join([*first, *all_flags(GLOBAL_OPTIONS)])}' ;;"]
+    for command in COMMANDS:
+        found = [*all_flags((*options_of(command), *GLOBAL_OPTIONS)), *(first if command.function is cmd_help else ())]
+        numbers = " numbers=yes" if command.numbers else ""
+        cases.append(f"        {'|'.join(command_words(command))}) words='{' '.join(found)}'{numbers} ;;")
+    return "\n".join(
+        [
+            "# Made by `ash help --format bash`.",
+            "_ash() {",
+            "    local word=${COMP_WORDS[COMP_CWORD]} command= words= numbers= i",
+            "    COMPREPLY=()",
+            f"    case ${{COMP_WORDS[COMP_CWORD - 1]}} in {WITH_VALUE}) return ;; esac",
+            "    for ((i = 1; i < COMP_CWORD; i++)); do",
+            "        case ${COMP_WORDS[i]} in",
+            f"        {WITH_VALUE}) ((i++)) ;;",
+            "        -*) ;;",
+            "        *) command=${COMP_WORDS[i]}; break ;;",
+            "        esac",
+            "    done",
+            "    case $command in",
+            *cases,
+            "    esac",
+            "    if [[ $numbers && $word != -* ]]; then",
+            f"        words=$({LIST_NUMBERS})",
+            "    fi",
+            '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")',
+            "}",
+            "complete -o default -F _ash ash",
+        ]
+    )
+
+
+def zsh_completion() -> str:
+    """A completion for zsh, with what each word means."""
+    import shlex
+
+    def entries(named: Iterable[tuple[Sequence[str], str]]) -> str:
+        """Words with a meaning, as _describe takes them."""
+        pairs = [(word.replace(":", r"\:"), text) for words, text in named for word in words]
+        return " ".join(shlex.quote(f"{word}:{text}") for word, text in pairs)
+
+    first = [(command_words(command), command.help) for command in COMMANDS]
+    cases = [f"    '') found=({entries([*first, *((o.flags, o.help) for o in GLOBAL_OPTIONS)])}) ;;"]
+    for command in COMMANDS:
+        options = [(option.flags, option.help) for option in (*options_of(command), *GLOBAL_OPTIONS)]
+        found = entries([*options, *(first if command.function is cmd_help else ())])
+        numbers = f' numbers=(${{(f)"$({LIST_NUMBERS})"}})' if command.numbers else ""
+        cases.append(f"    {'|'.join(command_words(command))}) found=({found}){numbers} ;;")
+    return "\n".join(
+        [
+            "#compdef ash",
+            "# Made by `ash help --format zsh`.",
+            "local command= i",
+            "local -a found numbers",
+            "for ((i = 2; i < CURRENT; i++)); do",
+            "    case $words[i] in",
+            f"    {WITH_VALUE}) ((i++)) ;;",
+            "    -*) ;;",
+            "    *) command=$words[i]; break ;;",
+            "    esac",
+            "done",
+            "case $command in",
+            *cases,
+            "esac",
+            "compadd -- $numbers",
+            "_describe -o ash found",
+            "_files",
+        ]
+    )
+
+
+def fish_completion() -> str:
+    """A completion for fish, with what each word means."""
+    import shlex
+
+    lines = ["# Made by `ash help --format fish`.", "function __ash_snapshots", f"    {LIST_NUMBERS}", "end"]
+    first = "complete -c ash -n __fish_use_subcommand -f"
+    for command in COMMANDS:
+        words = command_words(command)
+        lines += [f"{first} -a {word} -d {shlex.quote(command.help)}" for word in words]
+        here = f"complete -c ash -n '__fish_seen_subcommand_from {' '.join(words)}'"
+        lines += [f"{here} {fish_option(option)}" for option in options_of(command)]
+        lines += [f"{here} -k -a '(__ash_snapshots)'"] if command.numbers else []
+    return "\n".join([*lines, *(f"complete -c ash {fish_option(option)}" for option in GLOBAL_OPTIONS)])
+
+
+def fish_option(option: Argument) -> str:
+    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
+    import shlex
+
+    kinds = [
+        ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
+        for flag in option.flags
+    ]
+    value = "" if option.settings.get("action") == "store_true" else " -r"
+    return f"{' '.join(word for kind in kinds for word in kind)}{value} -d {shlex.quote(option.help)}"
+
+
+# What the installer puts beside the commands, and the README has.
+HELP_FORMATS: Mapping[str, Callable[[], str]] = {
+    "markdown": markdown_table,
+    "man": manual,
+    "bash": bash_completion,
+    "zsh": zsh_completion,
+    "fish": fish_completion,
+}
 
 
 def answer(command: Command, args: argparse.Namespace) -> Reply:
