@@ -6322,8 +6322,8 @@ ash \- keeps the system as a tree of read\-only btrfs snapshots
 .B ash
 [\fIOPTIONS\fR] \fICOMMAND\fR [\fISNAPSHOT\fR] ...
 .SH DESCRIPTION
-A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager, and takes effect whole or
-not at all.
+A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager.
+It takes effect whole or not at all.
 Where SNAPSHOT is left out it is the booted one.
 .SH COMMANDS""".removeprefix("\n")
 
