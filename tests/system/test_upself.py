@@ -8,7 +8,10 @@ import json
 import os
 import re
 import socket
+import ssl
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,12 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
+
+    def encrypt(self, key: Path, certificate: Path) -> None:
+        """Speak TLS from now on."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -204,14 +213,16 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
 
 
 def test_what_python_keeps_compiled_is_the_new_one(place: Place) -> None:
-    started(place.state / "ash")
-    fresh = ash.ASH_VERSION.replace("0", "9")
-    place.publish(executable(fresh))  # of the same size, and perhaps in the same second
+    """Of the same size, and perhaps of the same second, the old one's would be taken for it."""
+    compiled = place.state / f"lib/__pycache__/ash.{sys.implementation.cache_tag}.pyc"
+    place.publish(executable("9.9.9"))
     place.upself()
-    moment = (place.state / "ash").stat()
-    os.utime(place.state / "ash", ns=(moment.st_atime_ns, moment.st_mtime_ns))
-    assert started(place.state / "ash") == fresh
-    assert place.system.ash("upself").stdout == f"ash is up to date ({fresh})\n"
+    before = compiled.read_bytes()
+    place.publish(executable("9.9.8"))
+    place.upself("--force")
+    assert b"9.9.9" in before
+    assert b"9.9.8" in compiled.read_bytes()
+    assert before.count(b"/.snapshots/ash/lib/ash.py") > 0
 
 
 def test_the_same_version_is_up_to_date(place: Place) -> None:
@@ -282,6 +293,28 @@ def test_a_local_file_will_do(place: Place, tmp_path: Path) -> None:
     (tmp_path / "ash").write_text(executable(NEW))
     (tmp_path / "ash.sig").write_bytes(place.signer.sign(executable(NEW).encode()))
     place.set_url(f"file://{tmp_path}/ash")
+    assert place.upself().json["to"] == NEW
+
+
+def test_the_server_must_be_whom_it_says(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    of_itself = [
+        "-x509",
+        "-nodes",
+        "-newkey",
+        "rsa:2048",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    program("openssl", "req", *of_itself, "-keyout", key, "-out", certificate)
+    place.publish(executable(NEW))
+    place.set_url(place.url.replace("http:", "https:"))
+    place.server.encrypt(key, certificate)
+    with place.refused("/ash cannot be fetched: .*certificate verify failed"):
+        pass
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     assert place.upself().json["to"] == NEW
 
 
@@ -415,6 +448,37 @@ def test_one_that_never_ends_is_refused(place: Place, path: str) -> None:
     with place.refused(f"{path} is no ash: it has more than "):
         place.publish(executable(NEW))
         place.server.files[path] = endless
+
+
+def test_a_server_that_falls_silent_is_waited_for_only_so_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = threading.Event()
+
+    def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"#")
+        handler.wfile.flush()
+        done.wait(60)
+
+    place.server.files["/ash"] = silent
+    monkeypatch.setattr(ash, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(ash.AshError, match="/ash cannot be fetched: timed out"):
+        ash.fetch(place.url, 1000)
+    done.set()
+
+
+def test_a_server_that_drips_is_waited_for_only_so_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b"#")
+            time.sleep(0.05)
+
+    place.server.files["/ash"] = drip
+    monkeypatch.setattr(ash, "FETCH_SECONDS", 0.3)
+    with pytest.raises(ash.AshError, match="/ash cannot be fetched: it takes too long"):
+        ash.fetch(place.url, 1000)
 
 
 def test_a_server_that_says_nothing_sensible_is_refused(place: Place) -> None:
