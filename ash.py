@@ -4810,8 +4810,10 @@ RELEASE_SHAPE = {"ash": str, "distro": str}
 
 def url_of_ash(system: System) -> str:
     """Where the running /etc/ash.conf says that a newer ash is; else the last booted slot's."""
-    there = system.layout.rootfs(Slots(system).running)
-    conf = Path("/etc/ash.conf") if system.running else path_inside(there, "etc/ash.conf")
+    if system.running:
+        conf = Path("/etc/ash.conf")
+    else:
+        conf = path_inside(system.layout.rootfs(Slots(system).running), "etc/ash.conf")
     url = Configuration.parse(read_text(conf)).values.get("upself", "")
     if not url:
         hint = "a line upself::https://SERVER/ash there says it; ash edit-conf N writes it into a snapshot's"

@@ -20,7 +20,7 @@ import pytest
 
 import ash
 from installer.executable import build
-from tests.support import DONE, FAILED, LOCKED, REFUSED, USAGE, Outcome, program
+from tests.support import CHECKOUT, DONE, FAILED, LOCKED, REFUSED, USAGE, Disk, Outcome, program
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -198,7 +198,9 @@ def started(path: Path) -> str:
 def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
     was, new = place.text(), executable(NEW)
     place.publish(new)
-    answer = place.upself().json
+    with (place.state / "ash").open() as opened:
+        answer = place.upself().json
+        assert opened.read() == was, "what reads the old one, such as the shell that starts it, has it whole"
     told = {"changed": True, "from": ash.ASH_VERSION, "to": NEW}
     assert answer == {"version": 1, "command": "upself", **told}
     assert told.keys() == ash.ANSWERS["upself"].keys()
@@ -586,3 +588,32 @@ def test_killed_anywhere_the_old_or_the_new_one_is_there_whole(place: Place) -> 
     assert place.text() == new
     assert place.upself().json["changed"] is False
     place.system.is_sound()
+
+
+def test_power_cut_anywhere_the_old_or_the_new_one_is_there_whole(
+    image: Path, reflinks: Path, server: Server, signer: Signer
+) -> None:
+    disk = Disk(reflinks / "disk.img")
+    program("cp", "--sparse=always", image, disk.image)
+    old, new = executable(ash.ASH_VERSION), executable(NEW)
+    server.files |= {"/ash": new.encode(), "/ash.sig": signer.sign(new.encode())}
+    with disk.files() as files:
+        (files.state / "keyring.gpg").write_bytes(signer.keyring())
+        (files.state / "ash").write_text(old)
+        (files.root(files.default_slot()) / "etc/ash.conf").write_text(f"upself::{server.url}/ash\n")
+    copies = reflinks / "copies"
+    copies.mkdir()
+    stepper = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"copies": str(copies)})]
+    program(*stepper, "--image", disk.image, "upself")
+    program("cp", "--reflink=always", disk.image, copies / "after.img")
+    seen = set()
+    for copy in copies.iterdir():
+        with Disk(copy).files() as files:
+            there = (files.state / "ash").read_text()
+            kept = files.state / "ash.old"
+            assert there in (old, new), copy.name
+            assert not kept.exists() or kept.read_text() == old, copy.name
+            assert there == old or kept.exists(), copy.name
+            assert there == new or copy.name != "after.img"
+            seen.add(there)
+    assert seen == {old, new}
