@@ -53,6 +53,10 @@ class Signer:
     def gpg(self, *words: str | Path) -> None:
         program("gpg", "--batch", "--quiet", "--homedir", self.home, *words)
 
+    def close(self) -> None:
+        """End the agent that gpg has started."""
+        program("gpgconf", "--homedir", self.home, "--kill", "gpg-agent")
+
     def keyring(self) -> bytes:
         """The public key, as gpgv wants it."""
         self.gpg("--yes", "--output", self.home / "public", "--export")
@@ -114,15 +118,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
     """Who signs ash."""
-    return Signer(tmp_path_factory.mktemp("signer") / "gnupg")
+    with contextlib.closing(Signer(tmp_path_factory.mktemp("signer") / "gnupg")) as signer:
+        yield signer
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
     """Whom the system does not trust."""
-    return Signer(tmp_path_factory.mktemp("other") / "gnupg")
+    with contextlib.closing(Signer(tmp_path_factory.mktemp("other") / "gnupg")) as signer:
+        yield signer
 
 
 @pytest.fixture
@@ -393,6 +399,7 @@ def test_an_expired_key_is_refused(place: Place, tmp_path: Path) -> None:
     (tmp_path / "content").write_text(executable(NEW))
     program(*long_ago, "--output", tmp_path / "sig", "--detach-sign", tmp_path / "content")
     program(*long_ago, "--output", tmp_path / "public", "--export")
+    program("gpgconf", "--homedir", home, "--kill", "gpg-agent")
     with place.refused("/ash is not signed by a key that this system trusts: "):
         place.publish(executable(NEW))
         place.keyring.write_bytes((tmp_path / "public").read_bytes())

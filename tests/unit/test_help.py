@@ -177,6 +177,7 @@ def test_the_installer_takes_only_a_keyring_that_gpgv_reads(tmp_path: Path) -> N
     output(*gpg, "--output", keyring, "--export")
     output(*gpg, "--output", armoured, "--armor", "--export")
     output(*gpg, "--output", secret, "--export-secret-keys")
+    output("gpgconf", "--homedir", home, "--kill", "gpg-agent")
     empty.touch()
     before = keyring.read_bytes()
     install._check_keyring(keyring)
