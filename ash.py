@@ -417,6 +417,19 @@ class Layout:
         return self.ash / "ash"
 
     @property
+    def new_executable(self) -> Path:
+        return self.ash / "ash.new"
+
+    @property
+    def old_executable(self) -> Path:
+        return self.ash / "ash.old"
+
+    @property
+    def keyring(self) -> Path:
+        """The keys of those from whom a newer ash is taken, as gpgv reads them."""
+        return self.ash / "keyring.gpg"
+
+    @property
     def lib(self) -> Path:
         return self.ash / "lib"
 
@@ -777,6 +790,7 @@ class Configuration:
         "auto_upgrade_window": (r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", "times such as 02:00-05:00"),
         "mutable_dirs": ANYTHING,
         "mutable_dirs_shared": ANYTHING,
+        "upself": ANYTHING,
     }
 
     def __init__(self, values: Mapping[str, str]) -> None:
@@ -5826,6 +5840,147 @@ def refuse_new_faults(before: set[str], after: set[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# A newer ash
+# ---------------------------------------------------------------------------------------------------------------
+
+EXECUTABLE_LIMIT = 16 << 20  # bytes; fifty times what ash has
+SIGNATURE_LIMIT = 64 << 10
+ANSWER_SECONDS = 30  # within which a server must say something, and then something more
+FETCH_SECONDS = 600  # for all of it
+RELEASE_SHAPE = {"ash": str, "distro": str}
+
+
+def url_of_ash(system: System) -> str:
+    """Where the running /etc/ash.conf says that a newer ash is; else the last booted slot's."""
+    url = system.configuration().values.get("upself", "")
+    if not url:
+        hint = "a line upself::https://SERVER/ash there says it; ash edit-conf N writes it into a snapshot's"
+        raise AshError("/etc/ash.conf does not say where to fetch ash from", hint, USAGE)
+    if not re.match(r"(https?|file)://", url):
+        raise AshError(f"ash is not fetched from {url}", "upself::URL takes https, http and file", USAGE)
+    return url
+
+
+def require_keyring(layout: Layout) -> None:
+    """Raise AshError where there are no keys to check a newer ash with."""
+    if not layout.keyring.is_file():
+        shown = f"/.snapshots/ash/{layout.keyring.name}"
+        hint = f"gpg --export KEY > {shown} trusts whom you name"
+        raise AshError(f"there is no keyring to check a newer ash with: {shown}", hint, REFUSED)
+
+
+def fetch(url: str, limit: int) -> bytes:
+    """The whole of what is at a URL.
+
+    Raises:
+        AshError: it cannot be had, or not whole, or it is larger than the limit.
+    """
+    import http.client
+    import urllib.request as web
+
+    opener = web.OpenerDirector()
+    for handler in (
+        web.ProxyHandler(),
+        web.HTTPHandler(),
+        web.HTTPSHandler(),
+        web.FileHandler(),
+        web.HTTPRedirectHandler(),
+        web.HTTPErrorProcessor(),
+        web.HTTPDefaultErrorHandler(),
+        web.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    try:
+        with opener.open(url, timeout=ANSWER_SECONDS) as response:
+            return received(response, limit)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
+        raise AshError(f"{url} cannot be fetched: {reason or type(error).__name__}", "nothing is changed") from None
+
+
+def received(response: Any, limit: int) -> bytes:
+    """What a server sends; OSError where that is not all of it, AshError where it is more than the limit."""
+    give_up = time.monotonic() + FETCH_SECONDS
+    content = bytearray()
+    while part := response.read1(1 << 16):
+        content += part
+        if len(content) > limit:
+            raise AshError(f"{response.url} is no ash: it has more than {limit >> 10} KiB", "nothing is changed")
+        if time.monotonic() > give_up:
+            raise TimeoutError("it takes too long")
+    whole = response.headers.get("Content-Length", str(len(content)))
+    if whole != str(len(content)):
+        raise OSError(f"it was cut off after {len(content)} of {whole} bytes")
+    return bytes(content)
+
+
+def fetch_signed(url: str, keyring: Path, folder: Path) -> Path:
+    """Fetch a file and URL.sig into a folder; AshError where that is no good signature by a key of the keyring."""
+    new, signature = folder / "ash", folder / "ash.sig"
+    new.write_bytes(fetch(url, EXECUTABLE_LIMIT))
+    signature.write_bytes(fetch(f"{url}.sig", SIGNATURE_LIMIT))
+    strict = ["--status-fd", "1", "--weak-digest", "SHA1"]
+    done = run(["gpgv", *strict, "--keyring", keyring, signature, new], check=False)
+    # An expired or revoked key's signature is good to gpgv as well, and has another word.
+    if done.returncode or not re.search(r"^\[GNUPG:\] GOODSIG ", done.stdout, re.MULTILINE):
+        why = last_words(done.stderr.replace("gpgv: ", ""), 1)
+        raise AshError(f"{url} is not signed by a key that this system trusts: {why}", "nothing is changed")
+    return new
+
+
+def try_out(system: System, new: Path, where: Sequence[str]) -> str:
+    """Start a new executable, away from the old one, with the libraries that it would have; returns its version.
+
+    Args:
+        system: the one that it must serve.
+        new: the executable, in a folder of its own.
+        where: the options that name the system.
+
+    Raises:
+        AshError: it does not start, or serves another distribution.
+    """
+    lib = new.with_name("lib")
+    lib.mkdir()
+    for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:
+        (lib / library.name).symlink_to(library)
+    (lib / "ash.py").symlink_to("../ash")
+    done = run(["sh", new, "--json", "version", *where], check=False)
+    try:
+        answer = from_json(done.stdout, RELEASE_SHAPE) if done.returncode == 0 else None
+    except ValueError:
+        answer = None
+    if answer is None:
+        words = last_words(done.stderr or done.stdout, 1) or f"it ended with {done.returncode}"
+        raise AshError(f"the new ash does not start: {words}", "nothing is changed")
+    if answer["distro"] != system.layout.distro:
+        hint = f"upself::URL must name the one for {system.layout.distro}"
+        raise AshError(f"the new ash is for {answer['distro']}", hint, REFUSED)
+    return str(answer["ash"])
+
+
+def version_in(text: str) -> str:
+    """The version that the text of an executable has; empty where it is none."""
+    found = re.search(r'^ASH_VERSION = "([^"]*)"$', text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def version_order(version: str) -> list[int]:
+    """What versions are compared by; one that is none comes first."""
+    return [int(part) for part in version.split(".")] if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})*", version) else []
+
+
+def swap_executable(layout: Layout) -> None:
+    """Put the new executable in the old one's place, and keep that: at any time one of them is there, whole."""
+    if layout.executable.is_file():
+        write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
+    rename(layout.new_executable, layout.executable)
+    sync_folder(layout.ash)
+    # Python goes by a file's second and size: a compiled text of the old one could be taken for the new one's.
+    compile_it = [sys.executable, "-I", "-m", "compileall", "-q", "-f", "-p", "/.snapshots/ash", "-s"]
+    run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Commands: each a short function of what it does. They get the system and the parsed command line
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -7205,14 +7360,49 @@ def repaired(result: Repaired) -> Reply:
     return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
+def cmd_upself(system: System, args: argparse.Namespace) -> Reply:
+    import tempfile
+
+    layout, url = system.layout, url_of_ash(system)
+    require_keyring(layout)
+    if args.dry_run:
+        what = "leave it as /.snapshots/ash/ash.new" if args.download_only else "replace /.snapshots/ash/ash"
+        return would(f"fetch {url} and {url}.sig, check the signature and {what}")
+    with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as folder:
+        with step(f"Fetching {url}"):
+            new = fetch_signed(url, layout.keyring, Path(folder))
+        with step("Starting it to see whether it works"):
+            version = try_out(system, new, where_it_is(args))
+        was, text = read_text(layout.executable), read_text(new)
+        here = version_in(was)
+        if text == was or (version == here and not args.force):
+            return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
+        if version_order(version) < version_order(here) and not args.force:
+            hint = "--force takes it all the same"
+            raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
+        write_file(layout.new_executable, text, mode=0o755)
+        changed = {"changed": True, "from": here, "to": version}
+        if args.download_only:
+            return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
+        swap_executable(layout)
+    kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
+    return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
+
+
+def where_it_is(args: argparse.Namespace) -> list[str]:
+    """The options that name the system, for another ash."""
+    options = {"--root": args.root, "--image": args.image, "--distro": args.distro}
+    return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
+
+
 def cmd_version(system: System, args: argparse.Namespace) -> Reply:
     distro = system.layout.distro
     return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
 
 
 def cmd_help(args: argparse.Namespace) -> Reply:
-    if args.format == "markdown":
-        return Reply({}, markdown_table())
+    if args.format in HELP_FORMATS:
+        return Reply({}, HELP_FORMATS[args.format]())
     if args.format == "json":
         return Reply({}, json.dumps({"answers": ANSWERS, "error": ERROR_SHAPE, "dry_run": DRY_SHAPE}, indent=2))
     return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
@@ -7318,6 +7508,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "fsck": {
         "damage": [{"what": "str", "snapshot": "int null", "mended": "bool"}], "changed": "bool", "lost_found": "str",
     },
+    "upself": {"changed": "bool", "from": "str", "to": "str"},
     "version": {"ash": "str", "distro": "str"},
 }  # fmt: skip
 # Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
@@ -7622,11 +7813,23 @@ COMMANDS = [
         "immen", [], "Tree", "immen N", "make N mutable, or read-only again where it is", cmd_immen,
         changes=True, numbers=1,
     ),
+    Command(
+        "upself", ["upme", "ash-update", "ast-sync"], "ash itself", "upself [--download-only] [--force]",
+        "fetch the newest ash from where /etc/ash.conf says, check its signature, and put it in place", cmd_upself,
+        changes=True,
+        arguments=[
+            flag("--download-only", "-d", "-t", help="leave it beside, as ash.new"),
+            flag("-f", "--force", help="also the same version again, or an older one"),
+        ],
+    ),
     Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
     Command(
         "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
         arguments=[
-            Argument(("--format",), "of the whole table", {"choices": ["text", "markdown", "json"], "default": "text"})
+            Argument(
+                ("--format",), "of the whole table; bash, zsh and fish are their completions",
+                {"choices": ["text", "markdown", "json", "man", "bash", "zsh", "fish"], "default": "text"},
+            )
         ],
     ),
 ]  # fmt: skip
@@ -7656,8 +7859,13 @@ GLOBAL_OPTIONS = [
     Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
 ]
 
-SNAPSHOT_OPTIONS = ("-s", "--snap", "--snapshot")
 HELP_WIDTH = 80
+SNAPSHOT_OPTION = Argument(
+    ("-s", "--snap", "--snapshot"), "the snapshot", {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N"}
+)
+SEVERAL_OPTION = Argument(
+    ("--snapshots", "--snaps"), "several snapshots", {"dest": "several", "nargs": "+", "default": []}
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -7684,16 +7892,18 @@ def find_command(word: str) -> Command:
     raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
 
 
+def options_of(command: Command) -> list[Argument]:
+    """The options of a command that not all have."""
+    about = ([SNAPSHOT_OPTION] if command.numbers else []) + ([SEVERAL_OPTION] if command.several else [])
+    return [*command.arguments, *about]
+
+
 def parser_of(command: Command) -> Parser:
     """The parser of a command, with the options of all."""
     usage = f"ash {command.usage}"
     parser = Parser(prog=f"ash {command.name}", usage=usage, description=command.help, allow_abbrev=False)
-    for argument in (*command.arguments, *GLOBAL_OPTIONS):
+    for argument in (*options_of(command), *GLOBAL_OPTIONS):
         parser.add_argument(*argument.flags, help=argument.help, **argument.settings)
-    if command.numbers:
-        parser.add_argument(*SNAPSHOT_OPTIONS, dest="snapshots", type=int, nargs=1, help="the snapshot", metavar="N")
-    if command.several:
-        parser.add_argument("--snapshots", "--snaps", dest="several", nargs="+", default=[], help="several snapshots")
     parser.add_argument("words", nargs=argparse.REMAINDER if command.rest else "*", help=argparse.SUPPRESS)
     return parser
 
@@ -7774,6 +7984,200 @@ def markdown_table() -> str:
         aliases = " ".join(f"`{alias}`" for alias in c.aliases)
         lines += [f"| `{c.usage}` | {aliases} | {c.help} |"]
     return "\n".join(lines)
+
+
+EXIT_STATUSES = {
+    0: "done",
+    FAILED: "failed; what failed is as it was",
+    USAGE: "the command line, or a configuration, is wrong",
+    MISSING: "there is no such snapshot or package",
+    LOCKED: "another ash is at work on it; --wait SECONDS waits",
+    REFUSED: "refused: the base, what runs or is deployed, not root, inside a chroot, too little space",
+    OUR_FAILURE_IN_RUN: "ash itself failed in run or chroot, which else give the command's own status",
+}
+FILES = {
+    "/.snapshots/rootfs/snapshot-N": "snapshot N",
+    "/.snapshots/ash/history": "what was done; ash log shows it",
+    "/.snapshots/ash/keyring.gpg": "whose signature a newer ash must have",
+    "/etc/ash.conf": "configuration: KEY::VALUE lines",
+    "/var/lib/ash/conflicts": "what could not be merged into /var or /etc",
+}
+
+MANUAL_HEAD = rf"""
+.TH ASH 8 "" "ash {ASH_VERSION}" "System Administration"
+.SH NAME
+ash \- keeps the system as a tree of read\-only btrfs snapshots
+.SH SYNOPSIS
+.B ash
+[\fIOPTIONS\fR] \fICOMMAND\fR [\fISNAPSHOT\fR] ...
+.SH DESCRIPTION
+A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager.
+It takes effect whole or not at all.
+Where SNAPSHOT is left out it is the booted one.
+.SH COMMANDS""".removeprefix("\n")
+
+
+def manual() -> str:
+    """The man page, ash(8)."""
+    lines = [MANUAL_HEAD]
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines.append(f".SS {roff(group)}")
+        for c in [c for c in COMMANDS if c.group == group]:
+            also = f" (also {', '.join(c.aliases)})" if c.aliases else ""
+            lines += [*manual_entry(c.usage, c.help + also), ".RS"]
+            lines += [line for option in options_of(c) for line in manual_entry(option_usage(option), option.help)]
+            lines.append(".RE")
+    options = {option_usage(option): option.help for option in GLOBAL_OPTIONS}
+    statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
+    for title, entries in (("OPTIONS", options), ('"EXIT STATUS"', statuses), ("FILES", FILES)):
+        lines += [f".SH {title}", *(line for term, text in entries.items() for line in manual_entry(term, text))]
+    return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
+
+
+def roff(text: str) -> str:
+    """Text as a part of a man page's line."""
+    for character, name in (("\\", "e"), ("-", "-"), ("'", "(aq"), ("`", "(ga")):
+        text = text.replace(character, f"\\{name}")
+    return text
+
+
+def manual_entry(term: str, text: str) -> list[str]:
+    """A term and what it means, in a man page."""
+    return [".TP", rf"\fB{roff(term)}\fR", rf"\&{roff(text)}"]
+
+
+def option_usage(option: Argument) -> str:
+    """An option as it is written on a command line."""
+    word = option.settings.get("metavar") or "|".join(option.settings.get("choices", ())) or "WORD"
+    several = "..." if option.settings.get("nargs", 1) != 1 else ""
+    value = "" if option.settings.get("action") == "store_true" else f" {word}{several}"
+    return f"{', '.join(option.flags)}{value}"
+
+
+# What the completions have in common: the numbers of the snapshots, and the command, which stands behind options.
+LIST_NUMBERS = """ash --json tree 2>/dev/null | grep -o '"snapshot": [0-9]*' | grep -o '[0-9]*$'"""
+WITH_VALUE = "|".join(flag for option in GLOBAL_OPTIONS if "metavar" in option.settings for flag in option.flags)
+
+
+def command_words(command: Command) -> list[str]:
+    """All words that call a command."""
+    return [command.name, *command.aliases]
+
+
+def all_flags(options: Iterable[Argument]) -> list[str]:
+    """Options as they are written, without what they mean."""
+    return [flag for option in options for flag in option.flags]
+
+
+def bash_completion() -> str:
+    """A completion for bash; where nothing fits, bash completes files."""
+    first = [word for command in COMMANDS for word in command_words(command)]
+    cases = [f"        '') words='{' '.join([*first, *all_flags(GLOBAL_OPTIONS)])}' ;;"]
+    for command in COMMANDS:
+        found = [*all_flags((*options_of(command), *GLOBAL_OPTIONS)), *(first if command.function is cmd_help else ())]
+        numbers = " numbers=yes" if command.numbers else ""
+        cases.append(f"        {'|'.join(command_words(command))}) words='{' '.join(found)}'{numbers} ;;")
+    return "\n".join(
+        [
+            "# Made by `ash help --format bash`.",
+            "_ash() {",
+            "    local word=${COMP_WORDS[COMP_CWORD]} command= words= numbers= i",
+            "    COMPREPLY=()",
+            f"    case ${{COMP_WORDS[COMP_CWORD - 1]}} in {WITH_VALUE}) return ;; esac",
+            "    for ((i = 1; i < COMP_CWORD; i++)); do",
+            "        case ${COMP_WORDS[i]} in",
+            f"        {WITH_VALUE}) ((i++)) ;;",
+            "        -*) ;;",
+            "        *) command=${COMP_WORDS[i]}; break ;;",
+            "        esac",
+            "    done",
+            "    case $command in",
+            *cases,
+            "    esac",
+            "    if [[ $numbers && $word != -* ]]; then",
+            f"        words=$({LIST_NUMBERS})",
+            "    fi",
+            '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")',
+            "}",
+            "complete -o default -F _ash ash",
+        ]
+    )
+
+
+def zsh_completion() -> str:
+    """A completion for zsh, with what each word means."""
+    import shlex
+
+    def entries(named: Iterable[tuple[Sequence[str], str]]) -> str:
+        """Words with a meaning, as _describe takes them."""
+        pairs = [(word.replace(":", r"\:"), text) for words, text in named for word in words]
+        return " ".join(shlex.quote(f"{word}:{text}") for word, text in pairs)
+
+    first = [(command_words(command), command.help) for command in COMMANDS]
+    cases = [f"    '') found=({entries([*first, *((o.flags, o.help) for o in GLOBAL_OPTIONS)])}) ;;"]
+    for command in COMMANDS:
+        options = [(option.flags, option.help) for option in (*options_of(command), *GLOBAL_OPTIONS)]
+        found = entries([*options, *(first if command.function is cmd_help else ())])
+        numbers = f' numbers=(${{(f)"$({LIST_NUMBERS})"}})' if command.numbers else ""
+        cases.append(f"    {'|'.join(command_words(command))}) found=({found}){numbers} ;;")
+    return "\n".join(
+        [
+            "#compdef ash",
+            "# Made by `ash help --format zsh`.",
+            "local command= i",
+            "local -a found numbers",
+            "for ((i = 2; i < CURRENT; i++)); do",
+            "    case $words[i] in",
+            f"    {WITH_VALUE}) ((i++)) ;;",
+            "    -*) ;;",
+            "    *) command=$words[i]; break ;;",
+            "    esac",
+            "done",
+            "case $command in",
+            *cases,
+            "esac",
+            "compadd -- $numbers",
+            "_describe -o ash found",
+            "_files",
+        ]
+    )
+
+
+def fish_completion() -> str:
+    """A completion for fish, with what each word means."""
+    import shlex
+
+    lines = ["# Made by `ash help --format fish`.", "function __ash_snapshots", f"    {LIST_NUMBERS}", "end"]
+    first = "complete -c ash -n __fish_use_subcommand -f"
+    for command in COMMANDS:
+        words = command_words(command)
+        lines += [f"{first} -a {word} -d {shlex.quote(command.help)}" for word in words]
+        here = f"complete -c ash -n '__fish_seen_subcommand_from {' '.join(words)}'"
+        lines += [f"{here} {fish_option(option)}" for option in options_of(command)]
+        lines += [f"{here} -k -a '(__ash_snapshots)'"] if command.numbers else []
+    return "\n".join([*lines, *(f"complete -c ash {fish_option(option)}" for option in GLOBAL_OPTIONS)])
+
+
+def fish_option(option: Argument) -> str:
+    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
+    import shlex
+
+    kinds = [
+        ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
+        for flag in option.flags
+    ]
+    value = "" if option.settings.get("action") == "store_true" else " -r"
+    return f"{' '.join(word for kind in kinds for word in kind)}{value} -d {shlex.quote(option.help)}"
+
+
+# What the installer puts beside the commands, and the README has.
+HELP_FORMATS: Mapping[str, Callable[[], str]] = {
+    "markdown": markdown_table,
+    "man": manual,
+    "bash": bash_completion,
+    "zsh": zsh_completion,
+    "fish": fish_completion,
+}
 
 
 def answer(command: Command, args: argparse.Namespace) -> Reply:

@@ -104,6 +104,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         timezone=args.timezone,
         locale=args.locale,
         keymap=args.keymap,
+        keyring=args.keyring,
     )
 
 
@@ -152,6 +153,7 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--user", metavar="NAME", help="make a user who may use sudo; root then cannot log in")
     group.add_argument("--password-file", type=Path, metavar="FILE", help="its first line is the user's password")
     group.add_argument("--root-password-file", type=Path, metavar="FILE", help="its first line is root's password")
+    group.add_argument("--keyring", type=Path, metavar="FILE", help="of those from whom `ash upself` takes a newer ash")
     group.add_argument("--timezone", default=Settings.timezone, metavar="ZONE", help="default: %(default)s")
     group.add_argument("--locale", default=Settings.locale, help="such as de_DE.UTF-8 (default: %(default)s)")
     group.add_argument("--keymap", default=Settings.keymap, help="such as de or de:nodeadkeys (default: %(default)s)")

@@ -76,6 +76,7 @@ class Settings:
     timezone: str = DEFAULT_TIMEZONE
     locale: str = DEFAULT_LOCALE
     keymap: str = DEFAULT_KEYMAP
+    keyring: Path | None = None  # of those from whom it takes a newer ash
 
 
 class DistroInstaller:
@@ -85,6 +86,7 @@ class DistroInstaller:
     tools: ClassVar[host.Tools]  # on the host, to bootstrap
     admin_group: ClassVar[str]  # whose members may use sudo
     reserved_names: ClassVar[str]  # users and groups that its own packages make, separated by blanks
+    zsh_completions: ClassVar[str] = "usr/share/zsh/site-functions"
 
     # Lists of what may be chosen, as files of the host: the new system's are not there yet.
     timezones: ClassVar[host.Tools] = {"/usr/share/zoneinfo/Europe/Berlin": "tzdata"}

@@ -2,6 +2,7 @@
 """The way from nothing to a disk image that boots: all checks first, then the build, step by step."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ash import (
     BASE,
+    HELP_FORMATS,
     REFUSED,
     USAGE,
     AshError,
@@ -44,6 +46,14 @@ COMPRESSIONS = {".gz": "--gzip", ".tgz": "--gzip", ".xz": "--xz", ".zst": "--zst
 LIBRARIES = ("anytree", "tabulate")
 THEIR_LIBRARIES = ("six.py",)
 PIP: host.Tools = {"pip3": "python3-pip"}
+GPG: host.Tools = {"gpg": "gpg"}
+
+# Where programs look for help in the formats that ash has it in.
+HELP_FILES = {
+    "man": "usr/share/man/man8/ash.8",
+    "bash": "usr/share/bash-completion/completions/ash",
+    "fish": "usr/share/fish/vendor_completions.d/ash.fish",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ def make_image(
     host.require_btrfs()
     installer.check(settings)
     host.require({**host.DISK, **_source_tools(installer, source)})
+    if settings.keyring is not None:
+        _check_keyring(settings.keyring)
     source = _check_source(installer, source, settings)
     log_path = image.with_name(f"{image.name}.log")
     with disk.new_file(image) as part:
@@ -143,6 +155,21 @@ def _check_source(installer: DistroInstaller, source: Source, settings: Settings
     return source
 
 
+def _check_keyring(keyring: Path) -> None:
+    """Refuse keys that gpgv does not read; gpg would read more, but not in the place of its own keyring."""
+    host.require(GPG)
+    hint = "gpg --export KEY makes one (without --armor)"
+    with tempfile.TemporaryDirectory(prefix="ash-keyring-") as home:
+        try:
+            copy = shutil.copyfile(keyring, Path(home, "keyring.gpg"))
+        except OSError as error:
+            raise AshError(f"the keyring {keyring} cannot be read: {error.strerror}", hint, USAGE) from error
+        only_that = ("--homedir", home, "--no-default-keyring", "--keyring", str(copy))
+        done = run(["gpg", "--batch", *only_that, "--with-colons", "--list-keys"], check=False)
+    if done.returncode or not re.search(r"^pub:", done.stdout, re.MULTILINE):
+        raise AshError(f"{keyring} is no keyring that gpgv reads", hint, USAGE)
+
+
 def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settings: Settings, log: host.Log) -> str:
     """Everything between the empty file and the whole image. Returns the system's name."""
     with ExitStack() as stack:
@@ -158,7 +185,8 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
         with log.step("Installing the boot loaders"):
             bootloader.install(layout, root, target, device)
         with log.step("Installing ash"):
-            _install_ash(layout, root)
+            _install_ash(layout, root, settings.keyring)
+            _install_help(root, installer.zsh_completions)
         with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
             _make_base(layout, target.root_uuid)
         system = os_release(root, "PRETTY_NAME")
@@ -198,8 +226,10 @@ def _fill_root(root: Path, installer: DistroInstaller, source: Source, settings:
         installer.bootstrap(root, source, settings, log)
 
 
-def _install_ash(layout: Layout, root: Path) -> None:
-    """The executable and what it imports; it must start with the new system's own Python."""
+def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
+    """The executable, what it imports and whom it trusts; it must start with the new system's own Python."""
+    if keyring is not None:
+        shutil.copyfile(keyring, layout.keyring)
     _install_libraries(layout.lib, root / "usr/lib/python3/dist-packages")
     write_file(layout.executable, executable.build(layout.distro), mode=0o755)
     (layout.lib / "ash.py").symlink_to("../ash")  # what the executable imports of itself
@@ -207,6 +237,13 @@ def _install_ash(layout: Layout, root: Path) -> None:
     compile_all = ["python3", "-m", "compileall", "-q", "-s", "/mnt", "-p", "/.snapshots/ash", "/mnt/lib"]
     machine_chroot(root, compile_all, binds=binds)
     machine_chroot(root, ["/mnt/ash", "version"], binds=binds)
+
+
+def _install_help(root: Path, zsh_completions: str) -> None:
+    """The manual, and what shells complete ash's command lines with."""
+    for kind, name in {**HELP_FILES, "zsh": f"{zsh_completions}/_ash"}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{HELP_FORMATS[kind]()}\n", encoding="utf-8")
 
 
 def _install_libraries(lib: Path, packages: Path) -> None:

@@ -16,7 +16,7 @@ BOOT = ("linux-image-amd64", "initramfs-tools", "systemd-sysv", "udev", "kmod", 
 GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-signed", "shim-signed")
 SYSTEM = ("dbus", "libpam-systemd", "systemd-resolved", "systemd-timesyncd", "btrfs-progs", "dosfstools", "sudo")
 TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", "nano", "passwd", "procps", "tzdata")
-ASH = ("python3", "python3-tabulate")
+ASH = ("python3", "python3-tabulate", "gpgv")
 ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 
 RELEASES = "give stable or a code name, such as trixie"
@@ -51,6 +51,7 @@ class DebianInstaller(DistroInstaller):
     id = "debian"
     tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
     admin_group = "sudo"
+    zsh_completions = "usr/share/zsh/vendor-completions"
     # Those of base-passwd's passwd.master and group.master, and of the packages above.
     reserved_names = (
         "root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody adm tty disk"

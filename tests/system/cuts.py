@@ -66,7 +66,8 @@ COMMANDS: dict[str, list[str]] = {
 }
 # Shells and an editor are transactions like `run`, and want a terminal.
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
-
+# It changes nothing but the executable, and its own tests kill it.
+ELSEWHERE = {"upself"}
 
 # Where ash itself has the disk image's file system mounted; in /home, where nobody looks at a test's disk.
 FILLER = PRIVATE / "top/@home_debian/filler"

@@ -15,9 +15,10 @@ from tests.system.lab import System
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 TYPES: dict[str, Any] = {"int": int, "str": str, "bool": bool, "null": type(None), "list": list}
-# Those that answer only where a system runs, or on a terminal, or never in JSON: tests of the boot see them.
+# Those that answer only where a system runs, or on a terminal, or never in JSON: tests of the boot see them; and what
+# wants a server, which has tests of its own.
 SHELLS = {"chroot", "live-chroot", "hollow"}
-NOT_HERE = {"current", "whichtmp", "edit-conf", "help", *SHELLS}
+NOT_HERE = {"current", "whichtmp", "edit-conf", "help", "upself", *SHELLS}
 asked: set[str] = set()
 
 

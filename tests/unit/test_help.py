@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The manual and the shells' completions: all of the command table is in them, and the programs take them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ash
+from ash import COMMANDS, GLOBAL_OPTIONS, USAGE, AshError
+from distros.debian.installer import DebianInstaller
+from installer import install
+
+pytestmark = pytest.mark.budget(20)
+
+WORDS = {word for command in COMMANDS for word in (command.name, *command.aliases)}
+FLAGS = {flag for command in COMMANDS for option in ash.options_of(command) for flag in option.flags}
+FLAGS |= {flag for option in GLOBAL_OPTIONS for flag in option.flags}
+
+
+def output(*argv: str | Path, input: str = "", path: str = os.defpath) -> str:
+    """What a program prints; it must print no warning."""
+    ended = subprocess.run(
+        argv,
+        input=input,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": path, "LC_ALL": "C.UTF-8", "HOME": "/"},
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended
+    return ended.stdout
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+
+
+@pytest.fixture
+def fake_ash(tmp_path: Path) -> str:
+    """A PATH with an ash that has the snapshots 0, 7 and 12."""
+    (tmp_path / "ash").write_text(
+        """#!/bin/sh\necho '{"tree": [{"snapshot": 0}, {"snapshot": 7}, {"snapshot": 12}]}'\n"""
+    )
+    (tmp_path / "ash").chmod(0o755)
+    return f"{tmp_path}:{os.defpath}"
+
+
+# The manual
+
+
+@needs("groff")
+def test_groff_shows_the_manual_without_a_warning() -> None:
+    page = " ".join(output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=ash.manual()).split())
+    for command in COMMANDS:
+        assert f" {command.usage} " in page
+        assert all(alias in page for alias in command.aliases)
+    for flag in FLAGS:
+        assert f" {flag}" in page
+
+
+@needs("groff")
+def test_the_manual_shows_its_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = ".TH 'x' \\n(.s `-y` -- \\fB"
+    monkeypatch.setattr(ash, "FILES", {hostile: hostile})
+    page = output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=ash.manual())
+    assert page.count(hostile) == 2
+
+
+# The completions
+
+
+@pytest.mark.parametrize("kind", ash.HELP_FORMATS)
+def test_ash_prints_them(kind: str) -> None:
+    printed = output(sys.executable, "-I", ash.__file__, "help", "--format", kind)
+    assert printed == f"{ash.HELP_FORMATS[kind]()}\n"
+
+
+def bash(line: str, path: str = os.defpath) -> set[str]:
+    """What bash offers for the last word of a line."""
+    words = line.split(" ")
+    script = f'{ash.bash_completion()}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ash; printf \'%s\\n\' "${{COMPREPLY[@]}}"'
+    return set(output("bash", "-euc", script, "bash", *words, path=path).split())
+
+
+def test_bash_completes_commands_and_options() -> None:
+    assert bash("ash ") == WORDS | {flag for option in GLOBAL_OPTIONS for flag in option.flags}
+    assert bash("ash clone-") == {"clone-tree", "clone-branch", "clone-under"}
+    assert bash("ash --image x.img --json tre") == {"tree", "tree-clone", "tree-run"} & WORDS
+    assert bash("ash help upse") == {"upself"}
+    assert "--download-only" in bash("ash upme --")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_bash_knows_each_option_of_a_command(command: ash.Command, fake_ash: str) -> None:
+    own = {flag for option in ash.options_of(command) for flag in option.flags}
+    for word in (command.name, *command.aliases):
+        assert own <= bash(f"ash {word} -", fake_ash)
+
+
+def test_bash_completes_numbers_where_a_command_takes_them(fake_ash: str) -> None:
+    assert bash("ash deploy ", fake_ash) == {"0", "7", "12"}
+    assert bash("ash deploy 1", fake_ash) == {"12"}
+    assert "7" not in bash("ash status ", fake_ash)
+
+
+def test_bash_leaves_files_to_itself() -> None:
+    assert bash("ash --image ") == set()
+    assert "complete -o default -F _ash ash" in ash.bash_completion()
+
+
+ZSH = """
+_describe() { local entry; for entry in ${(P)3}; do print -r -- ${entry%%:*}; done }
+compadd() { shift; (( $# )) && print -rl -- "$@"; true }
+_files() { true }
+words=("$@"); CURRENT=$#
+"""
+
+
+def zsh(line: str, path: str) -> set[str]:
+    """What zsh offers, by a stand-in for what shows it."""
+    script = f"{ZSH}\n_ash() {{\n{ash.zsh_completion()}\n}}\n_ash"
+    return set(output("zsh", "-fc", script, "zsh", *line.split(" "), path=path).split())
+
+
+@needs("zsh")
+def test_zsh_completes(fake_ash: str) -> None:
+    assert zsh("ash ", fake_ash) == WORDS | {flag for option in GLOBAL_OPTIONS for flag in option.flags}
+    assert {"0", "7", "12", "--secondary"} <= zsh("ash -v dep ", fake_ash)
+    assert "7" not in zsh("ash status ", fake_ash)
+    for command in COMMANDS:
+        own = {flag for option in ash.options_of(command) for flag in option.flags}
+        assert own <= zsh(f"ash --image x {command.name} ", fake_ash)
+
+
+def fish(line: str, path: str) -> set[str]:
+    """What fish offers for the end of a line."""
+    script = f"{ash.fish_completion()}\ncomplete -C $argv[1]"
+    offered = output("fish", "--no-config", "-c", script, line, path=path)
+    return {entry.split("\t")[0] for entry in offered.splitlines()}
+
+
+@needs("fish")
+def test_fish_completes(fake_ash: str) -> None:
+    assert fish("ash ", fake_ash) >= WORDS
+    assert {"0", "7", "12"} <= fish("ash dep ", fake_ash)
+    assert "7" not in fish("ash status ", fake_ash)
+    for command in COMMANDS:
+        own = {flag for option in ash.options_of(command) for flag in option.flags}
+        assert own <= fish(f"ash {command.name} -", fake_ash) | fish(f"ash {command.name} --", fake_ash)
+
+
+# What the installer makes of them
+
+
+def test_the_installer_puts_them_where_programs_look(tmp_path: Path) -> None:
+    install._install_help(tmp_path, DebianInstaller.zsh_completions)
+    made = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert made == {
+        "usr/share/man/man8/ash.8": f"{ash.manual()}\n",
+        "usr/share/bash-completion/completions/ash": f"{ash.bash_completion()}\n",
+        "usr/share/fish/vendor_completions.d/ash.fish": f"{ash.fish_completion()}\n",
+        "usr/share/zsh/vendor-completions/_ash": f"{ash.zsh_completion()}\n",
+    }
+
+
+@needs("gpg")
+def test_the_installer_takes_only_a_keyring_that_gpgv_reads(tmp_path: Path) -> None:
+    home = tmp_path / "gnupg"
+    home.mkdir(mode=0o700)
+    gpg = ["gpg", "--batch", "--quiet", "--homedir", str(home)]
+    output(*gpg, "--passphrase", "", "--quick-gen-key", "nobody@localhost", "ed25519", "sign", "never")
+    keyring, armoured, secret, empty = (tmp_path / name for name in ("keyring", "armoured", "secret", "empty"))
+    output(*gpg, "--output", keyring, "--export")
+    output(*gpg, "--output", armoured, "--armor", "--export")
+    output(*gpg, "--output", secret, "--export-secret-keys")
+    output("gpgconf", "--homedir", home, "--kill", "gpg-agent")
+    empty.touch()
+    before = keyring.read_bytes()
+    install._check_keyring(keyring)
+    assert keyring.read_bytes() == before
+    for path in (armoured, secret, empty, tmp_path / "missing", tmp_path, Path(__file__)):
+        with pytest.raises(AshError) as caught:
+            install._check_keyring(path)
+        assert caught.value.status == USAGE
+        assert str(path) in caught.value.message
