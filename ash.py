@@ -4477,8 +4477,8 @@ class LiveTransaction(Transaction):
         self.live = Live()
 
     def _begin(self) -> None:
-        self.place.drop()
         self.place.folder.mkdir(parents=True, exist_ok=True)
+        self.intent.save(self.place.folder)
         snapshot_subvolume(self.layout.rootfs(self.slot), self.place.before, readonly=True)
         super()._begin()
 
@@ -4882,8 +4882,9 @@ class Profile:
 def profile_files(system: System) -> dict[str, Path]:
     """The profiles that there are for a system's distribution, by name: those that came with this ash, else its own."""
     found: dict[str, Path] = {}
+    family = [kind.id for kind in reversed(type(system.distro).mro()) if issubclass(kind, Distro)]
     for folder in (system.layout.profiles, HERE / "profiles"):
-        for ident in (system.distro.id, system.layout.distro):  # a derivative's own is better
+        for ident in (*family, system.layout.distro):  # a derivative's own is better
             found |= {path.parent.name: path for path in sorted(folder.glob(f"*/{ident}.conf"))}
     return dict(sorted(found.items()))
 

@@ -47,7 +47,7 @@ def build(distro: str) -> str:
     core = _lines(CHECKOUT / "ash.py")
     if core[-2:] != START:
         raise AshError("ash.py does not end with its start", hint="its last two lines must be the start guard")
-    modules = [line for name in _family(distro) for line in ["", "", *_module(name)]]
+    modules = [line for name in family(distro) for line in ["", "", *_module(name)]]
     docstring = next(number for number, line in enumerate(core) if line.startswith('"""'))
     text = LAUNCH + "\n".join([*core[docstring:-2], *modules, "", "", *START, ""])
     try:
@@ -73,10 +73,10 @@ def _family_imports(lines: list[str]) -> list[ast.ImportFrom]:
     return [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("distros.")]
 
 
-def _family(distro: str) -> list[str]:
-    """A distribution with those that its module inherits from, parents first."""
+def family(distro: str) -> list[str]:
+    """A distribution's id with those of those that its module inherits from, parents first."""
     parents = [str(node.module).split(".")[1] for node in _family_imports(_lines(_path(distro)))]
-    names = [name for parent in parents for name in _family(parent)]
+    names = [name for parent in parents for name in family(parent)]
     return [*dict.fromkeys(names), distro]
 
 

@@ -233,10 +233,20 @@ def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
     _install_libraries(layout.lib, root / "usr/lib/python3/dist-packages")
     write_file(layout.executable, executable.build(layout.distro), mode=0o755)
     (layout.lib / "ash.py").symlink_to("../ash")  # what the executable imports of itself
+    _install_profiles(layout)
     binds = {layout.ash: "mnt"}
     compile_all = ["python3", "-m", "compileall", "-q", "-s", "/mnt", "-p", "/.snapshots/ash", "/mnt/lib"]
     machine_chroot(root, compile_all, binds=binds)
     machine_chroot(root, ["/mnt/ash", "version"], binds=binds)
+
+
+def _install_profiles(layout: Layout) -> None:
+    """The profiles for the distribution, and for those that it is made from."""
+    for name in executable.family(layout.distro):
+        for profile in (executable.CHECKOUT / "profiles").glob(f"*/{name}.conf"):
+            target = layout.profiles / profile.parent.name / profile.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(profile, target)
 
 
 def _install_help(root: Path, zsh_completions: str) -> None:
