@@ -4508,7 +4508,7 @@ class LiveTransaction(Transaction):
             if isinstance(error, AshError):
                 raise AshError(f"{error.message}{done}", error.hint, error.status) from error
             raise
-        self.live.changed = bool(place.paths())
+        self.live.changed = bool(found.folders - {"boot"})
         self.change = self._made(found, merge)
         place.drop()
 
@@ -5336,6 +5336,11 @@ class Mender:
             else:
                 place.recover(tree)
 
+    def put_back(self) -> None:
+        """Put back what an interrupted change put into the running system; where its note is damaged, drop the rest."""
+        with self.system.lock("live"):
+            LivePlace(self.layout, self.system.distro, BASE).recover(self.system.tree(), drop_kept=True)
+
     @staticmethod
     def unmount(target: str) -> None:
         """Unmount something for the whole system: ash itself has a mount namespace of its own."""
@@ -5537,29 +5542,31 @@ class Check:
             yield Damage(what, None, "raise it", self.mender.raise_last)
 
     def _leftovers(self) -> Iterator[Damage]:
-        deploy = self.layout.work("deploy")
-        if (deploy / "intent").exists():
-            with contextlib.suppress(AshError), Lock(deploy / "lock", "", 0):
-                if (deploy / "intent").exists():
-                    yield Damage(
-                        "an interrupted deploy waits to be tidied up", None, "do it", self.mender.finish_deploy
-                    )
+        for name, what, finish in (
+            ("deploy", "an interrupted deploy waits to be tidied up", self.mender.finish_deploy),
+            ("live", "an interrupted change of the running system waits to be put back", self.mender.put_back),
+        ):
+            folder = self.layout.work(name)
+            if (folder / "intent").exists():
+                with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):
+                    if (folder / "intent").exists():
+                        yield Damage(what, None, "do it", finish)
         for number, folder in numbered(self.layout.work(""), "").items():
             if not os.path.lexists(folder / "intent") and not self.layout.working_copy(number).exists():
                 continue
-            finish = partial(self.mender.finish, number)
+            mend = partial(self.mender.finish, number)
             with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
                 try:
                     intent = Intent.load(folder)
                 except AshError as error:
-                    yield Damage(error.message, number, "set aside what it was about", finish)
+                    yield Damage(error.message, number, "set aside what it was about", mend)
                     continue
                 if intent is not None and intent.state != "kept":
                     what = "an interrupted change waits to be finished or undone"
-                    yield Damage(what, number, "finish or undo it", finish)
+                    yield Damage(what, number, "finish or undo it", mend)
                 elif intent is None and self.layout.working_copy(number).exists():
                     what = f"{self.layout.working_copy(number).name} is left of a transaction"
-                    yield Damage(what, number, "set it aside", finish)
+                    yield Damage(what, number, "set it aside", mend)
 
     def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
         remedy = "make it anew from the snapshots"

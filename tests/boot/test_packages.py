@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Packages in a machine that runs: live, in a writable shell, over a tree by cron, and by night."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from installer.machine import Machine
+from tests.archive import Archive, use_only
+from tests.boot.checks import refused, runs_snapshot, said, starts_next
+from tests.boot.conftest import Boot
+from tests.support import Disk
+
+pytestmark = [pytest.mark.boot, pytest.mark.budget(420)]
+
+UNIT = """\
+[Service]
+ExecStart=/bin/sh -c 'echo ready > /run/ash-test/state; exec sleep infinity'
+[Install]
+WantedBy=multi-user.target
+"""
+BROKEN = "[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n"
+ENABLE = "systemctl enable {}.service"
+NUMBERS = range(1, 6)
+
+
+def archives(folder: Path) -> None:
+    """Four states of an archive: with each, the package that the tree has gets one version further; the last is bad."""
+    for state in ("1", "2", "3", "4"):
+        archive = Archive(folder / state)
+        bad = {"postinst": "exit 1"} if state == "4" else {}
+        archive.add("ash-test-tool", state, files={"usr/share/tool": f"{state}\n"}, **bad)
+        daemon = {
+            "usr/lib/systemd/system/ash-test-daemon.service": UNIT,
+            "usr/lib/tmpfiles.d/ash-test.conf": "d /run/ash-test\n",
+            "usr/bin/ash-test": "#!/bin/sh\necho here\n",
+        }
+        script = f"chmod 755 /usr/bin/ash-test; {ENABLE.format('ash-test-daemon')}"
+        archive.add("ash-test-daemon", files=daemon, postinst=script)
+        broken = {"usr/lib/systemd/system/ash-test-broken.service": BROKEN}
+        archive.add("ash-test-broken", files=broken, postinst=ENABLE.format("ash-test-broken"))
+
+
+def test_packages_of_a_running_system(disk: Disk, boot: Boot, tmp_path: Path) -> None:
+    prepare(disk, tmp_path)
+    with boot(disk) as machine:
+        machine.login()
+        runs_snapshot(machine, 1)
+        installs_live(machine)
+        opens_itself(machine)
+        upgrades_a_tree_by_cron(machine)
+        upgrades_by_night(machine)
+        machine.reboot()
+        machine.login()
+        runs_snapshot(machine, 1)
+        assert said(machine, "cat /usr/share/tool") == "3"
+        machine.poweroff()
+
+
+def prepare(disk: Disk, folder: Path) -> None:
+    """A tree of five with the first version, and cron; the archives' states lie in /home."""
+    archives(folder)
+    with disk.files() as files:
+        for state in ("1", "2", "3", "4"):
+            shutil.copytree(folder / state, files.top / "@home_debian" / state)
+        (files.top / "@home_debian/archive").symlink_to("1")
+    disk.clone()
+    disk.ash("install", 1, "cron")
+    disk.shell(1, use_only("file:/home/archive"))
+    disk.ash("refresh", 1)
+    disk.ash("install", 1, "ash-test-tool")
+    for parent in (1, 1, 2, 2):
+        disk.branch(parent)
+    disk.ash("deploy", 1)
+
+
+def installs_live(machine: Machine) -> None:
+    """A service is there at once, and gone at once; one that does not start is not left behind."""
+    report = said(machine, "ash install ash-test-daemon")
+    assert "started: ash-test-daemon.service" in report
+    assert said(machine, "ash-test && systemctl is-active ash-test-daemon && cat /run/ash-test/state").split() == [
+        "here",
+        "active",
+        "ready",
+    ]
+    assert "ash-test-daemon" in said(machine, "ash -q list 1")
+    assert said(machine, "ash diff") == "no difference"
+    refused(machine, "touch /usr/bin/written", "Read-only file system")
+
+    failed = machine.command("ash install ash-test-broken", timeout=300, ok=None)
+    assert failed.status == 1
+    assert "the running system is as it was" in failed.output
+    assert "ash-test-broken" in said(machine, "ash -q list 1"), "the snapshot has it"
+    said(machine, "! test -e /usr/lib/systemd/system/ash-test-broken.service")
+    said(machine, "ash remove 1 ash-test-broken --not-live")
+
+    report = said(machine, "ash remove ash-test-daemon")
+    assert "stopped: ash-test-daemon.service" in report
+    said(machine, "! test -e /usr/bin/ash-test && ! systemctl is-active ash-test-daemon")
+    assert said(machine, "systemctl --failed --plain --no-legend") == ""
+
+
+def opens_itself(machine: Machine) -> None:
+    """A writable shell in the running system, one at a time; killed, it leaves nothing. And the same in a snapshot."""
+    said(machine, "printf 'echo live > /usr/share/live\\n' | ash live-chroot")
+    assert said(machine, "cat /usr/share/live") == "live"
+    refused(machine, "touch /usr/share/written", "Read-only file system")
+    said(machine, "(sleep 600 | ash live-chroot) > /dev/null 2>&1 & sleep 3")
+    refused(machine, "ash live-chroot < /dev/null", "locked by pid")
+    said(
+        machine,
+        "pkill -9 -f 'sys.argv.*live-chroot'; pkill sleep; sleep 1; printf 'rm /usr/share/live\\n' | ash live-chroot",
+    )
+    said(machine, "! test -e /usr/share/live && ! grep unlocked /proc/*/mountinfo")
+
+    said(machine, "printf 'cp /run/ash/running/etc/hostname /etc/from-running\\n' | ash hollow 3")
+    starts_next(machine, 3)
+    assert said(machine, "cat /.snapshots/rootfs/snapshot-3/etc/from-running") == said(machine, "hostname")
+    said(machine, "ash deploy 1")
+
+
+def upgrades_a_tree_by_cron(machine: Machine) -> None:
+    """Nothing is new at first; then the archive gets a version, and cron upgrades all five."""
+    assert "5 as they should be" in said(machine, "ash tree-upgrade 1")
+    said(machine, "ln -sfn 2 /home/archive")
+    line = "* * * * * root ash tree-upgrade 1 > /var/log/night.part 2>&1; mv /var/log/night.part /var/log/night"
+    said(machine, f"echo '{line}' > /etc/cron.d/ash")
+    machine.command("while ! test -e /var/log/night; do sleep 1; done; rm /etc/cron.d/ash", timeout=400)
+    report = said(machine, "cat /var/log/night")
+    assert report.startswith("upgrading 5 snapshots: 5 changed"), report
+    assert "\x1b" not in report
+    for number in NUMBERS:
+        assert said(machine, f"cat /.snapshots/rootfs/snapshot-{number}/usr/share/tool") == "2"
+
+
+def upgrades_by_night(machine: Machine) -> None:
+    """The service upgrades and deploys what runs, and keeps what it was; a bad package changes nothing."""
+    said(machine, "ln -sfn 3 /home/archive && systemctl start ash-upgrade.service")
+    assert "succeeded" in said(machine, "ash check")
+    starts_next(machine, 1)
+    assert "1 before 20" in said(machine, "ash tree")
+    assert "snapshot 1 changed" in said(machine, "journalctl --no-pager -u ash-upgrade")
+    said(machine, "ln -sfn 4 /home/archive")
+    assert machine.command("systemctl start ash-upgrade.service", timeout=300, ok=None).status != 0
+    refused(machine, "ash check", "failed")
+    assert "failed" in said(machine, "ash status")
+    starts_next(machine, 1)
+    assert said(machine, "cat /.snapshots/rootfs/snapshot-1/usr/share/tool") == "3"
+    said(machine, "systemctl reset-failed")
