@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support import CHECKOUT, DONE, Disk, Files, make_deb, program
+from tests.support import CHECKOUT, DONE, FAILED, Disk, Files, make_deb, program
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -48,6 +48,14 @@ COMMANDS: dict[str, list[str]] = {
     "unlock": ["unlock", "5"],
     "tmp": ["tmp"],
     "recover": ["recover"],
+    "fsck": ["fsck", "--repair"],
+}
+# What must be called once more before all is well again, where that is not `recover`: as users do.
+GOES_ON = {"fsck": ["fsck", "--repair"]}
+# Commands that end when what they did is on the disk.
+DURABLE = {
+    *("run", "install", "remove", "tree-run", "deploy", "deploy 2", "rollback"),
+    *("undo", "mutable", "etc-update", "fsck"),
 }
 # A shell and an editor are transactions like `run`, and want a terminal.
 LIKE_RUN = {"chroot", "edit-conf"}
@@ -61,11 +69,39 @@ class View:
     undo: dict[str, str]
     var: dict[str, str]
     secondary: list[str]
+    lost_found: set[str]  # the texts of all that was taken out
     boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a command does when nothing comes between: its steps, how the scene is without it, and with it.
+
+    Args:
+        steps: their names.
+        before, after: what is seen.
+        boots: what may start at the next boot.
+    """
+
+    steps: list[str]
+    before: View
+    after: View
+    boots: set[str]
+
+    def allows(self, view: View, where: str) -> None:
+        """Assert that a cut may leave this: all is done or nothing, and a deployment starts that is whole."""
+        assert view in (self.before, self.after), where
+        assert view.boots in self.boots, where
+
+    def is_done(self, view: View, where: str) -> None:
+        """Assert that the command has done all."""
+        assert (view, view.boots) == (self.after, self.after.boots), where
 
 
 class Scene:
     """A disk in a state in which each of COMMANDS has something to do, and copies of it.
+
+    `fsck --repair` has its own, on which much is damaged.
 
     Args:
         folder: on a file system with reflinks.
@@ -93,6 +129,14 @@ class Scene:
             (files.root(self.booted) / "etc/drifted").write_text("drifted\n")
             self.last_booted = f"1 {text(files.root(self.booted) / 'etc/mark')}"
         self._interrupt(disk.clone(1))
+        self.known = folder / "known"
+        ask(self.known, disk, ["fsck"], status=FAILED)
+        with self.copy(SHELL) as copy:
+            self._before = self.look(copy)
+        self.damaged = folder / "damaged.img"
+        program("cp", "--reflink=always", self.image, self.damaged)
+        with Disk(self.damaged).files() as files:
+            damage(files)
 
     @staticmethod
     def _boot(disk: Disk) -> None:
@@ -104,79 +148,130 @@ class Scene:
 
     def _interrupt(self, number: int) -> None:
         """Leave a change of a snapshot half done: committed, and not merged into /var."""
-        names = self.steps(["run", str(number), *SHELL])
+        words = ["run", str(number), *SHELL]
+        with self.copy(words) as copy:
+            names = self._steps_on(copy, words)
         exchanged = next(i for i, name in enumerate(names, 1) if name.startswith("exchange snapshot-"))
-        self.run_on(self.image, ["run", str(number), *SHELL], kill=exchanged + 2)
+        self.run_on(self.image, words, kill=exchanged + 2)
 
     @contextlib.contextmanager
-    def copy(self) -> Iterator[Path]:
-        """A copy of the disk, for as long as the block lasts."""
+    def copy(self, words: Sequence[str]) -> Iterator[Path]:
+        """A copy of the disk that a command works on, for as long as the block lasts."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             copy = Path(folder, "disk.img")
-            program("cp", "--reflink=always", self.image, copy)
+            program("cp", "--reflink=always", self.damaged if words[0] in GOES_ON else self.image, copy)
             yield copy
+
+    def argv(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
+        """The command line that runs a command on an image, by the stepper with these options."""
+        stepper = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py")]
+        options["booted"] = self._booted(words)
+        words = [str(self.deb) if word == "DEB" else word for word in words]
+        return [*stepper, json.dumps(options), "--image", str(image), *words]
 
     def run_on(self, image: Path, words: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command on an image, by the stepper with these options."""
-        argv = [
-            sys.executable,
-            "-I",
-            str(CHECKOUT / "tests/system/stepper.py"),
-            json.dumps(options),
-            "--image",
-            str(image),
-        ]
-        words = [str(self.deb) if word == "DEB" else word for word in words]
-        return subprocess.run(
-            [*argv, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
-        )
+        argv = self.argv(image, words, **options)
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
-    def steps(self, words: Sequence[str]) -> list[str]:
-        """The names of a command's steps."""
-        with self.copy() as copy:
-            names = copy.with_name("names")
-            done = self.run_on(copy, words, names=str(names), booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
-            return names.read_text().splitlines()
+    def _steps_on(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
+        """Run a command to its end; returns the names of its steps."""
+        names = image.with_name("names")
+        done = self.run_on(image, words, names=str(names), **options)
+        assert done.returncode == DONE, done.stderr
+        return names.read_text().splitlines()
 
     def _booted(self, words: Sequence[str]) -> str | None:
         """Shutting down, rolling back and saving /etc are things of a running system."""
         return self.booted if {"carry", "rollback", "etc-update"} & {*words} else None
 
-    def outcomes(self, words: Sequence[str]) -> tuple[View, View]:
-        """What the scene is like when nothing happened, and when the command was done."""
-        with self.copy() as copy:
-            before = look(Disk(copy))
-        with self.copy() as copy:
-            done = self.run_on(copy, words, booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
-            return before, look(Disk(copy))
+    def look(self, image: Path, words: Sequence[str] = ()) -> View:
+        """Do what makes all well again after a command was cut, and look at what there is."""
+        go_on = next((GOES_ON[word] for word in words[:1] if word in GOES_ON), ["recover"])
+        return look(Disk(image), self.known, go_on)
+
+    def tried(self, words: Sequence[str]) -> Tried:
+        """What a command does."""
+        with self.copy(words) as copy:
+            names = self._steps_on(copy, words)
+            after = self.look(copy, words)
+        before = after if words[0] in GOES_ON else self._before
+        return Tried(names, before, after, {before.boots, after.boots, self.last_booted})
+
+    def check_kills(self, name: str, few: bool = False) -> int:
+        """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""
+        tried = self.tried(COMMANDS[name])
+        by = max(1, len(tried.steps) // 2) if few else 1
+        steps = range(by, len(tried.steps) + 1, by)
+        for step in steps:
+            tried.allows(self.killed(COMMANDS[name], step), f"before step {step}, {tried.steps[step - 1]}")
+        return len(steps)
+
+    def check_power_cuts(self, name: str, by: int = 1) -> int:
+        """Cut the power at each step of a command, or at each so many, and after it; returns how often."""
+        tried = self.tried(COMMANDS[name])
+        steps = ["after it", *tried.steps]
+        wanted = range(0, len(steps), by)
+        for step, view in self.cut(COMMANDS[name], wanted):
+            tried.allows(view, f"at step {step}, {steps[step]}")
+            if step == 0 and name in DURABLE:
+                tried.is_done(view, "what was done is not on the disk")
+        return len(wanted)
 
     def killed(self, words: Sequence[str], step: int) -> View:
         """What the scene is like when the command was killed before a step, and the next command has run."""
-        with self.copy() as copy:
-            ended = self.run_on(copy, words, kill=step, booted=self._booted(words))
+        with self.copy(words) as copy:
+            ended = self.run_on(copy, words, kill=step)
             assert ended.returncode == -signal.SIGKILL, (step, ended)
-            return look(Disk(copy))
+            return self.look(copy, words)
 
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
-        with self.copy() as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
-            done = self.run_on(copy, words, copies=copies, booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
+        with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
+            self._steps_on(copy, words, copies=copies)
             program("cp", "--reflink=always", copy, Path(copies, "0.img"))
             for step in wanted:
                 image = Path(copies, f"{step}.img")
                 is_whole(image)
-                yield step, look(Disk(image))
+                yield step, self.look(image, words)
                 image.unlink()
 
 
-def look(disk: Disk) -> View:
-    """See to it that all is tidied up and nothing damaged, and look at what there is."""
-    disk.ash("recover")
-    assert disk.ash("--json", "fsck").json["damage"] == []
-    rows = disk.ash("--json", "tree").json["tree"]
+def damage(files: Files) -> None:
+    """Break much of what `fsck --repair` mends."""
+    for path in (files.root(2), files.etc(4), files.boot(1)):
+        program("btrfs", "subvolume", "delete", path)
+    for path in (files.root(4), files.root(3), files.etc(1)):
+        program("btrfs", "property", "set", "-ts", path, "ro", "false")
+    (files.root(4) / "usr/mark").write_text("written\n")
+    (files.etc(1) / "mark").write_text("edited in the copy\n")
+    program("btrfs", "subvolume", "create", files.root(3) / "usr/nested")
+    (files.root(3) / "usr/nested/mark").write_text("nested\n")
+    (files.state / "snapshots/3-desc").unlink()
+    for stray in ("rootfs/undo-4711", "etc/etc-4711", "rootfs/snapshot-4712"):
+        program("btrfs", "subvolume", "create", files.snapshots / stray)
+        (files.snapshots / stray / "mark").write_text(f"{stray}\n")
+    (files.state / "last").write_text("0\n")
+    (files.state / "ids").write_text("{")
+    (files.state / "menu").write_text("torn")
+
+
+def ask(known: Path, disk: Disk, *commands: Sequence[str], status: int = DONE) -> list[str]:
+    """What some commands print, one after the other in one process; the last must end with that status."""
+    lines = [json.dumps(["--image", str(disk.image), *words]) for words in commands]
+    printed = program(sys.executable, "-I", CHECKOUT / "tests/system/looker.py", known, *lines, status=status)
+    return [] if status else list(map(str, json.loads(printed)))
+
+
+def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
+    """See to it that all is tidied up and nothing damaged, and look at what there is.
+
+    Args:
+        disk: the disk.
+        known: the file of what fsck has looked at before (looker.py).
+        go_on: the command that makes all well.
+    """
+    rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]
     with disk.files() as files:
         assert not [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
         left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
@@ -194,6 +289,7 @@ def look(disk: Disk) -> View:
                 for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
+            lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")},
             boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
         )
 

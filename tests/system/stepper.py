@@ -19,6 +19,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has begun
 
 import ash  # noqa: E402
 
@@ -57,6 +58,7 @@ def main() -> int:
     if slot := options.get("booted"):
         ash.System.booted = property(lambda _: slot)  # type: ignore[method-assign,assignment]
     sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return ash.main()
 
 
