@@ -51,6 +51,7 @@ COMMANDS: dict[str, list[str]] = {
     "fsck": ["fsck", "--repair"],
 }
 # What must be called once more before all is well again, where that is not `recover`: as users do.
+RECOVER = ["recover"]
 GOES_ON = {"fsck": ["fsck", "--repair"]}
 # Commands that end when what they did is on the disk.
 DURABLE = {
@@ -131,7 +132,7 @@ class Scene:
         self._interrupt(disk.clone(1))
         self.known = folder / "known"
         ask(self.known, disk, ["fsck"], status=FAILED)
-        with self.copy(SHELL) as copy:
+        with self.copy(RECOVER) as copy:
             self._before = self.look(copy)
         self.damaged = folder / "damaged.img"
         program("cp", "--reflink=always", self.image, self.damaged)
@@ -185,16 +186,16 @@ class Scene:
         """Shutting down, rolling back and saving /etc are things of a running system."""
         return self.booted if {"carry", "rollback", "etc-update"} & {*words} else None
 
-    def look(self, image: Path, words: Sequence[str] = ()) -> View:
-        """Do what makes all well again after a command was cut, and look at what there is."""
-        go_on = next((GOES_ON[word] for word in words[:1] if word in GOES_ON), ["recover"])
+    def look(self, image: Path, cut: Sequence[str] = ()) -> View:
+        """Do what makes all well again, after a command that was cut or one that was not, and look at what there is."""
+        go_on = GOES_ON.get(cut[0], RECOVER) if cut else RECOVER
         return look(Disk(image), self.known, go_on)
 
     def tried(self, words: Sequence[str]) -> Tried:
         """What a command does."""
         with self.copy(words) as copy:
             names = self._steps_on(copy, words)
-            after = self.look(copy, words)
+            after = self.look(copy)
         before = after if words[0] in GOES_ON else self._before
         return Tried(names, before, after, {before.boots, after.boots, self.last_booted})
 
@@ -233,7 +234,7 @@ class Scene:
             for step in wanted:
                 image = Path(copies, f"{step}.img")
                 is_whole(image)
-                yield step, self.look(image, words)
+                yield step, self.look(image, words if step else ())
                 image.unlink()
 
 
