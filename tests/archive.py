@@ -26,16 +26,17 @@ class Archive:
         folder.mkdir(exist_ok=True)
         self.asked: list[str] = []  # the files that were fetched from it
         self._build = folder.with_name(f"{folder.name}-build")
-        self._index()
+        self.index()
 
     def add(self, name: str, version: str = "1", **parts: Any) -> None:
         """Put a package into it; what make_deb() takes."""
         self._build.mkdir(exist_ok=True)
         package = make_deb(self._build, name, version, **parts)
         package.rename(self.folder / package.name)
-        self._index()
+        self.index()
 
-    def _index(self) -> None:
+    def index(self) -> None:
+        """Write down what there is, as apt reads it."""
         entries = []
         for package in sorted(self.folder.glob("*.deb")):
             control = program("dpkg-deb", "--field", package).strip()

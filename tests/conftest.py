@@ -15,6 +15,7 @@ from tests.support import CHECKOUT, Disk
 
 BUDGETS: dict[str, float] = {}
 TIMES: defaultdict[str, float] = defaultdict(float)
+CUTS: defaultdict[str, int] = defaultdict(int)
 
 # How long an example takes says more of the machine than of ash.
 settings.register_profile("ash", deadline=None)
@@ -64,6 +65,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for name, value in report.user_properties:
         if name == "budget":
             BUDGETS[module] = float(str(value))
+        if name == "cuts" and report.when == "call":
+            CUTS[module] += int(str(value))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -72,4 +75,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for module in sorted(TIMES):
         budget, taken = BUDGETS.get(module, 0.0), TIMES[module]
         over = "  over its budget" if taken > budget else ""
-        terminalreporter.write_line(f"{budget:7.0f} {taken:7.1f}  {module}{over}")
+        cuts = f"  {CUTS[module]} cuts" if CUTS[module] else ""
+        terminalreporter.write_line(f"{budget:7.0f} {taken:7.1f}  {module}{cuts}{over}")

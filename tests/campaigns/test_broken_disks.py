@@ -5,7 +5,6 @@ With ASH_TEST_CUTS=all at every step of every command, else at a few.
 """
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -14,11 +13,6 @@ from tests.system.cuts import COMMANDS, Scene
 pytestmark = [pytest.mark.system, pytest.mark.budget(2400)]
 
 STEPS = 1000 if os.environ.get("ASH_TEST_CUTS") == "all" else 6
-
-
-@pytest.fixture(scope="module")
-def scene(reflinks: Path, image: Path) -> Scene:
-    return Scene(reflinks, image)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

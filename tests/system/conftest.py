@@ -8,6 +8,7 @@ import pytest
 
 from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
 from tests.support import program
+from tests.system.cuts import Scene
 from tests.system.lab import Machine, System, open_system
 
 
@@ -27,12 +28,18 @@ def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with disk.open("wb") as file:
         file.truncate(1 << 36)
     program("mkfs.btrfs", "--quiet", disk)
-    program("mount", "-o", "loop", disk, top)
+    program("mount", "-o", "loop,nobarrier", disk, top)  # this machine is not what loses its power
     try:
         yield top
     finally:
         program("umount", top)
         disk.unlink()
+
+
+@pytest.fixture(scope="module")
+def scene(reflinks: Path, image: Path) -> Scene:
+    """A disk in a state in which each command has something to do, to be copied."""
+    return Scene(reflinks, image)
 
 
 @pytest.fixture(scope="module")

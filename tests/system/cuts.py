@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ash import PRIVATE
-from tests.support import CHECKOUT, DONE, Disk, Files, fill, make_deb, program
+from ash import PRIVATE, open_new_loop
+from tests.archive import Archive, use_only
+from tests.support import CHECKOUT, DONE, FAILED, Disk, Files, fill, make_deb, program
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -61,8 +63,17 @@ COMMANDS: dict[str, list[str]] = {
     "fixdb": ["fixdb", "2"],
     "hold": ["hold", "2", "ash-test-there"],
     "unhold": ["unhold", "2", "less"],
-    "sync": ["sync", "1"],
+    "sync": ["sync", "2"],
     "force-sync": ["force-sync", "1"],
+    "fsck": ["fsck", "--repair"],
+}
+# What must be called once more before all is well again, where that is not `recover`: as users do.
+RECOVER = ["recover"]
+GOES_ON = {"fsck": ["fsck", "--repair"]}
+# Commands that end when what they did is on the disk.
+DURABLE = {
+    *("run", "install", "remove", "tree-run", "deploy", "deploy 2", "rollback"),
+    *("undo", "mutable", "etc-update", "fsck", "upgrade", "tree-upgrade", "auto-upgrade", "base-update"),
 }
 # Shells and an editor are transactions like `run`, and want a terminal.
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
@@ -81,14 +92,42 @@ class View:
     undo: dict[str, str]
     var: dict[str, str]
     secondary: list[str]
+    lost_found: set[str]  # the texts of all that was taken out
     boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
 
 
 Ended = subprocess.CompletedProcess[str]
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What a command does when nothing comes between: its steps, how the scene is without it, and with it.
+
+    Args:
+        steps: their names.
+        before, after: what is seen.
+        boots: what may start at the next boot.
+    """
+
+    steps: list[str]
+    before: View
+    after: View
+    boots: set[str]
+
+    def allows(self, view: View, where: str) -> None:
+        """Assert that a cut may leave this: all is done or nothing, and a deployment starts that is whole."""
+        assert view in (self.before, self.after), where
+        assert view.boots in self.boots, where
+
+    def is_done(self, view: View, where: str) -> None:
+        """Assert that the command has done all."""
+        assert (view, view.boots) == (self.after, self.after.boots), where
+
+
 class Scene:
     """A disk in a state in which each of COMMANDS has something to do, and copies of it.
+
+    `fsck --repair` has its own, on which much is damaged.
 
     Args:
         folder: on a file system with reflinks.
@@ -100,22 +139,47 @@ class Scene:
         self.image = folder / "scene.img"
         program("cp", "--sparse=always", image, self.image)
         self.deb = make_deb(folder, "ash-test-cut", files={"usr/mark": "new\n", "var/lib/mark-deb/x": "new\n"})
+        self.profile = folder / "profile"
+        self.profile.write_text("[packages]\nash-test-cut\n[commands]\necho new > /etc/mark\n")
         disk = Disk(self.image)
         there = make_deb(folder, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
+        disk.ash("base-update", "--shell", input=use_only("file:/home/archive"))
         disk.ash(
             "run", disk.clone(), "sh", "-ec", "mkdir /var/lib/mark; echo old > /etc/mark; echo old > /var/lib/mark/x"
         )
         disk.ash("install", disk.branch(1), there)
+        disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # later than the branch, by the history
         disk.ash("-q", "clone", 1, "-d", "third")
         disk.ash("mutable", 3)
         disk.ash("deploy", 1)
         self._boot(disk)
         disk.ash("deploy", disk.clone(2))  # 4
+        self._offer(disk)
         with disk.files() as files:
             self.booted = json.loads((files.state / "menu").read_text())["last_booted"]
             (files.root(self.booted) / "etc/drifted").write_text("drifted\n")
             self.last_booted = f"1 {text(files.root(self.booted) / 'etc/mark')}"
         self._interrupt(disk.clone(1))
+        self.known = folder / "known"
+        ask(self.known, disk, ["fsck"], status=FAILED)
+        with self.copy(RECOVER) as copy:
+            self._before = self.look(copy)
+        self.damaged = folder / "damaged.img"
+        program("cp", "--reflink=always", self.image, self.damaged)
+        with Disk(self.damaged).files() as files:
+            damage(files)
+
+    def _offer(self, disk: Disk) -> None:
+        """Give the disk an archive with a new version of what it has, and the package for the profile."""
+        archive = Archive(self.folder / "archive")
+        for version in ("2", "3"):
+            archive.add("ash-test-there", version, files={"usr/share/ash-test-there": f"{version}\n"})
+        archive.add("less", "9999", files={"usr/mark": "of the archive\n"})
+        shutil.copy(self.deb, archive.folder)
+        archive.index()
+        with disk.files() as files:
+            shutil.copytree(archive.folder, files.top / "@home_debian/archive")
+        disk.ash("refresh", 1)
 
     @staticmethod
     def _boot(disk: Disk) -> None:
@@ -127,60 +191,82 @@ class Scene:
 
     def _interrupt(self, number: int) -> None:
         """Leave a change of a snapshot half done: committed, and not merged into /var."""
-        names = self.steps(["run", str(number), *SHELL])
+        words = ["run", str(number), *SHELL]
+        with self.copy(words) as copy:
+            names = self._steps_on(copy, words)
         exchanged = next(i for i, name in enumerate(names, 1) if name.startswith("exchange snapshot-"))
-        self.run_on(self.image, ["run", str(number), *SHELL], kill=exchanged + 2)
+        self.run_on(self.image, words, kill=exchanged + 2)
 
     @contextlib.contextmanager
-    def copy(self) -> Iterator[Path]:
-        """A copy of the disk, for as long as the block lasts."""
+    def copy(self, words: Sequence[str]) -> Iterator[Path]:
+        """A copy of the disk that a command works on, for as long as the block lasts."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             copy = Path(folder, "disk.img")
-            program("cp", "--reflink=always", self.image, copy)
+            program("cp", "--reflink=always", self.damaged if words[0] in GOES_ON else self.image, copy)
             yield copy
+
+    def argv(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
+        """The command line that runs a command on an image, by the stepper with these options."""
+        stepper = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py")]
+        options["booted"] = self._booted(words)
+        words = [{"DEB": str(self.deb), "PROFILE": str(self.profile)}.get(word, word) for word in words]
+        return [*stepper, json.dumps(options), "--image", str(image), *words]
 
     def run_on(self, image: Path, words: Sequence[str], **options: Any) -> Ended:
         """Run a command on an image, by the stepper with these options."""
-        argv = [
-            sys.executable,
-            "-I",
-            str(CHECKOUT / "tests/system/stepper.py"),
-            json.dumps(options),
-            "--image",
-            str(image),
-        ]
-        words = [str(self.deb) if word == "DEB" else word for word in words]
-        return subprocess.run(
-            [*argv, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
-        )
+        argv = self.argv(image, words, **options)
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
-    def steps(self, words: Sequence[str]) -> list[str]:
-        """The names of a command's steps."""
-        with self.copy() as copy:
-            names = copy.with_name("names")
-            done = self.run_on(copy, words, names=str(names), booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
-            return names.read_text().splitlines()
+    def _steps_on(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
+        """Run a command to its end; returns the names of its steps."""
+        names = image.with_name("names")
+        done = self.run_on(image, words, names=str(names), **options)
+        assert done.returncode == DONE, done.stderr
+        return names.read_text().splitlines()
 
     def _booted(self, words: Sequence[str]) -> str | None:
         """Shutting down, rolling back and saving /etc are things of a running system."""
         return self.booted if {"carry", "rollback", "etc-update"} & {*words} else None
 
-    def outcomes(self, words: Sequence[str]) -> tuple[View, View]:
-        """What the scene is like when nothing happened, and when the command was done."""
-        with self.copy() as copy:
-            before = look(Disk(copy))
-        with self.copy() as copy:
-            done = self.run_on(copy, words, booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
-            return before, look(Disk(copy))
+    def look(self, image: Path, cut: Sequence[str] = ()) -> View:
+        """Do what makes all well again, after a command that was cut or one that was not, and look at what there is."""
+        go_on = GOES_ON.get(cut[0], RECOVER) if cut else RECOVER
+        return look(Disk(image), self.known, go_on)
+
+    def tried(self, words: Sequence[str]) -> Tried:
+        """What a command does."""
+        with self.copy(words) as copy:
+            names = self._steps_on(copy, words)
+            after = self.look(copy)
+        before = after if words[0] in GOES_ON else self._before
+        return Tried(names, before, after, {before.boots, after.boots, self.last_booted})
+
+    def check_kills(self, name: str, few: bool = False) -> int:
+        """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""
+        tried = self.tried(COMMANDS[name])
+        by = max(1, len(tried.steps) // 2) if few else 1
+        steps = range(by, len(tried.steps) + 1, by)
+        for step in steps:
+            tried.allows(self.killed(COMMANDS[name], step), f"before step {step}, {tried.steps[step - 1]}")
+        return len(steps)
+
+    def check_power_cuts(self, name: str, by: int = 1) -> int:
+        """Cut the power at each step of a command, or at each so many, and after it; returns how often."""
+        tried = self.tried(COMMANDS[name])
+        steps = ["after it", *tried.steps]
+        wanted = range(0, len(steps), by)
+        for step, view in self.cut(COMMANDS[name], wanted):
+            tried.allows(view, f"at step {step}, {steps[step]}")
+            if step == 0 and name in DURABLE:
+                tried.is_done(view, "what was done is not on the disk")
+        return len(wanted)
 
     def killed(self, words: Sequence[str], step: int) -> View:
         """What the scene is like when the command was killed before a step, and the next command has run."""
-        with self.copy() as copy:
-            ended = self.run_on(copy, words, kill=step, booted=self._booted(words))
+        with self.copy(words) as copy:
+            ended = self.run_on(copy, words, kill=step)
             assert ended.returncode == -signal.SIGKILL, (step, ended)
-            return look(Disk(copy))
+            return self.look(copy, words)
 
     def fails(self, name: str, steps: int, *, broken: bool) -> int:
         """Let a command's disk fail before some of its steps: it says so, and nothing is lost or between.
@@ -194,28 +280,26 @@ class Scene:
             how many times the command failed.
         """
         words, failed = COMMANDS[name], 0
-        before, after = self.outcomes(words)
-        names = self.steps(words)
-        for step in range(1, len(names) + 1, max(1, len(names) // steps)):
-            where = f"{name} before step {step}, {names[step - 1]}"
+        tried = self.tried(words)
+        for step in range(1, len(tried.steps) + 1, max(1, len(tried.steps) // steps)):
+            where = f"{name} before step {step}, {tried.steps[step - 1]}"
             ended, view = self._without_room(words, step, broken)
             said = [line for line in ended.stderr.splitlines() if line.startswith("ash: ")]
-            assert view in (before, after), where
-            assert view.boots in {before.boots, after.boots, self.last_booted}, where
+            tried.allows(view, where)
             if ended.returncode == DONE:
-                assert view == after, where
+                assert view == tried.after, where
                 continue
             failed += 1
             assert len(said) == 1, (where, ended.stderr)
             assert "Traceback" not in ended.stderr, where
             assert "Errno" not in said[0], where
             assert broken or os.strerror(errno.ENOSPC) in said[0], (where, said)
-            assert broken or view == before or "is not finished" in said[0], (where, said)
+            assert broken or view == tried.before or "is not finished" in said[0], (where, said)
         return failed
 
     def works_without_room(self, *names: str) -> None:
         """See that commands do what they should on a disk that is full to the last block."""
-        after = {name: self.outcomes(COMMANDS[name])[1] for name in names}
+        after = {name: self.tried(COMMANDS[name]).after for name in names}
         with self._full() as full:
             for name in names:
                 copy = full.with_name(f"{name}.img")
@@ -224,14 +308,14 @@ class Scene:
                 assert ended.returncode == DONE, (name, ended.stderr)
                 assert not ended.stderr, (name, ended.stderr)
                 self._make_room(copy)
-                assert look(Disk(copy)) == after[name], name
+                assert self.look(copy) == after[name], name
             ended = self.run_on(full, COMMANDS["clone"])
             assert os.strerror(errno.ENOSPC) in ended.stderr, ended  # it was full
 
     @contextlib.contextmanager
     def _full(self) -> Iterator[Path]:
         """A copy of the disk on which there is no room at all, neither for data nor in btrfs's own trees."""
-        with self.copy() as copy:
+        with self.copy(RECOVER) as copy:
             with Disk(copy).files() as files:
                 filler = files.top / FILLER.relative_to(PRIVATE / "top")
                 fill(filler)
@@ -252,34 +336,63 @@ class Scene:
 
     def _without_room(self, words: Sequence[str], step: int, broken: bool) -> tuple[Ended, View]:
         """How a command ends on a disk that fails from a step on, and what the scene is like when it is well again."""
-        with self.copy() as copy:
+        with self.copy(words) as copy:
             # Where the image's copies lie there is no room for a block more: writing to the image fails.
             filler = self.folder / "filler" if broken else FILLER
-            ended = self.run_on(copy, words, fill=step, filler=str(filler), booted=self._booted(words))
+            ended = self.run_on(copy, words, fill=step, filler=str(filler))
             if broken:
                 filler.unlink(missing_ok=True)
             else:
                 self._make_room(copy)
-            return ended, look(Disk(copy))
+            return ended, self.look(copy, words)
 
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
-        with self.copy() as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
-            done = self.run_on(copy, words, copies=copies, booted=self._booted(words))
-            assert done.returncode == DONE, done.stderr
+        with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
+            self._steps_on(copy, words, copies=copies)
             program("cp", "--reflink=always", copy, Path(copies, "0.img"))
             for step in wanted:
                 image = Path(copies, f"{step}.img")
                 is_whole(image)
-                yield step, look(Disk(image))
+                yield step, self.look(image, words if step else ())
                 image.unlink()
 
 
-def look(disk: Disk) -> View:
-    """See to it that all is tidied up and nothing damaged, and look at what there is."""
-    disk.ash("recover")
-    assert disk.ash("--json", "fsck").json["damage"] == []
-    rows = disk.ash("--json", "tree").json["tree"]
+def damage(files: Files) -> None:
+    """Break much of what `fsck --repair` mends."""
+    for path in (files.root(2), files.etc(4), files.boot(1)):
+        program("btrfs", "subvolume", "delete", path)
+    for path in (files.root(4), files.root(3), files.etc(1)):
+        program("btrfs", "property", "set", "-ts", path, "ro", "false")
+    (files.root(4) / "usr/mark").write_text("written\n")
+    (files.etc(1) / "mark").write_text("edited in the copy\n")
+    program("btrfs", "subvolume", "create", files.root(3) / "usr/nested")
+    (files.root(3) / "usr/nested/mark").write_text("nested\n")
+    (files.state / "snapshots/3-desc").unlink()
+    for stray in ("rootfs/undo-4711", "etc/etc-4711", "rootfs/snapshot-4712"):
+        program("btrfs", "subvolume", "create", files.snapshots / stray)
+        (files.snapshots / stray / "mark").write_text(f"{stray}\n")
+    (files.state / "last").write_text("0\n")
+    (files.state / "ids").write_text("{")
+    (files.state / "menu").write_text("torn")
+
+
+def ask(known: Path, disk: Disk, *commands: Sequence[str], status: int = DONE) -> list[str]:
+    """What some commands print, one after the other in one process; the last must end with that status."""
+    lines = [json.dumps(["--image", str(disk.image), *words]) for words in commands]
+    printed = program(sys.executable, "-I", CHECKOUT / "tests/system/looker.py", known, *lines, status=status)
+    return [] if status else list(map(str, json.loads(printed)))
+
+
+def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
+    """See to it that all is tidied up and nothing damaged, and look at what there is.
+
+    Args:
+        disk: the disk.
+        known: the file of what fsck has looked at before (looker.py).
+        go_on: the command that makes all well.
+    """
+    rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]
     with disk.files() as files:
         assert not [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
         left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
@@ -297,6 +410,7 @@ def look(disk: Disk) -> View:
                 for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
+            lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")},
             boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
         )
 
@@ -327,11 +441,12 @@ def text(path: Path) -> str:
 def is_whole(image: Path) -> None:
     """The file system of a disk has no damage, and GRUB itself can read what the boot menu names."""
     start, size = next(p for p in partitions(image) if p[1] > 1 << 30)
-    loop = program("losetup", "--find", "--show", "--offset", str(start), "--sizelimit", str(size), image).strip()
+    with image.open("rb+") as disk:
+        loop = open_new_loop(disk.fileno(), image, start, size)  # it goes when this process ends, however it does
     try:
-        program("btrfs", "check", "--readonly", loop)
+        program("btrfs", "check", "--readonly", os.readlink(f"/proc/self/fd/{loop}"))
     finally:
-        program("losetup", "--detach", loop)
+        os.close(loop)
     menu = grub(image, "cat", "/@boot_debian/grub/grub.cfg")
     named = {word for line in re.findall(r"^ *(?:linux|initrd) (.*)$", menu, re.MULTILINE) for word in line.split()}
     files = [word for word in named if word.startswith("/")]

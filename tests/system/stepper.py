@@ -13,6 +13,7 @@ OPTIONS is a JSON object with any of
 
 import fcntl
 import json
+import mmap
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has begun
 
 import ash  # noqa: E402
 from tests.support import fill  # noqa: E402
@@ -39,21 +41,23 @@ class Stepper:
         self.options = options
         self.image = image
         self.process = os.getpid()
-        self.step = 0
+        self.steps = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes that work on branches of a tree
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
-        if event != "ash.step" or os.getpid() != self.process:
+        if event != "ash.step":
             return
-        self.step += 1
+        step = 1 + int.from_bytes(self.steps[:4], "little")
+        self.steps[:4] = step.to_bytes(4, "little")
         if names := self.options.get("names"):
             with Path(names).open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{arguments[0]}\n")
         if copies := self.options.get("copies"):
-            copy_disk(self.image, Path(copies, f"{self.step}.img"))
-        if self.step == self.options.get("fill"):
+            copy_disk(self.image, Path(copies, f"{step}.img"))
+        if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
-        if self.step == self.options.get("kill"):
-            os.kill(self.process, signal.SIGKILL)
+        if step == self.options.get("kill"):
+            for process in dict.fromkeys([self.process, os.getpid()]):
+                os.kill(process, signal.SIGKILL)
 
 
 def main() -> int:
@@ -62,6 +66,7 @@ def main() -> int:
     if slot := options.get("booted"):
         ash.System.booted = property(lambda _: slot)  # type: ignore[method-assign,assignment]
     sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return ash.main()
 
 

@@ -13,11 +13,6 @@ from tests.system.cuts import Scene
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
-@pytest.fixture(scope="module")
-def scene(reflinks: Path, image: Path) -> Scene:
-    return Scene(reflinks, image)
-
-
 def test_a_disk_that_is_full_in_the_middle_loses_nothing(scene: Scene) -> None:
     assert scene.fails("run", 2, broken=False)
 

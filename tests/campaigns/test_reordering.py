@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""The power goes, and the disk has what it was told to flush, and of all else any part: all is done or nothing.
+
+ASH_TEST_PARTS says how many random parts are tried after each flush of a command.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.campaigns.writes import Log, recorded, some_of
+from tests.support import DONE, Disk, program
+from tests.system.cuts import COMMANDS, DURABLE, Scene, is_whole
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
+
+PARTS = int(os.environ.get("ASH_TEST_PARTS", "1"))
+
+
+def record(scene: Scene, name: str, folder: Path) -> tuple[Log, int]:
+    """Run a command on a recorded disk; returns the log, and the epoch in which the command ended.
+
+    The disk is mounted beside it: as on a running system no unmounting flushes anything.
+    """
+    with scene.copy(COMMANDS[name]) as image:
+        with recorded(image, folder / "log") as shown, Disk(shown).files():
+            began = len(Log.load(folder / "log").epochs)
+            ended = scene.run_on(shown, COMMANDS[name])
+            assert ended.returncode == DONE, ended.stderr
+            there = len(Log.load(folder / "log").epochs)
+        log = Log.load(folder / "log")
+        assert there > began, "nothing was flushed"
+        with scene.copy(COMMANDS[name]) as again:
+            log.apply(log.writes, again)
+            assert log.content(image) == log.content(again), "not all was recorded"
+    return log, there - 1
+
+
+def disks(log: Log, disk: Path, folder: Path, chance: random.Random) -> Iterator[tuple[int, str, Path]]:
+    """The disks that a power cut may leave, in the order in which time would have it, with the epoch of the cut.
+
+    After each flush: what was flushed alone, and with random parts of what comes before the next flush.
+    """
+    copy = folder / "cut.img"
+    for epoch, writes in enumerate(log.epochs):
+        for part in range(PARTS + 1):
+            program("cp", "--reflink=always", disk, copy)
+            some = some_of(writes, chance) if part else []
+            log.apply(some, copy)
+            yield epoch, f"after flush {epoch}, with {len(some)} blocks more (part {part})", copy
+        log.apply(writes, disk)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_keeps_only_what_was_flushed(
+    scene: Scene, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    tried, cuts = scene.tried(COMMANDS[name]), 0
+    log, there = record(scene, name, scene.folder)
+    with scene.copy(COMMANDS[name]) as disk:
+        for epoch, where, image in disks(log, disk, disk.parent, random.Random(name)):
+            is_whole(image)
+            is_done = name in DURABLE and epoch >= there
+            view = scene.look(image, () if is_done else COMMANDS[name])
+            tried.allows(view, where)
+            if is_done:
+                tried.is_done(view, where)
+            cuts += 1
+    record_property("cuts", cuts)
