@@ -2281,7 +2281,8 @@ class Workplace:
     @property
     def files(self) -> tuple[Path, ...]:
         """All that a transaction has in the work folder beside the copy of /var, the intent file last."""
-        return self.upper, self.overlay_work, self.decisions, self.merged, self.folder / "intent"
+        torn = self.decisions.with_name(f".{self.decisions.name}.new")
+        return self.upper, self.overlay_work, self.decisions, torn, self.merged, self.folder / "intent"
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
@@ -4424,7 +4425,12 @@ class LivePlace(Workplace):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.put(intent.slot, self.root, self.before)
+            self.conclude(intent)
         self.drop()
+
+    def conclude(self, intent: Intent) -> None:
+        """Note that all is in place, so that nobody puts anything back while the rest is dropped."""
+        intent._replace(state="open").save(self.folder)
 
     def drop(self) -> None:
         """Delete all that is left, the intent file last."""
@@ -4501,6 +4507,7 @@ class LiveTransaction(Transaction):
                 self.live.conflicts = place.put(self.slot, place.before, self.root)
                 merge = place.merge_into_var(intent)
                 services.start(found.paths)
+                place.conclude(intent)
         except BaseException as error:
             place.recover(self.system.tree())
             services.put_back()
@@ -4561,6 +4568,7 @@ class Services:
         if self.has_systemd:
             for unit in self.live.started:
                 run(["systemctl", "stop", unit], check=False)
+                run(["systemctl", "reset-failed", unit], check=False)
             run(["systemctl", "daemon-reload"], check=False)
             for unit in self.live.stopped:
                 run(["systemctl", "start", unit], check=False)

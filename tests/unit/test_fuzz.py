@@ -176,6 +176,30 @@ def test_a_configuration(text: str) -> None:
 NUMBERS = {"passwd": {"root": 0, "ada": 1000}, "group": {"root": 0}, "subuid": {"ada": 100000}, "subgid": {}}
 
 
+PROFILE_LINES = [
+    "[packages]",
+    "[commands]",
+    "[services::systemd]",
+    "[notes]",
+    "[other]",
+    "[",
+    "]",
+    "name",
+    "# x",
+    " a b ",
+    "",
+]
+
+
+@given(text=st.lists(st.sampled_from(PROFILE_LINES) | st.text(max_size=20), max_size=12).map("\n".join))
+def test_a_profile(text: str) -> None:
+    profile = either(lambda: ash.Profile.parse("fuzz", text))
+    if profile is not None:
+        assert set(profile.sections) <= ash.Profile.SECTIONS
+        assert all(line == line.strip() and line for lines in profile.sections.values() for line in lines)
+        assert all(" " not in name for name in profile.everything)
+
+
 @given(text=texts_like(NUMBERS))
 @FUZZ
 def test_a_file_of_users_numbers(text: str, tmp_path: Path) -> None:
