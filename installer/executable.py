@@ -22,6 +22,8 @@ sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "lib"))
 try:
     from ash import main
+except KeyboardInterrupt:
+    sys.exit(130)
 except Exception:  # a damaged copy, or none
     import runpy
     gc.enable()
