@@ -9,7 +9,8 @@ This file is the core. It knows btrfs, transactions and booting, and nothing abo
 `distros/<id>/ashpk.py`, which the installer appends to it, so that one text file is the whole program.
 
 In reading order: errors, programs, kernel calls, the layout on disk, state, btrfs, distributions, the chroot,
-/var, transactions, a root that boots, /etc, the boot menu, the system, commands, the command line.
+/var, transactions, a root that boots, /etc, the boot menu, the system, the running deployment, trees, profiles,
+damage, upgrades, a newer ash, commands, the command line.
 """
 
 from __future__ import annotations
@@ -4864,6 +4865,7 @@ class Profile:
 
     def install(self, work: Transaction, user: str) -> None:
         """Install it: packages, services, then its commands, in which $USER is who called ash."""
+        self._require_presets(work)
         there = work.distro.available(work, self.optional) if self.optional else set()
         work.distro.install(work, [*self.packages, *(name for name in self.optional if name in there)])
         if work.simulate:
@@ -4873,6 +4875,14 @@ class Profile:
                 self._enable(work, section, command)
         for line in self.lines("commands"):
             self._run(work, ["env", f"USER={user}", "sh", "-ec", line])
+
+    def _require_presets(self, work: Transaction) -> None:
+        for preset in self.lines("presets"):
+            if preset != "enable_aur":
+                raise AshError(f"profile {self.name} wants {preset!r}, which this ash does not know", "", USAGE)
+            if not Configuration.parse(read_text(path_inside(work.root, "etc/ash.conf"))).is_on("aur"):
+                hint = f"ash edit-conf {work.snapshot}: a line aur::True"
+                raise AshError(f"profile {self.name} wants packages of the AUR", hint, REFUSED)
 
     def _enable(self, work: Transaction, section: str, command: Sequence[str]) -> None:
         if path_inside(work.root, "usr/sbin/openrc").exists() == (section == "services::openrc"):
@@ -6956,6 +6966,11 @@ def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
     work = partial(upgrade, strict=args.strict)
     done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
     return would_change([done]) if args.dry_run else changed_all([done])._replace(text=done.summary())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands for packages of whole trees, and by night
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:

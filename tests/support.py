@@ -269,7 +269,7 @@ def make_deb(
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text)
     package = folder / f"{name}_{version}_all.deb"
-    program("dpkg-deb", "--build", "--root-owner-group", source, package)
+    program("dpkg-deb", "--build", "--root-owner-group", "-Znone", source, package)
     return package
 
 

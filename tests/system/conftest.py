@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
+from tests.archive import Archive
 from tests.support import program
 from tests.system.cuts import Scene
 from tests.system.lab import Machine, System, open_system
@@ -62,3 +63,16 @@ def machine(system: System, snapshot: int) -> Machine:
     machine = Machine(system)
     machine.boot()
     return machine
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    """A package archive of a module's own, without packages."""
+    return Archive(tmp_path_factory.mktemp("archive") / "files")
+
+
+@pytest.fixture(scope="module")
+def url(archive: Archive) -> Iterator[str]:
+    """Where it is served."""
+    with archive.served() as url:
+        yield url

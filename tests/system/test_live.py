@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.archive import Archive, use_only
 from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program
 from tests.system.lab import Machine, System, everything_below
 
@@ -70,6 +71,23 @@ def test_not_live_is_for_the_next_boot(machine: Machine, tmp_path: Path) -> None
 def test_where_nothing_runs_nothing_can_be_live(system: System, snapshot: int, tmp_path: Path) -> None:
     with system.nothing_changes():
         assert "--live" in system.ash("install", snapshot, deb(tmp_path), "--live", status=REFUSED).error
+
+
+def test_a_branch_that_runs_follows_its_parent_at_once(machine: Machine, tmp_path: Path) -> None:
+    parent = machine.system.clone()
+    archive = Archive(tmp_path / "archive")
+    archive.add("ash-test-new", files={"usr/share/ash-test/new": "new"})
+    with archive.served() as url:
+        machine.system.shell(parent, use_only(url))
+        branch = machine.system.branch(parent)
+        machine.deploy(branch, "--fresh-etc")
+        machine.boot()
+        machine.system.ash("refresh", parent)
+        machine.system.ash("install", parent, "ash-test-new")
+        answer = machine.running("force-sync", parent)
+    assert answer["live"]["changed"] is True
+    assert (machine.system.root(machine.slot) / "usr/share/ash-test/new").exists()
+    assert (machine.system.root(branch) / "usr/share/ash-test/new").exists()
 
 
 def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path: Path) -> None:

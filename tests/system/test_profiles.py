@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Profiles: what they say is done, in one transaction, and each that comes along can be installed."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,17 +32,14 @@ UNIT = "[Service]\nExecStart=true\n[Install]\nWantedBy=multi-user.target\n"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    archive = Archive(tmp_path_factory.mktemp("archive") / "files")
+def filled(archive: Archive) -> None:
     archive.add("ash-test-one", files={"usr/lib/systemd/system/ash-test.service": UNIT})
     archive.add("ash-test-two")
     archive.add("ash-test-extra")
-    with archive.served() as url:
-        yield url
 
 
 @pytest.fixture
-def snapshot(system: System, url: str) -> int:
+def snapshot(system: System, filled: None, url: str) -> int:
     number = system.clone()
     system.shell(number, use_only(url))
     return number

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Upgrading one snapshot, holding packages, refreshing lists, the base, and which snapshot has what."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,9 @@ OLD, NEW = "1", "2"
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    archive = Archive(tmp_path_factory.mktemp("archive") / "files")
-    archive.add("ash-test-tool", OLD, files={"usr/share/tool": "one\n"})
-    return archive
-
-
-@pytest.fixture(scope="module")
-def url(archive: Archive) -> Iterator[str]:
-    with archive.served() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def old(system: System, archive: Archive, url: str) -> int:
     """A snapshot with the old version of the archive's package, when the archive has the new one."""
+    archive.add("ash-test-tool", OLD, files={"usr/share/tool": "one\n"})
     number = system.clone()
     system.shell(number, use_only(url))
     system.ash("refresh", number)
