@@ -2225,6 +2225,7 @@ class Workplace:
         self.name = name or snapshot  # of its lock
         self.folder = layout.work(self.name)
         self.root = layout.working_copy(self.name)
+        self.before = self.folder / "before"  # a copy of what is changed, where one is needed
         self.origin = self.folder / "var"
         self.upper = self.folder / "upper"
         self.overlay_work = self.folder / "overlay"
@@ -2272,8 +2273,8 @@ class Workplace:
         self._clear()
 
     def _clear(self) -> None:
-        if self.origin.exists():
-            delete_subvolume(self.origin)
+        delete_subvolume(self.before)
+        delete_subvolume(self.origin)
         for folder in ("etc", "boot"):
             delete_subvolume(self.layout.copy(folder, f"new-{self.snapshot}"))
         for leftover in self.files:
@@ -2287,7 +2288,7 @@ class Workplace:
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
-        return [path for path in (self.root, self.origin, *self.files) if os.path.lexists(path)]
+        return [path for path in (self.root, self.before, self.origin, *self.files) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
         """The parts of the snapshot itself that are there."""
@@ -4412,7 +4413,6 @@ class LivePlace(Workplace):
 
     def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
         super().__init__(layout, distro, snapshot, "live")
-        self.before = self.folder / "before"
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
         """Put back what was put in place, where that was interrupted."""
@@ -4432,12 +4432,6 @@ class LivePlace(Workplace):
     def conclude(self, intent: Intent) -> None:
         """Note that all is in place, so that nobody puts anything back while the rest is dropped."""
         intent._replace(state="open").save(self.folder)
-
-    def drop(self) -> None:
-        """Delete all that is left, the intent file last."""
-        delete_subvolume(self.root)
-        delete_subvolume(self.before)
-        self._clear()
 
     def paths(self) -> set[str]:
         """What is put in place of the changed paths: not /etc, which others change meanwhile, and no kernel."""
@@ -5816,9 +5810,12 @@ PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/libexec")
 AT_ONCE = 1000  # programs that one ldd looks at
 
 
-def faults(work: Transaction) -> set[str]:
-    """What is wrong with the root of a transaction: packages, kernels, libraries that programs do not find."""
-    return {*work.distro.problems(work.root), *kernel_faults(work.root), *missing_libraries(work)}
+def require_sound(work: Transaction) -> None:
+    """Raise AshError where something is wrong with a transaction's root that was not wrong before."""
+    now, before = ({*work.distro.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
+    new = sorted(now - before) or sorted(missing_libraries(work))
+    if new:
+        raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
 
 
 def kernel_faults(root: Path) -> list[str]:
@@ -5834,11 +5831,25 @@ def kernel_faults(root: Path) -> list[str]:
 
 
 def missing_libraries(work: Transaction) -> set[str]:
-    """The programs of a root that lack a library, by what its own loader says."""
-    programs = sorted(f"/{path}" for folder in PROGRAM_FOLDERS for path in programs_below(work.root, folder))
+    """What programs of a transaction's root lack that they did not lack before."""
+    programs = [path for folder in PROGRAM_FOLDERS for path in programs_below(work.root, folder)]
+    lacking = lacking_libraries(work.chroot(), sorted(programs))
+    if not lacking:  # as it nearly always is: so what was before need not be asked
+        return lacking
+    before = work.place.before
+    snapshot_subvolume(work.original, before)
+    there = [path for path in programs if (before / path).is_file()]
+    known = lacking_libraries(work.chroot()._replace(root=before), sorted(there))
+    delete_subvolume(before)
+    return lacking - known
+
+
+def lacking_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
+    """The libraries that programs do not find, by what the root's own loader says."""
     said: list[bytes] = []
     for start in range(0, len(programs), AT_ONCE):
-        work.chroot().run(["ldd", "/bin/sh", *programs[start : start + AT_ONCE]], hear=said.append)
+        some = programs[start : start + AT_ONCE]
+        chroot.run(["ldd", "/bin/sh", *(f"/{path}" for path in some)], hear=said.append)
     program, lacking = "", set()
     for line in lines_of(b"".join(said).decode(errors="replace")):
         if line.startswith("/") and line.endswith(":"):
@@ -5857,12 +5868,6 @@ def programs_below(root: Path, folder: str) -> Iterator[str]:
             with file.open("rb") as program:
                 if program.read(4) == ELF_MAGIC:
                     yield f"{folder}/{path}"
-
-
-def refuse_new_faults(before: set[str], after: set[str]) -> None:
-    """Raise AshError where something is wrong that was not wrong before."""
-    if new := sorted(after - before):
-        raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7075,8 +7080,10 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
         require_clock(system)
         reply = upgrade_by_policy(system, number, policy, args.strict)
         if configuration.is_on("auto_upgrade_base"):
-            with step("upgrading the base"):
-                change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
+            base = change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
+            ours = {key: reply.data[key] for key in CHANGE_SHAPE}
+            data = {"changed": ours["changed"] or base.changed, "snapshots": [ours, change_data(base)]}
+            reply = reply._replace(data=data, text=f"{reply.text}\n{base.summary()}")
     except (AshError, OSError) as error:
         note_upgrade(system, FAILED, f"snapshot {number} is as it was: {error}")
         raise
@@ -7120,10 +7127,10 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
     known = subvolume_id(before) if before.exists() else None
 
     def work(transaction: Transaction) -> None:
-        unsound, packages = faults(transaction), system.distro.packages(transaction.root)
+        packages = system.distro.packages(transaction.root)
         upgrade(transaction, strict=strict)
         if system.distro.packages(transaction.root) != packages:
-            refuse_new_faults(unsound, faults(transaction))
+            require_sound(transaction)
 
     done = change(system, number, "upgrading", work)
     if not before.exists() or subvolume_id(before) == known:  # it was up to date
