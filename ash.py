@@ -3422,6 +3422,11 @@ class Deployment(NamedTuple):
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
 
+    @property
+    def entry(self) -> str:
+        """What GRUB knows it by: what begins with a digit is to GRUB a place in the menu ("1d2e" is the second)."""
+        return f"ash-{self.id}"
+
 
 class Menu:
     """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
@@ -3487,8 +3492,8 @@ class Menu:
         return "\n".join(
             [
                 "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
-                f'set default_id="{default.id}"',
-                f'set fallback_id="{last.id if last else default.id}"',
+                f'set default_id="{default.entry}"',
+                f'set fallback_id="{(last or default).entry}"',
                 'set default="$default_id"',
                 'set fallback="$fallback_id"',
                 "insmod part_gpt",
@@ -3512,7 +3517,7 @@ class Menu:
         mode = "rw" if deployment.mutable else "ro"
         options = f"root=UUID={uuid} rootflags={flags} {mode} ash.deployment={deployment.id}"
         lines = [
-            f"menuentry {grub_quoted(title)} --id {deployment.id} {{",
+            f"menuentry {grub_quoted(title)} --id {deployment.entry} {{",
             f"    search --no-floppy --fs-uuid --set=root {uuid}",
             f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip(),
         ]
@@ -3796,7 +3801,7 @@ class Slots:
         entry = r" rootflags=subvol=\S*/snapshot-([a-z-]+)\S* .*\bash\.deployment=(\w+)"
         of_id = {ident: slot for slot, ident in re.findall(entry, self._grub_cfg())}
         ids = {slot: ident for ident, slot in of_id.items()}
-        named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(\w+)"', self._grub_cfg())}
+        named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', self._grub_cfg())}
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             if slot not in self.menu.deployments and (self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file():
                 with contextlib.suppress(AshError):  # it cannot be booted

@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import termios
 import threading
 import time
 import tty
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,8 @@ BOOT_SECONDS = 300.0
 COMMAND_SECONDS = 120.0
 # How long GRUB may take to move the highlight; where it does not move, that was the menu's end.
 MENU_SECONDS = 1.5
+# QEMU holds a key for a tenth of a second, and forgets what is pressed before that is over.
+KEY_SECONDS = 0.3
 # The kernel's line discipline cuts what is typed in one line after this many bytes.
 LINE_BYTES = 4000
 # Ctrl-], as in telnet: nothing in a shell or an editor wants it.
@@ -68,6 +72,39 @@ class CommandResult:
 
     status: int
     output: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a screen showed: three bytes, red, green and blue, for each dot, row by row."""
+
+    width: int
+    height: int
+    dots: bytes
+
+    @classmethod
+    def of_ppm(cls, content: bytes) -> Self:
+        """Read it as QEMU writes it: "P6", width and height, "255", each in a line, then the dots."""
+        kind, size, depth, dots = content.split(b"\n", 3)
+        width, height = map(int, size.split())
+        assert (kind, depth, len(dots)) == (b"P6", b"255", 3 * width * height)
+        return cls(width, height, dots)
+
+    def colours(self) -> set[bytes]:
+        """The different colours in it."""
+        return {self.dots[at : at + 3] for at in range(0, len(self.dots), 3)}
+
+    def png(self) -> bytes:
+        """The picture in a form that all programs read."""
+        row = 3 * self.width
+        rows = b"".join(b"\0" + self.dots[at : at + row] for at in range(0, len(self.dots), row))
+
+        def chunk(kind: bytes, data: bytes) -> bytes:
+            return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+        header = struct.pack(">IIBBBBB", self.width, self.height, 8, 2, 0, 0, 0)
+        parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @functools.cache
@@ -374,15 +411,30 @@ class Machine:
     def _monitor_path(self) -> Path:
         return self._scratch / "monitor"
 
-    def _monitor(self, command: str) -> None:
+    def press(self, *keys: str) -> None:
+        """Press keys of the machine's own keyboard, one after the other.
+
+        keys are QEMU's names for them: "a", "spc", "ret"; "meta_l-ret" is two at once.
+        """
+        for key in keys:
+            self._monitor("send-key", keys=[{"type": "qcode", "data": name} for name in key.split("-")])
+            time.sleep(KEY_SECONDS)
+
+    def screenshot(self) -> Picture:
+        """What the machine's screen shows."""
+        path = self._scratch / "screen.ppm"
+        self._monitor("screendump", filename=str(path))
+        return Picture.of_ppm(path.read_bytes())
+
+    def _monitor(self, command: str, **arguments: object) -> None:
         """Have QEMU itself do something (a command of its machine protocol)."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(30)
             connection.connect(str(self._monitor_path()))
             answers = connection.makefile("r", encoding="utf-8")
             answers.readline()  # the greeting
-            for name in ("qmp_capabilities", command):
-                connection.sendall(json.dumps({"execute": name}).encode() + b"\n")
+            for name, given in (("qmp_capabilities", {}), (command, arguments)):
+                connection.sendall(json.dumps({"execute": name, "arguments": given}).encode() + b"\n")
                 for answer in self._replies(answers):
                     if "error" in answer:
                         raise self._error(f"QEMU refuses {name}: {answer['error']}")

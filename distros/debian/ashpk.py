@@ -24,6 +24,9 @@ from ash import (
     read_text,
 )
 
+# Of a failed build's log, what tells why.
+LOG_LINES = 30
+
 
 class Debian(Distro):
     """Debian, and the distributions made from it."""
@@ -287,6 +290,7 @@ room=$(df --output=avail -k / | tail -n 1)
             elif alters:
                 self._build_modules(work)
         except PackageError as error:
+            tell_failed_builds(work.root)
             raise apt_error(error.message) from None
 
     @staticmethod
@@ -295,12 +299,14 @@ room=$(df --output=avail -k / | tail -n 1)
         if not (work.root / "usr/sbin/dkms").exists():
             return
         for kernel in sorted(path_inside(work.root, "usr/lib/modules").glob("*")):
-            if os.path.lexists(kernel / "build"):  # else there are no headers to build with
+            headers = path_inside(work.root, f"usr/lib/modules/{kernel.name}/build/include")
+            if headers.is_dir():  # so dkms asks as well; a link to headers that went may be left
                 try:
                     work.run(["dkms", "autoinstall", "-k", kernel.name])
                 except PackageError as error:
-                    said = last_words(error.message)
-                    raise PackageError(f"E: a module cannot be built for {kernel.name}: {said}") from None
+                    if not only_excluded(error.message):
+                        said = last_words(error.message)
+                        raise PackageError(f"E: a module cannot be built for {kernel.name}: {said}") from None
 
 
 def version_key(version: str) -> tuple[object, ...]:
@@ -347,6 +353,21 @@ def diversions(root: Path) -> dict[str, tuple[str, str]]:
     path = database(root) / "dpkg/diversions"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
+
+
+def only_excluded(autoinstall: str) -> bool:
+    """Whether nothing failed but modules that say that they are not for the kernel, which dkms 3.0 fails over."""
+    known = r"BUILD_EXCLUSIVE|One or more modules failed to install during autoinstall"
+    errors = re.findall(r"Error! .*|^.* failed due to missing dependencies.*", autoinstall, re.MULTILINE)
+    return "BUILD_EXCLUSIVE" in autoinstall and all(re.search(known, error) for error in errors)
+
+
+def tell_failed_builds(root: Path) -> None:
+    """Say what compilers said of modules that dkms could not build: it only names a log, which goes with the rest."""
+    for log in sorted((database(root) / "dkms").glob("*/*/build/make.log")):
+        module, version = log.parts[-4:-2]
+        lines = read_text(log).rstrip().splitlines()[-LOG_LINES:]
+        console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 
 def bytes_of(uris: str) -> int:

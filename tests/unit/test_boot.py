@@ -177,7 +177,20 @@ def test_an_entry_boots_its_slot_by_uuid_and_carries_its_id() -> None:
     )
     assert f"    initrd /{name}/boot/initrd.img-1\n" in text
     assert f"search --no-floppy --fs-uuid --set=root {UUID}" in text
-    assert 'set default_id="c0ffee"' in text
+    assert 'set default_id="ash-c0ffee"' in text
+
+
+@pytest.mark.parametrize("ident", ["1d1dca0b4db0ba0e", "0b1", "2", "c0ffee"])
+def test_grub_takes_no_id_for_a_place_in_the_menu(ident: str) -> None:
+    """GRUB reads "1d1d" as entry 1: the second one, which is the old deployment."""
+    slots = {
+        "deploy": deployment("deploy", 0, ident=f"9{ident}"),
+        "deploy-aux": deployment("deploy-aux", 1, ident=ident),
+    }
+    text = rendered(Menu("deploy-aux", "deploy", slots))
+    named = re.findall(r"^set (?:default|fallback)_id=\"(.*)\"$", text, re.MULTILINE)
+    assert named == re.findall(r"^menuentry '.*' --id (\S+) \{$", text, re.MULTILINE)
+    assert not [name for name in named if name[0].isdecimal()]
 
 
 def test_the_menu_file_reads_as_it_was_written(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ash import FAILED, MISSING, REFUSED
-from distros.debian.ashpk import Debian, apt_error, bytes_of, planned
+from distros.debian.ashpk import Debian, apt_error, bytes_of, only_excluded, planned
 
 pytestmark = pytest.mark.budget(5)
 
@@ -100,3 +100,39 @@ def test_apts_errors_are_told_in_one_line(output: str, status: int, words: str) 
     assert error.status == status
     assert words in error.message
     assert "\n" not in error.message
+
+
+EXCLUDED = """\
+Error! The /var/lib/dkms/one/1/6.1.0-50-amd64/x86_64/dkms.conf for module one includes a BUILD_EXCLUSIVE directive which \
+does not match this kernel/arch/config.
+This indicates that it should not be built.
+"""
+UNBUILT = """\
+Building module:
+Cleaning build area...
+make -j2 KERNELRELEASE=6.1.0-50-amd64...(bad exit status: 2)
+Error! Bad return status for module build on kernel: 6.1.0-50-amd64 (x86_64)
+Consult /var/lib/dkms/two/1/build/make.log for more information.
+"""
+DEPENDENT = "three/1 autoinstall failed due to missing dependencies: two\n"
+END = """\
+Error! One or more modules failed to install during autoinstall.
+Refer to previous errors for more information.
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "excluded"),
+    [
+        (EXCLUDED + END, True),
+        (EXCLUDED + EXCLUDED + END, True),
+        (EXCLUDED + UNBUILT + END, False),
+        (UNBUILT + EXCLUDED + END, False),
+        (EXCLUDED + DEPENDENT + END, False),
+        (UNBUILT + END, False),
+        (END, False),
+        ("", False),
+    ],
+)
+def test_modules_that_are_not_for_a_kernel_are_no_failure(said: str, excluded: bool) -> None:
+    assert only_excluded(said) == excluded

@@ -260,7 +260,7 @@ def test_a_menu_file(text: str, tmp_path: Path) -> None:
         grub_cfg = menu.render(Layout.at(tmp_path, "debian"), "0-0", str)
         names = {deployment.id for deployment in menu.deployments.values()}
         assert all(name.isalnum() for name in names)
-        assert f'set default_id="{menu.deployments[menu.default].id}"' in grub_cfg
+        assert f'set default_id="ash-{menu.deployments[menu.default].id}"' in grub_cfg
 
 
 ENTRY = {
