@@ -10,7 +10,7 @@ import pytest
 
 import ash
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, REFUSED, Outcome, wait_until
+from tests.support import DONE, FAILED, OURS_IN_RUN, REFUSED, USAGE, Outcome, wait_until
 from tests.system.container import Container
 from tests.system.lab import System
 
@@ -401,6 +401,31 @@ LWN = [
 ]
 
 
+# What the documents say of no command by name, but of the running system's own snapshot and of all snapshots.
+WITHOUT_A_NUMBER = [
+    Row("ash chroot", [("ash chroot", "touch /etc/chrooted\nexit\n")], lambda w: "chrooted" in etc_of(w, "here")),
+    Row("ash branch", ["ash branch"], lambda w: w.parent("M") == w.here),
+    Row("ash list", ["ash list"], lambda w: re.search(rf"^gimp +{OLD}$", w.text, re.MULTILINE) is not None),
+    Row("ash whichtmp", ["ash whichtmp"], lambda w: w.text == f"{w.running.slot}\n"),
+    Row("ash status", ["ash status"], lambda w: f"snapshot {w.here} ({w.running.slot})" in w.text),
+    Row(
+        "ash diff, of the running /etc",
+        ["touch /etc/drifted", "ash diff"],
+        lambda w: "/etc/drifted" in w.text,
+    ),
+    Row(
+        "ash hollow",
+        [("ash hollow {N}", "cp /run/ash/running/usr/share/ash/snap /etc/runs\nexit\n")],
+        lambda w: (w.root("N") / "etc/runs").read_text().strip() == str(w.here) and w.starts_next("N"),
+    ),
+    Row(
+        "ash whichsnap, of more than seven",
+        ["ash install {N} firefox", "for n in 1 2 3 4 5 6 7; do ash clone {N}; done", "ash -q whichsnap firefox"],
+        lambda w: {str(w["N"]), str(w["M"])} <= set(w.text.split()) and w["M"] > 7,
+    ),
+]
+
+
 def etc_of(world: World, name: str) -> set[str]:
     return {path.name for path in (world.root(name) / "etc").iterdir()}
 
@@ -409,7 +434,7 @@ def is_mutable(world: World, number: int) -> bool:
     return (world.system.root(number) / "usr/share/ash/mutable").exists()
 
 
-@pytest.mark.parametrize("row", [*ASHOS, *ASTOS, *LWN], ids=lambda row: row.words)
+@pytest.mark.parametrize("row", [*ASHOS, *ASTOS, *LWN, *WITHOUT_A_NUMBER], ids=lambda row: row.words)
 def test_a_line_does_what_its_document_says(world: World, row: Row) -> None:
     for line in row.typed:
         typed, keys = (line, "") if isinstance(line, str) else line
@@ -453,6 +478,17 @@ def test_a_tree_is_deleted_with_its_branches_after_a_question(world: World, tmp_
         terminal.type("y\n")
         assert terminal.wait() == DONE
     assert not any(world.system.root(number).exists() for number in numbers)
+    kept = {path.name for path in (world.system.files.state / "snapshots").iterdir()}
+    assert not kept & {f"{number}-desc" for number in numbers}
+
+
+WANT_A_NUMBER = ["run true", "tree-run true", "-y del", "undo", "mutable", "immutable", "ubranch"]
+
+
+@pytest.mark.parametrize("line", WANT_A_NUMBER)
+def test_what_would_harm_the_booted_snapshot_wants_its_number(world: World, line: str) -> None:
+    error = world.type(f"ash {line}", status=OURS_IN_RUN if line.startswith("run") else USAGE).error
+    assert re.search(r"number|which snapshot", error)
 
 
 def test_without_a_clean_exit_nothing_is_saved_and_tmp_clears_it(world: World, tmp_path: Path) -> None:

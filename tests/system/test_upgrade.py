@@ -91,6 +91,13 @@ def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, sn
     assert version(system, snapshot) == NEW
 
 
+def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
+    system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))
+    assert "unauthenticated" in system.ash("upgrade", snapshot, status=FAILED).error
+    assert version(system, snapshot) == OLD
+    assert "does not have a Release file" in system.ash("upgrade", snapshot, "--strict", status=FAILED).error
+
+
 def test_a_failed_upgrade_changes_nothing(system: System, archive: Archive, tmp_path: Path, snapshot: int) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-tool", "3", postinst="exit 1")
