@@ -92,6 +92,7 @@ def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, sn
 
 
 def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
+    system.ash("refresh", snapshot)  # as long as it was trusted: so there is something to upgrade to
     system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))
     assert "unauthenticated" in system.ash("upgrade", snapshot, status=FAILED).error
     assert version(system, snapshot) == OLD
