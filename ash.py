@@ -6871,7 +6871,7 @@ def warn_of_archives(missing: Sequence[str], strict: bool) -> None:
     if missing and strict:
         raise AshError(f"not all archives can be had: {'; '.join(missing)}", "leave out --strict to do without them")
     for one in missing:
-        console.say(f"ash: {one_line(one)}; going on without it")
+        console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
 
 
 def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> None:
