@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the documents of ash and its forerunner show: each command line, typed as it stands there, keeps its promise."""
+"""What the documents of ash and its forerunner show: each command line, typed as it stands there, keeps its promise.
+
+`ash upself` has tests of its own, in test_upself.py. What needs a kernel of its own is for the boot tests: `reboot`,
+choosing the last booted deployment in GRUB's menu before `ash rollback`, and services that `ash install` starts.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -339,6 +343,7 @@ ASTOS = [
     Row("Show filesystem tree", ["ast tree"], lambda w: f"{w.here} - " in w.text or f"{w.here}*- " in w.text),
     Row("the currently booted snapshot with", ["ast current"], lambda w: w.text == f"{w.here}\n"),
     Row("ast desc <overlay>", ["ast desc {N} two words"], lambda w: w.description("N") == "two words"),
+    Row("This removes the tree and all", ["ast branch {N}", "ast -y del {N}"], lambda w: not w.root("M").exists()),
     Row("Run ast deploy and reboot", ["ast deploy {N}", "ast deploy"], lambda w: w.starts_next("here")),
     Row("ast install <overlay>", ["ast install {N} firefox"], lambda w: w.version("N", "firefox") == TINY),
     Row(
