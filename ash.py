@@ -1641,29 +1641,35 @@ class Chroot(NamedTuple):
     @contextmanager
     def _resolver(self) -> Iterator[None]:
         """Let names be resolved inside. An edit made in there stays; else the file is as it was."""
-        path = path_inside(self.root, "etc/resolv.conf")
-        given = RESOLV_CONF.read_bytes() if self.resolver and RESOLV_CONF.exists() else None
-        before = path.read_bytes() if path.is_file() else None
-        if given is None or given == before:
+        if not self.resolver:
             yield
             return
+        path = path_inside(self.root, "etc/resolv.conf")
+        before = path.read_bytes() if path.is_file() else None
         times = (path.stat().st_atime_ns, path.stat().st_mtime_ns) if before is not None else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(given)
+        shown = RESOLV_CONF.read_bytes() if RESOLV_CONF.exists() else before
+        if shown != before or self._is_of_running(path):
+            path.parent.mkdir(parents=True, exist_ok=True)  # so that it can be edited, also where none was shown
+        if shown is not None and shown != before:
+            path.write_bytes(shown)
         yield
         after = path_inside(self.root, "etc/resolv.conf")
-        edited = not after.is_file() or after.read_bytes() != given
-        if edited and after.is_file() and (self.root / "run") in after.parents:
-            content = after.read_bytes()
-            link = place_inside(self.root, "etc/resolv.conf")
-            link.unlink()
-            link.write_bytes(content)
-        elif not edited and before is None:
+        content = after.read_bytes() if after.is_file() else None
+        if content != shown:
+            if content is not None and self._is_of_running(after):
+                link = place_inside(self.root, "etc/resolv.conf")
+                link.unlink()
+                link.write_bytes(content)
+        elif before is None and content is not None:
             after.unlink()
-        elif not edited and before is not None:
+        elif before is not None and content != before:
             after.write_bytes(before)
             if times:
                 os.utime(after, ns=times)
+
+    def _is_of_running(self, path: Path) -> bool:
+        """Whether a path is in /run, which a snapshot does not keep."""
+        return self.root / "run" in path.parents
 
     def _start(self, argv: Sequence[str]) -> int:
         """Start the program in the new process namespace, wait for its end."""
@@ -1748,13 +1754,16 @@ def require_folders(root: Path) -> None:
             raise AshError(f"/{name} is no folder in {root.name}", "it must be one, and no link", REFUSED)
 
 
-def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None) -> str:
+def machine_chroot(
+    root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None, tell: str = "(?!)"
+) -> str:
     """Run one of GRUB's tools, or the like, chrooted in a root and with the machine's own disks.
 
     Args:
         root: the root; it must be writable.
         argv: program and arguments, as the root sees them.
         binds: what is shown inside: {where it is: its path from the root}.
+        tell: how those of its messages begin that people are to see (a regular expression; none).
 
     Returns:
         what it printed on its standard output.
@@ -1773,6 +1782,9 @@ def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str]
         output, errors = (stream.read().decode(errors="replace") for stream in (stdout, stderr))
     if status:
         raise AshError(f"{argv[0]} failed ({status}): {last_words(errors or output)}")
+    for line in lines_of(errors):
+        if re.match(tell, line):
+            console.say(one_line(line))
     return output
 
 
@@ -3575,6 +3587,10 @@ def os_release(root: Path, key: str) -> str:
     return found[1].strip("\"'") if found else ""
 
 
+# What grub-mkconfig says of other systems: "Found Windows Boot Manager on ...", but not "Found linux image: ...".
+FOUND_ELSEWHERE = r"Found .* on "
+
+
 def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     """The boot configuration of a root, and the digest of its inputs.
 
@@ -3591,7 +3607,8 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     for deployment in menu.deployments.values():
         if deployment.inputs == inputs and not probes:
             return inputs, deployment.config
-    return inputs, BootConfig.parse(machine_chroot(root, ["grub-mkconfig"], binds={grub: "boot/grub"}))
+    made = machine_chroot(root, ["grub-mkconfig"], binds={grub: "boot/grub"}, tell=FOUND_ELSEWHERE)
+    return inputs, BootConfig.parse(made)
 
 
 class Slots:
@@ -6889,7 +6906,7 @@ def warn_of_archives(missing: Sequence[str], strict: bool) -> None:
     if missing and strict:
         raise AshError(f"not all archives can be had: {'; '.join(missing)}", "leave out --strict to do without them")
     for one in missing:
-        console.say(f"ash: {one_line(one)}; going on without it")
+        console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
 
 
 def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> None:
@@ -7779,8 +7796,8 @@ COMMANDS = [
         cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, *JOBS, *PURGE],
     ),
     Command(
-        "upgrade", ["up"], "Packages", "upgrade [N]", "upgrade all packages", cmd_upgrade,
-        changes=True, numbers=1, several=True, arguments=[DOWNLOAD_ONLY, STRICT, *LIVE],
+        "upgrade", ["up"], "Packages", "upgrade [N...]", "upgrade all packages", cmd_upgrade,
+        changes=True, numbers=MANY, several=True, arguments=[DOWNLOAD_ONLY, STRICT, *LIVE],
     ),
     Command(
         "hold", [], "Packages", "hold N PKG...", "keep packages at their versions", cmd_hold,
@@ -7806,12 +7823,12 @@ COMMANDS = [
         arguments=[flag("--shell", help="open a root shell in it instead"), RESUME, STRICT],
     ),
     Command(
-        "refresh", ["ref"], "Packages", "refresh [N]", "fetch the package lists", cmd_refresh,
-        changes=True, numbers=1, several=True, arguments=[STRICT],
+        "refresh", ["ref"], "Packages", "refresh [N...]", "fetch the package lists", cmd_refresh,
+        changes=True, numbers=MANY, several=True, arguments=[STRICT],
     ),
     Command(
-        "fixdb", ["fix"], "Packages", "fixdb [N]", "repair the package database, renew the keyring", cmd_fixdb,
-        changes=True, numbers=1, several=True,
+        "fixdb", ["fix"], "Packages", "fixdb [N...]", "repair the package database, renew the keyring", cmd_fixdb,
+        changes=True, numbers=MANY, several=True,
     ),
     Command(
         "whichsnap", ["ws"], "Packages", "whichsnap PKG...", "list the snapshots that have packages", cmd_whichsnap,
@@ -7820,7 +7837,7 @@ COMMANDS = [
     Command(
         "sync", ["tree-sync", "tsync"], "Packages", "sync [N] [-j] [--keep]",
         "upgrade the tree, then give each branch the packages and new configuration of its parent", cmd_sync,
-        changes=True, numbers=1, arguments=[flag("-f", "--force", help="without upgrading"), *SYNC],
+        changes=True, numbers=1, arguments=[flag("-f", "--force", "--force-offline", help="without upgrading"), *SYNC],
     ),
     Command(
         "force-sync", ["fsync"], "Packages", "force-sync [N] [-j] [--keep]", "the same without upgrading",

@@ -68,14 +68,23 @@ def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archi
 
 
 def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, snapshot: int, url: str) -> None:
-    system.shell(snapshot, use_only("http://127.0.0.1:9", url))
+    # At another address: apt takes all archives of one that does not answer for dead.
+    system.shell(snapshot, use_only("http://127.0.0.2:9", url))
     with system.nothing_changes():
         error = system.ash("upgrade", snapshot, "--strict", status=FAILED).stderr.splitlines()[-1]
-        assert "127.0.0.1:9" in error
+        assert "127.0.0.2:9" in error
         assert "--strict" in error
     outcome = system.ash("upgrade", snapshot, status=DONE)
-    assert "127.0.0.1:9" in outcome.stderr
+    assert "127.0.0.2:9" in outcome.stderr
     assert version(system, snapshot) == NEW
+
+
+def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
+    system.ash("refresh", snapshot)  # as long as it was trusted: so there is something to upgrade to
+    system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))
+    assert "unauthenticated" in system.ash("upgrade", snapshot, status=FAILED).stderr.splitlines()[-1]
+    assert version(system, snapshot) == OLD
+    assert "does not have a Release file" in system.ash("upgrade", snapshot, "--strict", status=FAILED).error
 
 
 def test_a_failed_upgrade_changes_nothing(system: System, archive: Archive, tmp_path: Path, snapshot: int) -> None:

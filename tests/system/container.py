@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A deployment that runs in namespaces of its own: its root is `/`, mounted by its own fstab; no kernel is booted."""
+
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+from installer.executable import build
+from tests.support import DONE, SECONDS, Outcome, Terminal
+from tests.system.lab import System
+
+# The deployment's root becomes that of the namespaces' first process: to ash this is no chroot. The disk has the name
+# of a real one there, since GRUB passes over a root on a file that is mounted as a loop device.
+DISK = "/dev/vda"
+START = """\
+mount -t tmpfs tmpfs {root}
+for name in null zero full random urandom tty ptmx fd stdin stdout stderr; do cp -a /dev/$name {root}/; done
+mkdir {root}/pts {root}/shm
+mount --rbind /dev/pts {root}/pts
+cp -a {device} {root}/vda
+mount --move {root} /dev
+{mounts}
+mount -t proc proc {root}/proc
+mount --rbind /dev {root}/dev
+mount --rbind /sys {root}/sys
+mount -t tmpfs tmpfs {root}/run
+mount --bind {root}/.snapshots/rootfs {root}/.snapshots/rootfs
+mount -o remount,bind,ro {root}/.snapshots/rootfs
+cd {root}
+pivot_root . .
+umount -l .
+cd /root
+exec env -i PATH=/usr/sbin:/usr/bin HOME=/root TERM=xterm LANG=C.UTF-8 sh -c "$1"
+"""
+
+
+class Container:
+    """A system of which a deployment runs; what is typed there are command lines as people write them down.
+
+    Args:
+        system: the system; its ash becomes the one of this checkout.
+    """
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        (system.files.state / "ash").write_text(build("debian"))
+        self.boot()
+
+    def boot(self) -> None:
+        """Run the deployment for the next boot from now on, with what ash does when a system starts."""
+        self.slot = self.system.files.default_slot()
+        self.type("ash recover")
+
+    def type(self, line: str, status: int = DONE, keys: str = "") -> Outcome:
+        """Run a command line, without a terminal; it must end with that status.
+
+        Args:
+            line: for the shell.
+            status: its exit status.
+            keys: what comes from its standard input.
+        """
+        with tempfile.TemporaryDirectory(prefix="ash-test-") as folder:
+            argv = self._argv(line, Path(folder))
+            done = subprocess.run(argv, input=keys, capture_output=True, text=True, timeout=SECONDS, check=False)
+        assert done.returncode == status, f"{line} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def terminal(self, line: str, folder: Path) -> Terminal:
+        """Start a command line on a terminal; the folder is where its root is mounted, for it alone."""
+        return Terminal(self._argv(line, folder))
+
+    def _argv(self, line: str, folder: Path) -> list[str]:
+        device = self.system.attached().split()[0]
+        script = START.format(root=folder, device=device, mounts=self._mounts(folder))
+        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script, "sh", line]
+
+    def _mounts(self, folder: Path) -> str:
+        """The lines of the deployment's fstab that are ash's own, as commands."""
+        uuid = (self.system.files.state / "part").read_text().strip()
+        commands = []
+        for line in (self.system.root(self.slot) / "etc/fstab").read_text().splitlines():
+            source, target, kind, options = line.split()[:4]
+            if source.startswith("UUID=") and source != f"UUID={uuid}":
+                continue  # the EFI partition
+            known = {f"UUID={uuid}": DISK, "tmpfs": "tmpfs"}
+            how = ["--bind"] if kind == "none" else ["-t", kind, "-o", options]
+            commands.append(shlex.join(["mount", *how, known.get(source, f"{folder}{source}"), f"{folder}{target}"]))
+        return "\n".join(commands)
