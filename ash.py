@@ -983,6 +983,14 @@ def subvolume_id(path: Path) -> int:
     return Subvolume.at(path).id
 
 
+def is_writable(path: Path) -> bool:
+    """Whether a subvolume can be written to, as far as it itself goes; False where there is none."""
+    try:
+        return not Subvolume.at(path).readonly
+    except OSError:
+        return False
+
+
 def create_subvolume(path: Path) -> None:
     """Make an empty, writable subvolume."""
     about_to(f"create {path.name}")
@@ -2759,6 +2767,28 @@ class Numbers:
             for account, number in read_numbers(etc / name).items():
                 self.given[name].setdefault(account, number)
 
+    def reconcile(self, etc: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
+        """Find numbers for the names of an /etc that share one, or that have another one elsewhere, and note them.
+
+        Returns:
+            for each file, the new numbers by name; and which old number becomes which, where it had one name only.
+        """
+        wanted: dict[str, dict[str, int]] = {}
+        moves: dict[str, dict[int, int]] = {}
+        for name in NUMBERED_FILES:
+            there, given = read_numbers(etc / name), self.given[name]
+            for number in sorted(set(there.values())):
+                accounts = [account for account, its in there.items() if its == number]
+                keeper = next((account for account in accounts if given.get(account, number) == number), None)
+                for account in [one for one in accounts if one != keeper]:
+                    new = given.get(account, number)
+                    if new in there.values():
+                        new = free_number(name, number, {*given.values(), *there.values()})
+                    there[account] = given[account] = wanted.setdefault(name, {})[account] = new
+                    if len(accounts) == 1:
+                        moves.setdefault(name, {})[number] = new
+        return wanted, moves
+
     def settle(self, before: Path, after: Path) -> dict[str, dict[int, int]]:
         """Find the numbers for names that are new or changed in an /etc, and take note of them.
 
@@ -2783,6 +2813,32 @@ class Numbers:
                 if given[account] != number:
                     moves.setdefault(name, {})[number] = given[account]
         return moves
+
+
+def give_numbers(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Mapping[str, Mapping[int, int]]) -> None:
+    """Give accounts of a root other numbers.
+
+    Args:
+        root: the root.
+        wanted: for each of NUMBERED_FILES, the new numbers by name.
+        moves: the old numbers that become new ones, where no other account has the old one: files go along.
+    """
+    users, groups = moves.get("passwd", {}), moves.get("group", {})
+    for name in NUMBERED_FILES:
+        path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
+        text = read_text(path)
+        rows = [line.split(":") for line in lines_of(text)]
+        for row in rows:
+            if row[0] in wanted.get(name, {}):
+                row[column] = str(wanted[name][row[0]])
+            group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
+            if group is not None and group in groups:
+                row[3] = str(groups[group])
+        renewed = "".join(f"{':'.join(row)}\n" for row in rows)
+        if renewed != text:
+            write_text(path, renewed)
+    for inside in paths_below(root) if users or groups else ():
+        give_to(root / inside, root / "nothing", users, groups)
 
 
 def free_number(name: str, like: int, taken: Container[int]) -> int:
@@ -4574,7 +4630,8 @@ class Services:
             run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
         run(["systemctl", "daemon-reload"])
         wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
-        for unit in sorted({unit for wanting, unit in wanted if self._is_active(wanting)}):
+        new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
+        for unit in sorted(new):
             self.live.started.append(unit)
             run(["systemctl", "start", unit])
 
@@ -5231,6 +5288,7 @@ class Mender:
         self.system = system
         self.layout = system.layout
         self.lost = LostFound(system.layout)
+        self._repaired: set[int] = set()
 
     # The tree and the numbers
 
@@ -5289,7 +5347,23 @@ class Mender:
                 numbers.learn(self.layout.rootfs(slot) / "etc")
             write_file(self.layout.ids, numbers.dump())
 
+    def settle_numbers(self, number: int) -> None:
+        """Give a snapshot's accounts numbers of their own: those that they have elsewhere."""
+        with hushed(), Transaction(self.system, number, base=True) as work:
+            with self.system.lock("state"):
+                numbers = Numbers.load(self.layout.ids)
+                wanted, moves = numbers.reconcile(work.root / "etc")
+                write_file(self.layout.ids, numbers.dump())
+            give_numbers(work.root, wanted, moves)
+
     # A snapshot's parts
+
+    def repair_packages(self, number: int) -> None:
+        """Have the package manager repair what it can of its database and its files, once."""
+        if number not in self._repaired:
+            self._repaired.add(number)
+            with hushed(), Transaction(self.system, number, base=True) as work:
+                self.system.distro.repair(work)
 
     def replace_root(self, number: int) -> None:
         """Put a snapshot's predecessor in its place, where it is gone itself; without one it leaves the tree."""
@@ -5524,9 +5598,10 @@ class Check:
             yield Damage("it has no description", number, remedy, partial(mender.describe, number))
         for folder in ("etc", "boot"):
             yield from self._copy(number, folder)
-        audit = f"ash run {number} {self.system.distro.audit}" if self.system.distro.audit else ""
+        audit = f" (ash run {number} {self.system.distro.audit} tells more)" if self.system.distro.audit else ""
         for problem in self._problems(root):
-            yield Damage(problem, number, audit)
+            remedy = f"repair it from its archives{audit}"
+            yield Damage(problem, number, remedy, partial(mender.repair_packages, number))
 
     def _problems(self, root: Path) -> list[str]:
         content = self._contents.of(root)
@@ -5613,8 +5688,10 @@ class Check:
             return
         for number, name in itertools.product(numbers, NUMBERED_FILES):
             for what in self._clashes(name, read_numbers(self.layout.rootfs(number) / "etc" / name), given[name]):
-                hint = f"whose the files of that number are, only you can tell: then ash chroot {number}, usermod -u"
-                yield Damage(what, number, hint)
+                remedy = (
+                    "give it the number that it has elsewhere, or a new one; files of a shared number stay as they are"
+                )
+                yield Damage(what, number, remedy, partial(self.mender.settle_numbers, number))
 
     @staticmethod
     def _clashes(name: str, accounts: Mapping[str, int], given: Mapping[str, int]) -> Iterator[str]:
@@ -6088,7 +6165,7 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
             "description": system.describe(n),
             "booted": n == current,
             "deployed": n == next_boot,
-            "mutable": is_mutable(system.layout.rootfs(n)),
+            "mutable": is_writable(system.layout.rootfs(n)) and is_mutable(system.layout.rootfs(n)),
         }
         for n in tree.numbers()
     ]

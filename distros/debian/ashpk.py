@@ -24,9 +24,6 @@ from ash import (
     read_text,
 )
 
-# Of a failed build's log, what tells why.
-LOG_LINES = 30
-
 
 class Debian(Distro):
     """Debian, and the distributions made from it."""
@@ -179,7 +176,13 @@ room=$(df --output=avail -k / | tail -n 1)
             state = package["Status"].rpartition(" ")[2]
             if state not in ("installed", "config-files", "not-installed"):
                 found.append(f"package {package['Package']} is {state}")
+        lacking = self._lacking(root)
+        return found + [f"package {name} lacks {files[0]} ({len(files)} files)" for name, files in lacking.items()]
+
+    def _lacking(self, root: Path) -> dict[str, list[str]]:
+        """The files in /usr that dpkg believes to be there and that are not, by package."""
         installed, diverted = self.packages(root), diversions(root)
+        found: dict[str, list[str]] = {}
 
         def moved(path: str, package: str) -> str:
             target, keeper = diverted.get(path, (path, package))
@@ -201,7 +204,7 @@ room=$(df --output=avail -k / | tail -n 1)
             if name in installed:
                 files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
                 missing = [line for line in files if not is_there(moved(line, name))]
-                found += [f"package {name} lacks {missing[0]} ({len(missing)} files)"] if missing else []
+                found |= {name: missing} if missing else {}
         return found
 
     def automatic(self, root: Path) -> set[str]:
@@ -243,7 +246,7 @@ room=$(df --output=avail -k / | tail -n 1)
         self._apt(work, "upgrade", "--with-new-pkgs", *(["--download-only"] if download_only else []))
 
     def repair(self, work: Transaction) -> None:
-        """dpkg's own way, then apt's; then the keyring anew."""
+        """dpkg's own way, then apt's; then anew the keyring, and what lacks files."""
         for name in ("lock", "lock-frontend"):
             (database(work.root) / "dpkg" / name).unlink(missing_ok=True)
         try:
@@ -252,7 +255,7 @@ room=$(df --output=avail -k / | tail -n 1)
             console.say(f"ash: dpkg --configure: {last_words(error.message)}")
         self._apt(work, "install", "--fix-broken")
         self.refresh(work)
-        self._apt(work, "install", "--reinstall", "--", self.keyring)
+        self._apt(work, "install", "--reinstall", "--", self.keyring, *self._lacking(work.root))
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
         """By apt-mark, which needs the packages to be known."""
@@ -366,7 +369,7 @@ def tell_failed_builds(root: Path) -> None:
     """Say what compilers said of modules that dkms could not build: it only names a log, which goes with the rest."""
     for log in sorted((database(root) / "dkms").glob("*/*/build/make.log")):
         module, version = log.parts[-4:-2]
-        lines = read_text(log).rstrip().splitlines()[-LOG_LINES:]
+        lines = read_text(log).rstrip().splitlines()[-30:]  # what tells why
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 

@@ -113,6 +113,10 @@ def opens_itself(machine: Machine) -> None:
     )
     said(machine, "! test -e /usr/share/live && ! grep unlocked /proc/*/mountinfo")
 
+    said(machine, "mount -t tmpfs foreign /.snapshots/rootfs/snapshot-2/mnt")
+    refused(machine, "ash fsck", "foreign mount")
+    said(machine, "ash fsck --repair && ! findmnt /.snapshots/rootfs/snapshot-2/mnt")
+
     said(machine, "printf 'cp /run/ash/running/etc/hostname /etc/from-running\\n' | ash hollow 3")
     starts_next(machine, 3)
     assert said(machine, "cat /.snapshots/rootfs/snapshot-3/etc/from-running") == said(machine, "hostname")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ash import read_numbers
 from tests.support import FAILED, make_deb, program
 from tests.system.lab import System
 
@@ -344,15 +345,43 @@ def test_the_numbers_of_users_are_collected_anew(system: System, snapshot: int, 
     assert after == before
 
 
-def test_clashes_of_users_are_told(system: System) -> None:
+def test_two_users_with_one_number_get_two(system: System) -> None:
     number = system.clone()
+    system.shell(number, "echo three:x:860:860::/: >> /etc/passwd; touch /usr/of-three; chown 860 /usr/of-three")
     for folder in (system.root(number) / "etc", system.files.etc(number)):
         top = system.root(number) if folder.name == "etc" else folder
         with opened(top), (folder / "passwd").open("a") as passwd:
-            passwd.write("three:x:860:860::/:\nfour:x:860:860::/:\n")
-    told(system, "four and three share the number 860 in passwd", "only you can tell", number)
+            passwd.write("four:x:860:860::/:\n")
+    mended(system, "four and three share the number 860 in passwd", number)
+    users = read_numbers(system.root(number) / "etc/passwd")
+    assert users["three"] == 860
+    assert users["four"] != 860
+    assert (system.root(number) / "usr/of-three").stat().st_uid == 860
+    assert json.loads((system.files.state / "ids").read_text())["passwd"]["four"] == users["four"]
+
+
+def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(system: System) -> None:
+    number = system.clone()
+    system.shell(number, "echo five:x:870:870::/: >> /etc/passwd; touch /usr/of-five; chown 870 /usr/of-five")
+    ids = system.files.state / "ids"
+    known = json.loads(ids.read_text())
+    known["passwd"]["five"] = 871
+    ids.write_text(json.dumps(known))
+    mended(system, "five is 870 in passwd, and 871 elsewhere", number)
+    assert read_numbers(system.root(number) / "etc/passwd")["five"] == 871
+    assert (system.root(number) / "usr/of-five").stat().st_uid == 871
+    system.ash("undo", number)
+    assert (system.root(number) / "usr/of-five").stat().st_uid == 870
     system.ash("-y", "del", number)
-    whole(system)
+
+
+def test_a_package_that_lacks_files_is_installed_anew(system: System) -> None:
+    number = system.clone()
+    lost = system.root(number) / "usr/share/doc/less/copyright"
+    with opened(system.root(number)):
+        lost.unlink()
+    mended(system, "package less lacks", number)
+    assert lost.exists()
 
 
 def test_a_package_database_that_lies_is_told(system: System, tmp_path: Path) -> None:
