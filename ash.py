@@ -4781,8 +4781,9 @@ class Crew:
         if branch.output:
             branch.output.seek(0)
             if self.shown or console.verbose:
-                sys.stderr.buffer.write(branch.output.read())
-                sys.stderr.flush()
+                stream = sys.stderr if console.json or not self.shown else sys.stdout
+                stream.buffer.write(branch.output.read())
+                stream.flush()
             branch.output.close()
 
     def _draw(self) -> None:
