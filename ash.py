@@ -1408,7 +1408,11 @@ class Distro:
         raise NotImplementedError
 
     def refresh(self, work: Transaction) -> list[str]:
-        """Fetch the package lists. Returns which archives could not be had; the others' lists are new."""
+        """Fetch the package lists. Returns which archives could not be had; the others' lists are new.
+
+        Raises:
+            PackageError: none could be had.
+        """
         raise NotImplementedError
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
@@ -6970,12 +6974,17 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
 
     Args:
         work: the transaction.
-        fetch: fetch the package lists first.
+        fetch: fetch the package lists first; without any archive, those that are known serve.
         strict: whether an archive that cannot be had is an error.
         download_only: fetch the packages, for later.
     """
-    if fetch:
-        refresh(work, strict)
+    try:
+        if fetch:
+            refresh(work, strict)
+    except PackageError as error:
+        if strict:
+            raise
+        console.say(one_line(f"ash: {error.message}; going on with what is known"))
     work.distro.upgrade(work, download_only)
 
 
@@ -7228,7 +7237,8 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
 
     def work(transaction: Transaction) -> None:
         packages = system.distro.packages(transaction.root)
-        upgrade(transaction, strict=strict)
+        refresh(transaction, strict)  # nobody is there to see that no archive can be had
+        upgrade(transaction, fetch=False)
         if system.distro.packages(transaction.root) != packages:
             require_sound(transaction)
 

@@ -239,6 +239,8 @@ room=$(df --output=avail -k / | tail -n 1)
         trouble = [line for line in said if re.search(r"Failed to fetch|^The repository|GPG error", line)]
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
+        if trouble and not re.search(r"^(Hit|Get):", output, re.MULTILINE):
+            raise PackageError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:

@@ -63,8 +63,10 @@ def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archi
         system.ash("upgrade", snapshot, "--download-only")
         assert version(system, snapshot) == OLD
     outcome = system.ash("upgrade", snapshot)
-    assert "without it" in outcome.stderr
+    assert "going on with what is known" in outcome.stderr
     assert version(system, snapshot) == NEW
+    assert "no archive" in system.ash("refresh", snapshot, status=FAILED).stderr
+    assert "no archive" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
 
 
 def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, snapshot: int, url: str) -> None:
