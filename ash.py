@@ -7188,6 +7188,7 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     try:
         require_clock(system)
         reply = upgrade_by_policy(system, number, policy, args.strict)
+        is_new = reply.data["changed"]
         if configuration.is_on("auto_upgrade_base"):
             base = change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
             ours = {key: reply.data[key] for key in CHANGE_SHAPE}
@@ -7197,7 +7198,7 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
         note_upgrade(system, FAILED, f"snapshot {number} is as it was: {error}")
         raise
     note_upgrade(system, 0, lines_of(reply.text)[0])
-    if policy == "reboot" and reply.data["changed"] and is_in_window(configuration):
+    if policy == "reboot" and is_new and is_in_window(configuration):
         run(["shutdown", "-r", "+1", "ash has upgraded the system"])
         return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
     return reply
@@ -7243,8 +7244,8 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
             require_sound(transaction)
 
     done = change(system, number, "upgrading", work)
-    if not before.exists() or subvolume_id(before) == known:  # it was up to date
-        return changed_all([done])._replace(text=done.summary())
+    if not before.exists() or subvolume_id(before) == known:  # only lists were fetched
+        return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
     lines = [done.summary()]
     with ExitStack() as undo:
         undo.callback(system.undo, number)

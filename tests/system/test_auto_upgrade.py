@@ -66,6 +66,7 @@ def test_it_upgrades_checks_and_deploys_and_keeps_what_was(system: System, snaps
     assert (system.files.state / "upstate").read_text().startswith("0\n20")
     system.is_sound()
     upgrade(system, snapshot, archive)
+    assert "is up to date" in system.ash("check").stdout
     assert len(system.ash("--json", "tree").json["tree"]) == len(after), "there was nothing to upgrade"
 
 
