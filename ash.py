@@ -5871,7 +5871,8 @@ class Following:
         birth = next((i for i, entry in enumerate(history) if self._is_birth(entry)), None)
         since = history[birth + 1 :] if birth is not None else history
         self._follow_packages(work, since)
-        self._follow_configuration(work, moment_of(history[birth]) if birth is not None else 0)
+        # The history knows seconds: what came in the very second of the birth may have been there before it.
+        self._follow_configuration(work, moment_of(history[birth]) + 1 if birth is not None else 0)
 
     def _is_birth(self, entry: Mapping[str, Any]) -> bool:
         return any(number == self.number for number, _, _ in lines_of_birth([entry]))

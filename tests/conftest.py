@@ -2,6 +2,7 @@
 """Fixtures of all tests, and the report of what each module was allowed to take and what it took."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -16,6 +17,9 @@ from tests.support import CHECKOUT, Disk
 BUDGETS: dict[str, float] = {}
 TIMES: defaultdict[str, float] = defaultdict(float)
 CUTS: defaultdict[str, int] = defaultdict(int)
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and so it would be in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says more of the machine than of ash.
 settings.register_profile("ash", deadline=None)

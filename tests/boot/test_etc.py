@@ -8,7 +8,7 @@ from tests.boot.checks import runs_snapshot, said
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(200)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(260)]
 
 
 def test_edits_of_the_running_system_go_along(disk: Disk, boot: Boot) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.support import FAILED, MISSING, OURS_IN_RUN, REFUSED, USAGE, Outcome, program
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
 
 NOWHERE = 999_999
 ASH = Path(__file__).resolve().parents[2] / "ash.py"

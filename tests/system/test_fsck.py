@@ -9,7 +9,7 @@ import pytest
 from tests.support import FAILED, make_deb, program
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(40)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.archive import Archive, use_only
 from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program
 from tests.system.lab import Machine, System, everything_below
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
 
 
 def deb(folder: Path, version: str = "1", **parts: str) -> Path:

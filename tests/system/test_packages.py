@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, MISSING, USAGE, make_deb, program
+from tests.support import FAILED, MISSING, REFUSED, USAGE, make_deb, program
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -124,7 +124,7 @@ def test_a_package_file_on_disk_is_installed_with_its_dependencies(
         (["remove", "N", "no-such-package-at-all"], MISSING),
         (["install", "N"], USAGE),
         (["remove", "N"], USAGE),
-        (["install", "N", "hello", "--live"], USAGE),
+        (["install", "N", "hello", "--live"], REFUSED),
     ],
 )
 def test_what_cannot_be_installed_changes_nothing(system: System, snapshot: int, words: list[str], status: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.support import DONE
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 
 
 def test_a_commit_is_all_or_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:

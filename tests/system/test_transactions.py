@@ -11,7 +11,7 @@ import pytest
 from tests.support import FAILED, kill_hard, processes_with, program, wait_until
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(75)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
 
 # Writes wherever a program can.
 WRITES_EVERYWHERE = """

@@ -9,7 +9,7 @@ from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, REFUSED
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 OLD, NEW = "1", "2"
 
