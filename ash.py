@@ -7186,17 +7186,22 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"upgrade snapshot {number}, by the policy {policy}")
     system.wait = args.wait or NIGHTLY_WAIT
+    as_it_was, last = f"snapshot {number} is as it was", last_upgrade(system)
+    interrupted = f"the upgrade of snapshot {number} was interrupted"
     try:
         require_clock(system)
-        reply = upgrade_by_policy(system, number, policy, args.strict)
+        note_upgrade(system, FAILED, interrupted)  # unless something else is noted in the end
+        goes_on = last is not None and last["message"] == interrupted
+        reply = upgrade_by_policy(system, number, policy, args.strict, goes_on)
         is_new = reply.data["changed"]
+        as_it_was = f"{lines_of(reply.text)[0]}; the base is as it was"
         if configuration.is_on("auto_upgrade_base"):
             base = change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
             ours = {key: reply.data[key] for key in CHANGE_SHAPE}
             data = {"changed": ours["changed"] or base.changed, "snapshots": [ours, change_data(base)]}
             reply = reply._replace(data=data, text=f"{reply.text}\n{base.summary()}")
     except (AshError, OSError) as error:
-        note_upgrade(system, FAILED, f"snapshot {number} is as it was: {error}")
+        note_upgrade(system, FAILED, f"{as_it_was}: {error}")
         raise
     note_upgrade(system, 0, lines_of(reply.text)[0])
     if policy == "reboot" and is_new and is_in_window(configuration):
@@ -7227,8 +7232,16 @@ def is_in_window(configuration: Configuration) -> bool:
     return begin <= now < end if begin <= end else now >= begin or now < end
 
 
-def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) -> Reply:
-    """Upgrade a snapshot, check it, keep what it was, deploy it; where any of it fails it is as it was."""
+def upgrade_by_policy(system: System, number: int, policy: str, strict: bool, goes_on: bool) -> Reply:
+    """Upgrade a snapshot, check it, keep what it was, deploy it; where any of it fails it is as it was.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot.
+        policy: one of check, stage, deploy, reboot.
+        strict: whether an archive that cannot be had is an error.
+        goes_on: whether the last time was interrupted: then what is upgraded already is deployed as well.
+    """
     system.require_changeable(number)
     if policy == "check":
         planned = change(system, number, "looking for upgrades of", partial(upgrade, strict=strict), simulate=True)
@@ -7245,6 +7258,9 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool) ->
             require_sound(transaction)
 
     done = change(system, number, "upgrading", work)
+    if (not before.exists() or subvolume_id(before) == known) and goes_on and policy != "stage":
+        deployment, is_new = system.deploy(number)
+        return changed_all([done._replace(changed=is_new)])._replace(text=deployed(deployment, is_new).text)
     if not before.exists() or subvolume_id(before) == known:  # only lists were fetched
         return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
     lines = [done.summary()]

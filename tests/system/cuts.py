@@ -114,9 +114,15 @@ class Tried:
     after: View
     boots: set[str]
 
+    several: bool = False  # whether it does several things one after the other, each all or nothing
+
     def allows(self, view: View, where: str) -> None:
         """Assert that a cut may leave this: all is done or nothing, and a deployment starts that is whole."""
-        assert view in (self.before, self.after), where
+        if self.several:
+            for number, snapshot in view.snapshots.items():
+                assert snapshot in (self.before.snapshots.get(number), self.after.snapshots.get(number)), where
+        else:
+            assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
 
     def is_done(self, view: View, where: str) -> None:
@@ -239,7 +245,8 @@ class Scene:
             names = self._steps_on(copy, words)
             after = self.look(copy)
         before = after if words[0] in GOES_ON else self._before
-        return Tried(names, before, after, {before.boots, after.boots, self.last_booted})
+        boots = {before.boots, after.boots, self.last_booted}
+        return Tried(names, before, after, boots, several=words[0] == "auto-upgrade")
 
     def check_kills(self, name: str, few: bool = False) -> int:
         """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""

@@ -3,6 +3,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_the_base_goes_along_where_that_is_wanted(system: System, snapshot: int,
     configure(system)
 
 
+def test_what_was_interrupted_is_deployed_the_next_time(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    slot = system.files.default_slot()
+    upgrade(system, snapshot, archive)
+    assert system.files.default_slot() == slot, "there was nothing to upgrade"
+    interrupted = f"1\n2026-01-01T00:00:00+0000\nthe upgrade of snapshot {snapshot} was interrupted\n"
+    (system.files.state / "upstate").write_text(interrupted)
+    upgrade(system, snapshot, archive)
+    assert tool(system, system.files.default_slot()) == "one\n"
+    assert "succeeded" in system.ash("check").stdout
+    assert system.ash("--json", "status").json["next"]["snapshot"] == snapshot
+
+
 def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
     tree = system.files.state / "fstree"
@@ -132,11 +146,13 @@ def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: 
 
 def test_it_waits_for_a_lock(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
-    with system.at_work(snapshot, "true"):
-        process = system.start("auto-upgrade", snapshot)
-        with pytest.raises(Exception, match="timed out"):
-            process.wait(timeout=4)
-    assert process.wait(timeout=120) == DONE
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        with system.at_work(snapshot, "true"):
+            process = system.start("auto-upgrade", snapshot)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=4)
+        assert process.wait(timeout=120) == DONE
 
 
 def test_check_says_when_there_was_none(system: System) -> None:
