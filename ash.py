@@ -2359,6 +2359,7 @@ class Workplace:
         if intent.state == "commit" and self.root.exists():
             delete_subvolume(layout.undo(n))
             rename(self.root, layout.undo(n))
+        delete_subvolume(self.root)  # where only /var was changed, a power cut may have brought it back
         self._clear()
         return merge
 
