@@ -4056,6 +4056,13 @@ class System:
                 return slot
         return next((n for n in self.tree().numbers() if self._has_id(self.layout.rootfs(n), booted)), None)
 
+    def running_slot(self) -> str:
+        """The slot of the deployment that runs; AshError (REFUSED) where none does, as --live wants one."""
+        booted = self.booted
+        if not isinstance(booted, str):
+            raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
+        return booted
+
     @staticmethod
     def _has_id(path: Path, ident: int | None) -> bool:
         try:
@@ -4551,9 +4558,7 @@ class LiveTransaction(Transaction):
     place: LivePlace
 
     def __init__(self, system: System) -> None:
-        slot = system.booted
-        if not isinstance(slot, str):
-            raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
+        slot = system.running_slot()
         super().__init__(system, system.snapshot_of(slot), base=True)
         self.slot = slot
         self.place = LivePlace(self.layout, self.distro, self.snapshot)
@@ -4862,7 +4867,7 @@ def share_blocks(system: System, changes: Iterable[Change]) -> int:
 
 def size_of(path: Path) -> int:
     """The size of a plain file in bytes; -1 where there is none."""
-    status = path.lstat() if os.path.lexists(path) else None
+    status = status_of(path)
     return status.st_size if status and stat.S_ISREG(status.st_mode) else -1
 
 
@@ -6517,6 +6522,12 @@ def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
     return shell_in(system, number, resume=args.resume)
 
 
+def refuse_json() -> None:
+    """Raise AshError where a shell's answer is wanted in JSON: it has none."""
+    if console.json:
+        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+
+
 def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
     """Open a root shell in a snapshot; its changes are kept if it ends with 0, or if the user says so.
 
@@ -6526,8 +6537,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
         resume: go on with what a hang-up left.
         binds: what is shown inside: where it is, and its path in there.
     """
-    if console.json:
-        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+    refuse_json()
     with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
         work.binds += binds
         shell = root_shell(work.root)
@@ -6549,8 +6559,7 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
     slot = system.booted
     if not isinstance(slot, str):
         raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
-    if console.json:
-        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+    refuse_json()
     if args.dry_run:
         return would("open a writable shell in the running system")
     with system.lock("live"):
@@ -6822,8 +6831,8 @@ def goes_live(system: System, args: argparse.Namespace, snapshots: Sequence[int]
     if args.live and args.not_live:
         raise AshError("--live or --not-live?", "leave out one of them", USAGE)
     runs = isinstance(system.booted, str)
-    if args.live and not runs:
-        raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
+    if args.live:
+        system.running_slot()
     return not args.dry_run and (
         args.live or (by_default and not args.not_live and runs and system.current in snapshots)
     )
@@ -7259,10 +7268,11 @@ def upgrade_by_policy(system: System, number: int, policy: str, strict: bool, go
             require_sound(transaction)
 
     done = change(system, number, "upgrading", work)
-    if (not before.exists() or subvolume_id(before) == known) and goes_on and policy != "stage":
+    is_same_as_before = not before.exists() or subvolume_id(before) == known  # only lists were fetched
+    if is_same_as_before and goes_on and policy != "stage":
         deployment, is_new = system.deploy(number)
         return changed_all([done._replace(changed=is_new)])._replace(text=deployed(deployment, is_new).text)
-    if not before.exists() or subvolume_id(before) == known:  # only lists were fetched
+    if is_same_as_before:
         return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
     lines = [done.summary()]
     with ExitStack() as undo:

@@ -73,7 +73,9 @@ def test_networkmanager_brings_the_network_up(disk: Disk, boot: Boot) -> None:
         assert said(machine, "systemctl is-active systemd-networkd || true") == "inactive"
         said(machine, "nm-online --timeout=120")
         assert ":ethernet:connected" in said(machine, "nmcli --terse --fields device,type,state device")
-        await_success(machine, "getent ahosts deb.debian.org")
+        await_success(
+            machine, "getent ahosts $(awk -F/ '/^URIs:/ { print $3; exit }' /etc/apt/sources.list.d/debian.sources)"
+        )
         said(machine, "ash refresh 1")
         is_healthy(machine)
         machine.poweroff()
