@@ -975,7 +975,18 @@ class Contents:
 
 def is_subvolume(path: Path) -> bool:
     """Whether a path is the root of a subvolume, and no link to one."""
-    return path.is_dir() and not path.is_symlink() and path.stat().st_ino == SUBVOLUME_INODE
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_ino == SUBVOLUME_INODE
+
+
+def subvolume_at(path: Path) -> Subvolume | None:
+    """What the kernel says of the subvolume whose root a path is; None where there is none, or not any more."""
+    with contextlib.suppress(FileNotFoundError):
+        return Subvolume.at(path) if is_subvolume(path) else None
+    return None
 
 
 def subvolume_id(path: Path) -> int:
@@ -4323,7 +4334,8 @@ class System:
 
     @staticmethod
     def _used(path: Path, in_use: Container[int]) -> bool:
-        return is_subvolume(path) and subvolume_id(path) in in_use
+        found = subvolume_at(path)
+        return found is not None and found.id in in_use
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Have a snapshot booted from the next start on (or make one more menu entry for it).
@@ -5584,10 +5596,8 @@ class Check:
     def _version(self, number: int) -> tuple[object, ...]:
         """What is another when a snapshot has been changed."""
         layout = self.layout
-        parts = [
-            path for path in (layout.rootfs(number), layout.etc(number), layout.boot(number)) if is_subvolume(path)
-        ]
-        ids = [subvolume_id(part) for part in parts]
+        parts = map(subvolume_at, (layout.rootfs(number), layout.etc(number), layout.boot(number)))
+        ids = [part and part.id for part in parts]
         return number in self.system.tree(), state_of_work(layout.work(number)), *ids
 
     def _look_at(self, number: int) -> Iterator[Damage]:
@@ -5727,7 +5737,7 @@ class Check:
     def _mounts(self, numbers: Sequence[int]) -> Iterator[Damage]:
         layout, there = self.layout, mounts()
         parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
-        of_subvolume = {subvolume_id(part): number for number, part in parts if is_subvolume(part)}
+        of_subvolume = {found.id: number for number, part in parts if (found := subvolume_at(part))}
         root = next((m.subvolume for m in reversed(there) if m.target == "/"), None)  # it may be booted as it is
         for one in there:
             inside = self._subvolume_below(one, there)
@@ -6313,7 +6323,9 @@ def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
 def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
     rows = []
     for path in own_subvolumes(system.layout):
-        subvolume = Subvolume.at(path)
+        subvolume = subvolume_at(path)
+        if subvolume is None:  # deleted meanwhile
+            continue
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
         name = str(path.relative_to(system.layout.snapshots.parent))
         rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
@@ -6326,7 +6338,7 @@ def own_subvolumes(layout: Layout) -> list[Path]:
     top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
     inside = [path for folder in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / folder).iterdir())]
     work = sorted(layout.work("").glob("*/var"))
-    return [path for path in (*top, *inside, *work) if is_subvolume(path)]
+    return [*top, *inside, *work]
 
 
 def cmd_log(system: System, args: argparse.Namespace) -> Reply:

@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from ash import btrfs_partition
+from ash import btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at
 from tests.support import ASH, CHECKOUT, LOCKED, OURS_IN_RUN, Disk, kill_hard, program, wait_until
 from tests.system.lab import System
 
@@ -72,6 +73,28 @@ def test_reading_needs_no_lock(system: System, snapshot: int) -> None:
         assert str(snapshot) in system.ash("tree").stdout
         assert system.ash("--json", "list", snapshot).json["packages"]
         system.ash("desc", snapshot, "is being changed")
+
+
+def test_a_subvolume_that_is_deleted_while_it_is_looked_at_is_none(system: System) -> None:
+    coming_and_going, over = system.files.top / "looked-at", threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            create_subvolume(coming_and_going)
+            delete_subvolume(coming_and_going)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    seen = set()
+    try:
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            is_subvolume(coming_and_going)
+            seen.add(subvolume_at(coming_and_going) is None)
+    finally:
+        over.set()
+        other.join()
+    assert seen == {True, False}
 
 
 def test_the_lock_is_free_the_moment_its_ash_is_dead(system: System, snapshot: int) -> None:
