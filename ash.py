@@ -266,7 +266,7 @@ def mount(source: str | Path, target: Path, kind: str = "", flags: int = 0, data
     try:
         libc("mount", os.fsencode(source), os.fsencode(target), kind.encode(), flags, os.fsencode(data))
     except OSError as error:
-        raise AshError(f"cannot mount {kind or source} on {target}: {error.strerror}") from None
+        raise AshError(f"cannot mount {kind or source} on {target}: {error.strerror}") from error
 
 
 def bind(source: Path, target: Path, readonly: bool = False) -> None:
@@ -1320,12 +1320,25 @@ def is_readonly(path: Path) -> bool:
 
 
 def mount_top(device: Path, readonly: bool = False) -> Path:
-    """Mount the top level of a btrfs device where only this process sees it."""
+    """Mount the top level of a btrfs device where only this process sees it.
+
+    A copy of the file system has its UUID: Linux mounts both at once since 6.7, but while one of them comes or goes it
+    may refuse the other (EEXIST, seen with 6.18).
+    """
     top = PRIVATE / "top"
     top.mkdir()
     flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
-    mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
-    return top
+    give_up = time.monotonic() + 2
+    while True:
+        try:
+            mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
+            return top
+        except AshError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            if time.monotonic() > give_up:
+                raise AshError(error.message, "unmount the copy of it that is mounted") from error
+        time.sleep(0.05)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """fstab, what ash takes of grub-mkconfig, and the boot menu."""
 
+import errno
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ash
 from ash import OWN_MOUNT_POINTS, AshError, BootConfig, Deployment, Layout, Menu, grub_quoted, render_fstab
 
 pytestmark = pytest.mark.budget(10)
@@ -271,3 +273,27 @@ def test_the_graphical_terminal_gets_its_font_first() -> None:
     text = rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config)}))
     assert "\nterminal_output gfxterm" not in text
     assert text.index("loadfont unicode") < text.index("terminal_output gfxterm")
+
+
+# Mounting
+
+
+@pytest.mark.parametrize(("refusals", "mounted"), [(3, True), (10**6, False)])
+def test_a_copy_that_is_mounted_just_then_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusals: int, mounted: bool
+) -> None:
+    # The kernel refuses now and then only: here something else does.
+    answers = iter(range(refusals))
+
+    def refuse(*_: object) -> None:
+        if next(answers, None) is not None:
+            raise FileExistsError(errno.EEXIST, "File exists")
+
+    monkeypatch.setattr(ash, "PRIVATE", tmp_path)
+    monkeypatch.setattr(ash, "libc", refuse)
+    if mounted:
+        assert ash.mount_top(Path("/dev/no")) == tmp_path / "top"
+    else:
+        with pytest.raises(AshError, match="File exists") as error:
+            ash.mount_top(Path("/dev/no"))
+        assert "copy" in error.value.hint
