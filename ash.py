@@ -211,6 +211,8 @@ def step(text: str) -> Iterator[None]:
 
 def printable(text: str) -> str:
     """Text with its control and escape characters shown, not sent, but for line breaks."""
+    if text.replace("\n", "").replace("\t", "").isprintable():  # mostly so, and quick to know
+        return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -362,6 +364,7 @@ class Layout:
 
     def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
         self.snapshots = snapshots
+        self.ash = snapshots / "ash"
         self.distro = distro
         self.top = top
 
@@ -385,20 +388,20 @@ class Layout:
         return f"{self.volume_name('@.snapshots')}/rootfs/snapshot-{which}"
 
     def rootfs(self, which: int | str) -> Path:
-        return self.snapshots / "rootfs" / f"snapshot-{which}"
+        return self.snapshots / f"rootfs/snapshot-{which}"
 
     def etc(self, which: int | str) -> Path:
-        return self.snapshots / "etc" / f"etc-{which}"
+        return self.snapshots / f"etc/etc-{which}"
 
     def boot(self, which: int | str) -> Path:
-        return self.snapshots / "boot" / f"boot-{which}"
+        return self.snapshots / f"boot/boot-{which}"
 
     def copy(self, folder: str, which: int | str) -> Path:
         """The copy of a snapshot's /etc or /boot."""
         return self.etc(which) if folder == "etc" else self.boot(which)
 
     def undo(self, snapshot: int) -> Path:
-        return self.snapshots / "rootfs" / f"undo-{snapshot}"
+        return self.snapshots / f"rootfs/undo-{snapshot}"
 
     def working_copy(self, name: int | str) -> Path:
         return self.rootfs(f"chr{name}")
@@ -407,11 +410,7 @@ class Layout:
         return self.ash / "work" / str(name)
 
     def description(self, snapshot: int) -> Path:
-        return self.ash / "snapshots" / f"{snapshot}-desc"
-
-    @property
-    def ash(self) -> Path:
-        return self.snapshots / "ash"
+        return self.ash / f"snapshots/{snapshot}-desc"
 
     @property
     def executable(self) -> Path:
@@ -648,7 +647,7 @@ class Tree:
 
     def __init__(self, root: AnyNode) -> None:
         self.root = root
-        self.nodes = {node.name: node for node in root.descendants}
+        self.nodes: dict[int, AnyNode] = {}
 
     @classmethod
     def parse(cls, text: str) -> Tree:
@@ -663,25 +662,26 @@ class Tree:
             data = cls._literal(text)
             if not has_shape(data, {"name": str, "children?": list}) or data["name"] != "root":
                 raise ValueError("it has no root")
-            root = AnyNode(name="root")
-            cls._grow(root, data)
-            tree = cls(root)
-            if len(tree.nodes) != len(tree.numbers()):
-                raise ValueError("a number is there twice")
+            tree = cls(AnyNode(name="root"))
+            tree._grow(tree.root, data)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
 
-    @classmethod
-    def _grow(cls, node: AnyNode, data: Mapping[str, Any]) -> None:
+    def _grow(self, node: AnyNode, data: Mapping[str, Any]) -> None:
+        """Put what the file has below a node there."""
         from anytree import AnyNode
 
         for below in data.get("children", []):
-            known = has_shape(below, {"name": lambda name: to_number(str(name)) is not None, "children?": list})
-            if not known or type(below["name"]) not in (int, str) or below.keys() - {"name", "children"}:
+            known = has_shape(below, {"name": lambda name: type(name) in (int, str), "children?": list})
+            number = to_number(str(below["name"])) if known and below.keys() <= {"name", "children"} else None
+            if number is None:
                 raise ValueError("it is not a tree of numbers")
-            cls._grow(AnyNode(name=to_number(str(below["name"])), parent=node), below)
+            if number in self.nodes:
+                raise ValueError("a number is there twice")
+            self.nodes[number] = AnyNode(name=number, parent=node)
+            self._grow(self.nodes[number], below)
 
     @staticmethod
     def _literal(text: str) -> Any:
@@ -4066,8 +4066,9 @@ class System:
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
-        path = self.layout.description(snapshot)
-        return " ".join(path.read_text(errors="replace").split()) if path.exists() else ""
+        with contextlib.suppress(FileNotFoundError):
+            return " ".join(self.layout.description(snapshot).read_bytes().decode("utf-8", "replace").split())
+        return ""
 
     @property
     def booted(self) -> int | str | None:
@@ -8068,6 +8069,10 @@ SNAPSHOT_OPTION = Argument(
 SEVERAL_OPTION = Argument(
     ("--snapshots", "--snaps"), "several snapshots", {"dest": "several", "nargs": "+", "default": []}
 )
+
+
+# argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
+vars(argparse)["_"] = str
 
 
 class Parser(argparse.ArgumentParser):
