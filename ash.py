@@ -4220,8 +4220,12 @@ class System:
                     tree.add(copy, parent if parent is None else copies.get(parent, parent))
         return copies
 
-    def undo(self, snapshot: int) -> Change:
+    def undo(self, snapshot: int, just_changed: bool = False) -> Change:
         """Put a snapshot's predecessor in its place, and it in its predecessor's: twice is redo.
+
+        Args:
+            snapshot: its number.
+            just_changed: nobody has seen what is taken back: it may be booted or deployed, since that is not this.
 
         Raises:
             AshError: it has none, or it is the base, booted or deployed (REFUSED).
@@ -4231,7 +4235,8 @@ class System:
         now, before = layout.rootfs(snapshot), layout.undo(snapshot)
         with self.lock(snapshot), self.lock("deploy"):
             place.recover(self.tree())
-            self.require_replaceable([snapshot], "not undone")
+            if not just_changed:
+                self.require_replaceable([snapshot], "not undone")
             if not before.exists():
                 raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
             packages = self.distro.packages(now), self.distro.packages(before)
@@ -7215,35 +7220,26 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
 
 
 def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    number, configuration = the_snapshot(system, args), system.configuration()
-    policy = configuration.values.get("auto_upgrade", "deploy").lower()
-    if policy == "none":
-        return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
+    number = the_snapshot(system, args)
     if args.dry_run:
-        return would(f"upgrade snapshot {number}, by the policy {policy}")
+        policy = Night(system, number).policy
+        return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
     system.wait = args.wait or NIGHTLY_WAIT
-    as_it_was, last = f"snapshot {number} is as it was", last_upgrade(system)
-    interrupted = f"the upgrade of snapshot {number} was interrupted"
-    try:
-        require_clock(system)
-        note_upgrade(system, FAILED, interrupted)  # unless something else is noted in the end
-        goes_on = last is not None and last["message"] == interrupted
-        reply = upgrade_by_policy(system, number, policy, args.strict, goes_on)
-        is_new = reply.data["changed"]
-        as_it_was = f"{lines_of(reply.text)[0]}; the base is as it was"
-        if configuration.is_on("auto_upgrade_base"):
-            base = change(system, BASE, "upgrading", partial(upgrade, strict=args.strict), base=True)
-            ours = {key: reply.data[key] for key in CHANGE_SHAPE}
-            data = {"changed": ours["changed"] or base.changed, "snapshots": [ours, change_data(base)]}
-            reply = reply._replace(data=data, text=f"{reply.text}\n{base.summary()}")
-    except (AshError, OSError) as error:
-        note_upgrade(system, FAILED, f"{as_it_was}: {error}")
-        raise
-    note_upgrade(system, 0, lines_of(reply.text)[0])
-    if policy == "reboot" and is_new and is_in_window(configuration):
-        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
-        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
-    return reply
+    with system.lock("auto-upgrade"):
+        try:
+            night = Night(system, number, args.strict)
+        except (AshError, OSError) as error:
+            note_upgrade(system, FAILED, reason(error))
+            raise
+        if night.policy == "none":
+            return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
+        try:
+            reply = night.pass_by()
+        except (AshError, OSError) as error:
+            note_upgrade(system, FAILED, f"{night.state()}: {reason(error)}")
+            raise
+        note_upgrade(system, 0, lines_of(reply.text)[0])
+        return night.reboot(reply)
 
 
 NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock, where nobody waits for the result
@@ -7252,79 +7248,181 @@ SLOW_CLOCK = 60  # seconds that a clock may have been set back
 
 def require_clock(system: System) -> None:
     """Raise AshError where the clock is behind what was done last: archives would seem to be of the future."""
-    last = system.layout.tree.stat().st_mtime
+    layout = system.layout
+    last = max(path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists())
     if time.time() < last - SLOW_CLOCK:
         now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
-        raise AshError(f"the clock is wrong: it is {now}, and the tree was changed on {then}", "set it, try again")
+        raise AshError(f"the clock is wrong: it is {now}, and ash was at work on {then}", "set it, try again")
 
 
-def is_in_window(configuration: Configuration) -> bool:
-    """Whether it is the time of day at which ash may reboot the machine; always where no window is set."""
-    window = configuration.values.get("auto_upgrade_window", "")
-    if not window:
-        return True
+def is_in_window(window: str) -> bool:
+    """Whether it is the time of day at which ash may reboot the machine: between two such as 02:00-05:00."""
     begin, _, end = window.partition("-")
     now = time.strftime("%H:%M")
     return begin <= now < end if begin <= end else now >= begin or now < end
 
 
-def upgrade_by_policy(system: System, number: int, policy: str, strict: bool, goes_on: bool) -> Reply:
-    """Upgrade a snapshot, check it, keep what it was, deploy it; where any of it fails it is as it was.
+class Night:
+    """An automatic upgrade: a snapshot is upgraded, checked, kept beside as it was, and deployed; or nothing of that.
 
     Args:
         system: the snapshot's.
         number: of the snapshot.
-        policy: one of check, stage, deploy, reboot.
         strict: whether an archive that cannot be had is an error.
-        goes_on: whether the last time was interrupted: then what is upgraded already is deployed as well.
-    """
-    system.require_changeable(number)
-    if policy == "check":
-        planned = change(system, number, "looking for upgrades of", partial(upgrade, strict=strict), simulate=True)
-        text = f"snapshot {number}: {len(planned.upgraded)} packages could be upgraded"
-        return Reply({**change_data(planned), "changed": False}, text)
-    before = system.layout.undo(number)
-    known = subvolume_id(before) if before.exists() else None
 
-    def work(transaction: Transaction) -> None:
-        packages = system.distro.packages(transaction.root)
-        refresh(transaction, strict)  # nobody is there to see that no archive can be had
+    Raises:
+        AshError: the configuration is wrong.
+    """
+
+    def __init__(self, system: System, number: int, strict: bool = False) -> None:
+        self.system = system
+        self.number = number
+        self.strict = strict
+        configuration = system.configuration()
+        self.policy = configuration.values.get("auto_upgrade", "deploy").lower()
+        self.window = configuration.values.get("auto_upgrade_window", "")
+        if self.policy == "reboot" and not self.window:
+            hint = "auto_upgrade_window::02:00-05:00 in /etc/ash.conf"
+            raise AshError("auto_upgrade::reboot wants to know when", hint, USAGE)
+        self.with_base = configuration.is_on("auto_upgrade_base")
+        self.before = system.layout.undo(number)
+        self.was = self._ident(system.layout.rootfs(number))
+        self.upgraded = ""  # what came of the snapshot, while the base is upgraded
+
+    @staticmethod
+    def _ident(path: Path) -> int | None:
+        found = subvolume_at(path)
+        return found.id if found else None
+
+    def state(self) -> str:
+        """What is true where something failed."""
+        if self.upgraded:
+            return f"{self.upgraded}; the base is as it was"
+        is_as_it_was = self._ident(self.system.layout.rootfs(self.number)) == self.was
+        return f"snapshot {self.number} is {'as it was' if is_as_it_was else 'upgraded, but not deployed'}"
+
+    def pass_by(self) -> Reply:
+        """Do all but the reboot."""
+        require_clock(self.system)
+        self.system.require_changeable(self.number)
+        reply = self._look() if self.policy == "check" else self._upgrade()
+        if self.with_base:
+            self.upgraded = lines_of(reply.text)[0]
+            base = self._change(BASE, base=True)
+            changed = base.changed and self.policy != "check"
+            both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
+            rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
+            data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
+            reply = reply._replace(data=data, text=f"{reply.text}\n{self._told(base)}")
+        return reply
+
+    def reboot(self, reply: Reply) -> Reply:
+        """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
+        menu, booted = Menu.load(self.system.layout.menu), self.system.booted
+        waiting = menu.deployments.get(menu.default)
+        waits = isinstance(booted, str) and waiting is not None and waiting.slot != booted
+        if self.policy != "reboot" or not waits or waiting is None or waiting.snapshot != self.number:
+            return reply
+        if not is_in_window(self.window):
+            return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")
+        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
+        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
+
+    def _change(self, number: int, base: bool = False) -> Change:
+        return change(self.system, number, *self._doing(), simulate=self.policy == "check", base=base)
+
+    def _doing(self) -> tuple[str, Work]:
+        if self.policy == "check":
+            return "looking for upgrades of", partial(upgrade, strict=self.strict)
+        return "upgrading", self._work
+
+    def _work(self, transaction: Transaction) -> None:
+        packages = self.system.distro.packages(transaction.root)
+        refresh(transaction, self.strict)  # nobody is there to see that no archive can be had
         upgrade(transaction, fetch=False)
-        if system.distro.packages(transaction.root) != packages:
+        if self.system.distro.packages(transaction.root) != packages:
             require_sound(transaction)
 
-    done = change(system, number, "upgrading", work)
-    is_same_as_before = not before.exists() or subvolume_id(before) == known  # only lists were fetched
-    if is_same_as_before and goes_on and policy != "stage":
-        deployment, is_new = system.deploy(number)
-        return changed_all([done._replace(changed=is_new)])._replace(text=deployed(deployment, is_new).text)
-    if is_same_as_before:
-        return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
-    lines = [done.summary()]
-    with ExitStack() as undo:
-        undo.callback(system.undo, number)
-        kept = keep_beside(system, number, before, f"{number} before {time.strftime('%Y-%m-%d')}")
-        undo.callback(system.delete, [kept])
-        lines.append(f"  what it was is snapshot {kept} now")
-        if damage := [one.text() for one in Check(system).run() if one.snapshot in (number, None)]:
-            raise AshError(f"it is damaged now: {'; '.join(damage)}")
-        if policy != "stage":
-            lines.append(deployed(*system.deploy(number)).text)
-        undo.pop_all()
-    return changed_all([done])._replace(text="\n".join(lines))
+    def _told(self, done: Change) -> str:
+        if self.policy == "check":
+            return f"snapshot {done.snapshot}: {len(done.upgraded)} packages could be upgraded"
+        return done.summary()
+
+    def _look(self) -> Reply:
+        planned = self._change(self.number)
+        return Reply({**change_data(planned), "changed": False}, self._told(planned))
+
+    def _upgrade(self) -> Reply:
+        number, distro = self.number, self.system.distro
+        earlier = self._ident(self.before)
+        goes_on = earlier is not None and earlier == self._interrupted()
+        damage = self._damage(goes_on)
+        if goes_on:  # it was upgraded, and then came the end
+            self.was = earlier
+        # Unless something else is noted in the end.
+        note_upgrade(self.system, FAILED, f"the upgrade of snapshot {number} was interrupted", self.was)
+        if goes_on:
+            roots = self.before, self.system.layout.rootfs(number)
+            done = Change.between(number, *map(distro.packages, roots))
+        else:
+            done = self._change(number)
+            if self._ident(self.before) == earlier:  # only lists were fetched
+                return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
+        lines = [done.summary()]
+        with ExitStack() as undo:
+            undo.callback(self.system.undo, number, just_changed=True)
+            kept, parent = self._keep_beside(goes_on)
+            undo.callback(self.system.delete, [kept])
+            lines.append(f"  what it was is snapshot {kept} now")
+            if new := sorted(self._damage() - damage):
+                raise AshError(f"it is damaged now: {'; '.join(new)}")
+            if self.policy != "stage":
+                lines.append(deployed(*self.system.deploy(number)).text)
+            undo.pop_all()
+        reply = changed_all([done])
+        birth = {"from": number, "parent": parent, "copies": {str(number): kept}}
+        return reply._replace(data={**reply.data, **birth}, text="\n".join(lines))
+
+    def _interrupted(self) -> int | None:
+        """The id of what the snapshot was before an upgrade that was interrupted; None where none was."""
+        lines = lines_of(read_text(self.system.layout.upstate))
+        return to_number(lines[3]) if len(lines) > 3 else None
+
+    def _damage(self, goes_on: bool = False) -> set[str]:
+        """What is wrong with the snapshot and what all share; with `goes_on`, with it as it was before."""
+        about = (None,) if goes_on else (self.number, None)
+        found = {one.text() for one in Check(self.system).run() if one.snapshot in about}
+        problems = self.system.distro.problems(self.before) if goes_on else []
+        return found | {Damage(problem, self.number).text() for problem in problems}
+
+    def _keep_beside(self, goes_on: bool) -> tuple[int, int | None]:
+        """Make a snapshot of what it was beside it, unless there is one. Returns its number, and its parent's."""
+        system, tree = self.system, self.system.tree()
+        parent, description = tree.parent(self.number), f"{self.number} before"
+        for number in tree.numbers() if goes_on else ():
+            copy = subvolume_at(system.layout.rootfs(number))
+            is_of_it = copy is not None and copy.source_uuid == Subvolume.at(self.before).uuid
+            if is_of_it and system.describe(number).startswith(description):
+                return number, parent
+        with (
+            system.new_snapshot(self.before, f"{description} {time.strftime('%Y-%m-%d')}") as kept,
+            system.editing_tree() as tree,
+        ):
+            tree.add(kept, parent)
+        return kept, parent
 
 
-def keep_beside(system: System, number: int, root: Path, description: str) -> int:
-    """Make a snapshot of a root beside another snapshot. Returns its number."""
-    parent = system.tree().parent(number)
-    with system.new_snapshot(root, description) as kept, system.editing_tree() as tree:
-        tree.add(kept, parent)
-    return kept
+def note_upgrade(system: System, status: int, text: str, was: int | None = None) -> None:
+    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them.
 
-
-def note_upgrade(system: System, status: int, text: str) -> None:
-    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them."""
-    write_file(system.layout.upstate, f"{status}\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n{one_line(text)}\n")
+    Args:
+        system: whose.
+        status: 0 where all went well.
+        text: what there is to say.
+        was: the id of what the snapshot is that is about to be upgraded.
+    """
+    lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text), *([] if was is None else [str(was)])]
+    write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
 
 
 RESULTS = {True: "failed", False: "succeeded"}
@@ -7335,7 +7433,7 @@ def last_upgrade(system: System) -> dict[str, Any] | None:
     lines = lines_of(read_text(system.layout.upstate))
     if len(lines) < 2:
         return None
-    return {"failed": lines[0].strip() != "0", "time": one_line(lines[1]), "message": one_line(" ".join(lines[2:]))}
+    return {"failed": lines[0].strip() != "0", "time": one_line(lines[1]), "message": one_line(" ".join(lines[2:3]))}
 
 
 def cmd_check(system: System, args: argparse.Namespace) -> Reply:
@@ -7630,6 +7728,7 @@ LIVE_SHAPE = {
 CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 TREE_SHAPE = {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}, "live?": LIVE_SHAPE}
 ADDED_SHAPE = {"snapshot": "int", "changed": "bool", "from": "int", "parent": "int null"}
+BIRTH_SHAPE = {"from?": "int", "parent?": "int null", "copies?": {"*": "int"}}
 DEPLOYED_SHAPE = {
     "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
     "conflicts_folder": "str",
@@ -7695,7 +7794,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "hold": CHANGES_SHAPE,
     "unhold": CHANGES_SHAPE,
     "tree-upgrade": TREE_SHAPE,
-    "auto-upgrade": CHANGES_SHAPE,
+    "auto-upgrade": CHANGES_SHAPE | BIRTH_SHAPE,
     "check": UPGRADE_SHAPE,
     "base-update": CHANGES_SHAPE,
     "refresh": CHANGES_SHAPE,

@@ -4,6 +4,7 @@
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
     "kill": the number of the step (the first is 1) before which ash is killed;
+    "kill_before": how the name of the step begins before which ash is killed;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
@@ -55,7 +56,8 @@ class Stepper:
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
-        if step == self.options.get("kill"):
+        before = self.options.get("kill_before")
+        if step == self.options.get("kill") or (before and str(arguments[0]).startswith(before)):
             for process in dict.fromkeys([self.process, os.getpid()]):
                 os.kill(process, signal.SIGKILL)
 

@@ -3,16 +3,18 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, MISSING, USAGE
-from tests.system.lab import System
+from tests.support import CHECKOUT, DONE, FAILED, MISSING, USAGE, program
+from tests.system.lab import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
 
 @pytest.fixture
@@ -94,6 +96,48 @@ def test_a_bad_upgrade_changes_nothing(system: System, snapshot: int, archive: A
     assert not system.remains()
 
 
+def test_a_deploy_that_fails_leaves_what_runs_as_it_was(system: System, snapshot: int, archive: Archive) -> None:
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    slot = machine.boot()
+    configure(system)
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"}, postinst="echo '\"' >> /etc/default/grub")
+    tree = system.ash("--json", "tree").json["tree"]
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        root = system.id_of(snapshot)
+        machine.running("auto-upgrade", snapshot, status=FAILED)
+    assert system.id_of(snapshot) == root
+    assert system.ash("--json", "tree").json["tree"] == tree
+    said = system.ash("check", status=FAILED).stdout
+    assert f"snapshot {snapshot} is as it was" in said
+    assert "grub-mkconfig failed" in said
+    assert system.files.default_slot() == slot
+    system.is_sound()
+
+
+def test_what_was_wrong_before_stops_nothing(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    system.shell(snapshot, "rm -r /usr/share/doc/less")
+    stray = system.root("4711")
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    program("btrfs", "subvolume", "create", stray)
+    try:
+        upgrade(system, snapshot, archive)
+    finally:
+        program("btrfs", "subvolume", "delete", stray)
+    assert tool(system, system.files.default_slot()) == "two\n"
+
+
+def test_a_wrong_configuration_is_noted(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    upgrade(system, snapshot, archive)
+    for line, said in (("auto_upgrade::sometimes", "line 1"), ("auto_upgrade::reboot", "when")):
+        configure(system, line)
+        assert said in system.ash("auto-upgrade", snapshot, status=USAGE).error
+        assert said in system.ash("check", status=FAILED).stdout
+
+
 def test_policies(system: System, snapshot: int, archive: Archive) -> None:
     archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
     slot = system.files.default_slot()
@@ -108,40 +152,45 @@ def test_policies(system: System, snapshot: int, archive: Archive) -> None:
     upgrade(system, snapshot, archive)
     assert tool(system, snapshot) == "two\n"
     assert system.files.default_slot() == slot
-    configure(system, "auto_upgrade::sometimes")
-    assert "line 1" in system.ash("auto-upgrade", snapshot, status=USAGE).error
 
 
-def test_the_base_goes_along_where_that_is_wanted(system: System, snapshot: int, archive: Archive) -> None:
-    configure(system, "auto_upgrade_base::True")
+@pytest.mark.parametrize("step", ["snapshot undo-", "write menu"])
+def test_what_was_interrupted_is_gone_on_with(system: System, snapshot: int, archive: Archive, step: str) -> None:
+    configure(system)
     archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
-    upgrade(system, snapshot, archive)
-    assert system.ash("log", 0).stdout.count("auto-upgrade")
-    configure(system)
-
-
-def test_what_was_interrupted_is_deployed_the_next_time(system: System, snapshot: int, archive: Archive) -> None:
-    configure(system)
-    slot = system.files.default_slot()
-    upgrade(system, snapshot, archive)
-    assert system.files.default_slot() == slot, "there was nothing to upgrade"
-    interrupted = f"1\n2026-01-01T00:00:00+0000\nthe upgrade of snapshot {snapshot} was interrupted\n"
-    (system.files.state / "upstate").write_text(interrupted)
-    upgrade(system, snapshot, archive)
-    assert tool(system, system.files.default_slot()) == "one\n"
+    numbers = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]}
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        killed_before(system, step, "auto-upgrade", snapshot)
+        assert tool(system, snapshot) == "two\n"
+        assert "interrupted" in system.ash("check", status=FAILED).stdout
+        system.ash("auto-upgrade", snapshot)
+    assert tool(system, system.files.default_slot()) == "two\n"
     assert "succeeded" in system.ash("check").stdout
+    (kept,) = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]} - numbers
+    assert tool(system, kept) == "one\n"
     assert system.ash("--json", "status").json["next"]["snapshot"] == snapshot
+    system.is_sound()
 
 
-def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: Archive) -> None:
+def killed_before(system: System, step: str, *words: str | int) -> None:
+    """Kill a command before the first of its steps that begins so."""
+    stepper = ["-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"kill_before": step})]
+    argv = [sys.executable, *stepper, "--image", str(system.image), *map(str, words)]
+    killed = subprocess.run(argv, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+@pytest.mark.parametrize("name", ["fstree", "history"])
+def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: Archive, name: str) -> None:
     configure(system)
-    tree = system.files.state / "fstree"
-    there = tree.stat()
-    os.utime(tree, (there.st_atime + 10**6, there.st_mtime + 10**6))
+    file = system.files.state / name
+    there = file.stat()
+    os.utime(file, (there.st_atime + 10**6, there.st_mtime + 10**6))
     try:
         assert "clock" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
     finally:
-        os.utime(tree, (there.st_atime, there.st_mtime))
+        os.utime(file, (there.st_atime, there.st_mtime))
 
 
 def test_it_waits_for_a_lock(system: System, snapshot: int, archive: Archive) -> None:
@@ -166,3 +215,20 @@ def test_the_timer_is_there_and_not_enabled(system: System) -> None:
     assert not list(system.root(0).glob("etc/systemd/system/*.wants/ash-upgrade*"))
     assert not list(units.glob("*.wants/ash-upgrade*"))
     assert os.readlink(system.root(0) / "usr/bin/ast") == "ash"
+
+
+def test_the_base_goes_along_where_that_is_wanted(system: System, snapshot: int, archive: Archive) -> None:
+    # The last one: in what comes after it the base has the package.
+    with archive.served() as url:
+        with system.terminal("base-update", "--shell") as terminal:
+            terminal.expect(r"# ")
+            terminal.type(f"{use_only(url)}\n")
+            terminal.type("apt-get update && apt-get -y install ash-test-tool && exit 0\n")
+            assert terminal.wait() == DONE
+        archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+        system.shell(snapshot, use_only(url))
+        for policy, version in (("check", "one"), ("stage", "two")):
+            configure(system, "auto_upgrade_base::True", f"auto_upgrade::{policy}")
+            system.ash("auto-upgrade", snapshot)
+            assert tool(system, 0) == tool(system, snapshot) == f"{version}\n"
+    configure(system)
