@@ -2382,6 +2382,8 @@ class Workplace:
         sync_filesystem(layout.snapshots)
         if intent.state == "commit" and self.root.exists():
             delete_subvolume(layout.undo(n))
+            if is_writable(self.root):  # of a mutable one
+                set_readonly(self.root)
             rename(self.root, layout.undo(n))
         delete_subvolume(self.root)  # where only /var was changed, a power cut may have brought it back
         self._clear()
@@ -4422,27 +4424,31 @@ class System:
         return slot, etc_drift(self.layout.etc(slot), self.layout.rootfs(slot) / "etc")
 
     def recover(self, drop_kept: bool) -> list[int]:
-        """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots."""
-        found, without_space = [], []
+        """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots.
+
+        Raises:
+            AshError: not all of it could be done, for want of space, or as it is mounted somewhere (REFUSED).
+        """
+        found, in_the_way = [], []
         places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
-            if not (place.folder / "intent").exists():
+            if not (place.folder / "intent").exists() or (not drop_kept and state_of_work(place.folder) == "kept"):
                 continue
             try:
                 with self.lock(place.name):
                     place.recover(self.tree(), drop_kept)
                 found += [place.snapshot] if place.name != "live" else []
             except (AshError, OSError) as error:
-                if is_for_space(error):
-                    without_space.append(error)
+                if is_for_space(error) or (isinstance(error, AshError) and error.status == REFUSED):
+                    in_the_way.append(error)
                 elif isinstance(error, OSError):
                     console.say(f"ash: {place.name}: {reason(error)}")
-                elif error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
+                elif error.status != LOCKED:  # at work: nothing is wrong
                     console.say(f"ash: {error.message} ({error.hint})")
         with self.lock("deploy"):
             Slots(self).recover()
-        if without_space:  # what else could be done is done
-            raise without_space[0]
+        if in_the_way:  # a full disk, or a mount; what else could be done is done
+            raise in_the_way[0]
         return found
 
     def free_reserve(self) -> None:
@@ -4875,24 +4881,39 @@ SMALLEST_SHARED = 4096  # smaller files lie in the tree itself
 def share_blocks(system: System, changes: Iterable[Change]) -> int:
     """Have files that several snapshots got in their last changes share their blocks. Returns the bytes saved.
 
-    The kernel compares them itself, and does nothing where they differ.
+    The kernel compares them itself, and does nothing where they differ. Where that fails, as another ash is at work
+    there or the disk is full, they take more room, and nothing else is wrong.
     """
-    layout = system.layout
     known: dict[tuple[str, int], list[Path]] = {}
     saved = 0
-    for number in [done.snapshot for done in changes if done.changed and layout.undo(done.snapshot).exists()]:
-        with readonly_view(layout.rootfs(number), layout.work(number) / "view") as root:
-            paths = changed_paths(layout.undo(number), root)
-        for path in paths:
-            folder, _, inside = path.partition("/")
-            copies = [layout.copy(folder, number) / inside] if folder in ("etc", "boot") else []
-            for file in (layout.rootfs(number) / path, *copies):
-                size = size_of(file)
-                if size >= SMALLEST_SHARED:
-                    others = known.setdefault((path, size), [])
-                    shared = next((n for other in others if (n := share_file(other, file, size))), 0)
-                    others += [] if shared else [file]
-                    saved += shared
+    for done in changes:
+        with contextlib.suppress(AshError, OSError):
+            if done.changed and system.layout.undo(done.snapshot).exists():
+                saved += share_changes(system.layout, done.snapshot, known)
+    return saved
+
+
+def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list[Path]]) -> int:
+    """Have what a snapshot's last change brought share the blocks of what others got. Returns the bytes saved.
+
+    Args:
+        layout: where it is.
+        number: of the snapshot.
+        known: the files of others by path and size, to which those of this one are added.
+    """
+    saved = 0
+    with readonly_view(layout.rootfs(number), layout.work(number) / "view") as root:
+        paths = changed_paths(layout.undo(number), root)
+    for path in paths:
+        folder, _, inside = path.partition("/")
+        copies = [layout.copy(folder, number) / inside] if folder in ("etc", "boot") else []
+        for file in (layout.rootfs(number) / path, *copies):
+            size = size_of(file)
+            if size >= SMALLEST_SHARED:
+                others = known.setdefault((path, size), [])
+                shared = next((n for other in others if (n := share_file(other, file, size))), 0)
+                others += [] if shared else [file]
+                saved += shared
     return saved
 
 
@@ -5946,7 +5967,7 @@ def moment_of(entry: Mapping[str, Any]) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 ELF_MAGIC = b"\x7fELF"
-PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/libexec")
+PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib", "usr/libexec", "usr/local", "opt")
 AT_ONCE = 1000  # programs that one ldd looks at
 
 
@@ -5990,13 +6011,14 @@ def lacking_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
     for start in range(0, len(programs), AT_ONCE):
         some = programs[start : start + AT_ONCE]
         chroot.run(["ldd", "/bin/sh", *(f"/{path}" for path in some)], hear=said.append)
-    program, lacking = "", set()
+    program, lacking, known = "", set(), 0
     for line in lines_of(b"".join(said).decode(errors="replace")):
         if line.startswith("/") and line.endswith(":"):
             program = line[:-1]
         elif "not found" in line:
             lacking.add(f"{program} lacks {line.split()[0]}")
-    return lacking
+        known += program == "/bin/sh" and " => /" in line
+    return lacking if known or not programs else {"ldd does not say which libraries programs need"}
 
 
 def programs_below(root: Path, folder: str) -> Iterator[str]:
@@ -7533,10 +7555,14 @@ def edited(text: str) -> str:
     import tempfile
 
     wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]
-    editor = next((shlex.split(words) for words in wanted if words), None) or [shutil.which("nano") or "vi"]
+    nano = shutil.which("nano", path=SYSTEM_PATH)
+    editor = next((shlex.split(words) for words in wanted if words), None) or [nano or "vi"]
     with tempfile.NamedTemporaryFile("w+", suffix=".conf", dir=PRIVATE) as file:
         write_text(Path(file.name), text)
-        status = subprocess.run([*editor, file.name], check=False).returncode
+        try:
+            status = subprocess.run([*editor, file.name], env=clean_environment(), check=False).returncode
+        except OSError as error:
+            raise AshError(f"the editor {editor[0]} cannot be started: {error.strerror}") from error
         if status:
             raise AshError(f"the editor ended with {status}: nothing is changed")
         return read_text(Path(file.name))
@@ -8602,6 +8628,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = None
     with contextlib.suppress(AshError):
         command = find_command(split_command_line(given)[1])  # for errors in the rest of the line
+    reply = None
     os.umask(0o022)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have
@@ -8621,8 +8648,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ash: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what reads our output has ended: there is nobody to tell
-        return 0
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if reply is not None:  # what reads our answer has ended: there is nobody to tell
+            return reply.status
+        try:
+            return report(AshError("what reads the output has ended: it was not waited for the end"), command)
+        except BrokenPipeError:
+            os.dup2(null, 2)
+            return FAILED
     except OSError as error:  # a full or broken disk, wherever it was met
         return report(AshError(reason(error)), command)
 

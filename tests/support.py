@@ -288,7 +288,7 @@ def wait_until(holds: Any, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(0.005)
 
 
 def kill_hard(process: subprocess.Popen[bytes]) -> None:

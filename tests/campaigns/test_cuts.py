@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import DONE
+from tests.support import DONE, wait_until
 from tests.system.cuts import COMMANDS, Scene, Tried
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
@@ -55,13 +55,15 @@ def kill_after(scene: Scene, tried: Tried, name: str, kind: signal.Signals, afte
     """Send a signal to a command after some time: it says nothing odd, and has done all or nothing."""
     where = f"{kind.name} after {after:.3f} s"
     with scene.copy(COMMANDS[name]) as copy:
+        began = copy.with_name("began")
         process = subprocess.Popen(
-            scene.argv(copy, COMMANDS[name]),
+            scene.argv(copy, COMMANDS[name], began=str(began)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
+        wait_until(began.exists)  # what comes before is Python's own beginning
         time.sleep(after)
         process.send_signal(kind)
         _, said = process.communicate(timeout=120)

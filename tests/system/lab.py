@@ -226,6 +226,13 @@ class System(Disk):
             for name in ("started", "go"):
                 (self.home / f"{name}-{mark}").unlink(missing_ok=True)
 
+    def killed_before(self, step: str, *words: str | int) -> None:
+        """Kill a command before the first of its steps whose name begins so."""
+        stepper = ["-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"kill_before": step})]
+        argv = [sys.executable, *stepper, "--image", str(self.image), *map(str, words)]
+        killed = subprocess.run(argv, capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+
     def cut_short(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
         """Run ash, and kill it by `kill -9` before the given step of what it does to the disk (the first is 1).
 

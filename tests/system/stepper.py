@@ -9,7 +9,8 @@ OPTIONS is a JSON object with any of
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
     "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
-    "booted": the slot that ash is to believe to be booted.
+    "booted": the slot that ash is to believe to be booted;
+    "began": a file that is made when ash itself begins.
 """
 
 import fcntl
@@ -69,6 +70,8 @@ def main() -> int:
         ash.System.booted = property(lambda _: slot)  # type: ignore[method-assign,assignment]
     sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if began := options.get("began"):
+        Path(began).touch()
     return ash.main()
 
 

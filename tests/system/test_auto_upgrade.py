@@ -3,15 +3,13 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, MISSING, USAGE, program
+from tests.support import DONE, FAILED, MISSING, USAGE, program
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -76,6 +74,10 @@ def test_it_upgrades_checks_and_deploys_and_keeps_what_was(system: System, snaps
 BREAKS = {
     "a script that fails": {"postinst": "exit 1"},
     "a library that goes": {"postinst": "rm /usr/lib/*/libz.so.1*"},
+    "a library of a program in /usr/lib": {
+        "postinst": "mkdir /usr/lib/tool; sed s/libc.so.6/libc.so.9/ /bin/true > /usr/lib/tool/a; chmod 755 /usr/lib/tool/a"
+    },
+    "nothing that tells of libraries": {"postinst": "printf '#!/bin/sh\\nexit 1\\n' > /usr/bin/ldd"},
     "a kernel without its initramfs": {"postinst": "rm /boot/initrd.img-*"},
     "a package that is lost": {"postinst": "rm -r /usr/share/doc/less"},
     "no kernel that GRUB can boot": {"postinst": "rm /boot/vmlinuz-*"},
@@ -161,7 +163,7 @@ def test_what_was_interrupted_is_gone_on_with(system: System, snapshot: int, arc
     numbers = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]}
     with archive.served() as url:
         system.shell(snapshot, use_only(url))
-        killed_before(system, step, "auto-upgrade", snapshot)
+        system.killed_before(step, "auto-upgrade", snapshot)
         assert tool(system, snapshot) == "two\n"
         assert "interrupted" in system.ash("check", status=FAILED).stdout
         system.ash("auto-upgrade", snapshot)
@@ -171,14 +173,6 @@ def test_what_was_interrupted_is_gone_on_with(system: System, snapshot: int, arc
     assert tool(system, kept) == "one\n"
     assert system.ash("--json", "status").json["next"]["snapshot"] == snapshot
     system.is_sound()
-
-
-def killed_before(system: System, step: str, *words: str | int) -> None:
-    """Kill a command before the first of its steps that begins so."""
-    stepper = ["-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"kill_before": step})]
-    argv = [sys.executable, *stepper, "--image", str(system.image), *map(str, words)]
-    killed = subprocess.run(argv, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
 
 
 @pytest.mark.parametrize("name", ["fstree", "history"])

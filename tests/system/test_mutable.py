@@ -143,15 +143,17 @@ def test_ash_conf_is_edited_and_a_bad_line_is_refused(
     system: System, snapshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = tmp_path / "my editor"
-    editor.write_text('#!/bin/sh\n[ "$1" = -x ] && cp "$NEW" "$2" 2>/dev/null || cp /tmp/ash-test-new "$2"\n')
-    editor.write_text(f'#!/bin/sh\ncp {tmp_path}/new "$2"\n')
+    editor.write_text(f'#!/bin/sh\nenv > "{tmp_path}/environment"\ncp {tmp_path}/new "$2"\n')
     editor.chmod(0o755)
     monkeypatch.setenv("EDITOR", "false")
+    monkeypatch.setenv("PYTHONPATH", "/hostile")
+    monkeypatch.setenv("PATH", f"/hostile:{os.environ['PATH']}")
     monkeypatch.setenv("SUDO_EDITOR", f"'{editor}' -x")
     for text, status in (("mutable_dirs::opt/a\n", DONE), ("what is this\n", USAGE), ("unknown::1\n", USAGE)):
         (tmp_path / "new").write_text(text)
         with system.terminal("edit-conf", snapshot) as terminal:
             assert terminal.wait() == status
     assert (system.root(snapshot) / "etc/ash.conf").read_text() == "mutable_dirs::opt/a\n"
+    assert "hostile" not in (tmp_path / "environment").read_text()
     assert system.remains() == set()
     system.ash("edit-conf", snapshot, status=USAGE)

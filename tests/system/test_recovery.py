@@ -2,10 +2,12 @@
 """Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
 
 import itertools
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.support import DONE
+from tests.support import ASH, DONE, REFUSED, program
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -147,3 +149,32 @@ def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> Non
     system.ash("tmp")
     assert system.id_of(0) == before
     system.is_sound()
+
+
+def test_what_is_mounted_elsewhere_is_told_of(system: System, snapshot: int, tmp_path: Path) -> None:
+    system.killed_before("exchange", "run", snapshot, "touch", "/etc/mark")
+    (tmp_path / "there").mkdir()
+    program("mount", "--bind", system.root(f"chr{snapshot}"), tmp_path / "there")
+    try:
+        for line in ("tmp", f"unlock {snapshot}"):
+            assert f"snapshot-chr{snapshot} is in use" in system.ash(*line.split(), status=REFUSED).error
+    finally:
+        program("umount", tmp_path / "there")
+    assert f"tidied up: {snapshot}" in system.ash("tmp").stdout
+    assert not system.remains()
+
+
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
+def test_output_that_nobody_reads_is_no_success(system: System, snapshot: int, stderr: int) -> None:
+    script = "for n in 1 2 3; do echo a line; sleep 0.5; done; touch /etc/mark"
+    argv = [*ASH, "--image", str(system.image), "run", str(snapshot), "sh", "-c", script]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr) as process:
+        assert process.stdout is not None
+        while b"a line" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        if process.stderr is not None:
+            assert b"Traceback" not in process.stderr.read()
+        assert process.wait(60) != DONE
+    assert not (system.root(snapshot) / "etc/mark").exists()
+    assert not system.remains()

@@ -148,6 +148,20 @@ def test_a_package_is_removed_from_all_that_have_it(system: System, tree: list[i
     system.ash("tremove", tree[0], status=USAGE)
 
 
+def test_a_mutable_snapshot_is_one_of_a_tree(system: System, tree: list[int]) -> None:
+    system.ash("mutable", tree[1])
+    answer = system.ash("--json", "tree-upgrade", tree[0]).json
+    assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {*tree}
+    assert versions(system, tree) == ["2"] * 5
+    undo = system.files.undo(tree[1])
+    assert "ro=true" in program("btrfs", "property", "get", "-ts", undo, "ro")
+    system.ash("undo", tree[1])
+    assert versions(system, tree) == ["2", "1", "2", "2", "2"]
+    system.shell(tree[1], "touch /etc/written")
+    system.ash("immutable", tree[1])
+    system.is_sound()
+
+
 def test_tree_run_runs_in_all_at_once_too(system: System, tree: list[int]) -> None:
     outcome = system.ash("tree-run", "-j", tree[0], "sh", "-c", "echo done > /etc/mark; echo here", status=DONE)
     assert all((system.root(number) / "etc/mark").exists() for number in tree)
