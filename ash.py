@@ -2147,7 +2147,8 @@ class VarMerge:
                 self._append(changed / name, live / name, origin / name)
         elif stat.S_ISREG(live.lstat().st_mode):
             known = origin.lstat().st_size if os.path.lexists(origin) else 0
-            with changed.open("rb") as ours, live.open("ab") as log:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+            with changed.open("rb") as ours, os.fdopen(os.open(live, flags), "ab") as log:
                 ours.seek(min(known, changed.stat().st_size))
                 about_to(f"append to {live.name}")
                 shutil.copyfileobj(ours, log)
@@ -4334,10 +4335,20 @@ class System:
                 for snapshot in snapshots:
                     if snapshot in tree:
                         tree.remove(snapshot)
-            for number in doomed:
-                self.workplace(number).delete_snapshot()
-                remove_tree(self.layout.work(number))
+            try:
+                self._delete_parts(doomed)
+            except (AshError, OSError) as error:
+                if not is_for_space(error):
+                    raise
+                self.free_reserve()
+                self._delete_parts(doomed)
         return doomed
+
+    def _delete_parts(self, snapshots: Iterable[int]) -> None:
+        """Delete what is on the disk of snapshots that are not in the tree any more."""
+        for number in snapshots:
+            self.workplace(number).delete_snapshot()
+            remove_tree(self.layout.work(number))
 
     def require_replaceable(self, snapshots: Sequence[int], so: str) -> None:
         """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
@@ -4458,11 +4469,12 @@ class System:
 
     def keep_reserve(self) -> None:
         """Keep some space, where there is enough of it, for commands that free some on a full disk."""
-        reserve = self.layout.reserve
-        if free_space(self.layout.snapshots) > SPACE_FLOOR and not (reserve.exists() and os.listxattr(reserve)):
+        reserve, attributes = self.layout.reserve, RESERVE_OF_TREES // ATTRIBUTE
+        is_whole = size_of(reserve) == RESERVE and len(os.listxattr(reserve)) == attributes
+        if free_space(self.layout.snapshots) > SPACE_FLOOR and not is_whole:
             with contextlib.suppress(OSError):
                 reserve.write_bytes(os.urandom(RESERVE))  # nothing that could be compressed
-                for number in range(RESERVE_OF_TREES // ATTRIBUTE):
+                for number in range(attributes):
                     os.setxattr(reserve, f"user.{number}", bytes(ATTRIBUTE))
 
     def history(self) -> list[dict[str, Any]]:

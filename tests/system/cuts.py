@@ -32,6 +32,7 @@ COMMANDS: dict[str, list[str]] = {
     "install": ["install", "1", "DEB"],
     "remove": ["remove", "2", "ash-test-there"],
     "tree-run": ["tree-run", "2", *SHELL],
+    "tree-run 1": ["tree-run", "1", *SHELL],
     "desc": ["desc", "1", "new"],
     "clone": ["clone", "1"],
     "branch": ["branch", "1"],
@@ -57,6 +58,7 @@ COMMANDS: dict[str, list[str]] = {
     "tree-rmpkg": ["tree-rmpkg", "2", "ash-test-there"],
     "upgrade": ["upgrade", "2"],
     "tree-upgrade": ["tree-upgrade", "2"],
+    "tree-upgrade 1": ["tree-upgrade", "1"],
     "auto-upgrade": ["auto-upgrade", "2"],
     "base-update": ["base-update"],
     "refresh": ["refresh", "2"],
@@ -70,9 +72,11 @@ COMMANDS: dict[str, list[str]] = {
 # What must be called once more before all is well again, where that is not `recover`: as users do.
 RECOVER = ["recover"]
 GOES_ON = {"fsck": ["fsck", "--repair"]}
+# These do several things one after the other, each all or nothing.
+SEVERAL = ("auto-upgrade", "tree-run 1", "tree-upgrade 1")
 # Commands that end when what they did is on the disk.
 DURABLE = {
-    *("run", "install", "remove", "tree-run", "deploy", "deploy 2", "rollback"),
+    *("run", "install", "remove", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
     *("undo", "mutable", "etc-update", "fsck", "upgrade", "tree-upgrade", "auto-upgrade", "base-update"),
 }
 # Shells and an editor are transactions like `run`, and want a terminal.
@@ -246,7 +250,7 @@ class Scene:
             after = self.look(copy)
         before = after if words[0] in GOES_ON else self._before
         boots = {before.boots, after.boots, self.last_booted}
-        return Tried(names, before, after, boots, several=words[0] == "auto-upgrade")
+        return Tried(names, before, after, boots, several=" ".join(words).startswith(SEVERAL))
 
     def check_kills(self, name: str, few: bool = False) -> int:
         """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""

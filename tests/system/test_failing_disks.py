@@ -22,7 +22,7 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(scene: Scene) -> None:
 
 
 def test_what_frees_space_works_where_there_is_none_at_all(scene: Scene) -> None:
-    scene.works_without_room("del")
+    scene.works_without_room("del", "undo", "tmp")
 
 
 def test_an_image_that_cannot_be_written_is_refused(disk: Disk) -> None:
