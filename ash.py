@@ -4171,8 +4171,7 @@ class System:
         number = self.new_number()
         layout, place = self.layout, self.workplace(number)
         with self.lock(number), ExitStack() as undo:
-            undo.callback(place.drop)
-            undo.callback(place.delete_snapshot)
+            undo.callback(lambda: place.recover(self.tree()))  # what came between may have come after the tree's change
             Intent("number").save(place.folder)
             snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
             for folder in ("etc", "boot"):
@@ -4229,7 +4228,7 @@ class System:
         self.require_changeable(snapshot)
         layout, place = self.layout, self.workplace(snapshot)
         now, before = layout.rootfs(snapshot), layout.undo(snapshot)
-        with self.lock(snapshot), self.lock("deploy"):
+        with self.lock(snapshot), self.lock("deploy"), signals_held():
             place.recover(self.tree())
             self.require_replaceable([snapshot], "not undone")
             if not before.exists():
@@ -4249,7 +4248,7 @@ class System:
         """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
         self.require_changeable(snapshot)
         root = self.layout.rootfs(snapshot)
-        with self.lock(snapshot):
+        with self.lock(snapshot), signals_held():
             place = self.workplace(snapshot)
             place.recover(self.tree())
             if is_mutable(root) == mutable:

@@ -3,6 +3,7 @@
 
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
+    "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
     "kill": the number of the step (the first is 1) before which ash is killed;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
@@ -41,11 +42,16 @@ class Stepper:
         self.options = options
         self.image = image
         self.process = os.getpid()
+        self.interrupts = False
         self.steps = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes that work on branches of a tree
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.interrupts and event in ("open", "ash.step"):
+            self.interrupts = False
+            os.kill(self.process, signal.SIGINT)
         if event != "ash.step":
             return
+        self.interrupts = arguments[0] == self.options.get("interrupt")
         step = 1 + int.from_bytes(self.steps[:4], "little")
         self.steps[:4] = step.to_bytes(4, "little")
         if names := self.options.get("names"):
