@@ -1501,6 +1501,7 @@ DEVICE_LINKS = {
 RESOLV_CONF = Path("/etc/resolv.conf")
 # The namespace's first process: outside of the chroot, so that Debian's `ischroot` says yes inside; it reaps.
 FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
+STOP = signal.SIGUSR1  # has the supervisor of a chroot end what runs in there, and tidy up
 FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
 
 
@@ -1570,6 +1571,7 @@ class Chroot(NamedTuple):
         parent = os.getpid()
         supervisor = os.fork()
         if supervisor == 0:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD})  # _start() waits for them
             self._supervise(argv, parent, problem_in, streams, has_input=not hear)
         os.close(problem_in)
         try:
@@ -1579,8 +1581,13 @@ class Chroot(NamedTuple):
                     hear(piece)
             _, status = os.waitpid(supervisor, 0)
         except BaseException:
-            os.kill(supervisor, signal.SIGKILL)
-            os.waitpid(supervisor, 0)
+            try:
+                os.kill(supervisor, STOP)
+                os.waitpid(supervisor, 0)
+            except BaseException:  # one more Ctrl-C
+                os.kill(supervisor, signal.SIGKILL)
+                os.waitpid(supervisor, 0)
+                raise
             raise
         finally:
             if hear:
@@ -1719,11 +1726,16 @@ class Chroot(NamedTuple):
             self._mount_proc()
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP, signal.SIGCHLD})
             os.chdir("/")  # a shell tells what it starts where it is: not where the caller was
             environment = {**clean_environment(), "container": "ash", "SYSTEMD_OFFLINE": "1", **self.environment}
             os.execve(FIRST_PROCESS[0], [*FIRST_PROCESS, str(self.root), *argv], environment)
         os.close(alive)
-        _, status = os.waitpid(first, 0)
+        ended = 0
+        while not ended:
+            if signal.sigwait({STOP, signal.SIGCHLD}) == STOP:
+                os.kill(first, signal.SIGKILL)
+            ended, status = os.waitpid(first, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
 
@@ -2525,6 +2537,7 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
+                sync_filesystem(self.layout.snapshots)  # what ran in there has synced nothing
                 self.intent._replace(state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
                 self.place.drop()
@@ -6665,9 +6678,11 @@ def root_shell(root: Path) -> str:
 
 @contextmanager
 def hang_ups_raise() -> Iterator[None]:
-    """Have SIGHUP raise HangUp in this block."""
+    """Have SIGHUP raise HangUp in this block; it comes twice, and the second must not end what keeps the work."""
 
     def raise_hang_up(*_: object) -> NoReturn:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         raise HangUp
 
     before = signal.signal(signal.SIGHUP, raise_hang_up)
