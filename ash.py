@@ -1161,17 +1161,30 @@ def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
 
 
 @contextmanager
-def readonly_view(path: Path, beside: Path) -> Iterator[Path]:
+def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
     """A subvolume, or a read-only copy of it where it is writable, for as long as the block lasts."""
     if Subvolume.at(path).readonly:
         yield path
         return
-    delete_subvolume(beside)
-    snapshot_subvolume(path, beside, readonly=True)
-    try:
-        yield beside
-    finally:
-        delete_subvolume(beside)
+    tidy_views(layout)
+    with (layout.work("views") / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        view = layout.work("views") / f"view-{os.urandom(8).hex()}"
+        snapshot_subvolume(path, view, readonly=True)
+        try:
+            yield view
+        finally:
+            delete_subvolume(view)
+
+
+def tidy_views(layout: Layout) -> None:
+    """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
+    folder = layout.work("views")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for view in folder.glob("view-*"):
+            delete_subvolume(view)
 
 
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
@@ -2719,7 +2732,7 @@ class Transaction:
             shown.unlink()
 
     def _changed_paths(self) -> dict[str, str]:
-        with readonly_view(self.original, self.place.folder / "view") as before:
+        with readonly_view(self.layout, self.original) as before:
             paths = changed_paths(before, self.root)
         resolver = "etc/resolv.conf"  # was another one meanwhile
         if paths.keys() == {resolver} and is_same(self.original / resolver, self.root / resolver):
@@ -3713,6 +3726,7 @@ class Slots:
     """The deployments on the disk and the menu that boots them; its methods need the lock for deploying."""
 
     KEPT_MENUS = 5
+    CARRIED = "etc.ash-new"  # an /etc with what was carried, until it takes the place of a deployment's
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -3728,10 +3742,12 @@ class Slots:
         remove_tree(self.layout.work("deploy") / "intent")
 
     def tidy_up(self) -> None:
-        """Delete deployments that were not finished."""
+        """Delete deployments that were not finished, and an /etc that was not put in the place of a deployment's."""
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             delete_subvolume(self.layout.rootfs(f"new-{slot}"))
             delete_subvolume(self.layout.etc(f"new-{slot}"))
+            if os.path.lexists(carried := self.layout.rootfs(slot) / self.CARRIED):
+                remove_tree(carried)
 
     def choose(self, secondary: bool) -> str:
         """The first slot that is neither booted nor the newest good deployment."""
@@ -3815,7 +3831,7 @@ class Slots:
         if etc_state(running) == deployment.etc_state:
             return []
         etc = layout.rootfs(deployment.slot) / "etc"
-        new = etc.with_name("etc.ash-new")
+        new = etc.with_name(self.CARRIED)
         remove_tree(new)
         run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
         renewed = self._carry_etc(deployment, new, fresh=False)
@@ -4446,6 +4462,7 @@ class System:
                     console.say(f"ash: {place.name}: {reason(error)}")
                 elif error.status not in (LOCKED, REFUSED):  # at work, or kept: nothing is wrong
                     console.say(f"ash: {error.message} ({error.hint})")
+        tidy_views(self.layout)
         with self.lock("deploy"):
             Slots(self).recover()
         if without_space:  # what else could be done is done
@@ -4888,7 +4905,7 @@ def share_blocks(system: System, changes: Iterable[Change]) -> int:
     known: dict[tuple[str, int], list[Path]] = {}
     saved = 0
     for number in [done.snapshot for done in changes if done.changed and layout.undo(done.snapshot).exists()]:
-        with readonly_view(layout.rootfs(number), layout.work(number) / "view") as root:
+        with readonly_view(layout, layout.rootfs(number)) as root:
             paths = changed_paths(layout.undo(number), root)
         for path in paths:
             folder, _, inside = path.partition("/")
@@ -5130,7 +5147,7 @@ def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
     listed = set().union(*map(system.distro.config_files, roots))
     if os.geteuid() == 0 and system.layout.top is not None:
         with ExitStack() as stack:
-            views = [stack.enter_context(readonly_view(root, root.with_name(f"view-{root.name}"))) for root in roots]
+            views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
             paths = changed_paths(*views)
         config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
         files = paths if all_files else {}

@@ -242,6 +242,12 @@ class System(Disk):
             check=False,
         )
 
+    def stepped(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
+        """Run ash by the stepper, with these options."""
+        argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps(options)]
+        argv += ["--image", str(self.image), *map(str, words)]
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+
     def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:
         """Cut a command at its first step, at the next, and so on, until it comes to its end."""
         for step in range(1, 300, by):

@@ -4,7 +4,7 @@
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
     "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
-    "kill": the number of the step (the first is 1) before which ash is killed;
+    "kill": the number of the step (the first is 1), or what its name begins with, before which ash is killed;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
@@ -61,7 +61,8 @@ class Stepper:
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
-        if step == self.options.get("kill"):
+        kill = self.options.get("kill")
+        if str(arguments[0]).startswith(kill) if isinstance(kill, str) else step == kill:
             for process in dict.fromkeys([self.process, os.getpid()]):
                 os.kill(process, signal.SIGKILL)
 

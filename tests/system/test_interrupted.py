@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Ctrl-C just when a command has done what counts: all or nothing, as with every other moment."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.support import CHECKOUT
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -17,9 +12,7 @@ INTERRUPTED = 130
 
 def interrupt(system: System, step: str, *words: str | int, **options: str) -> None:
     """Run ash, and press Ctrl-C when it has done the step of that name."""
-    argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py")]
-    argv += [json.dumps({**options, "interrupt": step}), "--image", str(system.image), *map(str, words)]
-    ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    ended = system.stepped({**options, "interrupt": step}, *words)
     assert ended.returncode == INTERRUPTED, ended
 
 

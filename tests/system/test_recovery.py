@@ -2,11 +2,13 @@
 """Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
 
 import itertools
+import signal
 
 import pytest
 
+from ash import Layout, delete_subvolume, readonly_view
 from tests.support import DONE
-from tests.system.lab import System
+from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 
@@ -147,3 +149,38 @@ def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> Non
     system.ash("tmp")
     assert system.id_of(0) == before
     system.is_sound()
+
+
+@pytest.mark.parametrize("words", ["run", "diff 0"])
+def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: System, snapshot: int, words: str) -> None:
+    system.ash("mutable", snapshot)
+    command = ["sh", "-c", "touch /etc/mark"] if words == "run" else []
+    before = system.subvolumes()
+    ended = system.stepped({"kill": "delete view"}, *words.split(), snapshot, *command)
+    assert ended.returncode == -signal.SIGKILL
+    assert [path for path in system.subvolumes() if "/view" in path]
+    system.ash("recover")
+    assert system.subvolumes() == before
+    system.ash("-y", "del", snapshot)
+
+
+def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    layout = Layout.at(system.files.top, "debian")
+    with readonly_view(layout, system.root(snapshot)) as view, readonly_view(layout, system.root(snapshot)) as other:
+        assert view != other
+        delete_subvolume(other)
+        system.ash("diff", 0, snapshot)
+        system.ash("recover")
+        assert (view / "etc/passwd").exists()
+    assert not view.exists()
+    system.ash("immutable", snapshot)
+
+
+def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
+    machine.running("deploy", machine.system.clone(snapshot))
+    (machine.etc / "own").touch()
+    ended = machine.system.stepped({"kill": "exchange etc", "booted": machine.slot}, "carry")
+    assert ended.returncode == -signal.SIGKILL
+    machine.system.ash("recover")
+    assert [path.name for path in machine.next_etc.parent.glob("etc*")] == ["etc"]
