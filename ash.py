@@ -4427,9 +4427,10 @@ class System:
         if not isinstance(slot, str) or not slot:
             raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
         number = self.snapshot_of(slot)
-        with self.lock("deploy"):
-            slots = Slots(self)
-            with Transaction(self, number) as work:
+        with ExitStack() as stack:
+            with Transaction(self, number) as work:  # first, as whoever wants both locks takes them
+                stack.enter_context(self.lock("deploy"))
+                slots = Slots(self)
                 merge = slots.merge_of(slot, work.root / "etc", number, number)
                 merge.identity = False
                 merge.merge()
