@@ -4495,13 +4495,15 @@ class System:
     def remember(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the history."""
         line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
-        # On a full disk the command's own result matters more than its line.
-        with contextlib.suppress(OSError), self.lock("state"), self.layout.history.open("ab+") as file:
+        # The command's own result matters more than its line: on a full disk, and where another ash holds the lock.
+        with contextlib.suppress(OSError, AshError), self.lock("state"), self.layout.history.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
             about_to("write the history")
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------

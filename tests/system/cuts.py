@@ -357,8 +357,9 @@ class Scene:
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
         with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
-            self._steps_on(copy, words, copies=copies)
-            program("cp", "--reflink=always", copy, Path(copies, "0.img"))
+            with Disk(copy).files():  # else the command's end would unmount it, and so write all that is left
+                self._steps_on(copy, words, copies=copies)
+                program("cp", "--reflink=always", copy, Path(copies, "0.img"))
             for step in wanted:
                 image = Path(copies, f"{step}.img")
                 is_whole(image)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import Disk, Terminal, processes_with, wait_until
+from tests.support import Disk, Terminal, processes_with, program, wait_until
 from tests.system.cuts import Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -34,3 +34,11 @@ def test_after_a_power_cut_the_work_that_a_hang_up_left_is_whole(scene: Scene) -
         last = max(Path(copies).iterdir(), key=lambda path: int(path.stem))  # when the work was kept
         resumed = Disk(last).ash(*words, "--resume", input="tail -n 1 /usr/mark\n")
         assert "9999\n" in resumed.stdout
+
+
+def test_after_a_power_cut_the_history_has_what_was_done(scene: Scene) -> None:
+    with scene.copy(["clone"]) as copy, Disk(copy).files():
+        number = Disk(copy).clone(1)
+        program("cp", "--reflink=always", copy, copy.with_name("cut.img"))
+        last = Disk(copy.with_name("cut.img")).ash("--json", "log").json["history"][-1]
+    assert (last["command"], last["snapshots"]) == ("clone", [1, number])
