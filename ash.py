@@ -1161,17 +1161,30 @@ def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
 
 
 @contextmanager
-def readonly_view(path: Path, beside: Path) -> Iterator[Path]:
+def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
     """A subvolume, or a read-only copy of it where it is writable, for as long as the block lasts."""
     if Subvolume.at(path).readonly:
         yield path
         return
-    delete_subvolume(beside)
-    snapshot_subvolume(path, beside, readonly=True)
-    try:
-        yield beside
-    finally:
-        delete_subvolume(beside)
+    tidy_views(layout)
+    with (layout.work("views") / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        view = layout.work("views") / f"view-{os.urandom(8).hex()}"
+        snapshot_subvolume(path, view, readonly=True)
+        try:
+            yield view
+        finally:
+            delete_subvolume(view)
+
+
+def tidy_views(layout: Layout) -> None:
+    """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
+    folder = layout.work("views")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for view in folder.glob("view-*"):
+            delete_subvolume(view)
 
 
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
@@ -1501,6 +1514,7 @@ DEVICE_LINKS = {
 RESOLV_CONF = Path("/etc/resolv.conf")
 # The namespace's first process: outside of the chroot, so that Debian's `ischroot` says yes inside; it reaps.
 FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
+STOP = signal.SIGUSR1  # has the supervisor of a chroot end what runs in there, and tidy up
 FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
 
 
@@ -1570,6 +1584,7 @@ class Chroot(NamedTuple):
         parent = os.getpid()
         supervisor = os.fork()
         if supervisor == 0:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD})  # _start() waits for them
             self._supervise(argv, parent, problem_in, streams, has_input=not hear)
         os.close(problem_in)
         try:
@@ -1579,8 +1594,13 @@ class Chroot(NamedTuple):
                     hear(piece)
             _, status = os.waitpid(supervisor, 0)
         except BaseException:
-            os.kill(supervisor, signal.SIGKILL)
-            os.waitpid(supervisor, 0)
+            try:
+                os.kill(supervisor, STOP)
+                os.waitpid(supervisor, 0)
+            except BaseException:  # one more Ctrl-C
+                os.kill(supervisor, signal.SIGKILL)
+                os.waitpid(supervisor, 0)
+                raise
             raise
         finally:
             if hear:
@@ -1719,11 +1739,16 @@ class Chroot(NamedTuple):
             self._mount_proc()
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP, signal.SIGCHLD})
             os.chdir("/")  # a shell tells what it starts where it is: not where the caller was
             environment = {**clean_environment(), "container": "ash", "SYSTEMD_OFFLINE": "1", **self.environment}
             os.execve(FIRST_PROCESS[0], [*FIRST_PROCESS, str(self.root), *argv], environment)
         os.close(alive)
-        _, status = os.waitpid(first, 0)
+        ended = 0
+        while not ended:
+            if signal.sigwait({STOP, signal.SIGCHLD}) == STOP:
+                os.kill(first, signal.SIGKILL)
+            ended, status = os.waitpid(first, os.WNOHANG)
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
 
@@ -2528,6 +2553,7 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
+                sync_filesystem(self.layout.snapshots)  # what ran in there has synced nothing
                 self.intent._replace(state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
                 self.place.drop()
@@ -2709,7 +2735,7 @@ class Transaction:
             shown.unlink()
 
     def _changed_paths(self) -> dict[str, str]:
-        with readonly_view(self.original, self.place.folder / "view") as before:
+        with readonly_view(self.layout, self.original) as before:
             paths = changed_paths(before, self.root)
         resolver = "etc/resolv.conf"  # was another one meanwhile
         if paths.keys() == {resolver} and is_same(self.original / resolver, self.root / resolver):
@@ -3703,6 +3729,7 @@ class Slots:
     """The deployments on the disk and the menu that boots them; its methods need the lock for deploying."""
 
     KEPT_MENUS = 5
+    CARRIED = "etc.ash-new"  # an /etc with what was carried, until it takes the place of a deployment's
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -3718,10 +3745,12 @@ class Slots:
         remove_tree(self.layout.work("deploy") / "intent")
 
     def tidy_up(self) -> None:
-        """Delete deployments that were not finished."""
+        """Delete deployments that were not finished, and an /etc that was not put in the place of a deployment's."""
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             delete_subvolume(self.layout.rootfs(f"new-{slot}"))
             delete_subvolume(self.layout.etc(f"new-{slot}"))
+            if os.path.lexists(carried := self.layout.rootfs(slot) / self.CARRIED):
+                remove_tree(carried)
 
     def choose(self, secondary: bool) -> str:
         """The first slot that is neither booted nor the newest good deployment."""
@@ -3805,7 +3834,7 @@ class Slots:
         if etc_state(running) == deployment.etc_state:
             return []
         etc = layout.rootfs(deployment.slot) / "etc"
-        new = etc.with_name("etc.ash-new")
+        new = etc.with_name(self.CARRIED)
         remove_tree(new)
         run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
         renewed = self._carry_etc(deployment, new, fresh=False)
@@ -4174,8 +4203,7 @@ class System:
         number = self.new_number()
         layout, place = self.layout, self.workplace(number)
         with self.lock(number), ExitStack() as undo:
-            undo.callback(place.drop)
-            undo.callback(place.delete_snapshot)
+            undo.callback(lambda: place.recover(self.tree()))  # what came between may have come after the tree's change
             Intent("number").save(place.folder)
             snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
             for folder in ("etc", "boot"):
@@ -4236,7 +4264,7 @@ class System:
         self.require_changeable(snapshot)
         layout, place = self.layout, self.workplace(snapshot)
         now, before = layout.rootfs(snapshot), layout.undo(snapshot)
-        with self.lock(snapshot), self.lock("deploy"):
+        with self.lock(snapshot), self.lock("deploy"), signals_held():
             place.recover(self.tree())
             if not just_changed:
                 self.require_replaceable([snapshot], "not undone")
@@ -4257,7 +4285,7 @@ class System:
         """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
         self.require_changeable(snapshot)
         root = self.layout.rootfs(snapshot)
-        with self.lock(snapshot):
+        with self.lock(snapshot), signals_held():
             place = self.workplace(snapshot)
             place.recover(self.tree())
             if is_mutable(root) == mutable:
@@ -4417,9 +4445,10 @@ class System:
         if not isinstance(slot, str) or not slot:
             raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
         number = self.snapshot_of(slot)
-        with self.lock("deploy"):
-            slots = Slots(self)
-            with Transaction(self, number) as work:
+        with ExitStack() as stack:
+            with Transaction(self, number) as work:  # first, as whoever wants both locks takes them
+                stack.enter_context(self.lock("deploy"))
+                slots = Slots(self)
                 merge = slots.merge_of(slot, work.root / "etc", number, number)
                 merge.identity = False
                 merge.merge()
@@ -4456,6 +4485,7 @@ class System:
                     console.say(f"ash: {place.name}: {reason(error)}")
                 elif error.status != LOCKED:  # at work: nothing is wrong
                     console.say(f"ash: {error.message} ({error.hint})")
+        tidy_views(self.layout)
         with self.lock("deploy"):
             Slots(self).recover()
         if in_the_way:  # a full disk, or a mount; what else could be done is done
@@ -4488,13 +4518,15 @@ class System:
     def remember(self, entry: Mapping[str, Any]) -> None:
         """Append a line to the history."""
         line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
-        # On a full disk the command's own result matters more than its line.
-        with contextlib.suppress(OSError), self.lock("state"), self.layout.history.open("ab+") as file:
+        # The command's own result matters more than its line: on a full disk, and where another ash holds the lock.
+        with contextlib.suppress(OSError, AshError), self.lock("state"), self.layout.history.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
             about_to("write the history")
             file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4914,7 +4946,7 @@ def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list
         known: the files of others by path and size, to which those of this one are added.
     """
     saved = 0
-    with readonly_view(layout.rootfs(number), layout.work(number) / "view") as root:
+    with readonly_view(layout, layout.rootfs(number)) as root:
         paths = changed_paths(layout.undo(number), root)
     for path in paths:
         folder, _, inside = path.partition("/")
@@ -5156,7 +5188,7 @@ def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
     listed = set().union(*map(system.distro.config_files, roots))
     if os.geteuid() == 0 and system.layout.top is not None:
         with ExitStack() as stack:
-            views = [stack.enter_context(readonly_view(root, root.with_name(f"view-{root.name}"))) for root in roots]
+            views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
             paths = changed_paths(*views)
         config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
         files = paths if all_files else {}
@@ -6705,9 +6737,11 @@ def root_shell(root: Path) -> str:
 
 @contextmanager
 def hang_ups_raise() -> Iterator[None]:
-    """Have SIGHUP raise HangUp in this block."""
+    """Have SIGHUP raise HangUp in this block; it comes twice, and the second must not end what keeps the work."""
 
     def raise_hang_up(*_: object) -> NoReturn:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         raise HangUp
 
     before = signal.signal(signal.SIGHUP, raise_hang_up)

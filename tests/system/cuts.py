@@ -29,6 +29,7 @@ SHELL = ["sh", "-ec", SCRIPT]
 # after it, where a command is cut in several ways.
 COMMANDS: dict[str, list[str]] = {
     "run": ["run", "1", *SHELL],
+    "run 2": ["run", "3", *SHELL],  # it is mutable
     "install": ["install", "1", "DEB"],
     "remove": ["remove", "2", "ash-test-there"],
     "tree-run": ["tree-run", "2", *SHELL],
@@ -360,8 +361,9 @@ class Scene:
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
         with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
-            self._steps_on(copy, words, copies=copies)
-            program("cp", "--reflink=always", copy, Path(copies, "0.img"))
+            with Disk(copy).files():  # else the command's end would unmount it, and so write all that is left
+                self._steps_on(copy, words, copies=copies)
+                program("cp", "--reflink=always", copy, Path(copies, "0.img"))
             for step in wanted:
                 image = Path(copies, f"{step}.img")
                 is_whole(image)
@@ -406,6 +408,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
     rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]
     with disk.files() as files:
         assert not [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
+        assert not [*files.snapshots.glob("rootfs/*/etc.ash-new"), *files.snapshots.glob("rootfs/view*")]
         left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
         assert not left, left
         menu = json.loads((files.state / "menu").read_text())

@@ -228,9 +228,7 @@ class System(Disk):
 
     def killed_before(self, step: str, *words: str | int) -> None:
         """Kill a command before the first of its steps whose name begins so."""
-        stepper = ["-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"kill_before": step})]
-        argv = [sys.executable, *stepper, "--image", str(self.image), *map(str, words)]
-        killed = subprocess.run(argv, capture_output=True, check=False)
+        killed = self.stepped({"kill": step}, *words)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     def cut_short(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
@@ -248,6 +246,12 @@ class System(Disk):
             timeout=120,
             check=False,
         )
+
+    def stepped(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
+        """Run ash by the stepper, with these options."""
+        argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps(options)]
+        argv += ["--image", str(self.image), *map(str, words)]
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
     def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:
         """Cut a command at its first step, at the next, and so on, until it comes to its end."""

@@ -3,8 +3,8 @@
 
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
-    "kill": the number of the step (the first is 1) before which ash is killed;
-    "kill_before": how the name of the step begins before which ash is killed;
+    "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
+    "kill": the number of the step (the first is 1), or what its name begins with, before which ash is killed;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
@@ -43,11 +43,16 @@ class Stepper:
         self.options = options
         self.image = image
         self.process = os.getpid()
+        self.interrupts = False
         self.steps = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes that work on branches of a tree
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
+        if self.interrupts and event in ("open", "ash.step"):
+            self.interrupts = False
+            os.kill(self.process, signal.SIGINT)
         if event != "ash.step":
             return
+        self.interrupts = arguments[0] == self.options.get("interrupt")
         step = 1 + int.from_bytes(self.steps[:4], "little")
         self.steps[:4] = step.to_bytes(4, "little")
         if names := self.options.get("names"):
@@ -57,8 +62,8 @@ class Stepper:
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
-        before = self.options.get("kill_before")
-        if step == self.options.get("kill") or (before and str(arguments[0]).startswith(before)):
+        kill = self.options.get("kill")
+        if str(arguments[0]).startswith(kill) if isinstance(kill, str) else step == kill:
             for process in dict.fromkeys([self.process, os.getpid()]):
                 os.kill(process, signal.SIGKILL)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ash import Lock
 from tests.support import FAILED, make_deb
 from tests.system.lab import System
 
@@ -17,6 +18,12 @@ def last_entry(system: System, *words: str | int) -> dict[str, Any]:
     entries = system.ash("--json", "log", *words).json["history"]
     assert isinstance(entries[-1], dict)
     return entries[-1]
+
+
+def test_a_change_is_done_though_it_cannot_be_noted(system: System, snapshot: int) -> None:
+    with Lock(system.files.state / "work/state/lock", "the test"):
+        system.ash("run", snapshot, "touch", "/etc/mark")
+    assert (system.root(snapshot) / "etc/mark").exists()
 
 
 def test_every_change_of_every_command_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ash import btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at
-from tests.support import ASH, CHECKOUT, LOCKED, OURS_IN_RUN, Disk, kill_hard, program, wait_until
-from tests.system.lab import System
+from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at
+from tests.support import ASH, CHECKOUT, DONE, LOCKED, OURS_IN_RUN, REFUSED, Disk, kill_hard, program, wait_until
+from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
@@ -105,6 +105,24 @@ def test_the_lock_is_free_the_moment_its_ash_is_dead(system: System, snapshot: i
     system.ash("--wait", "10", "run", snapshot, "true")
     assert time.monotonic() - began < 5
     (system.home / "begun").unlink()
+
+
+def test_two_that_want_a_snapshot_and_the_deployments_do_not_wait_for_each_other(
+    machine: Machine, snapshot: int
+) -> None:
+    work = machine.files.state / "work"
+    (machine.etc / "own").write_text("own\n")
+    with Lock(work / "deploy/lock", "the test"):
+        undo = machine.system.start("--wait", "30", "undo", snapshot)
+        wait_until((work / f"{snapshot}/lock").read_text)
+        undo.send_signal(signal.SIGSTOP)
+    update = machine.system.start("--wait", "30", "etc-update")
+    time.sleep(1)
+    began = time.monotonic()
+    undo.send_signal(signal.SIGCONT)
+    assert (undo.wait(60), update.wait(60)) == (REFUSED, DONE)
+    assert time.monotonic() - began < 15
+    assert (machine.files.etc(snapshot) / "own").read_text() == "own\n"
 
 
 def test_copies_made_at_once_get_different_numbers(system: System) -> None:

@@ -5,10 +5,13 @@ At every other step of a transaction and of a deployment, at each of a transacti
 campaign takes all of every command.
 """
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.support import Disk, Terminal, processes_with, program, wait_until
 from tests.system.cuts import Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -19,3 +22,23 @@ def test_after_a_power_cut_a_command_has_done_all_or_nothing(
     scene: Scene, name: str, by: int, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cuts", scene.check_power_cuts(name, by))
+
+
+def test_after_a_power_cut_the_work_that_a_hang_up_left_is_whole(scene: Scene) -> None:
+    words = ["chroot", "1"]
+    with scene.copy(words) as copy, tempfile.TemporaryDirectory(dir=scene.folder) as copies:
+        with Terminal(scene.argv(copy, words, copies=copies)) as terminal:
+            terminal.expect("exit")
+            terminal.type("seq 9999 > /usr/mark; sleep 4733\n")
+            wait_until(lambda: processes_with("4733"))
+        last = max(Path(copies).iterdir(), key=lambda path: int(path.stem))  # when the work was kept
+        resumed = Disk(last).ash(*words, "--resume", input="tail -n 1 /usr/mark\n")
+        assert "9999\n" in resumed.stdout
+
+
+def test_after_a_power_cut_the_history_has_what_was_done(scene: Scene) -> None:
+    with scene.copy(["clone"]) as copy, Disk(copy).files():
+        number = Disk(copy).clone(1)
+        program("cp", "--reflink=always", copy, copy.with_name("cut.img"))
+        last = Disk(copy.with_name("cut.img")).ash("--json", "log").json["history"][-1]
+    assert (last["command"], last["snapshots"]) == ("clone", [1, number])

@@ -2,13 +2,15 @@
 """Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
 
 import itertools
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ash import Layout, delete_subvolume, readonly_view
 from tests.support import ASH, DONE, REFUSED, program
-from tests.system.lab import System
+from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 
@@ -178,3 +180,38 @@ def test_output_that_nobody_reads_is_no_success(system: System, snapshot: int, s
         assert process.wait(60) != DONE
     assert not (system.root(snapshot) / "etc/mark").exists()
     assert not system.remains()
+
+
+@pytest.mark.parametrize("words", ["run", "diff 0"])
+def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: System, snapshot: int, words: str) -> None:
+    system.ash("mutable", snapshot)
+    command = ["sh", "-c", "touch /etc/mark"] if words == "run" else []
+    before = system.subvolumes()
+    ended = system.stepped({"kill": "delete view"}, *words.split(), snapshot, *command)
+    assert ended.returncode == -signal.SIGKILL
+    assert [path for path in system.subvolumes() if "/view" in path]
+    system.ash("recover")
+    assert system.subvolumes() == before
+    system.ash("-y", "del", snapshot)
+
+
+def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    layout = Layout.at(system.files.top, "debian")
+    with readonly_view(layout, system.root(snapshot)) as view, readonly_view(layout, system.root(snapshot)) as other:
+        assert view != other
+        delete_subvolume(other)
+        system.ash("diff", 0, snapshot)
+        system.ash("recover")
+        assert (view / "etc/passwd").exists()
+    assert not view.exists()
+    system.ash("immutable", snapshot)
+
+
+def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
+    machine.running("deploy", machine.system.clone(snapshot))
+    (machine.etc / "own").touch()
+    ended = machine.system.stepped({"kill": "exchange etc", "booted": machine.slot}, "carry")
+    assert ended.returncode == -signal.SIGKILL
+    machine.system.ash("recover")
+    assert [path.name for path in machine.next_etc.parent.glob("etc*")] == ["etc"]

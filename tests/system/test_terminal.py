@@ -2,6 +2,8 @@
 """`ash chroot` as a person uses it: on a terminal, and when that goes away."""
 
 import os
+import signal
+import time
 
 import pytest
 
@@ -93,17 +95,21 @@ def test_without_a_terminal_another_status_drops_the_changes(system: System, sna
     assert (system.root(snapshot) / "etc/mark").exists()
 
 
-def hung_up(system: System, snapshot: int) -> None:
-    """A shell that wrote something and then lost its terminal."""
+def hung_up(system: System, snapshot: int, signals: int = 0) -> None:
+    """A shell that wrote something and then lost its terminal; ash gets that many signals more at the same time."""
     terminal = system.terminal("chroot", snapshot)
     with terminal:
         prompt(terminal)
         terminal.type("echo kept > /etc/mark; echo kept > /var/lib/kept; sleep 4732\n")
         wait_until(lambda: processes_with("4732"))
+        for _ in range(signals):
+            terminal.process.send_signal(signal.SIGHUP)
+            time.sleep(0.001)
     wait_until(lambda: not processes_with("4732") and not system.processes())
 
 
 def test_after_a_hang_up_the_work_waits_and_is_gone_on_with(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo nameserver 192.0.2.7 > /etc/resolv.conf")
     before = system.id_of(snapshot)
     hung_up(system, snapshot)
     assert system.id_of(snapshot) == before
@@ -122,8 +128,16 @@ def test_after_a_hang_up_the_work_waits_and_is_gone_on_with(system: System, snap
         assert terminal.wait() == 0
     assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
     assert (system.files.var / "lib/kept").read_text() == "kept\n"
+    assert (system.root(snapshot) / "etc/resolv.conf").read_text() == "nameserver 192.0.2.7\n"
+    assert not (system.root(snapshot) / "usr/sbin/policy-rc.d").exists(), "no service would ever be started there"
     assert not system.remains()
     (system.files.var / "lib/kept").unlink()
+
+
+def test_a_hang_up_that_is_told_many_times_keeps_the_work(system: System, snapshot: int) -> None:
+    hung_up(system, snapshot, signals=200)
+    system.ash("chroot", snapshot, "--resume", input="test -e /etc/mark\n")
+    assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
 
 
 @pytest.mark.parametrize("words", [["unlock"], ["tmp"]])
