@@ -1174,6 +1174,7 @@ def readonly_view(path: Path, beside: Path) -> Iterator[Path]:
         delete_subvolume(beside)
 
 
+GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: the least that an entry has, and more than any table has
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
 
 
@@ -1185,16 +1186,18 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
     """
     with image.open("rb") as disk:
         disk.seek(512)
-        header = disk.read(92)
-        if header[:8] == b"EFI PART":
-            table, count, size = struct.unpack_from("<QII", header, 72)
+        header = disk.read(92).ljust(92, b"\0")
+        table, count, size = struct.unpack_from("<QII", header, 72)
+        sectors = os.fstat(disk.fileno()).st_size // 512  # what lies after the end, a torn or foreign table names
+        if header[:8] == b"EFI PART" and table < sectors and size >= GPT_ENTRY and count * size <= GPT_LIMIT:
             disk.seek(table * 512)
             entries = disk.read(count * size)
-            for number in range(count):
-                first, last = struct.unpack_from("<QQ", entries, number * size + 32)
-                disk.seek(first * 512 + BTRFS_MAGIC_AT)
-                if first and disk.read(8) == BTRFS_MAGIC:
-                    return first * 512, (last - first + 1) * 512
+            for at in range(0, len(entries) - GPT_ENTRY + 1, size):
+                first, last = struct.unpack_from("<QQ", entries, at + 32)
+                if 0 < first <= last < sectors:
+                    disk.seek(first * 512 + BTRFS_MAGIC_AT)
+                    if disk.read(8) == BTRFS_MAGIC:
+                        return first * 512, (last - first + 1) * 512
     raise AshError(f"{image} is no disk image with a btrfs partition", "init.py --image makes one")
 
 
@@ -3553,7 +3556,8 @@ class Menu:
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
                 raise ValueError("it names what is not there")
-            return cls(data["default"] if data["default"] in deployments else "", data["last_booted"], deployments)
+            default, last = (data[key] if data[key] in deployments else "" for key in ("default", "last_booted"))
+            return cls(default, last, deployments)
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
 
@@ -3821,12 +3825,13 @@ class Slots:
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service see to it that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
-        if isinstance(self.system.booted, str):
+        if isinstance(self.system.booted, str) and self.system.booted in self.menu.deployments:
             self.menu.last_booted = self.system.booted
         if self.menu.deployments.pop(slot, None) and self.menu.default:
             if self.menu.default == slot:
-                self.menu.default = self.menu.last_booted
-            self.write_menu()
+                self.menu.default = self.menu.last_booted or next(iter(self.menu.deployments), "")
+            if self.menu.default:
+                self.write_menu()
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
         if target.exists():
             exchange(new, target)
@@ -4153,6 +4158,8 @@ class System:
                 raise AshError(f"{self.layout.last} is damaged: it has no number", "ash fsck --repair mends it")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
             number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
+            if not is_number(number):
+                raise AshError("no number is left for a new snapshot", f"{self.layout.last} has the last one given")
             write_file(self.layout.last, f"{number}\n")
         return number
 
@@ -5246,10 +5253,12 @@ class LostFound:
 def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
     """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
     for entry in history:
-        if entry.get("result") == "done" and isinstance(entry.get("from"), int):
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # not what ash writes
-                copies = entry.get("copies", {str(entry["from"]): entry["snapshot"]})
-                yield from [(int(new), int(old), entry) for old, new in copies.items()]
+        if entry.get("result") == "done" and is_number(entry.get("from")):
+            copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
+            for old, new in copies.items():
+                original = to_number(old)
+                if original is not None and is_number(new):
+                    yield new, original, entry
 
 
 def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
@@ -5262,7 +5271,7 @@ def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
             while above is not None and str(above) not in copies:  # that one was taken out meanwhile
                 above = parents.get(above)
             above = copies.get(str(above))
-        if isinstance(above, int) and above < number:  # numbers only rise: what leads elsewhere is not ash's
+        if isinstance(above, int) and 0 <= above < number:  # numbers only rise: what leads elsewhere is not ash's
             parents[number] = above
     return parents
 
@@ -5294,7 +5303,8 @@ def first_description(entry: Mapping[str, Any]) -> str:
     """The description that the command of a line of the history gave."""
     command = entry.get("command", "")
     kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
-    with contextlib.suppress(AshError):  # another ash's command line
+    # Another ash's command line; and what asks for help is answered with that, and the end.
+    with contextlib.suppress(AshError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
         given = parse(list(map(str, entry.get("arguments", []))))[1]
         return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
     return f"{kind} {entry['from']}"
@@ -5308,7 +5318,8 @@ def is_whole(root: Path) -> bool:
 def numbered(folder: Path, prefix: str) -> dict[int, Path]:
     """The paths in a folder that are named by a prefix and a number."""
     found = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*")}
-    return {int(name): found[name] for name in sorted(found) if name.isascii() and name.isdecimal()}
+    numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
+    return {number: found[name] for name, number in numbers.items() if number is not None}
 
 
 class Mender:
@@ -5361,17 +5372,18 @@ class Mender:
         if not path.is_file():
             self.lost.keep(path)
             path.parent.mkdir(exist_ok=True)
-            write_file(path, f"{description_in_history(self.system, number) or FOUND}\n")
+            known = description_in_history(self.system, number).encode("utf-8", "replace").decode()
+            write_file(path, f"{known if known.strip() else FOUND}\n")
 
     def raise_last(self) -> None:
         """Have the highest number ever given be one that none exceeds."""
         with self.system.lock("state"):
             self.lost.keep(self.layout.last)
-            known = read_text(self.layout.last).strip()
+            known = to_number(read_text(self.layout.last)) or 0
             there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
             given = [entry[0] for entry in lines_of_birth(self.system.history())]
             highest = max([*there, *given, *self.system.tree().numbers()], default=0)
-            write_file(self.layout.last, f"{max(highest, int(known) if known.isdecimal() else 0)}\n")
+            write_file(self.layout.last, f"{max(highest, known)}\n")
 
     def renew_ids(self) -> None:
         """Make the file of users' numbers anew from all there are."""
@@ -5679,9 +5691,9 @@ class Check:
                     yield Damage(what, None, "take it out", partial(self.mender.set_aside, number, path))
 
     def _last(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        last, highest = read_text(self.layout.last).strip(), max(numbers, default=0)
-        known = last if last.isdecimal() else "not known"
-        if known != last or int(last) < highest:
+        last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
+        if last is None or last < highest:
+            known = "not known" if last is None else last
             what = f"the highest number ever given is {known}, the tree has {highest}"
             yield Damage(what, None, "raise it", self.mender.raise_last)
 
@@ -5931,7 +5943,7 @@ def moment_of(entry: Mapping[str, Any]) -> float:
     """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
     from datetime import datetime
 
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # such as a year that is none elsewhere
         return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
     return 0
 
@@ -6377,6 +6389,8 @@ PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgrad
 HISTORY_SHAPE = {
     "time?": str,
     "user?": is_number,
+    "command?": str,
+    "copies?": dict,
     "arguments?": list,
     "snapshots?": [is_number],
     "result?": str,

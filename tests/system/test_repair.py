@@ -318,7 +318,7 @@ def test_what_a_deletion_left_is_kept(system: System) -> None:
     system.is_sound()
 
 
-@pytest.mark.parametrize("text", ["0\n", "many\n", "\udcff", None])
+@pytest.mark.parametrize("text", ["0\n", "many\n", "\udcff", "9" * 5000, "99999999999\n", None])
 def test_the_highest_number_is_raised(system: System, snapshot: int, text: str | None) -> None:
     last = system.files.state / "last"
     good = int(last.read_text())
@@ -439,6 +439,20 @@ def choose_nothing(system: System) -> str:
     menu = system.files.state / "menu"
     menu.write_text(json.dumps({**json.loads(menu.read_text()), "default": "deploy-nowhere"}))
     return "no deployment is chosen"
+
+
+def test_a_menu_that_says_that_an_empty_slot_was_booted(system: System, snapshot: int) -> None:
+    """The deployment that it starts stays until there is another one."""
+    system.ash("deploy", snapshot, "--fresh-etc")
+    menu = system.files.state / "menu"
+    data = json.loads(menu.read_text())
+    slot = data["default"]
+    data |= {"last_booted": "deploy-spare" if slot != "deploy-spare" else "deploy-aux"}
+    menu.write_text(json.dumps({**data, "deployments": {slot: data["deployments"][slot]}}))
+    system.ash("deploy", 0)
+    assert set(json.loads(menu.read_text())["deployments"]) > {slot}
+    system.boots()
+    whole(system)
 
 
 def lose_grub_cfg(system: System) -> str:
