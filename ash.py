@@ -877,8 +877,13 @@ class Lock:
         return ""
 
     def _take(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno != errno.EROFS or not self.path.exists():
+                raise
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # of who only looks
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
@@ -4033,7 +4038,7 @@ class System:
             return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
         require_root("changing the system")
         private_mounts()
-        layout = Layout.at(mount_top(Path(root.source)), ident[0])
+        layout = Layout.at(mount_top(Path(root.source), is_readonly(snapshots)), ident[0])
         return cls(layout, load_distro(ident[1]), running=True, wait=args.wait)
 
     @classmethod
@@ -5605,6 +5610,11 @@ class Check:
         yield from self._mounts(numbers)
         yield from self._menu()
 
+    def _alone(self, lock: Lock) -> contextlib.AbstractContextManager[object]:
+        """A lock, to be held while looking; where nothing can be written nobody takes one that is not there."""
+        there = lock.path.exists() or not is_readonly(self.layout.snapshots)
+        return lock if there else contextlib.nullcontext()
+
     def _snapshot(self, number: int) -> list[Damage]:
         """The damage of a snapshot; one that another ash changes or deletes meanwhile is looked at again."""
         for _ in range(self.LOOKS):
@@ -5704,14 +5714,17 @@ class Check:
         ):
             folder = self.layout.work(name)
             if (folder / "intent").exists():
-                with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):
+                with contextlib.suppress(AshError), self._alone(Lock(folder / "lock", "")):
                     if (folder / "intent").exists():
                         yield Damage(what, None, "do it", finish)
         for number, folder in numbered(self.layout.work(""), "").items():
             if not os.path.lexists(folder / "intent") and not self.layout.working_copy(number).exists():
                 continue
             mend = partial(self.mender.finish, number)
-            with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
+            with (
+                contextlib.suppress(AshError),
+                self._alone(Lock(folder / "lock", "")),
+            ):  # a living ash's work is no damage
                 try:
                     intent = Intent.load(folder)
                 except AshError as error:
@@ -5785,7 +5798,10 @@ class Check:
 
     def _menu(self) -> Iterator[Damage]:
         if list(self._look_at_menu()):
-            with contextlib.suppress(AshError), self.system.lock("deploy"):  # a living ash's work is no damage
+            with (
+                contextlib.suppress(AshError),
+                self._alone(self.system.lock("deploy")),
+            ):  # a living ash's work is no damage
                 yield from list(self._look_at_menu())
 
     def _look_at_menu(self) -> Iterator[Damage]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, make_deb, program
+from tests.system.container import Container
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -148,6 +149,25 @@ def test_fsck_finds_a_damaged_intent_file_and_unlock_mends_it(system: System, sn
 def test_fsck_takes_work_under_way_for_no_damage(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "touch /etc/x"):
         whole(system)
+
+
+def test_fsck_finds_damage_of_what_runs_where_nothing_can_be_written(system: System, snapshot: int) -> None:
+    """As it is after btrfs has found an error and lets nothing be written any more."""
+    container = Container(system)
+    intent, menu = system.files.state / f"work/{snapshot}/intent", system.files.state / "menu"
+    good = menu.read_text()
+    intent.write_text(json.dumps({"state": "open"}))
+    menu.write_text("torn")
+    try:
+        line = "mount -o remount,ro /.snapshots; ash fsck; found=$?; ! touch /var/written || exit 9; exit $found"
+        found = container.type(line, status=FAILED).stdout
+    finally:
+        program("mount", "-o", "remount,rw", system.files.top)
+        intent.unlink()
+        menu.write_text(good)
+    assert f"snapshot {snapshot}: an interrupted change" in found
+    assert "the menu file" in found
+    whole(system)
 
 
 def edit_in_place(system: System, snapshot: int, path: str, text: str) -> None:
