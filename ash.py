@@ -1628,20 +1628,23 @@ class Chroot(NamedTuple):
         root = self.root
         bind(root, root)
         mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # nodes that are made in there are dead
+        # Any of these may be a link in there, and must lead to nothing outside.
+        dev, run_folder = path_inside(root, "dev"), path_inside(root, "run")
         if self.disks:
-            mount("/dev", root / "dev", flags=MS_BIND | MS_REC)
-            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-            (root / PRIVATE.relative_to("/")).mkdir()
-            bind(PRIVATE, root / PRIVATE.relative_to("/"))  # has the node of an image's disk
+            mount("/dev", dev, flags=MS_BIND | MS_REC)
+            mount("ash", run_folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+            private = path_inside(root, str(PRIVATE))
+            private.mkdir()
+            bind(PRIVATE, private)  # has the node of an image's disk
         else:
-            mount("ash", root / "dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
-            self._make_devices(root / "dev")
-            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-        mount("sysfs", root / "sys", "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        mount("ash", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
-        (root / "run/lock").mkdir(mode=0o1777)
+            mount("ash", dev, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
+            self._make_devices(dev)
+            mount("ash", run_folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        mount("sysfs", path_inside(root, "sys"), "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount("ash", path_inside(root, "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+        (run_folder / "lock").mkdir(mode=0o1777)
         if self.var:
-            self.var.mount_on(root / "var")
+            self.var.mount_on(path_inside(root, "var"))
         for source, inside in self.binds:
             target = path_inside(root, inside)
             if source.is_dir():
@@ -1713,7 +1716,7 @@ class Chroot(NamedTuple):
 
     def _is_of_running(self, path: Path) -> bool:
         """Whether a path is in /run, which a snapshot does not keep."""
-        return self.root / "run" in path.parents
+        return path_inside(self.root, "run") in path.parents
 
     def _start(self, argv: Sequence[str]) -> int:
         """Start the program in the new process namespace, wait for its end."""
@@ -1736,7 +1739,7 @@ class Chroot(NamedTuple):
         return code if code >= 0 else 128 - code
 
     def _mount_proc(self) -> None:
-        proc = self.root / "proc"
+        proc = path_inside(self.root, "proc")
         mount("proc", proc, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
         bind(proc / "sys", proc / "sys", readonly=True)
 
@@ -2863,6 +2866,8 @@ def give_numbers(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Map
     users, groups = moves.get("passwd", {}), moves.get("group", {})
     for name in NUMBERED_FILES:
         path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
+        if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+            continue
         text = read_text(path)
         rows = [line.split(":") for line in lines_of(text)]
         for row in rows:
@@ -5416,6 +5421,8 @@ class Mender:
         """Have the package manager repair what it can of its database and its files, once."""
         if number not in self._repaired:
             self._repaired.add(number)
+            if not self.system.distro.packages(self.layout.rootfs(number)):  # what is installed then is not what was
+                raise AshError("nobody knows what was installed", f"ash undo {number} brings back what was before")
             with hushed(), Transaction(self.system, number, base=True) as work:
                 self.system.distro.repair(work)
 

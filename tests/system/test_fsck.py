@@ -208,6 +208,22 @@ def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, t
     whole(system)
 
 
+def test_fsck_finds_a_package_database_that_is_gone(system: System) -> None:
+    snapshot = system.clone()
+    info, status = "usr/share/ash/db/dpkg/info/less.list", "usr/share/ash/db/dpkg/status"
+    good = (system.root(snapshot) / info).read_text()
+    writable(system.root(snapshot), True)
+    (system.root(snapshot) / info).unlink()
+    damage(system, f"package less lacks /{info}", snapshot)
+    (system.root(snapshot) / info).write_text(good)
+    (system.root(snapshot) / status).write_text("")
+    damage(system, "the package database knows no package", snapshot)
+    (system.root(snapshot) / status).unlink()
+    damage(system, "the package database knows no package", snapshot)
+    system.ash("-y", "del", snapshot)
+    whole(system)
+
+
 def test_fsck_tells_copies_from_what_they_are_copies_of(system: System, tmp_path: Path) -> None:
     """Snapshots that hold the same are looked at once; to change one of them changes what is said of that one only."""
     deb = make_deb(tmp_path, "ash-test-copied", files={"usr/share/ash-test-copied": "x"})

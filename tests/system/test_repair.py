@@ -375,13 +375,23 @@ def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(syst
     system.ash("-y", "del", number)
 
 
-def test_a_package_that_lacks_files_is_installed_anew(system: System) -> None:
+@pytest.mark.parametrize("path", ["usr/share/doc/less/copyright", "usr/share/ash/db/dpkg/info/less.list"])
+def test_a_package_that_lacks_files_is_installed_anew(system: System, path: str) -> None:
     number = system.clone()
-    lost = system.root(number) / "usr/share/doc/less/copyright"
+    lost = system.root(number) / path
     with opened(system.root(number)):
         lost.unlink()
     mended(system, "package less lacks", number)
     assert lost.exists()
+
+
+def test_a_package_database_that_is_gone_is_told(system: System) -> None:
+    number = system.clone()
+    with opened(system.root(number)):
+        (system.root(number) / "usr/share/ash/db/dpkg/status").write_text("")
+    told(system, "the package database knows no package", f"ash undo {number}", number)
+    system.ash("-y", "del", number)
+    whole(system)
 
 
 def test_a_package_database_that_lies_is_told(system: System, tmp_path: Path) -> None:
