@@ -908,6 +908,8 @@ BTRFS_SUBVOL_RDONLY = 2
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C  # _IOR(0x94, 60, struct of 504 bytes)
 BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's id at 16
+BTRFS_IOC_GET_SUBVOL_ROOTREF = 0xD000943D  # _IOWR(0x94, 61, struct of 4096 bytes)
+BTRFS_IOC_INO_LOOKUP_USER = 0xD000943E
 BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
@@ -1097,6 +1099,28 @@ def nested_subvolumes(path: Path) -> list[Path]:
         names[:] = [sub.name for sub in inside if sub not in nested]
         found += nested
     return found
+
+
+def subvolumes_inside(path: Path) -> list[Path]:
+    """The same by what btrfs notes of them, so that nothing is read; none where the subvolume has just gone."""
+    found: list[Path] = []
+    try:
+        # struct btrfs_ioctl_get_subvol_rootref_args: the least id; 255 pairs of id and folder's inode; how many.
+        answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_ROOTREF, bytes(4096))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return []
+        if error.errno != errno.EOVERFLOW:
+            raise
+        return nested_subvolumes(path)  # there are more
+    for at in range(8, 8 + answer[4088] * 16, 16):
+        ident, folder = struct.unpack_from("=QQ", answer, at)
+        with contextlib.suppress(FileNotFoundError):
+            # struct btrfs_ioctl_ino_lookup_user_args: folder's inode, id, name, path of the folder.
+            named = ask_btrfs(path, BTRFS_IOC_INO_LOOKUP_USER, struct.pack("=QQ4080x", folder, ident))
+            name, inside = named[16:272].split(b"\0")[0], named[272:].split(b"\0")[0]
+            found.append(path / os.fsdecode(inside) / os.fsdecode(name))
+    return sorted(found)
 
 
 # From the kernel's fs/btrfs/send.h: what a command does to the path that it names.
@@ -5246,8 +5270,10 @@ class LostFound:
                 set_readonly(target if target.exists() else path)
 
     def keep(self, path: Path) -> None:
-        """Keep a small file that is to be replaced; it stays where it is until then."""
-        if path.is_file() and not path.is_symlink():
+        """Keep a small file or a subvolume that is to be replaced; it stays where it is until then."""
+        if is_subvolume(path):
+            snapshot_subvolume(path, self._place_for(path), readonly=True)
+        elif path.is_file() and not path.is_symlink():
             os.link(path, self._place_for(path))
         elif os.path.lexists(path):
             self.take(path)
@@ -5325,9 +5351,14 @@ def is_whole(root: Path) -> bool:
     return is_subvolume(root) and all((root / folder).is_dir() for folder in ("etc", "usr", IN_ROOT_DB))
 
 
-def numbered(folder: Path, prefix: str) -> dict[int, Path]:
-    """The paths in a folder that are named by a prefix and a number."""
-    found = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*")}
+def is_description(path: Path) -> bool:
+    """Whether a path is a file with something in it, and no link to one."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
+
+
+def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
+    """The paths in a folder that are named by a prefix, a number and a suffix."""
+    found = {path.name.removeprefix(prefix).removesuffix(suffix): path for path in folder.glob(f"{prefix}*{suffix}")}
     numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
     return {number: found[name] for name, number in numbers.items() if number is not None}
 
@@ -5347,6 +5378,7 @@ class Mender:
         self.layout = system.layout
         self.lost = LostFound(system.layout)
         self._repaired: set[int] = set()
+        self._original_kept: dict[int, bool] = {}  # of the snapshots that were changed
 
     # The tree and the numbers
 
@@ -5379,7 +5411,7 @@ class Mender:
 
     def _describe(self, number: int) -> None:
         path = self.layout.description(number)
-        if not path.is_file():
+        if not is_description(path):
             self.lost.keep(path)
             path.parent.mkdir(exist_ok=True)
             known = description_in_history(self.system, number).encode("utf-8", "replace").decode()
@@ -5408,12 +5440,24 @@ class Mender:
 
     def settle_numbers(self, number: int) -> None:
         """Give a snapshot's accounts numbers of their own: those that they have elsewhere."""
-        with hushed(), Transaction(self.system, number, base=True) as work:
+        with self._changing(number) as work:
             with self.system.lock("state"):
                 numbers = Numbers.load(self.layout.ids)
                 wanted, moves = numbers.reconcile(work.root / "etc")
                 write_file(self.layout.ids, numbers.dump())
             give_numbers(work.root, wanted, moves)
+
+    @contextmanager
+    def _changing(self, number: int) -> Iterator[Transaction]:
+        """A transaction of a repair; `undo` brings back what was before it: what was before the first is kept too."""
+        if self._original_kept.get(number) is False:
+            with self.system.lock(number):
+                self.lost.keep(self.layout.undo(number))
+            self._original_kept[number] = True
+        with hushed(), Transaction(self.system, number, base=True) as work:
+            yield work
+        if work.change.changed:
+            self._original_kept.setdefault(number, False)
 
     # A snapshot's parts
 
@@ -5423,7 +5467,7 @@ class Mender:
             self._repaired.add(number)
             if not self.system.distro.packages(self.layout.rootfs(number)):  # what is installed then is not what was
                 raise AshError("nobody knows what was installed", f"ash undo {number} brings back what was before")
-            with hushed(), Transaction(self.system, number, base=True) as work:
+            with self._changing(number) as work:
                 self.system.distro.repair(work)
 
     def replace_root(self, number: int) -> None:
@@ -5506,9 +5550,16 @@ class Mender:
                 place.recover(tree)
 
     def put_back(self) -> None:
-        """Put back what an interrupted change put into the running system; where its note is damaged, drop the rest."""
+        """Put back what an interrupted change put into the running system; where its note is damaged, set it aside."""
+        place = LivePlace(self.layout, self.system.distro, BASE)
         with self.system.lock("live"):
-            LivePlace(self.layout, self.system.distro, BASE).recover(self.system.tree(), drop_kept=True)
+            try:
+                place.recover(self.system.tree())
+            except AshError:
+                if state_of_work(place.folder):
+                    raise
+                for leftover in place.leftovers():
+                    self.lost.take(leftover)
 
     @staticmethod
     def unmount(target: str) -> None:
@@ -5657,9 +5708,10 @@ class Check:
         if not Subvolume.at(root).readonly and not is_mutable(root):
             remedy = "make it read-only, as it is"
             yield Damage(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
-        if not layout.description(number).is_file():
-            remedy = "take it from the history"
-            yield Damage("it has no description", number, remedy, partial(mender.describe, number))
+        if not is_description(layout.description(number)):
+            there = os.path.lexists(layout.description(number))
+            what = "its description is empty or no file" if there else "it has no description"
+            yield Damage(what, number, "take it from the history", partial(mender.describe, number))
         for folder in ("etc", "boot"):
             yield from self._copy(number, folder)
         audit = f" (ash run {number} {self.system.distro.audit} tells more)" if self.system.distro.audit else ""
@@ -5694,8 +5746,9 @@ class Check:
             yield Damage(f"{copy.name} is writable", number, "make it read-only", protect)
 
     def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        for folder, prefix in (("rootfs", "snapshot-"), ("rootfs", "undo-"), ("etc", "etc-"), ("boot", "boot-")):
-            for number, path in numbered(self.layout.snapshots / folder, prefix).items():
+        folders = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
+        for folder, *affixes in (*folders, ("ash/snapshots", "", "-desc")):
+            for number, path in numbered(self.layout.snapshots / folder, *affixes).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
                 if number in self.system.tree() or not os.path.lexists(path):  # it has come or gone meanwhile
@@ -5771,14 +5824,13 @@ class Check:
                 yield f"{account} is {ident} in {name}, and {given[account]} elsewhere"
 
     def _nested(self) -> Iterator[Damage]:
-        listing = run(["btrfs", "subvolume", "list", self.layout.volume("@.snapshots").parent]).stdout
-        prefix = f"{self.layout.volume_name('@.snapshots')}/rootfs/"
-        for path in sorted(re.findall(r" path (.*)$", listing, re.MULTILINE)):
-            inside = path.removeprefix(prefix)
-            if path.startswith(prefix) and "/" in inside:
-                what = f"{inside} is a subvolume nested in another"
-                move = partial(self.mender.move_out, self.layout.snapshots / "rootfs" / inside)
-                yield Damage(what, None, "take it out", move)
+        rootfs = self.layout.snapshots / "rootfs"
+        todo = sorted((path for path in rootfs.iterdir() if is_subvolume(path)), reverse=True)
+        while todo:
+            for path in subvolumes_inside(todo.pop()):
+                what = f"{path.relative_to(rootfs)} is a subvolume nested in another"
+                yield Damage(what, None, "take it out", partial(self.mender.move_out, path))
+                todo.append(path)
 
     def _mounts(self, numbers: Sequence[int]) -> Iterator[Damage]:
         layout, there = self.layout, mounts()

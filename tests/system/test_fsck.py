@@ -2,6 +2,7 @@
 """fsck: each kind of damage is named, with its snapshot, and where there is none nothing is."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int
 def test_fsck_finds_a_description_that_is_gone(system: System, snapshot: int) -> None:
     (system.files.state / f"snapshots/{snapshot}-desc").unlink()
     damage(system, "no description", snapshot)
+    system.ash("desc", snapshot, "again")
+    whole(system)
+
+
+@pytest.mark.parametrize("odd", ["empty", "link", "folder"])
+def test_fsck_finds_a_description_that_is_none(system: System, snapshot: int, odd: str) -> None:
+    path = system.files.state / f"snapshots/{snapshot}-desc"
+    path.unlink()
+    make: dict[str, Callable[[], None]] = {"empty": path.touch, "folder": path.mkdir}
+    make.get(odd, lambda: path.symlink_to("0-desc"))()
+    damage(system, "its description is empty or no file", snapshot)
+    path.rmdir() if odd == "folder" else path.unlink()
     system.ash("desc", snapshot, "again")
     whole(system)
 
@@ -262,13 +275,15 @@ def test_fsck_takes_files_that_a_package_diverted_for_no_damage(system: System, 
     whole(system)
 
 
-def test_fsck_finds_nested_subvolumes(system: System, snapshot: int) -> None:
+@pytest.mark.parametrize("name", ["nested", "two\nlines", "a path b"])
+def test_fsck_finds_nested_subvolumes(system: System, snapshot: int, name: str) -> None:
     writable(system.root(snapshot), True)
-    program("btrfs", "subvolume", "create", system.root(snapshot) / "usr/nested")
+    program("btrfs", "subvolume", "create", system.root(snapshot) / "usr" / name)
     writable(system.root(snapshot), False)
-    damage(system, f"snapshot-{snapshot}/usr/nested is a subvolume nested in another")
+    found = system.ash("--json", "fsck", status=FAILED).json["damage"]
+    assert [one["what"] for one in found] == [f"snapshot-{snapshot}/usr/{name} is a subvolume nested in another"]
     writable(system.root(snapshot), True)
-    program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr/nested")
+    program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr" / name)
     writable(system.root(snapshot), False)
     whole(system)
 
