@@ -877,8 +877,13 @@ class Lock:
         return ""
 
     def _take(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno != errno.EROFS or not self.path.exists():
+                raise
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # of who only looks
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
@@ -903,6 +908,8 @@ BTRFS_SUBVOL_RDONLY = 2
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C  # _IOR(0x94, 60, struct of 504 bytes)
 BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's id at 16
+BTRFS_IOC_GET_SUBVOL_ROOTREF = 0xD000943D  # _IOWR(0x94, 61, struct of 4096 bytes)
+BTRFS_IOC_INO_LOOKUP_USER = 0xD000943E
 BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
@@ -1094,6 +1101,28 @@ def nested_subvolumes(path: Path) -> list[Path]:
     return found
 
 
+def subvolumes_inside(path: Path) -> list[Path]:
+    """The same by what btrfs notes of them, so that nothing is read; none where the subvolume has just gone."""
+    found: list[Path] = []
+    try:
+        # struct btrfs_ioctl_get_subvol_rootref_args: the least id; 255 pairs of id and folder's inode; how many.
+        answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_ROOTREF, bytes(4096))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return []
+        if error.errno != errno.EOVERFLOW:
+            raise
+        return nested_subvolumes(path)  # there are more
+    for at in range(8, 8 + answer[4088] * 16, 16):
+        ident, folder = struct.unpack_from("=QQ", answer, at)
+        with contextlib.suppress(FileNotFoundError):
+            # struct btrfs_ioctl_ino_lookup_user_args: folder's inode, id, name, path of the folder.
+            named = ask_btrfs(path, BTRFS_IOC_INO_LOOKUP_USER, struct.pack("=QQ4080x", folder, ident))
+            name, inside = named[16:272].split(b"\0")[0], named[272:].split(b"\0")[0]
+            found.append(path / os.fsdecode(inside) / os.fsdecode(name))
+    return sorted(found)
+
+
 # From the kernel's fs/btrfs/send.h: what a command does to the path that it names.
 SEND_ADDS = {3, 4, 5, 6, 7, 8, 10}  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
 SEND_RENAME = 9
@@ -1187,6 +1216,7 @@ def tidy_views(layout: Layout) -> None:
             delete_subvolume(view)
 
 
+GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: the least that an entry has, and more than any table has
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
 
 
@@ -1198,16 +1228,18 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
     """
     with image.open("rb") as disk:
         disk.seek(512)
-        header = disk.read(92)
-        if header[:8] == b"EFI PART":
-            table, count, size = struct.unpack_from("<QII", header, 72)
+        header = disk.read(92).ljust(92, b"\0")
+        table, count, size = struct.unpack_from("<QII", header, 72)
+        sectors = os.fstat(disk.fileno()).st_size // 512  # what lies after the end, a torn or foreign table names
+        if header[:8] == b"EFI PART" and table < sectors and size >= GPT_ENTRY and count * size <= GPT_LIMIT:
             disk.seek(table * 512)
             entries = disk.read(count * size)
-            for number in range(count):
-                first, last = struct.unpack_from("<QQ", entries, number * size + 32)
-                disk.seek(first * 512 + BTRFS_MAGIC_AT)
-                if first and disk.read(8) == BTRFS_MAGIC:
-                    return first * 512, (last - first + 1) * 512
+            for at in range(0, len(entries) - GPT_ENTRY + 1, size):
+                first, last = struct.unpack_from("<QQ", entries, at + 32)
+                if 0 < first <= last < sectors:
+                    disk.seek(first * 512 + BTRFS_MAGIC_AT)
+                    if disk.read(8) == BTRFS_MAGIC:
+                        return first * 512, (last - first + 1) * 512
     raise AshError(f"{image} is no disk image with a btrfs partition", "init.py --image makes one")
 
 
@@ -1640,20 +1672,23 @@ class Chroot(NamedTuple):
         root = self.root
         bind(root, root)
         mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # nodes that are made in there are dead
+        # Any of these may be a link in there, and must lead to nothing outside.
+        dev, run_folder = path_inside(root, "dev"), path_inside(root, "run")
         if self.disks:
-            mount("/dev", root / "dev", flags=MS_BIND | MS_REC)
-            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-            (root / PRIVATE.relative_to("/")).mkdir()
-            bind(PRIVATE, root / PRIVATE.relative_to("/"))  # has the node of an image's disk
+            mount("/dev", dev, flags=MS_BIND | MS_REC)
+            mount("ash", run_folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+            private = path_inside(root, str(PRIVATE))
+            private.mkdir()
+            bind(PRIVATE, private)  # has the node of an image's disk
         else:
-            mount("ash", root / "dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
-            self._make_devices(root / "dev")
-            mount("ash", root / "run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
-        mount("sysfs", root / "sys", "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        mount("ash", root / "tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
-        (root / "run/lock").mkdir(mode=0o1777)
+            mount("ash", dev, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
+            self._make_devices(dev)
+            mount("ash", run_folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
+        mount("sysfs", path_inside(root, "sys"), "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount("ash", path_inside(root, "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+        (run_folder / "lock").mkdir(mode=0o1777)
         if self.var:
-            self.var.mount_on(root / "var")
+            self.var.mount_on(path_inside(root, "var"))
         for source, inside in self.binds:
             target = path_inside(root, inside)
             if source.is_dir():
@@ -1725,7 +1760,7 @@ class Chroot(NamedTuple):
 
     def _is_of_running(self, path: Path) -> bool:
         """Whether a path is in /run, which a snapshot does not keep."""
-        return self.root / "run" in path.parents
+        return path_inside(self.root, "run") in path.parents
 
     def _start(self, argv: Sequence[str]) -> int:
         """Start the program in the new process namespace, wait for its end."""
@@ -1753,7 +1788,7 @@ class Chroot(NamedTuple):
         return code if code >= 0 else 128 - code
 
     def _mount_proc(self) -> None:
-        proc = self.root / "proc"
+        proc = path_inside(self.root, "proc")
         mount("proc", proc, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
         bind(proc / "sys", proc / "sys", readonly=True)
 
@@ -2884,6 +2919,8 @@ def give_numbers(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Map
     users, groups = moves.get("passwd", {}), moves.get("group", {})
     for name in NUMBERED_FILES:
         path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
+        if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+            continue
         text = read_text(path)
         rows = [line.split(":") for line in lines_of(text)]
         for row in rows:
@@ -3582,7 +3619,8 @@ class Menu:
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
                 raise ValueError("it names what is not there")
-            return cls(data["default"] if data["default"] in deployments else "", data["last_booted"], deployments)
+            default, last = (data[key] if data[key] in deployments else "" for key in ("default", "last_booted"))
+            return cls(default, last, deployments)
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
 
@@ -3853,12 +3891,13 @@ class Slots:
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service see to it that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
-        if isinstance(self.system.booted, str):
+        if isinstance(self.system.booted, str) and self.system.booted in self.menu.deployments:
             self.menu.last_booted = self.system.booted
         if self.menu.deployments.pop(slot, None) and self.menu.default:
             if self.menu.default == slot:
-                self.menu.default = self.menu.last_booted
-            self.write_menu()
+                self.menu.default = self.menu.last_booted or next(iter(self.menu.deployments), "")
+            if self.menu.default:
+                self.write_menu()
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
         if target.exists():
             exchange(new, target)
@@ -4060,7 +4099,7 @@ class System:
             return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
         require_root("changing the system")
         private_mounts()
-        layout = Layout.at(mount_top(Path(root.source)), ident[0])
+        layout = Layout.at(mount_top(Path(root.source), is_readonly(snapshots)), ident[0])
         return cls(layout, load_distro(ident[1]), running=True, wait=args.wait)
 
     @classmethod
@@ -4185,6 +4224,8 @@ class System:
                 raise AshError(f"{self.layout.last} is damaged: it has no number", "ash fsck --repair mends it")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
             number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
+            if not is_number(number):
+                raise AshError("no number is left for a new snapshot", f"{self.layout.last} has the last one given")
             write_file(self.layout.last, f"{number}\n")
         return number
 
@@ -5299,8 +5340,10 @@ class LostFound:
                 set_readonly(target if target.exists() else path)
 
     def keep(self, path: Path) -> None:
-        """Keep a small file that is to be replaced; it stays where it is until then."""
-        if path.is_file() and not path.is_symlink():
+        """Keep a small file or a subvolume that is to be replaced; it stays where it is until then."""
+        if is_subvolume(path):
+            snapshot_subvolume(path, self._place_for(path), readonly=True)
+        elif path.is_file() and not path.is_symlink():
             os.link(path, self._place_for(path))
         elif os.path.lexists(path):
             self.take(path)
@@ -5316,10 +5359,12 @@ class LostFound:
 def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
     """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
     for entry in history:
-        if entry.get("result") == "done" and isinstance(entry.get("from"), int):
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # not what ash writes
-                copies = entry.get("copies", {str(entry["from"]): entry["snapshot"]})
-                yield from [(int(new), int(old), entry) for old, new in copies.items()]
+        if entry.get("result") == "done" and is_number(entry.get("from")):
+            copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
+            for old, new in copies.items():
+                original = to_number(old)
+                if original is not None and is_number(new):
+                    yield new, original, entry
 
 
 def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
@@ -5332,7 +5377,7 @@ def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
             while above is not None and str(above) not in copies:  # that one was taken out meanwhile
                 above = parents.get(above)
             above = copies.get(str(above))
-        if isinstance(above, int) and above < number:  # numbers only rise: what leads elsewhere is not ash's
+        if isinstance(above, int) and 0 <= above < number:  # numbers only rise: what leads elsewhere is not ash's
             parents[number] = above
     return parents
 
@@ -5364,7 +5409,8 @@ def first_description(entry: Mapping[str, Any]) -> str:
     """The description that the command of a line of the history gave."""
     command = entry.get("command", "")
     kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
-    with contextlib.suppress(AshError):  # another ash's command line
+    # Another ash's command line; and what asks for help is answered with that, and the end.
+    with contextlib.suppress(AshError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
         given = parse(list(map(str, entry.get("arguments", []))))[1]
         return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
     return f"{kind} {entry['from']}"
@@ -5375,10 +5421,16 @@ def is_whole(root: Path) -> bool:
     return is_subvolume(root) and all((root / folder).is_dir() for folder in ("etc", "usr", IN_ROOT_DB))
 
 
-def numbered(folder: Path, prefix: str) -> dict[int, Path]:
-    """The paths in a folder that are named by a prefix and a number."""
-    found = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*")}
-    return {int(name): found[name] for name in sorted(found) if name.isascii() and name.isdecimal()}
+def is_description(path: Path) -> bool:
+    """Whether a path is a file with something in it, and no link to one."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
+
+
+def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
+    """The paths in a folder that are named by a prefix, a number and a suffix."""
+    found = {path.name.removeprefix(prefix).removesuffix(suffix): path for path in folder.glob(f"{prefix}*{suffix}")}
+    numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
+    return {number: found[name] for name, number in numbers.items() if number is not None}
 
 
 class Mender:
@@ -5396,6 +5448,7 @@ class Mender:
         self.layout = system.layout
         self.lost = LostFound(system.layout)
         self._repaired: set[int] = set()
+        self._original_kept: dict[int, bool] = {}  # of the snapshots that were changed
 
     # The tree and the numbers
 
@@ -5428,20 +5481,21 @@ class Mender:
 
     def _describe(self, number: int) -> None:
         path = self.layout.description(number)
-        if not path.is_file():
+        if not is_description(path):
             self.lost.keep(path)
             path.parent.mkdir(exist_ok=True)
-            write_file(path, f"{description_in_history(self.system, number) or FOUND}\n")
+            known = description_in_history(self.system, number).encode("utf-8", "replace").decode()
+            write_file(path, f"{known if known.strip() else FOUND}\n")
 
     def raise_last(self) -> None:
         """Have the highest number ever given be one that none exceeds."""
         with self.system.lock("state"):
             self.lost.keep(self.layout.last)
-            known = read_text(self.layout.last).strip()
+            known = to_number(read_text(self.layout.last)) or 0
             there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
             given = [entry[0] for entry in lines_of_birth(self.system.history())]
             highest = max([*there, *given, *self.system.tree().numbers()], default=0)
-            write_file(self.layout.last, f"{max(highest, int(known) if known.isdecimal() else 0)}\n")
+            write_file(self.layout.last, f"{max(highest, known)}\n")
 
     def renew_ids(self) -> None:
         """Make the file of users' numbers anew from all there are."""
@@ -5456,12 +5510,24 @@ class Mender:
 
     def settle_numbers(self, number: int) -> None:
         """Give a snapshot's accounts numbers of their own: those that they have elsewhere."""
-        with hushed(), Transaction(self.system, number, base=True) as work:
+        with self._changing(number) as work:
             with self.system.lock("state"):
                 numbers = Numbers.load(self.layout.ids)
                 wanted, moves = numbers.reconcile(work.root / "etc")
                 write_file(self.layout.ids, numbers.dump())
             give_numbers(work.root, wanted, moves)
+
+    @contextmanager
+    def _changing(self, number: int) -> Iterator[Transaction]:
+        """A transaction of a repair; `undo` brings back what was before it: what was before the first is kept too."""
+        if self._original_kept.get(number) is False:
+            with self.system.lock(number):
+                self.lost.keep(self.layout.undo(number))
+            self._original_kept[number] = True
+        with hushed(), Transaction(self.system, number, base=True) as work:
+            yield work
+        if work.change.changed:
+            self._original_kept.setdefault(number, False)
 
     # A snapshot's parts
 
@@ -5469,7 +5535,9 @@ class Mender:
         """Have the package manager repair what it can of its database and its files, once."""
         if number not in self._repaired:
             self._repaired.add(number)
-            with hushed(), Transaction(self.system, number, base=True) as work:
+            if not self.system.distro.packages(self.layout.rootfs(number)):  # what is installed then is not what was
+                raise AshError("nobody knows what was installed", f"ash undo {number} brings back what was before")
+            with self._changing(number) as work:
                 self.system.distro.repair(work)
 
     def replace_root(self, number: int) -> None:
@@ -5552,9 +5620,16 @@ class Mender:
                 place.recover(tree)
 
     def put_back(self) -> None:
-        """Put back what an interrupted change put into the running system; where its note is damaged, drop the rest."""
+        """Put back what an interrupted change put into the running system; where its note is damaged, set it aside."""
+        place = LivePlace(self.layout, self.system.distro, BASE)
         with self.system.lock("live"):
-            LivePlace(self.layout, self.system.distro, BASE).recover(self.system.tree(), drop_kept=True)
+            try:
+                place.recover(self.system.tree())
+            except AshError:
+                if state_of_work(place.folder):
+                    raise
+                for leftover in place.leftovers():
+                    self.lost.take(leftover)
 
     @staticmethod
     def unmount(target: str) -> None:
@@ -5663,6 +5738,11 @@ class Check:
         yield from self._mounts(numbers)
         yield from self._menu()
 
+    def _alone(self, lock: Lock) -> contextlib.AbstractContextManager[object]:
+        """A lock, to be held while looking; where nothing can be written nobody takes one that is not there."""
+        there = lock.path.exists() or not is_readonly(self.layout.snapshots)
+        return lock if there else contextlib.nullcontext()
+
     def _snapshot(self, number: int) -> list[Damage]:
         """The damage of a snapshot; one that another ash changes or deletes meanwhile is looked at again."""
         for _ in range(self.LOOKS):
@@ -5698,9 +5778,10 @@ class Check:
         if not Subvolume.at(root).readonly and not is_mutable(root):
             remedy = "make it read-only, as it is"
             yield Damage(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
-        if not layout.description(number).is_file():
-            remedy = "take it from the history"
-            yield Damage("it has no description", number, remedy, partial(mender.describe, number))
+        if not is_description(layout.description(number)):
+            there = os.path.lexists(layout.description(number))
+            what = "its description is empty or no file" if there else "it has no description"
+            yield Damage(what, number, "take it from the history", partial(mender.describe, number))
         for folder in ("etc", "boot"):
             yield from self._copy(number, folder)
         audit = f" (ash run {number} {self.system.distro.audit} tells more)" if self.system.distro.audit else ""
@@ -5735,8 +5816,9 @@ class Check:
             yield Damage(f"{copy.name} is writable", number, "make it read-only", protect)
 
     def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        for folder, prefix in (("rootfs", "snapshot-"), ("rootfs", "undo-"), ("etc", "etc-"), ("boot", "boot-")):
-            for number, path in numbered(self.layout.snapshots / folder, prefix).items():
+        folders = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
+        for folder, *affixes in (*folders, ("ash/snapshots", "", "-desc")):
+            for number, path in numbered(self.layout.snapshots / folder, *affixes).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
                 if number in self.system.tree() or not os.path.lexists(path):  # it has come or gone meanwhile
@@ -5749,9 +5831,9 @@ class Check:
                     yield Damage(what, None, "take it out", partial(self.mender.set_aside, number, path))
 
     def _last(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        last, highest = read_text(self.layout.last).strip(), max(numbers, default=0)
-        known = last if last.isdecimal() else "not known"
-        if known != last or int(last) < highest:
+        last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
+        if last is None or last < highest:
+            known = "not known" if last is None else last
             what = f"the highest number ever given is {known}, the tree has {highest}"
             yield Damage(what, None, "raise it", self.mender.raise_last)
 
@@ -5762,14 +5844,17 @@ class Check:
         ):
             folder = self.layout.work(name)
             if (folder / "intent").exists():
-                with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):
+                with contextlib.suppress(AshError), self._alone(Lock(folder / "lock", "")):
                     if (folder / "intent").exists():
                         yield Damage(what, None, "do it", finish)
         for number, folder in numbered(self.layout.work(""), "").items():
             if not os.path.lexists(folder / "intent") and not self.layout.working_copy(number).exists():
                 continue
             mend = partial(self.mender.finish, number)
-            with contextlib.suppress(AshError), Lock(folder / "lock", "", 0):  # a living ash's work is no damage
+            with (
+                contextlib.suppress(AshError),
+                self._alone(Lock(folder / "lock", "")),
+            ):  # a living ash's work is no damage
                 try:
                     intent = Intent.load(folder)
                 except AshError as error:
@@ -5809,14 +5894,13 @@ class Check:
                 yield f"{account} is {ident} in {name}, and {given[account]} elsewhere"
 
     def _nested(self) -> Iterator[Damage]:
-        listing = run(["btrfs", "subvolume", "list", self.layout.volume("@.snapshots").parent]).stdout
-        prefix = f"{self.layout.volume_name('@.snapshots')}/rootfs/"
-        for path in sorted(re.findall(r" path (.*)$", listing, re.MULTILINE)):
-            inside = path.removeprefix(prefix)
-            if path.startswith(prefix) and "/" in inside:
-                what = f"{inside} is a subvolume nested in another"
-                move = partial(self.mender.move_out, self.layout.snapshots / "rootfs" / inside)
-                yield Damage(what, None, "take it out", move)
+        rootfs = self.layout.snapshots / "rootfs"
+        todo = sorted((path for path in rootfs.iterdir() if is_subvolume(path)), reverse=True)
+        while todo:
+            for path in subvolumes_inside(todo.pop()):
+                what = f"{path.relative_to(rootfs)} is a subvolume nested in another"
+                yield Damage(what, None, "take it out", partial(self.mender.move_out, path))
+                todo.append(path)
 
     def _mounts(self, numbers: Sequence[int]) -> Iterator[Damage]:
         layout, there = self.layout, mounts()
@@ -5843,7 +5927,10 @@ class Check:
 
     def _menu(self) -> Iterator[Damage]:
         if list(self._look_at_menu()):
-            with contextlib.suppress(AshError), self.system.lock("deploy"):  # a living ash's work is no damage
+            with (
+                contextlib.suppress(AshError),
+                self._alone(self.system.lock("deploy")),
+            ):  # a living ash's work is no damage
                 yield from list(self._look_at_menu())
 
     def _look_at_menu(self) -> Iterator[Damage]:
@@ -6001,7 +6088,7 @@ def moment_of(entry: Mapping[str, Any]) -> float:
     """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
     from datetime import datetime
 
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # such as a year that is none elsewhere
         return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
     return 0
 
@@ -6448,6 +6535,8 @@ PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgrad
 HISTORY_SHAPE = {
     "time?": str,
     "user?": is_number,
+    "command?": str,
+    "copies?": dict,
     "arguments?": list,
     "snapshots?": [is_number],
     "result?": str,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Debian's package manager: apt and dpkg."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,43 +145,42 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether dpkg's list of the package's files has something in /var/lib."""
-        info = database(root) / "dpkg/info"
-        lists = [info / f"{package}.list", *info.glob(f"{package}:*.list")]
-        return any("/var/lib/" in path.read_text(errors="replace") for path in lists if path.exists())
+        return any("/var/lib/" in path.read_text(errors="replace") for path in file_lists(root).get(package, []))
 
     def claims(self, root: Path, entry: str) -> set[str]:
         """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
         installed = self.packages(root)
         claimed = {name for name in installed if name == Path(entry).name}
         wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
-        for path in (database(root) / "dpkg/info").glob("*.list"):
-            name = path.stem.partition(":")[0]
-            if name in installed and wanted.search(path.read_text(errors="replace")):
+        for name, paths in file_lists(root).items():
+            if name in installed and any(wanted.search(path.read_text(errors="replace")) for path in paths):
                 claimed.add(name)
         return claimed
 
     def config_files(self, root: Path) -> set[str]:
         """Those of dpkg's status file, and those that ucf keeps."""
-        status = database(root) / "dpkg/status"
-        text = status.read_text(encoding="utf-8", errors="replace") if status.exists() else ""
+        status = database(root, "dpkg/status")
+        text = status.read_text(encoding="utf-8", errors="replace") if status.is_file() else ""
         blocks = re.findall(r"^Conffiles:\n((?: .*\n)*)", text, re.MULTILINE)
         own = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
-        registry = database(root) / "ucf/registry"
-        lines = registry.read_text(errors="replace").splitlines() if registry.exists() else []
+        registry = database(root, "ucf/registry")
+        lines = registry.read_text(errors="replace").splitlines() if registry.is_file() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
     def problems(self, root: Path) -> list[str]:
         """Packages that are half there, and files that dpkg believes to be there and that are not."""
-        found = []
-        for package in known_packages(root):
+        found, known = [], list(known_packages(root))
+        for package in known:
             state = package["Status"].rpartition(" ")[2]
             if state not in ("installed", "config-files", "not-installed"):
                 found.append(f"package {package['Package']} is {state}")
         lacking = self._lacking(root)
+        if not any(package["Status"].endswith(" installed") for package in known):
+            found.append("the package database knows no package")
         return found + [f"package {name} lacks {files[0]} ({len(files)} files)" for name, files in lacking.items()]
 
     def _lacking(self, root: Path) -> dict[str, list[str]]:
-        """The files in /usr that dpkg believes to be there and that are not, by package."""
+        """The files in /usr that dpkg believes to be there and that are not, by package; also its own lists of them."""
         installed, diverted = self.packages(root), diversions(root)
         found: dict[str, list[str]] = {}
 
@@ -188,28 +188,35 @@ room=$(df --output=avail -k / | tail -n 1)
             target, keeper = diverted.get(path, (path, package))
             return path if package == keeper else target
 
-        names: dict[str, set[str]] = {}  # by folder: to ask for each path would take many times as long
+        # By folder: to ask for each path, or to follow each from the root on, would take many times as long.
+        names: dict[str, set[str]] = {}
+        places = {"": root}
+
+        def place(folder: str) -> Path:
+            above, _, name = folder.rpartition("/")
+            here = places[above] / name if above in places and name not in ("", "..") else None
+            return path_inside(root, folder) if here is None or here.is_symlink() else here
 
         def is_there(path: str) -> bool:
             folder, _, name = path.rpartition("/")
             if folder not in names:
-                try:
-                    names[folder] = set(os.listdir(f"{root}{folder}"))
-                except OSError:
-                    names[folder] = set()
+                names[folder] = set()
+                with contextlib.suppress(AshError, OSError, ValueError):
+                    places[folder] = place(folder)
+                    names[folder] = set(os.listdir(places[folder]))
             return name in names[folder]
 
-        for listing in sorted((database(root) / "dpkg/info").glob("*.list")):
-            name = listing.stem.partition(":")[0]
-            if name in installed:
-                files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
-                missing = [line for line in files if not is_there(moved(line, name))]
-                found |= {name: missing} if missing else {}
+        lists = file_lists(root)
+        for name in sorted(installed):
+            lines = [line for path in lists.get(name, []) for line in path.read_text(errors="replace").splitlines()]
+            missing = [line for line in lines if line.startswith("/usr/") and not is_there(moved(line, name))]
+            missing += [] if name in lists else [f"/{IN_ROOT_DB}/dpkg/info/{name}.list"]
+            found |= {name: missing} if missing else {}
         return found
 
     def automatic(self, root: Path) -> set[str]:
         """Read apt's marks."""
-        marks = paragraphs(database(root) / "apt/extended_states")
+        marks = paragraphs(database(root, "apt/extended_states"))
         return {mark.get("Package", "") for mark in marks if mark.get("Auto-Installed") == "1"}
 
     def archives(self, root: Path) -> str:
@@ -250,7 +257,7 @@ room=$(df --output=avail -k / | tail -n 1)
     def repair(self, work: Transaction) -> None:
         """dpkg's own way, then apt's; then anew the keyring, and what lacks files."""
         for name in ("lock", "lock-frontend"):
-            (database(work.root) / "dpkg" / name).unlink(missing_ok=True)
+            (database(work.root, "dpkg") / name).unlink(missing_ok=True)
         try:
             work.run(["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force])
         except PackageError as error:
@@ -334,29 +341,38 @@ def version_key(version: str) -> tuple[object, ...]:
 
 def paragraphs(path: Path) -> Iterator[dict[str, str]]:
     """The paragraphs of a Debian control file, by their fields' first lines; none where there is no file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for paragraph in text.split("\n\n"):
         fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
         if fields:
             yield fields
 
 
-def database(root: Path) -> Path:
-    """The package database of a root, wherever links in the root lead to it."""
-    return path_inside(root, IN_ROOT_DB)
+def database(root: Path, path: str) -> Path:
+    """What a path of the package database of a root is, wherever links lead to it, but never out of the root."""
+    return path_inside(root, f"{IN_ROOT_DB}/{path}")
+
+
+def file_lists(root: Path) -> dict[str, list[Path]]:
+    """dpkg's lists of files, by package; links are none: dpkg makes none, and they may lead out of the root."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(database(root, "dpkg/info").glob("*.list")):
+        if path.is_file() and not path.is_symlink():
+            found.setdefault(path.stem.partition(":")[0], []).append(path)
+    return found
 
 
 def known_packages(root: Path) -> Iterator[dict[str, str]]:
     """What dpkg's status file says of each package, where it says what and how it is."""
-    for package in paragraphs(database(root) / "dpkg/status"):
+    for package in paragraphs(database(root, "dpkg/status")):
         if "Package" in package:
             yield {"Status": "unknown damaged", "Version": "", **package}
 
 
 def diversions(root: Path) -> dict[str, tuple[str, str]]:
     """By path, where dpkg puts the files of packages instead, and the package to which that does not apply."""
-    path = database(root) / "dpkg/diversions"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    path = database(root, "dpkg/diversions")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
 
 
@@ -369,9 +385,10 @@ def only_excluded(autoinstall: str) -> bool:
 
 def tell_failed_builds(root: Path) -> None:
     """Say what compilers said of modules that dkms could not build: it only names a log, which goes with the rest."""
-    for log in sorted((database(root) / "dkms").glob("*/*/build/make.log")):
+    for log in sorted(database(root, "dkms").glob("*/*/build/make.log")):
         module, version = log.parts[-4:-2]
-        lines = read_text(log).rstrip().splitlines()[-30:]  # what tells why
+        said = read_text(path_inside(root, str(log.relative_to(root))))
+        lines = said.rstrip().splitlines()[-30:]  # what tells why
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 

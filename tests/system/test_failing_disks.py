@@ -61,6 +61,19 @@ def test_a_disk_that_is_mounted_read_only_is_read_and_not_changed(disk: Disk, ho
     assert disk.image.stat().st_mtime_ns != before
 
 
+def test_fsck_finds_damage_where_nothing_can_be_written(disk: Disk) -> None:
+    with disk.files() as files:
+        for name in ("work/0/intent", "menu"):
+            (files.state / name).parent.mkdir(exist_ok=True)
+            (files.state / name).write_text("torn")
+        program("mount", "-o", "remount,ro", files.top)
+        ended = on(files.top, "fsck")
+        assert ended.returncode == FAILED, ended
+        assert "snapshot 0: the intent file of snapshot 0 is damaged" in ended.stdout
+        assert "the menu file" in ended.stdout
+        program("mount", "-o", "remount,rw", files.top)
+
+
 def on(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run ash on what is mounted on a folder."""
     return subprocess.run([*ASH, "--root", folder, *words], capture_output=True, text=True, check=False)

@@ -2,11 +2,13 @@
 """fsck: each kind of damage is named, with its snapshot, and where there is none nothing is."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import FAILED, make_deb, program
+from tests.system.container import Container
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -76,6 +78,18 @@ def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int
 def test_fsck_finds_a_description_that_is_gone(system: System, snapshot: int) -> None:
     (system.files.state / f"snapshots/{snapshot}-desc").unlink()
     damage(system, "no description", snapshot)
+    system.ash("desc", snapshot, "again")
+    whole(system)
+
+
+@pytest.mark.parametrize("odd", ["empty", "link", "folder"])
+def test_fsck_finds_a_description_that_is_none(system: System, snapshot: int, odd: str) -> None:
+    path = system.files.state / f"snapshots/{snapshot}-desc"
+    path.unlink()
+    make: dict[str, Callable[[], None]] = {"empty": path.touch, "folder": path.mkdir}
+    make.get(odd, lambda: path.symlink_to("0-desc"))()
+    damage(system, "its description is empty or no file", snapshot)
+    path.rmdir() if odd == "folder" else path.unlink()
     system.ash("desc", snapshot, "again")
     whole(system)
 
@@ -150,6 +164,25 @@ def test_fsck_takes_work_under_way_for_no_damage(system: System, snapshot: int) 
         whole(system)
 
 
+def test_fsck_finds_damage_of_what_runs_where_nothing_can_be_written(system: System, snapshot: int) -> None:
+    """As it is after btrfs has found an error and lets nothing be written any more."""
+    container = Container(system)
+    intent, menu = system.files.state / f"work/{snapshot}/intent", system.files.state / "menu"
+    good = menu.read_text()
+    intent.write_text(json.dumps({"state": "open"}))
+    menu.write_text("torn")
+    try:
+        line = "mount -o remount,ro /.snapshots; ash fsck; found=$?; ! touch /var/written || exit 9; exit $found"
+        found = container.type(line, status=FAILED).stdout
+    finally:
+        program("mount", "-o", "remount,rw", system.files.top)
+        intent.unlink()
+        menu.write_text(good)
+    assert f"snapshot {snapshot}: an interrupted change" in found
+    assert "the menu file" in found
+    whole(system)
+
+
 def edit_in_place(system: System, snapshot: int, path: str, text: str) -> None:
     """Change a file of a read-only snapshot, and its copy, behind ash's back."""
     for file in (system.root(snapshot) / path, system.files.etc(snapshot) / path.removeprefix("etc/")):
@@ -184,6 +217,22 @@ def test_fsck_finds_packages_that_are_half_there_or_lack_files(system: System, t
     (system.root(snapshot) / "usr/share/ash-test-half").unlink()
     writable(system.root(snapshot), False)
     damage(system, "package ash-test-half lacks /usr/share/ash-test-half", snapshot)
+    system.ash("-y", "del", snapshot)
+    whole(system)
+
+
+def test_fsck_finds_a_package_database_that_is_gone(system: System) -> None:
+    snapshot = system.clone()
+    info, status = "usr/share/ash/db/dpkg/info/less.list", "usr/share/ash/db/dpkg/status"
+    good = (system.root(snapshot) / info).read_text()
+    writable(system.root(snapshot), True)
+    (system.root(snapshot) / info).unlink()
+    damage(system, f"package less lacks /{info}", snapshot)
+    (system.root(snapshot) / info).write_text(good)
+    (system.root(snapshot) / status).write_text("")
+    damage(system, "the package database knows no package", snapshot)
+    (system.root(snapshot) / status).unlink()
+    damage(system, "the package database knows no package", snapshot)
     system.ash("-y", "del", snapshot)
     whole(system)
 
@@ -226,13 +275,15 @@ def test_fsck_takes_files_that_a_package_diverted_for_no_damage(system: System, 
     whole(system)
 
 
-def test_fsck_finds_nested_subvolumes(system: System, snapshot: int) -> None:
+@pytest.mark.parametrize("name", ["nested", "two\nlines", "a path b"])
+def test_fsck_finds_nested_subvolumes(system: System, snapshot: int, name: str) -> None:
     writable(system.root(snapshot), True)
-    program("btrfs", "subvolume", "create", system.root(snapshot) / "usr/nested")
+    program("btrfs", "subvolume", "create", system.root(snapshot) / "usr" / name)
     writable(system.root(snapshot), False)
-    damage(system, f"snapshot-{snapshot}/usr/nested is a subvolume nested in another")
+    found = system.ash("--json", "fsck", status=FAILED).json["damage"]
+    assert [one["what"] for one in found] == [f"snapshot-{snapshot}/usr/{name} is a subvolume nested in another"]
     writable(system.root(snapshot), True)
-    program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr/nested")
+    program("btrfs", "subvolume", "delete", system.root(snapshot) / "usr" / name)
     writable(system.root(snapshot), False)
     whole(system)
 

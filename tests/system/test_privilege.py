@@ -171,6 +171,15 @@ def outside(tmp_path: Path) -> Iterator[Path]:
     (folder / "dpkg/info").mkdir(parents=True)
     package = f"Package: {SECRET}\nStatus: install ok installed\nVersion: {SECRET}\n"
     (folder / "dpkg/status").write_text(package)
+    (folder / "dpkg/info" / f"{SECRET}.list").write_text(f"/usr/{SECRET}\n")
+    (folder / "dpkg/lock").touch()
+    (folder / "dpkg/diversions").write_text(f"/usr/bin/less\n/{SECRET}\n:\n")
+    (folder / "dkms/build").mkdir(parents=True)
+    (folder / "dkms/build/make.log").write_text(SECRET)
+    (folder / "apt").mkdir()
+    (folder / "apt/extended_states").write_text(f"Package: {SECRET}\nAuto-Installed: 1\n")
+    (folder / "ucf").mkdir()
+    (folder / "ucf/registry").write_text(f"0  {SECRET}\n")
     for name in ("secret", "resolv.conf", "fstab", "passwd", "ash-carry.service", "shells.state", "ash.conf"):
         (folder / name).write_text(f"{SECRET}:x:0:0:{SECRET}\nNAME={SECRET}\n")
     before = everything_below(folder)
@@ -225,6 +234,9 @@ FILES = [
 ]
 
 
+DATABASE = ["dpkg/status", "dpkg/info", "dpkg/diversions", "dpkg/lock", "ucf", "apt/extended_states"]
+
+
 def link(system: System, snapshot: int, links: dict[str, Path | str]) -> None:
     """Make links in a snapshot."""
     lines = [f"rm -rf '/{path}'; ln -s '{target}' '/{path}'" for path, target in links.items()]
@@ -247,6 +259,9 @@ def test_links_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outs
     [
         {"etc/passwd": "passwd", "etc/ash.conf": "ash.conf", "usr/share/ash/db/shells.state": "shells.state"},
         {"usr/share/ash/db": ""},
+        {"usr/share/ash/db/dpkg": "dpkg"},
+        {f"usr/share/ash/db/{name}": name for name in DATABASE},
+        {"usr/share/ash/db/dkms/x/1/build/make.log": "secret", "usr/share/ash/db/dkms/x/2": "dkms"},
         {"usr/share/ash": "", "usr/lib/systemd/system": ""},
         {"boot": ""},
     ],
@@ -260,6 +275,7 @@ def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
     for path, target in links.items():
         place = system.root(snapshot) / path
         ash.remove_tree(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(outside / target)
     for line in (
         f"diff 0 {snapshot} --patch",
@@ -272,6 +288,42 @@ def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
     tried(system, "install", snapshot, "nothing")
     tried(system, "immutable", snapshot)
     assert copies_in(system) == []
+
+
+def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System, snapshot: int, outside: Path) -> None:
+    """Whether there is something in a folder of the host is told to nobody."""
+    system.ash("mutable", snapshot)
+    root = system.root(snapshot)
+    (root / "usr/led").symlink_to(outside)
+    listing = root / "usr/share/ash/db/dpkg/info/less.list"
+    up = "../" * 20
+    listing.write_text(f"/usr/led\n/usr/led/secret\n/usr/{up}{outside}/secret\n{listing.read_text()}")
+    assert Debian().problems(root) == ["package less lacks /usr/led/secret (2 files)"]
+
+
+def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    root = system.root(snapshot)
+    for name in ("dev", "proc", "run", "sys", "tmp", "var"):
+        ash.remove_tree(root / name)
+        (root / "srv" / name).mkdir()
+        (root / name).symlink_to(f"/srv/{name}")
+    system.shell(
+        snapshot,
+        "test -c /dev/null; test -f /proc/self/status; test -d /run/lock; test -d /sys/kernel; test -d /var/lib;"
+        "for name in dev proc run sys tmp var; do mountpoint -q /srv/$name; done",
+    )
+    tried(system, "deploy", snapshot)
+
+
+@pytest.mark.parametrize("name", ash.NUMBERED_FILES)
+def test_accounts_that_get_other_numbers_are_those_of_the_snapshot(tmp_path: Path, name: str) -> None:
+    line = "ada:1000:65536\n" if name.startswith("sub") else "ada:x:1000:1000:::\n"
+    (tmp_path / "host").write_text(line)
+    (tmp_path / "root/etc").mkdir(parents=True)
+    (tmp_path / "root/etc" / name).symlink_to(tmp_path / "host")
+    ash.give_numbers(tmp_path / "root", {name: {"ada": 1001}}, {})
+    assert (tmp_path / "host").read_text() == line
 
 
 @pytest.mark.parametrize("folder", ["etc", "boot"])

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -289,6 +290,61 @@ def test_descriptions_come_from_the_history(system: System, snapshot: int) -> No
         system.ash("-y", "del", number)
 
 
+@pytest.mark.parametrize("odd", ["empty", "link", "folder"])
+def test_a_description_that_is_none_is_replaced(system: System, snapshot: int, odd: str) -> None:
+    path = system.files.state / f"snapshots/{snapshot}-desc"
+    path.unlink()
+    make: dict[str, Callable[[], None]] = {"empty": path.touch, "folder": path.mkdir}
+    make.get(odd, lambda: path.symlink_to("0-desc"))()
+    lost = mended(system, "its description is empty or no file", snapshot)
+    assert path.is_file()
+    assert path.read_text().strip()
+    assert not path.is_symlink()
+    assert os.path.lexists(lost / f"ash/snapshots/{path.name}")
+
+
+def test_a_description_of_no_snapshot_is_taken_out(system: System) -> None:
+    path = system.files.state / "snapshots/4711-desc"
+    path.write_text("precious\n")
+    lost = mended(system, "4711-desc belongs to no snapshot")
+    assert (lost / "ash/snapshots/4711-desc").read_text() == "precious\n"
+    assert not path.exists()
+
+
+def test_what_a_damaged_note_of_the_running_system_was_about_is_kept(system: System, snapshot: int) -> None:
+    """Among it is the only copy of the running deployment as it was."""
+    live = system.files.state / "work/live"
+    (live / "upper").mkdir(parents=True)
+    for name in (live / "before", system.root("chrlive")):
+        program("btrfs", "subvolume", "snapshot", system.root(snapshot), name)
+        with (name / "etc/mark").open("w") as mark:
+            mark.write(name.name)
+    program("btrfs", "property", "set", "-ts", live / "before", "ro", "true")
+    (live / "upper/new").write_text("x")
+    (live / "intent").write_text("torn")
+    lost = mended(system, "an interrupted change of the running system")
+    assert (lost / "ash/work/live/before/etc/mark").read_text() == "before"
+    assert (lost / "rootfs/snapshot-chrlive/etc/mark").read_text() == "snapshot-chrlive"
+    assert (lost / "ash/work/live/upper/new").read_text() == "x"
+    assert not system.remains()
+
+
+def test_of_several_changes_of_a_snapshot_what_was_before_the_first_is_kept(system: System) -> None:
+    number = system.clone()
+    copyright_file = "usr/share/doc/less/copyright"
+    for folder in (system.root(number) / "etc", system.files.etc(number)):
+        with opened(system.root(number) if folder.name == "etc" else folder), (folder / "passwd").open("a") as passwd:
+            passwd.write("six:x:880:880::/:\nseven:x:880:880::/:\n")
+    with opened(system.root(number)):
+        (system.root(number) / copyright_file).unlink()
+    lost = mended(system, "seven and six share the number 880 in passwd", number)
+    assert (system.root(number) / copyright_file).exists()
+    states = [system.files.undo(number), *lost.glob(f"rootfs/undo-{number}")]
+    before = [root for root in states if not (root / copyright_file).exists()]
+    assert any("seven:x:880:" in (root / "etc/passwd").read_text() for root in before), states
+    system.ash("-y", "del", number)
+
+
 def test_what_was_interrupted_is_finished_or_set_aside(system: System, snapshot: int) -> None:
     work = system.files.state / f"work/{snapshot}"
     (work / "intent").write_text(json.dumps({"state": "open"}))
@@ -318,7 +374,7 @@ def test_what_a_deletion_left_is_kept(system: System) -> None:
     system.is_sound()
 
 
-@pytest.mark.parametrize("text", ["0\n", "many\n", "\udcff", None])
+@pytest.mark.parametrize("text", ["0\n", "many\n", "\udcff", "9" * 5000, "99999999999\n", None])
 def test_the_highest_number_is_raised(system: System, snapshot: int, text: str | None) -> None:
     last = system.files.state / "last"
     good = int(last.read_text())
@@ -375,13 +431,23 @@ def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(syst
     system.ash("-y", "del", number)
 
 
-def test_a_package_that_lacks_files_is_installed_anew(system: System) -> None:
+@pytest.mark.parametrize("path", ["usr/share/doc/less/copyright", "usr/share/ash/db/dpkg/info/less.list"])
+def test_a_package_that_lacks_files_is_installed_anew(system: System, path: str) -> None:
     number = system.clone()
-    lost = system.root(number) / "usr/share/doc/less/copyright"
+    lost = system.root(number) / path
     with opened(system.root(number)):
         lost.unlink()
     mended(system, "package less lacks", number)
     assert lost.exists()
+
+
+def test_a_package_database_that_is_gone_is_told(system: System) -> None:
+    number = system.clone()
+    with opened(system.root(number)):
+        (system.root(number) / "usr/share/ash/db/dpkg/status").write_text("")
+    told(system, "the package database knows no package", f"ash undo {number}", number)
+    system.ash("-y", "del", number)
+    whole(system)
 
 
 def test_a_package_database_that_lies_is_told(system: System, tmp_path: Path) -> None:
@@ -406,16 +472,20 @@ def test_a_foreign_mount_is_told(system: System, snapshot: int) -> None:
     whole(system)
 
 
-@pytest.mark.parametrize("holder", ["snapshot", "deployment"])
-def test_nested_subvolumes_are_moved_out(system: System, snapshot: int, holder: str) -> None:
+@pytest.mark.parametrize(
+    ("holder", "name"), [("snapshot", "nested"), ("snapshot", "two\nlines"), ("deployment", "nested")]
+)
+def test_nested_subvolumes_are_moved_out(system: System, snapshot: int, holder: str, name: str) -> None:
     root = system.root(snapshot if holder == "snapshot" else system.files.default_slot())
     readonly = holder == "snapshot"
     with opened(root) if readonly else contextlib.nullcontext():
-        program("btrfs", "subvolume", "create", root / "usr/nested")
-        program("btrfs", "subvolume", "create", root / "usr/nested/deeper")
-        (root / "usr/nested/deeper/mark").write_text("deep")
-    lost = mended(system, f"{root.name}/usr/nested is a subvolume nested in another")
-    assert (lost / f"rootfs/{root.name}/usr/nested/deeper/mark").read_text() == "deep"
+        program("btrfs", "subvolume", "create", root / "usr" / name)
+        program("btrfs", "subvolume", "create", root / "usr" / name / "deeper")
+        (root / "usr" / name / "deeper/mark").write_text("deep")
+    lost = mended(system, f"{root.name}/usr/{name} is a subvolume nested in another")
+    nested = lost / f"rootfs/{root.name}/usr/{name}"
+    assert (nested / "deeper/mark").read_text() == "deep"
+    program("btrfs", "subvolume", "delete", nested / "deeper", nested)  # its name may be one that tests cannot read
     assert (str(root.relative_to(system.files.top)) in system.files.writable()) != readonly
 
 
@@ -439,6 +509,20 @@ def choose_nothing(system: System) -> str:
     menu = system.files.state / "menu"
     menu.write_text(json.dumps({**json.loads(menu.read_text()), "default": "deploy-nowhere"}))
     return "no deployment is chosen"
+
+
+def test_a_menu_that_says_that_an_empty_slot_was_booted(system: System, snapshot: int) -> None:
+    """The deployment that it starts stays until there is another one."""
+    system.ash("deploy", snapshot, "--fresh-etc")
+    menu = system.files.state / "menu"
+    data = json.loads(menu.read_text())
+    slot = data["default"]
+    data |= {"last_booted": "deploy-spare" if slot != "deploy-spare" else "deploy-aux"}
+    menu.write_text(json.dumps({**data, "deployments": {slot: data["deployments"][slot]}}))
+    system.ash("deploy", 0)
+    assert set(json.loads(menu.read_text())["deployments"]) > {slot}
+    system.boots()
+    whole(system)
 
 
 def lose_grub_cfg(system: System) -> str:

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import io
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -513,6 +514,36 @@ def test_a_file_that_is_no_disk_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(AshError, match=r"no disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
     (tmp_path / "x.img").write_bytes(b"")
+    with pytest.raises(AshError, match=r"no disk image"):
+        ash.btrfs_partition(tmp_path / "x.img")
+
+
+def partition_table(table: int = 2, count: int = 4, size: int = 128, first: int = 2048, last: int = 4095) -> bytes:
+    """The beginning of a disk with a GPT and one partition."""
+    header = (b"EFI PART" + bytes(64) + struct.pack("<QII", table, count, size)).ljust(512, b"\0")
+    return bytes(512) + header + (bytes(32) + struct.pack("<QQ", first, last)).ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        partition_table(),
+        partition_table()[:600],
+        partition_table()[:520],
+        partition_table()[:1050],
+        partition_table(table=2**63),
+        partition_table(table=2**60),
+        partition_table(count=2**32 - 1, size=2**32 - 1),
+        partition_table(count=2**32 - 1, size=0),
+        partition_table(count=2**32 - 1, size=1),
+        partition_table(first=2**63),
+        partition_table(first=2**54),
+        partition_table(first=5, last=3),
+        partition_table().ljust(2 << 20, b"\xff"),
+    ],
+)
+def test_a_partition_table_that_is_torn_or_odd_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.img").write_bytes(content)
     with pytest.raises(AshError, match=r"no disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
 

@@ -6,11 +6,12 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ash
@@ -249,6 +250,7 @@ MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": DEPLOYED
 
 
 @given(text=texts_like(MENU))
+@example(text=json.dumps({**MENU, "last_booted": "deploy-spare"}))
 @FUZZ
 def test_a_menu_file(text: str, tmp_path: Path) -> None:
     menu = either(lambda: Menu.load(written(tmp_path / "menu", text)))
@@ -256,6 +258,7 @@ def test_a_menu_file(text: str, tmp_path: Path) -> None:
         return
     assert set(menu.deployments) <= {*ash.SLOTS, *ash.SECONDARY_SLOTS}
     assert json.loads(menu.dump())
+    assert {menu.default, menu.last_booted} <= {"", *menu.deployments}
     if menu.default:
         grub_cfg = menu.render(Layout.at(tmp_path, "debian"), "0-0", str)
         names = {deployment.id for deployment in menu.deployments.values()}
@@ -281,6 +284,39 @@ def test_a_history(lines: list[str], wanted: list[int], tmp_path: Path) -> None:
     assert len(reply.text.split("\n")) == len(reply.data["history"]) + 1, "a line each"
 
 
+BIRTH = {
+    "time": "2026-01-01T00:00:00+0000", "command": "clone-tree", "arguments": ["clone-tree", "5", "-d", "x"],
+    "result": "done", "snapshot": 7, "snapshots": [5, 7], "from": 5, "parent": 0, "copies": {"5": 7, "6": 8},
+}  # fmt: skip
+SAID = {"command": "desc", "result": "done", "snapshot": 7, "snapshots": [7], "description": "x"}
+
+
+@given(lines=st.lists(texts_like(BIRTH) | texts_like(SAID) | texts_like(ENTRY), max_size=4))
+@example(lines=[json.dumps({**BIRTH, "time": "0001-01-01T00:00:00+0000"})])
+@example(lines=[json.dumps({**BIRTH, "time": "9999-12-31T23:59:59-2359"})])
+@example(lines=[json.dumps({**BIRTH, "arguments": ["clone-tree", "-yh"]})])
+@example(lines=[json.dumps({**BIRTH, "command": []})])
+@example(lines=[json.dumps({**BIRTH, "copies": {"5": 99999999999}})])
+@example(lines=[json.dumps({**BIRTH, "copies": {"5": 1e999}})])
+@example(lines=[json.dumps({**SAID, "description": "\ud800"})])
+@FUZZ
+def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
+    system, said = system_in(tmp_path), io.StringIO()
+    written(system.layout.history, "\n".join(lines) + "\n")
+    system.layout.description(7).unlink(missing_ok=True)
+    history = system.history()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        assert all(ash.moment_of(entry) <= 2**38 for entry in history)
+        ash.Wishes.of(5, history, ash.FOLLOWS)
+        mender = ash.Mender(system)
+        for mend in (partial(mender.describe, 7), mender.raise_last):
+            mend()
+    assert said.getvalue() == ""
+    assert system.describe(7)
+    assert ash.to_number(system.layout.last.read_text()) is not None
+    assert sorted(Tree.parse(ash.tree_of_history([0, 5, 7, 8], history).dump()).numbers()) == [0, 5, 7, 8]
+
+
 def system_in(folder: Path) -> System:
     """A system of which only ash's own folder is there."""
     layout = Layout.at(folder, "debian")
@@ -294,7 +330,18 @@ SMALL = (
     st.binary(max_size=20)
     | st.text(max_size=20).map(lambda text: text.encode(errors="replace"))
     | st.sampled_from(
-        [b"9" * 5000, b"9" * 400, b"-1\n", b"1.5", b"\xd9\xa3", b"debian ..", b"d/e x", b"0\x1b[2J", b"7\n"]
+        [
+            b"9" * 5000,
+            b"9" * 400,
+            b"99999999999\n",
+            b"-1\n",
+            b"1.5",
+            b"\xd9\xa3",
+            b"debian ..",
+            b"d/e x",
+            b"0\x1b[2J",
+            b"7\n",
+        ]
     )
 )
 
@@ -305,10 +352,29 @@ def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.last.write_bytes(content)
     number = either(system.new_number)
+    found = [damage.what for damage in ash.Check(system)._last([0])]
     if number is None:
         assert system.layout.last.read_bytes() == content, "what is damaged stays as it is"
+        assert found, "fsck finds what nothing can be made with"
+        ash.Mender(system).raise_last()
+        assert not list(ash.Check(system)._last([0]))
     else:
         assert system.layout.last.read_text() == f"{number}\n"
+
+
+def test_folders_with_numbers_that_no_snapshot_can_have_are_none(tmp_path: Path) -> None:
+    (tmp_path / "snapshot-99999999999").mkdir()
+    (tmp_path / f"snapshot-{'9' * 200}").mkdir()
+    (tmp_path / "snapshot-7").mkdir()
+    assert ash.numbered(tmp_path, "snapshot-") == {7: tmp_path / "snapshot-7"}
+
+
+def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    system.layout.last.write_text(f"{ash.LARGEST_NUMBER}\n")
+    with pytest.raises(AshError, match="no number is left"):
+        system.new_number()
+    assert not list(ash.Check(system)._last([0]))
 
 
 @given(content=SMALL)
