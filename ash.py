@@ -3183,6 +3183,12 @@ def has_plain_parents(folder: Path, path: str) -> bool:
     return all(parent.is_dir() and (parent == folder or not parent.is_symlink()) for parent in parents)
 
 
+def is_untouched(path: str, one: Path, other: Path) -> bool:
+    """Whether a path is one file, to which nothing was done since, in a subvolume and in a snapshot of it."""
+    a, b = (status_of(root / path) if has_plain_parents(root, path) else None for root in (one, other))
+    return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
+
+
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
     found: set[str] = set()
@@ -3394,16 +3400,19 @@ class EtcMerge:
         """Make a path what another is, a file in one step; a folder without what is in it."""
         beside = target.with_name(".ash-new")
         remove_tree(beside)
-        if not is_folder(source):
-            copy_file(source, beside)
-        if is_folder(source) != is_folder(target):
-            remove_tree(target)
-        if not is_folder(source):
-            rename(beside, target)
+        if is_folder(source) and is_folder(target):
+            copy_attributes(source, target)
             return
-        if not is_folder(target):
-            target.mkdir(mode=0o700)
-        copy_attributes(source, target)
+        if is_folder(source):
+            beside.mkdir(mode=0o700)
+            copy_attributes(source, beside)
+        else:
+            copy_file(source, beside)
+        if os.path.lexists(target) and is_folder(source) != is_folder(target):
+            exchange(beside, target)  # a folder cannot be renamed over, and nobody is to find nothing there
+            remove_tree(beside)
+        else:
+            rename(beside, target)
 
 
 def fstab_of_user(text: str) -> list[str]:
@@ -4510,7 +4519,7 @@ class Live:
 
 def put_in_place(paths: Iterable[str], source: Path, target: Path) -> None:
     """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
-    there = {path: os.path.lexists(source / path) for path in paths}
+    there = {path: has_plain_parents(source, path) and os.path.lexists(source / path) for path in paths}
     for path in sorted(path for path, is_there in there.items() if is_there):
         if has_plain_parents(target, path) and not is_special(source / path):
             EtcMerge.place(source / path, target / path)
@@ -4554,7 +4563,22 @@ class LivePlace(Workplace):
         changed = changed_paths(self.before, self.root)
         kernels = {found[1] for path in changed if (found := re.fullmatch(KERNEL, path))}
         elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
-        return {path for path in changed if not path.startswith(elsewhere)}
+        paths = {path for path in changed if not path.startswith(elsewhere)}
+        below = self._others_below(paths, self.before) | self._others_below(paths, self.root)
+        return paths | {path for path in below if not path.startswith(elsewhere)}
+
+    def _others_below(self, paths: Iterable[str], root: Path) -> set[str]:
+        """What lies in folders of a root and is not the same file before and after.
+
+        Of a folder that comes, goes or moves, btrfs names the folder and not all that goes along with it.
+        """
+        inside = {
+            f"{path}/{name}"
+            for path in paths
+            if has_plain_parents(root, path) and is_folder(root / path)
+            for name in paths_below(root / path)
+        }
+        return {path for path in inside if not is_untouched(path, self.before, self.root)}
 
     def put(self, slot: str, old: Path, new: Path) -> list[str]:
         """Lead a slot from one state to another. Returns the paths of /etc that both changed: they are as they were."""
