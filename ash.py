@@ -4502,7 +4502,8 @@ class Live:
         self.started: list[str] = []
         self.stopped: list[str] = []
         self.waiting: list[str] = []  # for the reboot
-        self.conflicts: list[str] = []  # of /etc
+        self.conflicts: list[str] = []  # of /etc and /var
+        self.conflicts_folders: list[str] = []
         self.error = ""
 
     def text(self) -> str:
@@ -4512,7 +4513,9 @@ class Live:
         lines = ["the running system has it too" if self.changed else "the running system is as it was"]
         lines += [f"  started: {listed(self.started)}"] if self.started else []
         lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
-        lines += [f"  left as it is there: {listed(self.conflicts)}"] if self.conflicts else []
+        if self.conflicts:
+            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
+            lines += [f"  what the change made of it is in {folder}" for folder in self.conflicts_folders]
         lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
         return "\n".join(lines)
 
@@ -4580,8 +4583,8 @@ class LivePlace(Workplace):
         }
         return {path for path in inside if not is_untouched(path, self.before, self.root)}
 
-    def put(self, slot: str, old: Path, new: Path) -> list[str]:
-        """Lead a slot from one state to another. Returns the paths of /etc that both changed: they are as they were."""
+    def put(self, slot: str, old: Path, new: Path) -> EtcMerge:
+        """Lead a slot from one state to another. Returns what was done to /etc: what others changed is as it was."""
         layout, root = self.layout, self.layout.rootfs(slot)
         put_in_place(self.paths(), new, root)
         origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
@@ -4595,7 +4598,7 @@ class LivePlace(Workplace):
         set_readonly(beside)
         replace_subvolume(beside, origin)
         sync_filesystem(layout.snapshots)
-        return running.in_conflict
+        return running
 
 
 class LiveTransaction(Transaction):
@@ -4637,7 +4640,7 @@ class LiveTransaction(Transaction):
                 intent.save(place.folder)
                 sync_filesystem(self.layout.snapshots)
                 services.stop(found.paths)
-                self.live.conflicts = place.put(self.slot, place.before, self.root)
+                etc = place.put(self.slot, place.before, self.root)
                 merge = place.merge_into_var(intent)
                 services.start(found.paths)
                 place.conclude(intent)
@@ -4649,7 +4652,10 @@ class LiveTransaction(Transaction):
                 raise AshError(f"{error.message}{done}", error.hint, error.status) from error
             raise
         self.live.changed = bool(found.folders - {"boot"})
-        self.change = self._made(found, merge)
+        self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
+        self.live.conflicts += [f"/var/{entry}" for entry in merge.in_conflict]
+        folders = [folder for folder in dict.fromkeys((etc.conflicts, merge.conflicts)) if folder.is_dir()]
+        self.live.conflicts_folders = [f"/var/{folder.relative_to(self.layout.var)}" for folder in folders]
         place.drop()
 
 
@@ -7649,7 +7655,8 @@ CHANGE_SHAPE = {
 }  # fmt: skip
 CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
 LIVE_SHAPE = {
-    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"], "error": "str",
+    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"],
+    "conflicts_folders": ["str"], "error": "str",
 }  # fmt: skip
 CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 TREE_SHAPE = {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}, "live?": LIVE_SHAPE}

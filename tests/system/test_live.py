@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,27 @@ def shapes(folder: Path, version: str, after: str = "") -> Path:
     return make_deb(folder, "ash-test-shapes", version, files=files, **scripts)
 
 
+# In the script of a package: wait in the running system, not in the snapshot, until install_while() goes on.
+WAITS = "if [ -e /usr/share/ash/snap ]; then touch /home/waits; while [ ! -e /home/go ]; do sleep 0.1; done; fi"
+
+
+def install_while(
+    machine: Machine, number: int, package: Path, happens: Callable[[], object], status: int = DONE
+) -> dict[str, Any]:
+    """Install a package whose script has WAITS, and let something happen meanwhile; returns the answer."""
+    waits, go = (machine.system.home / name for name in ("waits", "go"))
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(machine.running, "install", number, package, "--live", status=status)
+        try:
+            wait_until(lambda: waits.exists() or answer.done(), 100)
+            happens()
+        finally:
+            go.touch()
+    waits.unlink()
+    go.unlink()
+    return answer.result()
+
+
 def usr(root: Path) -> dict[str, tuple[object, ...]]:
     """All that is in the /usr of a root but for ash's own, with what the files of the tests have in them."""
     found: dict[str, tuple[object, ...]] = {}
@@ -94,23 +117,34 @@ def test_whole_folders_come_go_and_move(machine: Machine, tmp_path: Path) -> Non
 
 
 def test_what_was_put_in_place_is_put_back(machine: Machine, tmp_path: Path) -> None:
-    number, slot, home = machine.system.clone(), machine.system.root(machine.slot), machine.system.home
+    number, slot = machine.system.clone(), machine.system.root(machine.slot)
     machine.running("install", number, shapes(tmp_path, "1"), "--live")
     before, etc = usr(slot), names_below(slot / "etc")
-    wait = "touch /home/waits; while [ ! -e /home/go ]; do sleep 0.1; done; mkdir /var/lib/ash-test-late"
-    package = shapes(tmp_path, "2", after=f"if [ -e /usr/share/ash/snap ]; then {wait}; fi")
-    with ThreadPoolExecutor() as pool:
-        answer = pool.submit(machine.running, "install", number, package, "--live", status=FAILED)
-        wait_until(lambda: (home / "waits").exists() or answer.done(), 100)
-        program("chattr", "+i", machine.files.var / "lib")  # so that what comes after /usr cannot be done
-        (home / "go").touch()
-        try:
-            live = answer.result()["live"]
-        finally:
-            program("chattr", "-i", machine.files.var / "lib")
-    assert "not permitted" in live["error"]
+    package = shapes(tmp_path, "2", after=f"{WAITS}\n[ ! -e /usr/share/ash/snap ] || mkdir /var/lib/ash-test-late")
+    lib = machine.files.var / "lib"
+    try:  # what comes after /usr cannot be done
+        answer = install_while(machine, number, package, lambda: program("chattr", "+i", lib), status=FAILED)
+    finally:
+        program("chattr", "-i", lib)
+    assert "not permitted" in answer["live"]["error"]
     assert (usr(slot), names_below(slot / "etc")) == (before, etc)
     assert not machine.system.remains()
+
+
+def test_what_others_changed_meanwhile_is_told(machine: Machine, tmp_path: Path) -> None:
+    edit = "echo package > /etc/issue; mkdir -p /var/lib/ash-test-told; echo package >> /var/lib/ash-test-told/data"
+    edited = (machine.etc / "issue", machine.files.var / "lib/ash-test-told/data")
+
+    def others() -> None:
+        for path in edited:
+            path.write_text("mine\n")
+
+    answer = install_while(machine, machine.system.clone(), deb(tmp_path, postinst=f"{edit}\n{WAITS}"), others)
+    assert answer["live"]["conflicts"] == ["/etc/issue", "/var/lib/ash-test-told"]
+    assert [path.read_text() for path in edited] == ["mine\n", "mine\n"]
+    folders = [machine.files.var / folder.removeprefix("/var/") for folder in answer["live"]["conflicts_folders"]]
+    aside = {str(path.relative_to(f)): path.read_text() for f in folders for path in f.rglob("*") if path.is_file()}
+    assert aside == {"etc/issue": "package\n", "lib/ash-test-told/data": "package\n" * 2}
 
 
 def test_edits_of_the_running_etc_stay(machine: Machine, tmp_path: Path) -> None:
