@@ -2455,6 +2455,17 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def signals_heard() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM come in this block, where they are held around it: what it does may take long."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Findings(NamedTuple):
     """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
 
@@ -4492,6 +4503,7 @@ WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
 UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
 TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
 KERNEL = r"boot/vmlinu[xz]-(.+)"
+TIMED_OUT = 124  # the exit status of timeout(1)
 
 
 class Live:
@@ -4634,7 +4646,9 @@ class LiveTransaction(Transaction):
                 place.drop()
                 return
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
-            with Lock(self.layout.work("deploy") / "lock", "deploying", wait=600):
+            with ExitStack() as stack:
+                with signals_heard():
+                    stack.enter_context(Lock(self.layout.work("deploy") / "lock", "deploying", wait=600))
                 slot = self.layout.rootfs(self.slot)
                 intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
                 intent.save(place.folder)
@@ -4666,6 +4680,8 @@ class Services:
         live: what was done, to be added to.
         running: whether that system is what runs here.
     """
+
+    LIMIT = 300  # seconds for the start of one
 
     def __init__(self, live: Live, running: bool) -> None:
         self.live = live
@@ -4699,7 +4715,14 @@ class Services:
         new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
         for unit in sorted(new):
             self.live.started.append(unit)
-            run(["systemctl", "start", unit])
+            self._start(unit)
+
+    def _start(self, unit: str) -> None:
+        """Start a unit; one that never comes to its end, as systemd itself allows it, must not hold up all else."""
+        with signals_heard():
+            done = run(["timeout", str(self.LIMIT), "systemctl", "start", unit], ok=(0, TIMED_OUT))
+        if done.returncode == TIMED_OUT:
+            raise AshError(f"{unit} has not started within {self.LIMIT} s", f"systemctl status {unit}")
 
     def put_back(self) -> None:
         """Let the running system know that its old files are back; start again what was stopped."""

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Changes of the running deployment: on a disk whose deployment counts as booted. Services start in the boot tests."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -203,6 +205,31 @@ def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path
     assert answer["live"]["error"]
     assert answer["packages"]["added"], "the snapshot has it"
     assert everything_below(slot / "usr") == before
+    assert not machine.system.remains()
+
+
+def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp_path: Path) -> None:
+    number, package = machine.system.clone(), deb(tmp_path)
+    machine.system.ash("install", number, package)
+    lock, before = machine.files.state / "work/deploy/lock", usr(machine.system.root(machine.slot))
+    argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"booted": machine.slot})]
+    words = ["--image", str(machine.system.image), "install", str(number), str(package), "--live"]
+    with lock.open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(f"pid {os.getpid()} (a test)\n".encode())
+        held.flush()
+        process = subprocess.Popen([*argv, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        made = "@.snapshots_debian/rootfs/snapshot-chrlive"
+        wait_until(lambda: made in machine.system.subvolumes().keys() - machine.files.writable())
+        time.sleep(1)  # nothing is to be seen of it when it waits
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            output = process.communicate(timeout=30)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert usr(machine.system.root(machine.slot)) == before
     assert not machine.system.remains()
 
 
