@@ -2518,6 +2518,17 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def signals_heard() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM come in this block, where they are held around it: what it does may take long."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Findings(NamedTuple):
     """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
 
@@ -3249,6 +3260,12 @@ def has_plain_parents(folder: Path, path: str) -> bool:
     return all(parent.is_dir() and (parent == folder or not parent.is_symlink()) for parent in parents)
 
 
+def is_untouched(path: str, one: Path, other: Path) -> bool:
+    """Whether a path is one file, to which nothing was done since, in a subvolume and in a snapshot of it."""
+    a, b = (status_of(root / path) if has_plain_parents(root, path) else None for root in (one, other))
+    return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
+
+
 def paths_below(folder: Path) -> set[str]:
     """All paths in a folder, from it."""
     found: set[str] = set()
@@ -3460,16 +3477,19 @@ class EtcMerge:
         """Make a path what another is, a file in one step; a folder without what is in it."""
         beside = target.with_name(".ash-new")
         remove_tree(beside)
-        if not is_folder(source):
-            copy_file(source, beside)
-        if is_folder(source) != is_folder(target):
-            remove_tree(target)
-        if not is_folder(source):
-            rename(beside, target)
+        if is_folder(source) and is_folder(target):
+            copy_attributes(source, target)
             return
-        if not is_folder(target):
-            target.mkdir(mode=0o700)
-        copy_attributes(source, target)
+        if is_folder(source):
+            beside.mkdir(mode=0o700)
+            copy_attributes(source, beside)
+        else:
+            copy_file(source, beside)
+        if os.path.lexists(target) and is_folder(source) != is_folder(target):
+            exchange(beside, target)  # a folder cannot be renamed over, and nobody is to find nothing there
+            remove_tree(beside)
+        else:
+            rename(beside, target)
 
 
 def fstab_of_user(text: str) -> list[str]:
@@ -4579,6 +4599,7 @@ WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
 UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
 TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
 KERNEL = r"boot/vmlinu[xz]-(.+)"
+TIMED_OUT = 124  # the exit status of timeout(1)
 
 
 class Live:
@@ -4589,7 +4610,8 @@ class Live:
         self.started: list[str] = []
         self.stopped: list[str] = []
         self.waiting: list[str] = []  # for the reboot
-        self.conflicts: list[str] = []  # of /etc
+        self.conflicts: list[str] = []  # of /etc and /var
+        self.conflicts_folders: list[str] = []
         self.error = ""
 
     def text(self) -> str:
@@ -4599,14 +4621,16 @@ class Live:
         lines = ["the running system has it too" if self.changed else "the running system is as it was"]
         lines += [f"  started: {listed(self.started)}"] if self.started else []
         lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
-        lines += [f"  left as it is there: {listed(self.conflicts)}"] if self.conflicts else []
+        if self.conflicts:
+            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
+            lines += [f"  what the change made of it is in {folder}" for folder in self.conflicts_folders]
         lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
         return "\n".join(lines)
 
 
 def put_in_place(paths: Iterable[str], source: Path, target: Path) -> None:
     """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
-    there = {path: os.path.lexists(source / path) for path in paths}
+    there = {path: has_plain_parents(source, path) and os.path.lexists(source / path) for path in paths}
     for path in sorted(path for path, is_there in there.items() if is_there):
         if has_plain_parents(target, path) and not is_special(source / path):
             EtcMerge.place(source / path, target / path)
@@ -4650,10 +4674,25 @@ class LivePlace(Workplace):
         changed = changed_paths(self.before, self.root)
         kernels = {found[1] for path in changed if (found := re.fullmatch(KERNEL, path))}
         elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
-        return {path for path in changed if not path.startswith(elsewhere)}
+        paths = {path for path in changed if not path.startswith(elsewhere)}
+        below = self._others_below(paths, self.before) | self._others_below(paths, self.root)
+        return paths | {path for path in below if not path.startswith(elsewhere)}
 
-    def put(self, slot: str, old: Path, new: Path) -> list[str]:
-        """Lead a slot from one state to another. Returns the paths of /etc that both changed: they are as they were."""
+    def _others_below(self, paths: Iterable[str], root: Path) -> set[str]:
+        """What lies in folders of a root and is not the same file before and after.
+
+        Of a folder that comes, goes or moves, btrfs names the folder and not all that goes along with it.
+        """
+        inside = {
+            f"{path}/{name}"
+            for path in paths
+            if has_plain_parents(root, path) and is_folder(root / path)
+            for name in paths_below(root / path)
+        }
+        return {path for path in inside if not is_untouched(path, self.before, self.root)}
+
+    def put(self, slot: str, old: Path, new: Path) -> EtcMerge:
+        """Lead a slot from one state to another. Returns what was done to /etc: what others changed is as it was."""
         layout, root = self.layout, self.layout.rootfs(slot)
         put_in_place(self.paths(), new, root)
         origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
@@ -4667,7 +4706,7 @@ class LivePlace(Workplace):
         set_readonly(beside)
         replace_subvolume(beside, origin)
         sync_filesystem(layout.snapshots)
-        return running.in_conflict
+        return running
 
 
 class LiveTransaction(Transaction):
@@ -4703,13 +4742,15 @@ class LiveTransaction(Transaction):
                 place.drop()
                 return
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
-            with Lock(self.layout.work("deploy") / "lock", "deploying", wait=600):
+            with ExitStack() as stack:
+                with signals_heard():
+                    stack.enter_context(Lock(self.layout.work("deploy") / "lock", "deploying", wait=600))
                 slot = self.layout.rootfs(self.slot)
                 intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
                 intent.save(place.folder)
                 sync_filesystem(self.layout.snapshots)
                 services.stop(found.paths)
-                self.live.conflicts = place.put(self.slot, place.before, self.root)
+                etc = place.put(self.slot, place.before, self.root)
                 merge = place.merge_into_var(intent)
                 services.start(found.paths)
                 place.conclude(intent)
@@ -4721,7 +4762,10 @@ class LiveTransaction(Transaction):
                 raise AshError(f"{error.message}{done}", error.hint, error.status) from error
             raise
         self.live.changed = bool(found.folders - {"boot"})
-        self.change = self._made(found, merge)
+        self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
+        self.live.conflicts += [f"/var/{entry}" for entry in merge.in_conflict]
+        folders = [folder for folder in dict.fromkeys((etc.conflicts, merge.conflicts)) if folder.is_dir()]
+        self.live.conflicts_folders = [f"/var/{folder.relative_to(self.layout.var)}" for folder in folders]
         place.drop()
 
 
@@ -4732,6 +4776,8 @@ class Services:
         live: what was done, to be added to.
         running: whether that system is what runs here.
     """
+
+    LIMIT = 300  # seconds for the start of one
 
     def __init__(self, live: Live, running: bool) -> None:
         self.live = live
@@ -4765,7 +4811,14 @@ class Services:
         new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
         for unit in sorted(new):
             self.live.started.append(unit)
-            run(["systemctl", "start", unit])
+            self._start(unit)
+
+    def _start(self, unit: str) -> None:
+        """Start a unit; one that never comes to its end, as systemd itself allows it, must not hold up all else."""
+        with signals_heard():
+            done = run(["timeout", str(self.LIMIT), "systemctl", "start", unit], ok=(0, TIMED_OUT))
+        if done.returncode == TIMED_OUT:
+            raise AshError(f"{unit} has not started within {self.LIMIT} s", f"systemctl status {unit}")
 
     def put_back(self) -> None:
         """Let the running system know that its old files are back; start again what was stopped."""
@@ -7884,7 +7937,8 @@ CHANGE_SHAPE = {
 }  # fmt: skip
 CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
 LIVE_SHAPE = {
-    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"], "error": "str",
+    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"],
+    "conflicts_folders": ["str"], "error": "str",
 }  # fmt: skip
 CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 TREE_SHAPE = {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}, "live?": LIVE_SHAPE}

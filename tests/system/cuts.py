@@ -25,12 +25,15 @@ SCRIPT = (
 )
 SHELL = ["sh", "-ec", SCRIPT]
 
+OF_DEB = {"usr/mark": "new\n", "etc/mark-deb": "new\n", "var/lib/mark-deb/x": "new\n"}
+
 # Each command that changes something, as it is cut: its arguments (DEB is a package file). A name may have a number
 # after it, where a command is cut in several ways.
 COMMANDS: dict[str, list[str]] = {
     "run": ["run", "1", *SHELL],
     "run 2": ["run", "3", *SHELL],  # it is mutable
     "install": ["install", "1", "DEB"],
+    "install 2": ["install", "1", "DEB", "--live"],
     "remove": ["remove", "2", "ash-test-there"],
     "tree-run": ["tree-run", "2", *SHELL],
     "tree-run 1": ["tree-run", "1", *SHELL],
@@ -77,10 +80,10 @@ GOES_ON = {"fsck": ["fsck", "--repair"]}
 SEVERAL = ("auto-upgrade", "tree-run 1", "tree-upgrade 1")
 # Commands that end when what they did is on the disk.
 DURABLE = {
-    *("run", "install", "remove", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
+    *("run", "install", "install 2", "remove", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
     *("undo", "mutable", "etc-update", "fsck", "upgrade", "tree-upgrade", "auto-upgrade", "base-update"),
 }
-# Shells and an editor are transactions like `run`, and want a terminal.
+# Shells and an editor are transactions like `run`, and want a terminal; what `hollow` does in the end is a `deploy`.
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
 # It changes nothing but the executable, and its own tests kill it.
 ELSEWHERE = {"upself"}
@@ -97,6 +100,7 @@ class View:
     undo: dict[str, str]
     var: dict[str, str]
     secondary: list[str]
+    running: list[str]  # what the tests have written in the deployment that runs
     lost_found: set[str]  # the texts of all that was taken out
     boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
 
@@ -126,6 +130,9 @@ class Tried:
         if self.several:
             for number, snapshot in view.snapshots.items():
                 assert snapshot in (self.before.snapshots.get(number), self.after.snapshots.get(number)), where
+            for path in self.before.var.keys() | self.after.var.keys() | view.var.keys():
+                assert view.var.get(path) in (self.before.var.get(path), self.after.var.get(path)), where
+            assert view.running in (self.before.running, self.after.running), where
         else:
             assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
@@ -149,7 +156,7 @@ class Scene:
         self.folder = folder
         self.image = folder / "scene.img"
         program("cp", "--sparse=always", image, self.image)
-        self.deb = make_deb(folder, "ash-test-cut", files={"usr/mark": "new\n", "var/lib/mark-deb/x": "new\n"})
+        self.deb = make_deb(folder, "ash-test-cut", files=OF_DEB)
         self.profile = folder / "profile"
         self.profile.write_text("[packages]\nash-test-cut\n[commands]\necho new > /etc/mark\n")
         disk = Disk(self.image)
@@ -236,8 +243,8 @@ class Scene:
         return names.read_text().splitlines()
 
     def _booted(self, words: Sequence[str]) -> str | None:
-        """Shutting down, rolling back and saving /etc are things of a running system."""
-        return self.booted if {"carry", "rollback", "etc-update"} & {*words} else None
+        """Shutting down, rolling back, saving /etc and changing itself are things of a running system."""
+        return self.booted if {"carry", "rollback", "etc-update", "--live"} & {*words} else None
 
     def look(self, image: Path, cut: Sequence[str] = ()) -> View:
         """Do what makes all well again, after a command that was cut or one that was not, and look at what there is."""
@@ -251,7 +258,8 @@ class Scene:
             after = self.look(copy)
         before = after if words[0] in GOES_ON else self._before
         boots = {before.boots, after.boots, self.last_booted}
-        return Tried(names, before, after, boots, several=" ".join(words).startswith(SEVERAL))
+        several = " ".join(words).startswith(SEVERAL) or "--live" in words
+        return Tried(names, before, after, boots, several)
 
     def check_kills(self, name: str, few: bool = False) -> int:
         """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""
@@ -424,6 +432,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
                 for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
+            running=[text(files.root(menu["last_booted"]) / path) for path in ("usr/mark", "etc/mark-deb")],
             lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")},
             boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
         )

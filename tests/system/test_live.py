@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Changes of the running deployment: on a disk whose deployment counts as booted. Services start in the boot tests."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program
-from tests.system.lab import Machine, System, everything_below
+from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program, wait_until
+from tests.system.lab import Machine, System, everything_below, names_below
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
 
 def deb(folder: Path, version: str = "1", **parts: str) -> Path:
@@ -40,6 +45,108 @@ def test_a_package_is_in_the_snapshot_and_in_the_running_system(machine: Machine
     answer = machine.running("remove", number, "ash-test-live")
     assert answer["live"]["changed"] is True
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test/file").exists()
+
+
+def shapes(folder: Path, version: str, after: str = "") -> Path:
+    """A package whose second version makes folders of links, links of folders, and gives folders other names.
+
+    Args:
+        folder: where it is made.
+        version: "1" or "2".
+        after: what its script does in the end.
+    """
+    one = {"linked/sub/a": "1\n", "linked/b": "1\n", "moved/sub/a": "1\n", "moved/b": "1\n", "gone/sub/a": "1\n"}
+    two = {"elsewhere/sub/a": "2\n", "anew/own": "2\n", "replaced": "2\n", "new/sub/a": "2\n"}
+    both = {"kept": "the same\n"}
+    files = {**both, **({**one, "anew/stale": "1\n", "replaced": "1\n"} if version == "1" else two)}
+    there = "/usr/share/ash-test"
+    helper = f'dpkg-maintscript-helper dir_to_symlink {there}/linked elsewhere 2~ ash-test-shapes -- "$@"'
+    scripts = {
+        "1": {"postinst": f"cd {there}; ln -s kept link; mkdir -p made/sub; echo 1 > made/sub/x; ln -s made to"},
+        "2": {
+            "preinst": helper,
+            "postrm": helper,
+            "postinst": f"{helper}\ncd {there}; rm to; mv made to; echo 2 > to/sub/y; rm link; mkdir link; touch link/z\n{after}",
+        },
+    }[version]
+    files = {f"usr/share/ash-test/{path}": text for path, text in files.items()}
+    return make_deb(folder, "ash-test-shapes", version, files=files, **scripts)
+
+
+# In the script of a package: wait in the running system, not in the snapshot, until install_while() goes on.
+WAITS = "if [ -e /usr/share/ash/snap ]; then touch /home/waits; while [ ! -e /home/go ]; do sleep 0.1; done; fi"
+
+
+def install_while(
+    machine: Machine, number: int, package: Path, happens: Callable[[], object], status: int = DONE
+) -> dict[str, Any]:
+    """Install a package whose script has WAITS, and let something happen meanwhile; returns the answer."""
+    waits, go = (machine.system.home / name for name in ("waits", "go"))
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(machine.running, "install", number, package, "--live", status=status)
+        try:
+            wait_until(lambda: waits.exists() or answer.done(), 100)
+            happens()
+        finally:
+            go.touch()
+    waits.unlink()
+    go.unlink()
+    return answer.result()
+
+
+def usr(root: Path) -> dict[str, tuple[object, ...]]:
+    """All that is in the /usr of a root but for ash's own, with what the files of the tests have in them."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path, facts in names_below(root / "usr").items():
+        file = root / "usr" / path
+        if path != "share" and not path.startswith("share/ash/"):
+            text = file.read_text() if "ash-test" in path and file.is_file() else ""
+            found[path] = (facts, text, file.is_symlink() and os.readlink(file))
+    return found
+
+
+def test_whole_folders_come_go_and_move(machine: Machine, tmp_path: Path) -> None:
+    number, root = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.root
+    machine.running("install", number, shapes(tmp_path, "1"))
+    assert usr(root(machine.slot)) == usr(root(number))
+    machine.running("install", number, shapes(tmp_path, "2"))
+    assert (root(machine.slot) / "usr/share/ash-test/linked").is_symlink()
+    assert (root(machine.slot) / "usr/share/ash-test/to/sub/y").read_text() == "2\n"
+    assert usr(root(machine.slot)) == usr(root(number))
+    machine.running("remove", number, "ash-test-shapes")
+    assert usr(root(machine.slot)) == usr(root(number))
+    assert not (root(machine.slot) / "usr/share/ash-test/elsewhere").exists()
+
+
+def test_what_was_put_in_place_is_put_back(machine: Machine, tmp_path: Path) -> None:
+    number, slot = machine.system.clone(), machine.system.root(machine.slot)
+    machine.running("install", number, shapes(tmp_path, "1"), "--live")
+    before, etc = usr(slot), names_below(slot / "etc")
+    package = shapes(tmp_path, "2", after=f"{WAITS}\n[ ! -e /usr/share/ash/snap ] || mkdir /var/lib/ash-test-late")
+    lib = machine.files.var / "lib"
+    try:  # what comes after /usr cannot be done
+        answer = install_while(machine, number, package, lambda: program("chattr", "+i", lib), status=FAILED)
+    finally:
+        program("chattr", "-i", lib)
+    assert "not permitted" in answer["live"]["error"]
+    assert (usr(slot), names_below(slot / "etc")) == (before, etc)
+    assert not machine.system.remains()
+
+
+def test_what_others_changed_meanwhile_is_told(machine: Machine, tmp_path: Path) -> None:
+    edit = "echo package > /etc/issue; mkdir -p /var/lib/ash-test-told; echo package >> /var/lib/ash-test-told/data"
+    edited = (machine.etc / "issue", machine.files.var / "lib/ash-test-told/data")
+
+    def others() -> None:
+        for path in edited:
+            path.write_text("mine\n")
+
+    answer = install_while(machine, machine.system.clone(), deb(tmp_path, postinst=f"{edit}\n{WAITS}"), others)
+    assert answer["live"]["conflicts"] == ["/etc/issue", "/var/lib/ash-test-told"]
+    assert [path.read_text() for path in edited] == ["mine\n", "mine\n"]
+    folders = [machine.files.var / folder.removeprefix("/var/") for folder in answer["live"]["conflicts_folders"]]
+    aside = {str(path.relative_to(f)): path.read_text() for f in folders for path in f.rglob("*") if path.is_file()}
+    assert aside == {"etc/issue": "package\n", "lib/ash-test-told/data": "package\n" * 2}
 
 
 def test_edits_of_the_running_etc_stay(machine: Machine, tmp_path: Path) -> None:
@@ -101,6 +208,31 @@ def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path
     assert not machine.system.remains()
 
 
+def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp_path: Path) -> None:
+    number, package = machine.system.clone(), deb(tmp_path)
+    machine.system.ash("install", number, package)
+    lock, before = machine.files.state / "work/deploy/lock", usr(machine.system.root(machine.slot))
+    argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"booted": machine.slot})]
+    words = ["--image", str(machine.system.image), "install", str(number), str(package), "--live"]
+    with lock.open("r+b") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(f"pid {os.getpid()} (a test)\n".encode())
+        held.flush()
+        process = subprocess.Popen([*argv, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        made = "@.snapshots_debian/rootfs/snapshot-chrlive"
+        wait_until(lambda: made in machine.system.subvolumes().keys() - machine.files.writable())
+        time.sleep(1)  # nothing is to be seen of it when it waits
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            output = process.communicate(timeout=30)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert usr(machine.system.root(machine.slot)) == before
+    assert not machine.system.remains()
+
+
 def test_libc_waits_for_the_reboot(machine: Machine, tmp_path: Path) -> None:
     program = make_deb(tmp_path, "systemd-sysv", "999", files={"usr/share/ash-test/init": "x"})
     answer = machine.running("install", machine.system.clone(), program, "--live")
@@ -121,16 +253,11 @@ def test_a_kernel_waits_for_the_reboot(machine: Machine, tmp_path: Path) -> None
 
 def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: Machine, tmp_path: Path) -> None:
     number = machine.system.clone()
-    machine.running("install", number, deb(tmp_path))
+    machine.running("install", number, shapes(tmp_path, "1"), "--live")
+    packages = [deb(tmp_path), shapes(tmp_path, "2")]
+    machine.system.ash("install", number, *packages)
     slot, stepper = machine.system.root(machine.slot), CHECKOUT / "tests/system/stepper.py"
-    words = [
-        "--image",
-        str(machine.system.image),
-        "install",
-        str(number),
-        str(tmp_path / "ash-test-live_1_all.deb"),
-        "--live",
-    ]
+    words = ["--image", str(machine.system.image), "install", str(number), *map(str, packages), "--live"]
     names = tmp_path / "names"
 
     def run(**options: object) -> int:
@@ -145,7 +272,7 @@ def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: 
         )
         return tuple(path.exists() for path in paths)
 
-    before = {path: facts[:4] for path, facts in everything_below(slot / "usr").items()}
+    before = usr(slot)
     with_copy = machine.system.image.with_name("names.img")
     program("cp", "--sparse=always", machine.system.image, with_copy)
     words[1] = str(with_copy)
@@ -153,12 +280,12 @@ def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: 
     with_copy.unlink()
     words[1] = str(machine.system.image)
     steps = names.read_text().splitlines()
-    for step in range(1, len(steps), 1 if os.environ.get("ASH_TEST_CUTS") == "all" else 6):
+    for step in range(1, len(steps), 1 if os.environ.get("ASH_TEST_CUTS") == "all" else 17):
         assert run(kill=step) == -signal.SIGKILL
         said = machine.system.ash("recover").stderr
         assert not machine.system.remains(), (steps[step - 1], said)
         assert state() in ((False,) * 3, (True,) * 3), steps[step - 1]
         if state()[0]:
             break  # it was done already
-        assert {path: facts[:4] for path, facts in everything_below(slot / "usr").items()} == before, steps[step - 1]
-    assert step > 30
+        assert usr(slot) == before, steps[step - 1]
+    assert step > 60
