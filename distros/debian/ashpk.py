@@ -169,6 +169,14 @@ room=$(df --output=avail -k / | tail -n 1)
         lines = registry.read_text(errors="replace").splitlines() if registry.exists() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
+    def files(self, root: Path, folder: str) -> set[str]:
+        """Those of dpkg's file lists, and those that ucf keeps."""
+        start = f"/{folder}/"
+        lists = (database(root) / "dpkg/info").glob("*.list")
+        lines = [line for path in lists for line in path.read_text(errors="replace").splitlines()]
+        paths = {line.removeprefix(start) for line in lines if line.startswith(start)}
+        return paths | {path.removeprefix(start[1:]) for path in self.config_files(root) if path.startswith(start[1:])}
+
     def problems(self, root: Path) -> list[str]:
         """Packages that are half there, and files that dpkg believes to be there and that are not."""
         found = []

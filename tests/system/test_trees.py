@@ -22,6 +22,8 @@ def old(system: System, archive: Archive, url: str) -> int:
     """A snapshot with the old version of a package, when the archive has a new one, with a large file."""
     archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
     archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
+    conf = {"etc/ash-conf/conf": "x\n", "usr/share/ash-conf": "x\n", "DEBIAN/conffiles": "/etc/ash-conf/conf\n"}
+    archive.add("ash-test-conf", "1", files=conf)
     number = system.clone()
     system.shell(number, use_only(url))
     system.ash("refresh", number)
@@ -204,6 +206,60 @@ def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree:
     system.ash("install", tree[0], "ash-test-other")
     system.ash("force-sync", tree[0], "-j")
     assert versions(system, tree, "ash-test-other") == ["1"] * 5
+
+
+def test_files_of_a_package_come_with_it_alone(system: System, old: int) -> None:
+    parent = system.clone(old)
+    child = system.branch(parent)
+    system.ash("install", "--snapshots", parent, child, "-p", "ash-test-conf")
+    system.ash("remove", child, "ash-test-conf", "--purge")
+    system.shell(parent, "echo edited > /etc/ash-conf/conf; ln -s ash-conf/conf /etc/to-conf; ln -s new /etc/a-link")
+    system.shell(parent, "ln -s /usr/share/ash-conf /etc/to-usr; ln -s /run/nothing /etc/to-run; touch /etc/new")
+    system.ash("force-sync", parent)
+    there = {path.name for path in (system.root(child) / "etc").iterdir()}
+    assert there & {"ash-conf", "to-conf", "to-usr", "to-run", "new", "a-link"} == {"to-run", "new", "a-link"}
+
+
+def test_configuration_of_a_package_that_a_branch_deleted_stays_deleted(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.shell(child, "rm /etc/ash-conf/conf")
+    time.sleep(2)  # as exact as the history is
+    system.shell(parent, "echo edited > /etc/ash-conf/conf")
+    system.ash("force-sync", parent)
+    assert not (system.root(child) / "etc/ash-conf/conf").exists()
+
+
+def test_a_copy_below_another_gets_what_that_had_before(system: System, old: int) -> None:
+    parent, other = system.clone(old), system.clone(old)
+    time.sleep(2)  # as exact as the history is
+    system.shell(parent, "echo older > /etc/older")
+    system.ash("install", parent, "ash-test-other")
+    system.ash("remove", other, "ash-test-tool")
+    child = system.ash("--json", "ubranch", parent, other).json["snapshot"]
+    system.ash("force-sync", parent)
+    assert (system.root(child) / "etc/older").read_text() == "older\n"
+    assert versions(system, [child], "ash-test-other") == ["1"]
+    assert versions(system, [child]) == [None], "what the original took out came back"
+
+
+def test_a_copy_of_a_branch_keeps_to_what_that_took_out_and_asked_for(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.ash("remove", child, "ash-test-tool")
+    system.ash("install", child, "ash-test-other")
+    system.ash("install", parent, "ash-test-other")
+    beside = system.ash("--json", "cbranch", child).json["snapshot"]
+    copies = system.ash("--json", "clone-tree", parent).json["copies"]
+    above, below = copies[str(parent)], copies[str(child)]
+    for number in (parent, above):
+        system.ash("remove", number, "ash-test-other", "ash-test-conf")
+        system.ash("force-sync", number)
+    assert versions(system, [child, beside, below]) == [None] * 3
+    assert versions(system, [child, beside, below], "ash-test-other") == ["1"] * 3
+    assert versions(system, [child, beside, below], "ash-test-conf") == [None] * 3
 
 
 def test_files_of_no_archive_stop_one_branch_alone(system: System, tree: list[int], tmp_path: Path) -> None:
