@@ -2187,6 +2187,25 @@ class Change(NamedTuple):
             **more,
         )
 
+    def then(self, later: Change) -> Change:
+        """It and a later one, as one: of a package that is in both, the later says what becomes of it."""
+        names = later.packages_changed()
+
+        def both(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {**{name: value for name, value in before.items() if name not in names}, **after}
+
+        return later._replace(
+            changed=self.changed or later.changed,
+            added=both(self.added, later.added),
+            removed=both(self.removed, later.removed),
+            upgraded=both(self.upgraded, later.upgraded),
+            download=self.download + later.download,
+        )
+
+    def packages_changed(self) -> set[str]:
+        """The names of all packages that it is about."""
+        return {*self.added, *self.removed, *self.upgraded}
+
     def packages(self) -> dict[str, Any]:
         """The packages alone, as JSON has them."""
         return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}

@@ -3,7 +3,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -296,10 +296,11 @@ room=$(df --output=avail -k / | tail -n 1)
         try:
             output = work.run([*self.apt_get, *(["--simulate"] if simulates else []), *arguments])
             if simulates:
-                work.change = planned(work.snapshot, output)
-                if work.change.added or work.change.upgraded:
+                plan = planned(work.snapshot, output)
+                if plan.added or plan.upgraded:
                     uris = work.run([*self.apt_get, "--print-uris", *arguments])
-                    work.change = work.change._replace(download=bytes_of(uris))
+                    plan = plan._replace(download=bytes_of(uris, work.change.packages_changed()))
+                work.change = work.change.then(plan)  # several runs make one plan
             elif alters:
                 self._build_modules(work)
         except PackageError as error:
@@ -383,9 +384,15 @@ def tell_failed_builds(root: Path) -> None:
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 
-def bytes_of(uris: str) -> int:
-    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' FILE SIZE HASH`."""
-    return sum(map(int, re.findall(r"^'\S+' \S+ (\d+) ", uris, re.MULTILINE)))
+def bytes_of(uris: str, without: Container[str] = ()) -> int:
+    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_VERSION.deb SIZE HASH`.
+
+    Args:
+        uris: the lines.
+        without: packages that do not count.
+    """
+    files = re.findall(r"^'\S+' ([^\s_]+)\S* (\d+) ", uris, re.MULTILINE)
+    return sum(int(size) for name, size in files if name not in without)
 
 
 def planned(snapshot: int, simulation: str) -> Change:

@@ -100,6 +100,23 @@ def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[
     assert answer["would"][4]["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
 
 
+def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.ash("install", parent, "ash-test-other")
+    system.ash("remove", parent, "ash-test-conf")
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    with system.nothing_changes():
+        one, other = system.ash("--json", "--dry-run", "sync", parent).json["would"]
+    assert one["packages"] == {"added": {}, "removed": {}, "upgraded": {"ash-test-tool": ["1", "2"]}}
+    assert (other["snapshot"], other["changed"]) == (child, True)
+    assert other["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
+    assert other["packages"]["added"] == {"ash-test-other": "1"}
+    assert other["packages"]["removed"] == {"ash-test-conf": "1"}
+    assert other["download"] > one["download"] > 0
+
+
 def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
     process = system.start("tree-upgrade", tree[0], "--jobs", "3")
     time.sleep(2)
