@@ -127,7 +127,7 @@ room=$(df --output=avail -k / | tail -n 1)
             path.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
 
     def packages(self, root: Path) -> dict[str, str]:
-        """Read dpkg's status file."""
+        """Read dpkg's status file; packages of other architectures are named as apt does, such as `libc6:i386`."""
         return {
             package["Package"]: package["Version"]
             for package in known_packages(root)
@@ -145,19 +145,18 @@ room=$(df --output=avail -k / | tail -n 1)
     def has_state(self, root: Path, package: str) -> bool:
         """Whether dpkg's list of the package's files has something in /var/lib."""
         info = database(root) / "dpkg/info"
-        lists = [info / f"{package}.list", *info.glob(f"{package}:*.list")]
+        name, _, architecture = package.partition(":")
+        lists = [info / f"{name}.list", *info.glob(f"{name}:{architecture or '*'}.list")]
         return any("/var/lib/" in path.read_text(errors="replace") for path in lists if path.exists())
 
     def claims(self, root: Path, entry: str) -> set[str]:
         """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
         installed = self.packages(root)
-        claimed = {name for name in installed if name == Path(entry).name}
+        named = {name for name in installed if name.partition(":")[0] == Path(entry).name}
         wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
-        for path in (database(root) / "dpkg/info").glob("*.list"):
-            name = path.stem.partition(":")[0]
-            if name in installed and wanted.search(path.read_text(errors="replace")):
-                claimed.add(name)
-        return claimed
+        return named | {
+            name for name, path in file_lists(root, installed) if wanted.search(path.read_text(errors="replace"))
+        }
 
     def config_files(self, root: Path) -> set[str]:
         """Those of dpkg's status file, and those that ucf keeps."""
@@ -194,7 +193,7 @@ room=$(df --output=avail -k / | tail -n 1)
 
         def moved(path: str, package: str) -> str:
             target, keeper = diverted.get(path, (path, package))
-            return path if package == keeper else target
+            return path if package.partition(":")[0] == keeper else target
 
         names: dict[str, set[str]] = {}  # by folder: to ask for each path would take many times as long
 
@@ -207,18 +206,16 @@ room=$(df --output=avail -k / | tail -n 1)
                     names[folder] = set()
             return name in names[folder]
 
-        for listing in sorted((database(root) / "dpkg/info").glob("*.list")):
-            name = listing.stem.partition(":")[0]
-            if name in installed:
-                files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
-                missing = [line for line in files if not is_there(moved(line, name))]
-                found |= {name: missing} if missing else {}
+        for name, listing in file_lists(root, installed):
+            files = [line for line in listing.read_text(errors="replace").splitlines() if line.startswith("/usr/")]
+            missing = [line for line in files if not is_there(moved(line, name))]
+            found |= {name: missing} if missing else {}
         return found
 
     def automatic(self, root: Path) -> set[str]:
         """Read apt's marks."""
-        marks = paragraphs(database(root) / "apt/extended_states")
-        return {mark.get("Package", "") for mark in marks if mark.get("Auto-Installed") == "1"}
+        marks, foreign = paragraphs(database(root) / "apt/extended_states"), foreign_architectures(root)
+        return {name_of(mark, foreign) for mark in marks if mark.get("Auto-Installed") == "1"}
 
     def archives(self, root: Path) -> str:
         """apt's sources and preferences."""
@@ -282,6 +279,8 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
         """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
+        for architecture in sorted({name.partition(":")[2] for name in missing} - {""}):
+            work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
         automatic = [name for name, needed_only in missing.items() if needed_only]
@@ -355,11 +354,34 @@ def database(root: Path) -> Path:
     return path_inside(root, IN_ROOT_DB)
 
 
+def foreign_architectures(root: Path) -> list[str]:
+    """The architectures beside its own of which a root can have packages."""
+    path = database(root) / "dpkg/arch"  # its first line is the root's own
+    return path.read_text(errors="replace").split()[1:] if path.exists() else []
+
+
+def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:
+    """What apt calls a package, by its fields: its name, with its architecture where that is not the root's own."""
+    name, architecture = package.get("Package", ""), package.get("Architecture", "")
+    return f"{name}:{architecture}" if architecture in foreign else name
+
+
 def known_packages(root: Path) -> Iterator[dict[str, str]]:
-    """What dpkg's status file says of each package, where it says what and how it is."""
+    """What dpkg's status file says of each package, named as apt does, where it says what and how it is."""
+    foreign = foreign_architectures(root)
     for package in paragraphs(database(root) / "dpkg/status"):
         if "Package" in package:
-            yield {"Status": "unknown damaged", "Version": "", **package}
+            yield {"Status": "unknown damaged", "Version": "", **package, "Package": name_of(package, foreign)}
+
+
+def file_lists(root: Path, installed: Container[str]) -> Iterator[tuple[str, Path]]:
+    """The names of installed packages and dpkg's lists of their files, which have the architecture in theirs or not."""
+    foreign = foreign_architectures(root)
+    for path in sorted((database(root) / "dpkg/info").glob("*.list")):
+        name, _, architecture = path.stem.partition(":")
+        others = [f"{name}:{one}" for one in foreign if architecture in ("", one)]
+        names = others if architecture in foreign else [name, *others]
+        yield from ((one, path) for one in names if one in installed)
 
 
 def diversions(root: Path) -> dict[str, tuple[str, str]]:
@@ -385,14 +407,14 @@ def tell_failed_builds(root: Path) -> None:
 
 
 def bytes_of(uris: str, without: Container[str] = ()) -> int:
-    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_VERSION.deb SIZE HASH`.
+    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_1_amd64.deb SIZE HASH`.
 
     Args:
         uris: the lines.
         without: packages that do not count.
     """
-    files = re.findall(r"^'\S+' ([^\s_]+)\S* (\d+) ", uris, re.MULTILINE)
-    return sum(int(size) for name, size in files if name not in without)
+    files = re.findall(r"^'\S+' ([^\s_]+)_\S*_([^\s_.]+)\.\w+ (\d+) ", uris, re.MULTILINE)
+    return sum(int(size) for name, of, size in files if name not in without and f"{name}:{of}" not in without)
 
 
 def planned(snapshot: int, simulation: str) -> Change:

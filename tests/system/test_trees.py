@@ -248,6 +248,22 @@ def test_configuration_of_a_package_that_a_branch_deleted_stays_deleted(system: 
     assert not (system.root(child) / "etc/ash-conf/conf").exists()
 
 
+def test_a_package_of_another_architecture_is_followed_as_such(system: System, archive: Archive, old: int) -> None:
+    native = program("dpkg", "--print-architecture").strip()
+    for architecture in (native, "i386"):
+        archive.add("ash-test-foreign", architecture=architecture)
+    parent = system.clone(old)
+    child = system.branch(parent)
+    system.shell(parent, "dpkg --add-architecture i386")
+    system.ash("refresh", parent)
+    system.ash("install", parent, "ash-test-foreign:i386")
+    system.shell(parent, "apt-mark auto ash-test-foreign:i386")
+    system.ash("force-sync", parent)
+    assert versions(system, [child], "ash-test-foreign:i386") == ["1"]
+    assert versions(system, [child], "ash-test-foreign") == [None]
+    assert "ash-test-foreign:i386" in system.ash("run", child, "apt-mark", "showauto").stdout
+
+
 def test_a_copy_below_another_gets_what_that_had_before(system: System, old: int) -> None:
     parent, other = system.clone(old), system.clone(old)
     time.sleep(2)  # as exact as the history is
