@@ -7192,18 +7192,18 @@ def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
     tree, crew = system.tree(), Crew("upgrading", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
     if not args.dry_run:
-        fetch_once(system, numbers, crew, args.strict)
+        fetch_once(system, numbers, args.strict)
     work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
     branches = crew.run(tree, numbers, lambda n: change(system, n, "upgrading", work, simulate=args.dry_run))
     return concluded(system, args, crew, branches)
 
 
-def fetch_once(system: System, numbers: Sequence[int], crew: Crew, strict: bool) -> None:
-    """Fetch the package lists for a tree, and what several snapshots upgrade alike where they do so at once."""
+def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> None:
+    """Fetch the package lists for a tree, and what it upgrades: a branch that fails drops what it fetched itself."""
     with hushed():
         refresh_once(system, numbers, strict)
         done = set()
-        for number in numbers if crew.jobs > 1 else ():
+        for number in numbers if len(numbers) > 1 else ():
             root = system.layout.rootfs(number)
             state = system.distro.archives(root), json.dumps(system.distro.packages(root))
             if state not in done:
@@ -7255,7 +7255,7 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
     numbers = tree.branch(the_snapshot(system, args))
     live = goes_live(system, args, numbers)
     if upgrades and not args.dry_run:
-        fetch_once(system, numbers, crew, args.strict)
+        fetch_once(system, numbers, args.strict)
 
     def sync(number: int) -> Change:
         parent = tree.parent(number)

@@ -75,6 +75,20 @@ def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[in
     assert not system.remains()
 
 
+def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
+    broken = Archive(tmp_path / "broken")
+    broken.add("ash-test-tool", "3", postinst="exit 1")
+    with broken.served() as url:
+        root = system.clone(old)
+        system.shell(root, use_only(url))
+        one, two = system.branch(root), system.branch(root)
+        answer = system.ash("--json", "tree-upgrade", root, status=FAILED).json
+    assert answer["failed"].keys() == {str(number) for number in (root, one, two)}
+    asked = broken.fetched("")
+    assert len([path for path in asked if path.endswith("InRelease")]) == 1
+    assert len([path for path in asked if path.endswith(".deb")]) == 1
+
+
 def test_without_a_terminal_there_is_only_a_summary(system: System, tree: list[int]) -> None:
     outcome = system.ash("tree-upgrade", tree[0])
     assert outcome.stderr == ""
