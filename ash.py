@@ -1448,7 +1448,7 @@ class Distro:
         raise NotImplementedError
 
     def repair(self, work: Transaction) -> None:
-        """Finish what is half installed, and renew the keyring and the lists."""
+        """Finish what is half installed, and renew the keyring and the lists, each as far as that can be done."""
         raise NotImplementedError
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:

@@ -3,7 +3,7 @@
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from ash import (
     console,
     in_database,
     last_words,
+    one_line,
     path_inside,
     read_text,
 )
@@ -253,16 +254,30 @@ room=$(df --output=avail -k / | tail -n 1)
         self._apt(work, "upgrade", "--with-new-pkgs", *(["--download-only"] if download_only else []))
 
     def repair(self, work: Transaction) -> None:
-        """dpkg's own way, then apt's; then anew the keyring, and what lacks files."""
+        """dpkg's own way, then apt's; then anew what lacks files, and the keyring. What cannot be done is told of."""
         for name in ("lock", "lock-frontend"):
             (database(work.root) / "dpkg" / name).unlink(missing_ok=True)
-        try:
-            work.run(["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force])
-        except PackageError as error:
-            console.say(f"ash: dpkg --configure: {last_words(error.message)}")
-        self._apt(work, "install", "--fix-broken")
-        self.refresh(work)
-        self._apt(work, "install", "--reinstall", "--", self.keyring, *self._lacking(work.root))
+        configure = ["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force]
+        steps: Mapping[str, Callable[[], object]] = {
+            "finish what is half installed": lambda: work.run(configure),
+            "mend dependencies": lambda: self._apt(work, "install", "--fix-broken"),
+            "fetch the package lists": lambda: self.refresh(work),
+            "bring back lost files": lambda: self._reinstall(work, list(self._lacking(work.root))),
+            "renew the keyring": lambda: self._reinstall(work, [self.keyring]),
+        }
+        before, failure = len(self.problems(work.root)), None
+        for what, step in steps.items():
+            try:
+                step()
+            except PackageError as error:
+                failure = error
+                console.say(one_line(f"ash: cannot {what}: {last_words(error.message)}"))
+        if failure and len(self.problems(work.root)) > before:
+            raise failure  # rather as it was than worse
+
+    def _reinstall(self, work: Transaction, packages: Sequence[str]) -> None:
+        if packages:
+            self._apt(work, "install", "--reinstall", "--", *packages)
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
         """By apt-mark, which needs the packages to be known."""
