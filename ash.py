@@ -7843,8 +7843,9 @@ def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
     return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
 
 
+PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
 JOBS = [
-    flag("-j", "--parallel", help="several at a time: as many as there are processors"),
+    PARALLEL,
     Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
 ]
 STRICT = flag("--strict", help="fail where not all archives can be had")
@@ -8199,6 +8200,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         word, after = "help", []
         before = [option for option in before if option not in ("-h", "--help")]
     command = find_command(word)
+    if PARALLEL in command.arguments and not command.rest:
+        require_no_count(after)
     args = parser_of(command).parse_args([*before, *after])
     if command.numbers:
         args.snapshots = args.snapshots or []
@@ -8217,6 +8220,15 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
+
+
+def require_no_count(given: Sequence[str]) -> None:
+    """Raise AshError where a number follows -j: meant as a count, as make has it, it would be taken for a snapshot."""
+    for words in (*given, *map(" ".join, itertools.pairwise(given))):
+        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
+            option, count = found.groups()
+            hint = f"--jobs {count} does; the snapshot stands before {option}"
+            raise AshError(f"{option} takes no number", hint, USAGE)
 
 
 def leading_numbers(given: Sequence[str]) -> list[int]:
