@@ -1454,6 +1454,10 @@ class Distro:
         """The configuration files of all packages, by their paths from the root."""
         raise NotImplementedError
 
+    def files(self, root: Path, folder: str) -> set[str]:
+        """The paths below a folder of a root, from it, that packages brought; what their scripts made is not known."""
+        raise NotImplementedError
+
     def problems(self, root: Path) -> list[str]:
         """What is wrong with the package database of a root; needs no privileges and runs nothing."""
         raise NotImplementedError
@@ -1489,7 +1493,7 @@ class Distro:
         raise NotImplementedError
 
     def repair(self, work: Transaction) -> None:
-        """Finish what is half installed, and renew the keyring and the lists."""
+        """Finish what is half installed, and renew the keyring and the lists, each as far as that can be done."""
         raise NotImplementedError
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
@@ -2243,6 +2247,25 @@ class Change(NamedTuple):
             upgraded={n: (old, after[n]) for n, old in sorted(before.items()) if n in after and after[n] != old},
             **more,
         )
+
+    def then(self, later: Change) -> Change:
+        """It and a later one, as one: of a package that is in both, the later says what becomes of it."""
+        names = later.packages_changed()
+
+        def both(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {**{name: value for name, value in before.items() if name not in names}, **after}
+
+        return later._replace(
+            changed=self.changed or later.changed,
+            added=both(self.added, later.added),
+            removed=both(self.removed, later.removed),
+            upgraded=both(self.upgraded, later.upgraded),
+            download=self.download + later.download,
+        )
+
+    def packages_changed(self) -> set[str]:
+        """The names of all packages that it is about."""
+        return {*self.added, *self.removed, *self.upgraded}
 
     def packages(self) -> dict[str, Any]:
         """The packages alone, as JSON has them."""
@@ -6073,12 +6096,26 @@ class Wishes:
         self.removed: set[str] = set()
 
     @classmethod
-    def of(cls, number: int, history: Iterable[Mapping[str, Any]], without: Container[str] = ()) -> Wishes:
-        """Read them from lines of the history, but for those of some commands; the last word on a package counts."""
+    def of(
+        cls,
+        origins: Mapping[int, int],
+        history: Sequence[Mapping[str, Any]],
+        since: int,
+        without: Container[str] = (),
+    ) -> Wishes:
+        """Read them from the lines of the history from one on; the last word on a package counts.
+
+        Args:
+            origins: of the snapshot, as origins() gives them.
+            history: all of it.
+            since: the first line that counts.
+            without: commands whose lines do not count.
+        """
         wishes = cls()
-        for entry in history:
+        for line, entry in enumerate(history):
+            numbers = [number for number, end in origins.items() if since <= line < end]
             for done in entry.get("changes", [entry]):
-                if done.get("snapshot") == number and entry.get("command") not in without:
+                if done.get("snapshot") in numbers and entry.get("command") not in without:
                     packages = done.get("packages", {})
                     wishes._note(wishes.added, wishes.removed, packages.get("added", {}))
                     wishes._note(wishes.removed, wishes.added, packages.get("removed", {}))
@@ -6090,8 +6127,24 @@ class Wishes:
         opposite.difference_update(names)
 
 
+def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """What a snapshot was before it had its number, nearest first, and the line of the history at which that ended.
+
+    The first is the snapshot itself, which goes on; then what it was copied from, what that was copied from, and so on.
+    """
+    births = {new: (line, old) for line, entry in enumerate(history) for new, old, _ in lines_of_birth([entry])}
+    found = {number: len(history)}
+    while number in births and births[number][1] < number:  # numbers only rise: what leads elsewhere is not ash's
+        line, number = births[number]
+        found[number] = line
+    return found
+
+
 class Following:
     """What a branch is to take over from its parent, to be done in a transaction.
+
+    All that counts is what happened since the two parted: since the branch was made or, where it is a copy of another
+    branch or was put below a stranger, since what they come from was one.
 
     Args:
         system: theirs.
@@ -6104,37 +6157,48 @@ class Following:
         self.parent = parent
         self.number = number
         self.keep = keep
+        self.root = system.layout.rootfs(parent)
 
     def __call__(self, work: Transaction) -> None:
         """Give a transaction on the branch the packages and the new configuration of the parent."""
         history = self.system.history()
-        birth = next((i for i, entry in enumerate(history) if self._is_birth(entry)), None)
-        since = history[birth + 1 :] if birth is not None else history
-        self._follow_packages(work, since)
+        ours, theirs = origins(self.number, history), origins(self.parent, history)
+        parted = next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
+        since = 0 if parted is None else parted + 1
+        own, dropped = Wishes.of(ours, history, since, FOLLOWS), Wishes.of(theirs, history, since)
+        self._follow_packages(work, own, dropped.removed)
         # The history knows seconds: what came in the very second of the birth may have been there before it.
-        self._follow_configuration(work, moment_of(history[birth]) + 1 if birth is not None else 0)
+        self._follow_configuration(work, 0 if parted is None else moment_of(history[parted]) + 1)
 
-    def _is_birth(self, entry: Mapping[str, Any]) -> bool:
-        return any(number == self.number for number, _, _ in lines_of_birth([entry]))
-
-    def _follow_packages(self, work: Transaction, since: Sequence[Mapping[str, Any]]) -> None:
-        distro, root = self.system.distro, self.system.layout.rootfs(self.parent)
-        theirs, ours = distro.packages(root), distro.packages(work.root)
-        own = Wishes.of(self.number, since, FOLLOWS)
-        automatic = distro.automatic(root)
+    def _follow_packages(self, work: Transaction, own: Wishes, dropped: Iterable[str]) -> None:
+        distro = self.system.distro
+        theirs, ours = distro.packages(self.root), distro.packages(work.root)
+        automatic = distro.automatic(self.root)
         missing = {name: name in automatic for name in theirs if name not in ours and name not in own.removed}
-        dropped = Wishes.of(self.parent, since).removed
         unwanted = [name for name in dropped if name in ours and name not in theirs and name not in own.added]
         distro.follow(work, missing, [] if self.keep else sorted(unwanted))
 
-    def _follow_configuration(self, work: Transaction, made: float) -> None:
-        """Take over the files of the parent's /etc that came after the branch was made and that it has not."""
-        theirs, ours = self.system.layout.rootfs(self.parent) / "etc", work.root / "etc"
-        for path in sorted(paths_below(theirs)):
+    def _follow_configuration(self, work: Transaction, parted: float) -> None:
+        """Take over the files of the parent's /etc that are newer than that and that the branch has not.
+
+        What packages brought comes with them alone, and so do links to it. A file of no package that the branch has
+        deleted comes again where the parent has changed it since: nothing tells it from a new one.
+        """
+        theirs, ours = self.root / "etc", work.root / "etc"
+        of_packages = self.system.distro.files(self.root, "etc")
+        for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
             own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
-            is_new = (theirs / path).lstat().st_ctime >= made and not os.path.lexists(ours / path)
-            if is_new and not own_business and has_plain_parents(ours, path):
+            is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
+            if is_new and not own_business and has_plain_parents(ours, path) and not self._dangles(work.root, path):
                 EtcMerge.place(theirs / path, ours / path)
+
+    def _dangles(self, root: Path, path: str) -> bool:
+        """Whether a path of the parent's /etc is a link to what the parent has, and another root has not."""
+        with contextlib.suppress(AshError):  # a circle leads nowhere in both
+            target = path_inside(self.root, f"etc/{path}")
+            here = path_inside(root, str(target.relative_to(self.root)))
+            return (self.root / "etc" / path).is_symlink() and target.exists() and not here.exists()
+        return False
 
 
 def moment_of(entry: Mapping[str, Any]) -> float:
@@ -7343,18 +7407,18 @@ def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
     tree, crew = system.tree(), Crew("upgrading", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
     if not args.dry_run:
-        fetch_once(system, numbers, crew, args.strict)
+        fetch_once(system, numbers, args.strict)
     work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
     branches = crew.run(tree, numbers, lambda n: change(system, n, "upgrading", work, simulate=args.dry_run))
     return concluded(system, args, crew, branches)
 
 
-def fetch_once(system: System, numbers: Sequence[int], crew: Crew, strict: bool) -> None:
-    """Fetch the package lists for a tree, and what several snapshots upgrade alike where they do so at once."""
+def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> None:
+    """Fetch the package lists for a tree, and what it upgrades: a branch that fails drops what it fetched itself."""
     with hushed():
         refresh_once(system, numbers, strict)
         done = set()
-        for number in numbers if crew.jobs > 1 else ():
+        for number in numbers if len(numbers) > 1 else ():
             root = system.layout.rootfs(number)
             state = system.distro.archives(root), json.dumps(system.distro.packages(root))
             if state not in done:
@@ -7406,7 +7470,7 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
     numbers = tree.branch(the_snapshot(system, args))
     live = goes_live(system, args, numbers)
     if upgrades and not args.dry_run:
-        fetch_once(system, numbers, crew, args.strict)
+        fetch_once(system, numbers, args.strict)
 
     def sync(number: int) -> Change:
         parent = tree.parent(number)
@@ -8093,8 +8157,9 @@ def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
     return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
 
 
+PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
 JOBS = [
-    flag("-j", "--parallel", help="several at a time: as many as there are processors"),
+    PARALLEL,
     Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
 ]
 STRICT = flag("--strict", help="fail where not all archives can be had")
@@ -8449,6 +8514,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         word, after = "help", []
         before = [option for option in before if option not in ("-h", "--help")]
     command = find_command(word)
+    if PARALLEL in command.arguments and not command.rest:
+        require_no_count(after)
     args = parser_of(command).parse_args([*before, *after])
     if command.numbers:
         args.snapshots = args.snapshots or []
@@ -8467,6 +8534,15 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
+
+
+def require_no_count(given: Sequence[str]) -> None:
+    """Raise AshError where a number follows -j: meant as a count, as make has it, it would be taken for a snapshot."""
+    for words in (*given, *map(" ".join, itertools.pairwise(given))):
+        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
+            option, count = found.groups()
+            hint = f"--jobs {count} does; the snapshot stands before {option}"
+            raise AshError(f"{option} takes no number", hint, USAGE)
 
 
 def leading_numbers(given: Sequence[str]) -> list[int]:

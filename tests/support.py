@@ -251,15 +251,17 @@ def make_deb(
     name: str,
     version: str = "1",
     *,
+    architecture: str = "all",
     depends: str = "",
     files: Mapping[str, str] | None = None,
     **scripts: str,
 ) -> Path:
     """Build a Debian package; scripts are postinst=, prerm= and so on, in sh. Returns the package file."""
-    source = folder / f"{name}-{version}"
+    source = folder / f"{name}_{version}_{architecture}"
     control = source / "DEBIAN"
     control.mkdir(parents=True)
-    fields = f"Package: {name}\nVersion: {version}\nArchitecture: all\nMaintainer: Nobody <nobody@localhost>\n"
+    fields = f"Package: {name}\nVersion: {version}\nArchitecture: {architecture}\n"
+    fields += "Maintainer: Nobody <nobody@localhost>\n"
     fields += f"Depends: {depends}\n" if depends else ""
     (control / "control").write_text(f"{fields}Description: made by a test\n")
     for script, text in scripts.items():
@@ -268,7 +270,7 @@ def make_deb(
     for path, text in (files or {}).items():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text)
-    package = folder / f"{name}_{version}_all.deb"
+    package = folder / f"{source.name}.deb"
     program("dpkg-deb", "--build", "--root-owner-group", "-Znone", source, package)
     return package
 

@@ -4,7 +4,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from ash import (
     console,
     in_database,
     last_words,
+    one_line,
     path_inside,
     read_text,
 )
@@ -128,7 +129,7 @@ room=$(df --output=avail -k / | tail -n 1)
             path.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
 
     def packages(self, root: Path) -> dict[str, str]:
-        """Read dpkg's status file."""
+        """Read dpkg's status file; packages of other architectures are named as apt does, such as `libc6:i386`."""
         return {
             package["Package"]: package["Version"]
             for package in known_packages(root)
@@ -145,17 +146,18 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether dpkg's list of the package's files has something in /var/lib."""
-        return any("/var/lib/" in path.read_text(errors="replace") for path in file_lists(root).get(package, []))
+        lists = file_lists(root, {package}).get(package, [])
+        return any("/var/lib/" in path.read_text(errors="replace") for path in lists)
 
     def claims(self, root: Path, entry: str) -> set[str]:
         """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
         installed = self.packages(root)
-        claimed = {name for name in installed if name == Path(entry).name}
+        named = {name for name in installed if name.partition(":")[0] == Path(entry).name}
         wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
-        for name, paths in file_lists(root).items():
-            if name in installed and any(wanted.search(path.read_text(errors="replace")) for path in paths):
-                claimed.add(name)
-        return claimed
+        lists = file_lists(root, installed).items()
+        return named | {
+            name for name, paths in lists if any(wanted.search(path.read_text(errors="replace")) for path in paths)
+        }
 
     def config_files(self, root: Path) -> set[str]:
         """Those of dpkg's status file, and those that ucf keeps."""
@@ -166,6 +168,16 @@ room=$(df --output=avail -k / | tail -n 1)
         registry = database(root, "ucf/registry")
         lines = registry.read_text(errors="replace").splitlines() if registry.is_file() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
+
+    def files(self, root: Path, folder: str) -> set[str]:
+        """Those of dpkg's file lists, and those that ucf keeps."""
+        start = f"/{folder}/"
+        lists = [
+            path for path in database(root, "dpkg/info").glob("*.list") if path.is_file() and not path.is_symlink()
+        ]
+        lines = [line for path in lists for line in path.read_text(errors="replace").splitlines()]
+        paths = {line.removeprefix(start) for line in lines if line.startswith(start)}
+        return paths | {path.removeprefix(start[1:]) for path in self.config_files(root) if path.startswith(start[1:])}
 
     def problems(self, root: Path) -> list[str]:
         """Packages that are half there, and files that dpkg believes to be there and that are not."""
@@ -186,7 +198,7 @@ room=$(df --output=avail -k / | tail -n 1)
 
         def moved(path: str, package: str) -> str:
             target, keeper = diverted.get(path, (path, package))
-            return path if package == keeper else target
+            return path if package.partition(":")[0] == keeper else target
 
         # By folder: to ask for each path, or to follow each from the root on, would take many times as long.
         names: dict[str, set[str]] = {}
@@ -206,7 +218,7 @@ room=$(df --output=avail -k / | tail -n 1)
                     names[folder] = set(os.listdir(places[folder]))
             return name in names[folder]
 
-        lists = file_lists(root)
+        lists = file_lists(root, installed)
         for name in sorted(installed):
             lines = [line for path in lists.get(name, []) for line in path.read_text(errors="replace").splitlines()]
             missing = [line for line in lines if line.startswith("/usr/") and not is_there(moved(line, name))]
@@ -216,8 +228,8 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def automatic(self, root: Path) -> set[str]:
         """Read apt's marks."""
-        marks = paragraphs(database(root, "apt/extended_states"))
-        return {mark.get("Package", "") for mark in marks if mark.get("Auto-Installed") == "1"}
+        marks, foreign = paragraphs(database(root, "apt/extended_states")), foreign_architectures(root)
+        return {name_of(mark, foreign) for mark in marks if mark.get("Auto-Installed") == "1"}
 
     def archives(self, root: Path) -> str:
         """apt's sources and preferences."""
@@ -255,16 +267,30 @@ room=$(df --output=avail -k / | tail -n 1)
         self._apt(work, "upgrade", "--with-new-pkgs", *(["--download-only"] if download_only else []))
 
     def repair(self, work: Transaction) -> None:
-        """dpkg's own way, then apt's; then anew the keyring, and what lacks files."""
+        """dpkg's own way, then apt's; then anew what lacks files, and the keyring. What cannot be done is told of."""
         for name in ("lock", "lock-frontend"):
             (database(work.root, "dpkg") / name).unlink(missing_ok=True)
-        try:
-            work.run(["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force])
-        except PackageError as error:
-            console.say(f"ash: dpkg --configure: {last_words(error.message)}")
-        self._apt(work, "install", "--fix-broken")
-        self.refresh(work)
-        self._apt(work, "install", "--reinstall", "--", self.keyring, *self._lacking(work.root))
+        configure = ["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force]
+        steps: Mapping[str, Callable[[], object]] = {
+            "finish what is half installed": lambda: work.run(configure),
+            "mend dependencies": lambda: self._apt(work, "install", "--fix-broken"),
+            "fetch the package lists": lambda: self.refresh(work),
+            "bring back lost files": lambda: self._reinstall(work, list(self._lacking(work.root))),
+            "renew the keyring": lambda: self._reinstall(work, [self.keyring]),
+        }
+        before, failure = len(self.problems(work.root)), None
+        for what, step in steps.items():
+            try:
+                step()
+            except PackageError as error:
+                failure = error
+                console.say(one_line(f"ash: cannot {what}: {last_words(error.message)}"))
+        if failure and len(self.problems(work.root)) > before:
+            raise failure  # rather as it was than worse
+
+    def _reinstall(self, work: Transaction, packages: Sequence[str]) -> None:
+        if packages:
+            self._apt(work, "install", "--reinstall", "--", *packages)
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
         """By apt-mark, which needs the packages to be known."""
@@ -281,6 +307,8 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
         """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
+        for architecture in sorted({name.partition(":")[2] for name in missing} - {""}):
+            work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
         automatic = [name for name, needed_only in missing.items() if needed_only]
@@ -295,10 +323,11 @@ room=$(df --output=avail -k / | tail -n 1)
         try:
             output = work.run([*self.apt_get, *(["--simulate"] if simulates else []), *arguments])
             if simulates:
-                work.change = planned(work.snapshot, output)
-                if work.change.added or work.change.upgraded:
+                plan = planned(work.snapshot, output)
+                if plan.added or plan.upgraded:
                     uris = work.run([*self.apt_get, "--print-uris", *arguments])
-                    work.change = work.change._replace(download=bytes_of(uris))
+                    plan = plan._replace(download=bytes_of(uris, work.change.packages_changed()))
+                work.change = work.change.then(plan)  # several runs make one plan
             elif alters:
                 self._build_modules(work)
         except PackageError as error:
@@ -353,20 +382,40 @@ def database(root: Path, path: str) -> Path:
     return path_inside(root, f"{IN_ROOT_DB}/{path}")
 
 
-def file_lists(root: Path) -> dict[str, list[Path]]:
-    """dpkg's lists of files, by package; links are none: dpkg makes none, and they may lead out of the root."""
-    found: dict[str, list[Path]] = {}
+def file_lists(root: Path, packages: Container[str]) -> dict[str, list[Path]]:
+    """dpkg's lists of the files of some packages, which have the architecture in their names or not.
+
+    Links are none: dpkg makes none, and they may lead out of the root.
+    """
+    foreign, found = foreign_architectures(root), dict[str, list[Path]]()
     for path in sorted(database(root, "dpkg/info").glob("*.list")):
+        name, _, architecture = path.stem.partition(":")
+        others = [f"{name}:{one}" for one in foreign if architecture in ("", one)]
         if path.is_file() and not path.is_symlink():
-            found.setdefault(path.stem.partition(":")[0], []).append(path)
+            for one in others if architecture in foreign else [name, *others]:
+                if one in packages:
+                    found.setdefault(one, []).append(path)
     return found
 
 
+def foreign_architectures(root: Path) -> list[str]:
+    """The architectures beside its own of which a root can have packages."""
+    path = database(root, "dpkg/arch")  # its first line is the root's own
+    return path.read_text(errors="replace").split()[1:] if path.is_file() else []
+
+
+def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:
+    """What apt calls a package, by its fields: its name, with its architecture where that is not the root's own."""
+    name, architecture = package.get("Package", ""), package.get("Architecture", "")
+    return f"{name}:{architecture}" if architecture in foreign else name
+
+
 def known_packages(root: Path) -> Iterator[dict[str, str]]:
-    """What dpkg's status file says of each package, where it says what and how it is."""
+    """What dpkg's status file says of each package, named as apt does, where it says what and how it is."""
+    foreign = foreign_architectures(root)
     for package in paragraphs(database(root, "dpkg/status")):
         if "Package" in package:
-            yield {"Status": "unknown damaged", "Version": "", **package}
+            yield {"Status": "unknown damaged", "Version": "", **package, "Package": name_of(package, foreign)}
 
 
 def diversions(root: Path) -> dict[str, tuple[str, str]]:
@@ -392,9 +441,15 @@ def tell_failed_builds(root: Path) -> None:
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 
-def bytes_of(uris: str) -> int:
-    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' FILE SIZE HASH`."""
-    return sum(map(int, re.findall(r"^'\S+' \S+ (\d+) ", uris, re.MULTILINE)))
+def bytes_of(uris: str, without: Container[str] = ()) -> int:
+    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_1_amd64.deb SIZE HASH`.
+
+    Args:
+        uris: the lines.
+        without: packages that do not count.
+    """
+    files = re.findall(r"^'\S+' ([^\s_]+)_\S*_([^\s_.]+)\.\w+ (\d+) ", uris, re.MULTILINE)
+    return sum(int(size) for name, of, size in files if name not in without and f"{name}:{of}" not in without)
 
 
 def planned(snapshot: int, simulation: str) -> Change:

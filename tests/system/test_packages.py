@@ -154,6 +154,23 @@ def test_a_package_whose_removal_fails_stays(system: System, snapshot: int, tmp_
     assert "ash-stays" in packages(system, snapshot)
 
 
+def test_a_package_of_another_architecture_has_it_in_its_name(system: System, snapshot: int, tmp_path: Path) -> None:
+    name = "ash-foreign:i386"
+    system.shell(snapshot, "dpkg --add-architecture i386")
+    package = make_deb(tmp_path, "ash-foreign", architecture="i386", files={"usr/share/foreign": "x\n"})
+    assert system.ash("--json", "install", snapshot, package).json["packages"]["added"] == {name: "1"}
+    assert packages(system, snapshot)[name] == "1"
+    assert system.ash("--json", "--dry-run", "remove", snapshot, name).json["would"][0]["packages"]["removed"] == {
+        name: "1"
+    }
+    system.ash("hold", snapshot, name)
+    assert system.ash("run", snapshot, "apt-mark", "showhold").stdout == f"{name}\n"
+    system.ash("unhold", snapshot, name)
+    system.shell(snapshot, "rm /usr/share/foreign")
+    assert name in system.ash("fsck", status=FAILED).stdout
+    assert system.ash("--json", "remove", snapshot, name).json["packages"]["removed"] == {name: "1"}
+
+
 def test_edited_configuration_stays_at_an_upgrade(system: System, snapshot: int, tmp_path: Path) -> None:
     for version in ("1", "2"):
         package = make_deb(

@@ -22,6 +22,8 @@ def old(system: System, archive: Archive, url: str) -> int:
     """A snapshot with the old version of a package, when the archive has a new one, with a large file."""
     archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
     archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
+    conf = {"etc/ash-conf/conf": "x\n", "usr/share/ash-conf": "x\n", "DEBIAN/conffiles": "/etc/ash-conf/conf\n"}
+    archive.add("ash-test-conf", "1", files=conf)
     number = system.clone()
     system.shell(number, use_only(url))
     system.ash("refresh", number)
@@ -73,6 +75,20 @@ def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[in
     assert not system.remains()
 
 
+def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
+    broken = Archive(tmp_path / "broken")
+    broken.add("ash-test-tool", "3", postinst="exit 1")
+    with broken.served() as url:
+        root = system.clone(old)
+        system.shell(root, use_only(url))
+        one, two = system.branch(root), system.branch(root)
+        answer = system.ash("--json", "tree-upgrade", root, status=FAILED).json
+    assert answer["failed"].keys() == {str(number) for number in (root, one, two)}
+    asked = broken.fetched("")
+    assert len([path for path in asked if path.endswith("InRelease")]) == 1
+    assert len([path for path in asked if path.endswith(".deb")]) == 1
+
+
 def test_without_a_terminal_there_is_only_a_summary(system: System, tree: list[int]) -> None:
     outcome = system.ash("tree-upgrade", tree[0])
     assert outcome.stderr == ""
@@ -96,6 +112,23 @@ def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[
         answer = system.ash("--json", "--dry-run", "tree-upgrade", tree[0]).json
     assert len(answer["would"]) == 5
     assert answer["would"][4]["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
+
+
+def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.ash("install", parent, "ash-test-other")
+    system.ash("remove", parent, "ash-test-conf")
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    with system.nothing_changes():
+        one, other = system.ash("--json", "--dry-run", "sync", parent).json["would"]
+    assert one["packages"] == {"added": {}, "removed": {}, "upgraded": {"ash-test-tool": ["1", "2"]}}
+    assert (other["snapshot"], other["changed"]) == (child, True)
+    assert other["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
+    assert other["packages"]["added"] == {"ash-test-other": "1"}
+    assert other["packages"]["removed"] == {"ash-test-conf": "1"}
+    assert other["download"] > one["download"] > 0
 
 
 def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
@@ -218,6 +251,76 @@ def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree:
     system.ash("install", tree[0], "ash-test-other")
     system.ash("force-sync", tree[0], "-j")
     assert versions(system, tree, "ash-test-other") == ["1"] * 5
+
+
+def test_files_of_a_package_come_with_it_alone(system: System, old: int) -> None:
+    parent = system.clone(old)
+    child = system.branch(parent)
+    system.ash("install", "--snapshots", parent, child, "-p", "ash-test-conf")
+    system.ash("remove", child, "ash-test-conf", "--purge")
+    system.shell(parent, "echo edited > /etc/ash-conf/conf; ln -s ash-conf/conf /etc/to-conf; ln -s new /etc/a-link")
+    system.shell(parent, "ln -s /usr/share/ash-conf /etc/to-usr; ln -s /run/nothing /etc/to-run; touch /etc/new")
+    system.ash("force-sync", parent)
+    there = {path.name for path in (system.root(child) / "etc").iterdir()}
+    assert there & {"ash-conf", "to-conf", "to-usr", "to-run", "new", "a-link"} == {"to-run", "new", "a-link"}
+
+
+def test_configuration_of_a_package_that_a_branch_deleted_stays_deleted(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.shell(child, "rm /etc/ash-conf/conf")
+    time.sleep(2)  # as exact as the history is
+    system.shell(parent, "echo edited > /etc/ash-conf/conf")
+    system.ash("force-sync", parent)
+    assert not (system.root(child) / "etc/ash-conf/conf").exists()
+
+
+def test_a_package_of_another_architecture_is_followed_as_such(system: System, archive: Archive, old: int) -> None:
+    native = program("dpkg", "--print-architecture").strip()
+    for architecture in (native, "i386"):
+        archive.add("ash-test-foreign", architecture=architecture)
+    parent = system.clone(old)
+    child = system.branch(parent)
+    system.shell(parent, "dpkg --add-architecture i386")
+    system.ash("refresh", parent)
+    system.ash("install", parent, "ash-test-foreign:i386")
+    system.shell(parent, "apt-mark auto ash-test-foreign:i386")
+    system.ash("force-sync", parent)
+    assert versions(system, [child], "ash-test-foreign:i386") == ["1"]
+    assert versions(system, [child], "ash-test-foreign") == [None]
+    assert "ash-test-foreign:i386" in system.ash("run", child, "apt-mark", "showauto").stdout
+
+
+def test_a_copy_below_another_gets_what_that_had_before(system: System, old: int) -> None:
+    parent, other = system.clone(old), system.clone(old)
+    time.sleep(2)  # as exact as the history is
+    system.shell(parent, "echo older > /etc/older")
+    system.ash("install", parent, "ash-test-other")
+    system.ash("remove", other, "ash-test-tool")
+    child = system.ash("--json", "ubranch", parent, other).json["snapshot"]
+    system.ash("force-sync", parent)
+    assert (system.root(child) / "etc/older").read_text() == "older\n"
+    assert versions(system, [child], "ash-test-other") == ["1"]
+    assert versions(system, [child]) == [None], "what the original took out came back"
+
+
+def test_a_copy_of_a_branch_keeps_to_what_that_took_out_and_asked_for(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-conf")
+    child = system.branch(parent)
+    system.ash("remove", child, "ash-test-tool")
+    system.ash("install", child, "ash-test-other")
+    system.ash("install", parent, "ash-test-other")
+    beside = system.ash("--json", "cbranch", child).json["snapshot"]
+    copies = system.ash("--json", "clone-tree", parent).json["copies"]
+    above, below = copies[str(parent)], copies[str(child)]
+    for number in (parent, above):
+        system.ash("remove", number, "ash-test-other", "ash-test-conf")
+        system.ash("force-sync", number)
+    assert versions(system, [child, beside, below]) == [None] * 3
+    assert versions(system, [child, beside, below], "ash-test-other") == ["1"] * 3
+    assert versions(system, [child, beside, below], "ash-test-conf") == [None] * 3
 
 
 def test_files_of_no_archive_stop_one_branch_alone(system: System, tree: list[int], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, MISSING, REFUSED
+from tests.support import DONE, FAILED, MISSING, REFUSED, make_deb
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
@@ -139,6 +139,30 @@ def test_fixdb_finishes_what_is_half_installed(system: System, snapshot: int) ->
     assert system.ash("--json", "fsck", status=FAILED).json["damage"]
     assert system.ash("--json", "fixdb", snapshot, status=DONE).json["changed"] is True
     assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_fixdb_mends_what_it_can_without_a_network(system: System, snapshot: int) -> None:
+    system.shell(snapshot, use_only("http://127.0.0.2:9"))
+    system.shell(snapshot, "sed -i '/^Package: ash-test-tool$/,/^$/s/ok installed/ok unpacked/' /var/lib/dpkg/status")
+    outcome = system.ash("fixdb", snapshot)
+    assert "ash: cannot fetch the package lists: no archive can be had" in outcome.stderr
+    assert f"snapshot {snapshot} changed" in outcome.stdout
+    assert system.ash("--json", "fsck").json["damage"] == []
+    system.shell(snapshot, "rm /usr/share/tool /var/cache/apt/archives/ash-test*")
+    outcome = system.ash("fixdb", snapshot, status=FAILED)
+    assert "still wrong: package ash-test-tool lacks /usr/share/tool" in outcome.stdout
+    assert "Traceback" not in outcome.stderr
+
+
+def test_fixdb_that_would_make_it_worse_changes_nothing(
+    system: System, archive: Archive, snapshot: int, tmp_path: Path
+) -> None:
+    archive.add("ash-test-dependency", postinst="exit 1")
+    system.ash("refresh", snapshot)
+    system.ash("install", snapshot, make_deb(tmp_path, "ash-test-local"))
+    system.shell(snapshot, "sed -i '/^Package: ash-test-local$/a Depends: ash-test-dependency' /var/lib/dpkg/status")
+    with system.nothing_changes():
+        assert "dpkg" in system.ash("fixdb", snapshot, status=FAILED).stderr.splitlines()[-1]
 
 
 def test_the_base_is_changed_by_base_update_alone(system: System, url: str) -> None:

@@ -261,11 +261,21 @@ ON_A_TREE = ["tree-upgrade", "tupgrade", "tup", "tree-update", "sync", "tree-syn
 @pytest.mark.parametrize("command", [*ON_A_TREE, "tree-rmpkg", "tremove", "tree-run", "trun"])
 def test_what_works_on_a_tree_takes_a_number_and_jobs(command: str) -> None:
     words = {"tree-rmpkg": " hello", "tremove": " hello", "tree-run": " true", "trun": " true"}.get(command, "")
-    for line in (f"{command} -j 3{words}", f"{command} --parallel --snap 3{words}"):
+    first = f"{command} -j 3{words}" if command in ("tree-run", "trun") else f"{command} 3{words} -j"
+    for line in (first, f"{command} --parallel --snap 3{words}"):
         args = parsed(line)
         assert (args.snapshots, args.words, args.parallel) == ([3], words.split(), True)
     args = parsed(f"{command} --jobs 4 3{words}")
     assert (args.snapshots, args.jobs) == ([3], 4)
+
+
+@pytest.mark.parametrize("command", [*ON_A_TREE, "tree-rmpkg", "tremove"])
+@pytest.mark.parametrize("option", ["-j 4", "-j4", "--parallel 4", "--parallel=4"])
+def test_a_count_of_jobs_is_not_taken_for_a_snapshot(command: str, option: str) -> None:
+    for line in (f"{command} {option}", f"{command} 3 {option}", f"{command} {option} 3"):
+        error = refused(line)
+        assert "takes no number" in error.message
+        assert "--jobs 4" in error.hint
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,29 @@ def test_packages_are_those_that_are_installed(root: Path) -> None:
     assert Debian().packages(root) == {"hello": "2.10-5", "libc6": "2:41-1"}
 
 
+def test_packages_of_other_architectures_have_them_in_their_names(root: Path) -> None:
+    database = root / "usr/share/ash/db"
+    (database / "dpkg/arch").write_text("amd64\ni386\n")
+    names = [("one", "amd64"), ("one", "i386"), ("two", "i386"), ("three", "all")]
+    status = [f"Package: {n}\nStatus: install ok installed\nArchitecture: {a}\nVersion: 1\n" for n, a in names]
+    (database / "dpkg/status").write_text("\n".join(status))
+    marks = [f"Package: {n}\nArchitecture: {a}\nAuto-Installed: 1\n" for n, a in names[1:3]]
+    (database / "apt/extended_states").write_text("\n".join(marks))
+    (database / "dpkg/info").mkdir()
+    for name, path in {"one:amd64": "a", "one:i386": "b", "two": "c", "three": "d", "four": "e"}.items():
+        (database / f"dpkg/info/{name}.list").write_text(f"/usr/{path}\n/var/lib/{path}\n")
+    debian = Debian()
+    assert debian.packages(root).keys() == {"one", "one:i386", "two:i386", "three"}
+    assert debian.automatic(root) == {"one:i386", "two:i386"}
+    claims = {path: debian.claims(root, f"lib/{path}") for path in ("a", "b", "c", "d", "e")}
+    assert claims == {"a": {"one"}, "b": {"one:i386"}, "c": {"two:i386"}, "d": {"three"}, "e": set()}
+    assert debian.claims(root, "lib/two") == {"two:i386"}
+    assert {line.split()[1] for line in debian.problems(root)} == {"one", "one:i386", "two:i386", "three"}
+    assert debian.has_state(root, "two:i386")
+    (database / "dpkg/info/one:i386.list").write_text("")
+    assert not debian.has_state(root, "one:i386")
+
+
 def test_a_root_without_dpkg_has_no_packages(tmp_path: Path) -> None:
     assert Debian().packages(tmp_path) == {}
 
@@ -79,6 +102,7 @@ def test_a_simulation_says_what_would_change() -> None:
     assert change.removed == {"sl": "5.02-1", "old-config": "1.0"}
     assert change.upgraded == {"libc6": ("2.40-1", "2.41-1")}
     assert bytes_of(URIS) == 3000
+    assert bytes_of(URIS, {"hello"}) == bytes_of(URIS, {"hello:amd64"}) == 2000
 
 
 def test_a_simulation_that_does_nothing_is_no_change() -> None:
