@@ -307,7 +307,7 @@ def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
     history = system.history()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert all(ash.moment_of(entry) <= 2**38 for entry in history)
-        ash.Wishes.of(5, history, ash.FOLLOWS)
+        ash.Wishes.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
         mender = ash.Mender(system)
         for mend in (partial(mender.describe, 7), mender.raise_last):
             mend()
