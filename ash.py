@@ -4776,6 +4776,7 @@ class LiveTransaction(Transaction):
                 etc = place.put(self.slot, place.before, self.root)
                 merge = place.merge_into_var(intent)
                 services.start(found.paths)
+                sync_filesystem(self.layout.snapshots)
                 place.conclude(intent)
         except BaseException as error:
             place.recover(self.system.tree())

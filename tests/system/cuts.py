@@ -27,6 +27,8 @@ SHELL = ["sh", "-ec", SCRIPT]
 
 OF_DEB = {"usr/mark": "new\n", "etc/mark-deb": "new\n", "var/lib/mark-deb/x": "new\n"}
 
+IN_DEPLOYMENT = "[ ! -e /usr/share/ash/snap ] || echo new > /var/lib/mark-deb/live"
+
 # Each command that changes something, as it is cut: its arguments (DEB is a package file). A name may have a number
 # after it, where a command is cut in several ways.
 COMMANDS: dict[str, list[str]] = {
@@ -133,6 +135,7 @@ class Tried:
             for path in self.before.var.keys() | self.after.var.keys() | view.var.keys():
                 assert view.var.get(path) in (self.before.var.get(path), self.after.var.get(path)), where
             assert view.running in (self.before.running, self.after.running), where
+            assert view.running == self.before.running or view.var == self.after.var, where  # it has its data
         else:
             assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
@@ -156,7 +159,7 @@ class Scene:
         self.folder = folder
         self.image = folder / "scene.img"
         program("cp", "--sparse=always", image, self.image)
-        self.deb = make_deb(folder, "ash-test-cut", files=OF_DEB)
+        self.deb = make_deb(folder, "ash-test-cut", files=OF_DEB, postinst=IN_DEPLOYMENT)
         self.profile = folder / "profile"
         self.profile.write_text("[packages]\nash-test-cut\n[commands]\necho new > /etc/mark\n")
         disk = Disk(self.image)
