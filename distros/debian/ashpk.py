@@ -145,7 +145,9 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether dpkg's list of the package's files has something in /var/lib."""
-        return any("/var/lib/" in path.read_text(errors="replace") for path in file_lists(root).get(package, []))
+        info = database(root, "dpkg/info")
+        lists = filter(is_plain_file, (info / f"{package}.list", *info.glob(f"{package}:*.list")))
+        return any("/var/lib/" in path.read_text(errors="replace") for path in lists)
 
     def claims(self, root: Path, entry: str) -> set[str]:
         """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
@@ -354,12 +356,16 @@ def database(root: Path, path: str) -> Path:
 
 
 def file_lists(root: Path) -> dict[str, list[Path]]:
-    """dpkg's lists of files, by package; links are none: dpkg makes none, and they may lead out of the root."""
+    """dpkg's lists of files, by package."""
     found: dict[str, list[Path]] = {}
-    for path in sorted(database(root, "dpkg/info").glob("*.list")):
-        if path.is_file() and not path.is_symlink():
-            found.setdefault(path.stem.partition(":")[0], []).append(path)
+    for path in filter(is_plain_file, sorted(database(root, "dpkg/info").glob("*.list"))):
+        found.setdefault(path.stem.partition(":")[0], []).append(path)
     return found
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a path is a file and no link: dpkg makes none, and they may lead out of the root."""
+    return path.is_file() and not path.is_symlink()
 
 
 def known_packages(root: Path) -> Iterator[dict[str, str]]:
