@@ -5291,7 +5291,7 @@ def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, 
     for entry in history:
         if entry.get("result") == "done" and is_number(entry.get("from")):
             copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
-            for old, new in copies.items():
+            for old, new in copies.items() if isinstance(copies, dict) else ():
                 original = to_number(old)
                 if original is not None and is_number(new):
                     yield new, original, entry
@@ -6465,7 +6465,6 @@ HISTORY_SHAPE = {
     "time?": str,
     "user?": is_number,
     "command?": str,
-    "copies?": dict,
     "arguments?": list,
     "snapshots?": [is_number],
     "result?": str,
