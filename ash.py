@@ -6654,7 +6654,6 @@ HISTORY_SHAPE = {
     "time?": str,
     "user?": is_number,
     "command?": str,
-    "copies?": dict,
     "arguments?": list,
     "snapshots?": [is_number],
     "result?": str,

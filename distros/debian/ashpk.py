@@ -383,18 +383,14 @@ def database(root: Path, path: str) -> Path:
 
 
 def file_lists(root: Path, packages: Container[str]) -> dict[str, list[Path]]:
-    """dpkg's lists of the files of some packages, which have the architecture in their names or not.
-
-    Links are none: dpkg makes none, and they may lead out of the root.
-    """
+    """dpkg's lists of the files of some packages, which have the architecture in their names or not."""
     foreign, found = foreign_architectures(root), dict[str, list[Path]]()
-    for path in sorted(database(root, "dpkg/info").glob("*.list")):
+    for path in filter(is_plain_file, sorted(database(root, "dpkg/info").glob("*.list"))):
         name, _, architecture = path.stem.partition(":")
         others = [f"{name}:{one}" for one in foreign if architecture in ("", one)]
-        if path.is_file() and not path.is_symlink():
-            for one in others if architecture in foreign else [name, *others]:
-                if one in packages:
-                    found.setdefault(one, []).append(path)
+        for one in others if architecture in foreign else [name, *others]:
+            if one in packages:
+                found.setdefault(one, []).append(path)
     return found
 
 
@@ -408,6 +404,11 @@ def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:
     """What apt calls a package, by its fields: its name, with its architecture where that is not the root's own."""
     name, architecture = package.get("Package", ""), package.get("Architecture", "")
     return f"{name}:{architecture}" if architecture in foreign else name
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a path is a file and no link: dpkg makes none, and they may lead out of the root."""
+    return path.is_file() and not path.is_symlink()
 
 
 def known_packages(root: Path) -> Iterator[dict[str, str]]:

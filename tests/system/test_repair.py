@@ -329,22 +329,6 @@ def test_what_a_damaged_note_of_the_running_system_was_about_is_kept(system: Sys
     assert not system.remains()
 
 
-def test_of_several_changes_of_a_snapshot_what_was_before_the_first_is_kept(system: System) -> None:
-    number = system.clone()
-    copyright_file = "usr/share/doc/less/copyright"
-    for folder in (system.root(number) / "etc", system.files.etc(number)):
-        with opened(system.root(number) if folder.name == "etc" else folder), (folder / "passwd").open("a") as passwd:
-            passwd.write("six:x:880:880::/:\nseven:x:880:880::/:\n")
-    with opened(system.root(number)):
-        (system.root(number) / copyright_file).unlink()
-    lost = mended(system, "seven and six share the number 880 in passwd", number)
-    assert (system.root(number) / copyright_file).exists()
-    states = [system.files.undo(number), *lost.glob(f"rootfs/undo-{number}")]
-    before = [root for root in states if not (root / copyright_file).exists()]
-    assert any("seven:x:880:" in (root / "etc/passwd").read_text() for root in before), states
-    system.ash("-y", "del", number)
-
-
 def test_what_was_interrupted_is_finished_or_set_aside(system: System, snapshot: int) -> None:
     work = system.files.state / f"work/{snapshot}"
     (work / "intent").write_text(json.dumps({"state": "open"}))
@@ -428,6 +412,22 @@ def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(syst
     assert (system.root(number) / "usr/of-five").stat().st_uid == 871
     system.ash("undo", number)
     assert (system.root(number) / "usr/of-five").stat().st_uid == 870
+    system.ash("-y", "del", number)
+
+
+def test_of_several_changes_of_a_snapshot_what_was_before_the_first_is_kept(system: System) -> None:
+    number = system.clone()
+    copyright_file = "usr/share/doc/less/copyright"
+    for folder in (system.root(number) / "etc", system.files.etc(number)):
+        with opened(system.root(number) if folder.name == "etc" else folder), (folder / "passwd").open("a") as passwd:
+            passwd.write("six:x:880:880::/:\nseven:x:880:880::/:\n")
+    with opened(system.root(number)):
+        (system.root(number) / copyright_file).unlink()
+    lost = mended(system, "seven and six share the number 880 in passwd", number)
+    assert (system.root(number) / copyright_file).exists()
+    states = [system.files.undo(number), *lost.glob(f"rootfs/undo-{number}")]
+    before = [root for root in states if not (root / copyright_file).exists()]
+    assert any("seven:x:880:" in (root / "etc/passwd").read_text() for root in before), states
     system.ash("-y", "del", number)
 
 

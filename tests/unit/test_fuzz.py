@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Damaged and hostile small files and command lines: read as they should be, or one clear line; never a traceback."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -509,6 +510,14 @@ VALUES = [
 ARGUMENTS = st.lists(st.sampled_from(WORDS) | st.sampled_from(OPTIONS) | st.sampled_from(VALUES), max_size=6)
 
 
+@st.composite
+def likely_lines(draw: st.DrawFn) -> list[str]:
+    """A command with what it takes, more or less: most of those that are about nothing but looking are done."""
+    command = draw(st.sampled_from([command for command in ash.COMMANDS if not command.changes]))
+    own = [option for argument in (*command.arguments, *ash.GLOBAL_OPTIONS) for option in argument.flags]
+    return [command.name, *draw(st.lists(st.sampled_from(["0", "0", "5", "x"]) | st.sampled_from(own), max_size=2))]
+
+
 def ended(argv: list[str]) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of ash on a machine that it does not manage."""
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
@@ -535,10 +544,33 @@ def nothing_is_managed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ash.console, "quiet", False)
 
 
-@given(argv=ARGUMENTS | st.lists(st.text(max_size=6), max_size=4))
+@pytest.fixture
+def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a small system, which each line finds that says that it changes nothing."""
+    system = system_in(tmp_path)
+    system.layout.description(0).write_text("base\n")
+    system.layout.last.write_text("0\n")
+    system.layout.history.write_text(f"{json.dumps(ENTRY)}\n")
+
+    def looked_at(_: argparse.Namespace, changes: bool) -> System:
+        if changes:
+            raise AshError("this system is only looked at")
+        return system
+
+    monkeypatch.setattr(System, "open", looked_at)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@given(argv=likely_lines() | ARGUMENTS | st.lists(st.text(max_size=6), max_size=4))
 @FUZZ
-def test_a_command_line(argv: list[str], nothing_is_managed: None) -> None:
+def test_a_command_line(argv: list[str], only_looked_at: Path) -> None:
+    before = contents(only_looked_at)
     status, out, err = ended(argv)
+    assert contents(only_looked_at) == before
     assert 0 <= status <= 255
     if status:
         assert len(err.rstrip("\n").split("\n")) == 1, err
