@@ -7488,7 +7488,8 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
     branches = crew.run(tree, numbers, sync)
     booted, above = system.current, tree.parent(system.current) if live and system.current is not None else None
     done = None
-    if live and booted in numbers and above in numbers and above is not None:
+    worked = {branch.number for branch in branches if not branch.error}
+    if live and booted in worked and above in numbers and above is not None:
         done = change_live(system, "synchronizing", Following(system, above, booted, args.keep))
     return concluded(system, args, crew, branches, done)
 

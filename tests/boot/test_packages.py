@@ -117,6 +117,13 @@ def opens_itself(machine: Machine) -> None:
     refused(machine, "ash fsck", "foreign mount")
     said(machine, "ash fsck --repair && ! findmnt /.snapshots/rootfs/snapshot-2/mnt")
 
+    menu = said(machine, "cat /.snapshots/ash/menu")
+    refused(machine, "printf 'touch /etc/dropped\\nexit 3\\n' | ash hollow 3", "snapshot 3 is as it was")
+    said(machine, "(sleep 600 | ash hollow 3) > /dev/null 2>&1 & sleep 3")
+    refused(machine, "ash hollow 3 < /dev/null", "locked by pid")
+    said(machine, "pkill -9 -f 'sys.argv.*hollow'; pkill sleep; sleep 1; ash tmp")
+    said(machine, "! test -e /.snapshots/rootfs/snapshot-3/etc/dropped && ! ls /.snapshots/rootfs | grep chr")
+    assert said(machine, "cat /.snapshots/ash/menu") == menu, "nothing is deployed"
     said(machine, "printf 'cp /run/ash/running/etc/hostname /etc/from-running\\n' | ash hollow 3")
     starts_next(machine, 3)
     assert said(machine, "cat /.snapshots/rootfs/snapshot-3/etc/from-running") == said(machine, "hostname")

@@ -197,6 +197,25 @@ def test_a_branch_that_runs_follows_its_parent_at_once(machine: Machine, tmp_pat
     assert (machine.system.root(branch) / "usr/share/ash-test/new").exists()
 
 
+def test_the_running_system_gets_nothing_that_its_snapshot_did_not_get(machine: Machine, tmp_path: Path) -> None:
+    parent = machine.system.clone()
+    branch = machine.system.branch(parent)
+    machine.system.shell(parent, "touch /usr/share/is-parent")
+    machine.deploy(branch, "--fresh-etc")
+    machine.boot()
+    archive = Archive(tmp_path / "archive")
+    not_in_branch = "[ -e /usr/share/is-parent ] || [ -e /usr/share/ash/snap ] || exit 1"  # but where it runs
+    archive.add("ash-test-odd", files={"usr/share/ash-test/odd": "new"}, postinst=not_in_branch)
+    with archive.served() as url:
+        machine.system.shell(parent, use_only(url))
+        machine.system.ash("refresh", parent)
+        machine.system.ash("install", parent, "ash-test-odd")
+        answer = machine.running("force-sync", parent, status=FAILED)
+    assert [*answer["failed"]] == [str(branch)]
+    assert not (machine.system.root(branch) / "usr/share/ash-test/odd").exists()
+    assert not (machine.system.root(machine.slot) / "usr/share/ash-test/odd").exists()
+
+
 def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path: Path) -> None:
     slot, number = machine.system.root(machine.slot), machine.system.clone()
     before = everything_below(slot / "usr")
