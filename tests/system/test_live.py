@@ -201,13 +201,14 @@ def test_the_running_system_gets_nothing_that_its_snapshot_did_not_get(machine: 
     parent = machine.system.clone()
     branch = machine.system.branch(parent)
     machine.system.shell(parent, "touch /usr/share/is-parent")
-    machine.deploy(branch, "--fresh-etc")
-    machine.boot()
     archive = Archive(tmp_path / "archive")
     not_in_branch = "[ -e /usr/share/is-parent ] || [ -e /usr/share/ash/snap ] || exit 1"  # but where it runs
     archive.add("ash-test-odd", files={"usr/share/ash-test/odd": "new"}, postinst=not_in_branch)
     with archive.served() as url:
-        machine.system.shell(parent, use_only(url))
+        for number in (parent, branch):
+            machine.system.shell(number, use_only(url))
+        machine.deploy(branch, "--fresh-etc")
+        machine.boot()
         machine.system.ash("refresh", parent)
         machine.system.ash("install", parent, "ash-test-odd")
         answer = machine.running("force-sync", parent, status=FAILED)
