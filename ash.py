@@ -2017,6 +2017,20 @@ def copy_file(source: Path, target: Path) -> None:
             give_attributes(source, status, made)
 
 
+def rewrite(path: Path, text: str) -> None:
+    """Give a file another text; where there is one it stays whole meanwhile, and has its owner and mode."""
+    if path.is_symlink() or not path.exists():
+        write_text(path, text)
+        return
+    beside = path.with_name(".ash-new")
+    remove_tree(beside)
+    copy_file(path, beside)
+    write_text(beside, text)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    rename(beside, path)
+
+
 def copy_content(old: BinaryIO, new: BinaryIO) -> None:
     """Copy an open file into a new one; by reflink where the file system can, else written through."""
     try:
@@ -3450,7 +3464,7 @@ class EtcMerge:
             return
         if ours == before:
             mutable = [f"{line}\n" for line in lines_of(texts[0]) if line.startswith(MUTABLE_FOLDERS)]
-            write_text(own, self.own_fstab(texts[1]) + "".join(mutable))
+            rewrite(own, self.own_fstab(texts[1]) + "".join(mutable))
             self.carried.append("fstab")
         else:
             self._keep_aside("fstab")
@@ -3459,7 +3473,7 @@ class EtcMerge:
         was, now, own = (read_text(folder / path) for folder in (self.base, self.running, self.target))
         merged, conflicts = merge_accounts(path, was, now, own)
         if merged != own:
-            write_text(self.target / path, merged)
+            rewrite(self.target / path, merged)
             self.carried.append(path)
         if conflicts:
             self._keep_aside(path)

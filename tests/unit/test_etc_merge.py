@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The three-way merge of /etc: whatever either side did is in the result, or is named as a conflict."""
 
+import errno
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ash
 from ash import ACCOUNT_FILES, EtcMerge, etc_drift, merge_accounts, merge_columns
 
 pytestmark = pytest.mark.budget(20)
@@ -425,3 +427,24 @@ def test_no_file_of_either_side_is_lost_silently(
         if now == was and theirs == was:
             assert result.get(path) == was, f"{path} was changed by nobody"
     shutil.rmtree(top)
+
+
+def test_a_file_that_gets_another_text_is_whole_wherever_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passwd = tmp_path / "passwd"
+    passwd.write_text("root:x:0:0::/root:/bin/sh\n")
+    passwd.chmod(0o604)
+
+    def torn(path: Path, text: str) -> None:
+        path.write_text(text[:4])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ash, "write_text", torn)
+        with pytest.raises(OSError, match="No space"):
+            ash.rewrite(passwd, "new\n")
+    assert passwd.read_text() == "root:x:0:0::/root:/bin/sh\n"
+    ash.rewrite(passwd, "new\n")
+    assert (passwd.read_text(), passwd.stat().st_mode & 0o777) == ("new\n", 0o604)
+    assert [path.name for path in tmp_path.iterdir()] == ["passwd"]
