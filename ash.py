@@ -6384,6 +6384,9 @@ def fetch_signed(url: str, keyring: Path, folder: Path) -> Path:
     return new
 
 
+LAST_LINE = "    sys.exit(main())\n"  # of every executable
+
+
 def try_out(system: System, new: Path, where: Sequence[str]) -> str:
     """Start a new executable, away from the old one, with the libraries that it would have; returns its version.
 
@@ -6395,6 +6398,8 @@ def try_out(system: System, new: Path, where: Sequence[str]) -> str:
     Raises:
         AshError: it does not start, or serves another distribution.
     """
+    if not read_text(new).endswith(LAST_LINE):  # what is cut where a function ends would start all the same
+        raise AshError("the new ash does not start: it lacks its end", "nothing is changed")
     lib = new.with_name("lib")
     lib.mkdir()
     for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:

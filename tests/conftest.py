@@ -18,8 +18,10 @@ BUDGETS: dict[str, float] = {}
 TIMES: defaultdict[str, float] = defaultdict(float)
 CUTS: defaultdict[str, int] = defaultdict(int)
 
-# A shell that starts the tests in the background has Ctrl-C ignored, and so it would be in all that they start.
+# A shell that starts the tests in the background has Ctrl-C ignored, and nohup hang-ups: and so it would be in all that
+# they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long an example takes says more of the machine than of ash.
 settings.register_profile("ash", deadline=None)

@@ -538,9 +538,11 @@ def test_one_that_does_not_start_is_refused(place: Place, text: str) -> None:
         place.publish(text)
 
 
-def test_one_that_lacks_its_end_is_refused(place: Place) -> None:
+@pytest.mark.parametrize("where", [-20_000, -40, "\n\n\ndef database("])
+def test_one_that_lacks_its_end_is_refused(place: Place, where: int | str) -> None:
+    text = executable(NEW)
     with place.refused("the new ash does not start: "):
-        place.publish(executable(NEW)[:-20_000])
+        place.publish(text[: text.index(where) if isinstance(where, str) else where])
 
 
 def test_the_old_one_is_not_taken_for_the_new(place: Place) -> None:
