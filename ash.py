@@ -2393,7 +2393,7 @@ class Workplace:
             self.drop()
             return
         if intent is None:
-            if self.root.exists():
+            if self.leftovers():  # a power cut brought back what was deleted, and not the intent file
                 self.drop()
         elif intent.state == "kept" and not drop_kept:
             n = self.snapshot
@@ -4570,7 +4570,7 @@ class System:
         found, in_the_way = [], []
         places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
-            if not (place.folder / "intent").exists() or (not drop_kept and state_of_work(place.folder) == "kept"):
+            if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
                 continue
             try:
                 with self.lock(place.name):
@@ -5820,6 +5820,7 @@ class Check:
             yield Damage(error.message, None, remedy, self.mender.rebuild_tree)
             return
         yield from self._leftovers()
+        yield from self._left_of_live()
         for number in numbers:
             yield from self._snapshot(number)
         yield from self._strays(numbers)
@@ -5939,7 +5940,8 @@ class Check:
                     if (folder / "intent").exists():
                         yield Damage(what, None, "do it", finish)
         for number, folder in numbered(self.layout.work(""), "").items():
-            if not os.path.lexists(folder / "intent") and not self.layout.working_copy(number).exists():
+            place = self.system.workplace(number)
+            if not place.leftovers():
                 continue
             mend = partial(self.mender.finish, number)
             with (
@@ -5954,9 +5956,17 @@ class Check:
                 if intent is not None and intent.state != "kept":
                     what = "an interrupted change waits to be finished or undone"
                     yield Damage(what, number, "finish or undo it", mend)
-                elif intent is None and self.layout.working_copy(number).exists():
-                    what = f"{self.layout.working_copy(number).name} is left of a transaction"
+                elif intent is None and (left := place.leftovers()):
+                    what = f"{left[0].relative_to(self.layout.snapshots)} is left of a transaction"
                     yield Damage(what, number, "set it aside", mend)
+
+    def _left_of_live(self) -> Iterator[Damage]:
+        live = LivePlace(self.layout, self.system.distro, BASE)
+        if live.leftovers() and not (live.folder / "intent").exists():
+            with contextlib.suppress(AshError), self._alone(Lock(live.folder / "lock", "")):
+                if left := live.leftovers():
+                    what = f"{left[0].relative_to(self.layout.snapshots)} is left of a change of the running system"
+                    yield Damage(what, None, "delete it", self.mender.put_back)
 
     def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
         remedy = "make it anew from the snapshots"

@@ -418,7 +418,8 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
     """
     rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]
     with disk.files() as files:
-        assert not [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
+        forgotten = [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
+        assert not forgotten, f"{disk.image.name}: {forgotten}"
         assert not [*files.snapshots.glob("rootfs/*/etc.ash-new"), *files.snapshots.glob("rootfs/view*")]
         left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
         assert not left, left

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ash import Layout, delete_subvolume, readonly_view
-from tests.support import ASH, DONE, REFUSED, program
+from tests.support import ASH, DONE, FAILED, REFUSED, program
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -215,3 +215,14 @@ def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, 
     assert ended.returncode == -signal.SIGKILL
     machine.system.ash("recover")
     assert [path.name for path in machine.next_etc.parent.glob("etc*")] == ["etc"]
+
+
+@pytest.mark.parametrize("name", ["live/before", "live/var", "{0}/var"])
+def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, snapshot: int, name: str) -> None:
+    forgotten = system.files.state / "work" / name.format(snapshot)
+    forgotten.parent.mkdir(exist_ok=True)
+    program("btrfs", "subvolume", "create", forgotten)
+    assert f"{name.format(snapshot)} is left of a" in system.ash("fsck", status=FAILED).stdout
+    system.ash("recover")
+    assert not forgotten.exists()
+    system.is_sound()
