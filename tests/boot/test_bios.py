@@ -8,7 +8,7 @@ from tests.boot.checks import is_healthy, is_immutable, new_snapshot, online, ru
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(660)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(760)]
 
 SERVICE = "[Service]\nType=oneshot\nExecStart=touch /run/it-ran\n[Install]\nWantedBy=multi-user.target\n"
 NAMESERVER = "nameserver 192.0.2.53"

@@ -8,7 +8,7 @@ from tests.boot.checks import runs_snapshot, said
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(240)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(280)]
 
 
 def test_siblings_with_different_kernels_start_in_turn(disk: Disk, boot: Boot) -> None:

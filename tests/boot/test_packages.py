@@ -12,7 +12,7 @@ from tests.boot.checks import refused, runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(600)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(720)]
 
 UNIT = """\
 [Service]

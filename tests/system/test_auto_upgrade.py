@@ -12,7 +12,7 @@ from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, USAGE, program
 from tests.system.lab import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(190)]
 
 
 @pytest.fixture

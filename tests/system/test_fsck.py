@@ -11,7 +11,7 @@ from tests.support import FAILED, make_deb, program
 from tests.system.container import Container
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(80)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from tests.archive import Archive, use_only
 from tests.support import CHECKOUT, FAILED, MISSING, USAGE
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(70)]
 
 PROFILE = """\
 # of a test

@@ -15,7 +15,7 @@ from ash import read_numbers
 from tests.support import FAILED, make_deb, program
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(130)]
 
 
 @pytest.fixture(scope="module")
