@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self
 
@@ -1415,6 +1415,8 @@ class Distro:
     # Entries of /var that are caches or lists (the newest file wins), and logs (what was appended is appended).
     caches: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
+    # The packages that were fetched, below /var, as a pattern: whole ones, that the package manager looks at again.
+    downloads: ClassVar[str] = ""
     # In the root, by their path from it, as long as a program runs in a transaction.
     transient: ClassVar[Mapping[str, TransientFile]] = {}
     # Added to the environment of what runs in a transaction.
@@ -1509,6 +1511,10 @@ class Distro:
 
         An unwanted package that another needs stays.
         """
+        raise NotImplementedError
+
+    def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Fetch what installing these packages would need."""
         raise NotImplementedError
 
 
@@ -2163,6 +2169,14 @@ class VarMerge:
             make_private_folder(self.conflicts)
             self._place(changed, self.conflicts / entry)
 
+    def add_files(self, pattern: str) -> None:
+        """Put the new plain files that a pattern of one folder tells of in place, and nothing else."""
+        if all(has_plain_parents(folder, pattern) for folder in (self.upper, self.live)):
+            for changed in sorted(self.upper.glob(pattern)):
+                live = self.live / changed.relative_to(self.upper)
+                if stat.S_ISREG(changed.lstat().st_mode) and not os.path.lexists(live):
+                    self._place(changed, live)
+
     def _is_open(self, live: Path) -> bool:
         if self._opened is None:
             self._opened = open_inodes()
@@ -2214,8 +2228,6 @@ class VarMerge:
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
-        import shutil
-
         if is_whiteout(changed):
             return
         if not os.path.lexists(live):
@@ -2225,11 +2237,14 @@ class VarMerge:
                 self._append(changed / name, live / name, origin / name)
         elif stat.S_ISREG(live.lstat().st_mode):
             known = origin.lstat().st_size if os.path.lexists(origin) else 0
-            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
-            with changed.open("rb") as ours, os.fdopen(os.open(live, flags), "ab") as log:
-                ours.seek(min(known, changed.stat().st_size))
-                about_to(f"append to {live.name}")
-                shutil.copyfileobj(ours, log)
+            flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
+            with changed.open("rb") as ours, os.fdopen(os.open(live, flags), "r+b") as log:
+                for file in (ours, log):
+                    file.seek(min(known, os.fstat(file.fileno()).st_size))
+                added = ours.read()
+                if added not in log.read():  # as it is where this was interrupted before it was noted
+                    about_to(f"append to {live.name}")
+                    log.write(added)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2639,7 +2654,10 @@ class Transaction:
                 sync_filesystem(self.layout.snapshots)  # what ran in there has synced nothing
                 self.intent._replace(state="kept").save(self.place.folder)
             elif error is not None or self.simulate:
-                self.place.drop()
+                try:
+                    self._keep_downloads()
+                finally:
+                    self.place.drop()
             else:
                 with signals_held():
                     self._commit()
@@ -2736,6 +2754,13 @@ class Transaction:
             raise
         merge = self.place.finish(intent)
         self.change = self._made(found, merge)
+
+    def _keep_downloads(self) -> None:
+        """Bring the packages that were fetched into the live /var, where there is room: the next try has them then."""
+        if free_space(self.layout.snapshots) >= SPACE_FLOOR:
+            with contextlib.suppress(AshError, OSError):  # it is not worth another error
+                merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
+                merge.add_files(self.distro.downloads)
 
     def _conclude(self) -> Findings:
         """Make the working copy what it is to be, for good, and find out what was changed."""
@@ -3112,7 +3137,7 @@ def fstab_mount_point(line: str) -> str:
     return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
 
 
-# Finishes what was interrupted, before anything uses /var.
+# Finishes what was interrupted, before anything uses /var; where nothing was, work folders have locks alone.
 RECOVER_UNIT = """\
 [Unit]
 Description=Finish or undo interrupted changes of snapshots
@@ -3121,7 +3146,9 @@ RequiresMountsFor=/.snapshots /var /run
 Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
 Conflicts=shutdown.target
 Before=shutdown.target
-ConditionPathExistsGlob=/.snapshots/ash/work/*/intent
+ConditionPathExistsGlob=|/.snapshots/ash/work/*/[!l]*
+ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-chr*
+ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
 
 [Service]
 Type=oneshot
@@ -6186,21 +6213,46 @@ class Following:
 
     def __call__(self, work: Transaction) -> None:
         """Give a transaction on the branch the packages and the new configuration of the parent."""
-        history = self.system.history()
-        ours, theirs = origins(self.number, history), origins(self.parent, history)
-        parted = next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
-        since = 0 if parted is None else parted + 1
-        own, dropped = Wishes.of(ours, history, since, FOLLOWS), Wishes.of(theirs, history, since)
-        self._follow_packages(work, own, dropped.removed)
+        self._follow_packages(work)
         # The history knows seconds: what came in the very second of the birth may have been there before it.
-        self._follow_configuration(work, 0 if parted is None else moment_of(history[parted]) + 1)
+        self._follow_configuration(work, 0 if self._parted is None else moment_of(self._history[self._parted]) + 1)
 
-    def _follow_packages(self, work: Transaction, own: Wishes, dropped: Iterable[str]) -> None:
-        distro = self.system.distro
+    def fetch(self, work: Transaction) -> None:
+        """Fetch the packages that a transaction on the branch is to get."""
+        self.system.distro.fetch(work, self.missing(work.root))
+
+    def missing(self, root: Path) -> list[str]:
+        """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
+        ours, own = self.system.distro.packages(root), self._wishes[0]
+        return [name for name in self.system.distro.packages(self.root) if name not in {*ours, *own.removed}]
+
+    @cached_property
+    def _history(self) -> list[dict[str, Any]]:
+        return self.system.history()
+
+    @cached_property
+    def _origins(self) -> tuple[dict[int, int], dict[int, int]]:
+        return origins(self.number, self._history), origins(self.parent, self._history)
+
+    @cached_property
+    def _parted(self) -> int | None:
+        """Where in the history the two were one for the last time."""
+        ours, theirs = self._origins
+        return next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
+
+    @cached_property
+    def _wishes(self) -> tuple[Wishes, Wishes]:
+        """What was asked for since then, of the branch and of the parent."""
+        since = 0 if self._parted is None else self._parted + 1
+        ours, theirs = self._origins
+        return Wishes.of(ours, self._history, since, FOLLOWS), Wishes.of(theirs, self._history, since)
+
+    def _follow_packages(self, work: Transaction) -> None:
+        distro, (own, dropped) = self.system.distro, self._wishes
         theirs, ours = distro.packages(self.root), distro.packages(work.root)
         automatic = distro.automatic(self.root)
-        missing = {name: name in automatic for name in theirs if name not in ours and name not in own.removed}
-        unwanted = [name for name in dropped if name in ours and name not in theirs and name not in own.added]
+        missing = {name: name in automatic for name in self.missing(work.root)}
+        unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
         distro.follow(work, missing, [] if self.keep else sorted(unwanted))
 
     def _follow_configuration(self, work: Transaction, parted: float) -> None:
@@ -7443,17 +7495,28 @@ def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
 
 
 def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> None:
-    """Fetch the package lists for a tree, and what it upgrades: a branch that fails drops what it fetched itself."""
+    """Fetch the package lists for a tree, and what it upgrades."""
     with hushed():
         refresh_once(system, numbers, strict)
-        done = set()
-        for number in numbers if len(numbers) > 1 else ():
-            root = system.layout.rootfs(number)
-            state = system.distro.archives(root), json.dumps(system.distro.packages(root))
-            if state not in done:
-                done.add(state)
-                with contextlib.suppress(AshError):  # its own upgrade fails too, and says why
-                    change(system, number, "fetching for", partial(upgrade, fetch=False, download_only=True))
+    fetch_packages(system, dict.fromkeys(numbers, partial(upgrade, fetch=False, download_only=True)))
+
+
+def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
+    """Fetch packages for several snapshots one after the other: side by side, they would fetch the same ones.
+
+    Args:
+        system: the snapshots'.
+        works: by number, what fetches a snapshot's.
+        about: what these have to do with it, beside its archives and packages.
+    """
+    done = set()
+    for number in works if len(works) > 1 else ():
+        root = system.layout.rootfs(number)
+        state = system.distro.archives(root), json.dumps([system.distro.packages(root), about(number)])
+        if state not in done:
+            done.add(state)
+            with hushed(), contextlib.suppress(AshError):  # what it is for fails too, and says why
+                change(system, number, "fetching for", works[number])
 
 
 def concluded(
@@ -7498,28 +7561,30 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
     tree, crew = system.tree(), Crew("synchronizing", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
     live = goes_live(system, args, numbers)
+    above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
+    following = {number: Following(system, parent, number, args.keep) for number, parent in above.items()}
     if upgrades and not args.dry_run:
         fetch_once(system, numbers, args.strict)
+    if not args.dry_run:
+        missing = {number: one.missing(system.layout.rootfs(number)) for number, one in following.items()}
+        fetch_packages(system, {number: following[number].fetch for number in missing if missing[number]}, missing.get)
 
     def sync(number: int) -> Change:
-        parent = tree.parent(number)
-
         def work(transaction: Transaction) -> None:
             if upgrades:
                 upgrade(transaction, fetch=args.dry_run, strict=args.strict)
-            if parent in numbers and parent is not None:
-                Following(system, parent, number, args.keep)(transaction)
+            if number in following:
+                following[number](transaction)
 
-        if not upgrades and parent not in numbers:
+        if not upgrades and number not in following:
             return Change(number)
         return change(system, number, "synchronizing", work, simulate=args.dry_run)
 
     branches = crew.run(tree, numbers, sync)
-    booted, above = system.current, tree.parent(system.current) if live and system.current is not None else None
-    done = None
     worked = {branch.number for branch in branches if not branch.error}
-    if live and booted in worked and above in numbers and above is not None:
-        done = change_live(system, "synchronizing", Following(system, above, booted, args.keep))
+    done = None
+    if live and system.current in worked and system.current in following:
+        done = change_live(system, "synchronizing", following[system.current])
     return concluded(system, args, crew, branches, done)
 
 
@@ -7624,8 +7689,8 @@ class Night:
         """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
         menu, booted = Menu.load(self.system.layout.menu), self.system.booted
         waiting = menu.deployments.get(menu.default)
-        waits = isinstance(booted, str) and waiting is not None and waiting.slot != booted
-        if self.policy != "reboot" or not waits or waiting is None or waiting.snapshot != self.number:
+        waits = isinstance(booted, str) and waiting and waiting.snapshot == self.number and waiting.slot != booted
+        if self.policy != "reboot" or not waits:
             return reply
         if not is_in_window(self.window):
             return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")

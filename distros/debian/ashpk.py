@@ -4,7 +4,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,6 +72,7 @@ class Debian(Distro):
     database_files = ("lib/shells.state",)
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
     logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
+    downloads = "cache/apt/archives/*.deb"
     audit = "dpkg --audit"
     keyring: ClassVar[str] = "debian-archive-keyring"
     not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"
@@ -307,7 +308,7 @@ room=$(df --output=avail -k / | tail -n 1)
 
     def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
         """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
-        for architecture in sorted({name.partition(":")[2] for name in missing} - {""}):
+        for architecture in sorted(architectures_of(missing)):
             work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
@@ -316,6 +317,12 @@ room=$(df --output=avail -k / | tail -n 1)
             work.run(["apt-mark", "auto", "--", *automatic, *unwanted])
         if unwanted:
             self._apt(work, "autoremove")
+
+    def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Leave out what is of an architecture that is yet to come."""
+        known = {*foreign_architectures(work.root)}
+        if wanted := [name for name in packages if architectures_of([name]) <= known]:
+            self._apt(work, "install", "--download-only", "--", *wanted, alters=False)
 
     def _apt(self, work: Transaction, *arguments: str, alters: bool = True) -> None:
         """Run apt-get without questions; edited configuration files stay."""
@@ -398,6 +405,11 @@ def foreign_architectures(root: Path) -> list[str]:
     """The architectures beside its own of which a root can have packages."""
     path = database(root, "dpkg/arch")  # its first line is the root's own
     return path.read_text(errors="replace").split()[1:] if path.is_file() else []
+
+
+def architectures_of(packages: Iterable[str]) -> set[str]:
+    """The architectures that names of packages give."""
+    return {name.partition(":")[2] for name in packages} - {""}
 
 
 def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:

@@ -26,15 +26,18 @@ def test_the_life_of_a_system(disk: Disk, boot: Boot) -> None:
         assert "Hello, world!" in said(machine, "hello")
         is_immutable(machine)
         write_what_persists(machine)
+        leave_something_unfinished(machine)
 
         restart(machine)
         runs_snapshot(machine, 1)
         find_what_persists(machine)
+        find_nothing_unfinished(machine)
         edit_the_resolver_in_a_chroot(machine)
 
         restart(machine)
         runs_snapshot(machine, 1)
         assert NAMESERVER in said(machine, "cat /etc/resolv.conf")
+        assert said(machine, "systemctl show --value --property ConditionResult ash-recover") == "no"
         deploy_something_broken(machine)
 
         machine.reboot()
@@ -90,6 +93,20 @@ def find_what_persists(machine: Machine) -> None:
     machine.command("test -e /tmp/kept", ok=1)
     said(machine, "systemctl is-active multi-user.target && test -e /run/it-ran")
     assert said(machine, "stat -c %U /home/somebody") == "somebody"
+
+
+def leave_something_unfinished(machine: Machine) -> None:
+    """A transaction that was killed, and one of which a power cut has brought back a part alone."""
+    until = "until test -e /.snapshots/rootfs/snapshot-chr1; do sleep 1; done"
+    said(machine, f"ash run 1 sleep 99 & {until}; kill -9 $!")
+    said(machine, "mkdir -p /.snapshots/ash/work/2; btrfs subvolume create /.snapshots/ash/work/2/var")
+
+
+def find_nothing_unfinished(machine: Machine) -> None:
+    """All of it was tidied up while the machine started."""
+    assert said(machine, "systemctl show --value --property ConditionResult ash-recover") == "yes"
+    assert said(machine, "find /.snapshots/ash/work -mindepth 2 ! -name lock") == ""
+    assert said(machine, "find /.snapshots/rootfs -maxdepth 1 -name '*chr*'") == ""
 
 
 def edit_the_resolver_in_a_chroot(machine: Machine) -> None:

@@ -12,10 +12,11 @@ import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ash import btrfs_partition
+from ash import RECOVER_UNIT, btrfs_partition
 from tests.support import CHECKOUT, DONE, Disk, Files, Outcome, program, wait_until
 
 # What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
@@ -160,12 +161,19 @@ class System(Disk):
         numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}
         undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
         assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
+        assert not self.wants_recovery(), "ash recover would run at the next start"
         last = int((self.files.state / "last").read_text())
         assert last >= max(tree), "a number could be given twice"
         for number in tree:
             root = self.root(number)
             for folder, copy in (("etc", self.files.etc(number)), ("boot", self.files.boot(number))):
                 assert names_below(root / folder) == names_below(copy), f"{copy.name} is not {folder} of {number}"
+
+    def wants_recovery(self) -> list[str]:
+        """What would let the service that recovers run at the next start."""
+        patterns = re.findall(r"^ConditionPathExistsGlob=\|/.snapshots/(.*)", RECOVER_UNIT, re.MULTILINE)
+        # As glob(3), and unlike Path.glob(), this finds no hidden files.
+        return [path for pattern in patterns for path in glob(pattern, root_dir=self.files.snapshots)]  # noqa: PTH207
 
     def boots(self) -> str:
         """Assert that what the menu starts is whole; returns its slot."""

@@ -42,6 +42,7 @@ def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: Sy
         number = system.clone()
         entries = [f"lib/a-{number}/x", f"lib/b-{number}", f"spool/c-{number}"]
         script = f"cd /var; mkdir lib/a-{number}; for e in {' '.join(entries)}; do echo new > $e; done; touch /etc/mark"
+        script += f"; echo of {number} >> log/dpkg.log"
         ended = system.cut_short(step, "run", number, "sh", "-c", script)
         exchanged = (system.root(number) / "etc/mark").exists()
         after_the_exchange += exchanged
@@ -50,6 +51,8 @@ def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: Sy
         if exchanged:
             merged = {entry: (system.files.var / entry).exists() for entry in entries}
             assert all(merged.values()), f"step {step}: {merged}"
+            logged = (system.files.var / "log/dpkg.log").read_text().split("\n")
+            assert logged.count(f"of {number}") == 1, f"step {step}"
             assert system.files.undo(number).exists(), f"step {step}"
         if ended.returncode == 0:
             break
@@ -222,6 +225,7 @@ def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, sna
     forgotten = system.files.state / "work" / name.format(snapshot)
     forgotten.parent.mkdir(exist_ok=True)
     program("btrfs", "subvolume", "create", forgotten)
+    assert system.wants_recovery() == [f"ash/work/{name.format(snapshot)}"]
     assert f"{name.format(snapshot)} is left of a" in system.ash("fsck", status=FAILED).stdout
     system.ash("recover")
     assert not forgotten.exists()

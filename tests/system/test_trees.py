@@ -89,6 +89,51 @@ def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Arch
     assert len([path for path in asked if path.endswith(".deb")]) == 1
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_sync_installs_in_each_branch_is_fetched_once(
+    system: System, archive: Archive, old: int, force: list[str]
+) -> None:
+    root = system.clone(old)
+    branches = [system.branch(root) for _ in range(3)]
+    system.ash("install", root, "ash-test-other")
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    archive.fetched("")
+    system.ash("sync", root, "-j", *force)
+    assert versions(system, branches, "ash-test-other") == ["1"] * 3
+    assert len(archive.fetched("ash-test-other.*deb$")) == 1
+
+
+def test_what_a_failed_change_has_fetched_is_there_for_the_next(
+    system: System, archive: Archive, old: int, tmp_path: Path
+) -> None:
+    broken = Archive(tmp_path / "broken")
+    broken.add("ash-test-broken", "1", postinst="exit 1")
+    cache = system.files.var / "cache/apt/archives"
+    with broken.served() as url:
+        number = system.clone(old)
+        system.shell(number, f"{use_only(url)}; apt-get update")
+        for _ in range(2):
+            system.ash("install", number, "ash-test-broken", status=FAILED)
+    assert len(broken.fetched("deb$")) == 1
+    assert [path.name for path in cache.glob("ash-test-broken*")] == ["ash-test-broken_1_all.deb"]
+    assert not system.remains()
+
+
+def test_a_failed_change_puts_nothing_else_there(system: System, old: int) -> None:
+    cache = system.files.var / "cache/apt/archives"
+    (cache / "there.deb").write_text("live\n")
+    number = system.clone(old)
+    script = "cd /var/cache/apt/archives; echo x | tee there.deb partial/part.deb none > new.deb; ln -s /etc/shadow link.deb; mkdir folder.deb"
+    before = {path.name for path in cache.iterdir()}
+    system.shell(number, f"{script}; exit 1", status=FAILED)
+    assert {path.name for path in cache.iterdir()} == before | {"new.deb"}
+    assert (cache / "there.deb").read_text() == "live\n"
+    system.shell(
+        number, "cd /var/cache/apt; mv archives else; ln -s else archives; touch else/late.deb; exit 1", status=FAILED
+    )
+    assert not (cache / "late.deb").exists()
+
+
 def test_without_a_terminal_there_is_only_a_summary(system: System, tree: list[int]) -> None:
     outcome = system.ash("tree-upgrade", tree[0])
     assert outcome.stderr == ""
