@@ -242,7 +242,8 @@ def one_line(text: str) -> str:
 # From <linux/sched.h>, <linux/mount.h>, <linux/fs.h>, <linux/prctl.h>.
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x04000000, 0x08000000, 0x20000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
-MS_NOATIME, MS_BIND, MS_REC, MS_SLAVE = 1024, 4096, 16384, 1 << 19
+MS_NOSYMFOLLOW, MS_NOATIME, MS_BIND, MS_REC, MS_SLAVE = 256, 1024, 4096, 16384, 1 << 19
+MNT_DETACH = 2
 RENAME_EXCHANGE = 2
 PR_SET_PDEATHSIG = 1
 AT_FDCWD = -100
@@ -276,6 +277,20 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
     mount(source, target, flags=MS_BIND)
     if readonly:
         mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+
+@contextmanager
+def without_links(folder: Path) -> Iterator[None]:
+    """See that no path below a folder leads through a link, for as long as the block lasts.
+
+    To look at each part of a path does not do: those who own a folder can put a link in its place at any moment.
+    """
+    mount(folder, folder, flags=MS_BIND)
+    try:
+        mount("none", folder, flags=MS_BIND | MS_REMOUNT | MS_NOATIME | MS_NOSYMFOLLOW)
+        yield
+    finally:
+        libc("umount2", os.fsencode(folder), MNT_DETACH)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -2508,7 +2523,7 @@ class Workplace:
         conflicts = layout.conflicts(self.snapshot)
         merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600):
+            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600), without_links(layout.var):
                 self._merge(merge, intent.entries)
         return merge
 
@@ -2760,7 +2775,8 @@ class Transaction:
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
             with contextlib.suppress(AshError, OSError):  # it is not worth another error
                 merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
-                merge.add_files(self.distro.downloads)
+                with Lock(self.layout.work("merge") / "lock", "merging into /var"), without_links(self.layout.var):
+                    merge.add_files(self.distro.downloads)
 
     def _conclude(self) -> Findings:
         """Make the working copy what it is to be, for good, and find out what was changed."""
@@ -4440,7 +4456,7 @@ class System:
         """
         others = [self.layout.rootfs(n) for n in self.tree().numbers() if n != change.snapshot]
         kept = []
-        with Lock(self.layout.work("merge") / "lock", "merging into /var", wait=600):
+        with Lock(self.layout.work("merge") / "lock", "merging into /var", wait=600), without_links(self.layout.var):
             for path in change.kept:
                 inside = Path(path).relative_to("/var")
                 entry = str(Path(*inside.parts[:2])) if inside.parts[0] in FOLDERS_OF_ENTRIES else inside.parts[0]
@@ -7598,14 +7614,14 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
         try:
             night = Night(system, number, args.strict)
         except (AshError, OSError) as error:
-            note_upgrade(system, FAILED, reason(error))
+            note_failed_upgrade(system, reason(error))
             raise
         if night.policy == "none":
             return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
         try:
             reply = night.pass_by()
         except (AshError, OSError) as error:
-            note_upgrade(system, FAILED, f"{night.state()}: {reason(error)}")
+            note_failed_upgrade(system, f"{night.state()}: {reason(error)}")
             raise
         note_upgrade(system, 0, lines_of(reply.text)[0])
         return night.reboot(reply)
@@ -7792,6 +7808,12 @@ def note_upgrade(system: System, status: int, text: str, was: int | None = None)
     """
     lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text), *([] if was is None else [str(was)])]
     write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
+
+
+def note_failed_upgrade(system: System, text: str) -> None:
+    """Write down why an automatic upgrade failed, where that can be written: the disk may be what failed."""
+    with contextlib.suppress(OSError):  # it is noted as interrupted then
+        note_upgrade(system, FAILED, text)
 
 
 RESULTS = {True: "failed", False: "succeeded"}

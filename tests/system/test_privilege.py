@@ -453,3 +453,19 @@ def test_a_snapshots_programs_run_in_it_alone(system: System, snapshot: int, tmp
     for line in ("diff 0 {0} --files", "run {0} /bin/true", "deploy {0}", "undo {0}", "clone {0}", "fsck"):
         tried(system, *line.format(snapshot).split())
     assert ran(tmp_path) == []
+
+
+def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
+    system: System, snapshot: int, tmp_path: Path
+) -> None:
+    victim = system.files.var / "lib/victim/inner"
+    victim.mkdir(parents=True)
+    options = {"link": ["copy .ash-new", "/run/ash/top/@var_debian/lib/victim/inner", str(tmp_path)]}
+    ended = system.stepped(options, "run", snapshot, "sh", "-c", "echo x > /var/lib/victim/inner/file")
+    assert "is not finished" in ended.stderr
+    assert victim.is_symlink()
+    assert not list(tmp_path.iterdir())
+    system.ash("recover")
+    assert not victim.is_symlink()
+    assert (victim / "file").read_text() == "x\n"
+    assert not list(tmp_path.iterdir())
