@@ -4210,7 +4210,6 @@ class System:
         if not there or (args.distro or there[0]) not in there:
             raise AshError(f"no {args.distro or 'system'} that ash manages is there", "", MISSING)
         layout = Layout.at(top, args.distro or there[0])
-        sys.path.append(str(layout.lib))  # a live system may have no anytree
         return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=args.wait)
 
     # Reading
@@ -9041,6 +9040,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILED
     except OSError as error:  # a full or broken disk, wherever it was met
         return report(AshError(reason(error)), command)
+    except ModuleNotFoundError as error:  # an ash that was installed has its libraries beside it
+        hint = f"install python3-{error.name}, or use the ash that is on the disk"
+        return report(AshError(f"Python has no module {error.name}", hint), command)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 """What root does for a user of ash: no secret gets about, no link leads it astray, no caller's program is run."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import ash
 from ash import VarMerge, copy_file, make_private_folder
 from distros.debian.ashpk import Debian
 from installer import executable
-from tests.support import ASH
+from tests.support import ASH, CHECKOUT, FAILED
 from tests.system.lab import Machine, System, everything_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -469,3 +471,20 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
     assert not victim.is_symlink()
     assert (victim / "file").read_text() == "x\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_no_library_of_a_disk_is_used_to_look_at_it(system: System) -> None:
+    """The host's ash may be root's, and the disk anybody's."""
+    argv = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(CHECKOUT / "ash.py"),
+        "--image",
+        str(system.image),
+        "tree",
+    ]  # -S: without site-packages
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (system.files.state / "lib/anytree").is_dir()
+    assert (ended.returncode, ended.stdout) == (FAILED, "")
+    assert re.fullmatch(r"ash: Python has no module anytree \(install python3-anytree, or .*\)\n", ended.stderr)
