@@ -228,7 +228,7 @@ ASHOS = [
     Row(
         "Make sure to sync the tree afterwards",
         ["ash install {other} firefox", "ash ubranch {other} {N}", "ash sync {other}"],
-        lambda w: w.parent("M") == w["other"] and w.version("M", "gimp") == NEW,
+        lambda w: w.parent("M") == w["other"] and w.version("M", "gimp") == NEW and bool(w.version("M", "firefox")),
     ),
     Row("Create new base tree", ["ash new"], lambda w: w.parent("M") is None),
     Row("Reboot to boot into the new snapshot after", ["ash deploy {N}"], lambda w: w.starts_next("N")),

@@ -200,6 +200,7 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
         archive.add(
             "ash-test-large", "2", files={"usr/share/large": os.urandom(LARGE // 2).hex(), "boot/large": "x" * 9999}
         )
+        system.ash("upgrade", one, "--download-only")
         before = used(system)
         system.ash("upgrade", one)
         alone, before = used(system) - before, used(system)
