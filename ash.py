@@ -2765,6 +2765,8 @@ class Transaction:
                 intent.save(self.place.folder)
                 sync_filesystem(self.layout.snapshots)
         except BaseException:
+            with contextlib.suppress(AshError, OSError):
+                self.intent.save(self.place.folder)  # whatever interrupts the dropping, nothing of it is to be finished
             self.place.drop()
             raise
         merge = self.place.finish(intent)

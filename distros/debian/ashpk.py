@@ -113,7 +113,10 @@ room=$(df --output=avail -k / | tail -n 1)
     }
 
     def prepare_base(self, root: Path) -> None:
-        """Keep the records of apt and dkms with the snapshot, and /usr/bin/ash ours where the package ash comes."""
+        """Keep the records of apt and dkms with the snapshot, and /usr/bin/ash ours where the package ash comes.
+
+        And have siblings that make an initramfs of the same files make the same one, so that they can share it.
+        """
         marks = root / IN_ROOT_DB / "apt"
         marks.mkdir(exist_ok=True)
         old = root / "var/lib/apt/extended_states"
@@ -124,6 +127,9 @@ room=$(df --output=avail -k / | tail -n 1)
         dkms = root / "etc/dkms/framework.conf.d/ash.conf"  # dkms compares this path with where links in it lead
         dkms.parent.mkdir(parents=True, exist_ok=True)
         dkms.write_text(f'dkms_tree="/{in_database("lib/dkms")}"\n')
+        initramfs = root / "etc/initramfs-tools/conf.d/ash"
+        initramfs.parent.mkdir(parents=True, exist_ok=True)
+        initramfs.write_text("export SOURCE_DATE_EPOCH=0\n")
         if "/usr/bin/ash" not in diversions(root):
             path = root / IN_ROOT_DB / "dpkg/diversions"
             known = path.read_text() if path.exists() else ""

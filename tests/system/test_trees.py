@@ -210,6 +210,15 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
         assert (system.root(number) / "usr/share/large").stat().st_size == LARGE
 
 
+def test_siblings_make_the_same_initramfs(system: System) -> None:
+    root = system.clone()
+    made = []
+    for number in (root, system.branch(root)):
+        system.ash("run", number, "sh", "-c", "rm /boot/initrd*; update-initramfs -c -k all")
+        made.append(next(system.root(number).glob("boot/initrd.img-*")).read_bytes())
+    assert made[0] == made[1]
+
+
 def used(system: System) -> int:
     """The bytes that the disk has given out."""
     program("btrfs", "filesystem", "sync", system.files.top)
