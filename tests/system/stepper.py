@@ -9,11 +9,13 @@ OPTIONS is a JSON object with any of
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
     "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
+    "fail": the name of a step, at which the disk fails, once;
     "link": what the name of a step begins with, a folder, and what is to be a link in its place from that step on;
     "booted": the slot that ash is to believe to be booted;
     "began": a file that is made when ash itself begins.
 """
 
+import errno
 import fcntl
 import json
 import mmap
@@ -63,6 +65,9 @@ class Stepper:
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
+        if self.options.get("fail") == arguments[0]:
+            del self.options["fail"]
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         before, folder, target = self.options.get("link", [None] * 3)
         if before and str(arguments[0]).startswith(before):
             self.options["link"] = [None] * 3

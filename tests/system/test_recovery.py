@@ -230,3 +230,14 @@ def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, sna
     system.ash("recover")
     assert not forgotten.exists()
     system.is_sound()
+
+
+def test_a_commit_that_failed_is_not_gone_on_with(system: System, snapshot: int) -> None:
+    script = f"cd /var/lib; touch first-{snapshot} second-{snapshot}"
+    killed = system.stepped({"fail": "sync", "kill": "remove upper"}, "run", snapshot, "sh", "-c", script)
+    assert killed.returncode == -signal.SIGKILL
+    upper = system.files.state / f"work/{snapshot}/upper"
+    (upper / f"lib/first-{snapshot}").unlink()  # as where the kill comes a little later
+    system.ash("recover")
+    assert not [*(system.files.var / "lib").glob(f"*-{snapshot}")]
+    assert not system.remains()
