@@ -4039,8 +4039,19 @@ class Slots:
         set_readonly(new)
 
     def write_menu(self) -> None:
-        """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log."""
+        """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log.
+
+        Raises:
+            Unfinished: the menu file is replaced, grub.cfg is not.
+        """
         write_file(self.layout.menu, self.menu.dump())
+        try:
+            self._write_grub_cfg()
+        except (AshError, OSError) as error:
+            what = f"it is decided what is booted, but this is not finished: {reason(error)}"
+            raise Unfinished(what, "ash recover goes on with it") from error
+
+    def _write_grub_cfg(self) -> None:
         grub_cfg = self.layout.grub_cfg
         old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT_MENUS + 1))]
         for newer, older in reversed(list(itertools.pairwise(old))):
@@ -6883,11 +6894,23 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
     of = system.snapshot_of(slot)
     if args.dry_run:
         return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
-    with step(f"keeping the booted deployment, of snapshot {of}"):
+    with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
         number = keep_deployment(system, slot, f"rollback to {of}")
-        deployment, changed = system.deploy(number)
+        undo.callback(system.delete, [number])
+        deployment, changed = deploy_or_undo(system, number, undo)
     reply = deployed(deployment, changed)
     return reply._replace(data={**reply.data, "from": of})
+
+
+def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
+    """Deploy a snapshot; unless that is done, what led to it is undone when the block of `undo` ends."""
+    try:
+        done = system.deploy(number)
+    except Unfinished:
+        undo.pop_all()
+        raise
+    undo.pop_all()
+    return done
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:
@@ -7000,7 +7023,7 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
             os.chdir("/root")
             os.execve(argv[0], list(argv), clean_environment())
         except (AshError, OSError) as error:
-            print(one_line(f"ash: {error}"), file=sys.stderr)
+            print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
         os._exit(status)
     _, status = os.waitpid(child, 0)
     if sys.stdin.isatty():
@@ -7220,7 +7243,7 @@ def change_live(system: System, doing: str, work: Work) -> Live:
         with step(f"{doing} the running system"), transaction:
             work(transaction)
     except (AshError, OSError) as error:
-        console.say(one_line(f"ash: {error}"))
+        console.say(one_line(f"ash: {reason(error)}"))
         transaction.live.changed, transaction.live.error = False, reason(error)
     return transaction.live
 
@@ -7622,7 +7645,8 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
         try:
             reply = night.pass_by()
         except (AshError, OSError) as error:
-            note_failed_upgrade(system, f"{night.state()}: {reason(error)}")
+            unfinished = isinstance(error, Unfinished)  # and says itself what is true
+            note_failed_upgrade(system, reason(error) if unfinished else f"{night.state()}: {reason(error)}")
             raise
         note_upgrade(system, 0, lines_of(reply.text)[0])
         return night.reboot(reply)
@@ -7763,7 +7787,7 @@ class Night:
             if new := sorted(self._damage() - damage):
                 raise AshError(f"it is damaged now: {'; '.join(new)}")
             if self.policy != "stage":
-                lines.append(deployed(*self.system.deploy(number)).text)
+                lines.append(deployed(*deploy_or_undo(self.system, number, undo)).text)
             undo.pop_all()
         reply = changed_all([done])
         birth = {"from": number, "parent": parent, "copies": {str(number): kept}}
@@ -8926,7 +8950,7 @@ def failure_for_history(error: BaseException) -> str:
         return error.message if begun else ""
     if isinstance(error, HangUp):
         return "the terminal hung up; the work is kept"
-    return f"failed: {error}" if isinstance(error, OSError) else "interrupted"
+    return f"failed: {reason(error)}" if isinstance(error, OSError) else "interrupted"
 
 
 def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
