@@ -33,7 +33,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self, TypeVar
 
 if TYPE_CHECKING:
     import subprocess
@@ -49,6 +49,8 @@ HERE = Path(__file__).resolve().parent
 # anytree and tabulate as they were installed with ash: a snapshot without them must not stop it.
 if (HERE / "lib").is_dir():
     sys.path.insert(0, str(HERE / "lib"))
+
+Result = TypeVar("Result")
 
 JSON_VERSION = 1
 TIME_OF_HISTORY = "%Y-%m-%dT%H:%M:%S%z"
@@ -4650,6 +4652,21 @@ class System:
         self.layout.reserve.unlink(missing_ok=True)
         sync_filesystem(self.layout.snapshots)
 
+    def with_reserve(self, work: Callable[[], Result], *, once: bool = False) -> Result:
+        """Do what frees space, or takes a change back: on a full disk, with the space that is kept for that.
+
+        Args:
+            work: does it.
+            once: it must not be done again where it is done, and not finished.
+        """
+        try:
+            return work()
+        except (AshError, OSError) as error:
+            if not is_for_space(error) or (once and isinstance(error, Unfinished)):
+                raise
+        self.free_reserve()
+        return work()
+
     def keep_reserve(self) -> None:
         """Keep some space, where there is enough of it, for commands that free some on a full disk."""
         reserve, attributes = self.layout.reserve, RESERVE_OF_TREES // ATTRIBUTE
@@ -6896,7 +6913,7 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
         return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
     with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
         number = keep_deployment(system, slot, f"rollback to {of}")
-        undo.callback(system.delete, [number])
+        undo.callback(system.with_reserve, partial(system.delete, [number]))
         deployment, changed = deploy_or_undo(system, number, undo)
     reply = deployed(deployment, changed)
     return reply._replace(data={**reply.data, "from": of})
@@ -7780,9 +7797,10 @@ class Night:
                 return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
         lines = [done.summary()]
         with ExitStack() as undo:
-            undo.callback(self.system.undo, number, just_changed=True)
+            take_back = partial(self.system.undo, number, just_changed=True)
+            undo.callback(self.system.with_reserve, take_back, once=True)
             kept, parent = self._keep_beside(goes_on)
-            undo.callback(self.system.delete, [kept])
+            undo.callback(self.system.with_reserve, partial(self.system.delete, [kept]))
             lines.append(f"  what it was is snapshot {kept} now")
             if new := sorted(self._damage() - damage):
                 raise AshError(f"it is damaged now: {'; '.join(new)}")
@@ -8955,15 +8973,10 @@ def failure_for_history(error: BaseException) -> str:
 
 def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
     """Do a command; one that frees space does so with ash's reserve, where the disk is full."""
-    frees = command.function in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover)
-    try:
-        return command.function(system, args)
-    except (AshError, OSError) as error:
-        again = command.function is cmd_undo and isinstance(error, Unfinished)  # would be a redo
-        if not frees or again or not is_for_space(error):
-            raise
-    system.free_reserve()
-    return command.function(system, args)
+    work = partial(command.function, system, args)
+    if command.function not in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover):
+        return work()
+    return system.with_reserve(work, once=command.function is cmd_undo)  # a second undo would be a redo
 
 
 def version_system(args: argparse.Namespace) -> System:
