@@ -6268,8 +6268,9 @@ class Following:
 
     def missing(self, root: Path) -> list[str]:
         """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
-        ours, own = self.system.distro.packages(root), self._wishes[0]
-        return [name for name in self.system.distro.packages(self.root) if name not in {*ours, *own.removed}]
+        own, distro = self._wishes[0], self.system.distro
+        known = {*distro.packages(root), *own.removed}
+        return [name for name in distro.packages(self.root) if name not in known]
 
     @cached_property
     def _history(self) -> list[dict[str, Any]]:
@@ -6920,14 +6921,14 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
 
 
 def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
-    """Deploy a snapshot; unless that is done, what led to it is undone when the block of `undo` ends."""
+    """Deploy a snapshot; unless the menu file has it then, what led to it is undone when the block of `undo` ends."""
     try:
-        done = system.deploy(number)
-    except Unfinished:
-        undo.pop_all()
-        raise
-    undo.pop_all()
-    return done
+        return system.deploy(number)
+    finally:  # whatever came after that was decided, Ctrl-C too
+        menu = Menu.load(system.layout.menu)
+        there = menu.deployments.get(menu.default)
+        if there and (there.snapshot, there.source) == (number, subvolume_id(system.layout.rootfs(number))):
+            undo.pop_all()
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:

@@ -3,6 +3,7 @@
 
 import pytest
 
+from ash import SLOTS
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -31,6 +32,17 @@ def test_what_a_rollback_has_put_into_the_tree_is_there(machine: Machine) -> Non
     interrupt(machine.system, "rename .fstree.new to fstree", "rollback", booted=machine.slot)
     assert machine.files.tree() > before
     assert not machine.system.remains()
+    machine.system.is_sound()
+
+
+def test_what_a_rollback_has_deployed_is_there(machine: Machine, snapshot: int) -> None:
+    machine.deploy(snapshot)
+    before = machine.files.tree()
+    slot = next(one for one in SLOTS if one != machine.slot)
+    interrupt(machine.system, f"delete snapshot-new-{slot}", "rollback", booted=machine.slot)
+    assert len(machine.files.tree() - before) == 1
+    machine.system.ash("recover")
+    assert machine.system.boots() == slot
     machine.system.is_sound()
 
 
