@@ -161,7 +161,8 @@ class System(Disk):
         numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}
         undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
         assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
-        assert not self.wants_recovery(), "ash recover would run at the next start"
+        left, seen = self.remains(), self.wants_recovery()
+        assert bool(left) == bool(seen), f"left is {left}, and ash recover would run at the next start for {seen}"
         last = int((self.files.state / "last").read_text())
         assert last >= max(tree), "a number could be given twice"
         for number in tree:
