@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ash import RECOVER_UNIT, btrfs_partition
+from installer import executable
 from tests.support import CHECKOUT, DONE, Disk, Files, Outcome, program, wait_until
 
 # What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
@@ -298,6 +300,15 @@ def names_below(folder: Path) -> dict[str, tuple[int, int, int, int]]:
             size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
             found[str(path.relative_to(folder))] = (status.st_mode, status.st_uid, status.st_gid, size)
     return found
+
+
+def installed_ash(files: Files, folder: Path) -> Path:
+    """ash as it is installed, in a folder of its own: the executable, with a system's libraries beside it."""
+    own = folder / "ash"
+    own.write_text(executable.build("debian"))
+    own.chmod(0o755)
+    shutil.copytree(files.state / "lib", folder / "lib", symlinks=True)
+    return own
 
 
 @contextlib.contextmanager

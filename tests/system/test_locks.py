@@ -15,7 +15,7 @@ import pytest
 
 from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at
 from tests.support import ASH, CHECKOUT, DONE, LOCKED, OURS_IN_RUN, REFUSED, Disk, kill_hard, program, wait_until
-from tests.system.lab import Machine, System
+from tests.system.lab import Machine, System, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
@@ -224,6 +224,8 @@ def open_files(process: int) -> set[str]:
     return {Path(os.readlink(entry)).name for entry in Path(f"/proc/{process}/fd").iterdir()}
 
 
-def test_ash_runs_with_the_distributions_own_python_too(disk: Disk) -> None:
+def test_ash_runs_with_the_distributions_own_python_too(disk: Disk, tmp_path: Path) -> None:
     assert sys.version_info >= (3, 11)
-    program("/usr/bin/python3", "-I", ASH[-1], "--image", disk.image, "clone", "0")
+    with disk.files() as files:
+        own = installed_ash(files, tmp_path)
+    program("/usr/bin/python3", "-I", own, "--image", disk.image, "clone", "0")

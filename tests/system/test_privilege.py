@@ -16,9 +16,8 @@ import pytest
 import ash
 from ash import VarMerge, copy_file, make_private_folder
 from distros.debian.ashpk import Debian
-from installer import executable
 from tests.support import ASH, CHECKOUT, FAILED
-from tests.system.lab import Machine, System, everything_below
+from tests.system.lab import Machine, System, everything_below, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
@@ -430,9 +429,7 @@ def test_nothing_of_the_caller_reaches_what_root_runs(system: System, tmp_path: 
     }
     argv = list(ASH)
     if built:
-        (tmp_path / "ash").write_text(executable.build("debian"))
-        (tmp_path / "ash").chmod(0o755)
-        argv = [str(tmp_path / "ash")]
+        argv = [str(installed_ash(system.files, tmp_path))]
     number = system.clone()
     for line in (f"clone {number}", f"run {number} env", "diff 0 1", f"deploy {number}"):
         words = [*argv, "--image", str(system.image), *line.split()]
