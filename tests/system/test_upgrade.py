@@ -12,6 +12,7 @@ from tests.system.lab import System
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 OLD, NEW = "1", "2"
+DOWNLOADS = "cache/apt/archives"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_failed_upgrade_changes_nothing(system: System, archive: Archive, tmp_
     with broken.served() as url:
         system.shell(snapshot, use_only(url))
         system.ash("refresh", snapshot)
-        with system.nothing_changes():
+        with system.nothing_changes(but=DOWNLOADS):
             system.ash("upgrade", snapshot, status=FAILED)
     assert version(system, snapshot) == OLD
 
@@ -161,7 +162,7 @@ def test_fixdb_that_would_make_it_worse_changes_nothing(
     system.ash("refresh", snapshot)
     system.ash("install", snapshot, make_deb(tmp_path, "ash-test-local"))
     system.shell(snapshot, "sed -i '/^Package: ash-test-local$/a Depends: ash-test-dependency' /var/lib/dpkg/status")
-    with system.nothing_changes():
+    with system.nothing_changes(but=DOWNLOADS):
         assert "dpkg" in system.ash("fixdb", snapshot, status=FAILED).stderr.splitlines()[-1]
 
 
