@@ -247,7 +247,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_NOSYMFOLLOW, MS_NOATIME, MS_BIND, MS_REC, MS_SLAVE = 256, 1024, 4096, 16384, 1 << 19
 MNT_DETACH = 2
 RENAME_EXCHANGE = 2
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 AT_FDCWD = -100
 
 
@@ -911,6 +911,25 @@ class Lock:
         return False
 
 
+def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
+    """Append a line to the history."""
+    line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
+    # The command's own result matters more than its line: on a full disk, and where another ash holds the lock.
+    with contextlib.suppress(OSError, AshError), state_lock(layout), layout.history.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
+        about_to("write the history")
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def state_lock(layout: Layout, wait: float = 0) -> Lock:
+    """The lock of tree, numbers and history, which is held for milliseconds."""
+    return Lock(layout.work("state") / "lock", f"state of {layout.distro}", max(wait, 10))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # btrfs: the few things that we ask of it. A subvolume is known by its id, never by its name
 # ---------------------------------------------------------------------------------------------------------------
@@ -1452,6 +1471,10 @@ class Distro:
     def packages(self, root: Path) -> dict[str, str]:
         """The installed packages of a root with their versions; needs no privileges and runs nothing."""
         raise NotImplementedError
+
+    def plain_name(self, root: Path, name: str) -> str:  # noqa: ARG002
+        """What packages() calls a package that the user may call otherwise too."""
+        return name
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether installing these would change nothing; False where that is not plain."""
@@ -2341,6 +2364,8 @@ INTENT_SHAPE = {
     "copies?": [lambda folder: folder in ("etc", "boot")],
     "delete?": [is_inner_path],
     "homes?": [str],
+    "caller?": {"user": is_number, "command": str, "arguments": [str]},
+    "source?": is_number,
     "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
 }
 
@@ -2365,6 +2390,8 @@ class Intent(NamedTuple):
     delete: Sequence[str] = ()  # entries in which deletions are applied
     homes: Sequence[str] = ()  # home directories that were there when it began
     slot: str = ""
+    caller: Mapping[str, Any] | None = None  # who does it, for the history, where another ash finishes it
+    source: int | None = None  # of a snapshot that is being made: what it is a copy of
 
     @classmethod
     def load(cls, folder: Path) -> Intent | None:
@@ -2374,10 +2401,12 @@ class Intent(NamedTuple):
         try:
             return cls(**fields_of(cls, from_json(read_text(folder / "intent"), INTENT_SHAPE)))
         except ValueError:
-            raise AshError(f"the intent file of snapshot {folder.name} is damaged", "ash unlock N drops it") from None
+            about = f"snapshot {folder.name}" if folder.name.isdecimal() else folder.name
+            hint = f"ash unlock {folder.name} drops it" if folder.name.isdecimal() else "ash tmp drops it"
+            raise AshError(f"the intent file of {about} is damaged", hint) from None
 
     def save(self, folder: Path) -> None:
-        write_file(folder / "intent", json.dumps(self._asdict()))
+        write_file(folder / "intent", json.dumps({k: v for k, v in self._asdict().items() if v is not None}))
 
 
 class Unfinished(AshError):
@@ -2437,13 +2466,29 @@ class Workplace:
         elif intent.state == "number":
             if self.snapshot not in tree:
                 self.delete_snapshot()
+            elif intent.source is not None:
+                self._note(intent, {"from": intent.source, "parent": tree.parent(self.snapshot)})
             self.drop()
         elif intent.state == "merge" or (
             intent.state == "commit" and subvolume_id(self.layout.rootfs(self.snapshot)) == intent.new
         ):
+            change = self._committed(intent)
             self.finish(intent)
+            self._note(intent, {"packages": change.packages()})
         else:
             self.drop()
+
+    def _committed(self, intent: Intent) -> Change:
+        """What a commit has done that is to be finished: the packages, as far as they are known."""
+        before = self.root if self.root.exists() else self.layout.undo(self.snapshot)
+        roots = (before, self.layout.rootfs(self.snapshot)) if intent.state == "commit" and before.exists() else ()
+        return Change.between(self.snapshot, *([self.distro.packages(root) for root in roots] or ({}, {})))
+
+    def _note(self, intent: Intent, what: Mapping[str, Any]) -> None:
+        """Write into the history what was done by an ash that could not do so any more."""
+        if intent.caller is not None:
+            done = {"snapshot": self.snapshot, "snapshots": [self.snapshot], "changed": True, "result": "done"}
+            remember(self.layout, {**done, **what, **intent.caller})
 
     def drop(self) -> None:
         """Delete all that a transaction left; the intent file last, so that this can be interrupted too."""
@@ -2698,7 +2743,8 @@ class Transaction:
 
     def _begin(self) -> None:
         self.place.folder.mkdir(parents=True, exist_ok=True)
-        self.intent = self.intent._replace(homes=sorted(os.listdir(self.layout.home)))
+        homes = sorted(os.listdir(self.layout.home))
+        self.intent = self.intent._replace(homes=homes, caller=self.system.caller)
         self.intent.save(self.place.folder)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
@@ -2773,6 +2819,7 @@ class Transaction:
             raise
         merge = self.place.finish(intent)
         self.change = self._made(found, merge)
+        self.system.done += [self.change] if self.change.changed else []
 
     def _keep_downloads(self) -> None:
         """Bring the packages that were fetched into the live /var, where there is room: the next try has them then."""
@@ -4174,6 +4221,8 @@ class System:
         self.distro = distro
         self.running = running
         self.wait = wait
+        self.caller: Mapping[str, Any] | None = None  # for the history
+        self.done: list[Change] = []  # what was committed
 
     @classmethod
     def open(cls, args: argparse.Namespace, changes: bool) -> System:
@@ -4314,9 +4363,10 @@ class System:
 
     def lock(self, name: int | str) -> Lock:
         """The lock of a snapshot (by number), or one of the global ones: deploy, state."""
+        if name == "state":
+            return state_lock(self.layout, self.wait)
         what = f"snapshot {name}" if isinstance(name, int) else f"{name} of {self.layout.distro}"
-        wait = max(self.wait, 10) if name == "state" else self.wait  # that one is held for milliseconds
-        return Lock(self.layout.work(name) / "lock", what, wait)
+        return Lock(self.layout.work(name) / "lock", what, self.wait)
 
     def workplace(self, snapshot: int) -> Workplace:
         """The work folder of a snapshot."""
@@ -4344,12 +4394,13 @@ class System:
         return number
 
     @contextmanager
-    def new_snapshot(self, source: Path, description: str, copies_of: int | None = None) -> Iterator[int]:
+    def new_snapshot(self, source: Path, description: str, of: int, copies_of: int | None = None) -> Iterator[int]:
         """Make a new snapshot, which the block puts into the tree: else it is gone again when the block has ended.
 
         Args:
             source: the root to copy.
             description: what it is.
+            of: the snapshot that it is a copy of, as it is, was, or runs.
             copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
 
         Yields:
@@ -4359,7 +4410,7 @@ class System:
         layout, place = self.layout, self.workplace(number)
         with self.lock(number), ExitStack() as undo:
             undo.callback(lambda: place.recover(self.tree()))  # what came between may have come after the tree's change
-            Intent("number").save(place.folder)
+            Intent("number", caller=self.caller, source=of).save(place.folder)
             snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
             for folder in ("etc", "boot"):
                 if copies_of is not None and layout.copy(folder, copies_of).exists():
@@ -4380,11 +4431,11 @@ class System:
             try:
                 with self.lock(snapshot):
                     self.workplace(snapshot).recover(self.tree(), drop_kept=False)
-                    number = stack.enter_context(self.new_snapshot(root, description, copies_of=snapshot))
+                    number = stack.enter_context(self.new_snapshot(root, description, snapshot, snapshot))
             except AshError as error:
                 if error.status not in (LOCKED, REFUSED):
                     raise
-                number = stack.enter_context(self.new_snapshot(root, description))
+                number = stack.enter_context(self.new_snapshot(root, description, snapshot))
             yield number
 
     def copy_snapshot(self, snapshot: int, parent: int | None, description: str) -> int:
@@ -4426,7 +4477,7 @@ class System:
             if not before.exists():
                 raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
             packages = self.distro.packages(now), self.distro.packages(before)
-            intent = place.swap(before, Intent("commit", copies=["boot", "etc"]))
+            intent = place.swap(before, Intent("commit", copies=["boot", "etc"], caller=self.caller))
             try:
                 place.finish(intent)
             except Unfinished as error:
@@ -4434,7 +4485,9 @@ class System:
                     raise
                 self.free_reserve()
                 place.finish(intent)
-        return Change.between(snapshot, *packages)
+            change = Change.between(snapshot, *packages)
+            self.done = [c for c in self.done if c.snapshot != snapshot] if just_changed else [*self.done, change]
+        return change
 
     def set_mutable(self, snapshot: int, mutable: bool) -> bool:
         """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
@@ -4455,7 +4508,7 @@ class System:
                 else:
                     mark.unlink()
                     set_readonly(place.root)
-                intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"]))
+                intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"], caller=self.caller))
             except BaseException:
                 place.drop()
                 raise
@@ -4684,19 +4737,6 @@ class System:
             with contextlib.suppress(ValueError):
                 entries.append(from_json(line, HISTORY_SHAPE))
         return entries
-
-    def remember(self, entry: Mapping[str, Any]) -> None:
-        """Append a line to the history."""
-        line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
-        # The command's own result matters more than its line: on a full disk, and where another ash holds the lock.
-        with contextlib.suppress(OSError, AshError), self.lock("state"), self.layout.history.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
-            about_to("write the history")
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4982,6 +5022,7 @@ class Crew:
     """Works on several snapshots, each by a process of its own; what fails in one does not stop the others.
 
     Args:
+        system: the snapshots'.
         doing: what is done, for people: "upgrading".
         jobs: how many at a time.
         shown: whether what is printed in them is for the user; otherwise only errors are.
@@ -4989,7 +5030,8 @@ class Crew:
 
     REDRAW = 0.5  # seconds
 
-    def __init__(self, doing: str, jobs: int, shown: bool = False) -> None:
+    def __init__(self, system: System, doing: str, jobs: int, shown: bool = False) -> None:
+        self.system = system
         self.doing = doing
         self.jobs = jobs
         self.shown = shown
@@ -5073,6 +5115,7 @@ class Crew:
         said: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
         branch.error, branch.hint = said.get("error", ""), said.get("hint", "")
         branch.change = Change(**said["change"]) if "change" in said else None
+        self.system.done += [branch.change] if branch.change and branch.change.changed else []
         if branch.output:
             branch.output.seek(0)
             if self.shown or console.verbose:
@@ -6940,7 +6983,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
         place_inside(copy, IN_ROOT_SNAP).unlink(missing_ok=True)
-        with system.new_snapshot(copy, description) as number, system.editing_tree() as tree:
+        of = system.snapshot_of(slot)
+        with system.new_snapshot(copy, description, of) as number, system.editing_tree() as tree:
             tree.add(number, None)
         return number
 
@@ -7017,6 +7061,8 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
 def run_unlocked(root: Path, argv: Sequence[str]) -> int:
     """Run a program in the running system, with its root writable, and return its exit status.
 
+    What it leaves running ends with it: it would go on to have a writable root.
+
     Args:
         root: the running root, on a mount that is writable.
         argv: program and arguments.
@@ -7024,6 +7070,7 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
     unlocked = PRIVATE / "unlocked"
     unlocked.mkdir()
     parent = os.getpid()
+    libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
         status = OUR_FAILURE_IN_RUN
@@ -7044,10 +7091,23 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
             print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
         os._exit(status)
     _, status = os.waitpid(child, 0)
+    end_children()
     if sys.stdin.isatty():
         take_terminal_back()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def end_children() -> None:
+    """Kill this process's children, those of children that have ended as well, until there are none."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it has ended
+                    _, parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+                    if int(parent) == os.getpid():
+                        os.kill(int(process.name), signal.SIGKILL)
+            os.waitpid(-1, 0)
 
 
 RUNNING_INSIDE = "run/ash/running"
@@ -7150,7 +7210,7 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     branch = tree.branch(args.snapshots[0])
     if args.dry_run:
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
-    crew = Crew("ran in", jobs_of(args), shown=True)
+    crew = Crew(system, "ran in", jobs_of(args), shown=True)
     return in_branches(crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
 
 
@@ -7345,8 +7405,9 @@ def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
 
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
     """Those of the packages that a snapshot or slot has."""
-    there = system.distro.packages(system.layout.rootfs(which))
-    return [name for name in packages if name in there]
+    root = system.layout.rootfs(which)
+    there = system.distro.packages(root)
+    return [name for name in packages if system.distro.plain_name(root, name) in there]
 
 
 def remove(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
@@ -7543,7 +7604,7 @@ def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
 
 
 def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    tree, crew = system.tree(), Crew("upgrading", jobs_of(args))
+    tree, crew = system.tree(), Crew(system, "upgrading", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
     if not args.dry_run:
         fetch_once(system, numbers, args.strict)
@@ -7593,7 +7654,7 @@ def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
     packages = [*args.words, *args.packages]
     if not packages:
         raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
-    tree, crew = system.tree(), Crew("removing from", jobs_of(args))
+    tree, crew = system.tree(), Crew(system, "removing from", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
 
     having = {number: installed_of(system, number, packages) for number in numbers}
@@ -7616,7 +7677,7 @@ def cmd_force_sync(system: System, args: argparse.Namespace) -> Reply:
 
 def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply:
     """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
-    tree, crew = system.tree(), Crew("synchronizing", jobs_of(args))
+    tree, crew = system.tree(), Crew(system, "synchronizing", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
     live = goes_live(system, args, numbers)
     above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
@@ -7834,7 +7895,7 @@ class Night:
             if is_of_it and system.describe(number).startswith(description):
                 return number, parent
         with (
-            system.new_snapshot(self.before, f"{description} {time.strftime('%Y-%m-%d')}") as kept,
+            system.new_snapshot(self.before, f"{description} {time.strftime('%Y-%m-%d')}", self.number) as kept,
             system.editing_tree() as tree,
         ):
             tree.add(kept, parent)
@@ -8672,8 +8733,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """
     before, word, after = split_command_line(argv)
     if not word or word in ("-h", "--help"):
-        word, after = "help", []
-        before = [option for option in before if option not in ("-h", "--help")]
+        word, after = "version" if "--version" in before else "help", []
+        before = [option for option in before if option not in ("-h", "--help", "--version")]
     command = find_command(word)
     if PARALLEL in command.arguments and not command.rest:
         require_no_count(after)
@@ -8950,15 +9011,20 @@ def answer(command: Command, args: argparse.Namespace) -> Reply:
         raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
     if not changes or args.dry_run:
         return command.function(system, args)
+    system.caller = caller_of(command)
     try:
         reply = on_a_full_disk_too(command, system, args)
     except BaseException as error:
-        if failure := failure_for_history(error):
-            system.remember({**history_of(command, args, {}), "result": failure})
+        for change in system.done:  # what came before, or just before the end
+            console.say(change.summary())
+        done = {"snapshots": [change_data(change) for change in system.done]}
+        failure = failure_for_history(error) or (reason(error) if system.done else "")
+        if failure:
+            remember(system.layout, {**history_of(system.caller, args, done), "result": failure})
         raise
     if reply.data.get("changed") or reply.status:
         result = reply.text if reply.status else "done"
-        system.remember({**history_of(command, args, reply.data), "result": result})
+        remember(system.layout, {**history_of(system.caller, args, reply.data), "result": result})
     return reply
 
 
@@ -8991,7 +9057,18 @@ def version_system(args: argparse.Namespace) -> System:
         return System(Layout(Path("/.snapshots"), ident), Distro())
 
 
-def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
+def caller_of(command: Command) -> dict[str, Any]:
+    """Who calls which command, for the history."""
+    try:
+        user = Path("/proc/self/loginuid").read_text().strip()
+    except OSError:
+        user = ""
+    unset = str(2**32 - 1)
+    user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
+    return {"user": to_number(user) or 0, "command": command.name, "arguments": sys.argv[1:]}
+
+
+def history_of(caller: Mapping[str, Any], args: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
     """Who did what to which snapshots, with all that the command answered.
 
     An answer's list of changes, one for each snapshot, is "changes" here; "snapshots" are numbers.
@@ -9002,20 +9079,7 @@ def history_of(command: Command, args: argparse.Namespace, data: Mapping[str, An
     damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
     own = [data["snapshot"]] if "snapshot" in data else []
     touched = {*getattr(args, "snapshots", []), *numbers, *own, *damaged}
-    try:
-        user = Path("/proc/self/loginuid").read_text().strip()
-    except OSError:
-        user = ""
-    unset = str(2**32 - 1)
-    user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
-    return {
-        **data,
-        **({"changes": changes} if changes else {}),
-        "user": to_number(user) or 0,
-        "command": command.name,
-        "arguments": sys.argv[1:],
-        "snapshots": sorted(touched),
-    }
+    return {**data, **({"changes": changes} if changes else {}), **caller, "snapshots": sorted(touched)}
 
 
 def print_reply(command: Command, reply: Reply) -> None:

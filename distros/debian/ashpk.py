@@ -143,9 +143,14 @@ room=$(df --output=avail -k / | tail -n 1)
             if package["Status"].endswith(" installed")
         }
 
+    def plain_name(self, root: Path, name: str) -> str:
+        """Without the root's own architecture."""
+        return name.removesuffix(f":{own_architecture(root)}") if ":" in name else name
+
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether all are there, and none only because another needs it."""
-        return set(packages) <= self.packages(root).keys() - self.automatic(root)
+        wanted = {self.plain_name(root, name) for name in packages}
+        return wanted <= self.packages(root).keys() - self.automatic(root)
 
     def is_older(self, version: str, other: str) -> bool:
         """Compare versions as dpkg does (deb-version(7))."""
@@ -411,6 +416,14 @@ def foreign_architectures(root: Path) -> list[str]:
     """The architectures beside its own of which a root can have packages."""
     path = database(root, "dpkg/arch")  # its first line is the root's own
     return path.read_text(errors="replace").split()[1:] if path.is_file() else []
+
+
+def own_architecture(root: Path) -> str:
+    """The architecture of a root; that of dpkg itself where dpkg has not noted it yet."""
+    path = database(root, "dpkg/arch")
+    if path.is_file() and (noted := path.read_text(errors="replace").split()):
+        return noted[0]
+    return next((one.get("Architecture", "") for one in known_packages(root) if one["Package"] == "dpkg"), "")
 
 
 def architectures_of(packages: Iterable[str]) -> set[str]:

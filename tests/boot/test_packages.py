@@ -112,6 +112,7 @@ def opens_itself(machine: Machine) -> None:
         "pkill -9 -f 'sys.argv.*live-chroot'; pkill sleep; sleep 1; printf 'rm /usr/share/live\\n' | ash live-chroot",
     )
     said(machine, "! test -e /usr/share/live && ! grep unlocked /proc/*/mountinfo")
+    said(machine, "printf 'setsid sleep 611 >/dev/null 2>&1 &\n' | ash live-chroot && ! pgrep -f 'sleep 61''1'")
 
     said(machine, "mount -t tmpfs foreign /.snapshots/rootfs/snapshot-2/mnt")
     refused(machine, "ash fsck", "foreign mount")

@@ -14,10 +14,19 @@ from tests.system.lab import System
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 
+INTERRUPTED = 130
+FAILS_HERE = "[ ! -e /etc/fail-here ] || exit 3"
+
+
 def last_entry(system: System, *words: str | int) -> dict[str, Any]:
     entries = system.ash("--json", "log", *words).json["history"]
     assert isinstance(entries[-1], dict)
     return entries[-1]
+
+
+def entries_of(system: System, command: str, snapshot: int) -> list[dict[str, Any]]:
+    history = system.ash("--json", "log", snapshot).json["history"]
+    return [entry for entry in history if entry["command"] == command]
 
 
 def test_a_change_is_done_though_it_cannot_be_noted(system: System, snapshot: int) -> None:
@@ -100,6 +109,50 @@ def test_packages_of_several_snapshots_are_in_the_history(system: System, snapsh
     assert entry["snapshots"] == [snapshot, other]
     assert [change["packages"]["added"] for change in entry["changes"]] == [{"ash-test-two": "1"}] * 2
     assert "+ash-test-two +ash-test-two" in system.ash("log", other).stdout
+
+
+def test_what_was_done_before_another_failed_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    broken = system.clone()
+    deb = make_deb(tmp_path, "ash-test-part", preinst=FAILS_HERE)
+    system.shell(broken, "touch /etc/fail-here")
+    ended = system.ash("install", "--snapshots", snapshot, broken, "-p", deb, status=FAILED)
+    assert f"snapshot {snapshot} changed" in ended.stderr
+    entry = last_entry(system, snapshot)
+    assert entry["snapshots"] == [snapshot, broken]
+    assert entry["result"] != "done"
+    assert [(c["snapshot"], c["packages"]["added"]) for c in entry["changes"]] == [(snapshot, {"ash-test-part": "1"})]
+
+
+def test_what_was_done_when_ctrl_c_came_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    deb = make_deb(tmp_path, "ash-test-late")
+    ended = system.stepped({"interrupt": "remove merged"}, "install", snapshot, str(deb))
+    assert ended.returncode == INTERRUPTED, ended
+    assert f"snapshot {snapshot} changed" in ended.stderr
+    entry = last_entry(system, snapshot)
+    assert entry["result"] == "interrupted"
+    assert entry["changes"][0]["packages"]["added"] == {"ash-test-late": "1"}
+
+
+def test_what_another_ash_finishes_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+    deb = make_deb(tmp_path, "ash-test-killed")
+    system.killed_before("exchange", "install", snapshot, str(deb))
+    system.ash("recover")
+    assert not entries_of(system, "install", snapshot), "it was dropped"
+    system.killed_before(f"rename snapshot-chr{snapshot} to", "install", snapshot, str(deb))
+    system.ash("recover")
+    (entry,) = entries_of(system, "install", snapshot)
+    assert (entry["result"], entry["user"], entry["arguments"][-1]) == ("done", 0, str(deb))
+    assert entry["packages"]["added"] == {"ash-test-killed": "1"}
+
+
+def test_a_snapshot_of_which_another_ash_writes_the_birth(system: System, snapshot: int) -> None:
+    system.killed_before("remove intent", "branch", snapshot)
+    system.ash("recover")
+    (entry,) = entries_of(system, "branch", snapshot + 1)
+    assert (entry["snapshot"], entry["from"], entry["parent"]) == (snapshot + 1, snapshot, snapshot)
+    system.killed_before("write fstree", "del", snapshot + 1, "-y")
+    system.ash("recover")
+    assert not entries_of(system, "del", snapshot + 1), "it was not deleted"
 
 
 def test_the_history_of_one_snapshot_and_who_did_it(

@@ -463,6 +463,10 @@ def test_help_names_every_command(line: str) -> None:
     assert outcome(line) == outcome()
 
 
+def test_the_version_is_told_as_other_programs_do() -> None:
+    assert outcome("--version") == outcome("version")
+
+
 @pytest.mark.parametrize("name", [command.name for command in ash.COMMANDS])
 def test_every_command_explains_itself(name: str) -> None:
     status, out, _ = outcome("help", name)

@@ -83,6 +83,19 @@ def test_packages_of_other_architectures_have_them_in_their_names(root: Path) ->
     assert not debian.has_state(root, "one:i386")
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_root_s_own_architecture_may_be_spelled_out(root: Path, noted: bool) -> None:
+    if noted:
+        (root / "usr/share/ash/db/dpkg/arch").write_text("amd64\ni386\n")
+    else:
+        with (root / "usr/share/ash/db/dpkg/status").open("a") as status:
+            status.write("\nPackage: dpkg\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1\n")
+    debian = Debian()
+    names = ["hello", "hello:amd64", "hello:i386"]
+    assert [debian.plain_name(root, name) for name in names] == ["hello", "hello", "hello:i386"]
+    assert debian.has_installed(root, ["hello:amd64"])
+
+
 def test_a_root_without_dpkg_has_no_packages(tmp_path: Path) -> None:
     assert Debian().packages(tmp_path) == {}
 
