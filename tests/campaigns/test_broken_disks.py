@@ -25,5 +25,10 @@ def test_a_disk_that_fails_loses_nothing(scene: Scene, name: str) -> None:
     assert scene.fails(name, STEPS, broken=True)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_without_any_room_loses_nothing(scene: Scene, name: str) -> None:
+    scene.fails_without_any_room(name)
+
+
 def test_what_frees_space_works_where_there_is_none_at_all(scene: Scene) -> None:
     scene.works_without_room("del", "undo", "tmp", "unlock", "recover")

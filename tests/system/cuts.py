@@ -141,6 +141,27 @@ class Tried:
             assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
 
+    def fails_well(self, ended: Ended, view: View, where: str, *, broken: bool = False) -> bool:
+        """Assert that a command on a disk that is full, or broken, loses nothing and says why it fails, if it does.
+
+        Returns:
+            whether it failed.
+        """
+        said = [line for line in ended.stderr.splitlines() if line.startswith("ash: ")]
+        self.allows(view, where)
+        if ended.returncode == DONE:
+            assert view == self.after, where
+            return False
+        # What does several things goes on with the others, and says in its report why one could not be done.
+        told = said or [line for line in ended.stdout.splitlines() if re.match(r"left: |snapshot \d+ failed: ", line)]
+        assert told, (where, ended)
+        assert "Traceback" not in ended.stderr, where
+        assert not any("Errno" in line for line in told), (where, told)
+        assert broken or any(reason in line for line in told for reason in NO_SPACE), (where, told)
+        unfinished = self.several or any("is not finished" in line for line in told)
+        assert broken or view == self.before or unfinished, (where, told)
+        return True
+
     def is_done(self, view: View, where: str) -> None:
         """Assert that the command has done all."""
         assert (view, view.boots) == (self.after, self.after.boots), where
@@ -308,23 +329,17 @@ class Scene:
         for step in range(1, len(tried.steps) + 1, max(1, len(tried.steps) // steps)):
             where = f"{name} before step {step}, {tried.steps[step - 1]}"
             ended, view = self._without_room(words, step, broken)
-            said = [line for line in ended.stderr.splitlines() if line.startswith("ash: ")]
-            tried.allows(view, where)
-            if ended.returncode == DONE:
-                assert view == tried.after, where
-                continue
-            failed += 1
-            # What does several things goes on with the others, and says in its report why one could not be done.
-            told = said or [
-                line for line in ended.stdout.splitlines() if re.match(r"left: |snapshot \d+ failed: ", line)
-            ]
-            assert told, (where, ended)
-            assert "Traceback" not in ended.stderr, where
-            assert not any("Errno" in line for line in told), (where, told)
-            assert broken or any(reason in line for line in told for reason in NO_SPACE), (where, told)
-            unfinished = tried.several or any("is not finished" in line for line in told)
-            assert broken or view == tried.before or unfinished, (where, told)
+            failed += tried.fails_well(ended, view, where, broken=broken)
         return failed
+
+    def fails_without_any_room(self, name: str) -> bool:
+        """Let a command run on a disk that is full to the last block: nothing is lost. Returns whether it failed."""
+        words = COMMANDS[name]
+        tried = self.tried(words)
+        with self._full(words) as full:
+            ended = self.run_on(full, words)
+            self._make_room(full)
+            return tried.fails_well(ended, self.look(full, words), f"{name} on a full disk")
 
     def works_without_room(self, *names: str) -> None:
         """See that commands do what they should on a disk that is full to the last block."""
@@ -342,9 +357,9 @@ class Scene:
             assert os.strerror(errno.ENOSPC) in ended.stderr, ended  # it was full
 
     @contextlib.contextmanager
-    def _full(self) -> Iterator[Path]:
-        """A copy of the disk on which there is no room at all, neither for data nor in btrfs's own trees."""
-        with self.copy(RECOVER) as copy:
+    def _full(self, words: Sequence[str] = RECOVER) -> Iterator[Path]:
+        """A copy of the disk for a command with no room at all, neither for data nor in btrfs's own trees."""
+        with self.copy(words) as copy:
             with Disk(copy).files() as files:
                 filler = files.top / FILLER.relative_to(PRIVATE / "top")
                 fill(filler)
