@@ -897,6 +897,8 @@ class Lock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            return False  # its folder has just gone, with its snapshot
         except OSError as error:
             if error.errno != errno.EROFS or not self.path.exists():
                 raise
@@ -2195,6 +2197,29 @@ class VarMerge:
             return "aside"
         return "place"
 
+    def decide_again(self, entry: str) -> str:
+        """What is to be done with an entry that was to be put in place, some time ago: perhaps that was begun."""
+        changed, origin, live = (folder / entry for folder in (self.upper, self.origin, self.live))
+        if fingerprint(live) == fingerprint(origin):
+            return self.decide(entry)
+        return "place" if self._is_begun(changed, origin, live) else "aside"
+
+    def _is_begun(self, changed: Path, origin: Path, live: Path) -> bool:
+        """Whether a live path is as it was or as it is to be, with all below it: nobody else has changed it since."""
+        if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
+            return True
+        if not os.path.lexists(changed) or is_whiteout(changed):
+            return False
+        if not is_folder(changed):
+            return is_there_already(changed, live)
+        names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else {""}
+        return all(self._is_begun(changed / name, origin / name, live / name) for name in names if name)
+
+    @property
+    def _beside(self) -> str:
+        """The name of a file that is being written."""
+        return f".ash-new-{self.token}"
+
     def merge(self, entry: str, decision: str) -> None:
         """Put one entry in place, or into the conflicts folder, as was decided; it may have been begun before."""
         changed, live = self.upper / entry, self.live / entry
@@ -2240,7 +2265,7 @@ class VarMerge:
         elif stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISFIFO(kind):
             if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
                 return
-            beside = target.with_name(f".ash-new-{self.token}")
+            beside = target.with_name(self._beside)
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_tree(beside)
             copy_file(changed, beside)
@@ -2557,9 +2582,9 @@ class Workplace:
         sync_filesystem(layout.snapshots)
         if intent.state == "commit" and self.root.exists():
             delete_subvolume(layout.undo(n))
-            if is_writable(self.root):  # of a mutable one
-                set_readonly(self.root)
             rename(self.root, layout.undo(n))
+        if is_writable(layout.undo(n)):  # of a mutable one
+            set_readonly(layout.undo(n))
         delete_subvolume(self.root)  # where only /var was changed, a power cut may have brought it back
         self._clear()
         return merge
@@ -2580,9 +2605,11 @@ class Workplace:
         So a merge that was interrupted is gone on with, and its own traces are not taken for another's changes.
         """
         done = lines_of(read_text(self.merged))
+        goes_on = True
         try:
             decisions = from_json(read_text(self.decisions), self.DECISIONS)
         except ValueError:  # none yet; or damaged, and what has been merged already will be found so
+            goes_on = False
             decided = {entry: merge.decide(entry) for entry in entries}
             decisions = {"aside": merge.conflicts.name, "token": merge.token, "decided": decided}
             write_file(self.decisions, json.dumps(decisions), mode=0o600)  # nobody knows the token
@@ -2590,7 +2617,9 @@ class Workplace:
         merge.conflicts = merge.conflicts.with_name(decisions["aside"])
         for entry in entries:
             if json.dumps(entry) not in done:
-                merge.merge(entry, decisions["decided"].get(entry, "aside"))
+                decision = decisions["decided"].get(entry, "aside")
+                # Who knows how long ago that was, and who has changed it since.
+                merge.merge(entry, merge.decide_again(entry) if goes_on and decision == "place" else decision)
                 about_to(f"note that {entry} is merged")
                 with self.merged.open("a") as file:
                     file.write(f"{json.dumps(entry)}\n")
@@ -2600,12 +2629,17 @@ def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
     """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
     require_folders(layout.rootfs(snapshot))
     target, new = layout.copy(folder, snapshot), layout.copy(folder, f"new-{snapshot}")
+    copy_as_subvolume(layout.rootfs(snapshot) / folder, new)
+    replace_subvolume(new, target)
+
+
+def copy_as_subvolume(folder: Path, new: Path) -> None:
+    """Make a read-only subvolume of what a folder holds, in the place of one that was left unfinished."""
     delete_subvolume(new)
     create_subvolume(new)
     about_to(f"fill {new.name}")
-    run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(snapshot) / folder}/.", new])
+    run(["cp", "-a", "--reflink=auto", f"{folder}/.", new])
     set_readonly(new)
-    replace_subvolume(new, target)
 
 
 def replace_subvolume(new: Path, target: Path) -> None:
@@ -3943,11 +3977,9 @@ class Slots:
 
     def choose(self, secondary: bool) -> str:
         """The first slot that is neither booted nor the newest good deployment."""
-        booted = self.system.booted
-        if secondary:
-            return next(slot for slot in SECONDARY_SLOTS if slot != booted)
-        good = booted if booted in SLOTS else self.menu.last_booted or self.menu.default
-        return next(slot for slot in SLOTS if slot not in (booted, good))
+        slots, booted = SECONDARY_SLOTS if secondary else SLOTS, self.system.booted
+        good = booted if booted in slots else self.menu.last_booted or self.menu.default
+        return next(slot for slot in slots if slot not in (booted, good))
 
     def build(self, snapshot: int, slot: str, fresh_etc: bool) -> Deployment:
         """Make the new deployment beside its slot, with the running /etc's changes, and find out how it boots."""
@@ -3968,7 +4000,7 @@ class Slots:
             inputs, config = boot_config(new, self.menu, grub)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
-        self._renew_drift_base(slot)
+        copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         name = os_release(new, "NAME") or layout.distro
         deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config, is_mutable(new))
         return self._carry_etc(deployment, new / "etc", fresh_etc)
@@ -3979,32 +4011,42 @@ class Slots:
         booted = self.system.booted
         return booted if isinstance(booted, str) else self.menu.last_booted or self.menu.default
 
-    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str) -> EtcMerge:
-        """The merge of a slot's changes of /etc into another /etc, that of the snapshot or slot `which`."""
+    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str, root: Path | None = None) -> EtcMerge:
+        """The merge of a slot's changes of /etc into another /etc, that of the snapshot or slot `which`.
+
+        `root` is the slot's as it is to be taken; as it is now where it is None.
+        """
         layout = self.layout
 
         def own_fstab(text: str) -> str:
             return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
 
-        running = layout.rootfs(slot) / "etc"
+        running = (root or layout.rootfs(slot)) / "etc"
         require_folders(running.parent)
         return EtcMerge(layout.etc(slot), running, target, layout.conflicts(snapshot), own_fstab)
 
     def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
         """Carry the running /etc's changes over, and note in the deployment what came of it."""
         running = self.running
-        if not running or not self.layout.etc(running).exists():
+        if not running:
             return deployment
+        if not is_subvolume(self.layout.etc(running)):
+            raise AshError(
+                f"nobody knows what was changed in the running /etc: {self.layout.etc(running).name} is gone",
+                "ash fsck --repair",
+                REFUSED,
+            )
         merge = self.merge_of(running, target, deployment.snapshot, deployment.slot)
         with self.system.lock("state"):
             numbers = Numbers.load(self.layout.ids)
             numbers.learn(merge.running)
             write_file(self.layout.ids, numbers.dump())
+        state = etc_state(merge.running)  # before: what is edited from now on counts as not carried yet
         merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
-            etc_state=etc_state(merge.running),
+            etc_state=state,
             carried=merge.carried,
             conflicts=merge.in_conflict,
             conflicts_folder=folder,
@@ -4064,28 +4106,20 @@ class Slots:
         delete_subvolume(new)
         remove_tree(intent)
 
-    def forget_drift(self, slot: str, but: Sequence[str]) -> None:
-        """Take the changes of a slot's /etc as what it started with, since they are saved, but for some paths."""
+    def forget_drift(self, slot: str, saved: Path, but: Sequence[str]) -> None:
+        """Take the changes of a slot's /etc, as they are saved, as what it started with, but for some paths."""
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
-        for path, kind in etc_drift(layout.etc(slot), layout.rootfs(slot) / "etc").items():
+        for path, kind in etc_drift(layout.etc(slot), saved).items():
             if path in but or not has_plain_parents(new, path):
                 continue
             if kind != "removed":
-                EtcMerge.place(layout.rootfs(slot) / "etc" / path, new / path)
+                EtcMerge.place(saved / path, new / path)
             else:
                 remove_tree(new / path)
         set_readonly(new)
         replace_subvolume(new, layout.etc(slot))
-
-    def _renew_drift_base(self, slot: str) -> None:
-        """Keep the /etc that the deployment starts with, beside what the running one makes of it."""
-        layout, new = self.layout, self.layout.etc(f"new-{slot}")
-        delete_subvolume(new)
-        create_subvolume(new)
-        run(["cp", "-a", "--reflink=auto", f"{layout.rootfs(f'new-{slot}') / 'etc'}/.", new])
-        set_readonly(new)
 
     def write_menu(self) -> None:
         """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log.
@@ -4565,9 +4599,12 @@ class System:
                 self.workplace(number).recover(tree)
             stack.enter_context(self.lock("deploy"))
             self.require_replaceable(doomed, "not deleted")
-            for number in doomed:
-                Intent("number").save(self.layout.work(number))
             with self.editing_tree() as tree:
+                if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*doomed}):
+                    what = f"{listed(late)} was made below what is to be deleted meanwhile"
+                    raise AshError(what, "try again: it goes too then", LOCKED)
+                for number in doomed:
+                    Intent("number").save(self.layout.work(number))
                 for snapshot in snapshots:
                     if snapshot in tree:
                         tree.remove(snapshot)
@@ -4584,7 +4621,11 @@ class System:
         """Delete what is on the disk of snapshots that are not in the tree any more."""
         for number in snapshots:
             self.workplace(number).delete_snapshot()
-            remove_tree(self.layout.work(number))
+            try:
+                remove_tree(self.layout.work(number))
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # who waits for the lock has just made it anew
+                    raise
 
     def require_replaceable(self, snapshots: Sequence[int], so: str) -> None:
         """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
@@ -4617,7 +4658,9 @@ class System:
             the deployment, and whether anything had to be done.
         """
         self.require(snapshot)
+        self.put_back_live()
         with self.lock("deploy"):
+            self.require(snapshot)
             slots = Slots(self)
             slots.recover()
             there = self._already_deployed(slots, snapshot, secondary)
@@ -4653,14 +4696,17 @@ class System:
         if not isinstance(slot, str) or not slot:
             raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
         number = self.snapshot_of(slot)
+        self.put_back_live()
         with ExitStack() as stack:
             with Transaction(self, number) as work:  # first, as whoever wants both locks takes them
                 stack.enter_context(self.lock("deploy"))
                 slots = Slots(self)
-                merge = slots.merge_of(slot, work.root / "etc", number, number)
+                # What is edited meanwhile is neither saved nor forgotten.
+                running = stack.enter_context(readonly_view(self.layout, self.layout.rootfs(slot)))
+                merge = slots.merge_of(slot, work.root / "etc", number, number, running)
                 merge.identity = False
                 merge.merge()
-            slots.forget_drift(slot, merge.in_conflict)
+            slots.forget_drift(slot, merge.running, merge.in_conflict)
         return work.change, merge
 
     def drift(self) -> tuple[str, dict[str, str]]:
@@ -4671,13 +4717,24 @@ class System:
         require_folders(self.layout.rootfs(slot))
         return slot, etc_drift(self.layout.etc(slot), self.layout.rootfs(slot) / "etc")
 
-    def recover(self, drop_kept: bool) -> list[int]:
-        """Finish or undo what was interrupted anywhere, but where an ash still works. Returns the snapshots.
+    def put_back_live(self) -> None:
+        """Put back what an interrupted change has put into the running deployment: nobody is to take that for drift."""
+        place = LivePlace(self.layout, self.distro, BASE)
+        if state_of_work(place.folder) == "live" and not is_held(place.folder / "lock"):
+            with self.lock("live"):
+                place.recover(self.tree())
+
+    def recover(self, drop_kept: bool) -> list[int | str]:
+        """Finish or undo what was interrupted anywhere, but where an ash still works.
+
+        Returns:
+            the snapshots, and "live" where the running deployment is as it was before a change of it.
 
         Raises:
-            AshError: not all of it could be done, for want of space, or as it is mounted somewhere (REFUSED).
+            AshError: not all of it could be done; what else there was is done.
         """
-        found, in_the_way = [], []
+        found: list[int | str] = []
+        in_the_way: list[AshError | OSError] = []
         places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
             if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
@@ -4685,18 +4742,16 @@ class System:
             try:
                 with self.lock(place.name):
                     place.recover(self.tree(), drop_kept)
-                found += [place.snapshot] if place.name != "live" else []
+                found.append(place.name)
             except (AshError, OSError) as error:
-                if is_for_space(error) or (isinstance(error, AshError) and error.status == REFUSED):
+                if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
                     in_the_way.append(error)
-                elif isinstance(error, OSError):
-                    console.say(f"ash: {place.name}: {reason(error)}")
-                elif error.status != LOCKED:  # at work: nothing is wrong
-                    console.say(f"ash: {error.message} ({error.hint})")
         tidy_views(self.layout)
         with self.lock("deploy"):
             Slots(self).recover()
-        if in_the_way:  # a full disk, or a mount; what else could be done is done
+        if in_the_way:
+            for other in in_the_way[1:]:
+                console.say(one_line(f"ash: {reason(other)}"))
             raise in_the_way[0]
         return found
 
@@ -4800,7 +4855,12 @@ class LivePlace(Workplace):
         super().__init__(layout, distro, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
-        """Put back what was put in place, where that was interrupted."""
+        """Put back what was put in place, where that was interrupted; nobody deploys meanwhile."""
+        with self.deploy_lock() if state_of_work(self.folder) == "live" else contextlib.nullcontext():
+            self.put_back(drop_kept)
+
+    def put_back(self, drop_kept: bool = False) -> None:
+        """The same by who has the lock for deploying, or has put nothing in place."""
         intent = None
         try:
             intent = Intent.load(self.folder)
@@ -4813,6 +4873,10 @@ class LivePlace(Workplace):
                 self.put(intent.slot, self.root, self.before)
             self.conclude(intent)
         self.drop()
+
+    def deploy_lock(self) -> Lock:
+        """The lock for deploying, for which a change of the running deployment waits."""
+        return Lock(self.layout.work("deploy") / "lock", "deploying", wait=600)
 
     def conclude(self, intent: Intent) -> None:
         """Note that all is in place, so that nobody puts anything back while the rest is dropped."""
@@ -4882,6 +4946,11 @@ class LiveTransaction(Transaction):
         super()._begin()
 
     def _commit(self) -> None:
+        with ExitStack() as stack:
+            self._put_in_place(stack)
+
+    def _put_in_place(self, stack: ExitStack) -> None:
+        """Put it in place, with the lock for deploying, which is held until all is well again."""
         place, services = self.place, Services(self.live, self.system.running)
         try:
             found = self._conclude()
@@ -4891,21 +4960,20 @@ class LiveTransaction(Transaction):
                 place.drop()
                 return
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
-            with ExitStack() as stack:
-                with signals_heard():
-                    stack.enter_context(Lock(self.layout.work("deploy") / "lock", "deploying", wait=600))
-                slot = self.layout.rootfs(self.slot)
-                intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
-                intent.save(place.folder)
-                sync_filesystem(self.layout.snapshots)
-                services.stop(found.paths)
-                etc = place.put(self.slot, place.before, self.root)
-                merge = place.merge_into_var(intent)
-                services.start(found.paths)
-                sync_filesystem(self.layout.snapshots)
-                place.conclude(intent)
+            with signals_heard():
+                stack.enter_context(place.deploy_lock())
+            slot = self.layout.rootfs(self.slot)
+            intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
+            intent.save(place.folder)
+            sync_filesystem(self.layout.snapshots)
+            services.stop(found.paths)
+            etc = place.put(self.slot, place.before, self.root)
+            merge = place.merge_into_var(intent)
+            services.start(found.paths)
+            sync_filesystem(self.layout.snapshots)
+            place.conclude(intent)
         except BaseException as error:
-            place.recover(self.system.tree())
+            place.put_back()
             services.put_back()
             done = f"; what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
             if isinstance(error, AshError):
@@ -5553,6 +5621,7 @@ class LostFound:
             os.link(path, self._place_for(path))
         elif os.path.lexists(path):
             self.take(path)
+        sync_filesystem(self.layout.snapshots)  # before what takes its place is on the disk
 
     def _place_for(self, path: Path) -> Path:
         wanted = self.folder / path.relative_to(self.layout.snapshots)
@@ -5771,9 +5840,9 @@ class Mender:
             self.lost.take(part)
         forget_work(place.folder)
 
-    def protect(self, number: int, path: Path) -> None:
-        """Make a part of a snapshot read-only; what was written to it meanwhile stays."""
-        with self.system.lock(number):
+    def protect(self, name: int | str, path: Path) -> None:
+        """Make a subvolume read-only, with a lock that who changes it takes; what was written to it stays."""
+        with self.system.lock(name):
             set_readonly(path)
 
     def renew_copy(self, number: int, folder: str) -> None:
@@ -5826,14 +5895,12 @@ class Mender:
                 place.recover(tree)
 
     def put_back(self) -> None:
-        """Put back what an interrupted change put into the running system; where its note is damaged, set it aside."""
+        """Put back what an interrupted change put into the running system; set it aside where there is no good note."""
         place = LivePlace(self.layout, self.system.distro, BASE)
         with self.system.lock("live"):
-            try:
+            if state_of_work(place.folder):
                 place.recover(self.system.tree())
-            except AshError:
-                if state_of_work(place.folder):
-                    raise
+            else:
                 for leftover in place.leftovers():
                     self.lost.take(leftover)
 
@@ -5844,6 +5911,18 @@ class Mender:
         run(["umount", target], check=False)  # here it is gone already where mounts are shared, as they usually are
 
     # The boot menu
+
+    def renew_drift_base(self, slot: str, number: int) -> None:
+        """Make anew what a slot's /etc is compared with, from a snapshot's: more counts as changed than was."""
+        with self.system.lock("deploy"):
+            base, new = self.layout.etc(slot), self.layout.etc(f"new-{slot}")
+            if is_subvolume(base):
+                return
+            if os.path.lexists(base):
+                self.lost.take(base)
+            source = self.layout.rootfs(number)
+            copy_as_subvolume((source if is_subvolume(source) else self.layout.rootfs(BASE)) / "etc", new)
+            rename(new, base)
 
     def finish_deploy(self) -> None:
         """Tidy up after a deploy that was interrupted."""
@@ -5985,6 +6064,9 @@ class Check:
         if not Subvolume.at(root).readonly and not is_mutable(root):
             remedy = "make it read-only, as it is"
             yield Damage(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
+        if is_writable(undo := layout.undo(number)):
+            remedy = "make it read-only, as it is"
+            yield Damage(f"{undo.name} is writable", number, remedy, partial(mender.protect, number, undo))
         if not is_description(layout.description(number)):
             there = os.path.lexists(layout.description(number))
             what = "its description is empty or no file" if there else "it has no description"
@@ -6081,7 +6163,7 @@ class Check:
             with contextlib.suppress(AshError), self._alone(Lock(live.folder / "lock", "")):
                 if left := live.leftovers():
                     what = f"{left[0].relative_to(self.layout.snapshots)} is left of a change of the running system"
-                    yield Damage(what, None, "delete it", self.mender.put_back)
+                    yield Damage(what, None, "set it aside", self.mender.put_back)
 
     def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
         remedy = "make it anew from the snapshots"
@@ -6163,8 +6245,20 @@ class Check:
             return
         for deployment in slots.menu.deployments.values():
             yield from self._boot_files(deployment)
+            yield from self._drift_base(deployment)
         if not slots.is_written():
             yield Damage("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
+
+    def _drift_base(self, deployment: Deployment) -> Iterator[Damage]:
+        slot, number = deployment.slot, deployment.snapshot
+        base = self.layout.etc(slot)
+        if not is_subvolume(base):
+            renew, remedy = partial(self.mender.renew_drift_base, slot, number), "make it anew from the snapshot's /etc"
+            yield Damage(f"{base.name} is missing: nobody knows what was changed in /etc", number, remedy, renew)
+        elif not Subvolume.at(base).readonly:
+            yield Damage(
+                f"{base.name} is writable", number, "make it read-only", partial(self.mender.protect, "deploy", base)
+            )
 
     def _boot_files(self, deployment: Deployment) -> Iterator[Damage]:
         root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
@@ -6699,9 +6793,11 @@ def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
         raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
     if args.dry_run:
         return would(f"describe snapshot {number} as: {text}")
-    changed = text != system.describe(number)
-    if changed:
-        write_file(system.layout.description(number), f"{text}\n")
+    with system.lock("state"):
+        system.require(number)
+        changed = text != system.describe(number)
+        if changed:
+            write_file(system.layout.description(number), f"{text}\n")
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
@@ -6903,6 +6999,7 @@ def deployed(deployment: Deployment, changed: bool) -> Reply:
 def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would("carry changes of the running /etc over to the deployment for the next boot")
+    system.put_back_live()
     with system.lock("deploy"):
         carried = Slots(system).carry()
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
@@ -6977,6 +7074,7 @@ def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deploy
 def keep_deployment(system: System, slot: str, description: str) -> int:
     """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
     layout = system.layout
+    system.put_back_live()
     with system.lock("deploy"), ExitStack() as stack:
         copy = layout.rootfs(f"new-{slot}")
         delete_subvolume(copy)
@@ -7247,11 +7345,12 @@ def cmd_recover(system: System, args: argparse.Namespace) -> Reply:
     return recovered(system.recover(drop_kept=False))
 
 
-def recovered(snapshots: Sequence[int]) -> Reply:
+def recovered(found: Sequence[int | str]) -> Reply:
     """The answer of a command that recovers."""
-    names = ", ".join(map(str, snapshots))
-    text = f"tidied up: {names}" if snapshots else "nothing was left"
-    return Reply({"snapshots": list(snapshots), "changed": bool(snapshots)}, text)
+    snapshots = [one for one in found if isinstance(one, int)]
+    lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
+    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
+    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,13 +4,15 @@
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
     "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
-    "kill": the number of the step (the first is 1), or what its name begins with, before which ash is killed;
+    "kill": the number of the step (the first is 1), or a regular expression, before which ash is killed;
+    "after": what the name of the step begins with from which on "kill" counts, where that is a name;
     "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
     "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
     "fail": the name of a step, at which the disk fails, once;
     "link": what the name of a step begins with, a folder, and what is to be a link in its place from that step on;
+    "do": what the name of a step begins with, and a program with its arguments, which runs before that step, once;
     "booted": the slot that ash is to believe to be booted;
     "began": a file that is made when ash itself begins.
 """
@@ -20,7 +22,9 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,8 +77,14 @@ class Stepper:
             self.options["link"] = [None] * 3
             Path(folder).rename(f"{folder}-away")
             Path(folder).symlink_to(target)
-        kill = self.options.get("kill")
-        if str(arguments[0]).startswith(kill) if isinstance(kill, str) else step == kill:
+        before, *argv = self.options.get("do", [None])
+        if before and str(arguments[0]).startswith(before):
+            self.options["do"] = [None]
+            subprocess.run(argv, check=True)
+        if str(arguments[0]).startswith(self.options.get("after", "")):
+            self.options["after"] = ""
+        kill = None if self.options.get("after") else self.options.get("kill")
+        if re.match(kill, str(arguments[0])) if isinstance(kill, str) else step == kill:
             for process in dict.fromkeys([self.process, os.getpid()]):
                 os.kill(process, signal.SIGKILL)
 

@@ -60,6 +60,55 @@ def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: Sy
     system.is_sound()
 
 
+@pytest.mark.parametrize("how", ["another file", "the same file", "open", "before anything was placed"])
+def test_what_others_made_of_var_since_a_kill_stays(system: System, snapshot: int, how: str) -> None:
+    """What was decided before the kill is not done on top of what came after it."""
+    entry = system.files.var / f"lib/ash-test-{snapshot}"
+    (entry / "deep").mkdir(parents=True)
+    for name in ("db", "deep/one", "deep/two"):
+        (entry / name).write_text("old\n")
+    script = f"cd /var/lib/{entry.name}; for file in db deep/one deep/two; do echo new > $file; done; touch /etc/mark"
+    step = "copy " if how == "before anything was placed" else r"rename \S+ to two"
+    killed_in_the_merge(system, snapshot, script, step)
+    later = {"another file": "more", "the same file": "db"}.get(how, "deep/two")
+    with (entry / later).open("a") as file:
+        if how != "open":
+            file.write("later\n")
+        file.flush()
+        system.ash("recover")
+    content = (entry / later).read_text()
+    assert content.endswith("later\n") or how == "open", content
+    aside = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/lib/{entry.name}/db"))
+    assert [path.read_text() for path in aside] == ([] if how == "open" else ["new\n"])
+    assert not system.remains()
+    system.is_sound()
+
+
+def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -> None:
+    entry = system.files.var / f"lib/ash-test-{snapshot}"
+    (entry / "folder/deep").mkdir(parents=True)
+    for name in ("one", "two", "gone", "folder/deep/file"):
+        (entry / name).write_text("old\n")
+    script = f"cd /var/lib/{entry.name}; rm -r folder gone; echo new | tee one two new > folder; touch /etc/mark"
+    killed_in_the_merge(system, snapshot, script, r"rename \S+ to two")
+    system.ash("recover")
+    assert {path.name: path.read_text() for path in entry.iterdir() if path.is_file()}.items() >= {
+        "one": "new\n",
+        "two": "new\n",
+        "new": "new\n",
+        "folder": "new\n",
+    }.items()
+    assert not list((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
+    assert not system.remains()
+    system.is_sound()
+
+
+def killed_in_the_merge(system: System, snapshot: int, script: str, step: str) -> None:
+    """Kill a transaction when what it wrote to /var is being put in place, before a step."""
+    killed = system.stepped({"kill": step, "after": "write decisions"}, "run", snapshot, "sh", "-ec", script)
+    assert killed.returncode == -signal.SIGKILL, killed
+
+
 def test_a_recovery_that_is_cut_itself_is_gone_on_with(system: System, snapshot: int) -> None:
     for killed_at in (14, 24):
         system.cut_short(
