@@ -4621,8 +4621,11 @@ class System:
         """Delete what is on the disk of snapshots that are not in the tree any more."""
         for number in snapshots:
             self.workplace(number).delete_snapshot()
+            work = self.layout.work(number)
+            for left in sorted(work.iterdir()):
+                remove_tree(left)
             try:
-                remove_tree(self.layout.work(number))
+                work.rmdir()
             except OSError as error:
                 if error.errno != errno.ENOTEMPTY:  # who waits for the lock has just made it anew
                     raise

@@ -458,7 +458,8 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
             running=[text(files.root(menu["last_booted"]) / path) for path in ("usr/mark", "etc/mark-deb")],
-            lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")},
+            lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")}
+            | {text(path) for path in (files.snapshots / "lost+found").glob("*/ash/*")},
             boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
         )
 

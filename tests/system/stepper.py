@@ -12,7 +12,8 @@ OPTIONS is a JSON object with any of
     "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
     "fail": the name of a step, at which the disk fails, once;
     "link": what the name of a step begins with, a folder, and what is to be a link in its place from that step on;
-    "do": what the name of a step begins with, and a program with its arguments, which runs before that step, once;
+    "do": a regular expression, and a program with its arguments, which runs once, before the step whose name begins so
+        (or "rmdir PATH", of a folder);
     "booted": the slot that ash is to believe to be booted;
     "began": a file that is made when ash itself begins.
 """
@@ -57,36 +58,50 @@ class Stepper:
         if self.interrupts and event in ("open", "ash.step"):
             self.interrupts = False
             os.kill(self.process, signal.SIGINT)
-        if event != "ash.step":
-            return
-        self.interrupts = arguments[0] == self.options.get("interrupt")
+        if event == "os.rmdir":
+            self._do(f"rmdir {arguments[0]}")
+        elif event == "ash.step":
+            self._step(str(arguments[0]))
+
+    def _step(self, name: str) -> None:
+        self.interrupts = name == self.options.get("interrupt")
         step = 1 + int.from_bytes(self.steps[:4], "little")
         self.steps[:4] = step.to_bytes(4, "little")
         if names := self.options.get("names"):
             with Path(names).open("a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(f"{arguments[0]}\n")
+                file.write(f"{name}\n")
         if copies := self.options.get("copies"):
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
             fill(Path(self.options["filler"]))
-        if self.options.get("fail") == arguments[0]:
+        if self.options.get("fail") == name:
             del self.options["fail"]
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._link(name)
+        self._do(name)
+        self._kill(step, name)
+
+    def _link(self, name: str) -> None:
         before, folder, target = self.options.get("link", [None] * 3)
-        if before and str(arguments[0]).startswith(before):
+        if before and name.startswith(before):
             self.options["link"] = [None] * 3
             Path(folder).rename(f"{folder}-away")
             Path(folder).symlink_to(target)
-        before, *argv = self.options.get("do", [None])
-        if before and str(arguments[0]).startswith(before):
-            self.options["do"] = [None]
-            subprocess.run(argv, check=True)
-        if str(arguments[0]).startswith(self.options.get("after", "")):
+
+    def _kill(self, step: int, name: str) -> None:
+        if name.startswith(self.options.get("after", "")):
             self.options["after"] = ""
         kill = None if self.options.get("after") else self.options.get("kill")
-        if re.match(kill, str(arguments[0])) if isinstance(kill, str) else step == kill:
+        if re.match(kill, name) if isinstance(kill, str) else step == kill:
             for process in dict.fromkeys([self.process, os.getpid()]):
                 os.kill(process, signal.SIGKILL)
+
+    def _do(self, what: str) -> None:
+        """Run the program that is to run now, if any is."""
+        before, *argv = self.options.get("do", [None])
+        if before and re.match(before, what):
+            self.options["do"] = [None]
+            subprocess.run(argv, check=True)
 
 
 def main() -> int:

@@ -92,6 +92,17 @@ def test_a_secondary_deployment_is_one_more_entry(system: System, snapshot: int)
     assert f"snapshot {snapshot} is deployed" in system.ash("-y", "del", snapshot, status=5).error
 
 
+def test_a_secondary_deployment_that_was_booted_stays(system: System, snapshot: int) -> None:
+    slot = system.ash("--json", "deploy", snapshot, "--secondary").json["slot"]
+    menu = json.loads((system.files.state / "menu").read_text())
+    (system.files.state / "menu").write_text(json.dumps({**menu, "last_booted": slot}))
+    before = system.id_of(slot)
+    assert system.ash("--json", "deploy", system.clone(), "--secondary").json["slot"] != slot
+    assert system.id_of(slot) == before
+    (system.files.state / "menu").write_text(json.dumps({**menu, "last_booted": menu["default"]}))
+    system.ash("recover")
+
+
 def test_a_snapshot_without_a_kernel_is_not_deployed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "rm -f /boot/vmlinuz* /boot/initrd*")
     with system.nothing_changes():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import REFUSED
+from tests.support import DONE, FAILED, REFUSED, program
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -233,6 +233,39 @@ def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
     assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved is drift still"
     folder = max((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
     assert (folder / "etc/motd").read_text() == "mine\n"
+
+
+def test_what_is_edited_while_it_is_saved_counts_as_changed(machine: Machine, snapshot: int) -> None:
+    (machine.etc / "saved").write_text("one\n")
+    edits = f"echo two > {machine.etc}/saved; echo late > {machine.etc}/late"
+    step = f"exchange snapshot-{snapshot} and"
+    ended = machine.system.stepped({"do": [step, "sh", "-c", edits], "booted": machine.slot}, "etc-update")
+    assert ended.returncode == DONE, ended
+    assert (machine.system.root(snapshot) / "etc/saved").read_text() == "one\n"
+    assert machine.system.ash("--json", "diff").json["drift"] == {"saved": "changed", "late": "added"}
+
+
+def test_what_is_edited_while_it_is_carried_is_carried_at_shutdown(machine: Machine) -> None:
+    other = machine.system.clone()
+    (machine.etc / "early").write_text("early\n")
+    edit = ["sh", "-c", f"echo late > {machine.etc}/late"]
+    ended = machine.system.stepped({"do": ["copy .ash-new", *edit], "booted": machine.slot}, "deploy", other)
+    assert ended.returncode == DONE, ended
+    machine.running("carry")
+    assert [(machine.next_etc / name).read_text() for name in ("early", "late")] == ["early\n", "late\n"]
+
+
+def test_without_knowing_what_was_changed_nothing_is_deployed(machine: Machine) -> None:
+    other = machine.system.clone()
+    (machine.etc / "mine").write_text("mine\n")
+    base = machine.files.etc(machine.slot)
+    program("btrfs", "subvolume", "delete", base)
+    assert "ash fsck --repair" in machine.system.ash("deploy", other, status=REFUSED).error
+    assert f"{base.name} is missing" in machine.system.ash("fsck", status=FAILED).stdout
+    machine.system.ash("fsck", "--repair")
+    machine.system.ash("fsck")
+    machine.deploy(other)
+    assert (machine.next_etc / "mine").read_text() == "mine\n"
 
 
 def test_etc_update_is_refused_where_the_base_runs(system: System) -> None:

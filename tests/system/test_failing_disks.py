@@ -74,6 +74,19 @@ def test_fsck_finds_damage_where_nothing_can_be_written(disk: Disk) -> None:
         program("mount", "-o", "remount,rw", files.top)
 
 
+def test_a_recovery_that_fails_says_so(disk: Disk) -> None:
+    number, other = disk.clone(), disk.clone()
+    with disk.files() as files:
+        (files.state / f"work/{number}/intent").write_text("torn")
+        (files.state / f"work/{other}/intent").write_text('{"state": "open"}')
+    for options in ([], ["-q"], ["--json"]):
+        ended = disk.ash(*options, "recover", status=FAILED)
+        assert f"the intent file of snapshot {number} is damaged" in ended.stderr
+    disk.ash("run", other, "true")
+    disk.ash("unlock", number)
+    disk.ash("recover")
+
+
 def on(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run ash on what is mounted on a folder."""
     return subprocess.run([*ASH, "--root", folder, *words], capture_output=True, text=True, check=False)

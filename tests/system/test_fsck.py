@@ -61,6 +61,18 @@ def test_fsck_finds_a_snapshot_that_is_writable(system: System, snapshot: int) -
     whole(system)
 
 
+@pytest.mark.parametrize("name", ["undo", "base for drift"])
+def test_fsck_finds_what_nobody_is_to_write_to(system: System, snapshot: int, name: str) -> None:
+    system.shell(snapshot, "touch /etc/mark")
+    system.ash("deploy", snapshot)
+    path = system.files.undo(snapshot) if name == "undo" else system.files.etc(system.boots())
+    program("btrfs", "property", "set", "-ts", path, "ro", "false")
+    damage(system, f"{path.name} is writable", snapshot)
+    system.ash("fsck", "--repair")
+    whole(system)
+    system.ash("deploy", 0)
+
+
 @pytest.mark.parametrize("folder", ["etc", "boot"])
 def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int, folder: str) -> None:
     copy = system.files.etc(snapshot) if folder == "etc" else system.files.boot(snapshot)

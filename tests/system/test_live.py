@@ -228,6 +228,36 @@ def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path
     assert not machine.system.remains()
 
 
+@pytest.mark.parametrize("then", [["deploy"], ["rollback"], ["etc-update"], ["carry"]])
+def test_what_was_put_in_place_by_halves_is_nobodys_edit(machine: Machine, tmp_path: Path, then: list[str]) -> None:
+    system, slot, number = machine.system, machine.slot, machine.system.clone()
+    if then == ["carry"]:
+        system.ash("deploy", number)
+    other = system.clone()
+    half_put(machine, other, deb(tmp_path))
+    assert (system.root(slot) / "etc/ash-test.conf").exists(), "it has begun"
+    known = set(system.files.tree())
+    machine.running(*then, *([number] if then == ["deploy"] else []))
+    assert not (system.root(slot) / "etc/ash-test.conf").exists()
+    new: list[int | str] = [system.files.default_slot(), *(system.files.tree() - known)]
+    assert not any((system.root(one) / "etc/ash-test.conf").exists() for one in new)
+    assert not system.remains()
+
+
+def test_recover_tells_that_the_running_system_is_as_it_was(machine: Machine, tmp_path: Path) -> None:
+    half_put(machine, machine.system.clone(), deb(tmp_path))
+    answer = machine.running("recover")
+    assert (answer["snapshots"], answer["changed"]) == ([], True)
+    assert machine.system.ash("--json", "log").json["history"][-1]["command"] == "recover"
+
+
+def half_put(machine: Machine, number: int, package: Path) -> None:
+    """Kill a change of the running system when some of it is in place."""
+    step = f"exchange etc-new-{machine.slot}"
+    killed = machine.system.stepped({"booted": machine.slot, "kill": step}, "install", number, str(package), "--live")
+    assert killed.returncode == -signal.SIGKILL, killed
+
+
 def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp_path: Path) -> None:
     number, package = machine.system.clone(), deb(tmp_path)
     machine.system.ash("install", number, package)

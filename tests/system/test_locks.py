@@ -136,6 +136,40 @@ def test_copies_made_at_once_get_different_numbers(system: System) -> None:
     system.is_sound()
 
 
+def test_a_branch_that_is_made_while_its_parent_is_deleted_stops_that(system: System, snapshot: int) -> None:
+    with system.at_work(snapshot, "true"):
+        deleted = system.start("--wait", "30", "-y", "del", snapshot)
+        time.sleep(1.5)  # nothing is to be seen of it when it waits
+        below = system.branch(snapshot)
+    assert deleted.wait(60) == LOCKED
+    assert {snapshot, below} <= system.files.tree()
+    assert not system.remains()
+    system.ash("fsck")
+    assert f"deleted {snapshot}, {below}" in system.ash("-y", "del", snapshot).stdout
+    system.ash("fsck")
+
+
+def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, snapshot: int) -> None:
+    lock = system.files.state / f"work/{snapshot}/lock"
+    anew = f"mkdir -p {lock.parent}; touch {lock}"
+    deleted = system.stepped({"do": ["rmdir", "sh", "-c", anew]}, "-y", "del", snapshot)
+    assert deleted.returncode == DONE, deleted
+    assert (
+        system.ash("run", snapshot, "true", status=OURS_IN_RUN).error
+        == f"ash: snapshot {snapshot} does not exist (ash tree shows what there is)"
+    )
+
+
+def test_two_descriptions_at_once_are_one_of_them(system: System, snapshot: int) -> None:
+    ash = ["timeout", "20", *ASH, "--image", str(system.image)]
+    other = ["sh", "-c", '"$@" & sleep 1', "sh", *ash, "desc", str(snapshot), "theirs"]
+    ended = system.stepped({"do": ["rename", *other]}, "desc", snapshot, "ours")
+    assert ended.returncode == DONE, ended
+    path = system.files.state / f"snapshots/{snapshot}-desc"
+    wait_until(lambda: path.read_text() == "theirs\n")
+    system.ash("fsck")
+
+
 # The image
 
 

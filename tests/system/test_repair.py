@@ -329,6 +329,16 @@ def test_what_a_damaged_note_of_the_running_system_was_about_is_kept(system: Sys
     assert not system.remains()
 
 
+def test_what_is_left_of_a_change_of_the_running_system_is_kept(system: System, snapshot: int) -> None:
+    """Without its note nobody knows whether that was begun."""
+    before = system.files.state / "work/live/before"
+    before.parent.mkdir(exist_ok=True)
+    program("btrfs", "subvolume", "snapshot", "-r", system.root(snapshot), before)
+    lost = mended(system, "is left of a change of the running system")
+    assert (lost / "ash/work/live/before/etc/mark").is_file()
+    assert not system.remains()
+
+
 def test_what_was_interrupted_is_finished_or_set_aside(system: System, snapshot: int) -> None:
     work = system.files.state / f"work/{snapshot}"
     (work / "intent").write_text(json.dumps({"state": "open"}))
