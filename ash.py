@@ -2491,6 +2491,7 @@ class Workplace:
         elif intent.state == "number":
             if self.snapshot not in tree:
                 self.delete_snapshot()
+                sync_filesystem(self.layout.snapshots)
             elif intent.source is not None:
                 self._note(intent, {"from": intent.source, "parent": tree.parent(self.snapshot)})
             self.drop()
@@ -4617,10 +4618,13 @@ class System:
                 self._delete_parts(doomed)
         return doomed
 
-    def _delete_parts(self, snapshots: Iterable[int]) -> None:
+    def _delete_parts(self, snapshots: Sequence[int]) -> None:
         """Delete what is on the disk of snapshots that are not in the tree any more."""
         for number in snapshots:
             self.workplace(number).delete_snapshot()
+        # Else btrfs could have the small files' end on the disk (they are in its log) and not that of the subvolumes.
+        sync_filesystem(self.layout.snapshots)
+        for number in snapshots:
             work = self.layout.work(number)
             for left in sorted(work.iterdir()):
                 remove_tree(left)
