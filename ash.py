@@ -6342,7 +6342,12 @@ class Following:
         automatic = distro.automatic(self.root)
         missing = {name: name in automatic for name in self.missing(work.root)}
         unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
+        asked_for = (own.added & ours.keys()) - distro.automatic(work.root)
         distro.follow(work, missing, [] if self.keep else sorted(unwanted))
+        there = distro.packages(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
+        if pushed_out := sorted(asked_for - there):
+            hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
+            raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
 
     def _follow_configuration(self, work: Transaction, parted: float) -> None:
         """Take over the files of the parent's /etc that are newer than that and that the branch has not.

@@ -318,16 +318,34 @@ room=$(df --output=avail -k / | tail -n 1)
         return {name for name, candidate in found if candidate != "(none)"}
 
     def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
-        """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
+        """Install, then leave the rest to apt's marks: what is unwanted, and so automatic now, and not needed goes."""
         for architecture in sorted(architectures_of(missing)):
             work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
         automatic = [name for name, needed_only in missing.items() if needed_only]
-        if [*automatic, *unwanted]:
-            work.run(["apt-mark", "auto", "--", *automatic, *unwanted])
+        known = self.automatic(work.root)  # to mark them once more would be a change
+        if marks := [name for name in (*automatic, *unwanted) if name not in known]:
+            work.run(["apt-mark", "auto", "--", *marks])
         if unwanted:
-            self._apt(work, "autoremove")
+            self._remove_unneeded(work, unwanted)
+
+    def _remove_unneeded(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Remove those of some packages that nothing needs: no others, though nothing may need these as well."""
+        # Without its log of what it planned: to write that would be a change.
+        simulate = [*self.apt_get, "--simulate", "-o", "Dir::Log::Planner=/dev/null"]
+
+        def removed(*arguments: str) -> set[str]:
+            try:
+                return {*planned(work.snapshot, work.run([*simulate, *arguments])).removed}
+            except PackageError as error:
+                raise apt_error(error.message) from None
+
+        gone = removed("autoremove") & {*packages}
+        if gone and removed("remove", "--", *gone) - gone:  # others need some of them
+            gone = {name for name in gone if removed("remove", "--", name) <= gone}
+        if gone:
+            self._apt(work, "remove", "--", *sorted(gone))
 
     def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
         """Leave out what is of an architecture that is yet to come."""

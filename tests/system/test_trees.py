@@ -24,6 +24,10 @@ def old(system: System, archive: Archive, url: str) -> int:
     archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
     conf = {"etc/ash-conf/conf": "x\n", "usr/share/ash-conf": "x\n", "DEBIAN/conffiles": "/etc/ash-conf/conf\n"}
     archive.add("ash-test-conf", "1", files=conf)
+    archive.add("ash-test-own", "1")
+    archive.add("ash-test-rival", "1", conflicts="ash-test-own")
+    archive.add("ash-test-needing", "1", depends="ash-test-needed")
+    archive.add("ash-test-needed", "1")
     number = system.clone()
     system.shell(number, use_only(url))
     system.ash("refresh", number)
@@ -300,6 +304,49 @@ def test_what_the_parent_took_out_goes_unless_the_branch_asked_for_it(system: Sy
     system.ash("remove", parent, "ash-test-other")
     system.ash("force-sync", parent, *(["--keep"] if keep else []))
     assert versions(system, [asked, child], "ash-test-other") == ["1", "1" if keep else None]
+
+
+@pytest.mark.parametrize("upgrades", ["sync", "force-sync"])
+def test_what_a_branch_installed_itself_is_not_pushed_out(system: System, old: int, upgrades: str) -> None:
+    parent = system.clone(old)
+    child, beside = system.branch(parent), system.branch(parent)
+    system.ash("install", child, "ash-test-own")
+    system.ash("install", parent, "ash-test-rival")
+    said = f"snapshot {child} failed: what the parent has would push out ash-test-own"
+    with system.nothing_changes():
+        planned = system.ash("--dry-run", upgrades, parent, status=FAILED).stdout
+    assert said.replace(" failed", "") in planned
+    assert said in system.ash(upgrades, parent, status=FAILED).stdout
+    assert versions(system, [parent, child, beside], "ash-test-own") == [None, "1", None]
+    assert versions(system, [parent, child, beside], "ash-test-rival") == ["1", None, "1"]
+
+
+def test_what_the_parent_has_another_for_goes(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-own")
+    child = system.branch(parent)
+    system.ash("install", parent, "ash-test-rival")
+    system.ash("force-sync", parent)
+    assert versions(system, [parent, child], "ash-test-own") == [None, None]
+    assert versions(system, [parent, child], "ash-test-rival") == ["1", "1"]
+
+
+def test_what_the_parent_did_not_take_out_stays_though_nothing_needs_it(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-other", "ash-test-conf", "ash-test-needed")
+    child = system.branch(parent)
+    system.ash("install", child, "ash-test-needing")
+    system.shell(child, "apt-mark auto ash-test-other ash-test-needing")
+    system.ash("remove", parent, "ash-test-conf", "ash-test-needed")
+    planned = system.ash("--json", "--dry-run", "force-sync", parent).json["would"]
+    assert planned[1]["packages"]["removed"] == {"ash-test-conf": "1"}
+    system.ash("force-sync", parent)
+    assert versions(system, [child], "ash-test-conf") == [None]
+    assert versions(system, [child], "ash-test-needed") == ["1"], "another needs it"
+    assert versions(system, [child], "ash-test-needing") == ["1"]
+    assert versions(system, [parent, child], "ash-test-other") == ["1", "1"]
+    assert {"ash-test-other", "ash-test-needing"} <= {*system.ash("run", child, "apt-mark", "showauto").stdout.split()}
+    assert system.ash("--json", "force-sync", parent).json["changed"] is False
 
 
 def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree: list[int]) -> None:
