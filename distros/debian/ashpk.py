@@ -12,6 +12,7 @@ from ash import (
     IN_ROOT_DB,
     MISSING,
     REFUSED,
+    ArchiveError,
     AshError,
     Change,
     Distro,
@@ -243,11 +244,16 @@ room=$(df --output=avail -k / | tail -n 1)
         marks, foreign = paragraphs(database(root, "apt/extended_states")), foreign_architectures(root)
         return {name_of(mark, foreign) for mark in marks if mark.get("Auto-Installed") == "1"}
 
+    def held(self, root: Path) -> set[str]:
+        """What dpkg's status file says is to be on hold."""
+        return {package["Package"] for package in known_packages(root) if package["Status"].startswith("hold ")}
+
     def archives(self, root: Path) -> str:
-        """apt's sources and preferences."""
+        """apt's sources, preferences and settings, such as for a proxy."""
         apt = path_inside(root, "etc/apt")
-        folders = (apt / name for name in ("sources.list.d", "preferences.d"))
-        files = [apt / "sources.list", *(path for folder in folders for path in sorted(folder.glob("*")))]
+        folders = (apt / name for name in ("sources.list.d", "preferences.d", "apt.conf.d", "auth.conf.d"))
+        files = [apt / name for name in ("sources.list", "preferences", "apt.conf", "auth.conf")]
+        files += [path for folder in folders for path in sorted(folder.glob("*"))]
         return "\n".join(f"{path.name}\n{read_text(path)}" for path in files if path.is_file())
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
@@ -271,7 +277,7 @@ room=$(df --output=avail -k / | tail -n 1)
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
         if trouble and not re.search(r"^(Hit|Get):", output, re.MULTILINE):
-            raise PackageError(f"no archive can be had: {trouble[0]}")
+            raise ArchiveError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:

@@ -79,6 +79,59 @@ def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[in
     assert not system.remains()
 
 
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_a_branch_of_which_the_archives_cannot_be_told_does_not_stop_the_others(
+    system: System, tree: list[int], command: str
+) -> None:
+    system.shell(tree[1], "rm -r /etc/apt; ln -s apt /etc/apt")
+    answer = system.ash("--json", command, tree[0], "-j", status=FAILED).json
+    assert answer["failed"] == {str(tree[1]): "the links of etc/apt go in a circle"}
+    assert versions(system, tree) == ["2", "1", "2", "2", "2"]
+    assert not system.remains()
+
+
+@pytest.mark.parametrize("words", [["tree-upgrade"], ["tree-rmpkg", "ash-test-tool"], ["sync"], ["force-sync"]])
+def test_a_branch_of_which_the_packages_cannot_be_told_does_not_stop_the_others(
+    system: System, tree: list[int], words: list[str]
+) -> None:
+    system.ash("install", tree[0], "ash-test-other")
+    root = system.root(tree[1])
+    program("btrfs", "property", "set", "-ts", root, "ro", "false")
+    database = root / "usr/share/ash/db/dpkg"
+    database.rename(database.with_name("elsewhere"))
+    database.symlink_to("dpkg")
+    program("btrfs", "property", "set", "-ts", root, "ro", "true")
+    answer = system.ash("--json", words[0], tree[0], *words[1:], status=FAILED).json
+    system.ash("-y", "del", tree[1])
+    below = tree[3:] if "sync" in words[0] else []  # they cannot follow it
+    assert answer["failed"].keys() == {str(number) for number in (tree[1], *below)}
+    assert re.search("circle|Too many levels of symbolic links", answer["failed"][str(tree[1])])
+    assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {
+        number for number in tree if number not in (tree[1], *below) and (number, words) != (tree[0], ["force-sync"])
+    }
+
+
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_with_strict_only_what_has_a_dead_archive_fails(system: System, tree: list[int], command: str) -> None:
+    for number in tree[1:4:2]:
+        system.shell(number, use_only("http://127.0.0.1:9"))
+    outcome = system.ash(command, tree[0], "--strict", status=FAILED)
+    assert versions(system, tree) == ["2", "1", "2", "1", "2"]
+    failed = re.findall(r"^snapshot (\d+) failed: (no archive can be had: .*)$", outcome.stdout, re.MULTILINE)
+    assert [int(number) for number, _ in failed] == [tree[1], tree[3]]
+    assert outcome.stdout.startswith(f"{'upgrading' if command == 'tree-upgrade' else 'synchronizing'} 5 snapshots: 3 ")
+
+
+def test_lists_that_were_fetched_before_a_failure_are_no_change(system: System, old: int) -> None:
+    good, dead = system.clone(old), system.clone(old)
+    system.shell(good, "echo '# another' >> /etc/apt/sources.list; rm -r /var/lib/apt/lists/*")
+    system.shell(dead, use_only("http://127.0.0.1:9"))
+    outcome = system.ash("upgrade", "--strict", "--snapshots", good, dead, status=FAILED)
+    assert "no archive can be had" in outcome.stderr
+    assert "changed" not in outcome.stderr
+    assert versions(system, [good, dead]) == ["1", "1"]
+
+
 def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-tool", "3", postinst="exit 1")
@@ -91,6 +144,30 @@ def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Arch
     asked = broken.fetched("")
     assert len([path for path in asked if path.endswith("InRelease")]) == 1
     assert len([path for path in asked if path.endswith(".deb")]) == 1
+
+
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_an_archive_that_does_not_answer_is_asked_once(
+    system: System, archive: Archive, old: int, command: str
+) -> None:
+    root = system.clone(old)
+    system.shell(root, "sed -i 's|[.]/$|nothing/|' /etc/apt/sources.list")
+    numbers = [root, system.branch(root), system.branch(root)]
+    archive.fetched("")
+    system.ash(command, root)
+    assert versions(system, numbers) == ["1"] * 3
+    assert len(archive.fetched("nothing/InRelease$")) == 1
+
+
+def test_what_is_held_in_one_of_them_alone_is_fetched_once(system: System, archive: Archive, old: int) -> None:
+    root = system.clone(old)
+    branches = [system.branch(root) for _ in range(3)]
+    system.ash("hold", root, "ash-test-tool")
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    archive.fetched("")
+    system.ash("tree-upgrade", root, "-j")
+    assert versions(system, [root, *branches]) == ["1", "2", "2", "2"]
+    assert len(archive.fetched("deb$")) == 1
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
