@@ -6394,7 +6394,7 @@ def moment_of(entry: Mapping[str, Any]) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 ELF_MAGIC = b"\x7fELF"
-PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib", "usr/libexec", "usr/local", "opt")
+PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 AT_ONCE = 1000  # programs that one ldd looks at
 
 

@@ -77,6 +77,9 @@ BREAKS = {
     "a library of a program in /usr/lib": {
         "postinst": "mkdir /usr/lib/tool; sed s/libc.so.6/libc.so.9/ /bin/true > /usr/lib/tool/a; chmod 755 /usr/lib/tool/a"
     },
+    "a library of a game": {
+        "postinst": "sed s/libc.so.6/libc.so.9/ /bin/true > /usr/games/a; chmod 755 /usr/games/a",
+    },
     "nothing that tells of libraries": {"postinst": "printf '#!/bin/sh\\nexit 1\\n' > /usr/bin/ldd"},
     "a kernel without its initramfs": {"postinst": "rm /boot/initrd.img-*"},
     "a package that is lost": {"postinst": "rm -r /usr/share/doc/less"},
