@@ -7224,7 +7224,7 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
     crew = Crew(system, "ran in", jobs_of(args), shown=True)
-    return in_branches(crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
+    return concluded(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
 
 
 def jobs_of(args: argparse.Namespace) -> int:

@@ -291,6 +291,17 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
         assert (system.root(number) / "usr/share/large").stat().st_size == LARGE
 
 
+def test_what_a_command_made_in_each_shares_its_blocks(system: System) -> None:
+    root = system.clone()
+    numbers = [root, *(system.branch(root) for _ in range(3))]
+    script = "srand 1; print pack q(N*), map { rand 2**32 } 1..4e6"  # the same in each, and nothing compresses it
+    system.ash("tree-run", root, "true")  # ash's reserve is there
+    before = used(system)
+    system.ash("tree-run", "-j", root, "sh", "-c", f"perl -e '{script}' > /usr/share/large")
+    assert {(system.root(number) / "usr/share/large").stat().st_size for number in numbers} == {16 * 10**6}
+    assert used(system) - before < 1.3 * 16 * 10**6
+
+
 def test_siblings_make_the_same_initramfs(system: System) -> None:
     root = system.clone()
     made = []
