@@ -4915,9 +4915,11 @@ class LiveTransaction(Transaction):
         except BaseException as error:
             place.recover(self.system.tree())
             services.put_back()
-            done = f"; what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
-            if isinstance(error, AshError):
-                raise AshError(f"{error.message}{done}", error.hint, error.status) from error
+            done = f"what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
+            if done and isinstance(error, AshError):
+                raise AshError(f"{error.message}; {done}", error.hint, error.status) from error
+            if done:  # Ctrl-C, for one, has no words of its own
+                console.say(f"ash: {done}")
             raise
         self.live.changed = bool(found.folders - {"boot"})
         self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
@@ -4967,7 +4969,8 @@ class Services:
         run(["systemctl", "daemon-reload"])
         wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
         new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
-        for unit in sorted(new):
+        # systemd refuses a socket whose service has started before it.
+        for unit in sorted(new, key=lambda unit: (not unit.endswith(".socket"), unit)):
             self.live.started.append(unit)
             self._start(unit)
 
