@@ -5136,15 +5136,22 @@ class Crew:
             branch.output.close()
 
     def _draw(self) -> None:
-        """On a terminal, a line for each snapshot, in the place of those that were drawn last."""
+        """On a terminal, a line for each snapshot, in the place of those that were drawn last.
+
+        Where it has too few rows, those that are at work come first, then those that wait.
+        """
         if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
             return
         import shutil
 
-        width = shutil.get_terminal_size().columns
-        up = f"\x1b[{self.drawn}A" if self.drawn else ""
-        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}"[: width - 1] for branch in self.branches]
-        sys.stderr.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
+        width, height = shutil.get_terminal_size()
+        rows, branches = max(1, height - 1), self.branches  # what has gone up out of sight cannot be drawn over
+        if len(branches) > rows:
+            branches = sorted(branches, key=lambda branch: (branch.is_done, not branch.process))[: rows - 1]
+        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}" for branch in branches]
+        lines += [f"... {more} more"] if (more := len(self.branches) - len(branches)) else []
+        up = f"\x1b[{min(self.drawn, rows)}A" if self.drawn else ""
+        sys.stderr.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
         self.drawn = len(lines)
 

@@ -233,6 +233,20 @@ def test_on_a_terminal_each_branch_has_a_line(system: System, tree: list[int]) -
         assert terminal.wait() == DONE
 
 
+def test_a_terminal_with_few_rows_has_no_more_lines(
+    system: System, tree: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES", "4")
+    with system.terminal("tree-upgrade", tree[0], "--jobs", "2") as terminal:
+        drawn = terminal.expect(r"5 snapshots: 5 changed")
+        assert terminal.wait() == DONE
+    drawn = drawn.rpartition("\x1b")[0]
+    assert {int(lines) for lines in re.findall(r"\x1b\[(\d+)A", drawn)} == {3}
+    assert f"upgrading snapshot {tree[0]}: " in drawn
+    assert f"upgrading snapshot {tree[4]}: " in drawn
+    assert "... 3 more" in drawn
+
+
 def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[int]) -> None:
     with system.nothing_changes():
         answer = system.ash("--json", "--dry-run", "tree-upgrade", tree[0]).json
