@@ -1510,6 +1510,10 @@ class Distro:
         """The installed packages that are there only because others need them; runs nothing."""
         raise NotImplementedError
 
+    def held(self, root: Path) -> set[str]:
+        """The packages of a root that are kept at their versions; runs nothing."""
+        raise NotImplementedError
+
     def archives(self, root: Path) -> str:
         """What says which archives a root's packages come from: roots of which it is the same share their lists."""
         raise NotImplementedError
@@ -1528,7 +1532,7 @@ class Distro:
         """Fetch the package lists. Returns which archives could not be had; the others' lists are new.
 
         Raises:
-            PackageError: none could be had.
+            ArchiveError: none could be had.
         """
         raise NotImplementedError
 
@@ -1562,6 +1566,10 @@ class Distro:
 
 class PackageError(AshError):
     """The package manager failed; the message has its own words."""
+
+
+class ArchiveError(PackageError):
+    """Archives cannot be had, whichever snapshot wants something from them."""
 
 
 def load_distro(ident: str) -> Distro:
@@ -4982,9 +4990,11 @@ class LiveTransaction(Transaction):
         except BaseException as error:
             place.put_back()
             services.put_back()
-            done = f"; what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
-            if isinstance(error, AshError):
-                raise AshError(f"{error.message}{done}", error.hint, error.status) from error
+            done = f"what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
+            if done and isinstance(error, AshError):
+                raise AshError(f"{error.message}; {done}", error.hint, error.status) from error
+            if done:  # Ctrl-C, for one, has no words of its own
+                console.say(f"ash: {done}")
             raise
         self.live.changed = bool(found.folders - {"boot"})
         self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
@@ -5034,7 +5044,8 @@ class Services:
         run(["systemctl", "daemon-reload"])
         wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
         new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
-        for unit in sorted(new):
+        # systemd refuses a socket whose service has started before it.
+        for unit in sorted(new, key=lambda unit: (not unit.endswith(".socket"), unit)):
             self.live.started.append(unit)
             self._start(unit)
 
@@ -5165,7 +5176,7 @@ class Crew:
         except AshError as error:
             said = {"error": error.message.strip(), "hint": error.hint}
         except OSError as error:
-            said = {"error": error.strerror or str(error)}
+            said = {"error": reason(error)}
         except Exception as error:
             said = {"error": f"an error in ash itself: {error!r}"}
         finally:
@@ -5200,15 +5211,22 @@ class Crew:
             branch.output.close()
 
     def _draw(self) -> None:
-        """On a terminal, a line for each snapshot, in the place of those that were drawn last."""
+        """On a terminal, a line for each snapshot, in the place of those that were drawn last.
+
+        Where it has too few rows, those that are at work come first, then those that wait.
+        """
         if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
             return
         import shutil
 
-        width = shutil.get_terminal_size().columns
-        up = f"\x1b[{self.drawn}A" if self.drawn else ""
-        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}"[: width - 1] for branch in self.branches]
-        sys.stderr.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
+        width, height = shutil.get_terminal_size()
+        rows, branches = max(1, height - 1), self.branches  # what has gone up out of sight cannot be drawn over
+        if len(branches) > rows:
+            branches = sorted(branches, key=lambda branch: (branch.is_done, not branch.process))[: rows - 1]
+        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}" for branch in branches]
+        lines += [f"... {more} more"] if (more := len(self.branches) - len(branches)) else []
+        up = f"\x1b[{min(self.drawn, rows)}A" if self.drawn else ""
+        sys.stderr.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
         self.drawn = len(lines)
 
@@ -6443,7 +6461,12 @@ class Following:
         automatic = distro.automatic(self.root)
         missing = {name: name in automatic for name in self.missing(work.root)}
         unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
+        asked_for = (own.added & ours.keys()) - distro.automatic(work.root)
         distro.follow(work, missing, [] if self.keep else sorted(unwanted))
+        there = distro.packages(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
+        if pushed_out := sorted(asked_for - there):
+            hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
+            raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
 
     def _follow_configuration(self, work: Transaction, parted: float) -> None:
         """Take over the files of the parent's /etc that are newer than that and that the branch has not.
@@ -6482,7 +6505,7 @@ def moment_of(entry: Mapping[str, Any]) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 ELF_MAGIC = b"\x7fELF"
-PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/lib", "usr/libexec", "usr/local", "opt")
+PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 AT_ONCE = 1000  # programs that one ldd looks at
 
 
@@ -7316,7 +7339,7 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
     crew = Crew(system, "ran in", jobs_of(args), shown=True)
-    return in_branches(crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
+    return concluded(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
 
 
 def jobs_of(args: argparse.Namespace) -> int:
@@ -7581,7 +7604,8 @@ def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
     live = goes_live(system, args, snapshots, by_default=False)
     once = len(snapshots) > 1 and not args.dry_run
     if once:
-        refresh_once(system, snapshots, args.strict)
+        for error in refresh_once(system, snapshots, args.strict).values():
+            raise error
     work = partial(upgrade, fetch=not once, strict=args.strict, download_only=args.download_only)
     changes = [change(system, number, "upgrading", work, simulate=args.dry_run) for number in snapshots]
     if args.dry_run:
@@ -7613,25 +7637,50 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
 def warn_of_archives(missing: Sequence[str], strict: bool) -> None:
     """Tell of archives that could not be had; AshError where that is not to be borne."""
     if missing and strict:
-        raise AshError(f"not all archives can be had: {'; '.join(missing)}", "leave out --strict to do without them")
+        hint = "leave out --strict to do without them"
+        raise ArchiveError(f"not all archives can be had: {'; '.join(missing)}", hint)
     for one in missing:
         console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
 
 
-def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> None:
-    """Fetch the package lists for snapshots: those that have the same archives share them."""
-    done = set()
+def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
+    """Fetch the package lists for snapshots: those that have the same archives share them, or do without.
+
+    Returns:
+        by number, why a snapshot cannot be gone on with.
+    """
+    failed: dict[int, AshError | OSError] = {}
+    done: set[str] = set()
+    dead: dict[str, ArchiveError] = {}
     for number in snapshots:
-        archives = system.distro.archives(system.layout.rootfs(number))
-        if archives in done:
-            continue
         try:
-            change(system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True)
-            done.add(archives)
-        except AshError as error:
+            archives = system.distro.archives(system.layout.rootfs(number))
+            if archives not in done and archives not in dead:
+                with beforehand(system):
+                    change(system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True)
+                done.add(archives)
+            elif strict and archives in dead:
+                failed[number] = dead[archives]
+        except PackageError as error:
+            if isinstance(error, ArchiveError):
+                dead[archives] = error
             if strict:
-                raise
-            console.say(one_line(f"ash: {error.message}"))
+                failed[number] = error
+            else:
+                console.say(one_line(f"ash: {error.message}"))
+        except (AshError, OSError) as error:
+            failed[number] = error
+    return failed
+
+
+@contextmanager
+def beforehand(system: System) -> Iterator[None]:
+    """What is committed in the block only fetches something for what is to be done: nobody is told of it."""
+    before = [*system.done]
+    try:
+        yield
+    finally:
+        system.done = before
 
 
 def refresh(work: Transaction, strict: bool = False) -> None:
@@ -7712,18 +7761,33 @@ def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
 def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
     tree, crew = system.tree(), Crew(system, "upgrading", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
-    if not args.dry_run:
-        fetch_once(system, numbers, args.strict)
+    failed = {} if args.dry_run else fetch_once(system, numbers, args.strict)
     work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
-    branches = crew.run(tree, numbers, lambda n: change(system, n, "upgrading", work, simulate=args.dry_run))
-    return concluded(system, args, crew, branches)
+
+    def upgrade_there(number: int) -> Change:
+        if number in failed:
+            raise failed[number]
+        return change(system, number, "upgrading", work, simulate=args.dry_run)
+
+    return concluded(system, args, crew, crew.run(tree, numbers, upgrade_there))
 
 
-def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> None:
-    """Fetch the package lists for a tree, and what it upgrades."""
+def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
+    """Fetch the package lists for a tree, and what it upgrades. Returns as refresh_once() does."""
     with hushed():
-        refresh_once(system, numbers, strict)
-    fetch_packages(system, dict.fromkeys(numbers, partial(upgrade, fetch=False, download_only=True)))
+        failed = refresh_once(system, numbers, strict)
+    works = {number: partial(upgrade, fetch=False, download_only=True) for number in numbers if number not in failed}
+    fetch_packages(system, works)
+    return failed
+
+
+def told(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, Result]:
+    """What each of several snapshots answers; where that fails, what is done there fails too, and says why."""
+    answers = {}
+    for number in numbers:
+        with contextlib.suppress(AshError, OSError):
+            answers[number] = ask(number)
+    return answers
 
 
 def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
@@ -7734,13 +7798,16 @@ def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[i
         works: by number, what fetches a snapshot's.
         about: what these have to do with it, beside its archives and packages.
     """
+
+    def state(number: int) -> tuple[str, str]:
+        root, distro = system.layout.rootfs(number), system.distro
+        return distro.archives(root), json.dumps([distro.packages(root), sorted(distro.held(root)), about(number)])
+
     done = set()
-    for number in works if len(works) > 1 else ():
-        root = system.layout.rootfs(number)
-        state = system.distro.archives(root), json.dumps([system.distro.packages(root), about(number)])
-        if state not in done:
-            done.add(state)
-            with hushed(), contextlib.suppress(AshError):  # what it is for fails too, and says why
+    for number, known in told(works if len(works) > 1 else (), state).items():
+        if known not in done:
+            done.add(known)
+            with hushed(), beforehand(system), contextlib.suppress(AshError, OSError):  # as told() says
                 change(system, number, "fetching for", works[number])
 
 
@@ -7763,12 +7830,13 @@ def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
     tree, crew = system.tree(), Crew(system, "removing from", jobs_of(args))
     numbers = tree.branch(the_snapshot(system, args))
 
-    having = {number: installed_of(system, number, packages) for number in numbers}
-    if not any(having.values()):
+    having = told(numbers, lambda number: installed_of(system, number, packages))
+    if len(having) == len(numbers) and not any(having.values()):
         raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
 
     def remove_there(number: int) -> Change:
-        return remove(system, number, having[number], args) if having[number] else Change(number)
+        there = installed_of(system, number, packages)
+        return remove(system, number, there, args) if there else Change(number)
 
     return concluded(system, args, crew, crew.run(tree, numbers, remove_there))
 
@@ -7788,10 +7856,9 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
     live = goes_live(system, args, numbers)
     above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
     following = {number: Following(system, parent, number, args.keep) for number, parent in above.items()}
-    if upgrades and not args.dry_run:
-        fetch_once(system, numbers, args.strict)
+    failed = fetch_once(system, numbers, args.strict) if upgrades and not args.dry_run else {}
     if not args.dry_run:
-        missing = {number: one.missing(system.layout.rootfs(number)) for number, one in following.items()}
+        missing = told(following, lambda number: following[number].missing(system.layout.rootfs(number)))
         fetch_packages(system, {number: following[number].fetch for number in missing if missing[number]}, missing.get)
 
     def sync(number: int) -> Change:
@@ -7801,6 +7868,8 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
             if number in following:
                 following[number](transaction)
 
+        if number in failed:
+            raise failed[number]
         if not upgrades and number not in following:
             return Change(number)
         return change(system, number, "synchronizing", work, simulate=args.dry_run)

@@ -253,6 +253,7 @@ def make_deb(
     *,
     architecture: str = "all",
     depends: str = "",
+    conflicts: str = "",
     files: Mapping[str, str] | None = None,
     **scripts: str,
 ) -> Path:
@@ -263,6 +264,7 @@ def make_deb(
     fields = f"Package: {name}\nVersion: {version}\nArchitecture: {architecture}\n"
     fields += "Maintainer: Nobody <nobody@localhost>\n"
     fields += f"Depends: {depends}\n" if depends else ""
+    fields += f"Conflicts: {conflicts}\n" if conflicts else ""
     (control / "control").write_text(f"{fields}Description: made by a test\n")
     for script, text in scripts.items():
         (control / script).write_text(f"#!/bin/sh\nset -e\n{text}\n")

@@ -12,6 +12,7 @@ from ash import (
     IN_ROOT_DB,
     MISSING,
     REFUSED,
+    ArchiveError,
     AshError,
     Change,
     Distro,
@@ -243,11 +244,16 @@ room=$(df --output=avail -k / | tail -n 1)
         marks, foreign = paragraphs(database(root, "apt/extended_states")), foreign_architectures(root)
         return {name_of(mark, foreign) for mark in marks if mark.get("Auto-Installed") == "1"}
 
+    def held(self, root: Path) -> set[str]:
+        """What dpkg's status file says is to be on hold."""
+        return {package["Package"] for package in known_packages(root) if package["Status"].startswith("hold ")}
+
     def archives(self, root: Path) -> str:
-        """apt's sources and preferences."""
+        """apt's sources, preferences and settings, such as for a proxy."""
         apt = path_inside(root, "etc/apt")
-        folders = (apt / name for name in ("sources.list.d", "preferences.d"))
-        files = [apt / "sources.list", *(path for folder in folders for path in sorted(folder.glob("*")))]
+        folders = (apt / name for name in ("sources.list.d", "preferences.d", "apt.conf.d", "auth.conf.d"))
+        files = [apt / name for name in ("sources.list", "preferences", "apt.conf", "auth.conf")]
+        files += [path for folder in folders for path in sorted(folder.glob("*"))]
         return "\n".join(f"{path.name}\n{read_text(path)}" for path in files if path.is_file())
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
@@ -271,7 +277,7 @@ room=$(df --output=avail -k / | tail -n 1)
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
         if trouble and not re.search(r"^(Hit|Get):", output, re.MULTILINE):
-            raise PackageError(f"no archive can be had: {trouble[0]}")
+            raise ArchiveError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
@@ -318,16 +324,34 @@ room=$(df --output=avail -k / | tail -n 1)
         return {name for name, candidate in found if candidate != "(none)"}
 
     def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
-        """Install, then leave the rest to apt's marks: what is marked as automatic and not needed goes."""
+        """Install, then leave the rest to apt's marks: what is unwanted, and so automatic now, and not needed goes."""
         for architecture in sorted(architectures_of(missing)):
             work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
         automatic = [name for name, needed_only in missing.items() if needed_only]
-        if [*automatic, *unwanted]:
-            work.run(["apt-mark", "auto", "--", *automatic, *unwanted])
+        known = self.automatic(work.root)  # to mark them once more would be a change
+        if marks := [name for name in (*automatic, *unwanted) if name not in known]:
+            work.run(["apt-mark", "auto", "--", *marks])
         if unwanted:
-            self._apt(work, "autoremove")
+            self._remove_unneeded(work, unwanted)
+
+    def _remove_unneeded(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Remove those of some packages that nothing needs: no others, though nothing may need these as well."""
+        # Without its log of what it planned: to write that would be a change.
+        simulate = [*self.apt_get, "--simulate", "-o", "Dir::Log::Planner=/dev/null"]
+
+        def removed(*arguments: str) -> set[str]:
+            try:
+                return {*planned(work.snapshot, work.run([*simulate, *arguments])).removed}
+            except PackageError as error:
+                raise apt_error(error.message) from None
+
+        gone = removed("autoremove") & {*packages}
+        if gone and removed("remove", "--", *gone) - gone:  # others need some of them
+            gone = {name for name in gone if removed("remove", "--", name) <= gone}
+        if gone:
+            self._apt(work, "remove", "--", *sorted(gone))
 
     def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
         """Leave out what is of an architecture that is yet to come."""

@@ -20,6 +20,7 @@ ExecStart=/bin/sh -c 'echo ready > /run/ash-test/state; exec sleep infinity'
 [Install]
 WantedBy=multi-user.target
 """
+SOCKET = "[Socket]\nListenStream=/run/ash-test/socket\n[Install]\nWantedBy=sockets.target\n"
 BROKEN = "[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n"
 ENABLE = "systemctl enable {}.service"
 NUMBERS = range(1, 6)
@@ -33,10 +34,11 @@ def archives(folder: Path) -> None:
         archive.add("ash-test-tool", state, files={"usr/share/tool": f"{state}\n"}, **bad)
         daemon = {
             "usr/lib/systemd/system/ash-test-daemon.service": UNIT,
+            "usr/lib/systemd/system/ash-test-daemon.socket": SOCKET,
             "usr/lib/tmpfiles.d/ash-test.conf": "d /run/ash-test\n",
             "usr/bin/ash-test": "#!/bin/sh\necho here\n",
         }
-        script = f"chmod 755 /usr/bin/ash-test; {ENABLE.format('ash-test-daemon')}"
+        script = f"chmod 755 /usr/bin/ash-test; {ENABLE.format('ash-test-daemon')} ash-test-daemon.socket"
         archive.add("ash-test-daemon", files=daemon, postinst=script)
         broken = {"usr/lib/systemd/system/ash-test-broken.service": BROKEN}
         archive.add("ash-test-broken", files=broken, postinst=ENABLE.format("ash-test-broken"))
@@ -77,9 +79,11 @@ def prepare(disk: Disk, folder: Path) -> None:
 def installs_live(machine: Machine) -> None:
     """A service is there at once, and gone at once; one that does not start is not left behind."""
     report = said(machine, "ash install ash-test-daemon")
-    assert "started: ash-test-daemon.service" in report
-    assert said(machine, "ash-test && systemctl is-active ash-test-daemon && cat /run/ash-test/state").split() == [
+    assert "started: ash-test-daemon.socket, ash-test-daemon.service" in report
+    active = "systemctl is-active ash-test-daemon.socket ash-test-daemon"
+    assert said(machine, f"ash-test && {active} && cat /run/ash-test/state").split() == [
         "here",
+        "active",
         "active",
         "ready",
     ]
@@ -95,7 +99,7 @@ def installs_live(machine: Machine) -> None:
     said(machine, "ash remove 1 ash-test-broken --not-live")
 
     report = said(machine, "ash remove ash-test-daemon")
-    assert "stopped: ash-test-daemon.service" in report
+    assert "stopped: ash-test-daemon.service, ash-test-daemon.socket" in report
     said(machine, "! test -e /usr/bin/ash-test && ! systemctl is-active ash-test-daemon")
     assert said(machine, "systemctl --failed --plain --no-legend") == ""
 

@@ -27,6 +27,7 @@ SHELL = ["sh", "-ec", SCRIPT]
 
 OF_DEB = {"usr/mark": "new\n", "etc/mark-deb": "new\n", "var/lib/mark-deb/x": "new\n"}
 
+IN_RUNNING = ("usr/mark", "etc/mark-deb", "usr/share/ash-test-gone")
 IN_DEPLOYMENT = "[ ! -e /usr/share/ash/snap ] || echo new > /var/lib/mark-deb/live"
 
 # Each command that changes something, as it is cut: its arguments (DEB is a package file). A name may have a number
@@ -37,6 +38,7 @@ COMMANDS: dict[str, list[str]] = {
     "install": ["install", "1", "DEB"],
     "install 2": ["install", "1", "DEB", "--live"],
     "remove": ["remove", "2", "ash-test-there"],
+    "remove 2": ["remove", "1", "ash-test-gone", "--live"],
     "tree-run": ["tree-run", "2", *SHELL],
     "tree-run 1": ["tree-run", "1", *SHELL],
     "desc": ["desc", "1", "new"],
@@ -82,7 +84,7 @@ GOES_ON = {"fsck": ["fsck", "--repair"]}
 SEVERAL = ("auto-upgrade", "tree-run 1", "tree-upgrade 1")
 # Commands that end when what they did is on the disk.
 DURABLE = {
-    *("run", "install", "install 2", "remove", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
+    *("run", "install", "install 2", "remove", "remove 2", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
     *("undo", "mutable", "etc-update", "fsck", "upgrade", "tree-upgrade", "auto-upgrade", "base-update"),
 }
 # Shells and an editor are transactions like `run`, and want a terminal; what `hollow` does in the end is a `deploy`.
@@ -190,6 +192,7 @@ class Scene:
         disk.ash(
             "run", disk.clone(), "sh", "-ec", "mkdir /var/lib/mark; echo old > /etc/mark; echo old > /var/lib/mark/x"
         )
+        disk.ash("install", 1, make_deb(folder, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
         disk.ash("install", disk.branch(1), there)
         disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # later than the branch, by the history
         disk.ash("-q", "clone", 1, "-d", "third")
@@ -457,7 +460,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
                 for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
-            running=[text(files.root(menu["last_booted"]) / path) for path in ("usr/mark", "etc/mark-deb")],
+            running=[text(files.root(menu["last_booted"]) / path) for path in IN_RUNNING],
             lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")}
             | {text(path) for path in (files.snapshots / "lost+found").glob("*/ash/*")},
             boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
@@ -479,7 +482,8 @@ def marks(files: Files, number: int) -> list[str]:
         files.boot(number) / "mark",
         root / "usr/mark",
     )
-    return [*map(text, places), text(root / "etc/drifted"), text(root / "usr/share/ash-test-there")]
+    packages = [text(root / f"usr/share/ash-test-{name}") for name in ("there", "gone")]
+    return [*map(text, places), text(root / "etc/drifted"), *packages]
 
 
 def text(path: Path) -> str:

@@ -378,21 +378,16 @@ class Machine:
 
     def running(self, *words: str | int | Path, status: int = DONE) -> dict[str, Any]:
         """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
-        argv: list[Any] = [
-            sys.executable,
-            "-c",
-            AS_BOOTED,
-            CHECKOUT,
-            self.slot,
-            "--json",
-            "--image",
-            self.system.image,
-            *map(str, words),
-        ]
+        return self.run("--json", *words, status=status).json
+
+    def run(self, *words: str | int | Path, status: int = DONE, patch: str = "") -> Outcome:
+        """Run ash as the running system would; it must end with that status. A patch is Python that comes first."""
+        script = AS_BOOTED.replace("sys.exit", f"{patch}\nsys.exit")
+        words = ("-c", script, CHECKOUT, self.slot, "--image", self.system.image, *words)
+        argv = [sys.executable, *map(str, words)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == status, done.stderr
-        answer: dict[str, Any] = json.loads(done.stdout)
-        return answer
+        return Outcome(done.returncode, done.stdout, done.stderr)
 
     def aside(self, answer: dict[str, Any]) -> Path:
         """Where the running versions of what was not carried are."""

@@ -4,6 +4,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,9 @@ BREAKS = {
     "a library that goes": {"postinst": "rm /usr/lib/*/libz.so.1*"},
     "a library of a program in /usr/lib": {
         "postinst": "mkdir /usr/lib/tool; sed s/libc.so.6/libc.so.9/ /bin/true > /usr/lib/tool/a; chmod 755 /usr/lib/tool/a"
+    },
+    "a library of a game": {
+        "postinst": "sed s/libc.so.6/libc.so.9/ /bin/true > /usr/games/a; chmod 755 /usr/games/a",
     },
     "nothing that tells of libraries": {"postinst": "printf '#!/bin/sh\\nexit 1\\n' > /usr/bin/ldd"},
     "a kernel without its initramfs": {"postinst": "rm /boot/initrd.img-*"},
@@ -154,6 +158,33 @@ def test_policies(system: System, snapshot: int, archive: Archive) -> None:
     upgrade(system, snapshot, archive)
     assert tool(system, snapshot) == "two\n"
     assert system.files.default_slot() == slot
+
+
+@pytest.mark.parametrize("hours", [2, -1])
+def test_it_reboots_within_the_window_alone(
+    system: System, snapshot: int, archive: Archive, tmp_path: Path, hours: int
+) -> None:
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    machine.boot()
+    begin, end = (time.strftime("%H:%M", time.localtime(time.time() + 3600 * at)) for at in (hours, hours + 2))
+    configure(system, "auto_upgrade::reboot", f"auto_upgrade_window::{begin}-{end}")
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    called, programs = tmp_path / "called", tmp_path / "sbin"
+    programs.mkdir()
+    (programs / "shutdown").write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    (programs / "shutdown").chmod(0o755)
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        program("mount", "--bind", programs, "/usr/local/sbin")  # for these tests alone, and first in ash's PATH
+        try:
+            said = machine.run("auto-upgrade", snapshot).stdout
+        finally:
+            program("umount", "/usr/local/sbin")
+    configure(system)
+    assert tool(system, system.files.default_slot()) == "two\n"
+    assert ("the reboot is in a minute" in said, called.exists()) == ((True, True) if hours < 0 else (False, False))
+    assert (f"the reboot waits for {begin}-{end}\n" in said) is (hours > 0)
 
 
 @pytest.mark.parametrize("step", ["snapshot undo-", "write menu"])

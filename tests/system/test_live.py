@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import ash
 from tests.archive import Archive, use_only
 from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program, wait_until
 from tests.system.lab import Machine, System, everything_below, names_below
@@ -256,6 +257,41 @@ def half_put(machine: Machine, number: int, package: Path) -> None:
     step = f"exchange etc-new-{machine.slot}"
     killed = machine.system.stepped({"booted": machine.slot, "kill": step}, "install", number, str(package), "--live")
     assert killed.returncode == -signal.SIGKILL, killed
+
+
+def test_sockets_are_started_before_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(ash, "run", lambda *_, **__: None)
+    monkeypatch.setattr(ash.Services, "has_systemd", True)
+    monkeypatch.setattr(ash.Services, "_is_active", lambda _, unit: unit.endswith(".target"))
+    monkeypatch.setattr(ash.Services, "_start", lambda _, unit: started.append(unit))
+    units = ("a.service", "b.service", "b.socket", "c.timer")
+    ash.Services(ash.Live(), running=True).start({f"etc/systemd/system/x.target.wants/{u}": "added" for u in units})
+    assert started == ["b.socket", "a.service", "b.service", "c.timer"]
+
+
+# What takes the place of the start of services, of which this machine must not start any.
+STARTS = """
+def start(self, paths):
+    self.live.started.append("ash-test.service")
+    raise {}
+ash.Services.start = start
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("KeyboardInterrupt", 130), ("SystemExit(143)", 143), ("OSError(5, 'broken')", FAILED)],
+)
+def test_what_services_did_before_an_interruption_is_told_of(
+    machine: Machine, tmp_path: Path, end: str, status: int
+) -> None:
+    before = usr(machine.system.root(machine.slot))
+    words = ("install", machine.system.clone(), deb(tmp_path), "--live")
+    said = machine.run(*words, status=status, patch=STARTS.format(end)).stderr
+    assert "ash: what ash-test.service did meanwhile is not undone\n" in said
+    assert usr(machine.system.root(machine.slot)) == before
+    assert not machine.system.remains()
 
 
 def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ def old(system: System, archive: Archive, url: str) -> int:
     archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
     conf = {"etc/ash-conf/conf": "x\n", "usr/share/ash-conf": "x\n", "DEBIAN/conffiles": "/etc/ash-conf/conf\n"}
     archive.add("ash-test-conf", "1", files=conf)
+    archive.add("ash-test-own", "1")
+    archive.add("ash-test-rival", "1", conflicts="ash-test-own")
+    archive.add("ash-test-needing", "1", depends="ash-test-needed")
+    archive.add("ash-test-needed", "1")
     number = system.clone()
     system.shell(number, use_only(url))
     system.ash("refresh", number)
@@ -75,6 +79,59 @@ def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[in
     assert not system.remains()
 
 
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_a_branch_of_which_the_archives_cannot_be_told_does_not_stop_the_others(
+    system: System, tree: list[int], command: str
+) -> None:
+    system.shell(tree[1], "rm -r /etc/apt; ln -s apt /etc/apt")
+    answer = system.ash("--json", command, tree[0], "-j", status=FAILED).json
+    assert answer["failed"] == {str(tree[1]): "the links of etc/apt go in a circle"}
+    assert versions(system, tree) == ["2", "1", "2", "2", "2"]
+    assert not system.remains()
+
+
+@pytest.mark.parametrize("words", [["tree-upgrade"], ["tree-rmpkg", "ash-test-tool"], ["sync"], ["force-sync"]])
+def test_a_branch_of_which_the_packages_cannot_be_told_does_not_stop_the_others(
+    system: System, tree: list[int], words: list[str]
+) -> None:
+    system.ash("install", tree[0], "ash-test-other")
+    root = system.root(tree[1])
+    program("btrfs", "property", "set", "-ts", root, "ro", "false")
+    database = root / "usr/share/ash/db/dpkg"
+    database.rename(database.with_name("elsewhere"))
+    database.symlink_to("dpkg")
+    program("btrfs", "property", "set", "-ts", root, "ro", "true")
+    answer = system.ash("--json", words[0], tree[0], *words[1:], status=FAILED).json
+    system.ash("-y", "del", tree[1])
+    below = tree[3:] if "sync" in words[0] else []  # they cannot follow it
+    assert answer["failed"].keys() == {str(number) for number in (tree[1], *below)}
+    assert re.search("circle|Too many levels of symbolic links", answer["failed"][str(tree[1])])
+    assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {
+        number for number in tree if number not in (tree[1], *below) and (number, words) != (tree[0], ["force-sync"])
+    }
+
+
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_with_strict_only_what_has_a_dead_archive_fails(system: System, tree: list[int], command: str) -> None:
+    for number in tree[1:4:2]:
+        system.shell(number, use_only("http://127.0.0.1:9"))
+    outcome = system.ash(command, tree[0], "--strict", status=FAILED)
+    assert versions(system, tree) == ["2", "1", "2", "1", "2"]
+    failed = re.findall(r"^snapshot (\d+) failed: (no archive can be had: .*)$", outcome.stdout, re.MULTILINE)
+    assert [int(number) for number, _ in failed] == [tree[1], tree[3]]
+    assert outcome.stdout.startswith(f"{'upgrading' if command == 'tree-upgrade' else 'synchronizing'} 5 snapshots: 3 ")
+
+
+def test_lists_that_were_fetched_before_a_failure_are_no_change(system: System, old: int) -> None:
+    good, dead = system.clone(old), system.clone(old)
+    system.shell(good, "echo '# another' >> /etc/apt/sources.list; rm -r /var/lib/apt/lists/*")
+    system.shell(dead, use_only("http://127.0.0.1:9"))
+    outcome = system.ash("upgrade", "--strict", "--snapshots", good, dead, status=FAILED)
+    assert "no archive can be had" in outcome.stderr
+    assert "changed" not in outcome.stderr
+    assert versions(system, [good, dead]) == ["1", "1"]
+
+
 def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-tool", "3", postinst="exit 1")
@@ -87,6 +144,30 @@ def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Arch
     asked = broken.fetched("")
     assert len([path for path in asked if path.endswith("InRelease")]) == 1
     assert len([path for path in asked if path.endswith(".deb")]) == 1
+
+
+@pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
+def test_an_archive_that_does_not_answer_is_asked_once(
+    system: System, archive: Archive, old: int, command: str
+) -> None:
+    root = system.clone(old)
+    system.shell(root, "sed -i 's|[.]/$|nothing/|' /etc/apt/sources.list")
+    numbers = [root, system.branch(root), system.branch(root)]
+    archive.fetched("")
+    system.ash(command, root)
+    assert versions(system, numbers) == ["1"] * 3
+    assert len(archive.fetched("nothing/InRelease$")) == 1
+
+
+def test_what_is_held_in_one_of_them_alone_is_fetched_once(system: System, archive: Archive, old: int) -> None:
+    root = system.clone(old)
+    branches = [system.branch(root) for _ in range(3)]
+    system.ash("hold", root, "ash-test-tool")
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    archive.fetched("")
+    system.ash("tree-upgrade", root, "-j")
+    assert versions(system, [root, *branches]) == ["1", "2", "2", "2"]
+    assert len(archive.fetched("deb$")) == 1
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -152,6 +233,20 @@ def test_on_a_terminal_each_branch_has_a_line(system: System, tree: list[int]) -
         assert terminal.wait() == DONE
 
 
+def test_a_terminal_with_few_rows_has_no_more_lines(
+    system: System, tree: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES", "4")
+    with system.terminal("tree-upgrade", tree[0], "--jobs", "2") as terminal:
+        drawn = terminal.expect(r"5 snapshots: 5 changed")
+        assert terminal.wait() == DONE
+    drawn = drawn.rpartition("\x1b")[0]
+    assert {int(lines) for lines in re.findall(r"\x1b\[(\d+)A", drawn)} == {3}
+    assert f"upgrading snapshot {tree[0]}: " in drawn
+    assert f"upgrading snapshot {tree[4]}: " in drawn
+    assert "... 3 more" in drawn
+
+
 def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[int]) -> None:
     with system.nothing_changes():
         answer = system.ash("--json", "--dry-run", "tree-upgrade", tree[0]).json
@@ -179,6 +274,7 @@ def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: in
 def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
     process = system.start("tree-upgrade", tree[0], "--jobs", "3")
     time.sleep(2)
+    assert process.poll() is None, "it had ended before it was killed"
     kill_hard(process)
     wait_until(lambda: not system.processes())
     system.ash("recover")
@@ -208,6 +304,17 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
         assert used(system) - before < 1.3 * alone
     for number in range(root, root + 8):
         assert (system.root(number) / "usr/share/large").stat().st_size == LARGE
+
+
+def test_what_a_command_made_in_each_shares_its_blocks(system: System) -> None:
+    root = system.clone()
+    numbers = [root, *(system.branch(root) for _ in range(3))]
+    script = "srand 1; print pack q(N*), map { rand 2**32 } 1..4e6"  # the same in each, and nothing compresses it
+    system.ash("tree-run", root, "true")  # ash's reserve is there
+    before = used(system)
+    system.ash("tree-run", "-j", root, "sh", "-c", f"perl -e '{script}' > /usr/share/large")
+    assert {(system.root(number) / "usr/share/large").stat().st_size for number in numbers} == {16 * 10**6}
+    assert used(system) - before < 1.3 * 16 * 10**6
 
 
 def test_siblings_make_the_same_initramfs(system: System) -> None:
@@ -300,6 +407,49 @@ def test_what_the_parent_took_out_goes_unless_the_branch_asked_for_it(system: Sy
     system.ash("remove", parent, "ash-test-other")
     system.ash("force-sync", parent, *(["--keep"] if keep else []))
     assert versions(system, [asked, child], "ash-test-other") == ["1", "1" if keep else None]
+
+
+@pytest.mark.parametrize("upgrades", ["sync", "force-sync"])
+def test_what_a_branch_installed_itself_is_not_pushed_out(system: System, old: int, upgrades: str) -> None:
+    parent = system.clone(old)
+    child, beside = system.branch(parent), system.branch(parent)
+    system.ash("install", child, "ash-test-own")
+    system.ash("install", parent, "ash-test-rival")
+    said = f"snapshot {child} failed: what the parent has would push out ash-test-own"
+    with system.nothing_changes():
+        planned = system.ash("--dry-run", upgrades, parent, status=FAILED).stdout
+    assert said.replace(" failed", "") in planned
+    assert said in system.ash(upgrades, parent, status=FAILED).stdout
+    assert versions(system, [parent, child, beside], "ash-test-own") == [None, "1", None]
+    assert versions(system, [parent, child, beside], "ash-test-rival") == ["1", None, "1"]
+
+
+def test_what_the_parent_has_another_for_goes(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-own")
+    child = system.branch(parent)
+    system.ash("install", parent, "ash-test-rival")
+    system.ash("force-sync", parent)
+    assert versions(system, [parent, child], "ash-test-own") == [None, None]
+    assert versions(system, [parent, child], "ash-test-rival") == ["1", "1"]
+
+
+def test_what_the_parent_did_not_take_out_stays_though_nothing_needs_it(system: System, old: int) -> None:
+    parent = system.clone(old)
+    system.ash("install", parent, "ash-test-other", "ash-test-conf", "ash-test-needed")
+    child = system.branch(parent)
+    system.ash("install", child, "ash-test-needing")
+    system.shell(child, "apt-mark auto ash-test-other ash-test-needing")
+    system.ash("remove", parent, "ash-test-conf", "ash-test-needed")
+    planned = system.ash("--json", "--dry-run", "force-sync", parent).json["would"]
+    assert planned[1]["packages"]["removed"] == {"ash-test-conf": "1"}
+    system.ash("force-sync", parent)
+    assert versions(system, [child], "ash-test-conf") == [None]
+    assert versions(system, [child], "ash-test-needed") == ["1"], "another needs it"
+    assert versions(system, [child], "ash-test-needing") == ["1"]
+    assert versions(system, [parent, child], "ash-test-other") == ["1", "1"]
+    assert {"ash-test-other", "ash-test-needing"} <= {*system.ash("run", child, "apt-mark", "showauto").stdout.split()}
+    assert system.ash("--json", "force-sync", parent).json["changed"] is False
 
 
 def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree: list[int]) -> None:
