@@ -501,9 +501,11 @@ def apt_error(output: str) -> AshError:
     """What apt's output says went wrong."""
     errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
     if missing := re.search(
-        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output
+        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate"
+        r"|(?:Version|Release) '([^']+)' for '([^']+)' was not found",
+        output,
     ):
-        name = missing[1] or missing[2]
+        name = missing[1] or missing[2] or f"{missing[4]} {missing[3]}"
         return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
     if room := next((line for line in errors if "too little space" in line), ""):
         return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)

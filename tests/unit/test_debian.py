@@ -126,6 +126,8 @@ def test_a_simulation_that_does_nothing_is_no_change() -> None:
     ("output", "status", "words"),
     [
         ("E: Unable to locate package no-such\n", MISSING, "no-such"),
+        ("E: Version '9.9' for 'hello' was not found\n", MISSING, "no package hello 9.9"),
+        ("E: Release 'sid' for 'hello' was not found\n", MISSING, "no package hello sid"),
         ("E: Package 'ghost' has no installation candidate\n", MISSING, "ghost"),
         ("E: ash: too little space: 9 KiB are needed, 1 KiB are free\nE: Sub-process returned (1)\n", REFUSED, "9 KiB"),
         ("E: Sub-process /usr/bin/dpkg returned an error code (1)\n", FAILED, "error code (1)"),
