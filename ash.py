@@ -7381,11 +7381,11 @@ def require_package_files(packages: Sequence[str]) -> None:
 
 
 def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
+    of_profile = profile_of(system, args).everything if args.profile else []
     packages = [*args.words, *args.packages]
     if not packages and not args.profile and args.snapshots:
         n = args.snapshots[0]
         raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
-    of_profile = profile_of(system, args).everything if args.profile else []
     if not packages and not of_profile:
         raise AshError("which package?", "ash remove N PKG...", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
@@ -7422,8 +7422,8 @@ def remove(system: System, number: int, packages: Sequence[str], args: argparse.
 def install_profile(system: System, args: argparse.Namespace) -> Reply:
     """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
     profile = profile_of(system, args)
-    if args.words:
-        raise AshError(f"what is {args.words[0]!r}?", "ash install N --profile NAME", USAGE)
+    if beside := [*args.words, *getattr(args, "packages", []), *getattr(args, "remove", [])]:
+        raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
     for number in snapshots:
         system.require_changeable(number)
@@ -7589,9 +7589,10 @@ def require_installed(system: System, number: int, packages: Sequence[str]) -> N
 
 
 def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run and args.shell:
+    opens = args.shell or args.resume
+    if args.dry_run and opens:
         return would("open a shell in the base")
-    if args.shell:
+    if opens:
         return shell_in(system, BASE, resume=args.resume)
     work = partial(upgrade, strict=args.strict)
     done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
@@ -7651,7 +7652,8 @@ def concluded(
 
 
 def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
-    packages = [*args.words, *args.packages]
+    of_profile = profile_of(system, args).everything if args.profile else []
+    packages = [*args.words, *args.packages, *of_profile]
     if not packages:
         raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
     tree, crew = system.tree(), Crew(system, "removing from", jobs_of(args))
@@ -8375,8 +8377,9 @@ def flag(*flags: str, help: str) -> Argument:
 
 
 def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
-    """An option with one or more words."""
-    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
+    """An option with one or more words; given twice, it has those of both."""
+    action = "store" if nargs == argparse.REMAINDER else "extend"
+    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest, "action": action})
 
 
 PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
@@ -8521,6 +8524,7 @@ COMMANDS = [
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
             PROFILE, NO_UPGRADE, STRICT, *LIVE,
+            flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
         ],
     ),
     Command(
@@ -8537,7 +8541,7 @@ COMMANDS = [
     ),
     Command(
         "tree-rmpkg", ["tremove"], "Packages", "tree-rmpkg N PKG...", "the same in N and every branch below it",
-        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, *JOBS, *PURGE],
+        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, PROFILE, *JOBS, *PURGE],
     ),
     Command(
         "upgrade", ["up"], "Packages", "upgrade [N...]", "upgrade all packages", cmd_upgrade,
@@ -8665,11 +8669,11 @@ GLOBAL_OPTIONS = [
 
 HELP_WIDTH = 80
 SNAPSHOT_OPTION = Argument(
-    ("-s", "--snap", "--snapshot"), "the snapshot", {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N"}
+    ("-s", "--snap", "--snapshot"),
+    "the snapshot",
+    {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N", "action": "extend"},
 )
-SEVERAL_OPTION = Argument(
-    ("--snapshots", "--snaps"), "several snapshots", {"dest": "several", "nargs": "+", "default": []}
-)
+SEVERAL_OPTION = words("--snapshots", "--snaps", dest="several", help="several snapshots")
 
 
 # argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
@@ -8738,7 +8742,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = find_command(word)
     if PARALLEL in command.arguments and not command.rest:
         require_no_count(after)
-    args = parser_of(command).parse_args([*before, *after])
+    args = parse_words(command, [*before, *after])
+    if command.rest and not args.snapshots:
+        args.command_words, args.snapshots = without_snapshot(args.command_words)
     if command.numbers:
         args.snapshots = args.snapshots or []
         if command.several:
@@ -8748,6 +8754,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         more = leading_numbers(args.words)[: max(0, command.numbers - len(args.snapshots))]
         args.snapshots += more
         args.words = args.words[len(more) :]
+        if len(args.snapshots) > command.numbers and not command.several:
+            raise AshError(f"these are too many snapshots: {listed(args.snapshots)}", f"ash {command.usage}", USAGE)
     if args.words and not command.words:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
@@ -8756,6 +8764,24 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
+
+
+def parse_words(command: Command, given: Sequence[str]) -> argparse.Namespace:
+    """Read the words of a command; its options may stand between them, unless all that follows is another program's."""
+    parser = parser_of(command)
+    if command.rest:
+        return parser.parse_args(given)
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_intermixed_args(given[:end])
+    args.words = [*args.words, *given[end + 1 :]]  # no options, whatever they look like
+    return args
+
+
+def without_snapshot(given: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The command that is run and the snapshot behind it, where it has one: the old ash took `-c 'COMMAND' -s N`."""
+    named = len(given) > 2 and given[-2] in SNAPSHOT_OPTION.flags
+    numbers = leading_numbers(given[-1:]) if named else []
+    return list(given[:-2] if numbers else given), numbers
 
 
 def require_no_count(given: Sequence[str]) -> None:
