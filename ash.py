@@ -2795,7 +2795,9 @@ class Transaction:
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
 
-        status = self.chroot().run(argv, hear=hear)
+        chroot = self.chroot()
+        ours = {**chroot.environment, "LC_ALL": "C.UTF-8"}  # what it says is read, not only shown
+        status = chroot._replace(environment=ours).run(argv, hear=hear)
         output = b"".join(said).decode(errors="replace")
         if status:
             raise PackageError(output)

@@ -267,10 +267,10 @@ room=$(df --output=avail -k / | tail -n 1)
         except PackageError as error:
             output = error.message
         said = re.findall(r"^[WE]: (.*)$", output, re.MULTILINE)
-        trouble = [line for line in said if re.search(r"Failed to fetch|^The repository|GPG error", line)]
+        trouble = [line for line in said if re.search(rf"Failed to fetch|^The repository|GPG error|{OUTDATED}", line)]
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
-        if trouble and not re.search(r"^(Hit|Get):", output, re.MULTILINE):
+        if trouble and not archives_had(output):
             raise PackageError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
@@ -471,6 +471,21 @@ def tell_failed_builds(root: Path) -> None:
         said = read_text(path_inside(root, str(log.relative_to(root))))
         lines = said.rstrip().splitlines()[-30:]  # what tells why
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
+
+
+# How apt's errors begin that are about what an archive says of itself: too old, of the future, or another release.
+OUTDATED = r"^Release file for |^Repository '"
+
+
+def archives_had(update: str) -> list[tuple[str, str]]:
+    """The archives (URL, suite) of which apt-get update had something, and that it did not refuse then."""
+    refused = "\n".join(line for line in re.findall(r"^E: (.*)$", update, re.MULTILINE) if re.search(OUTDATED, line))
+
+    def is_refused(url: str, suite: str) -> bool:
+        return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
+
+    reached = re.findall(r"^(?:Hit|Get):\d+ (\S+) +(\S+)", update, re.MULTILINE)
+    return [archive for archive in reached if not is_refused(*archive)]
 
 
 def bytes_of(uris: str, without: Container[str] = ()) -> int:
