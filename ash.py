@@ -7005,6 +7005,7 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
 
 def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
+    system.require_changeable(number, base=args.resume)  # a shell that base-update has opened can be gone on with
     if args.dry_run:
         return would(f"open a shell in snapshot {number}")
     return shell_in(system, number, resume=args.resume)
@@ -7211,6 +7212,8 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     tree = system.tree()
     branch = tree.branch(args.snapshots[0])
     if args.dry_run:
+        for number in branch:
+            system.require_changeable(number)
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
     crew = Crew(system, "ran in", jobs_of(args), shown=True)
     return in_branches(crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
@@ -7715,6 +7718,8 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
     if args.dry_run:
         policy = Night(system, number).policy
+        if policy != "none":
+            system.require_changeable(number)
         return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
     system.wait = args.wait or NIGHTLY_WAIT
     with system.lock("auto-upgrade"):
