@@ -7616,7 +7616,10 @@ def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
         fetch_once(system, numbers, args.strict)
     work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
     branches = crew.run(tree, numbers, lambda n: change(system, n, "upgrading", work, simulate=args.dry_run))
-    return concluded(system, args, crew, branches)
+    reply = concluded(system, args, crew, branches)
+    if args.download_only and not args.dry_run and not reply.status:
+        return reply._replace(text="what the next upgrade needs is fetched")
+    return reply
 
 
 def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> None:
