@@ -527,6 +527,7 @@ class Layout:
 # Below a root file system.
 IN_ROOT_DB = "usr/share/ash/db"
 IN_ROOT_SNAP = "usr/share/ash/snap"
+IN_ROOT_LIVE = "usr/share/ash/live"  # in a deployment that is not its snapshot any more: it was changed as it ran
 IN_ROOT_MUTABLE = "usr/share/ash/mutable"
 
 
@@ -4635,10 +4636,15 @@ class System:
         return deployment, True
 
     def _already_deployed(self, slots: Slots, snapshot: int, secondary: bool) -> Deployment | None:
-        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc."""
+        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc.
+
+        One that was changed as it ran is none: it has what its snapshot does not have.
+        """
         source = subvolume_id(self.layout.rootfs(snapshot))
         for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
             there = slots.menu.deployments.get(slot)
+            if there and os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE)):
+                continue
             if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
                 running = slots.running
                 if running == slot or etc_state(self.layout.rootfs(running) / "etc") == there.etc_state:
@@ -4904,6 +4910,8 @@ class LiveTransaction(Transaction):
                 etc = place.put(self.slot, place.before, self.root)
                 merge = place.merge_into_var(intent)
                 services.start(found.paths)
+                if found.folders - {"boot"}:
+                    write_inside(slot, IN_ROOT_LIVE, "")
                 sync_filesystem(self.layout.snapshots)
                 place.conclude(intent)
         except BaseException as error:
@@ -6984,7 +6992,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         delete_subvolume(copy)
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
-        place_inside(copy, IN_ROOT_SNAP).unlink(missing_ok=True)
+        for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
+            place_inside(copy, mark).unlink(missing_ok=True)
         of = system.snapshot_of(slot)
         with system.new_snapshot(copy, description, of) as number, system.editing_tree() as tree:
             tree.add(number, None)
@@ -7053,6 +7062,7 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
         return would("open a writable shell in the running system")
     with system.lock("live"):
         LivePlace(system.layout, system.distro, BASE).recover(system.tree())
+        write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
         console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
         status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
     sync_filesystem(system.layout.snapshots)
