@@ -88,6 +88,8 @@ class Debian(Distro):
         "NEEDRESTART_SUSPEND": "1",
         "debian_chroot": "ash",
     }
+    # What apt says of one archive that cannot be had, or that is too old, of the future, or another release now.
+    TROUBLE = r"Failed to fetch|^The repository|GPG error|^Release file for |^Repository '"
     # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only; the
     # lists are shared with snapshots that have other archives.
     APT_CONF = """\
@@ -267,7 +269,7 @@ room=$(df --output=avail -k / | tail -n 1)
         except PackageError as error:
             output = error.message
         said = re.findall(r"^[WE]: (.*)$", output, re.MULTILINE)
-        trouble = [line for line in said if re.search(rf"Failed to fetch|^The repository|GPG error|{OUTDATED}", line)]
+        trouble = [line for line in said if re.search(self.TROUBLE, line)]
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
         if trouble and not archives_had(output):
@@ -473,13 +475,9 @@ def tell_failed_builds(root: Path) -> None:
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 
-# How apt's errors begin that are about what an archive says of itself: too old, of the future, or another release.
-OUTDATED = r"^Release file for |^Repository '"
-
-
 def archives_had(update: str) -> list[tuple[str, str]]:
     """The archives (URL, suite) of which apt-get update had something, and that it did not refuse then."""
-    refused = "\n".join(line for line in re.findall(r"^E: (.*)$", update, re.MULTILINE) if re.search(OUTDATED, line))
+    refused = "\n".join(re.findall(r"^E: (?:Release file for |Repository ').*", update, re.MULTILINE))
 
     def is_refused(url: str, suite: str) -> bool:
         return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
