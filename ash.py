@@ -527,6 +527,7 @@ class Layout:
 # Below a root file system.
 IN_ROOT_DB = "usr/share/ash/db"
 IN_ROOT_SNAP = "usr/share/ash/snap"
+IN_ROOT_LIVE = "usr/share/ash/live"  # in a deployment that is not its snapshot any more: it was changed as it ran
 IN_ROOT_MUTABLE = "usr/share/ash/mutable"
 
 
@@ -2838,7 +2839,9 @@ class Transaction:
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
 
-        status = self.chroot().run(argv, hear=hear)
+        chroot = self.chroot()
+        ours = {**chroot.environment, "LC_ALL": "C.UTF-8"}  # what it says is read, not only shown
+        status = chroot._replace(environment=ours).run(argv, hear=hear)
         output = b"".join(said).decode(errors="replace")
         if status:
             raise PackageError(output)
@@ -4691,10 +4694,15 @@ class System:
         return deployment, True
 
     def _already_deployed(self, slots: Slots, snapshot: int, secondary: bool) -> Deployment | None:
-        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc."""
+        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc.
+
+        One that was changed as it ran is none: it has what its snapshot does not have.
+        """
         source = subvolume_id(self.layout.rootfs(snapshot))
         for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
             there = slots.menu.deployments.get(slot)
+            if there and os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE)):
+                continue
             if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
                 running = slots.running
                 if running == slot or etc_state(self.layout.rootfs(running) / "etc") == there.etc_state:
@@ -4985,6 +4993,8 @@ class LiveTransaction(Transaction):
             etc = place.put(self.slot, place.before, self.root)
             merge = place.merge_into_var(intent)
             services.start(found.paths)
+            if found.folders - {"boot"}:
+                write_inside(slot, IN_ROOT_LIVE, "")
             sync_filesystem(self.layout.snapshots)
             place.conclude(intent)
         except BaseException as error:
@@ -7110,7 +7120,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         delete_subvolume(copy)
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
-        place_inside(copy, IN_ROOT_SNAP).unlink(missing_ok=True)
+        for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
+            place_inside(copy, mark).unlink(missing_ok=True)
         of = system.snapshot_of(slot)
         with system.new_snapshot(copy, description, of) as number, system.editing_tree() as tree:
             tree.add(number, None)
@@ -7131,6 +7142,7 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
 
 def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
+    system.require_changeable(number, base=args.resume)  # a shell that base-update has opened can be gone on with
     if args.dry_run:
         return would(f"open a shell in snapshot {number}")
     return shell_in(system, number, resume=args.resume)
@@ -7178,6 +7190,7 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
         return would("open a writable shell in the running system")
     with system.lock("live"):
         LivePlace(system.layout, system.distro, BASE).recover(system.tree())
+        write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
         console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
         status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
     sync_filesystem(system.layout.snapshots)
@@ -7337,6 +7350,8 @@ def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
     tree = system.tree()
     branch = tree.branch(args.snapshots[0])
     if args.dry_run:
+        for number in branch:
+            system.require_changeable(number)
         return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
     crew = Crew(system, "ran in", jobs_of(args), shown=True)
     return concluded(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
@@ -7510,11 +7525,11 @@ def require_package_files(packages: Sequence[str]) -> None:
 
 
 def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
+    of_profile = profile_of(system, args).everything if args.profile else []
     packages = [*args.words, *args.packages]
     if not packages and not args.profile and args.snapshots:
         n = args.snapshots[0]
         raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
-    of_profile = profile_of(system, args).everything if args.profile else []
     if not packages and not of_profile:
         raise AshError("which package?", "ash remove N PKG...", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
@@ -7551,8 +7566,8 @@ def remove(system: System, number: int, packages: Sequence[str], args: argparse.
 def install_profile(system: System, args: argparse.Namespace) -> Reply:
     """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
     profile = profile_of(system, args)
-    if args.words:
-        raise AshError(f"what is {args.words[0]!r}?", "ash install N --profile NAME", USAGE)
+    if beside := [*args.words, *getattr(args, "packages", []), *getattr(args, "remove", [])]:
+        raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
     snapshots = args.snapshots or [the_snapshot(system, args)]
     for number in snapshots:
         system.require_changeable(number)
@@ -7744,9 +7759,10 @@ def require_installed(system: System, number: int, packages: Sequence[str]) -> N
 
 
 def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run and args.shell:
+    opens = args.shell or args.resume
+    if args.dry_run and opens:
         return would("open a shell in the base")
-    if args.shell:
+    if opens:
         return shell_in(system, BASE, resume=args.resume)
     work = partial(upgrade, strict=args.strict)
     done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
@@ -7769,7 +7785,10 @@ def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
             raise failed[number]
         return change(system, number, "upgrading", work, simulate=args.dry_run)
 
-    return concluded(system, args, crew, crew.run(tree, numbers, upgrade_there))
+    reply = concluded(system, args, crew, crew.run(tree, numbers, upgrade_there))
+    if args.download_only and not args.dry_run and not reply.status:
+        return reply._replace(text="what the next upgrade needs is fetched")
+    return reply
 
 
 def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
@@ -7824,7 +7843,8 @@ def concluded(
 
 
 def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
-    packages = [*args.words, *args.packages]
+    of_profile = profile_of(system, args).everything if args.profile else []
+    packages = [*args.words, *args.packages, *of_profile]
     if not packages:
         raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
     tree, crew = system.tree(), Crew(system, "removing from", jobs_of(args))
@@ -7886,6 +7906,8 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     number = the_snapshot(system, args)
     if args.dry_run:
         policy = Night(system, number).policy
+        if policy != "none":
+            system.require_changeable(number)
         return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
     system.wait = args.wait or NIGHTLY_WAIT
     with system.lock("auto-upgrade"):
@@ -8550,8 +8572,9 @@ def flag(*flags: str, help: str) -> Argument:
 
 
 def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
-    """An option with one or more words."""
-    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest})
+    """An option with one or more words; given twice, it has those of both."""
+    action = "store" if nargs == argparse.REMAINDER else "extend"
+    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest, "action": action})
 
 
 PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
@@ -8696,6 +8719,7 @@ COMMANDS = [
             PACKAGES,
             words("--remove", dest="remove", help="remove these in the same transaction"),
             PROFILE, NO_UPGRADE, STRICT, *LIVE,
+            flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
         ],
     ),
     Command(
@@ -8712,7 +8736,7 @@ COMMANDS = [
     ),
     Command(
         "tree-rmpkg", ["tremove"], "Packages", "tree-rmpkg N PKG...", "the same in N and every branch below it",
-        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, *JOBS, *PURGE],
+        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, PROFILE, *JOBS, *PURGE],
     ),
     Command(
         "upgrade", ["up"], "Packages", "upgrade [N...]", "upgrade all packages", cmd_upgrade,
@@ -8840,11 +8864,11 @@ GLOBAL_OPTIONS = [
 
 HELP_WIDTH = 80
 SNAPSHOT_OPTION = Argument(
-    ("-s", "--snap", "--snapshot"), "the snapshot", {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N"}
+    ("-s", "--snap", "--snapshot"),
+    "the snapshot",
+    {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N", "action": "extend"},
 )
-SEVERAL_OPTION = Argument(
-    ("--snapshots", "--snaps"), "several snapshots", {"dest": "several", "nargs": "+", "default": []}
-)
+SEVERAL_OPTION = words("--snapshots", "--snaps", dest="several", help="several snapshots")
 
 
 # argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
@@ -8913,7 +8937,9 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     command = find_command(word)
     if PARALLEL in command.arguments and not command.rest:
         require_no_count(after)
-    args = parser_of(command).parse_args([*before, *after])
+    args = parse_words(command, [*before, *after])
+    if command.rest and not args.snapshots:
+        args.command_words, args.snapshots = without_snapshot(args.command_words)
     if command.numbers:
         args.snapshots = args.snapshots or []
         if command.several:
@@ -8923,6 +8949,8 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
         more = leading_numbers(args.words)[: max(0, command.numbers - len(args.snapshots))]
         args.snapshots += more
         args.words = args.words[len(more) :]
+        if len(args.snapshots) > command.numbers and not command.several:
+            raise AshError(f"these are too many snapshots: {listed(args.snapshots)}", f"ash {command.usage}", USAGE)
     if args.words and not command.words:
         raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
     if args.root and args.image:
@@ -8931,6 +8959,24 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
+
+
+def parse_words(command: Command, given: Sequence[str]) -> argparse.Namespace:
+    """Read the words of a command; its options may stand between them, unless all that follows is another program's."""
+    parser = parser_of(command)
+    if command.rest:
+        return parser.parse_args(given)
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_intermixed_args(given[:end])
+    args.words = [*args.words, *given[end + 1 :]]  # no options, whatever they look like
+    return args
+
+
+def without_snapshot(given: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The command that is run and the snapshot behind it, where it has one: the old ash took `-c 'COMMAND' -s N`."""
+    named = len(given) > 2 and given[-2] in SNAPSHOT_OPTION.flags
+    numbers = leading_numbers(given[-1:]) if named else []
+    return list(given[:-2] if numbers else given), numbers
 
 
 def require_no_count(given: Sequence[str]) -> None:

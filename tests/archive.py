@@ -45,6 +45,13 @@ class Archive:
             entries.append(f"{control}\nFilename: ./{package.name}\nSize: {len(content)}\nSHA256: {digest}\n")
         (self.folder / "Packages").write_text("\n".join(entries))
 
+    def release(self, **fields: str) -> None:
+        """Write a Release file, which nobody signed; `_` in the name of a field is `-`: Suite=, Valid_Until=."""
+        packages = (self.folder / "Packages").read_bytes()
+        lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+        lines += ["SHA256:", f" {hashlib.sha256(packages).hexdigest()} {len(packages)} Packages"]
+        (self.folder / "Release").write_text("\n".join([*lines, ""]))
+
     @contextlib.contextmanager
     def served(self) -> Iterator[str]:
         """Serve it, for as long as the block lasts; gives its URL."""

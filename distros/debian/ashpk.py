@@ -89,6 +89,8 @@ class Debian(Distro):
         "NEEDRESTART_SUSPEND": "1",
         "debian_chroot": "ash",
     }
+    # What apt says of one archive that cannot be had, or that is too old, of the future, or another release now.
+    TROUBLE = r"Failed to fetch|^The repository|GPG error|^Release file for |^Repository '"
     # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only; the
     # lists are shared with snapshots that have other archives.
     APT_CONF = """\
@@ -273,10 +275,10 @@ room=$(df --output=avail -k / | tail -n 1)
         except PackageError as error:
             output = error.message
         said = re.findall(r"^[WE]: (.*)$", output, re.MULTILINE)
-        trouble = [line for line in said if re.search(r"Failed to fetch|^The repository|GPG error", line)]
+        trouble = [line for line in said if re.search(self.TROUBLE, line)]
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
-        if trouble and not re.search(r"^(Hit|Get):", output, re.MULTILINE):
+        if trouble and not archives_had(output):
             raise ArchiveError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
@@ -497,6 +499,17 @@ def tell_failed_builds(root: Path) -> None:
         console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
 
 
+def archives_had(update: str) -> list[tuple[str, str]]:
+    """The archives (URL, suite) of which apt-get update had something, and that it did not refuse then."""
+    refused = "\n".join(re.findall(r"^E: (?:Release file for |Repository ').*", update, re.MULTILINE))
+
+    def is_refused(url: str, suite: str) -> bool:
+        return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
+
+    reached = re.findall(r"^(?:Hit|Get):\d+ (\S+) +(\S+)", update, re.MULTILINE)
+    return [archive for archive in reached if not is_refused(*archive)]
+
+
 def bytes_of(uris: str, without: Container[str] = ()) -> int:
     """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_1_amd64.deb SIZE HASH`.
 
@@ -525,9 +538,11 @@ def apt_error(output: str) -> AshError:
     """What apt's output says went wrong."""
     errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
     if missing := re.search(
-        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate", output
+        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate"
+        r"|(?:Version|Release) '([^']+)' for '([^']+)' was not found",
+        output,
     ):
-        name = missing[1] or missing[2]
+        name = missing[1] or missing[2] or f"{missing[4]} {missing[3]}"
         return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
     if room := next((line for line in errors if "too little space" in line), ""):
         return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)

@@ -206,6 +206,13 @@ def test_the_base_is_not_changed(system: System, words: list[str | int]) -> None
     with system.nothing_changes():
         assert "ash clone 0" in system.ash(*words, status=REFUSED).error
         assert "ash clone 0" in system.ash("run", 0, "touch", "/x", status=OURS_IN_RUN).error
+        assert "ash clone 0" in system.ash("chroot", 0, status=OURS_IN_RUN, input="touch /usr/x\n").error
+
+
+def test_resuming_the_base_s_shell_is_no_upgrade(system: System) -> None:
+    with system.nothing_changes():
+        assert "no unfinished work" in system.ash("base-update", "--resume", status=REFUSED).error
+        assert "no unfinished work" in system.ash("chroot", 0, "--resume", status=OURS_IN_RUN).error
 
 
 WANT_A_NUMBER = ["clone", "branch", "desc", "del", "deploy", "chroot", "run", "unlock", "install", "remove", "list"]
@@ -249,9 +256,22 @@ def test_a_dry_run_changes_nothing(system: System, snapshot: int, words: list[st
         assert (answer["changed"], answer["dry_run"]) == (False, True)
 
 
-@pytest.mark.parametrize("words", [["clone", NOWHERE], ["deploy", NOWHERE], ["del", "0"], ["unlock", NOWHERE]])
-def test_a_dry_run_fails_where_the_command_would(system: System, words: list[str | int]) -> None:
-    system.ash("--dry-run", *words, status=REFUSED if words[0] == "del" else MISSING)
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["clone", NOWHERE], MISSING),
+        (["deploy", NOWHERE], MISSING),
+        (["del", "0"], REFUSED),
+        (["unlock", NOWHERE], MISSING),
+        (["chroot", NOWHERE], OURS_IN_RUN),
+        (["chroot", "0"], OURS_IN_RUN),
+        (["auto-upgrade", NOWHERE], MISSING),
+        (["auto-upgrade", "0"], REFUSED),
+        (["tree-run", "0", "true"], REFUSED),
+    ],
+)
+def test_a_dry_run_fails_where_the_command_would(system: System, words: list[str | int], status: int) -> None:
+    system.ash("--dry-run", *words, status=status)
 
 
 READING = [["tree"], ["list", 0], ["version"], ["tree", "-l"], ["help"]]

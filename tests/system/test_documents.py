@@ -84,6 +84,11 @@ class World:
     def running_root(self) -> Path:
         return self.system.root(self.running.slot)
 
+    @property
+    def next_root(self) -> Path:
+        """That of the deployment for the next boot."""
+        return self.system.root(self.system.files.default_slot())
+
     def version(self, name: str, package: str) -> str:
         """The version of a package that a snapshot has; empty where it does not."""
         return version_in(self.root(name), package)
@@ -96,8 +101,7 @@ class World:
         return (self.system.files.state / f"snapshots/{self[name]}-desc").read_text().strip()
 
     def starts_next(self, name: str) -> bool:
-        slot = self.system.root(self.system.files.default_slot())
-        return (slot / "usr/share/ash/snap").read_text().strip() == str(self[name])
+        return (self.next_root / "usr/share/ash/snap").read_text().strip() == str(self[name])
 
 
 def version_in(root: Path, package: str) -> str:
@@ -208,8 +212,13 @@ ASHOS = [
     ),
     Row(
         "changes made to live session are not saved",
-        [("ash live-chroot", "touch /usr/share/unlocked\nexit\n"), "ls /usr/share/unlocked", "ash deploy {here}"],
-        lambda w: not (w.root("here") / "usr/share/unlocked").exists(),
+        [
+            "ash deploy {here}",
+            ("ash live-chroot", "touch /usr/share/unlocked\nexit\n"),
+            "ls /usr/share/unlocked",
+            "ash deploy {here}",
+        ],
+        lambda w: w.starts_next("here") and not (w.next_root / "usr/share/unlocked").exists(),
     ),
     Row("Runs a specified command inside snapshot", ["ash run {N} touch /etc/it"], lambda w: "it" in etc_of(w, "N")),
     Row(

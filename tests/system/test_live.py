@@ -169,6 +169,34 @@ def test_another_snapshot_and_the_running_one_if_that_is_said(machine: Machine, 
     assert (machine.system.root(machine.slot) / "usr/share/ash-test/file").exists()
 
 
+def test_the_next_deployment_has_only_what_its_snapshot_has(machine: Machine, tmp_path: Path) -> None:
+    number, other = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.clone()
+    package = deb(tmp_path)
+    assert machine.running("deploy", number)["changed"] is False
+    machine.running("install", other, package, "--live")
+    assert machine.system.ash("--json", "diff").json["drift"] == {}
+    assert machine.running("deploy", number)["changed"] is True
+    new = machine.system.root(machine.files.default_slot())
+    assert not (new / "usr/share/ash-test").exists()
+    assert not (new / "etc/ash-test.conf").exists()
+    assert machine.running("deploy", number)["changed"] is False
+    machine.running("install", number, package)
+    assert machine.running("deploy", number)["changed"] is True
+    assert (machine.system.root(machine.files.default_slot()) / "usr/share/ash-test").exists()
+    assert machine.running("deploy", number)["changed"] is False
+    kept = machine.running("rollback")["snapshot"]
+    assert (machine.system.root(kept) / "usr/share/ash-test/file").exists()
+    assert not (machine.system.root(kept) / "usr/share/ash/live").exists()
+    assert machine.running("deploy", kept)["changed"] is False
+
+
+def test_what_failed_in_the_running_system_wants_no_other_deployment(machine: Machine, tmp_path: Path) -> None:
+    number, other = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.clone()
+    script = "[ -e /usr/share/ash/snap ] && exit 1 || exit 0"
+    machine.running("install", other, deb(tmp_path, postinst=script), "--live", status=FAILED)
+    assert machine.running("deploy", number)["changed"] is False
+
+
 def test_not_live_is_for_the_next_boot(machine: Machine, tmp_path: Path) -> None:
     number = machine.system.ash("--json", "status").json["next"]["snapshot"]
     assert "live" not in machine.running("install", number, deb(tmp_path), "-nl")

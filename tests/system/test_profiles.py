@@ -60,7 +60,7 @@ def test_a_profile_is_installed_whole(system: System, snapshot: int, profile: Pa
     assert (root / "etc/by").read_text() == "human of /\na = b\n"
     assert (root / "etc/systemd/system/multi-user.target.wants/ash-test.service").is_symlink()
     assert outcome.stdout.endswith("reboot, and be happy\n")
-    system.ash("remove", snapshot, "--profile", profile)
+    system.ash("remove", "--profile", snapshot, profile)
     assert "ash-test-one" not in system.ash("--json", "list", snapshot).json["packages"]
 
 
@@ -72,12 +72,27 @@ def test_a_profile_is_installed_whole(system: System, snapshot: int, profile: Pa
         ["install", "-s", "N", "--prof", "FILE"],
         ["install-profile", "FILE", "N"],
         ["install-profile", "FILE", "--snap", "N"],
+        ["install", "--force", "-P", "FILE", "-s", "N"],
     ],
 )
 def test_every_way_to_say_it_works(system: System, snapshot: int, profile: Path, words: list[str]) -> None:
     given = [{"N": str(snapshot), "FILE": str(profile)}.get(word, word) for word in words]
     answer = system.ash("--json", "--dry-run", *given, "--no-upgrade").json
     assert set(answer["would"][0]["packages"]["added"]) == {"ash-test-one", "ash-test-two", "ash-test-extra"}
+
+
+def test_what_stands_beside_a_profile_is_not_passed_over(system: System, snapshot: int, profile: Path) -> None:
+    with system.nothing_changes():
+        outcome = system.ash("install", snapshot, "--profile", profile, "-p", "ash-test-extra", status=USAGE)
+    assert "ash-test-extra" in outcome.error
+
+
+def test_packages_are_installed_into_several_snapshots(system: System, snapshot: int) -> None:
+    other = system.clone(snapshot)
+    system.ash("refresh", snapshot, other)
+    system.ash("install", "--snapshots", snapshot, other, "-p", "ash-test-two", "-p", "ash-test-one")
+    for number in (snapshot, other):
+        assert {"ash-test-one", "ash-test-two"} <= system.ash("--json", "list", number).json["packages"].keys()
 
 
 def test_a_command_that_fails_leaves_nothing(system: System, snapshot: int, profile: Path) -> None:

@@ -67,6 +67,31 @@ def test_a_tree_is_upgraded_and_all_is_fetched_once(
     system.is_sound()
 
 
+def test_what_a_tree_will_need_can_be_fetched_before(system: System, old: int, archive: Archive) -> None:
+    root = system.clone(old)
+    below = system.branch(root)
+    program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
+    archive.fetched("")
+    outcome = system.ash("tree-upgrade", root, "--download-only")
+    assert outcome.stdout == "what the next upgrade needs is fetched\n"
+    assert len(archive.fetched("deb$")) == 1
+    assert versions(system, [root, below]) == ["1", "1"]
+    assert "upgraded" in system.ash("--json", "--dry-run", "tree-upgrade", root, "--download-only").stdout
+    system.shell(below, use_only("http://127.0.0.2:9"))
+    outcome = system.ash("tree-upgrade", root, "--download-only", "--strict", status=FAILED)
+    assert "is fetched" not in outcome.stdout
+
+
+def test_the_packages_of_a_profile_are_removed_from_a_tree(system: System, old: int, tmp_path: Path) -> None:
+    profile = tmp_path / "tool.conf"
+    profile.write_text("[packages]\nash-test-tool ash-test-nowhere\n")
+    root = system.clone(old)
+    below = system.branch(root)
+    system.ash("tremove", "-P", profile, "-s", root)
+    assert versions(system, [root, below]) == [None, None]
+    assert "none of" in system.ash("tree-rmpkg", root, "--profile", profile, status=MISSING).error
+
+
 def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[int]) -> None:
     system.shell(
         tree[1],

@@ -82,6 +82,51 @@ def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, sn
     assert version(system, snapshot) == NEW
 
 
+DATE = "Thu, 01 Jan 2026 00:00:00 UTC"
+REFUSED_BY_APT: dict[str, dict[str, str]] = {
+    "is expired": {"Date": DATE, "Valid_Until": "Fri, 02 Jan 2026 00:00:00 UTC"},
+    "is not valid yet": {"Date": "Fri, 01 Jan 2100 00:00:00 UTC"},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_BY_APT)
+def test_an_archive_that_apt_refuses_is_as_a_dead_one(
+    system: System, snapshot: int, url: str, tmp_path: Path, words: str
+) -> None:
+    odd = Archive(tmp_path / "odd")
+    odd.release(Date=DATE, Suite="one")
+    with odd.served() as odd_url:
+        system.shell(snapshot, use_only(odd_url, url))
+        system.ash("refresh", snapshot, "--strict")
+        odd.release(**REFUSED_BY_APT[words])
+        with system.nothing_changes():
+            error = system.ash("upgrade", snapshot, "--strict", status=FAILED).stderr.splitlines()[-1]
+            assert words in error
+            assert "--strict" in error
+        outcome = system.ash("upgrade", snapshot)
+        assert words in next(line for line in outcome.stderr.splitlines() if line.startswith("ash: "))
+        assert version(system, snapshot) == NEW
+        system.shell(snapshot, use_only(odd_url))
+        with system.nothing_changes():
+            assert "no archive can be had" in system.ash("refresh", snapshot, status=FAILED).error
+
+
+# To generate a locale takes a package of the real archive. A copy of C.UTF-8 under another name does as well: it is by
+# the name that programs find their translations, which the snapshot has.
+GERMAN = "cp -r /usr/lib/locale/C.utf8 /usr/lib/locale/de_DE.utf8"
+IN_GERMAN = {"LANG": "de_DE.UTF-8", "LC_MESSAGES": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8"}
+
+
+def test_apt_is_understood_whatever_the_user_s_language(system: System, snapshot: int) -> None:
+    system.shell(snapshot, f"{GERMAN}; {use_only('http://127.0.0.2:9')}")
+    said = system.shell(snapshot, "apt-get install no-such || true", environment=IN_GERMAN)
+    assert "kann nicht gefunden werden" in said.stderr, "what the user runs speaks German"
+    with system.nothing_changes():
+        assert "no-such" in system.ash("install", snapshot, "no-such", status=MISSING, environment=IN_GERMAN).error
+        assert "no archive" in system.ash("refresh", snapshot, status=FAILED, environment=IN_GERMAN).error
+    assert "no archive" in system.ash("auto-upgrade", snapshot, status=FAILED, environment=IN_GERMAN).error
+
+
 def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
     system.ash("refresh", snapshot)  # as long as it was trusted: so there is something to upgrade to
     system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))

@@ -179,6 +179,18 @@ def test_the_old_ash_named_a_command_by_an_option(option: str) -> None:
     assert (args.snapshots, [word for word in words if word != option]) == ([3], ["ls", "-l", "--all"])
 
 
+@pytest.mark.parametrize("option", ["-s", "--snap", "--snapshot"])
+@pytest.mark.parametrize("command", ["run", "trun"])
+def test_the_old_ash_took_the_number_after_the_command(command: str, option: str) -> None:
+    _, args = ash.parse([command, "-c", "ls -s 4", option, "3"])
+    assert (args.snapshots, ash.command_to_run(args)) == ([3], ["/bin/sh", "-c", "ls -s 4"])
+    args = parsed(f"--image a.img {command} -c ls -l {option} 3")
+    assert (args.snapshots, args.command_words) == ([3], ["ls", "-l"])
+    args = parsed(f"{command} -s 5 -c ls {option} 3")
+    assert (args.snapshots, args.command_words) == ([5], ["ls", option, "3"])
+    assert parsed(f"{command} -c ls {option} x").snapshots == []
+
+
 def test_all_words_after_the_number_belong_to_the_command_that_is_run() -> None:
     args = parsed("run 3 ls --json -q -s 4 --help")
     assert (args.snapshots, args.words) == ([3], ["ls", "--json", "-q", "-s", "4", "--help"])
@@ -198,6 +210,43 @@ def test_options_before_the_number_are_those_of_ash(line: str) -> None:
 )
 def test_options_of_all_commands_stand_anywhere(place: str, option: str) -> None:
     assert parsed(place.format(option)).snapshots == [3]
+    args = parsed(f"install 3 {option} hello")
+    assert (args.snapshots, args.words) == ([3], ["hello"])
+
+
+@pytest.mark.parametrize(
+    ("line", "numbers", "words"),
+    [
+        ("install 3 --live hello", [3], ["hello"]),
+        ("remove 3 --purge hello", [3], ["hello"]),
+        ("diff 1 --files 2", [1, 2], []),
+        ("del 1 -y 2", [1, 2], []),
+        ("install-profile gnome --no-upgrade 1", [], ["gnome", "1"]),
+        ("install hello -s 3 sl", [3], ["hello", "sl"]),
+        ("install 3 --remove gimp --live hello", [3], ["hello"]),
+        ("desc 3 -q -- -dash", [3], ["-dash"]),
+    ],
+)
+def test_an_option_may_stand_between_the_words(line: str, numbers: list[int], words: list[str]) -> None:
+    args = parsed(line)
+    assert (args.snapshots, args.words) == (numbers, words)
+
+
+@pytest.mark.parametrize(("option", "dest"), [("-p", "packages"), ("--remove", "remove"), ("--snapshots", "snapshots")])
+def test_an_option_that_is_given_twice_counts_twice(option: str, dest: str) -> None:
+    for _ in range(2):  # what one line gave is not there with the next
+        assert list(map(str, getattr(parsed(f"install {option} 3 {option} 4 5 -p x"), dest)))[:3] == ["3", "4", "5"]
+    assert parsed("install -s 3 -s 4 hello").snapshots == [3, 4]
+    assert parsed("ubranch -s 1 -s 2").snapshots == [1, 2]
+    assert parsed("new -d one -d two").desc == ["one", "two"]
+    assert parsed("install").packages == parsed("install").remove == parsed("install").snapshots == []
+
+
+@pytest.mark.parametrize(
+    "line", ["clone -s 3 -s 4", "run -s 3 -s 4 true", "diff -s 1 -s 2 -s 3", "tree-run -s 3 -s 4 a"]
+)
+def test_too_many_snapshots_are_refused(line: str) -> None:
+    assert "snapshots" in refused(line).message
 
 
 # Commands on packages, on trees, and with a shell: the forms of the documents, and the old ones
@@ -244,6 +293,12 @@ def test_install_profile_has_the_name_first_or_last(line: str, numbers: list[int
         ("install-profile 1 ./x", "./x", [1]),
         ("install --profile 1 ./x", "./x", [1]),
         ("install --profile ./x 1", "./x", [1]),
+        ("install --force -P ./x -s 1", "./x", [1]),
+        ("remove --profile 1 ./x", "./x", [1]),
+        ("remove 1 --profile ./x", "./x", [1]),
+        ("tree-rmpkg 1 --profile ./x", "./x", [1]),
+        ("tree-rmpkg --profile 1 ./x", "./x", [1]),
+        ("tremove -P ./x -s 1", "./x", [1]),
         ("install -s 1 --prof ./x", "./x", [1]),
     ],
 )
@@ -253,6 +308,23 @@ def test_every_form_names_the_same_profile_and_snapshot(line: str, profile: str,
     with pytest.raises(AshError, match=f"there is no profile {profile}"):
         command.function(system, args)
     assert (args.snapshots, args.profile) == (numbers, profile)
+
+
+@pytest.mark.parametrize("option", ["-f", "--force"])
+def test_install_takes_an_old_option_that_has_nothing_to_do_any_more(option: str) -> None:
+    args = parsed(f"install {option} 3 hello")
+    assert (args.snapshots, args.words) == ([3], ["hello"])
+    assert "no effect" in outcome("help", "install")[1]
+
+
+@pytest.mark.parametrize("line", ["1 -P {0} -p sl", "1 -P {0} --remove sl", "1 -P {0} sl"])
+def test_what_stands_beside_a_profile_is_refused(line: str, tmp_path: Path) -> None:
+    profile = tmp_path / "x.conf"
+    profile.write_text("[packages]\nhello\n")
+    system = ash.System(ash.Layout(Path("/nowhere"), "none"), ash.Distro())
+    with pytest.raises(AshError, match="what is 'sl'") as caught:
+        ash.cmd_install(system, parsed(f"install {line.format(profile)}"))
+    assert caught.value.status == USAGE
 
 
 ON_A_TREE = ["tree-upgrade", "tupgrade", "tup", "tree-update", "sync", "tree-sync", "tsync", "force-sync", "fsync"]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What the module for Debian makes of apt's and dpkg's words."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from ash import FAILED, MISSING, REFUSED
-from distros.debian.ashpk import Debian, apt_error, bytes_of, only_excluded, planned
+from ash import FAILED, MISSING, REFUSED, PackageError, Transaction
+from distros.debian.ashpk import Debian, apt_error, archives_had, bytes_of, only_excluded, planned
 
 pytestmark = pytest.mark.budget(5)
 
@@ -126,6 +128,8 @@ def test_a_simulation_that_does_nothing_is_no_change() -> None:
     ("output", "status", "words"),
     [
         ("E: Unable to locate package no-such\n", MISSING, "no-such"),
+        ("E: Version '9.9' for 'hello' was not found\n", MISSING, "no package hello 9.9"),
+        ("E: Release 'sid' for 'hello' was not found\n", MISSING, "no package hello sid"),
         ("E: Package 'ghost' has no installation candidate\n", MISSING, "ghost"),
         ("E: ash: too little space: 9 KiB are needed, 1 KiB are free\nE: Sub-process returned (1)\n", REFUSED, "9 KiB"),
         ("E: Sub-process /usr/bin/dpkg returned an error code (1)\n", FAILED, "error code (1)"),
@@ -137,6 +141,43 @@ def test_apts_errors_are_told_in_one_line(output: str, status: int, words: str) 
     assert error.status == status
     assert words in error.message
     assert "\n" not in error.message
+
+
+HAD = "Hit:1 http://a/debian trixie InRelease\n"
+OTHER = "Hit:2 http://a/debian trixie-updates InRelease\n"
+FLAT = "Get:3 http://b ./ Release [134 B]\n"
+EXPIRED = "E: Release file for http://a/debian/dists/trixie/InRelease is expired (invalid since 1d).\n"
+CHANGED = "E: Repository 'http://a/debian trixie InRelease' changed its 'Suite' value from 'testing' to 'stable'\n"
+FLAT_EXPIRED = "E: Release file for http://b/./Release is expired (invalid since 1d).\n"
+DEAD = "W: Failed to fetch http://c/./InRelease  Could not connect to c:80\n"
+
+
+@pytest.mark.parametrize("refused", [EXPIRED, CHANGED, EXPIRED + DEAD])
+def test_an_archive_that_apt_refuses_is_not_had(refused: str) -> None:
+    assert archives_had(HAD + OTHER + FLAT + refused) == [("http://a/debian", "trixie-updates"), ("http://b", "./")]
+    assert archives_had(HAD + refused) == []
+    assert archives_had(HAD + FLAT + FLAT_EXPIRED) == [("http://a/debian", "trixie")]
+    assert archives_had(HAD + DEAD) == [("http://a/debian", "trixie")]
+
+
+class Updating:
+    """A transaction in which apt-get update fails."""
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+
+    def run(self, _: Sequence[str]) -> str:
+        raise PackageError(self.output)
+
+
+@pytest.mark.parametrize("refused", [EXPIRED, CHANGED])
+def test_others_are_refreshed_beside_an_archive_that_apt_refuses(refused: str) -> None:
+    there = cast("Transaction", Updating(HAD + OTHER + refused))
+    assert Debian().refresh(there) == [refused.removeprefix("E: ").rstrip("\n")]
+    with pytest.raises(PackageError, match="no archive can be had"):
+        Debian().refresh(cast("Transaction", Updating(HAD + refused)))
+    with pytest.raises(PackageError, match="is malformed"):
+        Debian().refresh(cast("Transaction", Updating("E: Malformed entry 1 in list file x: it is malformed\n")))
 
 
 EXCLUDED = """\
