@@ -5649,14 +5649,21 @@ class LostFound:
                 set_readonly(target if target.exists() else path)
 
     def keep(self, path: Path) -> None:
-        """Keep a small file or a subvolume that is to be replaced; it stays where it is until then."""
+        """Keep a small file or a subvolume that is to be replaced; it stays where it is until then.
+
+        It is on the disk before what takes its place.
+        """
         if is_subvolume(path):
             snapshot_subvolume(path, self._place_for(path), readonly=True)
+            sync_filesystem(self.layout.snapshots)
         elif path.is_file() and not path.is_symlink():
-            os.link(path, self._place_for(path))
+            kept = self._place_for(path)
+            os.link(path, kept)
+            with kept.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(kept.parent)
         elif os.path.lexists(path):
             self.take(path)
-        sync_filesystem(self.layout.snapshots)  # before what takes its place is on the disk
 
     def _place_for(self, path: Path) -> Path:
         wanted = self.folder / path.relative_to(self.layout.snapshots)
