@@ -637,9 +637,22 @@ def is_number(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_NUMBER
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written to a file: JSON can have halves of characters that cannot."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_line(value: Any) -> bool:
+    """Whether a value is a text without line feeds."""
+    return is_text(value) and "\n" not in value
+
+
 def is_inner_path(value: Any) -> bool:
     """Whether a value is a path that leads down, and not out of where it begins."""
-    return isinstance(value, str) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
+    return is_text(value) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
 
 
 def is_name(value: Any) -> bool:
@@ -681,7 +694,7 @@ class Tree:
                 raise ValueError("it has no root")
             tree = cls(AnyNode(name="root"))
             tree._grow(tree.root, data)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # TypeError: a list as key
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
@@ -830,7 +843,7 @@ class Configuration:
                 hint = f"a line is KEY::VALUE; keys are {', '.join(sorted(cls.KEYS))}"
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", hint, USAGE)
             pattern, wanted = cls.KEYS[key.strip()]
-            if not re.fullmatch(pattern, value.strip(), re.IGNORECASE):
+            if not re.fullmatch(pattern, value.strip(), re.IGNORECASE | re.ASCII):
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", f"it must be {wanted}", USAGE)
             values[key.strip()] = value.strip()
         return cls(values)
@@ -3671,10 +3684,10 @@ def fstab_of_user(text: str) -> list[str]:
 BOOT_CONFIG_SHAPE = {
     "kernel": is_inner_path,
     "initrds": [is_inner_path],
-    "options": str,
-    "rootflags?": str,
-    "header?": [str],
-    "foreign?": str,
+    "options": is_line,
+    "rootflags?": is_line,
+    "header?": [is_line],
+    "foreign?": is_text,
 }
 # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
 NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
@@ -3737,19 +3750,19 @@ class BootConfig(NamedTuple):
 
 
 DEPLOYMENT_SHAPE = {
-    "slot": str,
+    "slot": is_text,
     "id": is_name,
     "snapshot": is_number,
     "source": is_number,
-    "name": str,
-    "inputs": str,
+    "name": is_text,
+    "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE,
     "mutable?": bool,
-    "etc_from?": str,
-    "etc_state?": str,
-    "carried?": [str],
-    "conflicts?": [str],
-    "conflicts_folder?": str,
+    "etc_from?": is_text,
+    "etc_state?": is_text,
+    "carried?": [is_text],
+    "conflicts?": [is_text],
+    "conflicts_folder?": is_text,
 }
 
 
@@ -3780,8 +3793,8 @@ class Menu:
     """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
-        "default": str,
-        "last_booted": str,
+        "default": is_text,
+        "last_booted": is_text,
         "deployments": {"*": DEPLOYMENT_SHAPE},
     }
 
@@ -4735,7 +4748,7 @@ class System:
         """
         found: list[int | str] = []
         in_the_way: list[AshError | OSError] = []
-        places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
+        places = [self.workplace(number) for number in numbered(self.layout.work(""), "")]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
             if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
                 continue
@@ -8221,11 +8234,11 @@ def running_transactions(system: System) -> dict[str, str]:
 def waiting_work(system: System) -> list[int]:
     """The snapshots with work that a hang-up left behind."""
     found = []
-    for folder in sorted(system.layout.work("").glob("[0-9]*")):
+    for number, folder in numbered(system.layout.work(""), "").items():
         with contextlib.suppress(AshError):  # damaged: fsck tells
             intent = Intent.load(folder)
             if intent is not None and intent.state == "kept":
-                found.append(int(folder.name))
+                found.append(number)
     return found
 
 
