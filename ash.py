@@ -9147,7 +9147,7 @@ def failure_for_history(error: BaseException) -> str:
         return error.message if begun else ""
     if isinstance(error, HangUp):
         return "the terminal hung up; the work is kept"
-    return f"failed: {reason(error)}" if isinstance(error, OSError) else "interrupted"
+    return f"failed: {reason(error)}" if isinstance(error, Exception) else "interrupted"
 
 
 def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
@@ -9218,6 +9218,18 @@ def report(error: AshError, command: Command | None) -> int:
     return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
 
 
+def as_told(error: Exception) -> AshError:
+    """What the user is told of an error that nobody has met; with -v one of ash itself is raised again."""
+    if isinstance(error, OSError):  # a full or broken disk, wherever it was met
+        return AshError(reason(error))
+    if isinstance(error, ModuleNotFoundError):  # an ash that was installed has its libraries beside it
+        hint = f"install python3-{error.name}, or use the ash that is on the disk"
+        return AshError(f"Python has no module {error.name}", hint)
+    if console.verbose:
+        raise error
+    return AshError(f"an error in ash itself: {error!r}", "with -v it tells where; please report it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -9254,11 +9266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             os.dup2(null, 2)
             return FAILED
-    except OSError as error:  # a full or broken disk, wherever it was met
-        return report(AshError(reason(error)), command)
-    except ModuleNotFoundError as error:  # an ash that was installed has its libraries beside it
-        hint = f"install python3-{error.name}, or use the ash that is on the disk"
-        return report(AshError(f"Python has no module {error.name}", hint), command)
+    except Exception as error:
+        return report(as_told(error), command)
 
 
 if __name__ == "__main__":
