@@ -2043,25 +2043,54 @@ def copy_attributes(source: Path, target: Path) -> None:
         os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
         return
-    descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open_itself(source) as old, open_itself(target) as new:
+        give_attributes(old, new)
+
+
+@contextmanager
+def open_itself(path: Path) -> Iterator[int]:
+    """A file or folder, opened; OSError where it is a link by now."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        give_attributes(source, status, descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def give_attributes(source: Path, status: os.stat_result, target: int) -> None:
-    """The same, to an open file. Access lists come before the mode, which would open the file to its group."""
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file: no link in its place is followed, and no pipe waited for.
+
+    Raises:
+        AshError: it is none.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a folder
+            raise
+    raise AshError(f"{path} is no plain file")
+
+
+def give_attributes(source: int, target: int) -> None:
+    """The same, of open files. Access lists come before the mode, which would open the file to its group."""
+    status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    for name in os.listxattr(source, follow_symlinks=False):
+    for name in os.listxattr(source):
         if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False))
+            os.setxattr(target, name, os.getxattr(source, name))
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other."""
+    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other.
+
+    What it is copied from may be in another's folder too: that one must not have root read what a link leads to.
+    """
     about_to(f"copy {target.name}")
     status = source.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -2072,10 +2101,11 @@ def copy_file(source: Path, target: Path) -> None:
         os.mkfifo(target, stat.S_IMODE(status.st_mode))
         copy_attributes(source, target)
     else:
-        made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with source.open("rb") as old, os.fdopen(made, "wb") as new:
-            copy_content(old, new)
-            give_attributes(source, status, made)
+        with os.fdopen(open_plain(source), "rb") as old:
+            made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(made, "wb") as new:
+                copy_content(old, new)
+                give_attributes(old.fileno(), made)
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -2472,8 +2502,10 @@ class Workplace:
         self.root = layout.working_copy(self.name)
         self.before = self.folder / "before"  # a copy of what is changed, where one is needed
         self.origin = self.folder / "var"
-        self.upper = self.folder / "upper"
-        self.overlay_work = self.folder / "overlay"
+        # Some folders of /var are everybody's to write in: nobody is to find them here too.
+        self.private = self.folder / "private"
+        self.upper = self.private / "upper"
+        self.overlay_work = self.private / "overlay"
         self.decisions = self.folder / "decisions"
         self.merged = self.folder / "merged"
 
@@ -2484,6 +2516,7 @@ class Workplace:
             AshError: work waits here that a hang-up left behind (REFUSED), or the intent file is damaged, and
                 `drop_kept` is not given.
         """
+        self.close_off()
         try:
             intent = Intent.load(self.folder)
         except AshError:
@@ -2516,6 +2549,17 @@ class Workplace:
         else:
             self.drop()
 
+    def close_off(self) -> None:
+        """Move what an ash before 0.1 has left of /var, where everybody finds it, to where nobody does."""
+        for old, new in zip(self._of_older, (self.upper, self.overlay_work), strict=True):
+            if os.path.lexists(old) and not os.path.lexists(new):
+                self.private.mkdir(mode=0o700, exist_ok=True)
+                rename(old, new)
+
+    @property
+    def _of_older(self) -> tuple[Path, Path]:
+        return self.folder / self.upper.name, self.folder / self.overlay_work.name
+
     def _committed(self, intent: Intent) -> Change:
         """What a commit has done that is to be finished: the packages, as far as they are known."""
         before = self.root if self.root.exists() else self.layout.undo(self.snapshot)
@@ -2545,7 +2589,7 @@ class Workplace:
     def files(self) -> tuple[Path, ...]:
         """All that a transaction has in the work folder beside the copy of /var, the intent file last."""
         torn = self.decisions.with_name(f".{self.decisions.name}.new")
-        return self.upper, self.overlay_work, self.decisions, torn, self.merged, self.folder / "intent"
+        return self.private, *self._of_older, self.decisions, torn, self.merged, self.folder / "intent"
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
@@ -2608,7 +2652,12 @@ class Workplace:
         conflicts = layout.conflicts(self.snapshot)
         merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600), without_links(layout.var):
+            # Who ran in the transaction may have kept a folder of it open: nothing there is to become a link either.
+            with (
+                Lock(layout.work("merge") / "lock", "merging into /var", wait=600),
+                without_links(layout.var),
+                without_links(self.upper),
+            ):
                 self._merge(merge, intent.entries)
         return merge
 
@@ -2775,6 +2824,7 @@ class Transaction:
         intent = Intent.load(self.place.folder)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
+        self.place.close_off()
         self.intent = intent._replace(state="open")
         self.intent.save(self.place.folder)
 
@@ -2793,6 +2843,7 @@ class Transaction:
         homes = sorted(os.listdir(self.layout.home))
         self.intent = self.intent._replace(homes=homes, caller=self.system.caller)
         self.intent.save(self.place.folder)
+        self.place.private.mkdir(mode=0o700)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
         try:
@@ -2873,7 +2924,11 @@ class Transaction:
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
             with contextlib.suppress(AshError, OSError):  # it is not worth another error
                 merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
-                with Lock(self.layout.work("merge") / "lock", "merging into /var"), without_links(self.layout.var):
+                with (
+                    Lock(self.layout.work("merge") / "lock", "merging into /var"),
+                    without_links(self.layout.var),
+                    without_links(self.place.upper),
+                ):
                     merge.add_files(self.distro.downloads)
 
     def _conclude(self) -> Findings:

@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,57 @@ def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
     copy_file(source, target)
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
     assert os.listxattr(victim) == []
+
+
+def test_what_a_file_is_replaced_by_while_it_is_copied_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of its folder puts a link or a pipe in its place, after it was looked at."""
+    victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
+    victim.write_text(SECRET)
+    os.setxattr(victim, "user.x", SECRET.encode())
+    look = Path.lstat
+
+    def replaced(path: Path, put: Callable[[], None]) -> os.stat_result:
+        found = look(path)
+        if path == source:
+            source.unlink()
+            put()
+        return found
+
+    for put in (lambda: source.symlink_to(victim), lambda: os.mkfifo(source), lambda: os.mknod(source, 0o140600)):
+        source.write_text("x")
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "lstat", lambda path, put=put: replaced(path, put))
+            with pytest.raises(ash.AshError, match="no plain file"):
+                copy_file(source, target)
+        assert not target.exists()
+        source.unlink()
+    source.write_text("x")
+    os.setxattr(source, "user.x", b"own")
+    with monkeypatch.context() as patched:  # when its content is there already
+        content = ash.copy_content
+
+        def replaced_late(old: Any, new: Any) -> None:
+            content(old, new)
+            source.unlink()
+            source.symlink_to(victim)
+
+        patched.setattr(ash, "copy_content", replaced_late)
+        copy_file(source, target)
+    assert os.getxattr(target, "user.x") == b"own"
+
+
+def test_nobody_reaches_what_a_transaction_writes_to_var(system: System, snapshot: int) -> None:
+    """What is everybody's to write in, such as /var/tmp, would be so in a place that root copies from."""
+    with system.at_work(snapshot, "touch /var/tmp/x"):
+        work = system.files.state / "work" / str(snapshot)
+        found = [path for path in work.rglob("*") if path.name == "tmp" and not path.is_relative_to(work / "var")]
+        assert found
+        for path in found:
+            assert path.stat().st_mode & 0o1777 == 0o1777
+            closed = [parent for parent in path.parents if parent.is_relative_to(work) and parent != work]
+            assert any(parent.stat().st_mode & 0o77 == 0 and parent.stat().st_uid == 0 for parent in closed)
 
 
 def test_a_private_folder_of_var_is_private_before_anything_is_in_it(

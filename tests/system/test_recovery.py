@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ash import Layout, delete_subvolume, readonly_view
-from tests.support import ASH, DONE, FAILED, REFUSED, program
+from tests.support import ASH, DONE, FAILED, REFUSED, program, wait_until
 from tests.system.lab import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -284,10 +284,48 @@ def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, sna
 
 def test_a_commit_that_failed_is_not_gone_on_with(system: System, snapshot: int) -> None:
     script = f"cd /var/lib; touch first-{snapshot} second-{snapshot}"
-    killed = system.stepped({"fail": "sync", "kill": "remove upper"}, "run", snapshot, "sh", "-c", script)
+    killed = system.stepped({"fail": "sync", "kill": "remove private"}, "run", snapshot, "sh", "-c", script)
     assert killed.returncode == -signal.SIGKILL
-    upper = system.files.state / f"work/{snapshot}/upper"
+    upper = system.files.state / f"work/{snapshot}/private/upper"
     (upper / f"lib/first-{snapshot}").unlink()  # as where the kill comes a little later
     system.ash("recover")
     assert not [*(system.files.var / "lib").glob(f"*-{snapshot}")]
     assert not system.remains()
+
+
+def as_older_ash_had_it(work: Path) -> None:
+    """Have what a transaction wrote to /var where older versions had it."""
+    for name in ("upper", "overlay"):
+        (work / "private" / name).rename(work / name)
+    (work / "private").rmdir()
+
+
+def test_what_an_older_ash_has_left_is_finished_or_dropped(system: System, snapshot: int) -> None:
+    work = system.files.state / f"work/{snapshot}"
+    script = f"echo x > /var/lib/older-{snapshot}; mkdir -m 1777 /var/lib/all-{snapshot}; touch /etc/older"
+    system.killed_before("exchange ", "run", snapshot, "sh", "-c", script)
+    as_older_ash_had_it(work)
+    system.ash("recover")
+    assert not (system.files.var / f"lib/older-{snapshot}").exists()
+    assert not (system.root(snapshot) / "etc/older").exists()
+    system.is_sound()
+    system.killed_before("copy .ash-new", "run", snapshot, "sh", "-c", script)
+    as_older_ash_had_it(work)
+    system.ash("recover")
+    assert (system.files.var / f"lib/older-{snapshot}").read_text() == "x\n"
+    assert (system.root(snapshot) / "etc/older").exists()
+    system.is_sound()
+
+
+def test_what_an_older_ash_has_kept_is_gone_on_with_where_nobody_reaches_it(system: System, snapshot: int) -> None:
+    work = system.files.state / f"work/{snapshot}"
+    with system.terminal("chroot", snapshot) as terminal:
+        terminal.expect("# ")
+        terminal.type(f"echo x > /var/lib/kept-{snapshot}; echo done-it\n")
+        terminal.expect("done-it\r\n")
+        terminal.hang_up()
+    wait_until((work / "private/upper").exists)
+    as_older_ash_had_it(work)
+    assert system.ash("chroot", snapshot, "--resume", input="exit 0\n").status == 0
+    assert (system.files.var / f"lib/kept-{snapshot}").read_text() == "x\n"
+    system.is_sound()
