@@ -4600,6 +4600,7 @@ class System:
             place.recover(self.tree())
             if is_mutable(root) == mutable:
                 return False
+            require_folders(root)
             Intent("open").save(place.folder)
             try:
                 snapshot_subvolume(root, place.root)
