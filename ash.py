@@ -336,6 +336,7 @@ class Mount(NamedTuple):
     kind: str
     source: str
     options: str
+    device: str = ""  # the file system's number, major:minor
 
     @property
     def subvolume(self) -> int | None:
@@ -351,7 +352,7 @@ def mounts() -> list[Mount]:
         before, _, after = line.partition(" - ")
         kind, source, options = after.split(" ", 2)
         target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
-        found.append(Mount(target, kind, source, options))
+        found.append(Mount(target, kind, source, options, before.split(" ")[2]))
     return found
 
 
@@ -909,7 +910,7 @@ class Lock:
     def _take(self) -> bool:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self.descriptor = open_lock(self.path)
         except FileNotFoundError:
             return False  # its folder has just gone, with its snapshot
         except OSError as error:
@@ -924,6 +925,44 @@ class Lock:
             pass  # held by another, or deleted with its snapshot between open and flock
         os.close(self.descriptor)
         return False
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, and make it where there is none: root's alone, since who can read a file can lock it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if os.fstat(descriptor).st_mode & 0o077:  # an older ash has made it
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock."""
+    try:
+        with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except PermissionError:
+        return taker_of(lock) is not None
+    return False
+
+
+def holder_of(lock: Path) -> str:
+    """Who holds a lock: as it is signed or, for who may not read that, as the kernel tells everybody."""
+    with contextlib.suppress(PermissionError):
+        return lock.read_text(errors="replace").strip()
+    taker = taker_of(lock)
+    command = read_text(Path(f"/proc/{taker}/cmdline")).rstrip("\0").replace("\0", " ")
+    return f"pid {taker} ({command})" if taker else ""
+
+
+def taker_of(lock: Path) -> int | None:
+    """The process that has taken an flock on a file, which may have handed it on; None where nobody holds one."""
+    inode, (major, minor) = lock.stat().st_ino, map(int, mount_of(lock).device.split(":"))
+    # Such as "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
+    wanted = rf"\d+: FLOCK +\w+ +\w+ +(-?\d+) {major:02x}:{minor:02x}:{inode} "
+    lines = lines_of(read_text(Path("/proc/locks")))
+    return next((int(found[1]) for line in lines if (found := re.match(wanted, line))), None)
 
 
 def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
@@ -1247,7 +1286,7 @@ def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
         yield path
         return
     tidy_views(layout)
-    with (layout.work("views") / "lock").open("a") as lock:
+    with os.fdopen(open_lock(layout.work("views") / "lock"), "r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         view = layout.work("views") / f"view-{os.urandom(8).hex()}"
         snapshot_subvolume(path, view, readonly=True)
@@ -1261,7 +1300,7 @@ def tidy_views(layout: Layout) -> None:
     """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
     folder = layout.work("views")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+    with os.fdopen(open_lock(folder / "lock"), "r+b") as lock, contextlib.suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for view in folder.glob("view-*"):
             delete_subvolume(view)
@@ -6039,16 +6078,6 @@ def state_of_work(folder: Path) -> str:
     return ""
 
 
-def is_held(lock: Path) -> bool:
-    """Whether somebody holds a lock."""
-    with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def forget_work(folder: Path) -> None:
     """Delete the work folder of a snapshot that is none any more, where nothing but its lock is in it."""
     if os.listdir(folder) == ["lock"]:
@@ -8283,7 +8312,7 @@ def running_transactions(system: System) -> dict[str, str]:
     found = {}
     for folder in sorted(system.layout.work("").iterdir()):
         if (folder / "intent").exists() and is_held(folder / "lock"):
-            found[folder.name] = (folder / "lock").read_text(errors="replace").strip()
+            found[folder.name] = holder_of(folder / "lock")
     return found
 
 
