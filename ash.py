@@ -1183,11 +1183,11 @@ def destroy_subvolume(path: Path) -> None:
 def nested_subvolumes(path: Path) -> list[Path]:
     """The subvolumes directly inside one, wherever they lie in it."""
     found: list[Path] = []
-    for folder, names, _ in os.walk(path):
-        inside = [Path(folder, name) for name in names]
-        nested = [sub for sub in inside if is_subvolume(sub)]
-        names[:] = [sub.name for sub in inside if sub not in nested]
-        found += nested
+    todo = [path]
+    while todo:
+        with contextlib.suppress(OSError), os.scandir(todo.pop()) as entries:
+            for folder in [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]:
+                (found if is_subvolume(folder) else todo).append(folder)
     return found
 
 
@@ -2019,15 +2019,25 @@ def status_of(path: Path) -> os.stat_result | None:
         return None
 
 
-def fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps."""
-    status = status_of(path)
-    if status is None:
-        return []
-    found = [(str(path.name), status.st_ino, status.st_ctime_ns)]
-    if stat.S_ISDIR(status.st_mode):
-        for name in sorted(os.listdir(path)):
-            found += fingerprint(path / name)
+def fingerprint(path: Path) -> list[tuple[str, int, float]]:
+    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps.
+
+    What lies too deep to be looked at is like nothing else (NaN), not even itself.
+    """
+    found: list[tuple[str, int, float]] = []
+    todo = [os.fspath(path)]  # no function that calls itself: others can make folders in folders of any depth
+    while todo:
+        inside = todo.pop()
+        name = inside.rpartition("/")[2]
+        try:
+            status = os.lstat(inside)
+        except OSError as error:
+            found += [(name, 0, float("nan"))] if error.errno == errno.ENAMETOOLONG else []
+            continue
+        found.append((name, status.st_ino, status.st_ctime_ns))
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has just gone
+                todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
     return found
 
 
@@ -2060,7 +2070,8 @@ def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
     """Whether a process has a file open below a path."""
     if not path.is_dir() or path.is_symlink():
         return inode_of(path) in opened
-    return any(inode_of(Path(folder, name)) in opened for folder, _, names in os.walk(path) for name in names)
+    found = (status_of(path / inside) for inside in paths_below(path))
+    return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
 
 
 def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
@@ -2200,13 +2211,36 @@ def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         import shutil
 
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except (RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EMFILE:
+                raise
+            run(["rm", "-rf", "--", path])  # as deep as it is
     else:
         path.unlink(missing_ok=True)
 
 
+DEEPEST = 3800  # bytes of a path: PATH_MAX is 4096, and it is to have room in each place that it is copied to
+
+
 def is_there_already(changed: Path, live: Path) -> bool:
     """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
+    todo = [(changed, live)]
+    while todo:
+        ours, theirs = todo.pop()
+        if not is_itself_there(ours, theirs):
+            return False
+        if is_folder(ours):
+            names = os.listdir(ours)
+            if is_opaque(ours) and set(os.listdir(theirs)) - set(names):
+                return False
+            todo += [(ours / name, theirs / name) for name in names]
+    return True
+
+
+def is_itself_there(changed: Path, live: Path) -> bool:
+    """The same of a path alone, without what is below it."""
     if is_whiteout(changed):
         return not os.path.lexists(live)
     if not os.path.lexists(live):
@@ -2214,11 +2248,6 @@ def is_there_already(changed: Path, live: Path) -> bool:
     ours, theirs = changed.lstat(), live.lstat()
     if (ours.st_mode, ours.st_uid, ours.st_gid) != (theirs.st_mode, theirs.st_uid, theirs.st_gid):
         return False
-    if stat.S_ISDIR(ours.st_mode):
-        names = os.listdir(changed)
-        if is_opaque(changed) and set(os.listdir(live)) - set(names):
-            return False
-        return all(is_there_already(changed / name, live / name) for name in names)
     if stat.S_ISLNK(ours.st_mode):
         return os.readlink(changed) == os.readlink(live)
     if stat.S_ISREG(ours.st_mode):
@@ -2288,14 +2317,19 @@ class VarMerge:
 
     def _is_begun(self, changed: Path, origin: Path, live: Path) -> bool:
         """Whether a live path is as it was or as it is to be, with all below it: nobody else has changed it since."""
-        if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
-            return True
-        if not os.path.lexists(changed) or is_whiteout(changed):
-            return False
-        if not is_folder(changed):
-            return is_there_already(changed, live)
-        names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else {""}
-        return all(self._is_begun(changed / name, origin / name, live / name) for name in names if name)
+        todo = [(changed, origin, live)]
+        while todo:
+            changed, origin, live = todo.pop()
+            if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
+                continue
+            if not os.path.lexists(changed) or is_whiteout(changed):
+                return False
+            if is_folder(changed):
+                names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else ()
+                todo += [(changed / name, origin / name, live / name) for name in names]
+            elif not is_there_already(changed, live):
+                return False
+        return True
 
     @property
     def _beside(self) -> str:
@@ -2330,30 +2364,38 @@ class VarMerge:
         return is_open(live, self._opened)
 
     def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
-        """Make `target` what `changed` says; each file is written beside and renamed."""
-        if is_whiteout(changed):
-            self._delete(target)
+        """Make `target` what `changed` says, with all below it; each file is written beside and renamed."""
+        todo = [(changed, target, False)]
+        while todo:
+            changed, target, is_filled = todo.pop()
+            if is_filled:
+                copy_attributes(changed, target)
+            elif is_whiteout(changed):
+                self._delete(target)
+            elif is_folder(changed):
+                self._place_folder(changed, target)
+                names = os.listdir(changed)
+                if is_opaque(changed):
+                    for name in set(os.listdir(target)) - set(names):
+                        self._delete(target / name)
+                todo.append((changed, target, True))
+                todo += [(changed / name, target / name, False) for name in names]
+            else:
+                self._place_file(changed, target, newest)
+
+    def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
+        status = changed.lstat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
             return
-        kind = changed.lstat().st_mode
-        if stat.S_ISDIR(kind):
-            self._place_folder(changed, target)
-            names = os.listdir(changed)
-            if is_opaque(changed):
-                for name in set(os.listdir(target)) - set(names):
-                    self._delete(target / name)
-            for name in names:
-                self._place(changed / name, target / name, newest)
-            copy_attributes(changed, target)
-        elif stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISFIFO(kind):
-            if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
-                return
-            beside = target.with_name(self._beside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_tree(beside)
-            copy_file(changed, beside)
-            if target.is_dir() and not target.is_symlink():
-                remove_tree(target)
-            rename(beside, target)
+        if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > status.st_mtime_ns:
+            return
+        beside = target.with_name(self._beside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_tree(beside)
+        copy_file(changed, beside)
+        if target.is_dir() and not target.is_symlink():
+            remove_tree(target)
+        rename(beside, target)
 
     @staticmethod
     def _place_folder(changed: Path, target: Path) -> None:
@@ -2375,23 +2417,30 @@ class VarMerge:
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
-        if is_whiteout(changed):
-            return
-        if not os.path.lexists(live):
-            self._place(changed, live)
-        elif stat.S_ISDIR(changed.lstat().st_mode):
-            for name in os.listdir(changed) if is_folder(live) else ():
-                self._append(changed / name, live / name, origin / name)
-        elif stat.S_ISREG(live.lstat().st_mode):
-            known = origin.lstat().st_size if os.path.lexists(origin) else 0
-            flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-            with changed.open("rb") as ours, os.fdopen(os.open(live, flags), "r+b") as log:
-                for file in (ours, log):
-                    file.seek(min(known, os.fstat(file.fileno()).st_size))
-                added = ours.read()
-                if added not in log.read():  # as it is where this was interrupted before it was noted
-                    about_to(f"append to {live.name}")
-                    log.write(added)
+        todo = [(changed, live, origin)]
+        while todo:
+            changed, live, origin = todo.pop()
+            if is_whiteout(changed):
+                continue
+            if not os.path.lexists(live):
+                self._place(changed, live)
+            elif is_folder(changed):
+                names = os.listdir(changed) if is_folder(live) else ()
+                todo += [(changed / name, live / name, origin / name) for name in names]
+            elif stat.S_ISREG(live.lstat().st_mode) and stat.S_ISREG(changed.lstat().st_mode):
+                self._append_to_file(changed, live, origin)
+
+    @staticmethod
+    def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
+        known = origin.lstat().st_size if os.path.lexists(origin) else 0
+        ours, log = os.fdopen(open_plain(changed), "rb"), os.fdopen(open_plain(live, os.O_RDWR | os.O_APPEND), "r+b")
+        with ours, log:
+            for file in (ours, log):
+                file.seek(min(known, os.fstat(file.fileno()).st_size))
+            added = ours.read()
+            if added not in log.read():  # as it is where this was interrupted before it was noted
+                about_to(f"append to {live.name}")
+                log.write(added)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2665,7 +2714,7 @@ class Workplace:
         """
         try:
             return self._finish(intent)
-        except (AshError, OSError) as error:
+        except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
             raise Unfinished(what, "ash recover goes on with it") from error
 
@@ -3078,17 +3127,26 @@ class Transaction:
 
     def _refuse_foreign_writes(self) -> None:
         """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
-        foreign = {Path(m.target).relative_to("/var") for m in mounts() if m.target.startswith("/var/")}
-        for folder, names, files in os.walk(self.place.upper):
-            here = Path(folder).relative_to(self.place.upper)
+        foreign = {str(Path(m.target).relative_to("/var")) for m in mounts() if m.target.startswith("/var/")}
+        paths = paths_below(self.place.upper)
+        self._refuse_too_deep(paths)
+        for here in sorted({path.rpartition("/")[0] for path in paths}):
             origin = self.var / here
-            nested = origin.is_dir() and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
-            if (names or files) and (nested or (self.system.running and here in foreign)):
+            nested = is_folder(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
+            if nested or (self.system.running and here in foreign):
                 raise AshError(
                     f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it",
                     "make that change outside of ash",
                     REFUSED,
                 )
+
+    @staticmethod
+    def _refuse_too_deep(paths: Iterable[str]) -> None:
+        """Raise AshError where a path below /var is one that could not be put in place."""
+        for path in paths:
+            if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first is quick to know
+                entry = "/".join(path.split("/")[:2])
+                raise AshError(f"/var/{entry} has folders in folders, too deep to be put in place", "", REFUSED)
 
 
 def mark_variant(root: Path) -> None:
@@ -4842,7 +4900,7 @@ class System:
             AshError: not all of it could be done; what else there was is done.
         """
         found: list[int | str] = []
-        in_the_way: list[AshError | OSError] = []
+        in_the_way: list[Exception] = []
         places = [self.workplace(number) for number in numbered(self.layout.work(""), "")]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
             if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
@@ -4851,7 +4909,7 @@ class System:
                 with self.lock(place.name):
                     place.recover(self.tree(), drop_kept)
                 found.append(place.name)
-            except (AshError, OSError) as error:
+            except Exception as error:  # whatever is wrong there, it is not to hold up the others
                 if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
                     in_the_way.append(error)
         tidy_views(self.layout)

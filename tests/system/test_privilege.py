@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import ash
-from ash import VarMerge, copy_file, make_private_folder
+from ash import Layout, VarMerge, copy_file, make_private_folder
 from distros.debian.ashpk import Debian
-from tests.support import ASH, CHECKOUT, FAILED
+from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
 from tests.system.lab import Machine, System, everything_below, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -516,9 +516,86 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
     assert victim.is_symlink()
     assert not list(tmp_path.iterdir())
     system.ash("recover")
-    assert not victim.is_symlink()
-    assert (victim / "file").read_text() == "x\n"
+    assert victim.is_symlink(), "somebody has changed it meanwhile"
     assert not list(tmp_path.iterdir())
+    aside = (system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/lib/victim/inner/file")
+    assert [path.read_text() for path in aside] == ["x\n"]
+
+
+# What is too deep
+
+
+def make_deep(folder: Path, levels: int) -> None:
+    """Make folders in folders, as nobody can name them."""
+    script = 'import os, sys\nos.chdir(sys.argv[1])\nfor _ in range(int(sys.argv[2])):\n os.mkdir("d")\n os.chdir("d")'
+    program(sys.executable, "-c", script, str(folder), str(levels))
+
+
+@pytest.mark.parametrize("levels", [1100, 5000])
+def test_folders_of_others_may_be_of_any_depth(system: System, snapshot: int, levels: int) -> None:
+    """Anybody can make them in /var/tmp, and none of them holds up a change."""
+    deep = system.files.var / "tmp" / f"deep-{levels}"
+    deep.mkdir()
+    try:
+        make_deep(deep, levels)
+        system.shell(snapshot, f"echo x > /var/tmp/mark-{snapshot}; echo x > /etc/mark")
+        assert (system.root(snapshot) / "etc/mark").exists()
+        assert not system.remains()
+        with system.at_work(snapshot, f"echo x > /var/tmp/other-{snapshot}"):
+            make_deep(deep / "d", 0)
+            (deep / "d/new").touch()
+        assert (deep / "d/new").exists()
+        assert not system.remains()
+    finally:
+        program("rm", "-rf", str(deep))
+
+
+def test_what_a_transaction_makes_may_be_deep(system: System, snapshot: int) -> None:
+    deep = "d/" * 1100
+    entry = system.files.var / f"lib/deep-{snapshot}"
+    system.shell(snapshot, f"mkdir -p /var/lib/deep-{snapshot}/{deep}; touch /var/lib/deep-{snapshot}/{deep}/file")
+    assert (entry / deep / "file").exists()
+    system.shell(snapshot, f"mkdir -p /var/lib/dropped-{snapshot}/{deep}; exit 1", status=1)
+    assert not system.remains()
+    system.shell(snapshot, f"mkdir -p /var/log/apt/{deep}; echo x > /var/log/apt/{deep}/file")
+    system.shell(snapshot, f"mkdir -p /var/log/apt/{deep}; echo y >> /var/log/apt/{deep}/file")
+    assert (system.files.var / "log/apt" / deep / "file").read_text() == "x\ny\n"
+    for path in (entry, system.files.var / "log/apt/d"):
+        program("rm", "-rf", str(path))
+
+
+def test_what_a_transaction_makes_too_deep_is_refused(system: System, snapshot: int) -> None:
+    script = 'import os; os.chdir("/var/lib"); [(os.mkdir("x"), os.chdir("x")) for _ in range(5000)]'
+    with system.nothing_changes():
+        refused = system.shell(snapshot, f"echo x > /etc/x; python3 -c '{script}'", status=OURS_IN_RUN)
+        assert "/var/lib/x has folders" in refused.error
+        assert len(refused.error) < 200
+        script = script.replace("/var/lib", "/usr").replace('"x"', '"x" * 200').replace("5000", "50")
+        assert system.shell(snapshot, f"python3 -c '{script}'", status=OURS_IN_RUN).error
+
+
+def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
+    system: System, snapshot: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = system.clone()
+    for number in (snapshot, other):
+        system.killed_before("exchange ", "run", number, "touch", "/etc/x")
+    layout = Layout.at(system.files.top, "debian")
+    recover = ash.Workplace.recover
+
+    def failing(place: ash.Workplace, tree: ash.Tree, drop_kept: bool = False) -> None:
+        if place.name == snapshot:
+            raise RecursionError("too deep")
+        recover(place, tree, drop_kept)
+
+    monkeypatch.setattr(ash.Workplace, "recover", failing)
+    with pytest.raises(RecursionError):
+        ash.System(layout, Debian()).recover(drop_kept=False)
+    monkeypatch.undo()
+    assert system.remains()
+    assert not list((system.files.state / f"work/{other}").glob("intent"))
+    system.ash("recover")
+    assert not system.remains()
 
 
 def test_no_library_of_a_disk_is_used_to_look_at_it(system: System) -> None:
