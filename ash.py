@@ -3693,6 +3693,8 @@ class EtcMerge:
         keeps: whether anything is put into the conflicts folder.
     """
 
+    DEPTH: ClassVar = 100  # of folders in folders, more than any program makes
+
     def __init__(
         self,
         base: Path,
@@ -3716,7 +3718,7 @@ class EtcMerge:
 
     def merge(self, fresh: bool = False) -> None:
         """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
-        drift = etc_drift(self.base, self.running)
+        drift = self._near(etc_drift(self.base, self.running))
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
@@ -3729,6 +3731,17 @@ class EtcMerge:
         if self.identity:
             for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
                 self._carry_identity(path)
+
+    def _near(self, drift: Mapping[str, str]) -> dict[str, str]:
+        """The drift without what lies too deep: whoever owns a folder in /etc could hold up root with that."""
+        far = set(filter(self.is_far, drift))
+        self.in_conflict += [path for path in drift if path in far and path.rpartition("/")[0] not in far]
+        return {path: kind for path, kind in drift.items() if path not in far}
+
+    @classmethod
+    def is_far(cls, path: str) -> bool:
+        """Whether a path lies too deep to be carried."""
+        return path.count("/") >= cls.DEPTH or len(os.fsencode(path)) > DEEPEST
 
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
@@ -4201,13 +4214,16 @@ class Slots:
                 "ash fsck --repair",
                 REFUSED,
             )
-        merge = self.merge_of(running, target, deployment.snapshot, deployment.slot)
-        with self.system.lock("state"):
-            numbers = Numbers.load(self.layout.ids)
-            numbers.learn(merge.running)
-            write_file(self.layout.ids, numbers.dump())
-        state = etc_state(merge.running)  # before: what is edited from now on counts as not carried yet
-        merge.merge(fresh)
+        # A copy of it: who owns a folder in there must not put a link in the place of what root copies, and what is
+        # edited from now on counts as not carried yet.
+        with readonly_view(self.layout, self.layout.rootfs(running)) as root, without_links(target):
+            merge = self.merge_of(running, target, deployment.snapshot, deployment.slot, root)
+            with self.system.lock("state"):
+                numbers = Numbers.load(self.layout.ids)
+                numbers.learn(merge.running)
+                write_file(self.layout.ids, numbers.dump())
+            state = etc_state(merge.running)
+            merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
@@ -4276,13 +4292,14 @@ class Slots:
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
-        for path, kind in etc_drift(layout.etc(slot), saved).items():
-            if path in but or not has_plain_parents(new, path):
-                continue
-            if kind != "removed":
-                EtcMerge.place(saved / path, new / path)
-            else:
-                remove_tree(new / path)
+        with without_links(new):
+            for path, kind in etc_drift(layout.etc(slot), saved).items():
+                if path in but or EtcMerge.is_far(path) or not has_plain_parents(new, path):
+                    continue
+                if kind != "removed":
+                    EtcMerge.place(saved / path, new / path)
+                else:
+                    remove_tree(new / path)
         set_readonly(new)
         replace_subvolume(new, layout.etc(slot))
 
@@ -5073,15 +5090,16 @@ class LivePlace(Workplace):
     def put(self, slot: str, old: Path, new: Path) -> EtcMerge:
         """Lead a slot from one state to another. Returns what was done to /etc: what others changed is as it was."""
         layout, root = self.layout, self.layout.rootfs(slot)
-        put_in_place(self.paths(), new, root)
         origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
         delete_subvolume(beside)
         snapshot_subvolume(origin, beside)
         conflicts = layout.conflicts(self.snapshot)
         merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
-        merge(target=beside, keeps=False).merge()  # so that this does not count as drift
-        running = merge(target=root / "etc")
-        running.merge()
+        with without_links(root), without_links(beside):
+            put_in_place(self.paths(), new, root)
+            merge(target=beside, keeps=False).merge()  # so that this does not count as drift
+            running = merge(target=root / "etc")
+            running.merge()
         set_readonly(beside)
         replace_subvolume(beside, origin)
         sync_filesystem(layout.snapshots)

@@ -565,6 +565,7 @@ def test_what_a_transaction_makes_may_be_deep(system: System, snapshot: int) -> 
 
 
 def test_what_a_transaction_makes_too_deep_is_refused(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "true")  # the first makes the reserve
     script = 'import os; os.chdir("/var/lib"); [(os.mkdir("x"), os.chdir("x")) for _ in range(5000)]'
     with system.nothing_changes():
         refused = system.shell(snapshot, f"echo x > /etc/x; python3 -c '{script}'", status=OURS_IN_RUN)
@@ -596,6 +597,43 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
     assert not list((system.files.state / f"work/{other}").glob("intent"))
     system.ash("recover")
     assert not system.remains()
+
+
+@pytest.mark.parametrize("words", ["deploy", "carry", "etc-update"])
+def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
+    machine: Machine, snapshot: int, tmp_path: Path, words: str
+) -> None:
+    """The owner of a folder in the running /etc puts a link in its place while root copies what is in it."""
+    system, own = machine.system, machine.etc / "own"
+    if words == "carry":
+        machine.deploy(system.clone(snapshot))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/file").write_text(SECRET)
+    own.mkdir()
+    (own / "file").write_text("mine\n")
+    top = "/run/ash/top/@.snapshots_debian/rootfs"
+    options = {
+        "link": ["copy .ash-new", f"{top}/snapshot-{machine.slot}/etc/own", str(tmp_path / "outside")],
+        "booted": machine.slot,
+    }
+    ended = system.stepped(options, words, *([system.clone(snapshot)] if words == "deploy" else []))
+    assert ended.returncode == 0, ended.stderr
+    assert own.is_symlink()
+    saved = system.files.etc(snapshot) if words == "etc-update" else machine.next_etc
+    assert (saved / "own/file").read_text() == "mine\n"
+    assert copies_in(system) == []
+
+
+def test_what_is_too_deep_in_the_running_etc_stays_there(machine: Machine, snapshot: int) -> None:
+    make_deep(machine.etc, 5000)
+    try:
+        (machine.etc / "mark").touch()
+        answer = machine.deploy(machine.system.clone(snapshot))
+        assert "mark" in answer["carried"]
+        assert len(answer["conflicts"]) == 1, "the first that is too deep"
+        machine.running("carry")
+    finally:
+        program("rm", "-rf", str(machine.etc / "d"))
 
 
 def test_no_library_of_a_disk_is_used_to_look_at_it(system: System) -> None:
