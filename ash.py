@@ -336,6 +336,7 @@ class Mount(NamedTuple):
     kind: str
     source: str
     options: str
+    device: str = ""  # the file system's number, major:minor
 
     @property
     def subvolume(self) -> int | None:
@@ -351,7 +352,7 @@ def mounts() -> list[Mount]:
         before, _, after = line.partition(" - ")
         kind, source, options = after.split(" ", 2)
         target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
-        found.append(Mount(target, kind, source, options))
+        found.append(Mount(target, kind, source, options, before.split(" ")[2]))
     return found
 
 
@@ -638,9 +639,22 @@ def is_number(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_NUMBER
 
 
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written to a file: JSON can have halves of characters that cannot."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def is_line(value: Any) -> bool:
+    """Whether a value is a text without line feeds."""
+    return is_text(value) and "\n" not in value
+
+
 def is_inner_path(value: Any) -> bool:
     """Whether a value is a path that leads down, and not out of where it begins."""
-    return isinstance(value, str) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
+    return is_text(value) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
 
 
 def is_name(value: Any) -> bool:
@@ -682,7 +696,7 @@ class Tree:
                 raise ValueError("it has no root")
             tree = cls(AnyNode(name="root"))
             tree._grow(tree.root, data)
-        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # TypeError: a list as key
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
@@ -831,7 +845,7 @@ class Configuration:
                 hint = f"a line is KEY::VALUE; keys are {', '.join(sorted(cls.KEYS))}"
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", hint, USAGE)
             pattern, wanted = cls.KEYS[key.strip()]
-            if not re.fullmatch(pattern, value.strip(), re.IGNORECASE):
+            if not re.fullmatch(pattern, value.strip(), re.IGNORECASE | re.ASCII):
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", f"it must be {wanted}", USAGE)
             values[key.strip()] = value.strip()
         return cls(values)
@@ -897,7 +911,7 @@ class Lock:
     def _take(self) -> bool:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self.descriptor = open_lock(self.path)
         except FileNotFoundError:
             return False  # its folder has just gone, with its snapshot
         except OSError as error:
@@ -912,6 +926,44 @@ class Lock:
             pass  # held by another, or deleted with its snapshot between open and flock
         os.close(self.descriptor)
         return False
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, and make it where there is none: root's alone, since who can read a file can lock it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if os.fstat(descriptor).st_mode & 0o077:  # an older ash has made it
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock."""
+    try:
+        with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except PermissionError:
+        return taker_of(lock) is not None
+    return False
+
+
+def holder_of(lock: Path) -> str:
+    """Who holds a lock: as it is signed or, for who may not read that, as the kernel tells everybody."""
+    with contextlib.suppress(PermissionError):
+        return lock.read_text(errors="replace").strip()
+    taker = taker_of(lock)
+    command = read_text(Path(f"/proc/{taker}/cmdline")).rstrip("\0").replace("\0", " ")
+    return f"pid {taker} ({command})" if taker else ""
+
+
+def taker_of(lock: Path) -> int | None:
+    """The process that has taken an flock on a file, which may have handed it on; None where nobody holds one."""
+    inode, (major, minor) = lock.stat().st_ino, map(int, mount_of(lock).device.split(":"))
+    # Such as "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
+    wanted = rf"\d+: FLOCK +\w+ +\w+ +(-?\d+) {major:02x}:{minor:02x}:{inode} "
+    lines = lines_of(read_text(Path("/proc/locks")))
+    return next((int(found[1]) for line in lines if (found := re.match(wanted, line))), None)
 
 
 def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
@@ -1132,11 +1184,11 @@ def destroy_subvolume(path: Path) -> None:
 def nested_subvolumes(path: Path) -> list[Path]:
     """The subvolumes directly inside one, wherever they lie in it."""
     found: list[Path] = []
-    for folder, names, _ in os.walk(path):
-        inside = [Path(folder, name) for name in names]
-        nested = [sub for sub in inside if is_subvolume(sub)]
-        names[:] = [sub.name for sub in inside if sub not in nested]
-        found += nested
+    todo = [path]
+    while todo:
+        with contextlib.suppress(OSError), os.scandir(todo.pop()) as entries:
+            for folder in [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]:
+                (found if is_subvolume(folder) else todo).append(folder)
     return found
 
 
@@ -1235,7 +1287,7 @@ def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
         yield path
         return
     tidy_views(layout)
-    with (layout.work("views") / "lock").open("a") as lock:
+    with os.fdopen(open_lock(layout.work("views") / "lock"), "r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         view = layout.work("views") / f"view-{os.urandom(8).hex()}"
         snapshot_subvolume(path, view, readonly=True)
@@ -1249,7 +1301,7 @@ def tidy_views(layout: Layout) -> None:
     """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
     folder = layout.work("views")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+    with os.fdopen(open_lock(folder / "lock"), "r+b") as lock, contextlib.suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for view in folder.glob("view-*"):
             delete_subvolume(view)
@@ -1976,15 +2028,25 @@ def status_of(path: Path) -> os.stat_result | None:
         return None
 
 
-def fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps."""
-    status = status_of(path)
-    if status is None:
-        return []
-    found = [(str(path.name), status.st_ino, status.st_ctime_ns)]
-    if stat.S_ISDIR(status.st_mode):
-        for name in sorted(os.listdir(path)):
-            found += fingerprint(path / name)
+def fingerprint(path: Path) -> list[tuple[str, int, float]]:
+    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps.
+
+    What lies too deep to be looked at is like nothing else (NaN), not even itself.
+    """
+    found: list[tuple[str, int, float]] = []
+    todo = [os.fspath(path)]  # no function that calls itself: others can make folders in folders of any depth
+    while todo:
+        inside = todo.pop()
+        name = inside.rpartition("/")[2]
+        try:
+            status = os.lstat(inside)
+        except OSError as error:
+            found += [(name, 0, float("nan"))] if error.errno == errno.ENAMETOOLONG else []
+            continue
+        found.append((name, status.st_ino, status.st_ctime_ns))
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has just gone
+                todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
     return found
 
 
@@ -2017,7 +2079,8 @@ def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
     """Whether a process has a file open below a path."""
     if not path.is_dir() or path.is_symlink():
         return inode_of(path) in opened
-    return any(inode_of(Path(folder, name)) in opened for folder, _, names in os.walk(path) for name in names)
+    found = (status_of(path / inside) for inside in paths_below(path))
+    return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
 
 
 def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
@@ -2039,25 +2102,54 @@ def copy_attributes(source: Path, target: Path) -> None:
         os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
         return
-    descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open_itself(source) as old, open_itself(target) as new:
+        give_attributes(old, new)
+
+
+@contextmanager
+def open_itself(path: Path) -> Iterator[int]:
+    """A file or folder, opened; OSError where it is a link by now."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        give_attributes(source, status, descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def give_attributes(source: Path, status: os.stat_result, target: int) -> None:
-    """The same, to an open file. Access lists come before the mode, which would open the file to its group."""
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file: no link in its place is followed, and no pipe waited for.
+
+    Raises:
+        AshError: it is none.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a folder
+            raise
+    raise AshError(f"{path} is no plain file")
+
+
+def give_attributes(source: int, target: int) -> None:
+    """The same, of open files. Access lists come before the mode, which would open the file to its group."""
+    status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    for name in os.listxattr(source, follow_symlinks=False):
+    for name in os.listxattr(source):
         if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name, follow_symlinks=False))
+            os.setxattr(target, name, os.getxattr(source, name))
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other."""
+    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other.
+
+    What it is copied from may be in another's folder too: that one must not have root read what a link leads to.
+    """
     about_to(f"copy {target.name}")
     status = source.lstat()
     if stat.S_ISLNK(status.st_mode):
@@ -2068,10 +2160,11 @@ def copy_file(source: Path, target: Path) -> None:
         os.mkfifo(target, stat.S_IMODE(status.st_mode))
         copy_attributes(source, target)
     else:
-        made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with source.open("rb") as old, os.fdopen(made, "wb") as new:
-            copy_content(old, new)
-            give_attributes(source, status, made)
+        with os.fdopen(open_plain(source), "rb") as old:
+            made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(made, "wb") as new:
+                copy_content(old, new)
+                give_attributes(old.fileno(), made)
 
 
 def rewrite(path: Path, text: str) -> None:
@@ -2127,13 +2220,36 @@ def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         import shutil
 
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except (RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EMFILE:
+                raise
+            run(["rm", "-rf", "--", path])  # as deep as it is
     else:
         path.unlink(missing_ok=True)
 
 
+DEEPEST = 3800  # bytes of a path: PATH_MAX is 4096, and it is to have room in each place that it is copied to
+
+
 def is_there_already(changed: Path, live: Path) -> bool:
     """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
+    todo = [(changed, live)]
+    while todo:
+        ours, theirs = todo.pop()
+        if not is_itself_there(ours, theirs):
+            return False
+        if is_folder(ours):
+            names = os.listdir(ours)
+            if is_opaque(ours) and set(os.listdir(theirs)) - set(names):
+                return False
+            todo += [(ours / name, theirs / name) for name in names]
+    return True
+
+
+def is_itself_there(changed: Path, live: Path) -> bool:
+    """The same of a path alone, without what is below it."""
     if is_whiteout(changed):
         return not os.path.lexists(live)
     if not os.path.lexists(live):
@@ -2141,11 +2257,6 @@ def is_there_already(changed: Path, live: Path) -> bool:
     ours, theirs = changed.lstat(), live.lstat()
     if (ours.st_mode, ours.st_uid, ours.st_gid) != (theirs.st_mode, theirs.st_uid, theirs.st_gid):
         return False
-    if stat.S_ISDIR(ours.st_mode):
-        names = os.listdir(changed)
-        if is_opaque(changed) and set(os.listdir(live)) - set(names):
-            return False
-        return all(is_there_already(changed / name, live / name) for name in names)
     if stat.S_ISLNK(ours.st_mode):
         return os.readlink(changed) == os.readlink(live)
     if stat.S_ISREG(ours.st_mode):
@@ -2215,14 +2326,19 @@ class VarMerge:
 
     def _is_begun(self, changed: Path, origin: Path, live: Path) -> bool:
         """Whether a live path is as it was or as it is to be, with all below it: nobody else has changed it since."""
-        if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
-            return True
-        if not os.path.lexists(changed) or is_whiteout(changed):
-            return False
-        if not is_folder(changed):
-            return is_there_already(changed, live)
-        names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else {""}
-        return all(self._is_begun(changed / name, origin / name, live / name) for name in names if name)
+        todo = [(changed, origin, live)]
+        while todo:
+            changed, origin, live = todo.pop()
+            if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
+                continue
+            if not os.path.lexists(changed) or is_whiteout(changed):
+                return False
+            if is_folder(changed):
+                names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else ()
+                todo += [(changed / name, origin / name, live / name) for name in names]
+            elif not is_there_already(changed, live):
+                return False
+        return True
 
     @property
     def _beside(self) -> str:
@@ -2257,30 +2373,38 @@ class VarMerge:
         return is_open(live, self._opened)
 
     def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
-        """Make `target` what `changed` says; each file is written beside and renamed."""
-        if is_whiteout(changed):
-            self._delete(target)
+        """Make `target` what `changed` says, with all below it; each file is written beside and renamed."""
+        todo = [(changed, target, False)]
+        while todo:
+            changed, target, is_filled = todo.pop()
+            if is_filled:
+                copy_attributes(changed, target)
+            elif is_whiteout(changed):
+                self._delete(target)
+            elif is_folder(changed):
+                self._place_folder(changed, target)
+                names = os.listdir(changed)
+                if is_opaque(changed):
+                    for name in set(os.listdir(target)) - set(names):
+                        self._delete(target / name)
+                todo.append((changed, target, True))
+                todo += [(changed / name, target / name, False) for name in names]
+            else:
+                self._place_file(changed, target, newest)
+
+    def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
+        status = changed.lstat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
             return
-        kind = changed.lstat().st_mode
-        if stat.S_ISDIR(kind):
-            self._place_folder(changed, target)
-            names = os.listdir(changed)
-            if is_opaque(changed):
-                for name in set(os.listdir(target)) - set(names):
-                    self._delete(target / name)
-            for name in names:
-                self._place(changed / name, target / name, newest)
-            copy_attributes(changed, target)
-        elif stat.S_ISREG(kind) or stat.S_ISLNK(kind) or stat.S_ISFIFO(kind):
-            if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
-                return
-            beside = target.with_name(self._beside)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            remove_tree(beside)
-            copy_file(changed, beside)
-            if target.is_dir() and not target.is_symlink():
-                remove_tree(target)
-            rename(beside, target)
+        if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > status.st_mtime_ns:
+            return
+        beside = target.with_name(self._beside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_tree(beside)
+        copy_file(changed, beside)
+        if target.is_dir() and not target.is_symlink():
+            remove_tree(target)
+        rename(beside, target)
 
     @staticmethod
     def _place_folder(changed: Path, target: Path) -> None:
@@ -2302,23 +2426,30 @@ class VarMerge:
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
         """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
-        if is_whiteout(changed):
-            return
-        if not os.path.lexists(live):
-            self._place(changed, live)
-        elif stat.S_ISDIR(changed.lstat().st_mode):
-            for name in os.listdir(changed) if is_folder(live) else ():
-                self._append(changed / name, live / name, origin / name)
-        elif stat.S_ISREG(live.lstat().st_mode):
-            known = origin.lstat().st_size if os.path.lexists(origin) else 0
-            flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW
-            with changed.open("rb") as ours, os.fdopen(os.open(live, flags), "r+b") as log:
-                for file in (ours, log):
-                    file.seek(min(known, os.fstat(file.fileno()).st_size))
-                added = ours.read()
-                if added not in log.read():  # as it is where this was interrupted before it was noted
-                    about_to(f"append to {live.name}")
-                    log.write(added)
+        todo = [(changed, live, origin)]
+        while todo:
+            changed, live, origin = todo.pop()
+            if is_whiteout(changed):
+                continue
+            if not os.path.lexists(live):
+                self._place(changed, live)
+            elif is_folder(changed):
+                names = os.listdir(changed) if is_folder(live) else ()
+                todo += [(changed / name, live / name, origin / name) for name in names]
+            elif stat.S_ISREG(live.lstat().st_mode) and stat.S_ISREG(changed.lstat().st_mode):
+                self._append_to_file(changed, live, origin)
+
+    @staticmethod
+    def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
+        known = origin.lstat().st_size if os.path.lexists(origin) else 0
+        ours, log = os.fdopen(open_plain(changed), "rb"), os.fdopen(open_plain(live, os.O_RDWR | os.O_APPEND), "r+b")
+        with ours, log:
+            for file in (ours, log):
+                file.seek(min(known, os.fstat(file.fileno()).st_size))
+            added = ours.read()
+            if added not in log.read():  # as it is where this was interrupted before it was noted
+                about_to(f"append to {live.name}")
+                log.write(added)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2468,8 +2599,10 @@ class Workplace:
         self.root = layout.working_copy(self.name)
         self.before = self.folder / "before"  # a copy of what is changed, where one is needed
         self.origin = self.folder / "var"
-        self.upper = self.folder / "upper"
-        self.overlay_work = self.folder / "overlay"
+        # Some folders of /var are everybody's to write in: nobody is to find them here too.
+        self.private = self.folder / "private"
+        self.upper = self.private / "upper"
+        self.overlay_work = self.private / "overlay"
         self.decisions = self.folder / "decisions"
         self.merged = self.folder / "merged"
 
@@ -2480,6 +2613,7 @@ class Workplace:
             AshError: work waits here that a hang-up left behind (REFUSED), or the intent file is damaged, and
                 `drop_kept` is not given.
         """
+        self.close_off()
         try:
             intent = Intent.load(self.folder)
         except AshError:
@@ -2513,6 +2647,17 @@ class Workplace:
         else:
             self.drop()
 
+    def close_off(self) -> None:
+        """Move what an ash before 0.1 has left of /var, where everybody finds it, to where nobody does."""
+        for old, new in zip(self._of_older, (self.upper, self.overlay_work), strict=True):
+            if os.path.lexists(old) and not os.path.lexists(new):
+                self.private.mkdir(mode=0o700, exist_ok=True)
+                rename(old, new)
+
+    @property
+    def _of_older(self) -> tuple[Path, Path]:
+        return self.folder / self.upper.name, self.folder / self.overlay_work.name
+
     def _committed(self, intent: Intent) -> Change:
         """What a commit has done that is to be finished: the packages, as far as they are known."""
         before = self.root if self.root.exists() else self.layout.undo(self.snapshot)
@@ -2542,7 +2687,7 @@ class Workplace:
     def files(self) -> tuple[Path, ...]:
         """All that a transaction has in the work folder beside the copy of /var, the intent file last."""
         torn = self.decisions.with_name(f".{self.decisions.name}.new")
-        return self.upper, self.overlay_work, self.decisions, torn, self.merged, self.folder / "intent"
+        return self.private, *self._of_older, self.decisions, torn, self.merged, self.folder / "intent"
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
@@ -2579,7 +2724,7 @@ class Workplace:
         """
         try:
             return self._finish(intent)
-        except (AshError, OSError) as error:
+        except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
             raise Unfinished(what, "ash recover goes on with it") from error
 
@@ -2605,7 +2750,12 @@ class Workplace:
         conflicts = layout.conflicts(self.snapshot)
         merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            with Lock(layout.work("merge") / "lock", "merging into /var", wait=600), without_links(layout.var):
+            # Who ran in the transaction may have kept a folder of it open: nothing there is to become a link either.
+            with (
+                Lock(layout.work("merge") / "lock", "merging into /var", wait=600),
+                without_links(layout.var),
+                without_links(self.upper),
+            ):
                 self._merge(merge, intent.entries)
         return merge
 
@@ -2772,6 +2922,7 @@ class Transaction:
         intent = Intent.load(self.place.folder)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
+        self.place.close_off()
         self.intent = intent._replace(state="open")
         self.intent.save(self.place.folder)
 
@@ -2790,6 +2941,7 @@ class Transaction:
         homes = sorted(os.listdir(self.layout.home))
         self.intent = self.intent._replace(homes=homes, caller=self.system.caller)
         self.intent.save(self.place.folder)
+        self.place.private.mkdir(mode=0o700)
         for folder in (self.place.upper, self.place.overlay_work):
             folder.mkdir()
         try:
@@ -2872,7 +3024,11 @@ class Transaction:
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
             with contextlib.suppress(AshError, OSError):  # it is not worth another error
                 merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
-                with Lock(self.layout.work("merge") / "lock", "merging into /var"), without_links(self.layout.var):
+                with (
+                    Lock(self.layout.work("merge") / "lock", "merging into /var"),
+                    without_links(self.layout.var),
+                    without_links(self.place.upper),
+                ):
                     merge.add_files(self.distro.downloads)
 
     def _conclude(self) -> Findings:
@@ -2983,17 +3139,26 @@ class Transaction:
 
     def _refuse_foreign_writes(self) -> None:
         """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
-        foreign = {Path(m.target).relative_to("/var") for m in mounts() if m.target.startswith("/var/")}
-        for folder, names, files in os.walk(self.place.upper):
-            here = Path(folder).relative_to(self.place.upper)
+        foreign = {str(Path(m.target).relative_to("/var")) for m in mounts() if m.target.startswith("/var/")}
+        paths = paths_below(self.place.upper)
+        self._refuse_too_deep(paths)
+        for here in sorted({path.rpartition("/")[0] for path in paths}):
             origin = self.var / here
-            nested = origin.is_dir() and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
-            if (names or files) and (nested or (self.system.running and here in foreign)):
+            nested = is_folder(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
+            if nested or (self.system.running and here in foreign):
                 raise AshError(
                     f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it",
                     "make that change outside of ash",
                     REFUSED,
                 )
+
+    @staticmethod
+    def _refuse_too_deep(paths: Iterable[str]) -> None:
+        """Raise AshError where a path below /var is one that could not be put in place."""
+        for path in paths:
+            if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first is quick to know
+                entry = "/".join(path.split("/")[:2])
+                raise AshError(f"/var/{entry} has folders in folders, too deep to be put in place", "", REFUSED)
 
 
 def mark_variant(root: Path) -> None:
@@ -3540,6 +3705,8 @@ class EtcMerge:
         keeps: whether anything is put into the conflicts folder.
     """
 
+    DEPTH: ClassVar = 100  # of folders in folders, more than any program makes
+
     def __init__(
         self,
         base: Path,
@@ -3563,7 +3730,7 @@ class EtcMerge:
 
     def merge(self, fresh: bool = False) -> None:
         """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
-        drift = etc_drift(self.base, self.running)
+        drift = self._near(etc_drift(self.base, self.running))
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
@@ -3576,6 +3743,17 @@ class EtcMerge:
         if self.identity:
             for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
                 self._carry_identity(path)
+
+    def _near(self, drift: Mapping[str, str]) -> dict[str, str]:
+        """The drift without what lies too deep: whoever owns a folder in /etc could hold up root with that."""
+        far = set(filter(self.is_far, drift))
+        self.in_conflict += [path for path in drift if path in far and path.rpartition("/")[0] not in far]
+        return {path: kind for path, kind in drift.items() if path not in far}
+
+    @classmethod
+    def is_far(cls, path: str) -> bool:
+        """Whether a path lies too deep to be carried."""
+        return path.count("/") >= cls.DEPTH or len(os.fsencode(path)) > DEEPEST
 
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
@@ -3683,10 +3861,10 @@ def fstab_of_user(text: str) -> list[str]:
 BOOT_CONFIG_SHAPE = {
     "kernel": is_inner_path,
     "initrds": [is_inner_path],
-    "options": str,
-    "rootflags?": str,
-    "header?": [str],
-    "foreign?": str,
+    "options": is_line,
+    "rootflags?": is_line,
+    "header?": [is_line],
+    "foreign?": is_text,
 }
 # Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
 NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
@@ -3749,19 +3927,19 @@ class BootConfig(NamedTuple):
 
 
 DEPLOYMENT_SHAPE = {
-    "slot": str,
+    "slot": is_text,
     "id": is_name,
     "snapshot": is_number,
     "source": is_number,
-    "name": str,
-    "inputs": str,
+    "name": is_text,
+    "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE,
     "mutable?": bool,
-    "etc_from?": str,
-    "etc_state?": str,
-    "carried?": [str],
-    "conflicts?": [str],
-    "conflicts_folder?": str,
+    "etc_from?": is_text,
+    "etc_state?": is_text,
+    "carried?": [is_text],
+    "conflicts?": [is_text],
+    "conflicts_folder?": is_text,
 }
 
 
@@ -3792,8 +3970,8 @@ class Menu:
     """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
-        "default": str,
-        "last_booted": str,
+        "default": is_text,
+        "last_booted": is_text,
         "deployments": {"*": DEPLOYMENT_SHAPE},
     }
 
@@ -4048,13 +4226,16 @@ class Slots:
                 "ash fsck --repair",
                 REFUSED,
             )
-        merge = self.merge_of(running, target, deployment.snapshot, deployment.slot)
-        with self.system.lock("state"):
-            numbers = Numbers.load(self.layout.ids)
-            numbers.learn(merge.running)
-            write_file(self.layout.ids, numbers.dump())
-        state = etc_state(merge.running)  # before: what is edited from now on counts as not carried yet
-        merge.merge(fresh)
+        # A copy of it: who owns a folder in there must not put a link in the place of what root copies, and what is
+        # edited from now on counts as not carried yet.
+        with readonly_view(self.layout, self.layout.rootfs(running)) as root, without_links(target):
+            merge = self.merge_of(running, target, deployment.snapshot, deployment.slot, root)
+            with self.system.lock("state"):
+                numbers = Numbers.load(self.layout.ids)
+                numbers.learn(merge.running)
+                write_file(self.layout.ids, numbers.dump())
+            state = etc_state(merge.running)
+            merge.merge(fresh)
         folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
@@ -4123,13 +4304,14 @@ class Slots:
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
-        for path, kind in etc_drift(layout.etc(slot), saved).items():
-            if path in but or not has_plain_parents(new, path):
-                continue
-            if kind != "removed":
-                EtcMerge.place(saved / path, new / path)
-            else:
-                remove_tree(new / path)
+        with without_links(new):
+            for path, kind in etc_drift(layout.etc(slot), saved).items():
+                if path in but or EtcMerge.is_far(path) or not has_plain_parents(new, path):
+                    continue
+                if kind != "removed":
+                    EtcMerge.place(saved / path, new / path)
+                else:
+                    remove_tree(new / path)
         set_readonly(new)
         replace_subvolume(new, layout.etc(slot))
 
@@ -4544,6 +4726,7 @@ class System:
             place.recover(self.tree())
             if is_mutable(root) == mutable:
                 return False
+            require_folders(root)
             Intent("open").save(place.folder)
             try:
                 snapshot_subvolume(root, place.root)
@@ -4757,8 +4940,8 @@ class System:
             AshError: not all of it could be done; what else there was is done.
         """
         found: list[int | str] = []
-        in_the_way: list[AshError | OSError] = []
-        places = [self.workplace(int(folder.name)) for folder in sorted(self.layout.work("").glob("[0-9]*"))]
+        in_the_way: list[Exception] = []
+        places = [self.workplace(number) for number in numbered(self.layout.work(""), "")]
         for place in (LivePlace(self.layout, self.distro, BASE), *places):
             if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
                 continue
@@ -4766,7 +4949,7 @@ class System:
                 with self.lock(place.name):
                     place.recover(self.tree(), drop_kept)
                 found.append(place.name)
-            except (AshError, OSError) as error:
+            except Exception as error:  # whatever is wrong there, it is not to hold up the others
                 if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
                     in_the_way.append(error)
         tidy_views(self.layout)
@@ -4930,15 +5113,16 @@ class LivePlace(Workplace):
     def put(self, slot: str, old: Path, new: Path) -> EtcMerge:
         """Lead a slot from one state to another. Returns what was done to /etc: what others changed is as it was."""
         layout, root = self.layout, self.layout.rootfs(slot)
-        put_in_place(self.paths(), new, root)
         origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
         delete_subvolume(beside)
         snapshot_subvolume(origin, beside)
         conflicts = layout.conflicts(self.snapshot)
         merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
-        merge(target=beside, keeps=False).merge()  # so that this does not count as drift
-        running = merge(target=root / "etc")
-        running.merge()
+        with without_links(root), without_links(beside):
+            put_in_place(self.paths(), new, root)
+            merge(target=beside, keeps=False).merge()  # so that this does not count as drift
+            running = merge(target=root / "etc")
+            running.merge()
         set_readonly(beside)
         replace_subvolume(beside, origin)
         sync_filesystem(layout.snapshots)
@@ -6010,16 +6194,6 @@ def state_of_work(folder: Path) -> str:
         intent = Intent.load(folder)
         return intent.state if intent else ""
     return ""
-
-
-def is_held(lock: Path) -> bool:
-    """Whether somebody holds a lock."""
-    with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def forget_work(folder: Path) -> None:
@@ -8319,18 +8493,18 @@ def running_transactions(system: System) -> dict[str, str]:
     found = {}
     for folder in sorted(system.layout.work("").iterdir()):
         if (folder / "intent").exists() and is_held(folder / "lock"):
-            found[folder.name] = (folder / "lock").read_text(errors="replace").strip()
+            found[folder.name] = holder_of(folder / "lock")
     return found
 
 
 def waiting_work(system: System) -> list[int]:
     """The snapshots with work that a hang-up left behind."""
     found = []
-    for folder in sorted(system.layout.work("").glob("[0-9]*")):
+    for number, folder in numbered(system.layout.work(""), "").items():
         with contextlib.suppress(AshError):  # damaged: fsck tells
             intent = Intent.load(folder)
             if intent is not None and intent.state == "kept":
-                found.append(int(folder.name))
+                found.append(number)
     return found
 
 
@@ -9263,7 +9437,7 @@ def failure_for_history(error: BaseException) -> str:
         return error.message if begun else ""
     if isinstance(error, HangUp):
         return "the terminal hung up; the work is kept"
-    return f"failed: {reason(error)}" if isinstance(error, OSError) else "interrupted"
+    return f"failed: {reason(error)}" if isinstance(error, Exception) else "interrupted"
 
 
 def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
@@ -9334,6 +9508,18 @@ def report(error: AshError, command: Command | None) -> int:
     return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
 
 
+def as_told(error: Exception) -> AshError:
+    """What the user is told of an error that nobody has met; with -v one of ash itself is raised again."""
+    if isinstance(error, OSError):  # a full or broken disk, wherever it was met
+        return AshError(reason(error))
+    if isinstance(error, ModuleNotFoundError):  # an ash that was installed has its libraries beside it
+        hint = f"install python3-{error.name}, or use the ash that is on the disk"
+        return AshError(f"Python has no module {error.name}", hint)
+    if console.verbose:
+        raise error
+    return AshError(f"an error in ash itself: {error!r}", "with -v it tells where; please report it")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -9370,11 +9556,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:
             os.dup2(null, 2)
             return FAILED
-    except OSError as error:  # a full or broken disk, wherever it was met
-        return report(AshError(reason(error)), command)
-    except ModuleNotFoundError as error:  # an ash that was installed has its libraries beside it
-        hint = f"install python3-{error.name}, or use the ash that is on the disk"
-        return report(AshError(f"Python has no module {error.name}", hint), command)
+    except Exception as error:
+        return report(as_told(error), command)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Outcome:
         """The error, which must be one line, and ash's."""
         lines = [line for line in self.stderr.splitlines() if line.startswith("ash: ")]
         assert len(lines) == 1, self.stderr
-        assert "Traceback" not in self.stderr
+        assert not re.search("Traceback|an error in ash itself", self.stderr), self.stderr
         return lines[0]
 
 

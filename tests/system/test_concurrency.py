@@ -152,7 +152,7 @@ class Worker(threading.Thread):
         if kind == "fsck" and status == FAILED and not error:
             return [one["what"] for one in json.loads(out)["damage"] if not self.may_be_cut(one)]
         said = error.splitlines()[-1:]
-        if not said or not said[0].startswith("ash: ") or "Traceback" in error:
+        if not said or not said[0].startswith("ash: ") or re.search("Traceback|an error in ash itself", error):
             return ["no line that says why"]
         if status == LOCKED or (status == OURS_IN_RUN and "locked by" in error):
             return self.problems_of_lock(run, said[0])

@@ -663,3 +663,19 @@ def test_what_frees_space_is_tried_again_with_the_reserve(
     with pytest.raises(AshError):
         ash.on_a_full_disk_too(command, system, argparse.Namespace())
     assert len(called) == calls
+
+
+def test_an_error_in_ash_itself_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ash.console, "verbose", False)
+    for error in (RecursionError("too deep"), ValueError("a\nb"), KeyError("x")):
+
+        def fail(*_: object, error: Exception = error) -> ash.Reply:
+            raise error
+
+        monkeypatch.setattr(ash, "answer", fail)
+        status, out, err = outcome("tree")
+        assert (status, out) == (FAILED, "")
+        assert err == f"ash: an error in ash itself: {error!r} (with -v it tells where; please report it)\n"
+        assert json.loads(outcome("--json", "tree")[1])["error"]["status"] == FAILED
+        with pytest.raises(type(error)):
+            outcome("-v", "tree")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -60,11 +61,13 @@ ODD: list[Any] = [
     "9" * 5000,
 ]
 ODD += ["../../x", "/etc/passwd", "a\nb", "\x00", "\x1b[2J", "\u202e", "\u2028", [], {}, [[]], [None], {"": 0}]
+ODD.append("\ud800")
 DOCUMENTS: st.SearchStrategy[Any] = st.recursive(
     st.sampled_from(ODD) | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+LITERALS = DOCUMENTS.map(repr) | st.tuples(DOCUMENTS, DOCUMENTS).map(lambda pair: f"{{{pair[0]!r}: {pair[1]!r}}}")
 PIECES = ["", "[" * 5000, "{", "}", '"', "'", ":", ",", "9" * 5000, "\x00", "NaN"]
 
 
@@ -102,7 +105,7 @@ def mutated(draw: st.DrawFn, document: Any) -> str:
 
 def texts_like(document: Any) -> st.SearchStrategy[str]:
     """Mutations of a document, and any text."""
-    return st.one_of(mutated(document), mutated(document), st.text(max_size=50), DOCUMENTS.map(repr))
+    return st.one_of(mutated(document), mutated(document), st.text(max_size=50), LITERALS)
 
 
 def either(function: Callable[[], Found]) -> Found | None:
@@ -152,6 +155,9 @@ def test_a_tree_file(text: str) -> None:
         "(" * 50000,
         "0is None",
         "__import__('os').system('touch /tmp/x')",
+        "{[]: 1}",
+        "{{}: 1}",
+        "{'name': 'root', [0]: 1}",
     ],
 )
 def test_what_only_looks_like_a_tree_is_none(text: str) -> None:
@@ -160,6 +166,12 @@ def test_what_only_looks_like_a_tree_is_none(text: str) -> None:
 
 
 # Small files of the state
+
+
+@pytest.mark.parametrize("line", ["auto_upgrade::\u017ftage", "auto_upgrade_window::0\u0662:00-05:00"])
+def test_values_of_a_configuration_are_ascii(line: str) -> None:
+    with pytest.raises(AshError, match=r"line 1 of ash\.conf is wrong"):
+        Configuration.parse(line)
 
 
 @given(
@@ -224,6 +236,7 @@ def test_an_intent_file(text: str, tmp_path: Path) -> None:
         assert set(intent.copies) <= {"etc", "boot"}
         assert not any(part in ("", ".", "..") for entry in intent.entries for part in entry.split("/"))
         assert type(intent.old) is type(intent.new) is int
+        assert all(os.fsencode(entry) for entry in (*intent.entries, *intent.delete))
 
 
 DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib/x": "place", "log/y": "append"}}
@@ -250,8 +263,18 @@ DEPLOYED = Deployment("deploy", "c0ffee", 3, 261, "Debian", "digest", CONFIG, ca
 MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": DEPLOYED._replace(slot="deploy-aux")}).dump())
 
 
+def menu_with(**config: Any) -> str:
+    """A menu file with other values in a deployment's boot configuration."""
+    return json.dumps(changed(MENU, ("deployments", "deploy", "config"), {**CONFIG._asdict(), **config}))
+
+
 @given(text=texts_like(MENU))
 @example(text=json.dumps({**MENU, "last_booted": "deploy-spare"}))
+@example(text=menu_with(options="\ud800"))
+@example(text=menu_with(options="quiet\nmenuentry 'x' {"))
+@example(text=menu_with(rootflags="x\nmenuentry 'x' {"))
+@example(text=menu_with(header=["\ud800"]))
+@example(text=menu_with(foreign="\ud800"))
 @FUZZ
 def test_a_menu_file(text: str, tmp_path: Path) -> None:
     menu = either(lambda: Menu.load(written(tmp_path / "menu", text)))
@@ -262,6 +285,9 @@ def test_a_menu_file(text: str, tmp_path: Path) -> None:
     assert {menu.default, menu.last_booted} <= {"", *menu.deployments}
     if menu.default:
         grub_cfg = menu.render(Layout.at(tmp_path, "debian"), "0-0", str)
+        ash.write_file(tmp_path / "grub.cfg", grub_cfg)
+        lines = re.findall(r"^    linux .*", grub_cfg, re.MULTILINE)
+        assert lines[0].endswith(menu.deployments[menu.default].config.options.rstrip())
         names = {deployment.id for deployment in menu.deployments.values()}
         assert all(name.isalnum() for name in names)
         assert f'set default_id="ash-{menu.deployments[menu.default].id}"' in grub_cfg
@@ -368,6 +394,14 @@ def test_folders_with_numbers_that_no_snapshot_can_have_are_none(tmp_path: Path)
     (tmp_path / f"snapshot-{'9' * 200}").mkdir()
     (tmp_path / "snapshot-7").mkdir()
     assert ash.numbered(tmp_path, "snapshot-") == {7: tmp_path / "snapshot-7"}
+
+
+def test_work_folders_of_other_names_are_nobodys(tmp_path: Path) -> None:
+    system = system_in(tmp_path)
+    for name in ("1.old", "2", "3x"):
+        system.layout.work(name).mkdir(parents=True)
+        Intent("kept").save(system.layout.work(name))
+    assert ash.waiting_work(system) == [2]
 
 
 def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
@@ -528,7 +562,9 @@ def ended(argv: list[str]) -> tuple[int, str, str]:
             status = int(stop.code or 0)
     for stream in (out, err):
         stream.seek(0)
-    return status, out.read(), err.read()
+    said = err.read()
+    assert "an error in ash itself" not in said, said
+    return status, out.read(), said
 
 
 @pytest.fixture

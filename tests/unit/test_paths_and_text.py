@@ -3,10 +3,13 @@
 
 import fcntl
 import os
+import re
+import shutil
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -193,6 +196,34 @@ def test_a_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
     assert "pid " in (tmp_path / "lock").read_text()
     with Lock(tmp_path / "lock", "it"):
         pass
+
+
+def test_a_lock_is_roots_alone_to_take(tmp_path: Path) -> None:
+    """Who can read a file can lock it."""
+    (tmp_path / "old").touch(mode=0o644)
+    for name in ("new", "old"):
+        with Lock(tmp_path / name, "it"):
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    layout = ash.Layout.at(tmp_path, "debian")
+    ash.tidy_views(layout)
+    assert stat.S_IMODE((layout.work("views") / "lock").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_who_cannot_read_a_lock_sees_that_it_is_held() -> None:
+    code = "import ash, pathlib; lock = pathlib.Path('lock'); print(ash.is_held(lock), ash.holder_of(lock))"
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copy(ash.__file__, folder)
+        argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", code]
+
+        def seen() -> str:
+            return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+        with Lock(folder / "lock", "it"):
+            assert re.fullmatch(rf"True pid {os.getpid()} \(.*pytest.*\)\n", seen())
+        assert seen().startswith("False ")
 
 
 def test_a_lock_whose_file_was_deleted_is_not_held_by_two(tmp_path: Path) -> None:
