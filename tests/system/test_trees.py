@@ -12,7 +12,7 @@ from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, USAGE, kill_hard, make_deb, program, wait_until
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(140)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(270)]
 
 LARGE = 32 << 20
 
