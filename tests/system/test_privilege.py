@@ -19,7 +19,7 @@ from distros.debian.ashpk import Debian
 from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
 from tests.system.lab import Machine, System, everything_below, installed_ash
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 SECRET = "s3cret-of-the-host"
 KEY = "k3y-of-the-machine"
