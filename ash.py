@@ -584,9 +584,29 @@ def lines_of(text: str) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write what read_text() has read, in place."""
+    """Write what read_text() has read, in place; AshError where there is something that is no plain file."""
     about_to(f"write {path.name}")
-    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file: no link in its place is followed, and no pipe waited for.
+
+    Raises:
+        AshError: it is none.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a folder
+            raise
+    raise AshError(f"{path} is no plain file")
 
 
 def sync_folder(folder: Path) -> None:
@@ -1849,9 +1869,12 @@ class Chroot(NamedTuple):
             yield
             return
         path = path_inside(self.root, "etc/resolv.conf")
+        if os.path.lexists(path) and not path.is_file():  # a pipe, or the like: nothing is written to that
+            yield
+            return
         before = path.read_bytes() if path.is_file() else None
         times = (path.stat().st_atime_ns, path.stat().st_mtime_ns) if before is not None else None
-        shown = RESOLV_CONF.read_bytes() if RESOLV_CONF.exists() else before
+        shown = RESOLV_CONF.read_bytes() if RESOLV_CONF.is_file() else before
         if shown != before or self._is_of_running(path):
             path.parent.mkdir(parents=True, exist_ok=True)  # so that it can be edited, also where none was shown
         if shown is not None and shown != before:
@@ -2114,24 +2137,6 @@ def open_itself(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a plain file: no link in its place is followed, and no pipe waited for.
-
-    Raises:
-        AshError: it is none.
-        OSError: it cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a folder
-            raise
-    raise AshError(f"{path} is no plain file")
 
 
 def give_attributes(source: int, target: int) -> None:
@@ -3078,7 +3083,8 @@ class Transaction:
         if moves:
             folders = {self.root: self.original, self.place.upper: self.var}
             folders |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
-            renumber(self.root, moves, before, folders)
+            with without_links(self.layout.home):
+                renumber(self.root, moves, before, folders)
 
     def _new_homes(self, before: Path) -> list[Path]:
         """Home directories that the transaction has made in the shared /home, with their accounts."""
@@ -3165,6 +3171,8 @@ def mark_variant(root: Path) -> None:
     """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
     path = path_inside(root, "etc/os-release")
     lines = lines_of(read_text(path))
+    if os.path.lexists(path) and not path.is_file():
+        raise AshError(f"/etc/os-release of {root.name} is no plain file", "", REFUSED)
     if "VARIANT_ID=ashos" not in lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [line for line in lines if not line.startswith("VARIANT_ID=")]
@@ -3341,9 +3349,10 @@ def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, f
     done = set()
     for folder, original in folders.items():
         for path in [folder, *(folder / inside for inside in paths_below(folder))]:
-            if inode_of(path) not in done:  # it may have several names
+            inode = inode_of(path)
+            if inode is not None and inode not in done:  # it may have several names; in /home, it may have gone
                 give_to(path, original / path.relative_to(folder), users, groups)
-                done.add(inode_of(path))
+                done.add(inode)
 
 
 def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
@@ -3354,15 +3363,17 @@ def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mappin
     group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
     if (user, group) == (-1, -1):
         return
-    capabilities = None
-    if stat.S_ISREG(now.st_mode):
+    if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
+        os.chown(path, user, group, follow_symlinks=False)
+        return
+    with open_itself(path) as file:  # once it is its new owner's, that one can put a link in its place
+        capabilities = None
         with contextlib.suppress(OSError):
-            capabilities = os.getxattr(path, "security.capability")
-    os.chown(path, user, group, follow_symlinks=False)
-    if not stat.S_ISLNK(now.st_mode):
-        path.chmod(stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
-    if capabilities is not None:
-        os.setxattr(path, "security.capability", capabilities)
+            capabilities = os.getxattr(file, "security.capability")
+        os.fchown(file, user, group)
+        os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
+        if capabilities is not None:
+            os.setxattr(file, "security.capability", capabilities)
 
 
 # ---------------------------------------------------------------------------------------------------------------

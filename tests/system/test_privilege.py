@@ -19,7 +19,7 @@ from distros.debian.ashpk import Debian
 from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
 from tests.system.lab import Machine, System, everything_below, installed_ash
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 SECRET = "s3cret-of-the-host"
 KEY = "k3y-of-the-machine"
@@ -520,6 +520,58 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
     assert not list(tmp_path.iterdir())
     aside = (system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/lib/victim/inner/file")
     assert [path.read_text() for path in aside] == ["x\n"]
+
+
+def test_a_file_that_gets_another_number_is_not_another_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner puts a link in its place the moment it is his."""
+    victim, own = tmp_path / "victim", tmp_path / "own"
+    for path, mode in ((victim, 0o600), (own, 0o4755)):
+        path.write_text("")
+        path.chmod(mode)
+    os.setxattr(own, "security.capability", (0x2000001).to_bytes(4, "little") + bytes(16))
+    os.chown(own, 5, 5)
+    for name in ("chown", "fchown"):
+        give = getattr(os, name)
+
+        def replaced(*words: Any, give: Any = give, **named: Any) -> None:
+            give(*words, **named)
+            own.unlink()
+            own.symlink_to(victim)
+
+        monkeypatch.setattr(os, name, replaced)
+    ash.give_to(own, tmp_path / "nothing", {5: 6}, {5: 6})
+    assert own.is_symlink()
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    assert os.listxattr(victim) == []
+
+
+# Pipes
+
+
+@pytest.mark.parametrize("pipe", ["etc/resolv.conf", "etc/os-release", "etc/fstab", ash.IN_ROOT_SNAP])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapshot: int, pipe: str) -> None:
+    system.ash("mutable", snapshot)
+    place = system.root(snapshot) / pipe
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    statuses = []
+    for words in (["run", snapshot, "touch", "/etc/x"], ["deploy", snapshot], ["diff", 0, snapshot, "--patch"]):
+        argv = [*ASH, "--image", str(system.image), *map(str, words)]
+        ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+        assert not re.search("Traceback|an error in ash itself", ended.stderr), ended.stderr
+        statuses.append(ended.returncode)
+        if ended.returncode:
+            assert re.fullmatch(r"(\[.*\n)*ash: .* is no plain file.*\n", ended.stderr), ended.stderr
+    assert statuses[1:] == ([0, 0] if pipe == "etc/resolv.conf" else [statuses[1], 0])
+    assert statuses[0] == (OURS_IN_RUN if pipe == "etc/os-release" else 0)
+    assert place.is_fifo()
+    system.ash("deploy", 0)
+    for words in (["run", snapshot, "sh", "-c", f"rm /{pipe}; mkfifo /{pipe}"],):
+        argv = [*ASH, "--image", str(system.image), *map(str, words)]
+        subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    assert not system.remains()
 
 
 # What is too deep
