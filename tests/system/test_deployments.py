@@ -99,7 +99,8 @@ def test_a_secondary_deployment_that_was_booted_stays(system: System, snapshot: 
     before = system.id_of(slot)
     assert system.ash("--json", "deploy", system.clone(), "--secondary").json["slot"] != slot
     assert system.id_of(slot) == before
-    (system.files.state / "menu").write_text(json.dumps({**menu, "last_booted": menu["default"]}))
+    now = json.loads((system.files.state / "menu").read_text())
+    (system.files.state / "menu").write_text(json.dumps({**now, "last_booted": menu["last_booted"]}))
     system.ash("recover")
 
 

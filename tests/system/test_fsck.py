@@ -163,7 +163,7 @@ def test_fsck_finds_a_damaged_intent_file_and_unlock_mends_it(system: System, sn
         found = system.ash("fsck", status=FAILED)
         assert "intent" in found.stdout + found.stderr
         system.shell(snapshot, "true")
-        system.ash("recover")
+        assert f"ash unlock {other}" in system.ash("recover", status=FAILED).error
         assert system.ash("--json", "status").json["waiting"] == []
         system.ash("unlock", other)
         system.shell(other, "true")
