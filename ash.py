@@ -2336,12 +2336,13 @@ class VarMerge:
             changed, origin, live = todo.pop()
             if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
                 continue
-            if not os.path.lexists(changed) or is_whiteout(changed):
-                return False
-            if is_folder(changed):
-                names = {name for name in os.listdir(live) if name != self._beside} if is_folder(live) else ()
+            if is_folder(changed) and is_folder(live):
+                names = [name for name in os.listdir(live) if name != self._beside]
                 todo += [(changed / name, origin / name, live / name) for name in names]
-            elif not is_there_already(changed, live):
+            elif is_folder(live):  # it goes, and perhaps some of it has gone
+                if not all(is_folder(live / path) or is_untouched(path, origin, live) for path in paths_below(live)):
+                    return False
+            elif not os.path.lexists(changed) or not is_there_already(changed, live):
                 return False
         return True
 

@@ -88,11 +88,15 @@ def test_what_others_made_of_var_since_a_kill_stays(system: System, snapshot: in
 def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -> None:
     entry = system.files.var / f"lib/ash-test-{snapshot}"
     (entry / "folder/deep").mkdir(parents=True)
-    for name in ("one", "two", "gone", "folder/deep/file"):
+    (entry / "goes").mkdir()
+    for name in ("one", "two", "gone", "folder/deep/file", "folder/file", "goes/one", "goes/two"):
         (entry / name).write_text("old\n")
-    script = f"cd /var/lib/{entry.name}; rm -r folder gone; echo new | tee one two new > folder; touch /etc/mark"
+    script = f"cd /var/lib/{entry.name}; rm -r folder gone goes; echo new | tee one two new > folder; touch /etc/mark"
     killed_in_the_merge(system, snapshot, script, r"rename \S+ to two")
+    for name in ("folder/file", "goes/two"):  # as if it had come so far with these
+        (entry / name).unlink(missing_ok=True)
     system.ash("recover")
+    assert not (entry / "goes").exists()
     assert {path.name: path.read_text() for path in entry.iterdir() if path.is_file()}.items() >= {
         "one": "new\n",
         "two": "new\n",
