@@ -4,6 +4,7 @@
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -572,6 +573,38 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapsho
         argv = [*ASH, "--image", str(system.image), *map(str, words)]
         subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     assert not system.remains()
+
+
+@pytest.mark.parametrize("compares", [ash.is_same, ash.is_there_already])
+def test_a_pipe_that_is_put_in_the_place_of_what_is_compared_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compares: Callable[[Path, Path], bool]
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_text("x")
+    look = Path.lstat
+
+    def replaced(path: Path) -> os.stat_result:
+        found = look(path)
+        if path == theirs and path.is_file():
+            path.unlink()
+            os.mkfifo(path)
+        return found
+
+    theirs.write_text("x")
+    os.utime(theirs, (1, 1))
+    assert compares(ours, theirs)
+    monkeypatch.setattr(Path, "lstat", replaced)
+    monkeypatch.setattr(os.path, "lexists", lambda _: True)
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(10)
+    try:
+        assert not compares(ours, theirs)
+    finally:
+        signal.alarm(0)
 
 
 # What is too deep
