@@ -11,7 +11,7 @@ from ash import Lock
 from tests.support import FAILED, make_deb
 from tests.system.lab import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(70)]
 
 
 INTERRUPTED = 130

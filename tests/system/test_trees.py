@@ -298,7 +298,7 @@ def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: in
 
 def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
     process = system.start("tree-upgrade", tree[0], "--jobs", "3")
-    time.sleep(2)
+    wait_until(lambda: versions(system, tree[:1]) == ["2"] or process.poll() is not None)
     assert process.poll() is None, "it had ended before it was killed"
     kill_hard(process)
     wait_until(lambda: not system.processes())
