@@ -2357,8 +2357,12 @@ class VarMerge:
 
     @property
     def _beside(self) -> str:
+        return self.beside(self.token)
+
+    @staticmethod
+    def beside(token: str) -> str:
         """The name of a file that is being written."""
-        return f".ash-new-{self.token}"
+        return f".ash-new-{token}"
 
     def merge(self, entry: str, decision: str) -> None:
         """Put one entry in place, or into the conflicts folder, as was decided; it may have been begun before."""
@@ -5098,8 +5102,21 @@ class LivePlace(Workplace):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.put(intent.slot, self.root, self.before)
+            self._tidy_var(intent.entries)
             self.conclude(intent)
         self.drop()
+
+    def _tidy_var(self, entries: Iterable[str]) -> None:
+        """Delete what was being written to /var when the merge ended, which is not gone on with."""
+        try:
+            beside = VarMerge.beside(from_json(read_text(self.decisions), self.DECISIONS)["token"])
+        except ValueError:  # nothing was decided yet
+            return
+        with without_links(self.layout.var):
+            for entry in (self.layout.var / inside for inside in entries):
+                below = paths_below(entry) if is_folder(entry) else ()
+                for path in (entry.with_name(beside), *(entry / one for one in below if one.endswith(beside))):
+                    remove_tree(path)
 
     def deploy_lock(self) -> Lock:
         """The lock for deploying, for which a change of the running deployment waits."""

@@ -280,10 +280,26 @@ def test_recover_tells_that_the_running_system_is_as_it_was(machine: Machine, tm
     assert machine.system.ash("--json", "log").json["history"][-1]["command"] == "recover"
 
 
-def half_put(machine: Machine, number: int, package: Path) -> None:
+def test_nothing_is_left_of_what_was_being_written_to_var(machine: Machine, tmp_path: Path) -> None:
+    files = {"usr/share/ash-test-var": "x", "var/lib/ash-test-var/deep/file": "x"}
+    package = make_deb(
+        tmp_path,
+        "ash-test-var",
+        files=files,
+        postinst="[ ! -e /usr/share/ash/snap ] || echo live > /var/lib/ash-test-var/deep/live",
+    )
+    half_put(machine, machine.system.clone(), package, r"rename \S+ to live")
+    lib = machine.files.var / "lib/ash-test-var/deep"
+    assert [path.name for path in lib.iterdir() if path.name.startswith(".ash-new-")], "it was being written"
+    machine.running("recover")
+    assert not [path.name for path in lib.iterdir() if path.name.startswith(".ash-new-")]
+    assert not machine.system.remains()
+
+
+def half_put(machine: Machine, number: int, package: Path, step: str = "") -> None:
     """Kill a change of the running system when some of it is in place."""
-    step = f"exchange etc-new-{machine.slot}"
-    killed = machine.system.stepped({"booted": machine.slot, "kill": step}, "install", number, str(package), "--live")
+    options = {"booted": machine.slot, "kill": step or f"exchange etc-new-{machine.slot}"}
+    killed = machine.system.stepped(options, "install", number, str(package), "--live")
     assert killed.returncode == -signal.SIGKILL, killed
 
 
