@@ -4226,19 +4226,18 @@ class Slots:
         booted = self.system.booted
         return booted if isinstance(booted, str) else self.menu.last_booted or self.menu.default
 
-    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str, root: Path | None = None) -> EtcMerge:
+    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str, root: Path) -> EtcMerge:
         """The merge of a slot's changes of /etc into another /etc, that of the snapshot or slot `which`.
 
-        `root` is the slot's as it is to be taken; as it is now where it is None.
+        `root` is a view of the slot's own, which nobody edits meanwhile.
         """
         layout = self.layout
 
         def own_fstab(text: str) -> str:
             return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
 
-        running = (root or layout.rootfs(slot)) / "etc"
-        require_folders(running.parent)
-        return EtcMerge(layout.etc(slot), running, target, layout.conflicts(snapshot), own_fstab)
+        require_folders(root)
+        return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
     def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
         """Carry the running /etc's changes over, and note in the deployment what came of it."""
