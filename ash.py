@@ -575,7 +575,20 @@ def rename(old: Path, new: Path) -> None:
 
 def read_text(path: Path) -> str:
     """A file's text, byte for byte, whatever its encoding; empty where there is no such file."""
-    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else ""
+    return read_bytes(path).decode("utf-8", "surrogateescape")
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's content; empty where there is no such file. Python's own files take three times as long."""
+    if not path.is_file():
+        return b""
+    descriptor, content = os.open(path, os.O_RDONLY | os.O_CLOEXEC), b""
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            content += piece
+    finally:
+        os.close(descriptor)
+    return content
 
 
 def lines_of(text: str) -> list[str]:
@@ -738,7 +751,8 @@ class Tree:
 
         for below in data.get("children", []):
             known = has_shape(below, {"name": lambda name: type(name) in (int, str), "children?": list})
-            number = to_number(str(below["name"])) if known and below.keys() <= {"name", "children"} else None
+            name = below["name"] if known and below.keys() <= {"name", "children"} else None
+            number = to_number(name) if isinstance(name, str) else name if is_number(name) else None
             if number is None:
                 raise ValueError("it is not a tree of numbers")
             if number in self.nodes:
@@ -4552,9 +4566,7 @@ class System:
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
-        with contextlib.suppress(FileNotFoundError):
-            return " ".join(self.layout.description(snapshot).read_bytes().decode("utf-8", "replace").split())
-        return ""
+        return " ".join(read_bytes(self.layout.description(snapshot)).decode("utf-8", "replace").split())
 
     @property
     def booted(self) -> int | str | None:
