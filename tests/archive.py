@@ -3,6 +3,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -43,14 +44,22 @@ class Archive:
             content = package.read_bytes()
             digest = hashlib.sha256(content).hexdigest()
             entries.append(f"{control}\nFilename: ./{package.name}\nSize: {len(content)}\nSHA256: {digest}\n")
-        (self.folder / "Packages").write_text("\n".join(entries))
+        self._publish("Packages", "\n".join(entries))
 
     def release(self, **fields: str) -> None:
         """Write a Release file, which nobody signed; `_` in the name of a field is `-`: Suite=, Valid_Until=."""
         packages = (self.folder / "Packages").read_bytes()
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
         lines += ["SHA256:", f" {hashlib.sha256(packages).hexdigest()} {len(packages)} Packages"]
-        (self.folder / "Release").write_text("\n".join([*lines, ""]))
+        self._publish("Release", "\n".join([*lines, ""]))
+
+    def _publish(self, name: str, text: str) -> None:
+        """Write an index, newer than the one before: HTTP asks whether it is by whole seconds."""
+        path = self.folder / name
+        before = path.stat().st_mtime if path.exists() else 0
+        path.write_text(text)
+        newer = max(path.stat().st_mtime, int(before) + 1)
+        os.utime(path, (newer, newer))
 
     @contextlib.contextmanager
     def served(self) -> Iterator[str]:
