@@ -580,9 +580,13 @@ def read_text(path: Path) -> str:
 
 def read_bytes(path: Path) -> bytes:
     """A small file's content; empty where there is no such file. Python's own files take three times as long."""
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            return b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # it has just gone
         return b""
-    descriptor, content = os.open(path, os.O_RDONLY | os.O_CLOEXEC), b""
+    content = b""
     try:
         while piece := os.read(descriptor, 1 << 16):
             content += piece

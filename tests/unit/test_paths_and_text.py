@@ -154,6 +154,11 @@ def test_programs_get_little_of_the_callers_environment(monkeypatch: pytest.Monk
 # Small files
 
 
+def test_a_file_that_goes_before_it_is_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda _: True)  # so it was, a moment ago
+    assert ash.read_text(tmp_path / "gone") == ""
+
+
 def test_a_small_file_is_replaced_whole_and_a_reader_keeps_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "fstree"
     write_file(path, "old\n")
