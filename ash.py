@@ -52,16 +52,17 @@ if (HERE / "lib").is_dir():
 
 Result = TypeVar("Result")
 
-JSON_VERSION = 1
-TIME_OF_HISTORY = "%Y-%m-%dT%H:%M:%S%z"
 
+# ---------------------------------------------------------------------------------------------------------------
+# Errors, console, external programs
+# ---------------------------------------------------------------------------------------------------------------
+
+JSON_VERSION = 1
 FAILED, USAGE, MISSING, LOCKED, REFUSED = 1, 2, 3, 4, 5
 OUR_FAILURE_IN_RUN = 125  # as chroot(1) and env(1): the other numbers belong to the command
-
 SLOTS = ("deploy", "deploy-aux", "deploy-spare")
 SECONDARY_SLOTS = ("deploy-secondary", "deploy-aux-secondary")
 BASE = 0
-
 # Below this much free space a transaction is not started. 256 MiB is what btrfs keeps as its own global reserve
 # at most (512 MiB on large disks) and what a kernel with its initramfs takes.
 SPACE_FLOOR = 256 << 20
@@ -96,7 +97,7 @@ def reason(error: BaseException) -> str:
     return str(error)
 
 
-def is_for_space(error: BaseException) -> bool:
+def is_out_of_space(error: BaseException) -> bool:
     """Whether an error has its cause in a full disk, whoever met it."""
     return os.strerror(errno.ENOSPC) in reason(error)
 
@@ -105,9 +106,21 @@ class HangUp(Exception):
     """The terminal went away (SIGHUP)."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Programs and printing
-# ---------------------------------------------------------------------------------------------------------------
+def lines_of(text: str) -> list[str]:
+    """The lines of a text. Only a line feed ends one: splitlines() also splits at what users may have in a name."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def printable(text: str) -> str:
+    """Text with its control and escape characters shown, not sent, but for line breaks."""
+    if text.replace("\n", "").replace("\t", "").isprintable():  # mostly so, and quick to know
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text as a part of one line: its line breaks are shown, not sent, as well."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Console:
@@ -117,7 +130,7 @@ class Console:
         self.verbose = False
         self.quiet = False
         self.json = False
-        self.hushed = False  # what goes on is told otherwise
+        self.quiet_progress = False  # what goes on is told otherwise
         self.started = time.monotonic()
 
     @property
@@ -133,6 +146,44 @@ class Console:
 
 console = Console()
 
+
+def about_to(what: str) -> None:
+    """Name the change of the disk that comes next: an audit hook of a test kills ash there, or cuts the power."""
+    sys.audit("ash.step", what)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of every kind as a part of one line."""
+    return one_line(", ".join(map(str, names)))
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """Data as a line of JSON that a terminal shows and does not obey, and that every encoding can have."""
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    text = json.dumps(data, ensure_ascii=ascii_only)
+    return "".join(
+        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else json.dumps(c)[1:-1] for c in text
+    )
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Tell nothing of what goes on in the block, unless with -v."""
+    before, console.quiet_progress = console.quiet_progress, not console.verbose
+    try:
+        yield
+    finally:
+        console.quiet_progress = before
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Say what is being done now, with the seconds since ash began."""
+    if not console.quiet_progress:
+        console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
+    yield
+
+
 # What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name). This and all
 # patterns below are texts: to compile those that a command does not use would take milliseconds of each.
 HANDED_ON = r"(?i:TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER)"
@@ -143,6 +194,11 @@ def clean_environment() -> dict[str, str]:
     """What programs get of the caller's environment, with a PATH and HOME of our own."""
     handed_on = {name: value for name, value in os.environ.items() if re.fullmatch(HANDED_ON, name)}
     return {**handed_on, "PATH": SYSTEM_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"}
+
+
+def last_words(text: str, lines: int = 3) -> str:
+    """The last lines of a program's output that say something, on one line."""
+    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
 
 
 def run(
@@ -186,55 +242,6 @@ def run(
     if check and done.returncode not in ok:
         raise AshError(f"{' '.join(words[:3])} failed ({done.returncode}): {last_words(done.stderr or done.stdout)}")
     return done
-
-
-def last_words(text: str, lines: int = 3) -> str:
-    """The last lines of a program's output that say something, on one line."""
-    return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Tell nothing of what goes on in the block, unless with -v."""
-    before, console.hushed = console.hushed, not console.verbose
-    try:
-        yield
-    finally:
-        console.hushed = before
-
-
-@contextmanager
-def step(text: str) -> Iterator[None]:
-    """Say what is being done now, with the seconds since ash began."""
-    if not console.hushed:
-        console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
-    yield
-
-
-def printable(text: str) -> str:
-    """Text with its control and escape characters shown, not sent, but for line breaks."""
-    if text.replace("\n", "").replace("\t", "").isprintable():  # mostly so, and quick to know
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
-def listed(names: Iterable[object]) -> str:
-    """Names of every kind as a part of one line."""
-    return one_line(", ".join(map(str, names)))
-
-
-def as_json(data: Mapping[str, Any]) -> str:
-    """Data as a line of JSON that a terminal shows and does not obey, and that every encoding can have."""
-    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    text = json.dumps(data, ensure_ascii=ascii_only)
-    return "".join(
-        c if c.isprintable() else f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else json.dumps(c)[1:-1] for c in text
-    )
-
-
-def one_line(text: str) -> str:
-    """Text as a part of one line: its line breaks are shown, not sent, as well."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -282,17 +289,17 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 
 @contextmanager
-def without_links(folder: Path) -> Iterator[None]:
-    """See that no path below a folder leads through a link, for as long as the block lasts.
+def nosymfollow(directory: Path) -> Iterator[None]:
+    """See that no path below a directory leads through a link, for as long as the block lasts.
 
-    To look at each part of a path does not do: those who own a folder can put a link in its place at any moment.
+    To look at each part of a path does not do: those who own a directory can put a link in its place at any moment.
     """
-    mount(folder, folder, flags=MS_BIND)
+    mount(directory, directory, flags=MS_BIND)
     try:
-        mount("none", folder, flags=MS_BIND | MS_REMOUNT | MS_NOATIME | MS_NOSYMFOLLOW)
+        mount("none", directory, flags=MS_BIND | MS_REMOUNT | MS_NOATIME | MS_NOSYMFOLLOW)
         yield
     finally:
-        libc("umount2", os.fsencode(folder), MNT_DETACH)
+        libc("umount2", os.fsencode(directory), MNT_DETACH)
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -329,6 +336,431 @@ def private_mounts() -> None:
     mount("ash", PRIVATE, "tmpfs", MS_NOSUID, "mode=0700")
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C, a hang-up and the like wait until the block has ended: it takes a second, and is all or nothing."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def signals_heard() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM come in this block, where they are held around it: what it does may take long."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_hung_up(descriptor: int) -> bool:
+    """Whether the other end of a pipe has been closed."""
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, select.POLLHUP)
+    return bool(poll.poll(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: safe open, read, write, replace
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's content; empty where there is no such file. Python's own files take three times as long."""
+    try:
+        if not path.is_file():
+            return b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # it has just gone
+        return b""
+    content = b""
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            content += piece
+    finally:
+        os.close(descriptor)
+    return content
+
+
+def read_text(path: Path) -> str:
+    """A file's text, byte for byte, whatever its encoding; empty where there is no such file."""
+    return read_bytes(path).decode("utf-8", "surrogateescape")
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a plain file: no link in its place is followed, and no pipe waited for.
+
+    Raises:
+        AshError: it is none.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a directory
+            raise
+    raise AshError(f"{path} is no plain file")
+
+
+@contextmanager
+def open_itself(path: Path) -> Iterator[int]:
+    """A file or directory, opened; OSError where it is a link by now."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write what read_text() has read, in place; AshError where there is something that is no plain file."""
+    about_to(f"write {path.name}")
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or subvolume another name, in the place of what has it."""
+    about_to(f"rename {old.name} to {new.name}")
+    old.rename(new)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have a directory's new names on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace a file whole: after a crash it has the old content or the new, and the new once this returned."""
+    about_to(f"write {path.name}")
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        os.fchmod(descriptor, mode)
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    rename(beside, path)
+    sync_directory(path.parent)
+
+
+def is_readonly(path: Path) -> bool:
+    """Whether a path lies on a mount, or a file system, that is read-only."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def free_space(path: Path) -> int:
+    """The bytes that can be written to the file system of a path."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: kinds, paths inside a root, walking
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """What the kernel says of a path itself; None where there is none."""
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
+    """Device and inode number of a file, or of what it leads to; None where that is gone."""
+    try:
+        status = path.stat(follow_symlinks=follow)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def size_of(path: Path) -> int:
+    """The size of a plain file in bytes; -1 where there is none."""
+    status = status_of(path)
+    return status.st_size if status and stat.S_ISREG(status.st_mode) else -1
+
+
+def is_directory(path: Path) -> bool:
+    """Whether a path is a directory, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def is_special(path: Path) -> bool:
+    """Whether a path is a socket or a device: these are made by programs, not kept."""
+    kind = path.lstat().st_mode if os.path.lexists(path) else 0
+    return stat.S_ISSOCK(kind) or stat.S_ISBLK(kind) or stat.S_ISCHR(kind)
+
+
+def has_real_parents(directory: Path, path: str) -> bool:
+    """Whether all that a path goes through below a directory are directories, and no links that lead elsewhere."""
+    parents = [directory / parent for parent in Path(path).parents]
+    return all(parent.is_dir() and (parent == directory or not parent.is_symlink()) for parent in parents)
+
+
+def path_inside(root: Path, path: str) -> Path:
+    """Where a path leads for a program whose root is `root`: links are followed, but never out of it.
+
+    Raises:
+        AshError: its links go in a circle.
+    """
+    done = root
+    todo = [part for part in path.split("/") if part not in ("", ".")][::-1]
+    links = 0
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            done = done.parent if done != root else root
+            continue
+        here = done / part
+        if not here.is_symlink():
+            done = here
+            continue
+        links += 1
+        if links > 40:  # the kernel's own limit (MAXSYMLINKS)
+            raise AshError(f"the links of {path} go in a circle")
+        target = os.readlink(here)
+        done = root if target.startswith("/") else done
+        todo += [part for part in target.split("/") if part not in ("", ".")][::-1]
+    return done
+
+
+def place_inside(root: Path, path: str) -> Path:
+    """Where a path itself is for a program whose root is `root`: as path_inside(), but a link at its end is it."""
+    parent, _, name = path.rpartition("/")
+    return path_inside(root, parent) / name
+
+
+def write_inside(root: Path, path: str, text: str) -> None:
+    """Write a file of a root; a link in its place goes, and keeps what it led to."""
+    place = place_inside(root, path)
+    if place.is_symlink():
+        place.unlink()
+    write_text(place, text)
+
+
+def require_directories(root: Path) -> None:
+    """Raise AshError unless /etc and /boot of a root are directories and no symlinks: ash writes below them."""
+    for name in ("etc", "boot"):
+        if not is_directory(root / name):
+            raise AshError(f"/{name} is no directory in {root.name}", "it must be one, and no link", REFUSED)
+
+
+def paths_below(directory: Path) -> set[str]:
+    """All paths in a directory, from it."""
+    found: set[str] = set()
+    todo = [""]
+    while todo:
+        inside = todo.pop()  # by text: a Path for each would take ten times as long
+        with contextlib.suppress(OSError), os.scandir(f"{directory}/{inside}") as entries:
+            for entry in entries:
+                found.add(inside + entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(f"{inside}{entry.name}/")
+    return found
+
+
+def fingerprint(path: Path) -> list[tuple[str, int, float]]:
+    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps.
+
+    What lies too deep to be looked at is like nothing else (NaN), not even itself.
+    """
+    found: list[tuple[str, int, float]] = []
+    todo = [os.fspath(path)]  # no function that calls itself: others can make directories in directories of any depth
+    while todo:
+        inside = todo.pop()
+        name = inside.rpartition("/")[2]
+        try:
+            status = os.lstat(inside)
+        except OSError as error:
+            found += [(name, 0, float("nan"))] if error.errno == errno.ENAMETOOLONG else []
+            continue
+        found.append((name, status.st_ino, status.st_ctime_ns))
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has just gone
+                todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: compare, copy, delete
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two plain files hold the same; False where one of them is none, or gone, by now."""
+    size = 1 << 16
+    with contextlib.suppress(AshError, FileNotFoundError), ExitStack() as stack:
+        a, b = (stack.enter_context(os.fdopen(open_regular(path), "rb")) for path in (one, other))
+        while (piece := a.read(size)) == b.read(size):
+            if not piece:
+                return True
+    return False
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
+    a, b = status_of(one), status_of(other)
+    if a is None or b is None:
+        return a is b
+    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return False
+    if stat.S_ISLNK(a.st_mode):
+        return os.readlink(one) == os.readlink(other)
+    if stat.S_ISREG(a.st_mode):
+        return a.st_size == b.st_size and (a.st_mtime_ns == b.st_mtime_ns or same_content(one, other))
+    return True
+
+
+def is_untouched(path: str, one: Path, other: Path) -> bool:
+    """Whether a path is one file, to which nothing was done since, in a subvolume and in a snapshot of it."""
+    a, b = (status_of(root / path) if has_real_parents(root, path) else None for root in (one, other))
+    return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
+
+
+def first_difference(one: Path, other: Path) -> str:
+    """The first path at which two directories differ; empty where they do not."""
+    return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
+
+
+FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
+
+
+def copy_content(old: BinaryIO, new: BinaryIO) -> None:
+    """Copy an open file into a new one; by reflink where the file system can, else written through."""
+    try:
+        fcntl.ioctl(new, FICLONE, old.fileno())
+    except OSError:  # a directory without copy-on-write
+        import shutil
+
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def give_attributes(source: int, target: int) -> None:
+    """The same, of open files. Access lists come before the mode, which would open the file to its group."""
+    status = os.fstat(source)
+    os.fchown(target, status.st_uid, status.st_gid)
+    for name in os.listxattr(source):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.fchmod(target, stat.S_IMODE(status.st_mode))
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def copy_attributes(source: Path, target: Path) -> None:
+    """Owner, extended attributes, mode and times of a file, without overlayfs's own marks.
+
+    What it is copied to is opened first: the owner of its directory may put a link in its place at any time.
+    """
+    status = source.lstat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+        return
+    with open_itself(source) as old, open_itself(target) as new:
+        give_attributes(old, new)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other.
+
+    What it is copied from may be in another's directory too: that one must not have root read what a link leads to.
+    """
+    about_to(f"copy {target.name}")
+    status = source.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        target.symlink_to(os.readlink(source))
+        copy_attributes(source, target)
+    elif stat.S_ISFIFO(status.st_mode):
+        # Nobody can put a link in its place that chmod would follow: the mode is right from the start, or narrower.
+        os.mkfifo(target, stat.S_IMODE(status.st_mode))
+        copy_attributes(source, target)
+    else:
+        with os.fdopen(open_regular(source), "rb") as old:
+            made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(made, "wb") as new:
+                copy_content(old, new)
+                give_attributes(old.fileno(), made)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a directory with all that is in it; nothing happens where there is none."""
+    about_to(f"remove {path.name}")
+    if path.is_dir() and not path.is_symlink():
+        import shutil
+
+        try:
+            shutil.rmtree(path)
+        except (RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EMFILE:
+                raise
+            run(["rm", "-rf", "--", path])  # as deep as it is
+    else:
+        path.unlink(missing_ok=True)
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Give a file another text; where there is one it stays whole meanwhile, and has its owner and mode."""
+    if path.is_symlink() or not path.exists():
+        write_text(path, text)
+        return
+    beside = path.with_name(".ash-new")
+    remove_tree(beside)
+    copy_file(path, beside)
+    write_text(beside, text)
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    rename(beside, path)
+
+
+DEEPEST = 3800  # bytes of a path: PATH_MAX is 4096, and it is to have room in each place that it is copied to
+
+
+def make_private_directory(directory: Path) -> None:
+    """Make ash's directory in /var/lib and in it, for root alone, one in which what is kept may be secret.
+
+    A link in the place of one of them goes: what root puts there would be elsewhere, or be another's to read.
+
+    Raises:
+        AshError: /var/lib itself is a link.
+    """
+    parents = [directory.parent.parent, directory.parent]
+    if parents[0].parent.is_symlink():
+        raise AshError(f"{parents[0].parent} is a link", "it must be a directory", REFUSED)
+    parents[0].parent.mkdir(parents=True, exist_ok=True)
+    for parent, mode in zip(parents, (0o755, 0o700), strict=True):
+        if not is_directory(parent):
+            remove_tree(parent)
+        parent.mkdir(mode=0o700, exist_ok=True)
+        os.chown(parent, 0, 0)
+        parent.chmod(mode)
+    directory.mkdir(mode=0o700, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mounts
+# ---------------------------------------------------------------------------------------------------------------
+
+
 class Mount(NamedTuple):
     """A line of mountinfo."""
 
@@ -340,7 +772,7 @@ class Mount(NamedTuple):
 
     @property
     def subvolume(self) -> int | None:
-        """The id of the subvolume that a btrfs mount shows, also where it is a bind mount of a folder in it."""
+        """The id of the subvolume that a btrfs mount shows, also where it is a bind mount of a directory in it."""
         found = re.search(r"subvolid=(\d+)", self.options) if self.kind == "btrfs" else None
         return int(found[1]) if found else None
 
@@ -365,7 +797,7 @@ def mount_of(path: Path) -> Mount:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The layout on disk: every path is spelled here and nowhere else
+# Layout: every path on disk is spelled here and nowhere else
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -414,9 +846,9 @@ class Layout:
     def boot(self, which: int | str) -> Path:
         return self.snapshots / f"boot/boot-{which}"
 
-    def copy(self, folder: str, which: int | str) -> Path:
+    def copy(self, directory: str, which: int | str) -> Path:
         """The copy of a snapshot's /etc or /boot."""
-        return self.etc(which) if folder == "etc" else self.boot(which)
+        return self.etc(which) if directory == "etc" else self.boot(which)
 
     def undo(self, snapshot: int) -> Path:
         return self.snapshots / f"rootfs/undo-{snapshot}"
@@ -495,7 +927,7 @@ class Layout:
 
     @property
     def lost_found(self) -> Path:
-        """What fsck has taken out, a folder for each time: on the same file system, so that nothing is copied."""
+        """What fsck has taken out, a directory for each time: on the same file system, so that nothing is copied."""
         return self.snapshots / "lost+found"
 
     @property
@@ -519,10 +951,10 @@ class Layout:
         return self.boot_volume / "grub" / "grub.cfg"
 
     def conflicts(self, snapshot: int) -> Path:
-        """A new folder for what a merge did not dare to put in place."""
-        folder = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
-        names = itertools.chain([folder.name], (f"{folder.name}-{number}" for number in itertools.count(2)))
-        return next(new for name in names if not os.path.lexists(new := folder.with_name(name)))
+        """A new directory for what a merge did not dare to put in place."""
+        directory = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
+        names = itertools.chain([directory.name], (f"{directory.name}-{number}" for number in itertools.count(2)))
+        return next(new for name in names if not os.path.lexists(new := directory.with_name(name)))
 
 
 # Below a root file system.
@@ -542,123 +974,29 @@ def is_mutable(root: Path) -> bool:
     return os.path.lexists(place_inside(root, IN_ROOT_MUTABLE))
 
 
+def os_release(root: Path, key: str) -> str:
+    """A value of a root's os-release; empty where it has none."""
+    path = path_inside(root, "etc/os-release")
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.search(rf"^{key}=(.*)$", text, re.MULTILINE)
+    return found[1].strip("\"'") if found else ""
+
+
+def mark_variant(root: Path) -> None:
+    """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
+    path = path_inside(root, "etc/os-release")
+    lines = lines_of(read_text(path))
+    if os.path.lexists(path) and not path.is_file():
+        raise AshError(f"/etc/os-release of {root.name} is no plain file", "", REFUSED)
+    if "VARIANT_ID=ashos" not in lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = [line for line in lines if not line.startswith("VARIANT_ID=")]
+        write_text(path, "\n".join([*others, "VARIANT_ID=ashos", ""]))
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# State: small files, each replaced whole; locks
+# Records: small files with a known shape
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def about_to(what: str) -> None:
-    """Name the change of the disk that comes next: an audit hook of a test kills ash there, or cuts the power."""
-    sys.audit("ash.step", what)
-
-
-def write_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file whole: after a crash it has the old content or the new, and the new once this returned."""
-    about_to(f"write {path.name}")
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        os.fchmod(descriptor, mode)
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    rename(beside, path)
-    sync_folder(path.parent)
-
-
-def rename(old: Path, new: Path) -> None:
-    """Give a file or subvolume another name, in the place of what has it."""
-    about_to(f"rename {old.name} to {new.name}")
-    old.rename(new)
-
-
-def read_text(path: Path) -> str:
-    """A file's text, byte for byte, whatever its encoding; empty where there is no such file."""
-    return read_bytes(path).decode("utf-8", "surrogateescape")
-
-
-def read_bytes(path: Path) -> bytes:
-    """A small file's content; empty where there is no such file. Python's own files take three times as long."""
-    try:
-        if not path.is_file():
-            return b""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # it has just gone
-        return b""
-    content = b""
-    try:
-        while piece := os.read(descriptor, 1 << 16):
-            content += piece
-    finally:
-        os.close(descriptor)
-    return content
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of a text. Only a line feed ends one: splitlines() also splits at what users may have in a name."""
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write what read_text() has read, in place; AshError where there is something that is no plain file."""
-    about_to(f"write {path.name}")
-    descriptor = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-
-
-def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a plain file: no link in its place is followed, and no pipe waited for.
-
-    Raises:
-        AshError: it is none.
-        OSError: it cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a folder
-            raise
-    raise AshError(f"{path} is no plain file")
-
-
-def has_same_content(one: Path, other: Path) -> bool:
-    """Whether two plain files hold the same; False where one of them is none, or gone, by now."""
-    size = 1 << 16
-    with contextlib.suppress(AshError, FileNotFoundError), ExitStack() as stack:
-        a, b = (stack.enter_context(os.fdopen(open_plain(path), "rb")) for path in (one, other))
-        while (piece := a.read(size)) == b.read(size):
-            if not piece:
-                return True
-    return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Have a folder's new names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def from_json(text: str, shape: Any) -> Any:
-    """Read JSON that must have a shape.
-
-    Raises:
-        ValueError: it is no JSON, or not of that shape.
-    """
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not has_shape(value, shape):
-        raise ValueError("it is not what it should be")
-    return value
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -678,13 +1016,28 @@ def has_shape(value: Any, shape: Any) -> bool:
     return type(value) is shape if isinstance(shape, type) else bool(shape(value))
 
 
+def from_json(text: str, shape: Any) -> Any:
+    """Read JSON that must have a shape.
+
+    Raises:
+        ValueError: it is no JSON, or not of that shape.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not has_shape(value, shape):
+        raise ValueError("it is not what it should be")
+    return value
+
+
 # What shapes are made of, beside types.
-LARGEST_NUMBER = 2**32 - 1  # of a user, and no subvolume or snapshot comes near it
+U32_MAX = 2**32 - 1  # of a user, and no subvolume or snapshot comes near it
 
 
-def is_number(value: Any) -> bool:
+def is_u32(value: Any) -> bool:
     """Whether a value is a number that a snapshot, a subvolume or a user can have."""
-    return type(value) is int and 0 <= value <= LARGEST_NUMBER
+    return type(value) is int and 0 <= value <= U32_MAX
 
 
 def is_text(value: Any) -> bool:
@@ -714,12 +1067,147 @@ def to_number(text: str) -> int | None:
     """The number that a text is; None where it is none, or a larger one than there can be."""
     text = text.strip()
     number = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
-    return number if is_number(number) else None
+    return number if is_u32(number) else None
 
 
 def fields_of(kind: type[NamedTuple], data: Mapping[str, Any]) -> dict[str, Any]:
     """What of a file's data there is a field for; what another ash may have written beside is passed over."""
     return {name: data[name] for name in kind._fields if name in data}
+
+
+def numbered(directory: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
+    """The paths in a directory that are named by a prefix, a number and a suffix."""
+    found = {path.name.removeprefix(prefix).removesuffix(suffix): path for path in directory.glob(f"{prefix}*{suffix}")}
+    numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
+    return {number: found[name] for name, number in numbers.items() if number is not None}
+
+
+def read_distro(path: Path) -> tuple[str, str]:
+    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
+    words = read_text(path).split()
+    if not words or not all(is_name(word) for word in words):
+        raise AshError(f"{path} is missing or damaged", "--distro ID")
+    return words[0], words[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Locks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, and make it where there is none: root's alone, since who can read a file can lock it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if os.fstat(descriptor).st_mode & 0o077:  # an older ash has made it
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+class Lock:
+    """An flock on a small file that names its holder; held by everything that inherits the descriptor.
+
+    Args:
+        path: the lock file; its directory is made.
+        what: what is locked, for the error.
+        wait: how many seconds to wait for it.
+
+    Raises (on entering):
+        AshError: another ash holds it (status LOCKED).
+    """
+
+    UNSIGNED: ClassVar = 0.2  # seconds for who has just taken it, or only looks whether it is held
+
+    def __init__(self, path: Path, what: str, wait: float = 0) -> None:
+        self.path = path
+        self.what = what
+        self.wait = wait
+        self.descriptor = -1
+
+    def __enter__(self) -> Self:
+        give_up = time.monotonic() + self.wait
+        while not self._take():
+            late, holder = time.monotonic() - give_up, self._holder()
+            if late >= (0 if holder else self.UNSIGNED):
+                by = holder or "another ash"
+                raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
+            time.sleep(0.05)
+        command = one_line(" ".join(["ash", *sys.argv[1:]]))
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({command})\n"), 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.descriptor, 0)
+        os.close(self.descriptor)
+
+    def _holder(self) -> str:
+        """Who signed the lock; empty where that one is dead, and who took it after that has not signed it yet."""
+        with contextlib.suppress(OSError):  # the file goes with its snapshot
+            signed = self.path.read_text(errors="replace").strip()
+            named = re.match(r"pid (\d+) ", signed)
+            return signed if named and Path("/proc", named[1]).exists() else ""
+        return ""
+
+    def _take(self) -> bool:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = open_lock(self.path)
+        except FileNotFoundError:
+            return False  # its directory has just gone, with its snapshot
+        except OSError as error:
+            if error.errno != errno.EROFS or not self.path.exists():
+                raise
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # of who only looks
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass  # held by another, or deleted with its snapshot between open and flock
+        os.close(self.descriptor)
+        return False
+
+
+def taker_of(lock: Path) -> int | None:
+    """The process that has taken an flock on a file, which may have handed it on; None where nobody holds one."""
+    inode, (major, minor) = lock.stat().st_ino, map(int, mount_of(lock).device.split(":"))
+    # Such as "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
+    wanted = rf"\d+: FLOCK +\w+ +\w+ +(-?\d+) {major:02x}:{minor:02x}:{inode} "
+    lines = lines_of(read_text(Path("/proc/locks")))
+    return next((int(found[1]) for line in lines if (found := re.match(wanted, line))), None)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether somebody holds a lock."""
+    try:
+        with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except PermissionError:
+        return taker_of(lock) is not None
+    return False
+
+
+def holder_of(lock: Path) -> str:
+    """Who holds a lock: as it is signed or, for who may not read that, as the kernel tells everybody."""
+    with contextlib.suppress(PermissionError):
+        return lock.read_text(errors="replace").strip()
+    taker = taker_of(lock)
+    command = read_text(Path(f"/proc/{taker}/cmdline")).rstrip("\0").replace("\0", " ")
+    return f"pid {taker} ({command})" if taker else ""
+
+
+def state_lock(layout: Layout, wait: float = 0) -> Lock:
+    """The lock of tree, numbers and history, which is held for milliseconds."""
+    return Lock(layout.work("state") / "lock", f"state of {layout.distro}", max(wait, 10))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tree
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Tree:
@@ -756,7 +1244,7 @@ class Tree:
         for below in data.get("children", []):
             known = has_shape(below, {"name": lambda name: type(name) in (int, str), "children?": list})
             name = below["name"] if known and below.keys() <= {"name", "children"} else None
-            number = to_number(name) if isinstance(name, str) else name if is_number(name) else None
+            number = to_number(name) if isinstance(name, str) else name if is_u32(name) else None
             if number is None:
                 raise ValueError("it is not a tree of numbers")
             if number in self.nodes:
@@ -846,6 +1334,10 @@ class Tree:
         return "\n".join(["root - root", *lines])
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------
+
 CONF_EXAMPLE = """\
 # ash's configuration: key::value lines, lists by comma.
 # Of this snapshot:
@@ -910,109 +1402,43 @@ class Configuration:
         return [path for path in listed if is_inner_path(path) and path.isprintable()]
 
 
-class Lock:
-    """An flock on a small file that names its holder; held by everything that inherits the descriptor.
+def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
+    """What ash.conf of a root names as mutable: where it is kept (as the old ash did), and where it is seen.
 
-    Args:
-        path: the lock file; its folder is made.
-        what: what is locked, for the error.
-        wait: how many seconds to wait for it.
-
-    Raises (on entering):
-        AshError: another ash holds it (status LOCKED).
+    The one is a path from @.snapshots_D, the other from the root.
     """
-
-    UNSIGNED: ClassVar = 0.2  # seconds for who has just taken it, or only looks whether it is held
-
-    def __init__(self, path: Path, what: str, wait: float = 0) -> None:
-        self.path = path
-        self.what = what
-        self.wait = wait
-        self.descriptor = -1
-
-    def __enter__(self) -> Self:
-        give_up = time.monotonic() + self.wait
-        while not self._take():
-            late, holder = time.monotonic() - give_up, self._holder()
-            if late >= (0 if holder else self.UNSIGNED):
-                by = holder or "another ash"
-                raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
-            time.sleep(0.05)
-        command = one_line(" ".join(["ash", *sys.argv[1:]]))
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
-            os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({command})\n"), 0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.descriptor, 0)
-        os.close(self.descriptor)
-
-    def _holder(self) -> str:
-        """Who signed the lock; empty where that one is dead, and who took it after that has not signed it yet."""
-        with contextlib.suppress(OSError):  # the file goes with its snapshot
-            signed = self.path.read_text(errors="replace").strip()
-            named = re.match(r"pid (\d+) ", signed)
-            return signed if named and Path("/proc", named[1]).exists() else ""
-        return ""
-
-    def _take(self) -> bool:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.descriptor = open_lock(self.path)
-        except FileNotFoundError:
-            return False  # its folder has just gone, with its snapshot
-        except OSError as error:
-            if error.errno != errno.EROFS or not self.path.exists():
-                raise
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # of who only looks
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
-                return True
-        except (BlockingIOError, FileNotFoundError):
-            pass  # held by another, or deleted with its snapshot between open and flock
-        os.close(self.descriptor)
-        return False
+    path = path_inside(root, "etc/ash.conf")
+    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
+    own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
+    return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
 
-def open_lock(path: Path) -> int:
-    """Open a lock file, and make it where there is none: root's alone, since who can read a file can lock it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if os.fstat(descriptor).st_mode & 0o077:  # an older ash has made it
-        os.fchmod(descriptor, 0o600)
-    return descriptor
+def make_mutable_directory(layout: Layout, kept: str) -> Path:
+    """Make the directory behind a mutable one, where there is none; AshError where a link leads to elsewhere."""
+    directory = layout.snapshots / kept
+    if path_inside(layout.snapshots, kept) != directory:
+        raise AshError(f"{kept} leads through a link", "ash edit-conf N names the directory itself", REFUSED)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
-def is_held(lock: Path) -> bool:
-    """Whether somebody holds a lock."""
-    try:
-        with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except PermissionError:
-        return taker_of(lock) is not None
-    return False
+# ---------------------------------------------------------------------------------------------------------------
+# History
+# ---------------------------------------------------------------------------------------------------------------
 
-
-def holder_of(lock: Path) -> str:
-    """Who holds a lock: as it is signed or, for who may not read that, as the kernel tells everybody."""
-    with contextlib.suppress(PermissionError):
-        return lock.read_text(errors="replace").strip()
-    taker = taker_of(lock)
-    command = read_text(Path(f"/proc/{taker}/cmdline")).rstrip("\0").replace("\0", " ")
-    return f"pid {taker} ({command})" if taker else ""
-
-
-def taker_of(lock: Path) -> int | None:
-    """The process that has taken an flock on a file, which may have handed it on; None where nobody holds one."""
-    inode, (major, minor) = lock.stat().st_ino, map(int, mount_of(lock).device.split(":"))
-    # Such as "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
-    wanted = rf"\d+: FLOCK +\w+ +\w+ +(-?\d+) {major:02x}:{minor:02x}:{inode} "
-    lines = lines_of(read_text(Path("/proc/locks")))
-    return next((int(found[1]) for line in lines if (found := re.match(wanted, line))), None)
+TIME_OF_HISTORY = "%Y-%m-%dT%H:%M:%S%z"
+# What the table of the history is made from.
+PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
+HISTORY_SHAPE = {
+    "time?": str,
+    "user?": is_u32,
+    "command?": str,
+    "arguments?": list,
+    "snapshots?": [is_u32],
+    "result?": str,
+    "packages?": PACKAGES_OF_HISTORY,
+    "changes?": [{"packages?": PACKAGES_OF_HISTORY}],
+}
 
 
 def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
@@ -1029,13 +1455,67 @@ def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def state_lock(layout: Layout, wait: float = 0) -> Lock:
-    """The lock of tree, numbers and history, which is held for milliseconds."""
-    return Lock(layout.work("state") / "lock", f"state of {layout.distro}", max(wait, 10))
+def moment_of(entry: Mapping[str, Any]) -> float:
+    """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
+    from datetime import datetime
+
+    with contextlib.suppress(ValueError, OverflowError):  # such as a year that is none elsewhere
+        return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
+    return 0
+
+
+def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
+    for entry in history:
+        if entry.get("result") == "done" and is_u32(entry.get("from")):
+            copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
+            for old, new in copies.items() if isinstance(copies, dict) else ():
+                original = to_number(old)
+                if original is not None and is_u32(new):
+                    yield new, original, entry
+
+
+def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """The number below which each snapshot was made, also of those that were deleted since; none is at the top."""
+    parents: dict[int, int] = {}
+    for number, original, entry in lines_of_birth(history):
+        above = entry.get("parent")
+        if original != entry["from"]:  # copied with the branch that it is in
+            above, copies = parents.get(original), entry["copies"]
+            while above is not None and str(above) not in copies:  # that one was taken out meanwhile
+                above = parents.get(above)
+            above = copies.get(str(above))
+        if isinstance(above, int) and 0 <= above < number:  # numbers only rise: what leads elsewhere is not ash's
+            parents[number] = above
+    return parents
+
+
+def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
+    """The tree of some snapshots: each below the nearest one that it was made below and that is there."""
+    tree, parents = Tree.empty(), parents_in_history(history)
+    for number in sorted(numbers):
+        above = parents.get(number)
+        while above is not None and above not in tree:
+            above = parents.get(above)
+        tree.add(number, above)
+    return tree
+
+
+def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """What a snapshot was before it had its number, nearest first, and the line of the history at which that ended.
+
+    The first is the snapshot itself, which goes on; then what it was copied from, what that was copied from, and so on.
+    """
+    births = {new: (line, old) for line, entry in enumerate(history) for new, old, _ in lines_of_birth([entry])}
+    found = {number: len(history)}
+    while number in births and births[number][1] < number:  # numbers only rise: what leads elsewhere is not ash's
+        line, number = births[number]
+        found[number] = line
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# btrfs: the few things that we ask of it. A subvolume is known by its id, never by its name
+# btrfs: a subvolume is known by its id, never by its name
 # ---------------------------------------------------------------------------------------------------------------
 
 # From <linux/btrfs.h>. These are asked of the kernel, not by the program `btrfs`, which takes 3 ms each time.
@@ -1055,13 +1535,13 @@ SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every su
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
 
 
-def ask_btrfs(folder: Path, request: int, argument: bytes | int = 0) -> bytes:
-    """Have the kernel do something about a folder, as the program `btrfs` would; returns the answer.
+def ask_btrfs(directory: Path, request: int, argument: bytes | int = 0) -> bytes:
+    """Have the kernel do something about a directory, as the program `btrfs` would; returns the answer.
 
     Raises:
         OSError: it failed.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if isinstance(argument, int):
             fcntl.ioctl(descriptor, request, argument)
@@ -1080,9 +1560,9 @@ class Subvolume(NamedTuple):
     readonly: bool
     made: int  # seconds since 1970
     uuid: bytes
-    source_uuid: bytes  # of the subvolume that it was copied from; zeros where it was made empty
-    made_in: int  # the number of btrfs's transaction
-    changed_in: int
+    parent_uuid: bytes  # of the subvolume that it was copied from; zeros where it was made empty
+    otransid: int  # the number of btrfs's transaction
+    ctransid: int
 
     @classmethod
     def at(cls, path: Path) -> Subvolume:
@@ -1094,10 +1574,10 @@ class Subvolume(NamedTuple):
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
         # struct btrfs_ioctl_get_subvol_info_args: treeid at 0; flags, uuid, parent_uuid at 288; ctransid, otransid at
         # 344; otime at 392.
-        flags, uuid, source_uuid = struct.unpack_from("=Q16s16s", answer, 288)
-        changed_in, made_in = struct.unpack_from("=QQ", answer, 344)
+        flags, uuid, parent_uuid = struct.unpack_from("=Q16s16s", answer, 288)
+        ctransid, otransid = struct.unpack_from("=QQ", answer, 344)
         ident, made = (struct.unpack_from("=Q", answer, at)[0] for at in (0, 392))
-        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made, uuid, source_uuid, made_in, changed_in)
+        return cls(ident, bool(flags & BTRFS_ROOT_SUBVOL_RDONLY), made, uuid, parent_uuid, otransid, ctransid)
 
 
 class Contents:
@@ -1112,9 +1592,9 @@ class Contents:
     def of(self, path: Path) -> int:
         """The same number for all that surely hold the same: the id of the first of them that was asked for."""
         sub = Subvolume.at(path)
-        states = [(sub.uuid, sub.changed_in)]
-        if any(sub.source_uuid) and sub.changed_in <= sub.made_in:
-            states.append((sub.source_uuid, sub.changed_in))
+        states = [(sub.uuid, sub.ctransid)]
+        if any(sub.parent_uuid) and sub.ctransid <= sub.otransid:
+            states.append((sub.parent_uuid, sub.ctransid))
         content = next((self._known[state] for state in states if state in self._known), sub.id)
         self._known |= dict.fromkeys(states, content)
         return content
@@ -1178,12 +1658,6 @@ def set_readonly(path: Path, readonly: bool = True) -> None:
     ask_btrfs(path, BTRFS_IOC_SUBVOL_SETFLAGS, struct.pack("=Q", BTRFS_SUBVOL_RDONLY if readonly else 0))
 
 
-def free_space(path: Path) -> int:
-    """The bytes that can be written to the file system of a path."""
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
-
-
 def sync_filesystem(path: Path) -> None:
     """Have everything on the disk that was written so far: a full commit, which GRUB can read too."""
     about_to("sync")
@@ -1193,6 +1667,23 @@ def sync_filesystem(path: Path) -> None:
 def subvolumes_in_use() -> set[int]:
     """The ids of all mounted subvolumes."""
     return {m.subvolume for m in mounts() if m.subvolume is not None}
+
+
+def destroy_subvolume(path: Path) -> None:
+    """Delete a subvolume that has no other in it. Raises OSError."""
+    arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
+    ask_btrfs(path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
+
+
+def nested_subvolumes(path: Path) -> list[Path]:
+    """The subvolumes directly inside one, wherever they lie in it."""
+    found: list[Path] = []
+    todo = [path]
+    while todo:
+        with contextlib.suppress(OSError), os.scandir(todo.pop()) as entries:
+            for directory in [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]:
+                (found if is_subvolume(directory) else todo).append(directory)
+    return found
 
 
 def delete_subvolume(path: Path) -> None:
@@ -1224,28 +1715,11 @@ def delete_subvolume(path: Path) -> None:
             raise AshError(f"cannot delete {path.name}: {again.strerror}") from again
 
 
-def destroy_subvolume(path: Path) -> None:
-    """Delete a subvolume that has no other in it. Raises OSError."""
-    arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
-    ask_btrfs(path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
-
-
-def nested_subvolumes(path: Path) -> list[Path]:
-    """The subvolumes directly inside one, wherever they lie in it."""
-    found: list[Path] = []
-    todo = [path]
-    while todo:
-        with contextlib.suppress(OSError), os.scandir(todo.pop()) as entries:
-            for folder in [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]:
-                (found if is_subvolume(folder) else todo).append(folder)
-    return found
-
-
 def subvolumes_inside(path: Path) -> list[Path]:
     """The same by what btrfs notes of them, so that nothing is read; none where the subvolume has just gone."""
     found: list[Path] = []
     try:
-        # struct btrfs_ioctl_get_subvol_rootref_args: the least id; 255 pairs of id and folder's inode; how many.
+        # struct btrfs_ioctl_get_subvol_rootref_args: the least id; 255 pairs of id and directory's inode; how many.
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_ROOTREF, bytes(4096))
     except OSError as error:
         if error.errno == errno.ENOENT:
@@ -1254,14 +1728,44 @@ def subvolumes_inside(path: Path) -> list[Path]:
             raise
         return nested_subvolumes(path)  # there are more
     for at in range(8, 8 + answer[4088] * 16, 16):
-        ident, folder = struct.unpack_from("=QQ", answer, at)
+        ident, directory = struct.unpack_from("=QQ", answer, at)
         with contextlib.suppress(FileNotFoundError):
-            # struct btrfs_ioctl_ino_lookup_user_args: folder's inode, id, name, path of the folder.
-            named = ask_btrfs(path, BTRFS_IOC_INO_LOOKUP_USER, struct.pack("=QQ4080x", folder, ident))
+            # struct btrfs_ioctl_ino_lookup_user_args: directory's inode, id, name, path of the directory.
+            named = ask_btrfs(path, BTRFS_IOC_INO_LOOKUP_USER, struct.pack("=QQ4080x", directory, ident))
             name, inside = named[16:272].split(b"\0")[0], named[272:].split(b"\0")[0]
             found.append(path / os.fsdecode(inside) / os.fsdecode(name))
     return sorted(found)
 
+
+def copy_as_subvolume(directory: Path, new: Path) -> None:
+    """Make a read-only subvolume of what a directory holds, in the place of one that was left unfinished."""
+    delete_subvolume(new)
+    create_subvolume(new)
+    about_to(f"fill {new.name}")
+    run(["cp", "-a", "--reflink=auto", f"{directory}/.", new])
+    set_readonly(new)
+
+
+def replace_subvolume(new: Path, target: Path) -> None:
+    """Put a subvolume in the place of another, or of none, and delete the other."""
+    if target.exists():
+        exchange(new, target)
+        delete_subvolume(new)
+    else:
+        rename(new, target)
+
+
+def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
+    """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
+    require_directories(layout.rootfs(snapshot))
+    target, new = layout.copy(directory, snapshot), layout.copy(directory, f"new-{snapshot}")
+    copy_as_subvolume(layout.rootfs(snapshot) / directory, new)
+    replace_subvolume(new, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# btrfs: differences of snapshots, read-only views, shared blocks
+# ---------------------------------------------------------------------------------------------------------------
 
 # From the kernel's fs/btrfs/send.h: what a command does to the path that it names.
 SEND_ADDS = {3, 4, 5, 6, 7, 8, 10}  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
@@ -1272,19 +1776,20 @@ SEND_PATH, SEND_PATH_TO = 15, 16
 ORPHAN = r"o\d+-\d+-\d+"  # the name of what is on its way to another
 
 
-def changed_paths(old: Path, new: Path) -> dict[str, str]:
-    """The paths at which two read-only snapshots differ, by what btrfs itself says; times alone do not count.
-
-    Returns:
-        "added", "removed" or "changed" for each path.
-    """
-    import subprocess
-
-    argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
-    if done.returncode:
-        raise AshError(f"cannot compare {old.name} with {new.name}: {last_words(done.stderr.decode(errors='replace'))}")
-    return changes_in_stream(done.stdout)
+def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
+    """The commands of a btrfs send stream (a magic, then commands of type-length-value) with path and path_to."""
+    at = len(b"btrfs-stream\0") + 4
+    while at < len(stream):
+        length, command = struct.unpack_from("<IH", stream, at)
+        at += 10
+        end = at + length
+        paths = {SEND_PATH: "", SEND_PATH_TO: ""}
+        while at < end:
+            kind, size = struct.unpack_from("<HH", stream, at)
+            if kind in paths:
+                paths[kind] = os.fsdecode(stream[at + 4 : at + 4 + size])
+            at += 4 + size
+        yield command, paths[SEND_PATH], paths[SEND_PATH_TO]
 
 
 def changes_in_stream(stream: bytes) -> dict[str, str]:
@@ -1313,20 +1818,29 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
     return changes
 
 
-def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
-    """The commands of a btrfs send stream (a magic, then commands of type-length-value) with path and path_to."""
-    at = len(b"btrfs-stream\0") + 4
-    while at < len(stream):
-        length, command = struct.unpack_from("<IH", stream, at)
-        at += 10
-        end = at + length
-        paths = {SEND_PATH: "", SEND_PATH_TO: ""}
-        while at < end:
-            kind, size = struct.unpack_from("<HH", stream, at)
-            if kind in paths:
-                paths[kind] = os.fsdecode(stream[at + 4 : at + 4 + size])
-            at += 4 + size
-        yield command, paths[SEND_PATH], paths[SEND_PATH_TO]
+def changed_paths(old: Path, new: Path) -> dict[str, str]:
+    """The paths at which two read-only snapshots differ, by what btrfs itself says; times alone do not count.
+
+    Returns:
+        "added", "removed" or "changed" for each path.
+    """
+    import subprocess
+
+    argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
+    if done.returncode:
+        raise AshError(f"cannot compare {old.name} with {new.name}: {last_words(done.stderr.decode(errors='replace'))}")
+    return changes_in_stream(done.stdout)
+
+
+def tidy_views(layout: Layout) -> None:
+    """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
+    directory = layout.work("views")
+    directory.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(open_lock(directory / "lock"), "r+b") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for view in directory.glob("view-*"):
+            delete_subvolume(view)
 
 
 @contextmanager
@@ -1346,14 +1860,94 @@ def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
             delete_subvolume(view)
 
 
-def tidy_views(layout: Layout) -> None:
-    """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
-    folder = layout.work("views")
-    folder.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(open_lock(folder / "lock"), "r+b") as lock, contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for view in folder.glob("view-*"):
-            delete_subvolume(view)
+# From <linux/fs.h>: struct file_dedupe_range (offset, length, count) and one file_dedupe_range_info (descriptor,
+# offset, bytes, status). btrfs takes 16 MiB at a time.
+FIDEDUPERANGE = 0xC0189436
+DEDUPE = struct.Struct("=QQHHIqQQiI")
+DEDUPE_AT_ONCE = 16 << 20
+SMALLEST_SHARED = 4096  # smaller files lie in the tree itself
+
+
+def share_file(source: Path, target: Path, size: int) -> int:
+    """Let a file use the blocks of another where their content is the same; returns the bytes that do."""
+    done = 0
+    with contextlib.suppress(OSError), source.open("rb") as old, target.open("rb") as new:
+        while done < size:
+            length = min(DEDUPE_AT_ONCE, size - done)
+            request = bytearray(DEDUPE.pack(done, length, 1, 0, 0, new.fileno(), done, 0, 0, 0))
+            fcntl.ioctl(old, FIDEDUPERANGE, request)
+            *_, shared, status, _ = DEDUPE.unpack(request)
+            if status or not shared:
+                break
+            done += shared
+    return done
+
+
+def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list[Path]]) -> int:
+    """Have what a snapshot's last change brought share the blocks of what others got. Returns the bytes saved.
+
+    Args:
+        layout: where it is.
+        number: of the snapshot.
+        known: the files of others by path and size, to which those of this one are added.
+    """
+    saved = 0
+    with readonly_view(layout, layout.rootfs(number)) as root:
+        paths = changed_paths(layout.undo(number), root)
+    for path in paths:
+        directory, _, inside = path.partition("/")
+        copies = [layout.copy(directory, number) / inside] if directory in ("etc", "boot") else []
+        for file in (layout.rootfs(number) / path, *copies):
+            size = size_of(file)
+            if size >= SMALLEST_SHARED:
+                others = known.setdefault((path, size), [])
+                shared = next((n for other in others if (n := share_file(other, file, size))), 0)
+                others += [] if shared else [file]
+                saved += shared
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Disk images
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def file_system_id(path: Path) -> str:
+    """The UUID of the btrfs file system that a directory lies on; OSError where it is another kind."""
+    answer = ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024))
+    uuid = answer[16:32].hex()
+    return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
+
+
+def device_of(path: Path) -> Path:
+    """A device of the btrfs file system that a path lies on.
+
+    Not what mountinfo names: an ash that worked on the image meanwhile has mounted it by another name.
+    """
+    devices = Path(f"/sys/fs/btrfs/{file_system_id(path)}/devices")
+    return Path("/dev") / min(entry.name for entry in devices.iterdir())
+
+
+def mount_top(device: Path, readonly: bool = False) -> Path:
+    """Mount the top level of a btrfs device where only this process sees it.
+
+    A copy of the file system has its UUID: Linux mounts both at once since 6.7, but while one of them comes or goes it
+    may refuse the other (EEXIST, seen with 6.18).
+    """
+    top = PRIVATE / "top"
+    top.mkdir()
+    flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
+    give_up = time.monotonic() + 2
+    while True:
+        try:
+            mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
+            return top
+        except AshError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            if time.monotonic() > give_up:
+                raise AshError(error.message, "unmount the copy of it that is mounted") from error
+        time.sleep(0.05)
 
 
 GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: the least that an entry has, and more than any table has
@@ -1381,33 +1975,6 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
                     if disk.read(8) == BTRFS_MAGIC:
                         return first * 512, (last - first + 1) * 512
     raise AshError(f"{image} is no disk image with a btrfs partition", "init.py --image makes one")
-
-
-def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
-    """Mount the top level of a disk image's file system; private_mounts() must have been called.
-
-    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process. Until the stack
-    is closed no other ash attaches the image.
-
-    Returns:
-        where the top level is mounted, and the device's node.
-    """
-    place = btrfs_partition(image)
-    disk = stack.enter_context(image.open("rb+"))
-    refuse_if_in_a_machine(disk.fileno(), image)
-    # Two loop devices of one file would be two writers of one file system: one ash at a time looks for the one that
-    # is there, and an open device is not detached meanwhile.
-    lock_first_byte(disk.fileno(), image)
-    loop = opened_loop(disk.fileno(), image, place)
-    if loop < 0:
-        loop = open_new_loop(disk.fileno(), image, *place)
-    try:
-        # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
-        node = PRIVATE / "disk"
-        os.mknod(node, 0o600 | stat.S_IFBLK, os.fstat(loop).st_rdev)
-        return mount_top(node), node
-    finally:
-        os.close(loop)
 
 
 # From <linux/loop.h>: requests; struct loop_info64 (device, inode, -, offset, sizelimit, -, flags, names and keys).
@@ -1483,51 +2050,35 @@ def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
         raise AshError(f"{image} is in use by a virtual machine", "shut that down first", LOCKED)
 
 
-def device_of(path: Path) -> Path:
-    """A device of the btrfs file system that a path lies on.
+def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
+    """Mount the top level of a disk image's file system; private_mounts() must have been called.
 
-    Not what mountinfo names: an ash that worked on the image meanwhile has mounted it by another name.
+    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process. Until the stack
+    is closed no other ash attaches the image.
+
+    Returns:
+        where the top level is mounted, and the device's node.
     """
-    devices = Path(f"/sys/fs/btrfs/{file_system_id(path)}/devices")
-    return Path("/dev") / min(entry.name for entry in devices.iterdir())
-
-
-def file_system_id(path: Path) -> str:
-    """The UUID of the btrfs file system that a folder lies on; OSError where it is another kind."""
-    answer = ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024))
-    uuid = answer[16:32].hex()
-    return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
-
-
-def is_readonly(path: Path) -> bool:
-    """Whether a path lies on a mount, or a file system, that is read-only."""
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-
-
-def mount_top(device: Path, readonly: bool = False) -> Path:
-    """Mount the top level of a btrfs device where only this process sees it.
-
-    A copy of the file system has its UUID: Linux mounts both at once since 6.7, but while one of them comes or goes it
-    may refuse the other (EEXIST, seen with 6.18).
-    """
-    top = PRIVATE / "top"
-    top.mkdir()
-    flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
-    give_up = time.monotonic() + 2
-    while True:
-        try:
-            mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
-            return top
-        except AshError as error:
-            if not isinstance(error.__cause__, FileExistsError):
-                raise
-            if time.monotonic() > give_up:
-                raise AshError(error.message, "unmount the copy of it that is mounted") from error
-        time.sleep(0.05)
+    place = btrfs_partition(image)
+    disk = stack.enter_context(image.open("rb+"))
+    refuse_if_in_a_machine(disk.fileno(), image)
+    # Two loop devices of one file would be two writers of one file system: one ash at a time looks for the one that
+    # is there, and an open device is not detached meanwhile.
+    lock_first_byte(disk.fileno(), image)
+    loop = opened_loop(disk.fileno(), image, place)
+    if loop < 0:
+        loop = open_new_loop(disk.fileno(), image, *place)
+    try:
+        # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
+        node = PRIVATE / "disk"
+        os.mknod(node, 0o600 | stat.S_IFBLK, os.fstat(loop).st_rdev)
+        return mount_top(node), node
+    finally:
+        os.close(loop)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a distribution must answer
+# Package managers and distributions
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -1600,8 +2151,8 @@ class Distro:
         """The configuration files of all packages, by their paths from the root."""
         raise NotImplementedError
 
-    def files(self, root: Path, folder: str) -> set[str]:
-        """The paths below a folder of a root, from it, that packages brought; what their scripts made is not known."""
+    def files(self, root: Path, directory: str) -> set[str]:
+        """The paths that packages own below a directory, relative to it; files made by scripts are not known."""
         raise NotImplementedError
 
     def problems(self, root: Path) -> list[str]:
@@ -1634,7 +2185,7 @@ class Distro:
         """Fetch the package lists. Returns which archives could not be had; the others' lists are new.
 
         Raises:
-            ArchiveError: none could be had.
+            RepositoryError: none could be had.
         """
         raise NotImplementedError
 
@@ -1670,7 +2221,7 @@ class PackageError(AshError):
     """The package manager failed; the message has its own words."""
 
 
-class ArchiveError(PackageError):
+class RepositoryError(PackageError):
     """Archives cannot be had, whichever snapshot wants something from them."""
 
 
@@ -1690,6 +2241,306 @@ def load_distro(ident: str) -> Distro:
     if ident not in Distro.registry:
         raise AshError(f"this ash does not know the distribution {ident}", "--distro ID names another", USAGE)
     return Distro.registry[ident]()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The init system: units and services
+# ---------------------------------------------------------------------------------------------------------------
+
+# Finishes what was interrupted, before anything uses /var; where nothing was, work directories have locks alone.
+RECOVER_UNIT = """\
+[Unit]
+Description=Finish or undo interrupted changes of snapshots
+DefaultDependencies=no
+RequiresMountsFor=/.snapshots /var /run
+Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionPathExistsGlob=|/.snapshots/ash/work/*/[!l]*
+ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-chr*
+ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ash recover
+"""
+# No slip of root's writes into a slot by way of /.snapshots. As a line of fstab it would make a cycle with /etc.
+PROTECT_UNIT = """\
+[Unit]
+Description=Protect snapshots and deployments from being written to
+DefaultDependencies=no
+After=local-fs.target ash-recover.service
+Before=sysinit.target
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
+ExecStop=umount /.snapshots/rootfs
+"""
+# Stopped after all other services, while everything is still mounted: what they wrote to /etc last is carried too.
+CARRY_UNIT = """\
+[Unit]
+Description=Carry changes of /etc over to the deployment for the next boot
+DefaultDependencies=no
+After=local-fs.target ash-protect.service
+Before=sysinit.target
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=true
+ExecStop=/usr/bin/ash carry
+"""
+# By night, where the administrator has enabled the timer; what is done is /etc/ash.conf's to say.
+UPGRADE_UNIT = """\
+[Unit]
+Description=Upgrade the booted snapshot, check it, deploy it
+Documentation=man:ash(8)
+Wants=network-online.target
+After=network-online.target time-sync.target
+
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/ash auto-upgrade
+Nice=19
+IOSchedulingClass=idle
+"""
+UPGRADE_TIMER = """\
+[Unit]
+Description=Upgrade the booted snapshot every night
+Documentation=man:ash(8)
+
+[Timer]
+OnCalendar=02:00
+RandomizedDelaySec=3h
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+# Their texts, and what wants them at every start.
+UNITS = {
+    "ash-upgrade.service": (UPGRADE_UNIT, ""),
+    "ash-upgrade.timer": (UPGRADE_TIMER, ""),
+    "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
+    "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
+    "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
+}
+# What makes a unit start with the system: a link in a directory of the unit that wants it.
+WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
+UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
+TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
+TIMED_OUT = 124  # the exit status of timeout(1)
+
+
+class LiveResult:
+    """What a change did to the running system."""
+
+    def __init__(self) -> None:
+        self.changed = False
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.waiting: list[str] = []  # for the reboot
+        self.conflicts: list[str] = []  # of /etc and /var
+        self.conflicts_folders: list[str] = []
+        self.error = ""
+
+    def text(self) -> str:
+        """What the user is told."""
+        if self.error:
+            return f"the running system is as it was: {one_line(self.error)}"
+        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
+        lines += [f"  started: {listed(self.started)}"] if self.started else []
+        lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
+        if self.conflicts:
+            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
+            lines += [f"  what the change made of it is in {directory}" for directory in self.conflicts_folders]
+        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
+        return "\n".join(lines)
+
+
+class Services:
+    """The services of the running system when its files change; `live` gets what was done.
+
+    Args:
+        live: what was done, to be added to.
+        running: whether that system is what runs here.
+    """
+
+    LIMIT = 300  # seconds for the start of one
+
+    def __init__(self, live: LiveResult, running: bool) -> None:
+        self.live = live
+        self.running = running
+
+    @property
+    def has_systemd(self) -> bool:
+        return self.running and Path("/run/systemd/system").is_dir()
+
+    def stop(self, paths: Mapping[str, str]) -> None:
+        """Stop the services whose unit files go."""
+        gone = {
+            found[1] for path, kind in paths.items() if kind == "removed" and (found := re.fullmatch(UNIT_FILE, path))
+        }
+        for unit in sorted(gone):
+            if self._is_active(unit):
+                run(["systemctl", "stop", unit])
+                self.live.stopped.append(unit)
+
+    def start(self, paths: Mapping[str, str]) -> None:
+        """Let the running system know of its new files, and start the new services that it would have started."""
+        if self.running:
+            run(["ldconfig"])
+        if not self.has_systemd:
+            return
+        added = [path for path, kind in paths.items() if kind == "added"]
+        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(TMPFILES, path))]:
+            run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
+        run(["systemctl", "daemon-reload"])
+        wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
+        new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
+        # systemd refuses a socket whose service has started before it.
+        for unit in sorted(new, key=lambda unit: (not unit.endswith(".socket"), unit)):
+            self.live.started.append(unit)
+            self._start(unit)
+
+    def _start(self, unit: str) -> None:
+        """Start a unit; one that never comes to its end, as systemd itself allows it, must not hold up all else."""
+        with signals_heard():
+            done = run(["timeout", str(self.LIMIT), "systemctl", "start", unit], ok=(0, TIMED_OUT))
+        if done.returncode == TIMED_OUT:
+            raise AshError(f"{unit} has not started within {self.LIMIT} s", f"systemctl status {unit}")
+
+    def put_back(self) -> None:
+        """Let the running system know that its old files are back; start again what was stopped."""
+        if self.running:
+            run(["ldconfig"], check=False)
+        if self.has_systemd:
+            for unit in self.live.started:
+                run(["systemctl", "stop", unit], check=False)
+                run(["systemctl", "reset-failed", unit], check=False)
+            run(["systemctl", "daemon-reload"], check=False)
+            for unit in self.live.stopped:
+                run(["systemctl", "start", unit], check=False)
+
+    def _is_active(self, unit: str) -> bool:
+        return self.has_systemd and run(["systemctl", "is-active", unit], check=False).stdout.strip() == "active"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# BootTools: what GRUB's own tools make of a root
+# ---------------------------------------------------------------------------------------------------------------
+
+BOOT_CONFIG_SHAPE = {
+    "kernel": is_inner_path,
+    "initrds": [is_inner_path],
+    "options": is_line,
+    "rootflags?": is_line,
+    "header?": [is_line],
+    "foreign?": is_text,
+}
+# Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
+NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
+MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+
+
+class BootConfig(NamedTuple):
+    """What ash takes of a snapshot's own grub-mkconfig."""
+
+    kernel: str  # names in /boot
+    initrds: Sequence[str]
+    options: str
+    rootflags: str = ""  # beside the subvolume
+    header: Sequence[str] = ()  # terminals and timeout
+    foreign: str = ""  # other systems, and the user's own entries
+
+    @classmethod
+    def parse(cls, text: str) -> BootConfig:
+        """Read what grub-mkconfig printed.
+
+        Raises:
+            AshError: there is no kernel in it.
+        """
+        kernels = re.finditer(r"^\s*linux\s+(\S+)[ \t]*(.*)$", text, re.MULTILINE)
+        linux = next((found for found in kernels if cls._is_usable(found)), None)
+        if linux is None:
+            raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
+        entry = text[linux.end() : text.find("}", linux.end())]
+        initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
+        sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
+        foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
+        options, rootflags = cls._split_options(linux[2])
+        return cls(
+            kernel=cls._in_boot(linux[1]),
+            initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
+            options=options,
+            rootflags=rootflags,
+            header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
+            foreign="\n".join(body for body in foreign if "menuentry " in body),
+        )
+
+    @staticmethod
+    def _is_usable(linux: re.Match[str]) -> bool:
+        """Whether a kernel's line is a whole one: grub-mkconfig does not quote what files in /boot are called."""
+        usable = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
+        return bool(usable.fullmatch(linux[1])) and linux[2].startswith("root=")
+
+    @staticmethod
+    def _in_boot(path: str) -> str:
+        return path.rpartition("/boot/")[2]
+
+    @staticmethod
+    def _split_options(options: str) -> tuple[str, str]:
+        """The kernel's options, and the flags of rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
+        own = re.compile(r"root=.*|ro|rw|rootflags=.*")
+        words = options.split()
+        flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
+        kept = [word for word in words if not own.fullmatch(word)]
+        return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
+
+
+# What grub-mkconfig says of other systems: "Found Windows Boot Manager on ...", but not "Found linux image: ...".
+FOUND_ELSEWHERE = r"Found .* on "
+
+
+def boot_inputs(root: Path) -> str:
+    """A digest of all that grub-mkconfig's result depends on, in a root."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    boot, default, scripts = (path_inside(root, name) for name in ("boot", "etc/default", "etc/grub.d"))
+    for path in sorted([*boot.glob("vmlinu*"), *boot.glob("initr*"), *boot.glob("*.img"), *boot.glob("*-ucode*")]):
+        status = path.lstat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    settings = [default / "grub", *path_inside(default, "grub.d").glob("*"), *scripts.glob("*")]
+    for path in sorted(path_inside(root, str(path.relative_to(root))) for path in settings):
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels: image, version, modules, initramfs
+# ---------------------------------------------------------------------------------------------------------------
+
+KERNEL = r"boot/vmlinu[xz]-(.+)"
+
+
+def kernel_faults(root: Path) -> list[str]:
+    """What the kernels of a root lack that they are started with."""
+    boot = path_inside(root, "boot")
+    found = {path.name for path in boot.glob("*")}
+    modules = path_inside(root, "usr/lib/modules")
+    kernels = {match[1] for name in found if (match := re.fullmatch(r"vmlinu[xz]-(.+)", name))}
+    initramfs = " ".join(name for name in found if name.startswith("initr") and size_of(boot / name) > 0)
+    lacking = [f"kernel {kernel} has no modules" for kernel in kernels if not (modules / kernel).is_dir()]
+    lacking += [f"kernel {kernel} has no initramfs" for kernel in kernels if kernel not in initramfs]
+    return lacking if kernels else ["there is no kernel"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1861,18 +2712,18 @@ class Chroot(NamedTuple):
             bind(source, target)
 
     @staticmethod
-    def _make_devices(folder: Path) -> None:
+    def _make_devices(directory: Path) -> None:
         os.umask(0)
         for name, (major, minor) in DEVICES.items():
-            os.mknod(folder / name, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+            os.mknod(directory / name, 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         for name, target in DEVICE_LINKS.items():
-            (folder / name).symlink_to(target)
+            (directory / name).symlink_to(target)
         for name in ("pts", "shm"):
-            (folder / name).mkdir()
+            (directory / name).mkdir()
         os.umask(0o022)
         # gid 5 is tty's on every distribution that we know, as systemd assumes too.
-        mount("devpts", folder / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
-        mount("ash", folder / "shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
+        mount("devpts", directory / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
+        mount("ash", directory / "shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
 
     @contextmanager
     def _transient_files(self) -> Iterator[None]:
@@ -1958,63 +2809,6 @@ class Chroot(NamedTuple):
         bind(proc / "sys", proc / "sys", readonly=True)
 
 
-def is_hung_up(descriptor: int) -> bool:
-    """Whether the other end of a pipe has been closed."""
-    import select
-
-    poll = select.poll()
-    poll.register(descriptor, select.POLLHUP)
-    return bool(poll.poll(0))
-
-
-def path_inside(root: Path, path: str) -> Path:
-    """Where a path leads for a program whose root is `root`: links are followed, but never out of it.
-
-    Raises:
-        AshError: its links go in a circle.
-    """
-    done = root
-    todo = [part for part in path.split("/") if part not in ("", ".")][::-1]
-    links = 0
-    while todo:
-        part = todo.pop()
-        if part == "..":
-            done = done.parent if done != root else root
-            continue
-        here = done / part
-        if not here.is_symlink():
-            done = here
-            continue
-        links += 1
-        if links > 40:  # the kernel's own limit (MAXSYMLINKS)
-            raise AshError(f"the links of {path} go in a circle")
-        target = os.readlink(here)
-        done = root if target.startswith("/") else done
-        todo += [part for part in target.split("/") if part not in ("", ".")][::-1]
-    return done
-
-
-def place_inside(root: Path, path: str) -> Path:
-    """Where a path itself is for a program whose root is `root`: as path_inside(), but a link at its end is it."""
-    parent, _, name = path.rpartition("/")
-    return path_inside(root, parent) / name
-
-
-def write_inside(root: Path, path: str, text: str) -> None:
-    """Write a file of a root; a link in its place goes, and keeps what it led to."""
-    place = place_inside(root, path)
-    if place.is_symlink():
-        place.unlink()
-    write_text(place, text)
-
-
-def require_folders(root: Path) -> None:
-    """Raise AshError where /etc or /boot of a root is a link or no folder: all that ash does there would go astray."""
-    for name in ("etc", "boot"):
-        if not is_folder(root / name):
-            raise AshError(f"/{name} is no folder in {root.name}", "it must be one, and no link", REFUSED)
-
-
 def machine_chroot(
     root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None, tell: str = "(?!)"
 ) -> str:
@@ -2035,8 +2829,8 @@ def machine_chroot(
     import tempfile
 
     chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=list((binds or {}).items()), disks=True, resolver=False)
-    folder = PRIVATE if PRIVATE.is_mount() else None  # not where the caller's TMPDIR says
-    with tempfile.TemporaryFile(dir=folder) as stdout, tempfile.TemporaryFile(dir=folder) as stderr:
+    directory = PRIVATE if PRIVATE.is_mount() else None  # not where the caller's TMPDIR says
+    with tempfile.TemporaryFile(dir=directory) as stdout, tempfile.TemporaryFile(dir=directory) as stderr:
         status = chroot.run(argv, stdout=stdout.fileno(), stderr=stderr.fileno())
         stdout.seek(0)
         stderr.seek(0)
@@ -2049,13 +2843,218 @@ def machine_chroot(
     return output
 
 
+def root_shell(root: Path) -> str:
+    """The login shell of a root's root, where it is there."""
+    passwd = path_inside(root, "etc/passwd")
+    lines = passwd.read_text(errors="replace").splitlines() if passwd.is_file() else []
+    shell = next((line.rsplit(":", 1)[1] for line in lines if line.startswith("root:")), "")
+    return shell if shell and path_inside(root, shell).is_file() else "/bin/sh"
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# The merge into /var: entry by entry; where it is doubtful the live one stays
+# Accounts: the same name has the same uid or gid in all snapshots
+# ---------------------------------------------------------------------------------------------------------------
+
+ID_FILES = ("passwd", "group", "subuid", "subgid")
+FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and Fedora have it in login.defs
+SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
+
+
+def read_ids(path: Path) -> dict[str, int]:
+    """Names and numbers of passwd, group, subuid or subgid."""
+    column = 1 if path.name.startswith("sub") else 2
+    found: dict[str, int] = {}
+    if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+        return found
+    for row in (line.split(":") for line in lines_of(read_text(path))):
+        number = to_number(row[column]) if len(row) > column else None
+        if number is not None:
+            found.setdefault(row[0], number)
+    return found
+
+
+def free_id(name: str, like: int, taken: Container[int]) -> int:
+    """A number of the same kind as another (system or human, or a range's start) that is not taken."""
+    if name in ("subuid", "subgid"):
+        candidates = range(like, 1 << 31, SUBORDINATES)
+    else:
+        candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, LAST_HUMAN + 1)
+    number = next((n for n in candidates if n not in taken), None)
+    if number is None:
+        raise AshError(f"all numbers for {name} are given", "take out names that nobody needs any more")
+    return number
+
+
+class AccountIds:
+    """The names and numbers that were ever given, for each of ID_FILES.
+
+    In subuid and subgid a name's number is where its range begins.
+    """
+
+    def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
+        self.given = {name: {} for name in ID_FILES} if given is None else given
+
+    @classmethod
+    def load(cls, path: Path) -> AccountIds:
+        """The numbers as their file has them; none where there is no file."""
+        if not path.exists():
+            return cls()
+        try:
+            data = from_json(read_text(path), {f"{name}?": {"*": is_u32} for name in ID_FILES})
+            return cls({name: data.get(name, {}) for name in ID_FILES})
+        except ValueError:
+            raise AshError(f"the file of users' numbers {path} is damaged", "ash fsck --repair makes it anew") from None
+
+    def dump(self) -> str:
+        """The numbers as their file has them."""
+        return json.dumps(self.given) + "\n"
+
+    def learn(self, etc: Path) -> None:
+        """Take note of the names in an /etc that are not known yet."""
+        for name in ID_FILES:
+            for account, number in read_ids(etc / name).items():
+                self.given[name].setdefault(account, number)
+
+    def reconcile(self, etc: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
+        """Find numbers for the names of an /etc that share one, or that have another one elsewhere, and note them.
+
+        Returns:
+            for each file, the new numbers by name; and which old number becomes which, where it had one name only.
+        """
+        wanted: dict[str, dict[str, int]] = {}
+        moves: dict[str, dict[int, int]] = {}
+        for name in ID_FILES:
+            there, given = read_ids(etc / name), self.given[name]
+            for number in sorted(set(there.values())):
+                accounts = [account for account, its in there.items() if its == number]
+                keeper = next((account for account in accounts if given.get(account, number) == number), None)
+                for account in [one for one in accounts if one != keeper]:
+                    new = given.get(account, number)
+                    if new in there.values():
+                        new = free_id(name, number, {*given.values(), *there.values()})
+                    there[account] = given[account] = wanted.setdefault(name, {})[account] = new
+                    if len(accounts) == 1:
+                        moves.setdefault(name, {})[number] = new
+        return wanted, moves
+
+    def settle(self, before: Path, after: Path) -> dict[str, dict[int, int]]:
+        """Find the numbers for names that are new or changed in an /etc, and take note of them.
+
+        Args:
+            before, after: the /etc that a transaction started with, and what it made of it.
+
+        Returns:
+            for each file, which numbers are to become which.
+        """
+        moves: dict[str, dict[int, int]] = {}
+        for name in ID_FILES:
+            old, new = read_ids(before / name), read_ids(after / name)
+            given = self.given[name]
+            for account, number in new.items():
+                shared = list(new.values()).count(number) > 1  # on purpose: no tool gives a number twice by itself
+                if old.get(account) == number or shared:
+                    given.setdefault(account, number)
+                    continue
+                if account not in given:
+                    taken = {*given.values(), *(n for other, n in new.items() if other != account)}
+                    given[account] = number if number not in given.values() else free_id(name, number, taken)
+                if given[account] != number:
+                    moves.setdefault(name, {})[number] = given[account]
+        return moves
+
+
+def chown_by_map(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
+    """Change a file's owner and group by a map of numbers, unless it had that owner before."""
+    now = path.lstat()
+    was = original.lstat() if os.path.lexists(original) else None
+    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
+    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
+    if (user, group) == (-1, -1):
+        return
+    if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
+        os.chown(path, user, group, follow_symlinks=False)
+        return
+    with open_itself(path) as file:  # once it is its new owner's, that one can put a link in its place
+        capabilities = None
+        with contextlib.suppress(OSError):
+            capabilities = os.getxattr(file, "security.capability")
+        os.fchown(file, user, group)
+        os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
+        if capabilities is not None:
+            os.setxattr(file, "security.capability", capabilities)
+
+
+def assign_ids(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Mapping[str, Mapping[int, int]]) -> None:
+    """Give accounts of a root other numbers.
+
+    Args:
+        root: the root.
+        wanted: for each of ID_FILES, the new numbers by name.
+        moves: the old numbers that become new ones, where no other account has the old one: files go along.
+    """
+    users, groups = moves.get("passwd", {}), moves.get("group", {})
+    for name in ID_FILES:
+        path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
+        if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+            continue
+        text = read_text(path)
+        rows = [line.split(":") for line in lines_of(text)]
+        for row in rows:
+            if row[0] in wanted.get(name, {}):
+                row[column] = str(wanted[name][row[0]])
+            group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
+            if group is not None and group in groups:
+                row[3] = str(groups[group])
+        renewed = "".join(f"{':'.join(row)}\n" for row in rows)
+        if renewed != text:
+            write_text(path, renewed)
+    for inside in paths_below(root) if users or groups else ():
+        chown_by_map(root / inside, root / "nothing", users, groups)
+
+
+def change_ids(
+    root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, directories: Mapping[Path, Path]
+) -> None:
+    """Give accounts of a root their settled numbers, and their files with them.
+
+    Args:
+        root: the root; its passwd and kin are rewritten.
+        moves: which numbers become which, as Numbers.settle() says.
+        before: the /etc that the transaction started with: accounts that it had keep theirs.
+        directories: where files of these accounts may be, each with what was there before: those keep their owners.
+    """
+    users, groups = moves.get("passwd", {}), moves.get("group", {})
+    for name in ID_FILES:
+        path = root / "etc" / name
+        if not path.is_file() or path.is_symlink():
+            continue
+        old = read_ids(before / name)
+        lines = []
+        for line in lines_of(read_text(path)):
+            row, column = line.split(":"), 1 if name.startswith("sub") else 2
+            number = to_number(row[column]) if len(row) > column else None
+            if number is not None and old.get(row[0]) != number:
+                row[column] = str(moves.get(name, {}).get(number, row[column]))
+                group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
+                if group is not None:
+                    row[3] = str(groups.get(group, row[3]))
+            lines.append(":".join(row))
+        write_text(path, "".join(f"{text}\n" for text in lines))
+    done = set()
+    for directory, original in directories.items():
+        for path in [directory, *(directory / inside for inside in paths_below(directory))]:
+            inode = inode_of(path)
+            if inode is not None and inode not in done:  # it may have several names; in /home, it may have gone
+                chown_by_map(path, original / path.relative_to(directory), users, groups)
+                done.add(inode)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The merge into /var: entry by entry; on any doubt the live one stays
 # ---------------------------------------------------------------------------------------------------------------
 
 # Their entries are merged each by itself; anything else directly in /var is an entry too.
-FOLDERS_OF_ENTRIES = ("lib", "spool", "www", "cache", "log")
-FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
+ENTRY_DIRECTORIES = ("lib", "spool", "www", "cache", "log")
 
 
 def is_whiteout(path: Path) -> bool:
@@ -2072,34 +3071,16 @@ def is_opaque(path: Path) -> bool:
         return False
 
 
-def status_of(path: Path) -> os.stat_result | None:
-    """What the kernel says of a path itself; None where there is none."""
-    try:
-        return path.lstat()
-    except OSError:
-        return None
-
-
-def fingerprint(path: Path) -> list[tuple[str, int, float]]:
-    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps.
-
-    What lies too deep to be looked at is like nothing else (NaN), not even itself.
-    """
-    found: list[tuple[str, int, float]] = []
-    todo = [os.fspath(path)]  # no function that calls itself: others can make folders in folders of any depth
-    while todo:
-        inside = todo.pop()
-        name = inside.rpartition("/")[2]
-        try:
-            status = os.lstat(inside)
-        except OSError as error:
-            found += [(name, 0, float("nan"))] if error.errno == errno.ENAMETOOLONG else []
-            continue
-        found.append((name, status.st_ino, status.st_ctime_ns))
-        if stat.S_ISDIR(status.st_mode):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has just gone
-                todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
-    return found
+def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
+    """Links to the files that a process has mapped, but for those that are known already, by device and inode."""
+    links = []
+    for line in lines_of(read_text(process / "maps")):
+        addresses, _, _, device, inode, *_ = line.split()
+        if inode != "0" and (device, inode) not in known:
+            known.add((device, inode))
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            links.append(process / "map_files" / f"{start:x}-{end:x}")
+    return links
 
 
 def open_inodes() -> set[tuple[int, int]]:
@@ -2115,171 +3096,12 @@ def open_inodes() -> set[tuple[int, int]]:
     return found
 
 
-def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
-    """Links to the files that a process has mapped, but for those that are known already, by device and inode."""
-    links = []
-    for line in lines_of(read_text(process / "maps")):
-        addresses, _, _, device, inode, *_ = line.split()
-        if inode != "0" and (device, inode) not in known:
-            known.add((device, inode))
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            links.append(process / "map_files" / f"{start:x}-{end:x}")
-    return links
-
-
 def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
     """Whether a process has a file open below a path."""
     if not path.is_dir() or path.is_symlink():
         return inode_of(path) in opened
     found = (status_of(path / inside) for inside in paths_below(path))
     return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
-
-
-def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
-    """Device and inode number of a file, or of what it leads to; None where that is gone."""
-    try:
-        status = path.stat(follow_symlinks=follow)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def copy_attributes(source: Path, target: Path) -> None:
-    """Owner, extended attributes, mode and times of a file, without overlayfs's own marks.
-
-    What it is copied to is opened first: the owner of its folder may put a link in its place at any time.
-    """
-    status = source.lstat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-        return
-    with open_itself(source) as old, open_itself(target) as new:
-        give_attributes(old, new)
-
-
-@contextmanager
-def open_itself(path: Path) -> Iterator[int]:
-    """A file or folder, opened; OSError where it is a link by now."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def give_attributes(source: int, target: int) -> None:
-    """The same, of open files. Access lists come before the mode, which would open the file to its group."""
-    status = os.fstat(source)
-    os.fchown(target, status.st_uid, status.st_gid)
-    for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name))
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other.
-
-    What it is copied from may be in another's folder too: that one must not have root read what a link leads to.
-    """
-    about_to(f"copy {target.name}")
-    status = source.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        target.symlink_to(os.readlink(source))
-        copy_attributes(source, target)
-    elif stat.S_ISFIFO(status.st_mode):
-        # Nobody can put a link in its place that chmod would follow: the mode is right from the start, or narrower.
-        os.mkfifo(target, stat.S_IMODE(status.st_mode))
-        copy_attributes(source, target)
-    else:
-        with os.fdopen(open_plain(source), "rb") as old:
-            made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(made, "wb") as new:
-                copy_content(old, new)
-                give_attributes(old.fileno(), made)
-
-
-def rewrite(path: Path, text: str) -> None:
-    """Give a file another text; where there is one it stays whole meanwhile, and has its owner and mode."""
-    if path.is_symlink() or not path.exists():
-        write_text(path, text)
-        return
-    beside = path.with_name(".ash-new")
-    remove_tree(beside)
-    copy_file(path, beside)
-    write_text(beside, text)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    rename(beside, path)
-
-
-def copy_content(old: BinaryIO, new: BinaryIO) -> None:
-    """Copy an open file into a new one; by reflink where the file system can, else written through."""
-    try:
-        fcntl.ioctl(new, FICLONE, old.fileno())
-    except OSError:  # a directory without copy-on-write
-        import shutil
-
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())
-
-
-def make_private_folder(folder: Path) -> None:
-    """Make ash's folder in /var/lib and in it, for root alone, one in which what is kept may be secret.
-
-    A link in the place of one of them goes: what root puts there would be elsewhere, or be another's to read.
-
-    Raises:
-        AshError: /var/lib itself is a link.
-    """
-    parents = [folder.parent.parent, folder.parent]
-    if parents[0].parent.is_symlink():
-        raise AshError(f"{parents[0].parent} is a link", "it must be a folder", REFUSED)
-    parents[0].parent.mkdir(parents=True, exist_ok=True)
-    for parent, mode in zip(parents, (0o755, 0o700), strict=True):
-        if not is_folder(parent):
-            remove_tree(parent)
-        parent.mkdir(mode=0o700, exist_ok=True)
-        os.chown(parent, 0, 0)
-        parent.chmod(mode)
-    folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def remove_tree(path: Path) -> None:
-    """Delete a file or a directory with all that is in it; nothing happens where there is none."""
-    about_to(f"remove {path.name}")
-    if path.is_dir() and not path.is_symlink():
-        import shutil
-
-        try:
-            shutil.rmtree(path)
-        except (RecursionError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EMFILE:
-                raise
-            run(["rm", "-rf", "--", path])  # as deep as it is
-    else:
-        path.unlink(missing_ok=True)
-
-
-DEEPEST = 3800  # bytes of a path: PATH_MAX is 4096, and it is to have room in each place that it is copied to
-
-
-def is_there_already(changed: Path, live: Path) -> bool:
-    """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
-    todo = [(changed, live)]
-    while todo:
-        ours, theirs = todo.pop()
-        if not is_itself_there(ours, theirs):
-            return False
-        if is_folder(ours):
-            names = os.listdir(ours)
-            if is_opaque(ours) and set(os.listdir(theirs)) - set(names):
-                return False
-            todo += [(ours / name, theirs / name) for name in names]
-    return True
 
 
 def is_itself_there(changed: Path, live: Path) -> bool:
@@ -2294,7 +3116,22 @@ def is_itself_there(changed: Path, live: Path) -> bool:
     if stat.S_ISLNK(ours.st_mode):
         return os.readlink(changed) == os.readlink(live)
     if stat.S_ISREG(ours.st_mode):
-        return ours.st_size == theirs.st_size and has_same_content(changed, live)
+        return ours.st_size == theirs.st_size and same_content(changed, live)
+    return True
+
+
+def is_there_already(changed: Path, live: Path) -> bool:
+    """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
+    todo = [(changed, live)]
+    while todo:
+        ours, theirs = todo.pop()
+        if not is_itself_there(ours, theirs):
+            return False
+        if is_directory(ours):
+            names = os.listdir(ours)
+            if is_opaque(ours) and set(os.listdir(theirs)) - set(names):
+                return False
+            todo += [(ours / name, theirs / name) for name in names]
     return True
 
 
@@ -2328,7 +3165,7 @@ class VarMerge:
         """The entries that the transaction changed, by their paths from /var."""
         found = []
         for name in sorted(os.listdir(self.upper)):
-            if name in FOLDERS_OF_ENTRIES and is_folder(self.upper / name) and not (self.origin / name).is_symlink():
+            if name in ENTRY_DIRECTORIES and is_directory(self.upper / name) and not (self.origin / name).is_symlink():
                 found += [f"{name}/{entry}" for entry in sorted(os.listdir(self.upper / name))]
             else:
                 found.append(name)
@@ -2349,9 +3186,9 @@ class VarMerge:
             return "aside"
         return "place"
 
-    def decide_again(self, entry: str) -> str:
+    def redecide(self, entry: str) -> str:
         """What is to be done with an entry that was to be put in place, some time ago: perhaps that was begun."""
-        changed, origin, live = (folder / entry for folder in (self.upper, self.origin, self.live))
+        changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
         if fingerprint(live) == fingerprint(origin):
             return self.decide(entry)
         return "place" if self._is_begun(changed, origin, live) else "aside"
@@ -2363,11 +3200,11 @@ class VarMerge:
             changed, origin, live = todo.pop()
             if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
                 continue
-            if is_folder(changed) and is_folder(live):
+            if is_directory(changed) and is_directory(live):
                 names = [name for name in os.listdir(live) if name != self._beside]
                 todo += [(changed / name, origin / name, live / name) for name in names]
-            elif is_folder(live):  # it goes, and perhaps some of it has gone
-                if not all(is_folder(live / path) or is_untouched(path, origin, live) for path in paths_below(live)):
+            elif is_directory(live):  # it goes, and perhaps some of it has gone
+                if not all(is_directory(live / path) or is_untouched(path, origin, live) for path in paths_below(live)):
                     return False
             elif not os.path.lexists(changed) or not is_there_already(changed, live):
                 return False
@@ -2383,7 +3220,7 @@ class VarMerge:
         return f".ash-new-{token}"
 
     def merge(self, entry: str, decision: str) -> None:
-        """Put one entry in place, or into the conflicts folder, as was decided; it may have been begun before."""
+        """Put one entry in place, or into the conflicts directory, as was decided; it may have been begun before."""
         changed, live = self.upper / entry, self.live / entry
         if live.parent.is_symlink() and decision != "nothing":
             decision = "aside"
@@ -2393,12 +3230,12 @@ class VarMerge:
             self._append(changed, live, self.origin / entry)
         elif decision == "aside":
             self.in_conflict.append(entry)
-            make_private_folder(self.conflicts)
+            make_private_directory(self.conflicts)
             self._place(changed, self.conflicts / entry)
 
     def add_files(self, pattern: str) -> None:
-        """Put the new plain files that a pattern of one folder tells of in place, and nothing else."""
-        if all(has_plain_parents(folder, pattern) for folder in (self.upper, self.live)):
+        """Put the new plain files that a pattern of one directory tells of in place, and nothing else."""
+        if all(has_real_parents(directory, pattern) for directory in (self.upper, self.live)):
             for changed in sorted(self.upper.glob(pattern)):
                 live = self.live / changed.relative_to(self.upper)
                 if stat.S_ISREG(changed.lstat().st_mode) and not os.path.lexists(live):
@@ -2418,7 +3255,7 @@ class VarMerge:
                 copy_attributes(changed, target)
             elif is_whiteout(changed):
                 self._delete(target)
-            elif is_folder(changed):
+            elif is_directory(changed):
                 self._place_folder(changed, target)
                 names = os.listdir(changed)
                 if is_opaque(changed):
@@ -2445,8 +3282,8 @@ class VarMerge:
 
     @staticmethod
     def _place_folder(changed: Path, target: Path) -> None:
-        """Make a folder, or make it as closed as it is to be, before there is anything new in it."""
-        if is_folder(target):
+        """Make a directory, or make it as closed as it is to be, before there is anything new in it."""
+        if is_directory(target):
             copy_attributes(changed, target)
         else:
             target.unlink(missing_ok=True)
@@ -2462,7 +3299,7 @@ class VarMerge:
             self.kept.append(f"/var/{path}")
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
-        """Append to a live log, or to the logs of a folder, what the transaction appended to its copy."""
+        """Append to a live log, or to the logs of a directory, what the transaction appended to its copy."""
         todo = [(changed, live, origin)]
         while todo:
             changed, live, origin = todo.pop()
@@ -2470,8 +3307,8 @@ class VarMerge:
                 continue
             if not os.path.lexists(live):
                 self._place(changed, live)
-            elif is_folder(changed):
-                names = os.listdir(changed) if is_folder(live) else ()
+            elif is_directory(changed):
+                names = os.listdir(changed) if is_directory(live) else ()
                 todo += [(changed / name, live / name, origin / name) for name in names]
             elif stat.S_ISREG(live.lstat().st_mode) and stat.S_ISREG(changed.lstat().st_mode):
                 self._append_to_file(changed, live, origin)
@@ -2479,7 +3316,10 @@ class VarMerge:
     @staticmethod
     def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
         known = origin.lstat().st_size if os.path.lexists(origin) else 0
-        ours, log = os.fdopen(open_plain(changed), "rb"), os.fdopen(open_plain(live, os.O_RDWR | os.O_APPEND), "r+b")
+        ours, log = (
+            os.fdopen(open_regular(changed), "rb"),
+            os.fdopen(open_regular(live, os.O_RDWR | os.O_APPEND), "r+b"),
+        )
         with ours, log:
             for file in (ours, log):
                 file.seek(min(known, os.fstat(file.fileno()).st_size))
@@ -2490,7 +3330,7 @@ class VarMerge:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a change did, and how one that was interrupted is finished or undone
+# Changes, intents, work directories
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -2560,14 +3400,14 @@ class Change(NamedTuple):
 
 INTENT_SHAPE = {
     "state": lambda state: state in ("open", "kept", "live", "commit", "merge", "number"),
-    "old?": is_number,
-    "new?": is_number,
+    "old?": is_u32,
+    "new?": is_u32,
     "entries?": [is_inner_path],
-    "copies?": [lambda folder: folder in ("etc", "boot")],
+    "copies?": [lambda directory: directory in ("etc", "boot")],
     "delete?": [is_inner_path],
     "homes?": [str],
-    "caller?": {"user": is_number, "command": str, "arguments": [str]},
-    "source?": is_number,
+    "caller?": {"user": is_u32, "command": str, "arguments": [str]},
+    "source?": is_u32,
     "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
 }
 
@@ -2596,27 +3436,46 @@ class Intent(NamedTuple):
     source: int | None = None  # of a snapshot that is being made: what it is a copy of
 
     @classmethod
-    def load(cls, folder: Path) -> Intent | None:
-        """The intent in a work folder; AshError where its file is damaged."""
-        if not os.path.lexists(folder / "intent"):
+    def load(cls, directory: Path) -> Intent | None:
+        """The intent in a work directory; AshError where its file is damaged."""
+        if not os.path.lexists(directory / "intent"):
             return None
         try:
-            return cls(**fields_of(cls, from_json(read_text(folder / "intent"), INTENT_SHAPE)))
+            return cls(**fields_of(cls, from_json(read_text(directory / "intent"), INTENT_SHAPE)))
         except ValueError:
-            about = f"snapshot {folder.name}" if folder.name.isdecimal() else folder.name
-            hint = f"ash unlock {folder.name} drops it" if folder.name.isdecimal() else "ash tmp drops it"
+            about = f"snapshot {directory.name}" if directory.name.isdecimal() else directory.name
+            hint = f"ash unlock {directory.name} drops it" if directory.name.isdecimal() else "ash tmp drops it"
             raise AshError(f"the intent file of {about} is damaged", hint) from None
 
-    def save(self, folder: Path) -> None:
-        write_file(folder / "intent", json.dumps({k: v for k, v in self._asdict().items() if v is not None}))
+    def save(self, directory: Path) -> None:
+        write_file(directory / "intent", json.dumps({k: v for k, v in self._asdict().items() if v is not None}))
 
 
-class Unfinished(AshError):
+def state_of_work(directory: Path) -> str:
+    """The state of the intent in a work directory; empty where there is none, or a damaged one."""
+    with contextlib.suppress(AshError):
+        intent = Intent.load(directory)
+        return intent.state if intent else ""
+    return ""
+
+
+def is_coming_or_going(directory: Path) -> bool:
+    """Whether the snapshot of a work directory was being made or deleted by the last that worked on it."""
+    return state_of_work(directory) == "number"
+
+
+def remove_work_directory(directory: Path) -> None:
+    """Delete the work directory of a snapshot that is none any more, where nothing but its lock is in it."""
+    if os.listdir(directory) == ["lock"]:
+        remove_tree(directory)
+
+
+class CommittedButUnfinished(AshError):
     """A change was committed, and what comes after that has failed."""
 
 
-class Workplace:
-    """The work folder of a snapshot: what a transaction has there, how it is finished or dropped.
+class WorkDir:
+    """The work directory of a snapshot: what a transaction has there, how it is finished or dropped.
 
     Its methods need the snapshot's lock.
     """
@@ -2632,16 +3491,16 @@ class Workplace:
         self.distro = distro
         self.snapshot = snapshot
         self.name = name or snapshot  # of its lock
-        self.folder = layout.work(self.name)
+        self.directory = layout.work(self.name)
         self.root = layout.working_copy(self.name)
-        self.before = self.folder / "before"  # a copy of what is changed, where one is needed
-        self.origin = self.folder / "var"
-        # Some folders of /var are everybody's to write in: nobody is to find them here too.
-        self.private = self.folder / "private"
+        self.before = self.directory / "before"  # a copy of what is changed, where one is needed
+        self.origin = self.directory / "var"
+        # Some directories of /var are everybody's to write in: nobody is to find them here too.
+        self.private = self.directory / "private"
         self.upper = self.private / "upper"
         self.overlay_work = self.private / "overlay"
-        self.decisions = self.folder / "decisions"
-        self.merged = self.folder / "merged"
+        self.decisions = self.directory / "decisions"
+        self.merged = self.directory / "merged"
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:
         """Finish or undo what was interrupted.
@@ -2652,7 +3511,7 @@ class Workplace:
         """
         self.close_off()
         try:
-            intent = Intent.load(self.folder)
+            intent = Intent.load(self.directory)
         except AshError:
             if not drop_kept:
                 raise
@@ -2693,7 +3552,7 @@ class Workplace:
 
     @property
     def _of_older(self) -> tuple[Path, Path]:
-        return self.folder / self.upper.name, self.folder / self.overlay_work.name
+        return self.directory / self.upper.name, self.directory / self.overlay_work.name
 
     def _committed(self, intent: Intent) -> Change:
         """What a commit has done that is to be finished: the packages, as far as they are known."""
@@ -2715,16 +3574,16 @@ class Workplace:
     def _clear(self) -> None:
         delete_subvolume(self.before)
         delete_subvolume(self.origin)
-        for folder in ("etc", "boot"):
-            delete_subvolume(self.layout.copy(folder, f"new-{self.snapshot}"))
+        for directory in ("etc", "boot"):
+            delete_subvolume(self.layout.copy(directory, f"new-{self.snapshot}"))
         for leftover in self.files:
             remove_tree(leftover)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that a transaction has in the work folder beside the copy of /var, the intent file last."""
+        """All that a transaction has in the work directory beside the copy of /var, the intent file last."""
         torn = self.decisions.with_name(f".{self.decisions.name}.new")
-        return self.private, *self._of_older, self.decisions, torn, self.merged, self.folder / "intent"
+        return self.private, *self._of_older, self.decisions, torn, self.merged, self.directory / "intent"
 
     def leftovers(self) -> list[Path]:
         """What a transaction has left, the intent file last."""
@@ -2748,7 +3607,7 @@ class Workplace:
         """Exchange the snapshot with another subvolume: this is the commit. Returns the intent, to be finished."""
         rootfs = self.layout.rootfs(self.snapshot)
         intent = intent._replace(state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
-        intent.save(self.folder)
+        intent.save(self.directory)
         sync_filesystem(self.layout.snapshots)
         exchange(rootfs, new)
         return intent
@@ -2763,13 +3622,13 @@ class Workplace:
             return self._finish(intent)
         except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
-            raise Unfinished(what, "ash recover goes on with it") from error
+            raise CommittedButUnfinished(what, "ash recover goes on with it") from error
 
     def _finish(self, intent: Intent) -> VarMerge:
         layout, n = self.layout, self.snapshot
         merge = self.merge_into_var(intent)
-        for folder in intent.copies:
-            renew_copy(layout, n, folder)
+        for directory in intent.copies:
+            renew_copy(layout, n, directory)
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
         if intent.state == "commit" and self.root.exists():
@@ -2787,11 +3646,11 @@ class Workplace:
         conflicts = layout.conflicts(self.snapshot)
         merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            # Who ran in the transaction may have kept a folder of it open: nothing there is to become a link either.
+            # Who ran in the transaction may have kept a directory of it open: nothing there is to become a link either.
             with (
                 Lock(layout.work("merge") / "lock", "merging into /var", wait=600),
-                without_links(layout.var),
-                without_links(self.upper),
+                nosymfollow(layout.var),
+                nosymfollow(self.upper),
             ):
                 self._merge(merge, intent.entries)
         return merge
@@ -2816,36 +3675,10 @@ class Workplace:
             if json.dumps(entry) not in done:
                 decision = decisions["decided"].get(entry, "aside")
                 # Who knows how long ago that was, and who has changed it since.
-                merge.merge(entry, merge.decide_again(entry) if goes_on and decision == "place" else decision)
+                merge.merge(entry, merge.redecide(entry) if goes_on and decision == "place" else decision)
                 about_to(f"note that {entry} is merged")
                 with self.merged.open("a") as file:
                     file.write(f"{json.dumps(entry)}\n")
-
-
-def renew_copy(layout: Layout, snapshot: int, folder: str) -> None:
-    """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
-    require_folders(layout.rootfs(snapshot))
-    target, new = layout.copy(folder, snapshot), layout.copy(folder, f"new-{snapshot}")
-    copy_as_subvolume(layout.rootfs(snapshot) / folder, new)
-    replace_subvolume(new, target)
-
-
-def copy_as_subvolume(folder: Path, new: Path) -> None:
-    """Make a read-only subvolume of what a folder holds, in the place of one that was left unfinished."""
-    delete_subvolume(new)
-    create_subvolume(new)
-    about_to(f"fill {new.name}")
-    run(["cp", "-a", "--reflink=auto", f"{folder}/.", new])
-    set_readonly(new)
-
-
-def replace_subvolume(new: Path, target: Path) -> None:
-    """Put a subvolume in the place of another, or of none, and delete the other."""
-    if target.exists():
-        exchange(new, target)
-        delete_subvolume(new)
-    else:
-        rename(new, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2853,28 +3686,7 @@ def replace_subvolume(new: Path, target: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Let Ctrl-C, a hang-up and the like wait until the block has ended: it takes a second, and is all or nothing."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def signals_heard() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM come in this block, where they are held around it: what it does may take long."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class Findings(NamedTuple):
+class Delta(NamedTuple):
     """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
 
     paths: Mapping[str, str]  # "added", "removed" or "changed"
@@ -2883,8 +3695,8 @@ class Findings(NamedTuple):
     intent: Intent
 
     @property
-    def folders(self) -> set[str]:
-        """The folders of the root in which something was changed."""
+    def directories(self) -> set[str]:
+        """The directories of the root in which something was changed."""
         return {path.partition("/")[0] for path in self.paths}
 
 
@@ -2915,7 +3727,7 @@ class Transaction:
         self.resume = resume
         self.simulate = simulate
         self.base = base
-        self.place = Workplace(self.layout, self.distro, snapshot)
+        self.place = WorkDir(self.layout, self.distro, snapshot)
         self.original = self.layout.rootfs(snapshot)
         self.root = self.place.root
         self.var = self.place.origin
@@ -2945,7 +3757,7 @@ class Transaction:
         with self._stack:
             if isinstance(error, HangUp):
                 sync_filesystem(self.layout.snapshots)  # what ran in there has synced nothing
-                self.intent._replace(state="kept").save(self.place.folder)
+                self.intent._replace(state="kept").save(self.place.directory)
             elif error is not None or self.simulate:
                 try:
                     self._keep_downloads()
@@ -2956,12 +3768,12 @@ class Transaction:
                     self._commit()
 
     def _require_kept(self) -> None:
-        intent = Intent.load(self.place.folder)
+        intent = Intent.load(self.place.directory)
         if intent is None or intent.state != "kept":
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
         self.place.close_off()
         self.intent = intent._replace(state="open")
-        self.intent.save(self.place.folder)
+        self.intent.save(self.place.directory)
 
     def _require_space(self) -> None:
         self.system.keep_reserve()
@@ -2974,13 +3786,13 @@ class Transaction:
             )
 
     def _begin(self) -> None:
-        self.place.folder.mkdir(parents=True, exist_ok=True)
+        self.place.directory.mkdir(parents=True, exist_ok=True)
         homes = sorted(os.listdir(self.layout.home))
         self.intent = self.intent._replace(homes=homes, caller=self.system.caller)
-        self.intent.save(self.place.folder)
+        self.intent.save(self.place.directory)
         self.place.private.mkdir(mode=0o700)
-        for folder in (self.place.upper, self.place.overlay_work):
-            folder.mkdir()
+        for directory in (self.place.upper, self.place.overlay_work):
+            directory.mkdir()
         try:
             snapshot_subvolume(self.layout.var, self.var, readonly=True)
         except AshError as error:
@@ -3001,8 +3813,8 @@ class Transaction:
     def chroot(self) -> Chroot:
         """The working copy, as what runs in it sees it."""
         mutable = []
-        for kept, seen in mutable_folders(self.root, self.snapshot):
-            mutable.append((make_mutable_folder(self.layout, kept), seen))
+        for kept, seen in mutable_directories(self.root, self.snapshot):
+            mutable.append((make_mutable_directory(self.layout, kept), seen))
         return Chroot(
             self.root,
             {**self.distro.environment},
@@ -3024,7 +3836,7 @@ class Transaction:
 
         def hear(piece: bytes) -> None:
             said.append(piece)
-            if not (console.silent or console.hushed):
+            if not (console.silent or console.quiet_progress):
                 sys.stderr.buffer.write(piece)
                 sys.stderr.flush()
 
@@ -3040,16 +3852,18 @@ class Transaction:
         """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
         try:
             found = self._conclude()
-            intent = found.intent._replace(state="merge", copies=sorted(found.folders & {"etc", "boot"}))
+            intent = found.intent._replace(state="merge", copies=sorted(found.directories & {"etc", "boot"}))
             if found.paths:
                 intent = self.place.swap(self.root, intent)
             else:
                 delete_subvolume(self.root)
-                intent.save(self.place.folder)
+                intent.save(self.place.directory)
                 sync_filesystem(self.layout.snapshots)
         except BaseException:
             with contextlib.suppress(AshError, OSError):
-                self.intent.save(self.place.folder)  # whatever interrupts the dropping, nothing of it is to be finished
+                self.intent.save(
+                    self.place.directory
+                )  # whatever interrupts the dropping, nothing of it is to be finished
             self.place.drop()
             raise
         merge = self.place.finish(intent)
@@ -3063,15 +3877,15 @@ class Transaction:
                 merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
                 with (
                     Lock(self.layout.work("merge") / "lock", "merging into /var"),
-                    without_links(self.layout.var),
-                    without_links(self.place.upper),
+                    nosymfollow(self.layout.var),
+                    nosymfollow(self.place.upper),
                 ):
                     merge.add_files(self.distro.downloads)
 
-    def _conclude(self) -> Findings:
+    def _conclude(self) -> Delta:
         """Make the working copy what it is to be, for good, and find out what was changed."""
         layout, place = self.layout, self.place
-        require_folders(self.root)
+        require_directories(self.root)
         self._require_folders_of_var()
         mark_variant(self.root)
         self._refuse_foreign_writes()
@@ -3083,9 +3897,9 @@ class Transaction:
         entries = merge.entries()
         before, after = self._packages(paths)
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
-        return Findings(paths, before, after, self.intent._replace(entries=entries, delete=delete))
+        return Delta(paths, before, after, self.intent._replace(entries=entries, delete=delete))
 
-    def _made(self, found: Findings, merge: VarMerge) -> Change:
+    def _made(self, found: Delta, merge: VarMerge) -> Change:
         return Change.between(
             self.snapshot,
             found.before,
@@ -3098,42 +3912,44 @@ class Transaction:
 
     def _require_folders_of_var(self) -> None:
         """Whoever makes a link of one of these has all that ash puts there, and what others have there, elsewhere."""
-        for name in FOLDERS_OF_ENTRIES:
+        for name in ENTRY_DIRECTORIES:
             there = self.place.upper / name
-            if os.path.lexists(there) and not is_folder(there):
-                raise AshError(f"/var/{name} must stay a folder", "make links in it, or mount something there", REFUSED)
+            if os.path.lexists(there) and not is_directory(there):
+                raise AshError(
+                    f"/var/{name} must stay a directory", "make links in it, or mount something there", REFUSED
+                )
 
     def _settle_numbers(self) -> None:
         """See that no name that the transaction brought has another's number, or another number than elsewhere."""
         before = self.original / "etc"
-        if all(is_same(before / name, self.root / "etc" / name) for name in NUMBERED_FILES):
+        if all(is_same(before / name, self.root / "etc" / name) for name in ID_FILES):
             return
         with self.system.lock("state"):
-            numbers = Numbers.load(self.layout.ids)
+            numbers = AccountIds.load(self.layout.ids)
             moves = numbers.settle(before, self.root / "etc")
             write_file(self.layout.ids, numbers.dump())
         if moves:
-            folders = {self.root: self.original, self.place.upper: self.var}
-            folders |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
-            with without_links(self.layout.home):
-                renumber(self.root, moves, before, folders)
+            directories = {self.root: self.original, self.place.upper: self.var}
+            directories |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
+            with nosymfollow(self.layout.home):
+                change_ids(self.root, moves, before, directories)
 
     def _new_homes(self, before: Path) -> list[Path]:
         """Home directories that the transaction has made in the shared /home, with their accounts."""
-        known = read_numbers(before / "passwd")
+        known = read_ids(before / "passwd")
         rows = [line.split(":") for line in lines_of(read_text(self.root / "etc/passwd"))]
         names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
         there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
-        return [self.layout.home / name for name in sorted(names & there) if is_folder(self.layout.home / name)]
+        return [self.layout.home / name for name in sorted(names & there) if is_directory(self.layout.home / name)]
 
     def _lay_out_database_files(self) -> None:
         """Show the snapshot's own single files of the package database in its /var."""
         for name in self.distro.database_files:
             own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
-            if own.is_file() and not own.is_symlink() and has_plain_parents(self.var, name):
-                for folder in reversed(Path(name).parents[:-1]):
-                    (self.place.upper / folder).mkdir(exist_ok=True)
-                    copy_attributes(self.var / folder, self.place.upper / folder)
+            if own.is_file() and not own.is_symlink() and has_real_parents(self.var, name):
+                for directory in reversed(Path(name).parents[:-1]):
+                    (self.place.upper / directory).mkdir(exist_ok=True)
+                    copy_attributes(self.var / directory, self.place.upper / directory)
                 copy_file(own, shown)
 
     def _take_database_files(self) -> None:
@@ -3182,7 +3998,7 @@ class Transaction:
         self._refuse_too_deep(paths)
         for here in sorted({path.rpartition("/")[0] for path in paths}):
             origin = self.var / here
-            nested = is_folder(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
+            nested = is_directory(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
             if nested or (self.system.running and here in foreign):
                 raise AshError(
                     f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it",
@@ -3196,413 +4012,11 @@ class Transaction:
         for path in paths:
             if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first is quick to know
                 entry = "/".join(path.split("/")[:2])
-                raise AshError(f"/var/{entry} has folders in folders, too deep to be put in place", "", REFUSED)
-
-
-def mark_variant(root: Path) -> None:
-    """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
-    path = path_inside(root, "etc/os-release")
-    lines = lines_of(read_text(path))
-    if os.path.lexists(path) and not path.is_file():
-        raise AshError(f"/etc/os-release of {root.name} is no plain file", "", REFUSED)
-    if "VARIANT_ID=ashos" not in lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        others = [line for line in lines if not line.startswith("VARIANT_ID=")]
-        write_text(path, "\n".join([*others, "VARIANT_ID=ashos", ""]))
+                raise AshError(f"/var/{entry} has directories in directories, too deep to be put in place", "", REFUSED)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The numbers of users and groups: the same name has the same number in all snapshots
-# ---------------------------------------------------------------------------------------------------------------
-
-
-NUMBERED_FILES = ("passwd", "group", "subuid", "subgid")
-FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and Fedora have it in login.defs
-SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
-
-
-class Numbers:
-    """The names and numbers that were ever given, for each of NUMBERED_FILES.
-
-    In subuid and subgid a name's number is where its range begins.
-    """
-
-    def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
-        self.given = {name: {} for name in NUMBERED_FILES} if given is None else given
-
-    @classmethod
-    def load(cls, path: Path) -> Numbers:
-        """The numbers as their file has them; none where there is no file."""
-        if not path.exists():
-            return cls()
-        try:
-            data = from_json(read_text(path), {f"{name}?": {"*": is_number} for name in NUMBERED_FILES})
-            return cls({name: data.get(name, {}) for name in NUMBERED_FILES})
-        except ValueError:
-            raise AshError(f"the file of users' numbers {path} is damaged", "ash fsck --repair makes it anew") from None
-
-    def dump(self) -> str:
-        """The numbers as their file has them."""
-        return json.dumps(self.given) + "\n"
-
-    def learn(self, etc: Path) -> None:
-        """Take note of the names in an /etc that are not known yet."""
-        for name in NUMBERED_FILES:
-            for account, number in read_numbers(etc / name).items():
-                self.given[name].setdefault(account, number)
-
-    def reconcile(self, etc: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
-        """Find numbers for the names of an /etc that share one, or that have another one elsewhere, and note them.
-
-        Returns:
-            for each file, the new numbers by name; and which old number becomes which, where it had one name only.
-        """
-        wanted: dict[str, dict[str, int]] = {}
-        moves: dict[str, dict[int, int]] = {}
-        for name in NUMBERED_FILES:
-            there, given = read_numbers(etc / name), self.given[name]
-            for number in sorted(set(there.values())):
-                accounts = [account for account, its in there.items() if its == number]
-                keeper = next((account for account in accounts if given.get(account, number) == number), None)
-                for account in [one for one in accounts if one != keeper]:
-                    new = given.get(account, number)
-                    if new in there.values():
-                        new = free_number(name, number, {*given.values(), *there.values()})
-                    there[account] = given[account] = wanted.setdefault(name, {})[account] = new
-                    if len(accounts) == 1:
-                        moves.setdefault(name, {})[number] = new
-        return wanted, moves
-
-    def settle(self, before: Path, after: Path) -> dict[str, dict[int, int]]:
-        """Find the numbers for names that are new or changed in an /etc, and take note of them.
-
-        Args:
-            before, after: the /etc that a transaction started with, and what it made of it.
-
-        Returns:
-            for each file, which numbers are to become which.
-        """
-        moves: dict[str, dict[int, int]] = {}
-        for name in NUMBERED_FILES:
-            old, new = read_numbers(before / name), read_numbers(after / name)
-            given = self.given[name]
-            for account, number in new.items():
-                shared = list(new.values()).count(number) > 1  # on purpose: no tool gives a number twice by itself
-                if old.get(account) == number or shared:
-                    given.setdefault(account, number)
-                    continue
-                if account not in given:
-                    taken = {*given.values(), *(n for other, n in new.items() if other != account)}
-                    given[account] = number if number not in given.values() else free_number(name, number, taken)
-                if given[account] != number:
-                    moves.setdefault(name, {})[number] = given[account]
-        return moves
-
-
-def give_numbers(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Mapping[str, Mapping[int, int]]) -> None:
-    """Give accounts of a root other numbers.
-
-    Args:
-        root: the root.
-        wanted: for each of NUMBERED_FILES, the new numbers by name.
-        moves: the old numbers that become new ones, where no other account has the old one: files go along.
-    """
-    users, groups = moves.get("passwd", {}), moves.get("group", {})
-    for name in NUMBERED_FILES:
-        path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
-        if path.is_symlink():  # an absolute one would lead to the file of the system that runs
-            continue
-        text = read_text(path)
-        rows = [line.split(":") for line in lines_of(text)]
-        for row in rows:
-            if row[0] in wanted.get(name, {}):
-                row[column] = str(wanted[name][row[0]])
-            group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
-            if group is not None and group in groups:
-                row[3] = str(groups[group])
-        renewed = "".join(f"{':'.join(row)}\n" for row in rows)
-        if renewed != text:
-            write_text(path, renewed)
-    for inside in paths_below(root) if users or groups else ():
-        give_to(root / inside, root / "nothing", users, groups)
-
-
-def free_number(name: str, like: int, taken: Container[int]) -> int:
-    """A number of the same kind as another (system or human, or a range's start) that is not taken."""
-    if name in ("subuid", "subgid"):
-        candidates = range(like, 1 << 31, SUBORDINATES)
-    else:
-        candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, LAST_HUMAN + 1)
-    number = next((n for n in candidates if n not in taken), None)
-    if number is None:
-        raise AshError(f"all numbers for {name} are given", "take out names that nobody needs any more")
-    return number
-
-
-def read_numbers(path: Path) -> dict[str, int]:
-    """Names and numbers of passwd, group, subuid or subgid."""
-    column = 1 if path.name.startswith("sub") else 2
-    found: dict[str, int] = {}
-    if path.is_symlink():  # an absolute one would lead to the file of the system that runs
-        return found
-    for row in (line.split(":") for line in lines_of(read_text(path))):
-        number = to_number(row[column]) if len(row) > column else None
-        if number is not None:
-            found.setdefault(row[0], number)
-    return found
-
-
-def renumber(root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, folders: Mapping[Path, Path]) -> None:
-    """Give accounts of a root their settled numbers, and their files with them.
-
-    Args:
-        root: the root; its passwd and kin are rewritten.
-        moves: which numbers become which, as Numbers.settle() says.
-        before: the /etc that the transaction started with: accounts that it had keep theirs.
-        folders: where files of these accounts may be, each with what was there before: those keep their owners.
-    """
-    users, groups = moves.get("passwd", {}), moves.get("group", {})
-    for name in NUMBERED_FILES:
-        path = root / "etc" / name
-        if not path.is_file() or path.is_symlink():
-            continue
-        old = read_numbers(before / name)
-        lines = []
-        for line in lines_of(read_text(path)):
-            row, column = line.split(":"), 1 if name.startswith("sub") else 2
-            number = to_number(row[column]) if len(row) > column else None
-            if number is not None and old.get(row[0]) != number:
-                row[column] = str(moves.get(name, {}).get(number, row[column]))
-                group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
-                if group is not None:
-                    row[3] = str(groups.get(group, row[3]))
-            lines.append(":".join(row))
-        write_text(path, "".join(f"{text}\n" for text in lines))
-    done = set()
-    for folder, original in folders.items():
-        for path in [folder, *(folder / inside for inside in paths_below(folder))]:
-            inode = inode_of(path)
-            if inode is not None and inode not in done:  # it may have several names; in /home, it may have gone
-                give_to(path, original / path.relative_to(folder), users, groups)
-                done.add(inode)
-
-
-def give_to(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
-    """Change a file's owner and group by a map of numbers, unless it had that owner before."""
-    now = path.lstat()
-    was = original.lstat() if os.path.lexists(original) else None
-    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
-    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
-    if (user, group) == (-1, -1):
-        return
-    if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
-        os.chown(path, user, group, follow_symlinks=False)
-        return
-    with open_itself(path) as file:  # once it is its new owner's, that one can put a link in its place
-        capabilities = None
-        with contextlib.suppress(OSError):
-            capabilities = os.getxattr(file, "security.capability")
-        os.fchown(file, user, group)
-        os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
-        if capabilities is not None:
-            os.setxattr(file, "security.capability", capabilities)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a root needs to be booted: fstab, units
-# ---------------------------------------------------------------------------------------------------------------
-
-MUTABLE_FOLDERS = "/.snapshots/mutable_dirs/"
-OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
-# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
-MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
-
-
-def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
-    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
-
-    Args:
-        layout: the paths.
-        uuid: of the root file system.
-        which: the snapshot's number or the slot's name.
-        old: the text so far.
-        mutable: whether the root is to be writable.
-    """
-    options = "compress=zstd,noatime"
-
-    def volume(prefix: str) -> str:
-        return f"subvol={layout.volume_name(prefix)},{options}"
-
-    own = [
-        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
-        # Old versions of setuid programs lie here: they must not be run.
-        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
-        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
-        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
-        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
-        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
-        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
-    ]
-    lines = [f"{' '.join(entry)} 0 0" for entry in own]
-    return "\n".join([*lines, *fstab_of_user(old), ""])
-
-
-def fstab_word(path: str) -> str:
-    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
-    return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
-
-
-def fstab_mount_point(line: str) -> str:
-    """The mount point of a line of fstab; empty for comments and blank lines."""
-    words = line.split()
-    return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
-
-
-# Finishes what was interrupted, before anything uses /var; where nothing was, work folders have locks alone.
-RECOVER_UNIT = """\
-[Unit]
-Description=Finish or undo interrupted changes of snapshots
-DefaultDependencies=no
-RequiresMountsFor=/.snapshots /var /run
-Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
-Conflicts=shutdown.target
-Before=shutdown.target
-ConditionPathExistsGlob=|/.snapshots/ash/work/*/[!l]*
-ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-chr*
-ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/ash recover
-"""
-
-# No slip of root's writes into a slot by way of /.snapshots. As a line of fstab it would make a cycle with /etc.
-PROTECT_UNIT = """\
-[Unit]
-Description=Protect snapshots and deployments from being written to
-DefaultDependencies=no
-After=local-fs.target ash-recover.service
-Before=sysinit.target
-Conflicts=shutdown.target
-Before=shutdown.target
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
-ExecStop=umount /.snapshots/rootfs
-"""
-
-# Stopped after all other services, while everything is still mounted: what they wrote to /etc last is carried too.
-CARRY_UNIT = """\
-[Unit]
-Description=Carry changes of /etc over to the deployment for the next boot
-DefaultDependencies=no
-After=local-fs.target ash-protect.service
-Before=sysinit.target
-Conflicts=shutdown.target
-Before=shutdown.target
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=true
-ExecStop=/usr/bin/ash carry
-"""
-
-# By night, where the administrator has enabled the timer; what is done is /etc/ash.conf's to say.
-UPGRADE_UNIT = """\
-[Unit]
-Description=Upgrade the booted snapshot, check it, deploy it
-Documentation=man:ash(8)
-Wants=network-online.target
-After=network-online.target time-sync.target
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/ash auto-upgrade
-Nice=19
-IOSchedulingClass=idle
-"""
-UPGRADE_TIMER = """\
-[Unit]
-Description=Upgrade the booted snapshot every night
-Documentation=man:ash(8)
-
-[Timer]
-OnCalendar=02:00
-RandomizedDelaySec=3h
-Persistent=true
-
-[Install]
-WantedBy=timers.target
-"""
-
-# Their texts, and what wants them at every start.
-UNITS = {
-    "ash-upgrade.service": (UPGRADE_UNIT, ""),
-    "ash-upgrade.timer": (UPGRADE_TIMER, ""),
-    "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
-    "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
-    "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
-}
-
-
-def mutable_folders(root: Path, snapshot: int) -> list[tuple[str, str]]:
-    """What ash.conf of a root names as mutable: where it is kept (as the old ash did), and where it is seen.
-
-    The one is a path from @.snapshots_D, the other from the root.
-    """
-    path = path_inside(root, "etc/ash.conf")
-    conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
-    own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
-    return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
-
-
-def make_mutable_folder(layout: Layout, kept: str) -> Path:
-    """Make the folder behind a mutable one, where there is none; AshError where a link leads to elsewhere."""
-    folder = layout.snapshots / kept
-    if path_inside(layout.snapshots, kept) != folder:
-        raise AshError(f"{kept} leads through a link", "ash edit-conf N names the folder itself", REFUSED)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def equip(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
-    """Put into a writable root what it needs to be booted and to have ash in it.
-
-    Args:
-        layout: the paths.
-        root: the root.
-        which: the snapshot's number or slot's name under which it will be mounted.
-        uuid: of the root file system.
-    """
-    require_folders(root)
-    for name in MOUNT_POINTS:
-        path_inside(root, name).mkdir(parents=True, exist_ok=True)
-    old = read_text(path_inside(root, "etc/fstab"))
-    write_inside(root, "etc/fstab", render_fstab(layout, uuid, which, old, is_mutable(root)))
-    link = place_inside(root, "usr/bin/ash")
-    remove_tree(link)
-    link.symlink_to("/.snapshots/ash/ash")
-    old_name = place_inside(root, "usr/bin/ast")  # what astOS called it
-    if not os.path.lexists(old_name):
-        old_name.symlink_to("ash")
-    units = "usr/lib/systemd/system"
-    if path_inside(root, units).is_dir():
-        for name, (text, wanted_by) in UNITS.items():
-            write_inside(root, f"{units}/{name}", text)
-            if not wanted_by:
-                continue
-            path_inside(root, f"{units}/{wanted_by}").mkdir(parents=True, exist_ok=True)
-            wanted = place_inside(root, f"{units}/{wanted_by}/{name}")
-            remove_tree(wanted)
-            wanted.symlink_to(f"../{name}")
-    mark_variant(root)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The merge of /etc: three-way, between what a deployment started with, what it made of that, and another's own
+# The merge of /etc: three-way
 # ---------------------------------------------------------------------------------------------------------------
 
 # What programs make anew by themselves, or keep beside what they edit.
@@ -3614,55 +4028,11 @@ ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "su
 MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
 
 
-def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
-    a, b = status_of(one), status_of(other)
-    if a is None or b is None:
-        return a is b
-    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
-        return False
-    if stat.S_ISLNK(a.st_mode):
-        return os.readlink(one) == os.readlink(other)
-    if stat.S_ISREG(a.st_mode):
-        return a.st_size == b.st_size and (a.st_mtime_ns == b.st_mtime_ns or has_same_content(one, other))
-    return True
+def etc_state(etc: Path) -> str:
+    """A digest of an /etc that changes when anything in it does."""
+    import hashlib
 
-
-def is_folder(path: Path) -> bool:
-    """Whether a path is a folder, and no link to one."""
-    return path.is_dir() and not path.is_symlink()
-
-
-def is_special(path: Path) -> bool:
-    """Whether a path is a socket or a device: these are made by programs, not kept."""
-    kind = path.lstat().st_mode if os.path.lexists(path) else 0
-    return stat.S_ISSOCK(kind) or stat.S_ISBLK(kind) or stat.S_ISCHR(kind)
-
-
-def has_plain_parents(folder: Path, path: str) -> bool:
-    """Whether all that a path goes through below a folder are folders, and no links that lead elsewhere."""
-    parents = [folder / parent for parent in Path(path).parents]
-    return all(parent.is_dir() and (parent == folder or not parent.is_symlink()) for parent in parents)
-
-
-def is_untouched(path: str, one: Path, other: Path) -> bool:
-    """Whether a path is one file, to which nothing was done since, in a subvolume and in a snapshot of it."""
-    a, b = (status_of(root / path) if has_plain_parents(root, path) else None for root in (one, other))
-    return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
-
-
-def paths_below(folder: Path) -> set[str]:
-    """All paths in a folder, from it."""
-    found: set[str] = set()
-    todo = [""]
-    while todo:
-        inside = todo.pop()  # by text: a Path for each would take ten times as long
-        with contextlib.suppress(OSError), os.scandir(f"{folder}/{inside}") as entries:
-            for entry in entries:
-                found.add(inside + entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    todo.append(f"{inside}{entry.name}/")
-    return found
+    return hashlib.sha256(repr(fingerprint(etc)).encode(errors="replace")).hexdigest()
 
 
 def etc_drift(base: Path, running: Path) -> dict[str, str]:
@@ -3677,6 +4047,29 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
         before, now = os.path.lexists(base / path), os.path.lexists(running / path)
         drift[path] = "changed" if before and now else "added" if now else "removed"
     return drift
+
+
+def number_is_taken(line: str, others: Iterable[str]) -> bool:
+    """Whether a line of passwd or group has a number that another line has too."""
+    return line.split(":")[2:3] in [other.split(":")[2:3] for other in others]
+
+
+def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | None:
+    """Merge a line of three columns by column; None where both changed the same one."""
+    rows = [line.split(":") for line in (was, now, theirs)]
+    if len({len(row) for row in rows}) != 1:
+        return None
+    merged = []
+    for column, (a, b, c) in enumerate(zip(*rows, strict=True)):
+        if column in members:
+            before, live, own = (dict.fromkeys(filter(None, text.split(","))) for text in (a, b, c))
+            kept = [name for name in own if name not in before or name in live]
+            merged.append(",".join(dict.fromkeys([*kept, *(name for name in live if name not in before)])))
+        elif b != a and c not in (a, b):
+            return None
+        else:
+            merged.append(b if b != a else c)
+    return ":".join(merged)
 
 
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
@@ -3712,27 +4105,56 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
     return "".join(f"{text}\n" for text in new.values()), conflicts
 
 
-def number_is_taken(line: str, others: Iterable[str]) -> bool:
-    """Whether a line of passwd or group has a number that another line has too."""
-    return line.split(":")[2:3] in [other.split(":")[2:3] for other in others]
+MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
+OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
+# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
+MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
 
 
-def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | None:
-    """Merge a line of three columns by column; None where both changed the same one."""
-    rows = [line.split(":") for line in (was, now, theirs)]
-    if len({len(row) for row in rows}) != 1:
-        return None
-    merged = []
-    for column, (a, b, c) in enumerate(zip(*rows, strict=True)):
-        if column in members:
-            before, live, own = (dict.fromkeys(filter(None, text.split(","))) for text in (a, b, c))
-            kept = [name for name in own if name not in before or name in live]
-            merged.append(",".join(dict.fromkeys([*kept, *(name for name in live if name not in before)])))
-        elif b != a and c not in (a, b):
-            return None
-        else:
-            merged.append(b if b != a else c)
-    return ":".join(merged)
+def fstab_word(path: str) -> str:
+    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
+    return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
+
+
+def fstab_mount_point(line: str) -> str:
+    """The mount point of a line of fstab; empty for comments and blank lines."""
+    words = line.split()
+    return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
+
+
+def fstab_of_user(text: str) -> list[str]:
+    """The lines of an fstab that are not ash's own."""
+    others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    return [line for line in others if not line.startswith(MUTABLE_DIRECTORIES)]
+
+
+def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
+
+    Args:
+        layout: the paths.
+        uuid: of the root file system.
+        which: the snapshot's number or the slot's name.
+        old: the text so far.
+        mutable: whether the root is to be writable.
+    """
+    options = "compress=zstd,noatime"
+
+    def volume(prefix: str) -> str:
+        return f"subvol={layout.volume_name(prefix)},{options}"
+
+    own = [
+        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
+        # Old versions of setuid programs lie here: they must not be run.
+        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
+        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
+        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
+        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+    ]
+    lines = [f"{' '.join(entry)} 0 0" for entry in own]
+    return "\n".join([*lines, *fstab_of_user(old), ""])
 
 
 class EtcMerge:
@@ -3745,10 +4167,10 @@ class EtcMerge:
         conflicts: where the running version of a file goes that both sides changed.
         own_fstab: makes the target's fstab from the lines of another.
         identity: whether the machine's id and host keys are carried too.
-        keeps: whether anything is put into the conflicts folder.
+        keeps: whether anything is put into the conflicts directory.
     """
 
-    DEPTH: ClassVar = 100  # of folders in folders, more than any program makes
+    DEPTH: ClassVar = 100  # of directories in directories, more than any program makes
 
     def __init__(
         self,
@@ -3772,7 +4194,7 @@ class EtcMerge:
         self.in_conflict: list[str] = []
 
     def merge(self, fresh: bool = False) -> None:
-        """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts folder."""
+        """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts directory."""
         drift = self._near(etc_drift(self.base, self.running))
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
@@ -3788,7 +4210,7 @@ class EtcMerge:
                 self._carry_identity(path)
 
     def _near(self, drift: Mapping[str, str]) -> dict[str, str]:
-        """The drift without what lies too deep: whoever owns a folder in /etc could hold up root with that."""
+        """The drift without what lies too deep: whoever owns a directory in /etc could hold up root with that."""
         far = set(filter(self.is_far, drift))
         self.in_conflict += [path for path in drift if path in far and path.rpartition("/")[0] not in far]
         return {path: kind for path, kind in drift.items() if path not in far}
@@ -3800,7 +4222,7 @@ class EtcMerge:
 
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
-        plain = has_plain_parents(self.target, path)
+        plain = has_real_parents(self.target, path)
         if path == "fstab" and not any(one.is_symlink() for one in (own, now, was)):
             self._carry_fstab(own, now, was)
         elif plain and is_same(own, now):
@@ -3810,13 +4232,13 @@ class EtcMerge:
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
-        elif not (is_folder(now) and is_folder(own)):
+        elif not (is_directory(now) and is_directory(own)):
             self._keep_aside(path)
 
     def _hides_something_new(self, path: str) -> bool:
-        """Whether the target has a folder, with something of its own in it, where the running /etc has none."""
+        """Whether the target has a directory, with something of its own in it, where the running /etc has none."""
         own, now = self.target / path, self.running / path
-        return is_folder(own) and not is_folder(now) and bool(first_difference(own, self.base / path))
+        return is_directory(own) and not is_directory(now) and bool(first_difference(own, self.base / path))
 
     def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
         texts = [read_text(path) for path in (own, now, was)]
@@ -3824,14 +4246,14 @@ class EtcMerge:
         if live in (before, ours):
             return
         if ours == before:
-            mutable = [f"{line}\n" for line in lines_of(texts[0]) if line.startswith(MUTABLE_FOLDERS)]
+            mutable = [f"{line}\n" for line in lines_of(texts[0]) if line.startswith(MUTABLE_DIRECTORIES)]
             rewrite(own, self.own_fstab(texts[1]) + "".join(mutable))
             self.carried.append("fstab")
         else:
             self._keep_aside("fstab")
 
     def _carry_accounts(self, path: str) -> None:
-        was, now, own = (read_text(folder / path) for folder in (self.base, self.running, self.target))
+        was, now, own = (read_text(directory / path) for directory in (self.base, self.running, self.target))
         merged, conflicts = merge_accounts(path, was, now, own)
         if merged != own:
             rewrite(self.target / path, merged)
@@ -3841,12 +4263,12 @@ class EtcMerge:
 
     def _carry_removal(self, path: str) -> None:
         own = self.target / path
-        if not has_plain_parents(self.target, path) or not os.path.lexists(own):
+        if not has_real_parents(self.target, path) or not os.path.lexists(own):
             return
-        if not is_same(own, self.base / path) or (is_folder(own) and any(own.iterdir())):
+        if not is_same(own, self.base / path) or (is_directory(own) and any(own.iterdir())):
             self.in_conflict.append(path)
             return
-        if is_folder(own):
+        if is_directory(own):
             own.rmdir()
         else:
             own.unlink()
@@ -3857,123 +4279,98 @@ class EtcMerge:
         if self.identity and not is_same(own, self.running / path):
             if not os.path.lexists(own.parent):
                 own.parent.mkdir()
-            if has_plain_parents(self.target, path):
+            if has_real_parents(self.target, path):
                 self.place(self.running / path, own)
 
     def _keep_aside(self, path: str) -> None:
-        """Put the running version into the conflicts folder."""
+        """Put the running version into the conflicts directory."""
         now = self.running / path
         self.in_conflict.append(path)
-        if self.keeps and not is_folder(now):
-            make_private_folder(self.conflicts)
+        if self.keeps and not is_directory(now):
+            make_private_directory(self.conflicts)
             aside = self.conflicts / "etc" / path
             aside.parent.mkdir(parents=True, exist_ok=True)
             copy_file(now, aside)
 
     @staticmethod
     def place(source: Path, target: Path) -> None:
-        """Make a path what another is, a file in one step; a folder without what is in it."""
+        """Make a path what another is, a file in one step; a directory without what is in it."""
         beside = target.with_name(".ash-new")
         remove_tree(beside)
-        if is_folder(source) and is_folder(target):
+        if is_directory(source) and is_directory(target):
             copy_attributes(source, target)
             return
-        if is_folder(source):
+        if is_directory(source):
             beside.mkdir(mode=0o700)
             copy_attributes(source, beside)
         else:
             copy_file(source, beside)
-        if os.path.lexists(target) and is_folder(source) != is_folder(target):
-            exchange(beside, target)  # a folder cannot be renamed over, and nobody is to find nothing there
+        if os.path.lexists(target) and is_directory(source) != is_directory(target):
+            exchange(beside, target)  # a directory cannot be renamed over, and nobody is to find nothing there
             remove_tree(beside)
         else:
             rename(beside, target)
 
 
-def fstab_of_user(text: str) -> list[str]:
-    """The lines of an fstab that are not ash's own."""
-    others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
-    return [line for line in others if not line.startswith(MUTABLE_FOLDERS)]
+def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
+    """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
+    there = {path: has_real_parents(source, path) and os.path.lexists(source / path) for path in paths}
+    for path in sorted(path for path, is_there in there.items() if is_there):
+        if has_real_parents(target, path) and not is_special(source / path):
+            EtcMerge.place(source / path, target / path)
+    for path in sorted((path for path, is_there in there.items() if not is_there), reverse=True):
+        if not has_real_parents(target, path):
+            continue
+        remove_tree((target / path).with_name(".ash-new"))
+        if not is_directory(target / path):
+            remove_tree(target / path)
+        elif not any((target / path).iterdir()):
+            (target / path).rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The boot menu, and the slots that it boots
+# The boot menu
 # ---------------------------------------------------------------------------------------------------------------
 
 
-BOOT_CONFIG_SHAPE = {
-    "kernel": is_inner_path,
-    "initrds": [is_inner_path],
-    "options": is_line,
-    "rootflags?": is_line,
-    "header?": [is_line],
-    "foreign?": is_text,
-}
-# Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
-NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
-MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+def make_bootable(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
+    """Put into a writable root what it needs to be booted and to have ash in it.
 
-
-class BootConfig(NamedTuple):
-    """What ash takes of a snapshot's own grub-mkconfig."""
-
-    kernel: str  # names in /boot
-    initrds: Sequence[str]
-    options: str
-    rootflags: str = ""  # beside the subvolume
-    header: Sequence[str] = ()  # terminals and timeout
-    foreign: str = ""  # other systems, and the user's own entries
-
-    @classmethod
-    def parse(cls, text: str) -> BootConfig:
-        """Read what grub-mkconfig printed.
-
-        Raises:
-            AshError: there is no kernel in it.
-        """
-        kernels = re.finditer(r"^\s*linux\s+(\S+)[ \t]*(.*)$", text, re.MULTILINE)
-        linux = next((found for found in kernels if cls._is_usable(found)), None)
-        if linux is None:
-            raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
-        entry = text[linux.end() : text.find("}", linux.end())]
-        initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
-        sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
-        foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
-        options, rootflags = cls._split_options(linux[2])
-        return cls(
-            kernel=cls._in_boot(linux[1]),
-            initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
-            options=options,
-            rootflags=rootflags,
-            header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
-            foreign="\n".join(body for body in foreign if "menuentry " in body),
-        )
-
-    @staticmethod
-    def _is_usable(linux: re.Match[str]) -> bool:
-        """Whether a kernel's line is a whole one: grub-mkconfig does not quote what files in /boot are called."""
-        usable = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
-        return bool(usable.fullmatch(linux[1])) and linux[2].startswith("root=")
-
-    @staticmethod
-    def _in_boot(path: str) -> str:
-        return path.rpartition("/boot/")[2]
-
-    @staticmethod
-    def _split_options(options: str) -> tuple[str, str]:
-        """The kernel's options, and the flags of rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
-        own = re.compile(r"root=.*|ro|rw|rootflags=.*")
-        words = options.split()
-        flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
-        kept = [word for word in words if not own.fullmatch(word)]
-        return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
+    Args:
+        layout: the paths.
+        root: the root.
+        which: the snapshot's number or slot's name under which it will be mounted.
+        uuid: of the root file system.
+    """
+    require_directories(root)
+    for name in MOUNT_POINTS:
+        path_inside(root, name).mkdir(parents=True, exist_ok=True)
+    old = read_text(path_inside(root, "etc/fstab"))
+    write_inside(root, "etc/fstab", render_fstab(layout, uuid, which, old, is_mutable(root)))
+    link = place_inside(root, "usr/bin/ash")
+    remove_tree(link)
+    link.symlink_to("/.snapshots/ash/ash")
+    old_name = place_inside(root, "usr/bin/ast")  # what astOS called it
+    if not os.path.lexists(old_name):
+        old_name.symlink_to("ash")
+    units = "usr/lib/systemd/system"
+    if path_inside(root, units).is_dir():
+        for name, (text, wanted_by) in UNITS.items():
+            write_inside(root, f"{units}/{name}", text)
+            if not wanted_by:
+                continue
+            path_inside(root, f"{units}/{wanted_by}").mkdir(parents=True, exist_ok=True)
+            wanted = place_inside(root, f"{units}/{wanted_by}/{name}")
+            remove_tree(wanted)
+            wanted.symlink_to(f"../{name}")
+    mark_variant(root)
 
 
 DEPLOYMENT_SHAPE = {
     "slot": is_text,
     "id": is_name,
-    "snapshot": is_number,
-    "source": is_number,
+    "snapshot": is_u32,
+    "source": is_u32,
     "name": is_text,
     "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE,
@@ -4007,6 +4404,24 @@ class Deployment(NamedTuple):
     def entry(self) -> str:
         """What GRUB knows it by: what begins with a digit is to GRUB a place in the menu ("1d2e" is the second)."""
         return f"ash-{self.id}"
+
+
+def without_titles(grub_cfg: str) -> str:
+    """The text of a grub.cfg of ours without the titles of its entries."""
+    return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
+
+
+def grub_quoted(text: str) -> str:
+    """Text as one word of GRUB's script language, in which nothing is special; control characters go."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    return "'" + plain.replace("'", "'\\''") + "'"
+
+
+def usable_in_header(line: str) -> str:
+    """A line of grub-mkconfig's header; the graphical terminal needs its font and drivers first."""
+    if line.startswith("terminal_output") and "gfxterm" in line:
+        return f"if loadfont unicode ; then insmod all_video ; insmod gfxterm ; {line} ; fi"
+    return line
 
 
 class Menu:
@@ -4108,59 +4523,6 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-def without_titles(grub_cfg: str) -> str:
-    """The text of a grub.cfg of ours without the titles of its entries."""
-    return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
-
-
-def grub_quoted(text: str) -> str:
-    """Text as one word of GRUB's script language, in which nothing is special; control characters go."""
-    plain = "".join(c if c.isprintable() else "?" for c in text)
-    return "'" + plain.replace("'", "'\\''") + "'"
-
-
-def usable_in_header(line: str) -> str:
-    """A line of grub-mkconfig's header; the graphical terminal needs its font and drivers first."""
-    if line.startswith("terminal_output") and "gfxterm" in line:
-        return f"if loadfont unicode ; then insmod all_video ; insmod gfxterm ; {line} ; fi"
-    return line
-
-
-def boot_inputs(root: Path) -> str:
-    """A digest of all that grub-mkconfig's result depends on, in a root."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    boot, default, scripts = (path_inside(root, name) for name in ("boot", "etc/default", "etc/grub.d"))
-    for path in sorted([*boot.glob("vmlinu*"), *boot.glob("initr*"), *boot.glob("*.img"), *boot.glob("*-ucode*")]):
-        status = path.lstat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
-    settings = [default / "grub", *path_inside(default, "grub.d").glob("*"), *scripts.glob("*")]
-    for path in sorted(path_inside(root, str(path.relative_to(root))) for path in settings):
-        if path.is_file():
-            digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
-    return digest.hexdigest()
-
-
-def etc_state(etc: Path) -> str:
-    """A digest of an /etc that changes when anything in it does."""
-    import hashlib
-
-    return hashlib.sha256(repr(fingerprint(etc)).encode(errors="replace")).hexdigest()
-
-
-def os_release(root: Path, key: str) -> str:
-    """A value of a root's os-release; empty where it has none."""
-    path = path_inside(root, "etc/os-release")
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.search(rf"^{key}=(.*)$", text, re.MULTILINE)
-    return found[1].strip("\"'") if found else ""
-
-
-# What grub-mkconfig says of other systems: "Found Windows Boot Manager on ...", but not "Found linux image: ...".
-FOUND_ELSEWHERE = r"Found .* on "
-
-
 def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     """The boot configuration of a root, and the digest of its inputs.
 
@@ -4169,7 +4531,7 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     Args:
         root: the root.
         menu: the deployments that there are.
-        grub: GRUB's own folder, which the tools want to find in /boot.
+        grub: GRUB's own directory, which the tools want to find in /boot.
     """
     inputs = boot_inputs(root)
     default = read_text(path_inside(root, "etc/default/grub"))
@@ -4181,7 +4543,12 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     return inputs, BootConfig.parse(made)
 
 
-class Slots:
+# ---------------------------------------------------------------------------------------------------------------
+# Deployments: slots that the menu boots
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Deployments:
     """The deployments on the disk and the menu that boots them; its methods need the lock for deploying."""
 
     KEPT_MENUS = 5
@@ -4219,11 +4586,11 @@ class Slots:
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
-        equip(layout, new, slot, self.uuid)
+        make_bootable(layout, new, slot, self.uuid)
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
         with (new / "etc/fstab").open("a") as fstab:
-            for kept, seen in mutable_folders(new, snapshot):
-                make_mutable_folder(layout, kept)
+            for kept, seen in mutable_directories(new, snapshot):
+                make_mutable_directory(layout, kept)
                 path_inside(new, seen).mkdir(parents=True, exist_ok=True)
                 where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
                 fstab.write(f"{where} none bind,x-systemd.requires-mounts-for=/.snapshots 0 0\n")
@@ -4254,7 +4621,7 @@ class Slots:
         def own_fstab(text: str) -> str:
             return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
 
-        require_folders(root)
+        require_directories(root)
         return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
     def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
@@ -4268,23 +4635,23 @@ class Slots:
                 "ash fsck --repair",
                 REFUSED,
             )
-        # A copy of it: who owns a folder in there must not put a link in the place of what root copies, and what is
+        # A copy of it: who owns a directory in there must not put a link in the place of what root copies, and what is
         # edited from now on counts as not carried yet.
-        with readonly_view(self.layout, self.layout.rootfs(running)) as root, without_links(target):
+        with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.merge_of(running, target, deployment.snapshot, deployment.slot, root)
             with self.system.lock("state"):
-                numbers = Numbers.load(self.layout.ids)
+                numbers = AccountIds.load(self.layout.ids)
                 numbers.learn(merge.running)
                 write_file(self.layout.ids, numbers.dump())
             state = etc_state(merge.running)
             merge.merge(fresh)
-        folder = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
+        directory = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
             etc_state=state,
             carried=merge.carried,
             conflicts=merge.in_conflict,
-            conflicts_folder=folder,
+            conflicts_folder=directory,
         )
 
     def carry(self) -> list[str]:
@@ -4312,7 +4679,7 @@ class Slots:
         sync_filesystem(layout.snapshots)
         return list(renewed.carried)
 
-    def put_in_place(self, deployment: Deployment, secondary: bool) -> None:
+    def apply_paths(self, deployment: Deployment, secondary: bool) -> None:
         """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
         layout, slot = self.layout, deployment.slot
         target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
@@ -4341,14 +4708,14 @@ class Slots:
         delete_subvolume(new)
         remove_tree(intent)
 
-    def forget_drift(self, slot: str, saved: Path, but: Sequence[str]) -> None:
+    def rebase_drift(self, slot: str, saved: Path, but: Sequence[str]) -> None:
         """Take the changes of a slot's /etc, as they are saved, as what it started with, but for some paths."""
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
-        with without_links(new):
+        with nosymfollow(new):
             for path, kind in etc_drift(layout.etc(slot), saved).items():
-                if path in but or EtcMerge.is_far(path) or not has_plain_parents(new, path):
+                if path in but or EtcMerge.is_far(path) or not has_real_parents(new, path):
                     continue
                 if kind != "removed":
                     EtcMerge.place(saved / path, new / path)
@@ -4368,7 +4735,7 @@ class Slots:
             self._write_grub_cfg()
         except (AshError, OSError) as error:
             what = f"it is decided what is booted, but this is not finished: {reason(error)}"
-            raise Unfinished(what, "ash recover goes on with it") from error
+            raise CommittedButUnfinished(what, "ash recover goes on with it") from error
 
     def _write_grub_cfg(self) -> None:
         grub_cfg = self.layout.grub_cfg
@@ -4440,16 +4807,8 @@ class Slots:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Where ash runs, and as whom
+# The system: one distribution on one file system
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def read_distro(path: Path) -> tuple[str, str]:
-    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
-    words = read_text(path).split()
-    if not words or not all(is_name(word) for word in words):
-        raise AshError(f"{path} is missing or damaged", "--distro ID")
-    return words[0], words[-1]
 
 
 def require_root(doing: str) -> None:
@@ -4462,18 +4821,13 @@ def is_in_chroot() -> bool:
     """Whether this process's root is not the one that the system was started with."""
     try:
         ours, first = os.stat("/"), os.stat("/proc/1/root/")
-    except PermissionError:  # a chroot into a folder has no mount at its root
+    except PermissionError:  # a chroot into a directory has no mount at its root
         if not any(m.target == "/" for m in mounts()):
             return True
         return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
     except OSError:
         return True  # no /proc: nobody starts a system so
     return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The system: one distribution on one file system
-# ---------------------------------------------------------------------------------------------------------------
 
 
 class System:
@@ -4636,9 +4990,9 @@ class System:
         what = f"snapshot {name}" if isinstance(name, int) else f"{name} of {self.layout.distro}"
         return Lock(self.layout.work(name) / "lock", what, self.wait)
 
-    def workplace(self, snapshot: int) -> Workplace:
-        """The work folder of a snapshot."""
-        return Workplace(self.layout, self.distro, snapshot)
+    def workdir(self, snapshot: int) -> WorkDir:
+        """The work directory of a snapshot."""
+        return WorkDir(self.layout, self.distro, snapshot)
 
     @contextmanager
     def editing_tree(self) -> Iterator[Tree]:
@@ -4656,350 +5010,10 @@ class System:
                 raise AshError(f"{self.layout.last} is damaged: it has no number", "ash fsck --repair mends it")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
             number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
-            if not is_number(number):
+            if not is_u32(number):
                 raise AshError("no number is left for a new snapshot", f"{self.layout.last} has the last one given")
             write_file(self.layout.last, f"{number}\n")
         return number
-
-    @contextmanager
-    def new_snapshot(self, source: Path, description: str, of: int, copies_of: int | None = None) -> Iterator[int]:
-        """Make a new snapshot, which the block puts into the tree: else it is gone again when the block has ended.
-
-        Args:
-            source: the root to copy.
-            description: what it is.
-            of: the snapshot that it is a copy of, as it is, was, or runs.
-            copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
-
-        Yields:
-            its number.
-        """
-        number = self.new_number()
-        layout, place = self.layout, self.workplace(number)
-        with self.lock(number), ExitStack() as undo:
-            undo.callback(lambda: place.recover(self.tree()))  # what came between may have come after the tree's change
-            Intent("number", caller=self.caller, source=of).save(place.folder)
-            snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
-            for folder in ("etc", "boot"):
-                if copies_of is not None and layout.copy(folder, copies_of).exists():
-                    snapshot_subvolume(layout.copy(folder, copies_of), layout.copy(folder, number), readonly=True)
-                else:
-                    renew_copy(layout, number, folder)
-            write_file(layout.description(number), f"{description}\n")
-            yield number
-            undo.pop_all()
-            remove_tree(place.folder / "intent")
-
-    @contextmanager
-    def new_copy(self, snapshot: int, description: str) -> Iterator[int]:
-        """The same of another snapshot; one that is being changed is copied as it was before."""
-        self.require(snapshot)
-        root = self.layout.rootfs(snapshot)
-        with ExitStack() as stack:
-            try:
-                with self.lock(snapshot):
-                    self.workplace(snapshot).recover(self.tree(), drop_kept=False)
-                    number = stack.enter_context(self.new_snapshot(root, description, snapshot, snapshot))
-            except AshError as error:
-                if error.status not in (LOCKED, REFUSED):
-                    raise
-                number = stack.enter_context(self.new_snapshot(root, description, snapshot))
-            yield number
-
-    def copy_snapshot(self, snapshot: int, parent: int | None, description: str) -> int:
-        """Copy a snapshot, below another or (None) at the top. Returns the new number."""
-        with self.new_copy(snapshot, description) as number, self.editing_tree() as tree:
-            tree.add(number, parent)
-        return number
-
-    def copy_branch(self, snapshot: int, description: str) -> dict[int, int]:
-        """Copy a snapshot with all its branches, next to it. Returns the copies by the originals' numbers."""
-        branch, copies = self.tree().branch(snapshot), dict[int, int]()
-        with ExitStack() as stack:
-            for number in branch:
-                text = description if number == snapshot else self.describe(number)
-                copies[number] = stack.enter_context(self.new_copy(number, text))
-            with self.editing_tree() as tree:
-                for number, copy in copies.items():
-                    parent = tree.parent(number)
-                    tree.add(copy, parent if parent is None else copies.get(parent, parent))
-        return copies
-
-    def undo(self, snapshot: int, just_changed: bool = False) -> Change:
-        """Put a snapshot's predecessor in its place, and it in its predecessor's: twice is redo.
-
-        Args:
-            snapshot: its number.
-            just_changed: nobody has seen what is taken back: it may be booted or deployed, since that is not this.
-
-        Raises:
-            AshError: it has none, or it is the base, booted or deployed (REFUSED).
-        """
-        self.require_changeable(snapshot)
-        layout, place = self.layout, self.workplace(snapshot)
-        now, before = layout.rootfs(snapshot), layout.undo(snapshot)
-        with self.lock(snapshot), self.lock("deploy"), signals_held():
-            place.recover(self.tree())
-            if not just_changed:
-                self.require_replaceable([snapshot], "not undone")
-            if not before.exists():
-                raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
-            packages = self.distro.packages(now), self.distro.packages(before)
-            intent = place.swap(before, Intent("commit", copies=["boot", "etc"], caller=self.caller))
-            try:
-                place.finish(intent)
-            except Unfinished as error:
-                if not is_for_space(error):
-                    raise
-                self.free_reserve()
-                place.finish(intent)
-            change = Change.between(snapshot, *packages)
-            self.done = [c for c in self.done if c.snapshot != snapshot] if just_changed else [*self.done, change]
-        return change
-
-    def set_mutable(self, snapshot: int, mutable: bool) -> bool:
-        """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
-        self.require_changeable(snapshot)
-        root = self.layout.rootfs(snapshot)
-        with self.lock(snapshot), signals_held():
-            place = self.workplace(snapshot)
-            place.recover(self.tree())
-            if is_mutable(root) == mutable:
-                return False
-            require_folders(root)
-            Intent("open").save(place.folder)
-            try:
-                snapshot_subvolume(root, place.root)
-                mark = place_inside(place.root, IN_ROOT_MUTABLE)
-                if mutable:
-                    mark.parent.mkdir(parents=True, exist_ok=True)
-                    mark.touch()
-                else:
-                    mark.unlink()
-                    set_readonly(place.root)
-                intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"], caller=self.caller))
-            except BaseException:
-                place.drop()
-                raise
-            place.finish(intent)
-        return True
-
-    def delete_data(self, change: Change) -> Change:
-        """Delete what a removal left in /var, where no other snapshot's package claims it.
-
-        Returns:
-            the change, whose `kept` is what is still there.
-        """
-        others = [self.layout.rootfs(n) for n in self.tree().numbers() if n != change.snapshot]
-        kept = []
-        with Lock(self.layout.work("merge") / "lock", "merging into /var", wait=600), without_links(self.layout.var):
-            for path in change.kept:
-                inside = Path(path).relative_to("/var")
-                entry = str(Path(*inside.parts[:2])) if inside.parts[0] in FOLDERS_OF_ENTRIES else inside.parts[0]
-                if any(self.distro.claims(root, entry) for root in others):
-                    kept.append(path)
-                elif has_plain_parents(self.layout.var, str(inside)):
-                    remove_tree(self.layout.var / inside)
-            sync_filesystem(self.layout.snapshots)
-        return change._replace(kept=kept)
-
-    def newer_state(self, change: Change) -> list[str]:
-        """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
-        older = [name for name, (old, new) in change.upgraded.items() if self.distro.is_older(new, old)]
-        root = self.layout.undo(change.snapshot)
-        return [name for name in (*older, *change.removed) if self.distro.has_state(root, name)]
-
-    def doomed(self, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-        """What goes when snapshots are deleted: they and their branches.
-
-        Args:
-            snapshots: their numbers.
-            remains: also numbers that are not in the tree, where something of them is on the disk.
-        """
-        tree = self.tree()
-        lost = [n for n in snapshots if remains and n not in tree and self.workplace(n).remains()]
-        known = {number for snapshot in snapshots if snapshot not in lost for number in tree.branch(snapshot)}
-        return sorted({*known, *lost})
-
-    def delete(self, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-        """Delete snapshots with their branches, all or none of them. Returns their numbers.
-
-        Raises:
-            AshError: one of them is the base, booted, deployed or locked.
-        """
-        tree, doomed = self.tree(), self.doomed(snapshots, remains)
-        with ExitStack() as stack:
-            for number in doomed:
-                stack.enter_context(self.lock(number))
-                self.workplace(number).recover(tree)
-            stack.enter_context(self.lock("deploy"))
-            self.require_replaceable(doomed, "not deleted")
-            with self.editing_tree() as tree:
-                if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*doomed}):
-                    what = f"{listed(late)} was made below what is to be deleted meanwhile"
-                    raise AshError(what, "try again: it goes too then", LOCKED)
-                for number in doomed:
-                    Intent("number").save(self.layout.work(number))
-                for snapshot in snapshots:
-                    if snapshot in tree:
-                        tree.remove(snapshot)
-            try:
-                self._delete_parts(doomed)
-            except (AshError, OSError) as error:
-                if not is_for_space(error):
-                    raise
-                self.free_reserve()
-                self._delete_parts(doomed)
-        return doomed
-
-    def _delete_parts(self, snapshots: Sequence[int]) -> None:
-        """Delete what is on the disk of snapshots that are not in the tree any more."""
-        for number in snapshots:
-            self.workplace(number).delete_snapshot()
-        # Else btrfs could have the small files' end on the disk (they are in its log) and not that of the subvolumes.
-        sync_filesystem(self.layout.snapshots)
-        for number in snapshots:
-            work = self.layout.work(number)
-            for left in sorted(work.iterdir()):
-                remove_tree(left)
-            try:
-                work.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:  # who waits for the lock has just made it anew
-                    raise
-
-    def require_replaceable(self, snapshots: Sequence[int], so: str) -> None:
-        """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
-        menu = Menu.load(self.layout.menu)
-        deployed = {deployment.snapshot for deployment in menu.deployments.values()}
-        in_use = subvolumes_in_use()
-        for number in snapshots:
-            if number == BASE:
-                raise AshError(f"snapshot 0 is the base: it is {so}", "", REFUSED)
-            if number == self.current or self._used(self.layout.rootfs(number), in_use):
-                raise AshError(f"snapshot {number} is booted: it is {so}", "", REFUSED)
-            if number in deployed:
-                hint = "deploy another one, restart, try again"
-                raise AshError(f"snapshot {number} is deployed: it is {so}", hint, REFUSED)
-
-    @staticmethod
-    def _used(path: Path, in_use: Container[int]) -> bool:
-        found = subvolume_at(path)
-        return found is not None and found.id in in_use
-
-    def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
-        """Have a snapshot booted from the next start on (or make one more menu entry for it).
-
-        Args:
-            snapshot: its number.
-            secondary: make one more entry in the menu, not the default.
-            fresh_etc: leave the running /etc's changes behind.
-
-        Returns:
-            the deployment, and whether anything had to be done.
-        """
-        self.require(snapshot)
-        self.put_back_live()
-        with self.lock("deploy"):
-            self.require(snapshot)
-            slots = Slots(self)
-            slots.recover()
-            there = self._already_deployed(slots, snapshot, secondary)
-            if there and not fresh_etc:
-                return there, False
-            slot = slots.choose(secondary)
-            try:
-                deployment = slots.build(snapshot, slot, fresh_etc)
-            except BaseException:
-                slots.tidy_up()
-                raise
-            slots.put_in_place(deployment, secondary)
-        return deployment, True
-
-    def _already_deployed(self, slots: Slots, snapshot: int, secondary: bool) -> Deployment | None:
-        """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc.
-
-        One that was changed as it ran is none: it has what its snapshot does not have.
-        """
-        source = subvolume_id(self.layout.rootfs(snapshot))
-        for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
-            there = slots.menu.deployments.get(slot)
-            if there and os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE)):
-                continue
-            if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
-                running = slots.running
-                if running == slot or etc_state(self.layout.rootfs(running) / "etc") == there.etc_state:
-                    return there
-        return None
-
-    def etc_update(self) -> tuple[Change, EtcMerge]:
-        """Save the running /etc's changes into the booted snapshot, but for fstab's own lines and the identity.
-
-        Raises:
-            AshError: the base runs, or a snapshot that was booted directly (REFUSED).
-        """
-        slot = self.booted if self.running else Menu.load(self.layout.menu).last_booted
-        if not isinstance(slot, str) or not slot:
-            raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
-        number = self.snapshot_of(slot)
-        self.put_back_live()
-        with ExitStack() as stack:
-            with Transaction(self, number) as work:  # first, as whoever wants both locks takes them
-                stack.enter_context(self.lock("deploy"))
-                slots = Slots(self)
-                # What is edited meanwhile is neither saved nor forgotten.
-                running = stack.enter_context(readonly_view(self.layout, self.layout.rootfs(slot)))
-                merge = slots.merge_of(slot, work.root / "etc", number, number, running)
-                merge.identity = False
-                merge.merge()
-            slots.forget_drift(slot, merge.running, merge.in_conflict)
-        return work.change, merge
-
-    def drift(self) -> tuple[str, dict[str, str]]:
-        """The slot whose /etc is the running one, and what was changed in it."""
-        slot = Slots(self).running
-        if not slot or not self.layout.etc(slot).exists():
-            raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
-        require_folders(self.layout.rootfs(slot))
-        return slot, etc_drift(self.layout.etc(slot), self.layout.rootfs(slot) / "etc")
-
-    def put_back_live(self) -> None:
-        """Put back what an interrupted change has put into the running deployment: nobody is to take that for drift."""
-        place = LivePlace(self.layout, self.distro, BASE)
-        if state_of_work(place.folder) == "live" and not is_held(place.folder / "lock"):
-            with self.lock("live"):
-                place.recover(self.tree())
-
-    def recover(self, drop_kept: bool) -> list[int | str]:
-        """Finish or undo what was interrupted anywhere, but where an ash still works.
-
-        Returns:
-            the snapshots, and "live" where the running deployment is as it was before a change of it.
-
-        Raises:
-            AshError: not all of it could be done; what else there was is done.
-        """
-        found: list[int | str] = []
-        in_the_way: list[Exception] = []
-        places = [self.workplace(number) for number in numbered(self.layout.work(""), "")]
-        for place in (LivePlace(self.layout, self.distro, BASE), *places):
-            if not place.leftovers() or (not drop_kept and state_of_work(place.folder) == "kept"):
-                continue
-            try:
-                with self.lock(place.name):
-                    place.recover(self.tree(), drop_kept)
-                found.append(place.name)
-            except Exception as error:  # whatever is wrong there, it is not to hold up the others
-                if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
-                    in_the_way.append(error)
-        tidy_views(self.layout)
-        with self.lock("deploy"):
-            Slots(self).recover()
-        if in_the_way:
-            for other in in_the_way[1:]:
-                console.say(one_line(f"ash: {reason(other)}"))
-            raise in_the_way[0]
-        return found
 
     def free_reserve(self) -> None:
         """Give up the space that is kept for commands that free some."""
@@ -5016,7 +5030,7 @@ class System:
         try:
             return work()
         except (AshError, OSError) as error:
-            if not is_for_space(error) or (once and isinstance(error, Unfinished)):
+            if not is_out_of_space(error) or (once and isinstance(error, CommittedButUnfinished)):
                 raise
         self.free_reserve()
         return work()
@@ -5041,75 +5055,271 @@ class System:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The running deployment is changed too: a change that was made in a copy of it is put in place, path by path
+# Snapshots: copy, undo, delete
 # ---------------------------------------------------------------------------------------------------------------
 
-# What makes a unit start with the system: a link in a folder of the unit that wants it.
-WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
-UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
-TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
-KERNEL = r"boot/vmlinu[xz]-(.+)"
-TIMED_OUT = 124  # the exit status of timeout(1)
+
+def is_used(path: Path, in_use: Container[int]) -> bool:
+    found = subvolume_at(path)
+    return found is not None and found.id in in_use
 
 
-class Live:
-    """What a change did to the running system."""
-
-    def __init__(self) -> None:
-        self.changed = False
-        self.started: list[str] = []
-        self.stopped: list[str] = []
-        self.waiting: list[str] = []  # for the reboot
-        self.conflicts: list[str] = []  # of /etc and /var
-        self.conflicts_folders: list[str] = []
-        self.error = ""
-
-    def text(self) -> str:
-        """What the user is told."""
-        if self.error:
-            return f"the running system is as it was: {one_line(self.error)}"
-        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
-        lines += [f"  started: {listed(self.started)}"] if self.started else []
-        lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
-        if self.conflicts:
-            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
-            lines += [f"  what the change made of it is in {folder}" for folder in self.conflicts_folders]
-        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
-        return "\n".join(lines)
+def require_replaceable(system: System, snapshots: Sequence[int], so: str) -> None:
+    """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
+    menu = Menu.load(system.layout.menu)
+    deployed = {deployment.snapshot for deployment in menu.deployments.values()}
+    in_use = subvolumes_in_use()
+    for number in snapshots:
+        if number == BASE:
+            raise AshError(f"snapshot 0 is the base: it is {so}", "", REFUSED)
+        if number == system.current or is_used(system.layout.rootfs(number), in_use):
+            raise AshError(f"snapshot {number} is booted: it is {so}", "", REFUSED)
+        if number in deployed:
+            hint = "deploy another one, restart, try again"
+            raise AshError(f"snapshot {number} is deployed: it is {so}", hint, REFUSED)
 
 
-def put_in_place(paths: Iterable[str], source: Path, target: Path) -> None:
-    """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
-    there = {path: has_plain_parents(source, path) and os.path.lexists(source / path) for path in paths}
-    for path in sorted(path for path, is_there in there.items() if is_there):
-        if has_plain_parents(target, path) and not is_special(source / path):
-            EtcMerge.place(source / path, target / path)
-    for path in sorted((path for path, is_there in there.items() if not is_there), reverse=True):
-        if not has_plain_parents(target, path):
-            continue
-        remove_tree((target / path).with_name(".ash-new"))
-        if not is_folder(target / path):
-            remove_tree(target / path)
-        elif not any((target / path).iterdir()):
-            (target / path).rmdir()
+@contextmanager
+def new_snapshot(
+    system: System, source: Path, description: str, of: int, copies_of: int | None = None
+) -> Iterator[int]:
+    """Make a new snapshot, which the block puts into the tree: else it is gone again when the block has ended.
+
+    Args:
+        source: the root to copy.
+        description: what it is.
+        of: the snapshot that it is a copy of, as it is, was, or runs.
+        copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
+
+    Yields:
+        its number.
+    """
+    number = system.new_number()
+    layout, place = system.layout, system.workdir(number)
+    with system.lock(number), ExitStack() as undo:
+        undo.callback(lambda: place.recover(system.tree()))  # what came between may have come after the tree's change
+        Intent("number", caller=system.caller, source=of).save(place.directory)
+        snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
+        for directory in ("etc", "boot"):
+            if copies_of is not None and layout.copy(directory, copies_of).exists():
+                snapshot_subvolume(layout.copy(directory, copies_of), layout.copy(directory, number), readonly=True)
+            else:
+                renew_copy(layout, number, directory)
+        write_file(layout.description(number), f"{description}\n")
+        yield number
+        undo.pop_all()
+        remove_tree(place.directory / "intent")
 
 
-class LivePlace(Workplace):
-    """The work folder of a change of the running deployment: beside a transaction's, it has that as it was before."""
+@contextmanager
+def new_copy(system: System, snapshot: int, description: str) -> Iterator[int]:
+    """The same of another snapshot; one that is being changed is copied as it was before."""
+    system.require(snapshot)
+    root = system.layout.rootfs(snapshot)
+    with ExitStack() as stack:
+        try:
+            with system.lock(snapshot):
+                system.workdir(snapshot).recover(system.tree(), drop_kept=False)
+                number = stack.enter_context(new_snapshot(system, root, description, snapshot, snapshot))
+        except AshError as error:
+            if error.status not in (LOCKED, REFUSED):
+                raise
+            number = stack.enter_context(new_snapshot(system, root, description, snapshot))
+        yield number
+
+
+def copy_snapshot(system: System, snapshot: int, parent: int | None, description: str) -> int:
+    """Copy a snapshot, below another or (None) at the top. Returns the new number."""
+    with new_copy(system, snapshot, description) as number, system.editing_tree() as tree:
+        tree.add(number, parent)
+    return number
+
+
+def copy_branch(system: System, snapshot: int, description: str) -> dict[int, int]:
+    """Copy a snapshot with all its branches, next to it. Returns the copies by the originals' numbers."""
+    branch, copies = system.tree().branch(snapshot), dict[int, int]()
+    with ExitStack() as stack:
+        for number in branch:
+            text = description if number == snapshot else system.describe(number)
+            copies[number] = stack.enter_context(new_copy(system, number, text))
+        with system.editing_tree() as tree:
+            for number, copy in copies.items():
+                parent = tree.parent(number)
+                tree.add(copy, parent if parent is None else copies.get(parent, parent))
+    return copies
+
+
+def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Change:
+    """Put a snapshot's predecessor in its place, and it in its predecessor's: twice is redo.
+
+    Args:
+        snapshot: its number.
+        just_changed: nobody has seen what is taken back: it may be booted or deployed, since that is not this.
+
+    Raises:
+        AshError: it has none, or it is the base, booted or deployed (REFUSED).
+    """
+    system.require_changeable(snapshot)
+    layout, place = system.layout, system.workdir(snapshot)
+    now, before = layout.rootfs(snapshot), layout.undo(snapshot)
+    with system.lock(snapshot), system.lock("deploy"), signals_held():
+        place.recover(system.tree())
+        if not just_changed:
+            require_replaceable(system, [snapshot], "not undone")
+        if not before.exists():
+            raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
+        packages = system.distro.packages(now), system.distro.packages(before)
+        intent = place.swap(before, Intent("commit", copies=["boot", "etc"], caller=system.caller))
+        try:
+            place.finish(intent)
+        except CommittedButUnfinished as error:
+            if not is_out_of_space(error):
+                raise
+            system.free_reserve()
+            place.finish(intent)
+        change = Change.between(snapshot, *packages)
+        system.done = [c for c in system.done if c.snapshot != snapshot] if just_changed else [*system.done, change]
+    return change
+
+
+def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
+    """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
+    system.require_changeable(snapshot)
+    root = system.layout.rootfs(snapshot)
+    with system.lock(snapshot), signals_held():
+        place = system.workdir(snapshot)
+        place.recover(system.tree())
+        if is_mutable(root) == mutable:
+            return False
+        require_directories(root)
+        Intent("open").save(place.directory)
+        try:
+            snapshot_subvolume(root, place.root)
+            mark = place_inside(place.root, IN_ROOT_MUTABLE)
+            if mutable:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            else:
+                mark.unlink()
+                set_readonly(place.root)
+            intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"], caller=system.caller))
+        except BaseException:
+            place.drop()
+            raise
+        place.finish(intent)
+    return True
+
+
+def delete_data(system: System, change: Change) -> Change:
+    """Delete what a removal left in /var, where no other snapshot's package claims it.
+
+    Returns:
+        the change, whose `kept` is what is still there.
+    """
+    others = [system.layout.rootfs(n) for n in system.tree().numbers() if n != change.snapshot]
+    kept = []
+    with Lock(system.layout.work("merge") / "lock", "merging into /var", wait=600), nosymfollow(system.layout.var):
+        for path in change.kept:
+            inside = Path(path).relative_to("/var")
+            entry = str(Path(*inside.parts[:2])) if inside.parts[0] in ENTRY_DIRECTORIES else inside.parts[0]
+            if any(system.distro.claims(root, entry) for root in others):
+                kept.append(path)
+            elif has_real_parents(system.layout.var, str(inside)):
+                remove_tree(system.layout.var / inside)
+        sync_filesystem(system.layout.snapshots)
+    return change._replace(kept=kept)
+
+
+def newer_state(system: System, change: Change) -> list[str]:
+    """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
+    older = [name for name, (old, new) in change.upgraded.items() if system.distro.is_older(new, old)]
+    root = system.layout.undo(change.snapshot)
+    return [name for name in (*older, *change.removed) if system.distro.has_state(root, name)]
+
+
+def numbers_to_delete(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
+    """What goes when snapshots are deleted: they and their branches.
+
+    Args:
+        snapshots: their numbers.
+        remains: also numbers that are not in the tree, where something of them is on the disk.
+    """
+    tree = system.tree()
+    lost = [n for n in snapshots if remains and n not in tree and system.workdir(n).remains()]
+    known = {number for snapshot in snapshots if snapshot not in lost for number in tree.branch(snapshot)}
+    return sorted({*known, *lost})
+
+
+def delete_parts(system: System, snapshots: Sequence[int]) -> None:
+    """Delete what is on the disk of snapshots that are not in the tree any more."""
+    for number in snapshots:
+        system.workdir(number).delete_snapshot()
+    # Else btrfs could have the small files' end on the disk (they are in its log) and not that of the subvolumes.
+    sync_filesystem(system.layout.snapshots)
+    for number in snapshots:
+        work = system.layout.work(number)
+        for left in sorted(work.iterdir()):
+            remove_tree(left)
+        try:
+            work.rmdir()
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # who waits for the lock has just made it anew
+                raise
+
+
+def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
+    """Delete snapshots with their branches, all or none of them. Returns their numbers.
+
+    Raises:
+        AshError: one of them is the base, booted, deployed or locked.
+    """
+    tree, doomed = system.tree(), numbers_to_delete(system, snapshots, remains)
+    with ExitStack() as stack:
+        for number in doomed:
+            stack.enter_context(system.lock(number))
+            system.workdir(number).recover(tree)
+        stack.enter_context(system.lock("deploy"))
+        require_replaceable(system, doomed, "not deleted")
+        with system.editing_tree() as tree:
+            if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*doomed}):
+                what = f"{listed(late)} was made below what is to be deleted meanwhile"
+                raise AshError(what, "try again: it goes too then", LOCKED)
+            for number in doomed:
+                Intent("number").save(system.layout.work(number))
+            for snapshot in snapshots:
+                if snapshot in tree:
+                    tree.remove(snapshot)
+        try:
+            delete_parts(system, doomed)
+        except (AshError, OSError) as error:
+            if not is_out_of_space(error):
+                raise
+            system.free_reserve()
+            delete_parts(system, doomed)
+    return doomed
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Live changes: the running deployment is changed too
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class LiveWorkDir(WorkDir):
+    """The work directory of a live change; it also keeps the running deployment as it was before."""
 
     def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
         super().__init__(layout, distro, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
         """Put back what was put in place, where that was interrupted; nobody deploys meanwhile."""
-        with self.deploy_lock() if state_of_work(self.folder) == "live" else contextlib.nullcontext():
+        with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
             self.put_back(drop_kept)
 
     def put_back(self, drop_kept: bool = False) -> None:
         """The same by who has the lock for deploying, or has put nothing in place."""
         intent = None
         try:
-            intent = Intent.load(self.folder)
+            intent = Intent.load(self.directory)
         except AshError:
             if not drop_kept:
                 raise
@@ -5127,9 +5337,9 @@ class LivePlace(Workplace):
             beside = VarMerge.beside(from_json(read_text(self.decisions), self.DECISIONS)["token"])
         except ValueError:  # nothing was decided yet
             return
-        with without_links(self.layout.var):
+        with nosymfollow(self.layout.var):
             for entry in (self.layout.var / inside for inside in entries):
-                below = paths_below(entry) if is_folder(entry) else ()
+                below = paths_below(entry) if is_directory(entry) else ()
                 for path in (entry.with_name(beside), *(entry / one for one in below if one.endswith(beside))):
                     remove_tree(path)
 
@@ -5139,7 +5349,7 @@ class LivePlace(Workplace):
 
     def conclude(self, intent: Intent) -> None:
         """Note that all is in place, so that nobody puts anything back while the rest is dropped."""
-        intent._replace(state="open").save(self.folder)
+        intent._replace(state="open").save(self.directory)
 
     def paths(self) -> set[str]:
         """What is put in place of the changed paths: not /etc, which others change meanwhile, and no kernel."""
@@ -5151,14 +5361,14 @@ class LivePlace(Workplace):
         return paths | {path for path in below if not path.startswith(elsewhere)}
 
     def _others_below(self, paths: Iterable[str], root: Path) -> set[str]:
-        """What lies in folders of a root and is not the same file before and after.
+        """What lies in directories of a root and is not the same file before and after.
 
-        Of a folder that comes, goes or moves, btrfs names the folder and not all that goes along with it.
+        Of a directory that comes, goes or moves, btrfs names the directory and not all that goes along with it.
         """
         inside = {
             f"{path}/{name}"
             for path in paths
-            if has_plain_parents(root, path) and is_folder(root / path)
+            if has_real_parents(root, path) and is_directory(root / path)
             for name in paths_below(root / path)
         }
         return {path for path in inside if not is_untouched(path, self.before, self.root)}
@@ -5171,8 +5381,8 @@ class LivePlace(Workplace):
         snapshot_subvolume(origin, beside)
         conflicts = layout.conflicts(self.snapshot)
         merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
-        with without_links(root), without_links(beside):
-            put_in_place(self.paths(), new, root)
+        with nosymfollow(root), nosymfollow(beside):
+            apply_paths(self.paths(), new, root)
             merge(target=beside, keeps=False).merge()  # so that this does not count as drift
             running = merge(target=root / "etc")
             running.merge()
@@ -5189,19 +5399,19 @@ class LiveTransaction(Transaction):
         AshError: no deployment runs, another change of it is under way, or too little space.
     """
 
-    place: LivePlace
+    place: LiveWorkDir
 
     def __init__(self, system: System) -> None:
         slot = system.running_slot()
         super().__init__(system, system.snapshot_of(slot), base=True)
         self.slot = slot
-        self.place = LivePlace(self.layout, self.distro, self.snapshot)
+        self.place = LiveWorkDir(self.layout, self.distro, self.snapshot)
         self.original, self.root, self.var = self.place.before, self.place.root, self.place.origin
-        self.live = Live()
+        self.live = LiveResult()
 
     def _begin(self) -> None:
-        self.place.folder.mkdir(parents=True, exist_ok=True)
-        self.intent.save(self.place.folder)
+        self.place.directory.mkdir(parents=True, exist_ok=True)
+        self.intent.save(self.place.directory)
         snapshot_subvolume(self.layout.rootfs(self.slot), self.place.before, readonly=True)
         super()._begin()
 
@@ -5224,13 +5434,13 @@ class LiveTransaction(Transaction):
                 stack.enter_context(place.deploy_lock())
             slot = self.layout.rootfs(self.slot)
             intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
-            intent.save(place.folder)
+            intent.save(place.directory)
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
             etc = place.put(self.slot, place.before, self.root)
             merge = place.merge_into_var(intent)
             services.start(found.paths)
-            if found.folders - {"boot"}:
+            if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
             sync_filesystem(self.layout.snapshots)
             place.conclude(intent)
@@ -5243,334 +5453,1244 @@ class LiveTransaction(Transaction):
             if done:  # Ctrl-C, for one, has no words of its own
                 console.say(f"ash: {done}")
             raise
-        self.live.changed = bool(found.folders - {"boot"})
+        self.live.changed = bool(found.directories - {"boot"})
         self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
         self.live.conflicts += [f"/var/{entry}" for entry in merge.in_conflict]
-        folders = [folder for folder in dict.fromkeys((etc.conflicts, merge.conflicts)) if folder.is_dir()]
-        self.live.conflicts_folders = [f"/var/{folder.relative_to(self.layout.var)}" for folder in folders]
+        directories = [directory for directory in dict.fromkeys((etc.conflicts, merge.conflicts)) if directory.is_dir()]
+        self.live.conflicts_folders = [f"/var/{directory.relative_to(self.layout.var)}" for directory in directories]
         place.drop()
 
 
-class Services:
-    """The services of the running system when its files change; `live` gets what was done.
-
-    Args:
-        live: what was done, to be added to.
-        running: whether that system is what runs here.
-    """
-
-    LIMIT = 300  # seconds for the start of one
-
-    def __init__(self, live: Live, running: bool) -> None:
-        self.live = live
-        self.running = running
-
-    @property
-    def has_systemd(self) -> bool:
-        return self.running and Path("/run/systemd/system").is_dir()
-
-    def stop(self, paths: Mapping[str, str]) -> None:
-        """Stop the services whose unit files go."""
-        gone = {
-            found[1] for path, kind in paths.items() if kind == "removed" and (found := re.fullmatch(UNIT_FILE, path))
-        }
-        for unit in sorted(gone):
-            if self._is_active(unit):
-                run(["systemctl", "stop", unit])
-                self.live.stopped.append(unit)
-
-    def start(self, paths: Mapping[str, str]) -> None:
-        """Let the running system know of its new files, and start the new services that it would have started."""
-        if self.running:
-            run(["ldconfig"])
-        if not self.has_systemd:
-            return
-        added = [path for path, kind in paths.items() if kind == "added"]
-        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(TMPFILES, path))]:
-            run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
-        run(["systemctl", "daemon-reload"])
-        wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
-        new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
-        # systemd refuses a socket whose service has started before it.
-        for unit in sorted(new, key=lambda unit: (not unit.endswith(".socket"), unit)):
-            self.live.started.append(unit)
-            self._start(unit)
-
-    def _start(self, unit: str) -> None:
-        """Start a unit; one that never comes to its end, as systemd itself allows it, must not hold up all else."""
-        with signals_heard():
-            done = run(["timeout", str(self.LIMIT), "systemctl", "start", unit], ok=(0, TIMED_OUT))
-        if done.returncode == TIMED_OUT:
-            raise AshError(f"{unit} has not started within {self.LIMIT} s", f"systemctl status {unit}")
-
-    def put_back(self) -> None:
-        """Let the running system know that its old files are back; start again what was stopped."""
-        if self.running:
-            run(["ldconfig"], check=False)
-        if self.has_systemd:
-            for unit in self.live.started:
-                run(["systemctl", "stop", unit], check=False)
-                run(["systemctl", "reset-failed", unit], check=False)
-            run(["systemctl", "daemon-reload"], check=False)
-            for unit in self.live.stopped:
-                run(["systemctl", "start", unit], check=False)
-
-    def _is_active(self, unit: str) -> bool:
-        return self.has_systemd and run(["systemctl", "is-active", unit], check=False).stdout.strip() == "active"
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Several snapshots: each by a process of its own, parents first; what they have in common shares its blocks
+# Deploying, recovering
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Branch:
-    """A snapshot that a tree command works on, and what came of it."""
-
-    def __init__(self, number: int, parent: int | None) -> None:
-        self.number = number
-        self.parent = parent
-        self.process = 0
-        self.answer = -1  # the pipe on which the process says what it did
-        self.output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
-        self.began = 0.0
-        self.change: Change | None = None
-        self.error = ""
-        self.hint = ""
-
-    @property
-    def is_done(self) -> bool:
-        return self.change is not None or bool(self.error)
-
-    def state(self) -> str:
-        """How far it is, for people."""
-        if self.error:
-            return f"failed: {one_line(self.error)}"
-        if self.change is not None:
-            return "changed" if self.change.changed else "nothing to change"
-        return f"{time.monotonic() - self.began:.0f} s" if self.process else "waits"
+def put_back_live(system: System) -> None:
+    """Put back what an interrupted change has put into the running deployment: nobody is to take that for drift."""
+    place = LiveWorkDir(system.layout, system.distro, BASE)
+    if state_of_work(place.directory) == "live" and not is_held(place.directory / "lock"):
+        with system.lock("live"):
+            place.recover(system.tree())
 
 
-class Crew:
-    """Works on several snapshots, each by a process of its own; what fails in one does not stop the others.
+def recover_all(system: System, drop_kept: bool) -> list[int | str]:
+    """Finish or undo what was interrupted anywhere, but where an ash still works.
 
-    Args:
-        system: the snapshots'.
-        doing: what is done, for people: "upgrading".
-        jobs: how many at a time.
-        shown: whether what is printed in them is for the user; otherwise only errors are.
+    Returns:
+        the snapshots, and "live" where the running deployment is as it was before a change of it.
+
+    Raises:
+        AshError: not all of it could be done; what else there was is done.
     """
-
-    REDRAW = 0.5  # seconds
-
-    def __init__(self, system: System, doing: str, jobs: int, shown: bool = False) -> None:
-        self.system = system
-        self.doing = doing
-        self.jobs = jobs
-        self.shown = shown
-        self.branches: list[Branch] = []
-        self.drawn = 0
-
-    def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> list[Branch]:
-        """Have the work done in each snapshot, after its parent's; returns what came of it."""
-        self.branches = [Branch(number, tree.parent(number)) for number in numbers]
+    found: list[int | str] = []
+    in_the_way: list[Exception] = []
+    places = [system.workdir(number) for number in numbered(system.layout.work(""), "")]
+    for place in (LiveWorkDir(system.layout, system.distro, BASE), *places):
+        if not place.leftovers() or (not drop_kept and state_of_work(place.directory) == "kept"):
+            continue
         try:
-            while not all(branch.is_done for branch in self.branches):
-                self._start_more(work)
-                self._hear()
-                self._draw()
+            with system.lock(place.name):
+                place.recover(system.tree(), drop_kept)
+            found.append(place.name)
+        except Exception as error:  # whatever is wrong there, it is not to hold up the others
+            if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
+                in_the_way.append(error)
+    tidy_views(system.layout)
+    with system.lock("deploy"):
+        Deployments(system).recover()
+    if in_the_way:
+        for other in in_the_way[1:]:
+            console.say(one_line(f"ash: {reason(other)}"))
+        raise in_the_way[0]
+    return found
+
+
+def already_deployed(system: System, slots: Deployments, snapshot: int, secondary: bool) -> Deployment | None:
+    """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc.
+
+    One that was changed as it ran is none: it has what its snapshot does not have.
+    """
+    source = subvolume_id(system.layout.rootfs(snapshot))
+    for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
+        there = slots.menu.deployments.get(slot)
+        if there and os.path.lexists(place_inside(system.layout.rootfs(slot), IN_ROOT_LIVE)):
+            continue
+        if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
+            running = slots.running
+            if running == slot or etc_state(system.layout.rootfs(running) / "etc") == there.etc_state:
+                return there
+    return None
+
+
+def deploy_snapshot(
+    system: System, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False
+) -> tuple[Deployment, bool]:
+    """Have a snapshot booted from the next start on (or make one more menu entry for it).
+
+    Args:
+        snapshot: its number.
+        secondary: make one more entry in the menu, not the default.
+        fresh_etc: leave the running /etc's changes behind.
+
+    Returns:
+        the deployment, and whether anything had to be done.
+    """
+    system.require(snapshot)
+    put_back_live(system)
+    with system.lock("deploy"):
+        system.require(snapshot)
+        slots = Deployments(system)
+        slots.recover()
+        there = already_deployed(system, slots, snapshot, secondary)
+        if there and not fresh_etc:
+            return there, False
+        slot = slots.choose(secondary)
+        try:
+            deployment = slots.build(snapshot, slot, fresh_etc)
         except BaseException:
-            for branch in self._running():
-                os.kill(branch.process, signal.SIGTERM)
-                self._end(branch)
+            slots.tidy_up()
             raise
-        return self.branches
+        slots.apply_paths(deployment, secondary)
+    return deployment, True
 
-    def _running(self) -> list[Branch]:
-        return [branch for branch in self.branches if branch.process and not branch.is_done]
 
-    def _start_more(self, work: Callable[[int], Change]) -> None:
-        unfinished = {branch.number for branch in self.branches if not branch.is_done}
-        ready = [b for b in self.branches if not b.process and b.parent not in unfinished]
-        for branch in ready[: self.jobs - len(self._running())]:
-            self._start(branch, work)
+def save_drift(system: System) -> tuple[Change, EtcMerge]:
+    """Save the running /etc's changes into the booted snapshot, but for fstab's own lines and the identity.
 
-    def _start(self, branch: Branch, work: Callable[[int], Change]) -> None:
-        import tempfile
+    Raises:
+        AshError: the base runs, or a snapshot that was booted directly (REFUSED).
+    """
+    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
+    if not isinstance(slot, str) or not slot:
+        raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
+    number = system.snapshot_of(slot)
+    put_back_live(system)
+    with ExitStack() as stack:
+        with Transaction(system, number) as work:  # first, as whoever wants both locks takes them
+            stack.enter_context(system.lock("deploy"))
+            slots = Deployments(system)
+            # What is edited meanwhile is neither saved nor forgotten.
+            running = stack.enter_context(readonly_view(system.layout, system.layout.rootfs(slot)))
+            merge = slots.merge_of(slot, work.root / "etc", number, number, running)
+            merge.identity = False
+            merge.merge()
+        slots.rebase_drift(slot, merge.running, merge.in_conflict)
+    return work.change, merge
 
-        branch.began = time.monotonic()
-        if self.jobs > 1:
-            branch.output = tempfile.TemporaryFile(dir=PRIVATE)  # noqa: SIM115 (closed where it is printed)
-        branch.answer, answer_in = os.pipe()
-        parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        branch.process = os.fork()
-        if branch.process == 0:
-            self._work(branch, work, parent, answer_in)
-        os.close(answer_in)
 
-    def _work(self, branch: Branch, work: Callable[[int], Change], parent: int, answer: int) -> NoReturn:
-        """The process of one snapshot: work, say what was done, end."""
-        said: dict[str, Any] = {"error": "it was interrupted"}
+def running_drift(system: System) -> tuple[str, dict[str, str]]:
+    """The slot whose /etc is the running one, and what was changed in it."""
+    slot = Deployments(system).running
+    if not slot or not system.layout.etc(slot).exists():
+        raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
+    require_directories(system.layout.rootfs(slot))
+    return slot, etc_drift(system.layout.etc(slot), system.layout.rootfs(slot) / "etc")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command frame
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
+
+    data: Mapping[str, Any] = {}
+    text: str = ""
+    brief: str = ""
+    status: int = 0
+
+
+def would(text: str, **data: Any) -> Reply:
+    """The answer of a command with --dry-run."""
+    return Reply({"changed": False, "dry_run": True, "would": text, **data}, f"would {text}")
+
+
+def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Rows as a table for people."""
+    import tabulate
+
+    tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True))
+
+
+def the_snapshot(system: System, args: argparse.Namespace) -> int:
+    """The snapshot that a command is about: the one named, else the booted one."""
+    if args.snapshots:
+        return int(args.snapshots[0])
+    current = system.current
+    if current is None:
+        raise AshError("which snapshot? nothing of this system is running", "name its number", USAGE)
+    return current
+
+
+def needs_confirmation(args: argparse.Namespace, question: str) -> None:
+    """Ask; AshError where the answer is not yes, or there is nobody to ask."""
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise AshError(f"{question}? There is no terminal to ask on", "-y answers yes", USAGE)
+    if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise AshError("nothing is done", "", FAILED)
+
+
+class Argument(NamedTuple):
+    """An option of a command, as argparse takes it."""
+
+    flags: Sequence[str]
+    help: str
+    settings: Mapping[str, Any] = {}
+
+
+def flag(*flags: str, help: str) -> Argument:
+    """An option without a value."""
+    return Argument(flags, help, {"action": "store_true"})
+
+
+def words_option(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
+    """An option with one or more words; given twice, it has those of both."""
+    action = "store" if nargs == argparse.REMAINDER else "extend"
+    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest, "action": action})
+
+
+PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
+JOBS = [
+    PARALLEL,
+    Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
+]
+STRICT = flag("--strict", help="fail where not all archives can be had")
+DOWNLOAD_ONLY = flag("--download-only", help="fetch the packages now, for later")
+PROFILE = Argument(("-P", "--profile", "--prof"), "the packages of a profile", {"default": "", "metavar": "NAME"})
+NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
+RESUME = flag("--resume", help="go on with what a hang-up left")
+DESC = words_option("-d", "--desc", "--description", dest="desc", help="its description, several words")
+COMMAND_WORDS = words_option(
+    "-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER
+)
+LIVE = [
+    flag("--live", "-l", help="also in the running system"),
+    flag("--not-live", "-nl", help="only in the snapshot"),
+]
+PURGE = [
+    flag("--purge", help="also their configuration"),
+    flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
+]
+SYNC = [flag("--keep", help="leave what the parent removed"), STRICT, *JOBS, *LIVE]
+PACKAGES = words_option(
+    "-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)"
+)
+
+
+def seconds(text: str) -> float:
+    """How long to wait, as the command line has it."""
+    number = float(text)
+    if not number >= 0:  # so that it is no NaN either
+        raise ValueError
+    return number
+
+
+GLOBAL_OPTIONS = [
+    Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
+    Argument(("--image",), "work on a disk image", {"type": Path, "metavar": "FILE"}),
+    Argument(("--distro",), "which distribution, where several are on it", {"metavar": "ID"}),
+    flag("--chroot", help="run although ash finds itself inside a chroot"),
+    flag("--dry-run", help="print what would be done, change nothing"),
+    flag("--json", help="answer in JSON"),
+    Argument(("--wait",), "how long to wait for a lock", {"type": seconds, "default": 0.0, "metavar": "SECONDS"}),
+    Argument(("-y", "--yes"), "answer yes", {"action": "store_true"}),
+    Argument(("-v", "--verbose"), "show the programs as they run", {"action": "store_true"}),
+    Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
+]
+SNAPSHOT_OPTION = Argument(
+    ("-s", "--snap", "--snapshot"),
+    "the snapshot",
+    {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N", "action": "extend"},
+)
+SEVERAL_OPTION = words_option("--snapshots", "--snaps", dest="several", help="several snapshots")
+HELP_WIDTH = 80
+# argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
+vars(argparse)["_"] = str
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises AshError where the command line is wrong.
+
+    Its help is as wide as a manual page: argparse would ask how wide the terminal is with every option that is added.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, formatter_class=partial(argparse.HelpFormatter, width=HELP_WIDTH))
+
+    def error(self, message: str) -> NoReturn:
+        raise AshError(message, f"{self.prog} -h", USAGE)
+
+
+class CommandFailed(AshError):
+    """What the user ran in a snapshot ended with a status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message, "", status)
+
+
+def described(*words: str) -> str:
+    """A description from its words: one line, and text that every program can read."""
+    text = " ".join(" ".join(words).split())
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def new_description(args: argparse.Namespace, default: str) -> str:
+    """The description that was given, or the default."""
+    return described(*args.desc) or default
+
+
+def jobs_of(args: argparse.Namespace) -> int:
+    """How many snapshots are worked on at a time."""
+    wanted = args.jobs or (len(os.sched_getaffinity(0)) if args.parallel else 1)
+    if wanted < 1:
+        raise AshError(f"{wanted} jobs at a time are too few", "--jobs COUNT", USAGE)
+    return int(wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands on the tree
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def tree_columns(system: System, number: int) -> dict[str, Any]:
+    """When a snapshot's state was made, and how many packages it has."""
+    root = system.layout.rootfs(number)
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
+    return {"date": made, "packages": len(system.distro.packages(root))}
+
+
+def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
+    tree, menu, current = system.tree(), Menu.load(system.layout.menu), system.current
+    next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
+
+    rows: list[dict[str, Any]] = [
+        {
+            "snapshot": n,
+            "parent": tree.parent(n),
+            "description": system.describe(n),
+            "booted": n == current,
+            "deployed": n == next_boot,
+            "mutable": is_writable(system.layout.rootfs(n)) and is_mutable(system.layout.rootfs(n)),
+        }
+        for n in tree.numbers()
+    ]
+    by_number = {row["snapshot"]: row for row in rows}
+
+    def label(number: int) -> str:
+        row = by_number[number]
+        notes = "".join(f" [{mark}]" for mark in ("booted", "mutable") if row[mark])
+        return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
+
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    text = tree.draw(label, ascii_only)
+    if args.long:
+        for row in rows:
+            row.update(tree_columns(system, row["snapshot"]))
+        drawn = text.splitlines()[1:]
+        table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
+        text = text_table(table, ["snapshot", "date", "packages"])
+    return Reply({"tree": rows}, text)
+
+
+def cmd_current(system: System, args: argparse.Namespace) -> Reply:
+    current = system.current
+    if current is None:
+        raise AshError("nothing of this system is running", "", FAILED)
+    return Reply({"snapshot": current}, str(current), str(current))
+
+
+def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
+    number, text = the_snapshot(system, args), described(*args.desc, *args.words)
+    system.require(number)
+    if not text:
+        raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
+    if args.dry_run:
+        return would(f"describe snapshot {number} as: {text}")
+    with system.lock("state"):
+        system.require(number)
+        changed = text != system.describe(number)
+        if changed:
+            write_file(system.layout.description(number), f"{text}\n")
+    return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
+
+
+def birth_reply(number: int, source: int, parent: int | None, text: str) -> Reply:
+    """The answer of a command that made a snapshot of another, below a third or (None) at the top."""
+    return Reply({"snapshot": number, "changed": True, "from": source, "parent": parent}, text, str(number))
+
+
+def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"clone snapshot {number}")
+    new = copy_snapshot(system, number, None, new_description(args, f"clone of {number}"))
+    return birth_reply(new, number, None, f"snapshot {new} is a clone of {number}")
+
+
+def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"branch from snapshot {number}")
+    new = copy_snapshot(system, number, number, new_description(args, f"branch of {number}"))
+    return birth_reply(new, number, number, f"snapshot {new} is a branch of {number}")
+
+
+def cmd_new(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("make a new snapshot from the base")
+    new = copy_snapshot(system, BASE, None, new_description(args, "clone of 0"))
+    return birth_reply(new, BASE, None, f"snapshot {new} is a new tree, made from the base")
+
+
+def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    tree = system.tree()
+    branch, parent = tree.branch(number), tree.parent(number)
+    if args.dry_run:
+        return would(f"copy {', '.join(map(str, branch))}")
+    copies = copy_branch(system, number, new_description(args, f"clone of {number}"))
+    text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
+    reply = birth_reply(copies[number], number, parent, text)
+    return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
+
+
+def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    parent = system.tree().parent(number)
+    if args.dry_run:
+        return would(f"copy snapshot {number} beside it")
+    new = copy_snapshot(system, number, parent, new_description(args, f"clone of {number}"))
+    below = "the root" if parent is None else parent
+    return birth_reply(new, number, parent, f"snapshot {new} is a clone of {number}, below {below}")
+
+
+def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
+    if len(args.snapshots) != 2:
+        raise AshError("under which snapshot, and which one?", "ash ubranch PARENT N", USAGE)
+    parent, number = args.snapshots
+    system.require(parent)
+    system.require(number)
+    if args.dry_run:
+        return would(f"copy snapshot {number} below {parent}")
+    new = copy_snapshot(system, number, parent, new_description(args, f"clone of {number}"))
+    return birth_reply(new, number, parent, f"snapshot {new} is a clone of {number}, below {parent}")
+
+
+def own_subvolumes(layout: Layout) -> list[Path]:
+    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
+    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
+    inside = [
+        path for directory in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / directory).iterdir())
+    ]
+    work = sorted(layout.work("").glob("*/var"))
+    return [*top, *inside, *work]
+
+
+def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
+    rows = []
+    for path in own_subvolumes(system.layout):
+        subvolume = subvolume_at(path)
+        if subvolume is None:  # deleted meanwhile
+            continue
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
+        name = str(path.relative_to(system.layout.snapshots.parent))
+        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
+    table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
+    return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
+
+
+def user_name(number: int) -> str:
+    """A user's name, or its number where it has none here."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except (KeyError, OverflowError):
+        return str(number)
+
+
+def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Changed packages in a few words."""
+    signs = {"added": "+", "removed": "-", "upgraded": "^"}
+    return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
+
+
+def cmd_log(system: System, args: argparse.Namespace) -> Reply:
+    wanted = args.snapshots[0] if args.snapshots else None
+    entries = [e for e in system.history() if wanted is None or wanted in e.get("snapshots", [])]
+    rows = [
+        [
+            entry.get("time", ""),
+            user_name(entry.get("user", 0)),
+            " ".join(["ash", *map(str, entry.get("arguments", []))]),
+            " ".join(map(str, entry.get("snapshots", []))),
+            entry.get("result", ""),
+            " ".join(packages_summary(change.get("packages", {})) for change in entry.get("changes", [entry])),
+        ]
+        for entry in entries
+    ]
+    return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
+
+
+def cmd_del(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots
+    if not snapshots:
+        raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
+    doomed = numbers_to_delete(system, snapshots, args.nuke)
+    require_replaceable(system, doomed, "not deleted")
+    names = ", ".join(map(str, doomed))
+    if args.dry_run:
+        return would(f"delete {names}", snapshots=doomed)
+    if not console.quiet:
+        needs_confirmation(args, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
+    deleted = delete_snapshots(system, snapshots, args.nuke)
+    return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
+
+
+def set_mutable(system: System, args: argparse.Namespace, mutable: bool) -> Reply:
+    """Make a snapshot mutable or read-only, and say which."""
+    if not args.snapshots:
+        raise AshError("which snapshot? mutable and immutable want a number", "ash mutable N", USAGE)
+    number = args.snapshots[0]
+    now = "mutable" if mutable else "read-only"
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"make snapshot {number} {now}")
+    changed = make_mutable(system, number, mutable)
+    text = f"snapshot {number} is {now}" + (f": ash deploy {number} makes it run so" if changed else " already")
+    return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
+
+
+def cmd_mutable(system: System, args: argparse.Namespace) -> Reply:
+    return set_mutable(system, args, True)
+
+
+def cmd_immutable(system: System, args: argparse.Namespace) -> Reply:
+    return set_mutable(system, args, False)
+
+
+def cmd_immen(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    return set_mutable(system, args, not is_mutable(system.layout.rootfs(number)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands for booting
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
+    """The answer of a command that deployed."""
+    number = deployment.snapshot
+    where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
+    text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
+    if changed and deployment.carried:
+        text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
+    if changed and deployment.conflicts:
+        text += f"\n  left behind, the running versions are in {deployment.conflicts_folder}: "
+        text += listed(deployment.conflicts)
+    data = {
+        "snapshot": number,
+        "changed": changed,
+        "slot": deployment.slot,
+        "id": deployment.id,
+        "carried": list(deployment.carried),
+        "conflicts": list(deployment.conflicts),
+        "conflicts_folder": deployment.conflicts_folder,
+    }
+    return Reply(data, text, str(number))
+
+
+def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"deploy snapshot {number}")
+    with step(f"deploying snapshot {number}"):
+        deployment, changed = deploy_snapshot(system, number, secondary=args.secondary, fresh_etc=args.fresh_etc)
+    return deployed_reply(deployment, changed)
+
+
+def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("carry changes of the running /etc over to the deployment for the next boot")
+    put_back_live(system)
+    with system.lock("deploy"):
+        carried = Deployments(system).carry()
+    text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
+    return Reply({"changed": bool(carried), "carried": carried}, text)
+
+
+def change_data(change: Change) -> dict[str, Any]:
+    """A change as JSON has it."""
+    return {
+        "snapshot": change.snapshot,
+        "changed": change.changed,
+        "packages": change.packages(),
+        "conflicts": list(change.conflicts),
+        "kept": list(change.kept),
+    }
+
+
+def cmd_etc_update(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("save into the booted snapshot: " + listed(running_drift(system)[1]))
+    change, merge = save_drift(system)
+    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
+    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
+    if merge.in_conflict:
+        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
+    return Reply(data, "\n".join(lines))
+
+
+def cmd_undo(system: System, args: argparse.Namespace) -> Reply:
+    if not args.snapshots:
+        raise AshError("in which snapshot? undo wants a number", "ash undo N", USAGE)
+    number = args.snapshots[0]
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"put snapshot {number} back to what it was before its last change")
+    change = undo_change(system, number)
+    newer = newer_state(system, change)
+    text = [change.summary("is as it was before its last change")]
+    text += [f"  /var has the state of a newer {name}" for name in newer]
+    return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
+
+
+def cmd_boot(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"renew the boot configuration of snapshot {number}")
+    with step(f"renewing the boot configuration of snapshot {number}"), system.lock("deploy"):
+        slots = Deployments(system)
+        slots.recover()
+        renewed = slots.renew(number)
+    return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
+
+
+def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
+    """Deploy a snapshot; unless the menu file has it then, what led to it is undone when the block of `undo` ends."""
+    try:
+        return deploy_snapshot(system, number)
+    finally:  # whatever came after that was decided, Ctrl-C too
+        menu = Menu.load(system.layout.menu)
+        there = menu.deployments.get(menu.default)
+        if there and (there.snapshot, there.source) == (number, subvolume_id(system.layout.rootfs(number))):
+            undo.pop_all()
+
+
+def keep_deployment(system: System, slot: str, description: str) -> int:
+    """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
+    layout = system.layout
+    put_back_live(system)
+    with system.lock("deploy"), ExitStack() as stack:
+        copy = layout.rootfs(f"new-{slot}")
+        delete_subvolume(copy)
+        snapshot_subvolume(layout.rootfs(slot), copy)
+        stack.callback(delete_subvolume, copy)
+        for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
+            place_inside(copy, mark).unlink(missing_ok=True)
+        of = system.snapshot_of(slot)
+        with new_snapshot(system, copy, description, of) as number, system.editing_tree() as tree:
+            tree.add(number, None)
+        return number
+
+
+def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
+    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
+    if not isinstance(slot, str) or not slot:
+        raise AshError(
+            "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
+        )
+    of = system.snapshot_of(slot)
+    if args.dry_run:
+        return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
+    with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
+        number = keep_deployment(system, slot, f"rollback to {of}")
+        undo.callback(system.with_reserve, partial(delete_snapshots, system, [number]))
+        deployment, changed = deploy_or_undo(system, number, undo)
+    reply = deployed_reply(deployment, changed)
+    return reply._replace(data={**reply.data, "from": of})
+
+
+def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
+    booted = system.booted
+    if booted is None:
+        raise AshError("nothing of this system is running", "", FAILED)
+    return Reply({"slot": booted}, str(booted), str(booted))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shells and programs in a snapshot
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def refuse_json() -> None:
+    """Raise AshError where a shell's answer is wanted in JSON: it has none."""
+    if console.json:
+        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
+
+
+@contextmanager
+def hang_ups_raise() -> Iterator[None]:
+    """Have SIGHUP raise HangUp in this block; it comes twice, and the second must not end what keeps the work."""
+
+    def raise_hang_up(*_: object) -> NoReturn:
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise HangUp
+
+    before = signal.signal(signal.SIGHUP, raise_hang_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def take_terminal_back() -> None:
+    """Become the terminal's foreground again: an interactive shell leaves that to its own process group."""
+    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.tcsetpgrp(sys.stdin.fileno(), os.getpgrp())
+    signal.signal(signal.SIGTTOU, before)
+
+
+def ask_whether_to_keep(status: int) -> str:
+    """What to do after a shell that did not end with 0: y, n or back."""
+    answer = input(f"the shell ended with status {status}: keep the changes? [y/N/back] ").strip().lower()
+    return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
+
+
+def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
+    """Open a root shell in a snapshot; its changes are kept if it ends with 0, or if the user says so.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot, which may be the base.
+        resume: go on with what a hang-up left.
+        binds: what is shown inside: where it is, and its path in there.
+    """
+    refuse_json()
+    with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
+        work.binds += binds
+        shell = root_shell(work.root)
+        console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
+        terminal = sys.stdin.isatty()
+        while True:
+            status = work.chroot().run([shell])
+            if terminal:
+                take_terminal_back()
+            answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
+            if answer == "y":
+                break
+            if answer == "n":
+                raise CommandFailed(status, f"snapshot {number} is as it was: the shell ended with {status}")
+    return Reply(change_data(work.change), work.change.summary())
+
+
+def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require_changeable(number, base=args.resume)  # a shell that base-update has opened can be gone on with
+    if args.dry_run:
+        return would(f"open a shell in snapshot {number}")
+    return shell_in(system, number, resume=args.resume)
+
+
+def end_children() -> None:
+    """Kill this process's children, those of children that have ended as well, until there are none."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it has ended
+                    _, parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[:2]
+                    if int(parent) == os.getpid():
+                        os.kill(int(process.name), signal.SIGKILL)
+            os.waitpid(-1, 0)
+
+
+def run_unlocked(root: Path, argv: Sequence[str]) -> int:
+    """Run a program in the running system, with its root writable, and return its exit status.
+
+    What it leaves running ends with it: it would go on to have a writable root.
+
+    Args:
+        root: the running root, on a mount that is writable.
+        argv: program and arguments.
+    """
+    unlocked = PRIVATE / "unlocked"
+    unlocked.mkdir()
+    parent = os.getpid()
+    libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = os.fork()
+    if child == 0:
+        status = OUR_FAILURE_IN_RUN
         try:
             die_with_parent(parent)
-            if branch.output:
-                os.dup2(branch.output.fileno(), 1)
-                os.dup2(branch.output.fileno(), 2)
-            with contextlib.nullcontext() if self.shown else hushed():
-                said = {"change": work(branch.number)._asdict()}
-        except AshError as error:
-            said = {"error": error.message.strip(), "hint": error.hint}
+            libc("unshare", CLONE_NEWNS)
+            bind(root, unlocked)
+            bound: list[str] = ["/run/"]
+            bind(Path("/run"), unlocked / "run")  # without ash's own, which is mounted there
+            for one in sorted({m.target for m in mounts()} - {"/"}, key=len):
+                if not f"{one}/".startswith(tuple(bound)):  # what is mounted below goes along
+                    mount(one, unlocked / one.lstrip("/"), flags=MS_BIND | MS_REC)
+                    bound.append(f"{one}/")
+            os.chroot(unlocked)
+            os.chdir("/root")
+            os.execve(argv[0], list(argv), clean_environment())
+        except (AshError, OSError) as error:
+            print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    end_children()
+    if sys.stdin.isatty():
+        take_terminal_back()
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
+    slot = system.booted
+    if not isinstance(slot, str):
+        raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
+    refuse_json()
+    if args.dry_run:
+        return would("open a writable shell in the running system")
+    with system.lock("live"):
+        LiveWorkDir(system.layout, system.distro, BASE).recover(system.tree())
+        write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
+        console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
+        status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
+    sync_filesystem(system.layout.snapshots)
+    if status:
+        raise CommandFailed(status, f"the shell ended with {status}; what was changed stays")
+    return Reply({"changed": True}, "")
+
+
+RUNNING_INSIDE = "run/ash/running"
+
+
+def cmd_hollow(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    if not system.running:
+        raise AshError("nothing of this system runs that could be shown in there", "ash chroot N", REFUSED)
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
+    console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
+    reply = shell_in(system, number, resume=args.resume, binds=[(Path("/"), RUNNING_INSIDE)])
+    done, changed = deploy_snapshot(system, number)
+    return reply._replace(
+        text=f"{reply.text}\n{deployed_reply(done, changed).text}", data={**reply.data, "slot": done.slot}
+    )
+
+
+def command_to_run(args: argparse.Namespace) -> list[str]:
+    """The command that run and tree-run were given; AshError where it or the snapshot is missing."""
+    command = [*args.words, *args.command_words]
+    if command and command[0] in ("-c", "--cmd", "--command", "--"):
+        del command[0]
+    if len(command) == 1 and " " in command[0]:
+        command = ["/bin/sh", "-c", command[0]]  # a whole command line in one word, as the old ash took it
+    if not args.snapshots:
+        raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
+    if not command:
+        raise AshError("what is to be run?", "ash run N COMMAND...", USAGE)
+    return command
+
+
+def run_in(system: System, number: int, command: Sequence[str]) -> Change:
+    """Run a command in a snapshot; its exit status decides."""
+    with Transaction(system, number) as work:
+        status = work.chroot().run(command, stdout=2 if console.json else None)
+        if status:
+            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
+    return work.change
+
+
+def cmd_run(system: System, args: argparse.Namespace) -> Reply:
+    command = command_to_run(args)
+    number = args.snapshots[0]
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"run in snapshot {number}: {one_line(' '.join(command))}")
+    change = run_in(system, number, command)
+    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
+
+
+def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    if args.dry_run:
+        return would(f"drop what a dead transaction left on snapshot {number}")
+    directory = system.layout.work(number)
+    with system.lock(number):
+        changed = (directory / "intent").exists() or system.layout.working_copy(number).exists()
+        system.workdir(number).recover(system.tree(), drop_kept=True)
+    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
+    return Reply({"snapshot": number, "changed": changed}, text)
+
+
+def recovered_reply(found: Sequence[int | str]) -> Reply:
+    """The answer of a command that recovers."""
+    snapshots = [one for one in found if isinstance(one, int)]
+    lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
+    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
+    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
+
+
+def cmd_tmp(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("drop what dead transactions left")
+    return recovered_reply(recover_all(system, drop_kept=True))
+
+
+def cmd_recover(system: System, args: argparse.Namespace) -> Reply:
+    if args.dry_run:
+        return would("finish or undo what was interrupted")
+    return recovered_reply(recover_all(system, drop_kept=False))
+
+
+def edited(text: str) -> str:
+    """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
+    import shlex
+    import shutil
+    import subprocess
+    import tempfile
+
+    wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]
+    nano = shutil.which("nano", path=SYSTEM_PATH)
+    editor = next((shlex.split(words) for words in wanted if words), None) or [nano or "vi"]
+    with tempfile.NamedTemporaryFile("w+", suffix=".conf", dir=PRIVATE) as file:
+        write_text(Path(file.name), text)
+        try:
+            status = subprocess.run([*editor, file.name], env=clean_environment(), check=False).returncode
         except OSError as error:
-            said = {"error": reason(error)}
-        except Exception as error:
-            said = {"error": f"an error in ash itself: {error!r}"}
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            with os.fdopen(answer, "w") as pipe:
-                json.dump(said, pipe)
-            os._exit(0)
-
-    def _hear(self) -> None:
-        """Wait for an answer, but not for long."""
-        import select
-
-        running = {branch.answer: branch for branch in self._running()}
-        for answer in select.select([*running], [], [], self.REDRAW)[0]:
-            self._end(running[answer])
-
-    def _end(self, branch: Branch) -> None:
-        with os.fdopen(branch.answer, errors="surrogateescape") as pipe:
-            text = pipe.read()
-        os.waitpid(branch.process, 0)
-        said: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
-        branch.error, branch.hint = said.get("error", ""), said.get("hint", "")
-        branch.change = Change(**said["change"]) if "change" in said else None
-        self.system.done += [branch.change] if branch.change and branch.change.changed else []
-        if branch.output:
-            branch.output.seek(0)
-            if self.shown or console.verbose:
-                stream = sys.stderr if console.json or not self.shown else sys.stdout
-                stream.buffer.write(branch.output.read())
-                stream.flush()
-            branch.output.close()
-
-    def _draw(self) -> None:
-        """On a terminal, a line for each snapshot, in the place of those that were drawn last.
-
-        Where it has too few rows, those that are at work come first, then those that wait.
-        """
-        if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
-            return
-        import shutil
-
-        width, height = shutil.get_terminal_size()
-        rows, branches = max(1, height - 1), self.branches  # what has gone up out of sight cannot be drawn over
-        if len(branches) > rows:
-            branches = sorted(branches, key=lambda branch: (branch.is_done, not branch.process))[: rows - 1]
-        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}" for branch in branches]
-        lines += [f"... {more} more"] if (more := len(self.branches) - len(branches)) else []
-        up = f"\x1b[{min(self.drawn, rows)}A" if self.drawn else ""
-        sys.stderr.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J")
-        sys.stderr.flush()
-        self.drawn = len(lines)
+            raise AshError(f"the editor {editor[0]} cannot be started: {error.strerror}") from error
+        if status:
+            raise AshError(f"the editor ended with {status}: nothing is changed")
+        return read_text(Path(file.name))
 
 
-def in_branches(crew: Crew, branches: Sequence[Branch], live: Live | None = None) -> Reply:
-    """The answer of a command that worked on a tree: what it did in each snapshot, and what failed where."""
-    changes = [branch.change for branch in branches if branch.change is not None]
-    failed = [branch for branch in branches if branch.error]
-    counts = {
-        "changed": sum(done.changed for done in changes),
-        "as they should be": sum(not done.changed for done in changes),
-        "failed": len(failed),
-    }
-    lines = [f"{crew.doing} {len(branches)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
-    lines += [done.summary() for done in changes if done.changed]
-    lines += [one_line(f"snapshot {b.number} failed: {b.error}{f' ({b.hint})' if b.hint else ''}") for b in failed]
-    lines += [live.text()] if live else []
-    data: dict[str, Any] = {
-        "changed": any(done.changed for done in changes),
-        "snapshots": [change_data(done) for done in changes],
-        "failed": {str(branch.number): branch.error for branch in failed},
-    }
-    if live:
-        data["live"] = vars(live)
-    return Reply(data, "\n".join(lines), status=FAILED if failed or (live and live.error) else 0)
-
-
-# From <linux/fs.h>: struct file_dedupe_range (offset, length, count) and one file_dedupe_range_info (descriptor,
-# offset, bytes, status). btrfs takes 16 MiB at a time.
-FIDEDUPERANGE = 0xC0189436
-DEDUPE = struct.Struct("=QQHHIqQQiI")
-DEDUPE_AT_ONCE = 16 << 20
-SMALLEST_SHARED = 4096  # smaller files lie in the tree itself
-
-
-def share_blocks(system: System, changes: Iterable[Change]) -> int:
-    """Have files that several snapshots got in their last changes share their blocks. Returns the bytes saved.
-
-    The kernel compares them itself, and does nothing where they differ. Where that fails, as another ash is at work
-    there or the disk is full, they take more room, and nothing else is wrong.
-    """
-    known: dict[tuple[str, int], list[Path]] = {}
-    saved = 0
-    for done in changes:
-        with contextlib.suppress(AshError, OSError):
-            if done.changed and system.layout.undo(done.snapshot).exists():
-                saved += share_changes(system.layout, done.snapshot, known)
-    return saved
-
-
-def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list[Path]]) -> int:
-    """Have what a snapshot's last change brought share the blocks of what others got. Returns the bytes saved.
-
-    Args:
-        layout: where it is.
-        number: of the snapshot.
-        known: the files of others by path and size, to which those of this one are added.
-    """
-    saved = 0
-    with readonly_view(layout, layout.rootfs(number)) as root:
-        paths = changed_paths(layout.undo(number), root)
-    for path in paths:
-        folder, _, inside = path.partition("/")
-        copies = [layout.copy(folder, number) / inside] if folder in ("etc", "boot") else []
-        for file in (layout.rootfs(number) / path, *copies):
-            size = size_of(file)
-            if size >= SMALLEST_SHARED:
-                others = known.setdefault((path, size), [])
-                shared = next((n for other in others if (n := share_file(other, file, size))), 0)
-                others += [] if shared else [file]
-                saved += shared
-    return saved
-
-
-def size_of(path: Path) -> int:
-    """The size of a plain file in bytes; -1 where there is none."""
-    status = status_of(path)
-    return status.st_size if status and stat.S_ISREG(status.st_mode) else -1
-
-
-def share_file(source: Path, target: Path, size: int) -> int:
-    """Let a file use the blocks of another where their content is the same; returns the bytes that do."""
-    done = 0
-    with contextlib.suppress(OSError), source.open("rb") as old, target.open("rb") as new:
-        while done < size:
-            length = min(DEDUPE_AT_ONCE, size - done)
-            request = bytearray(DEDUPE.pack(done, length, 1, 0, 0, new.fileno(), done, 0, 0, 0))
-            fcntl.ioctl(old, FIDEDUPERANGE, request)
-            *_, shared, status, _ = DEDUPE.unpack(request)
-            if status or not shared:
-                break
-            done += shared
-    return done
+def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require_changeable(number)
+    if args.dry_run:
+        return would(f"edit /etc/ash.conf of snapshot {number}")
+    if not sys.stdin.isatty():
+        raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
+    with Transaction(system, number) as work:
+        path = path_inside(work.root, "etc/ash.conf")
+        if os.path.lexists(path) and not path.is_file():
+            raise AshError(f"/etc/ash.conf of snapshot {number} is no file")
+        path.parent.mkdir(exist_ok=True)
+        text = edited(read_text(path) or CONF_EXAMPLE)
+        Configuration.parse(text)
+        if text != read_text(path):
+            write_text(path, text)
+    return Reply(change_data(work.change), work.change.summary())
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Profiles: packages that belong together, such as a desktop
+# Packages
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def changes_reply(changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
+    """The answer of a command that changed one or several snapshots, and perhaps the running system."""
+    lines = [done.summary() for done in changes]
+    waiting = [str(done.snapshot) for done in changes if done.changed]
+    if live:
+        lines.append(live.text())
+    elif waiting:
+        lines.append(f"ash deploy {waiting[0]} and a reboot make it run")
+    data: dict[str, Any] = {"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}
+    if len(changes) == 1:
+        data = change_data(changes[0])
+    if live:
+        data = {**data, "changed": data["changed"] or live.changed, "live": vars(live)}
+    return Reply(data, "\n".join(lines), status=FAILED if live and live.error else 0)
+
+
+def would_change(changes: Sequence[Change]) -> Reply:
+    """The answer of --dry-run for packages: what the package manager's own simulation said."""
+    planned = [{**change_data(change), "download": change.download} for change in changes]
+    data = {"changed": False, "dry_run": True, "would": planned}
+    return Reply(data, "\n".join(change.summary("would change") for change in changes))
+
+
+Work = Callable[[Transaction], None]
+
+
+def change_snapshot(
+    system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
+) -> Change:
+    """Do something in a snapshot, in a transaction.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot.
+        doing: what is done, for people: "installing into".
+        work: does it.
+        simulate: drop it in the end.
+        base: whether it may be the base.
+    """
+    with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
+        work(transaction)
+    return transaction.change
+
+
+def change_live(system: System, doing: str, work: Work) -> LiveResult:
+    """Do the same in the running deployment; where that fails, it is as it was, and `error` says why."""
+    transaction = LiveTransaction(system)
+    try:
+        with step(f"{doing} the running system"), transaction:
+            work(transaction)
+    except (AshError, OSError) as error:
+        console.say(one_line(f"ash: {reason(error)}"))
+        transaction.live.changed, transaction.live.error = False, reason(error)
+    return transaction.live
+
+
+def goes_live(system: System, args: argparse.Namespace, snapshots: Sequence[int], by_default: bool = True) -> bool:
+    """Whether the running system is to be changed too: where that was said, else where its own snapshot is changed.
+
+    Raises:
+        AshError: it was said, and no deployment runs here.
+    """
+    if args.live and args.not_live:
+        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
+    runs = isinstance(system.booted, str)
+    if args.live:
+        system.running_slot()
+    return not args.dry_run and (
+        args.live or (by_default and not args.not_live and runs and system.current in snapshots)
+    )
+
+
+def require_package_files(packages: Sequence[str]) -> None:
+    """Raise AshError where one of the packages is the name of a file (it has a slash) and there is none."""
+    for path in [Path(name) for name in packages if "/" in name]:
+        if not path.is_file():
+            raise AshError(f"there is no package file {path}", "", MISSING)
+
+
+def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
+    """Those of the packages that a snapshot or slot has."""
+    root = system.layout.rootfs(which)
+    there = system.distro.packages(root)
+    return [name for name in packages if system.distro.plain_name(root, name) in there]
+
+
+def remove_packages(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
+    """Remove packages from a snapshot; nothing has changed if any of it fails."""
+    if not installed_of(system, number, packages) and not (args.purge and packages):
+        raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
+    work = partial(system.distro.remove, packages=packages, purge=args.purge)
+    done = change_snapshot(system, number, "removing from", work, simulate=args.dry_run)
+    return delete_data(system, done) if args.delete_data and done.kept else done
+
+
+def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
+    """Tell of archives that could not be had; AshError where that is not to be borne."""
+    if missing and strict:
+        hint = "leave out --strict to do without them"
+        raise RepositoryError(f"not all archives can be had: {'; '.join(missing)}", hint)
+    for one in missing:
+        console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
+
+
+def refresh(work: Transaction, strict: bool = False) -> None:
+    """Fetch the package lists of a transaction's root."""
+    warn_of_repositories(work.distro.refresh(work), strict)
+
+
+def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
+    """Upgrade the packages of a transaction's root.
+
+    Args:
+        work: the transaction.
+        fetch: fetch the package lists first; without any archive, those that are known serve.
+        strict: whether an archive that cannot be had is an error.
+        download_only: fetch the packages, for later.
+    """
+    try:
+        if fetch:
+            refresh(work, strict)
+    except PackageError as error:
+        if strict:
+            raise
+        console.say(one_line(f"ash: {error.message}; going on with what is known"))
+    work.distro.upgrade(work, download_only)
+
+
+@contextmanager
+def unrecorded(system: System) -> Iterator[None]:
+    """What is committed in the block only fetches something for what is to be done: nobody is told of it."""
+    before = [*system.done]
+    try:
+        yield
+    finally:
+        system.done = before
+
+
+def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
+    """Fetch the package lists for snapshots: those that have the same archives share them, or do without.
+
+    Returns:
+        by number, why a snapshot cannot be gone on with.
+    """
+    failed: dict[int, AshError | OSError] = {}
+    done: set[str] = set()
+    dead: dict[str, RepositoryError] = {}
+    for number in snapshots:
+        try:
+            archives = system.distro.archives(system.layout.rootfs(number))
+            if archives not in done and archives not in dead:
+                with unrecorded(system):
+                    change_snapshot(
+                        system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True
+                    )
+                done.add(archives)
+            elif strict and archives in dead:
+                failed[number] = dead[archives]
+        except PackageError as error:
+            if isinstance(error, RepositoryError):
+                dead[archives] = error
+            if strict:
+                failed[number] = error
+            else:
+                console.say(one_line(f"ash: {error.message}"))
+        except (AshError, OSError) as error:
+            failed[number] = error
+    return failed
+
+
+def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
+    """Raise AshError where a snapshot does not have one of the packages."""
+    if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
+        raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
+
+
+def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
+    """Keep packages of a snapshot at their versions, or let them go again."""
+    number, packages = the_snapshot(system, args), [*args.words, *args.packages]
+    system.require_changeable(number)
+    if not packages:
+        raise AshError("which package?", f"ash {'hold' if held else 'unhold'} N PKG...", USAGE)
+    require_installed(system, number, packages)
+    what = "kept at their versions" if held else "upgraded again"
+    if args.dry_run:
+        return would(f"have these of snapshot {number} {what}: {listed(packages)}")
+    done = change_snapshot(
+        system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held)
+    )
+    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
+    return changes_reply([done])._replace(text=text)
+
+
+def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots, by_default=False)
+    once = len(snapshots) > 1 and not args.dry_run
+    if once:
+        for error in refresh_once(system, snapshots, args.strict).values():
+            raise error
+    work = partial(upgrade, fetch=not once, strict=args.strict, download_only=args.download_only)
+    changes = [change_snapshot(system, number, "upgrading", work, simulate=args.dry_run) for number in snapshots]
+    if args.dry_run:
+        return would_change(changes)
+    if args.download_only:
+        return changes_reply(changes)._replace(text="what the next upgrade needs is fetched")
+    return changes_reply(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
+
+
+def cmd_refresh(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number, base=True)
+    if args.dry_run:
+        return would(f"fetch the package lists of {listed(snapshots)}")
+    work = partial(refresh, strict=args.strict)
+    changes = [
+        change_snapshot(system, number, "fetching the package lists of", work, base=True) for number in snapshots
+    ]
+    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
+    return changes_reply(changes)._replace(text=text)
+
+
+def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    if args.dry_run:
+        return would(f"repair the package database of {listed(snapshots)}")
+    changes = [change_snapshot(system, number, "repairing", system.distro.repair) for number in snapshots]
+    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
+    reply = changes_reply(changes)
+    if not left:
+        return reply
+    return reply._replace(text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
+
+
+def cmd_hold(system: System, args: argparse.Namespace) -> Reply:
+    return hold(system, args, True)
+
+
+def cmd_unhold(system: System, args: argparse.Namespace) -> Reply:
+    return hold(system, args, False)
+
+
+def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
+    opens = args.shell or args.resume
+    if args.dry_run and opens:
+        return would("open a shell in the base")
+    if opens:
+        return shell_in(system, BASE, resume=args.resume)
+    work = partial(upgrade, strict=args.strict)
+    done = change_snapshot(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
+    return would_change([done]) if args.dry_run else changes_reply([done])._replace(text=done.summary())
+
+
+def cmd_whichsnap(system: System, args: argparse.Namespace) -> Reply:
+    wanted = [*args.words, *args.packages]
+    if not wanted:
+        raise AshError("which package?", "ash whichsnap PKG...", USAGE)
+    having = {
+        number: {name: packages[name] for name in wanted}
+        for number in system.tree().numbers()
+        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
+    }
+    if not having:
+        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
+    rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
+    numbers = "\n".join(map(str, having))
+    text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
+    return Reply({"snapshots": {str(number): there for number, there in having.items()}}, text, numbers)
+
+
+def cmd_list(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    system.require(number)
+    packages = system.distro.packages(system.layout.rootfs(number))
+    names = "\n".join(packages)
+    text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
+    return Reply({"snapshot": number, "packages": packages}, text, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Profiles
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -5668,9 +6788,9 @@ def profile_files(system: System) -> dict[str, Path]:
     """The profiles that there are for a system's distribution, by name: those that came with this ash, else its own."""
     found: dict[str, Path] = {}
     family = [kind.id for kind in reversed(type(system.distro).mro()) if issubclass(kind, Distro)]
-    for folder in (system.layout.profiles, HERE / "profiles"):
+    for directory in (system.layout.profiles, HERE / "profiles"):
         for ident in (*family, system.layout.distro):  # a derivative's own is better
-            found |= {path.parent.name: path for path in sorted(folder.glob(f"*/{ident}.conf"))}
+            found |= {path.parent.name: path for path in sorted(directory.glob(f"*/{ident}.conf"))}
     return dict(sorted(found.items()))
 
 
@@ -5686,142 +6806,606 @@ def find_profile(system: System, name: str) -> Profile:
     return Profile.parse(name, read_text(files[name]))
 
 
+def leading_numbers(given: Sequence[str]) -> list[int]:
+    """The snapshot numbers that a list of words begins with."""
+    numbers = []
+    for word in given:
+        if not (word.isascii() and word.isdecimal()):
+            break
+        number = to_number(word)
+        if number is None:
+            raise AshError("no snapshot has a number so large", "ash tree shows what there is", MISSING)
+        numbers.append(number)
+    return numbers
+
+
+def profile_of(system: System, args: argparse.Namespace) -> Profile:
+    """The profile that the command line names; `--profile N NAME` works as well."""
+    if to_number(args.profile) is not None and args.words:
+        args.snapshots = [*args.snapshots, *leading_numbers([args.profile])]
+        args.profile = args.words.pop(0)
+    return find_profile(system, args.profile)
+
+
+def install_profile(system: System, args: argparse.Namespace) -> Reply:
+    """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
+    profile = profile_of(system, args)
+    if beside := [*args.words, *getattr(args, "packages", []), *getattr(args, "remove", [])]:
+        raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots, by_default=False)
+    user = os.environ.get("SUDO_USER", "root")
+
+    def install(work: Transaction) -> None:
+        if not args.no_upgrade:
+            upgrade(work, strict=args.strict)
+        profile.install(work, user)
+
+    doing = f"installing {profile.name} into"
+    changes = [change_snapshot(system, number, doing, install, simulate=args.dry_run) for number in snapshots]
+    if args.dry_run:
+        return would_change(changes)
+    reply = changes_reply(changes, change_live(system, doing, install) if live else None)
+    return reply._replace(text="\n".join([reply.text, *profile.lines("notes")]))
+
+
+def cmd_install(system: System, args: argparse.Namespace) -> Reply:
+    if args.profile:
+        return install_profile(system, args)
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    packages = [*args.words, *args.packages]
+    if not packages and not args.remove:
+        raise AshError("which package?", "ash install N PKG...", USAGE)
+    require_package_files(packages)
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots)
+
+    def is_there(root: Path) -> bool:
+        return not (args.remove or args.dry_run) and system.distro.has_installed(root, packages)
+
+    def install(work: Transaction) -> None:
+        named = [work.show(Path(name)) if "/" in name else name for name in packages]
+        system.distro.install(work, named, args.remove)
+
+    changes = [
+        Change(number)
+        if is_there(system.layout.rootfs(number))
+        else change_snapshot(system, number, "installing into", install, simulate=args.dry_run)
+        for number in snapshots
+    ]
+    if args.dry_run:
+        return would_change(changes)
+    live = live and not is_there(system.layout.rootfs(str(system.booted)))
+    return changes_reply(changes, change_live(system, "installing into", install) if live else None)
+
+
+def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
+    of_profile = profile_of(system, args).everything if args.profile else []
+    packages = [*args.words, *args.packages]
+    if not packages and not args.profile and args.snapshots:
+        n = args.snapshots[0]
+        raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
+    if not packages and not of_profile:
+        raise AshError("which package?", "ash remove N PKG...", USAGE)
+    snapshots = args.snapshots or [the_snapshot(system, args)]
+    for number in snapshots:
+        system.require_changeable(number)
+    live = goes_live(system, args, snapshots)
+    changes = []
+    for number in snapshots:
+        there = installed_of(system, number, of_profile)
+        changes.append(remove_packages(system, number, [*packages, *there], args))
+    if args.dry_run:
+        return would_change(changes)
+    here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
+    work = partial(system.distro.remove, packages=here, purge=args.purge)
+    return changes_reply(changes, change_live(system, "removing from", work) if here else None)
+
+
+def cmd_install_profile(system: System, args: argparse.Namespace) -> Reply:
+    if not args.words:
+        raise AshError("which profile?", "ash install-profile NAME N", USAGE)
+    args.profile, *args.words = args.words
+    numbers = leading_numbers(args.words)
+    args.snapshots, args.words = [*args.snapshots, *numbers], args.words[len(numbers) :]
+    return install_profile(system, args)
+
+
+def cmd_profiles(system: System, args: argparse.Namespace) -> Reply:
+    profiles = {name: Profile.parse(name, read_text(path)) for name, path in profile_files(system).items()}
+    data = {name: {"packages": one.everything, "notes": list(one.lines("notes"))} for name, one in profiles.items()}
+    rows = [[name, " ".join(one.packages), " ".join(one.lines("notes")[:1])] for name, one in profiles.items()]
+    text = text_table(rows, ["profile", "packages", "notes"]) if rows else "there are no profiles"
+    return Reply({"profiles": data}, text, "\n".join(profiles))
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Making a system
+# Whole trees: a process for each snapshot, parents first
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
-    """Make ash's own folder on a new system, with snapshot 0 alone in the tree.
+class Job:
+    """A snapshot that a tree command works on, and what came of it."""
+
+    def __init__(self, number: int, parent: int | None) -> None:
+        self.number = number
+        self.parent = parent
+        self.process = 0
+        self.answer = -1  # the pipe on which the process says what it did
+        self.output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
+        self.began = 0.0
+        self.change: Change | None = None
+        self.error = ""
+        self.hint = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.change is not None or bool(self.error)
+
+    def state(self) -> str:
+        """How far it is, for people."""
+        if self.error:
+            return f"failed: {one_line(self.error)}"
+        if self.change is not None:
+            return "changed" if self.change.changed else "nothing to change"
+        return f"{time.monotonic() - self.began:.0f} s" if self.process else "waits"
+
+
+class JobPool:
+    """Works on several snapshots, each by a process of its own; what fails in one does not stop the others.
 
     Args:
-        layout: the paths; the subvolumes and the folder `ash` are there.
-        distro: the module that serves the distribution.
-        root_uuid: of the root file system.
+        system: the snapshots'.
+        doing: what is done, for people: "upgrading".
+        jobs: how many at a time.
+        shown: whether what is printed in them is for the user; otherwise only errors are.
     """
-    for folder in (layout.ash / "snapshots", layout.ash / "work"):
-        folder.mkdir(exist_ok=True)
-    layout.home_root.mkdir(mode=0o700, exist_ok=True)
-    write_file(layout.tree, Tree.of_base().dump())
-    write_file(layout.last, "0\n")
-    write_file(layout.part, f"{root_uuid}\n")
-    write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")
-    write_file(layout.description(BASE), "base snapshot\n")
+
+    REDRAW = 0.5  # seconds
+
+    def __init__(self, system: System, doing: str, jobs: int, shown: bool = False) -> None:
+        self.system = system
+        self.doing = doing
+        self.jobs = jobs
+        self.shown = shown
+        self.branches: list[Job] = []
+        self.drawn = 0
+
+    def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> list[Job]:
+        """Have the work done in each snapshot, after its parent's; returns what came of it."""
+        self.branches = [Job(number, tree.parent(number)) for number in numbers]
+        try:
+            while not all(branch.is_done for branch in self.branches):
+                self._start_more(work)
+                self._hear()
+                self._draw()
+        except BaseException:
+            for branch in self._running():
+                os.kill(branch.process, signal.SIGTERM)
+                self._end(branch)
+            raise
+        return self.branches
+
+    def _running(self) -> list[Job]:
+        return [branch for branch in self.branches if branch.process and not branch.is_done]
+
+    def _start_more(self, work: Callable[[int], Change]) -> None:
+        unfinished = {branch.number for branch in self.branches if not branch.is_done}
+        ready = [b for b in self.branches if not b.process and b.parent not in unfinished]
+        for branch in ready[: self.jobs - len(self._running())]:
+            self._start(branch, work)
+
+    def _start(self, branch: Job, work: Callable[[int], Change]) -> None:
+        import tempfile
+
+        branch.began = time.monotonic()
+        if self.jobs > 1:
+            branch.output = tempfile.TemporaryFile(dir=PRIVATE)  # noqa: SIM115 (closed where it is printed)
+        branch.answer, answer_in = os.pipe()
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        branch.process = os.fork()
+        if branch.process == 0:
+            self._work(branch, work, parent, answer_in)
+        os.close(answer_in)
+
+    def _work(self, branch: Job, work: Callable[[int], Change], parent: int, answer: int) -> NoReturn:
+        """The process of one snapshot: work, say what was done, end."""
+        said: dict[str, Any] = {"error": "it was interrupted"}
+        try:
+            die_with_parent(parent)
+            if branch.output:
+                os.dup2(branch.output.fileno(), 1)
+                os.dup2(branch.output.fileno(), 2)
+            with contextlib.nullcontext() if self.shown else quiet_progress():
+                said = {"change": work(branch.number)._asdict()}
+        except AshError as error:
+            said = {"error": error.message.strip(), "hint": error.hint}
+        except OSError as error:
+            said = {"error": reason(error)}
+        except Exception as error:
+            said = {"error": f"an error in ash itself: {error!r}"}
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            with os.fdopen(answer, "w") as pipe:
+                json.dump(said, pipe)
+            os._exit(0)
+
+    def _hear(self) -> None:
+        """Wait for an answer, but not for long."""
+        import select
+
+        running = {branch.answer: branch for branch in self._running()}
+        for answer in select.select([*running], [], [], self.REDRAW)[0]:
+            self._end(running[answer])
+
+    def _end(self, branch: Job) -> None:
+        with os.fdopen(branch.answer, errors="surrogateescape") as pipe:
+            text = pipe.read()
+        os.waitpid(branch.process, 0)
+        said: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
+        branch.error, branch.hint = said.get("error", ""), said.get("hint", "")
+        branch.change = Change(**said["change"]) if "change" in said else None
+        self.system.done += [branch.change] if branch.change and branch.change.changed else []
+        if branch.output:
+            branch.output.seek(0)
+            if self.shown or console.verbose:
+                stream = sys.stderr if console.json or not self.shown else sys.stdout
+                stream.buffer.write(branch.output.read())
+                stream.flush()
+            branch.output.close()
+
+    def _draw(self) -> None:
+        """On a terminal, a line for each snapshot, in the place of those that were drawn last.
+
+        Where it has too few rows, those that are at work come first, then those that wait.
+        """
+        if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
+            return
+        import shutil
+
+        width, height = shutil.get_terminal_size()
+        rows, branches = max(1, height - 1), self.branches  # what has gone up out of sight cannot be drawn over
+        if len(branches) > rows:
+            branches = sorted(branches, key=lambda branch: (branch.is_done, not branch.process))[: rows - 1]
+        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}" for branch in branches]
+        lines += [f"... {more} more"] if (more := len(self.branches) - len(branches)) else []
+        up = f"\x1b[{min(self.drawn, rows)}A" if self.drawn else ""
+        sys.stderr.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J")
+        sys.stderr.flush()
+        self.drawn = len(lines)
 
 
-def split_base(layout: Layout, distro: Distro) -> None:
-    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
+def jobs_reply(crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None) -> Reply:
+    """The answer of a command that worked on a tree: what it did in each snapshot, and what failed where."""
+    changes = [branch.change for branch in branches if branch.change is not None]
+    failed = [branch for branch in branches if branch.error]
+    counts = {
+        "changed": sum(done.changed for done in changes),
+        "as they should be": sum(not done.changed for done in changes),
+        "failed": len(failed),
+    }
+    lines = [f"{crew.doing} {len(branches)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
+    lines += [done.summary() for done in changes if done.changed]
+    lines += [one_line(f"snapshot {b.number} failed: {b.error}{f' ({b.hint})' if b.hint else ''}") for b in failed]
+    lines += [live.text()] if live else []
+    data: dict[str, Any] = {
+        "changed": any(done.changed for done in changes),
+        "snapshots": [change_data(done) for done in changes],
+        "failed": {str(branch.number): branch.error for branch in failed},
+    }
+    if live:
+        data["live"] = vars(live)
+    return Reply(data, "\n".join(lines), status=FAILED if failed or (live and live.error) else 0)
+
+
+def share_blocks(system: System, changes: Iterable[Change]) -> int:
+    """Have files that several snapshots got in their last changes share their blocks. Returns the bytes saved.
+
+    The kernel compares them itself, and does nothing where they differ. Where that fails, as another ash is at work
+    there or the disk is full, they take more room, and nothing else is wrong.
+    """
+    known: dict[tuple[str, int], list[Path]] = {}
+    saved = 0
+    for done in changes:
+        with contextlib.suppress(AshError, OSError):
+            if done.changed and system.layout.undo(done.snapshot).exists():
+                saved += share_changes(system.layout, done.snapshot, known)
+    return saved
+
+
+def ask_each(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, Result]:
+    """What each of several snapshots answers; where that fails, what is done there fails too, and says why."""
+    answers = {}
+    for number in numbers:
+        with contextlib.suppress(AshError, OSError):
+            answers[number] = ask(number)
+    return answers
+
+
+def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
+    """Fetch packages for several snapshots one after the other: side by side, they would fetch the same ones.
 
     Args:
-        layout: the paths; the subvolumes and the state are there.
-        distro: the module that serves the distribution.
+        system: the snapshots'.
+        works: by number, what fetches a snapshot's.
+        about: what these have to do with it, beside its archives and packages.
     """
-    root = layout.rootfs(BASE)
-    (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
-    for name in distro.database:
-        travels, shared = root / in_database(name), root / "var" / name
-        travels.parent.mkdir(parents=True, exist_ok=True)
-        if shared.is_dir():
-            shared.rename(travels)
-        else:
-            travels.mkdir()
-            shared.parent.mkdir(parents=True, exist_ok=True)
-        shared.symlink_to(f"/{in_database(name)}")
-    for name in distro.database_files:
-        if (root / "var" / name).exists():
-            (root / "var" / name).rename(root / in_database(name))
-    distro.prepare_base(root)
-    numbers = Numbers()
-    numbers.learn(root / "etc")
-    write_file(layout.ids, numbers.dump())
-    for folder, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
-        run(["cp", "-a", "--reflink=auto", f"{root / folder}/.", shared])
-        remove_tree(root / folder)
-        (root / folder).mkdir()
-    equip(layout, root, BASE, layout.part.read_text().strip())
-    for name in ("etc", "boot"):
-        renew_copy(layout, BASE, name)
-    set_readonly(root)
+
+    def state(number: int) -> tuple[str, str]:
+        root, distro = system.layout.rootfs(number), system.distro
+        return distro.archives(root), json.dumps([distro.packages(root), sorted(distro.held(root)), about(number)])
+
+    done = set()
+    for number, known in ask_each(works if len(works) > 1 else (), state).items():
+        if known not in done:
+            done.add(known)
+            with quiet_progress(), unrecorded(system), contextlib.suppress(AshError, OSError):  # as ask_each() says
+                change_snapshot(system, number, "fetching for", works[number])
+
+
+def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
+    """Fetch the package lists for a tree, and what it upgrades. Returns as refresh_once() does."""
+    with quiet_progress():
+        failed = refresh_once(system, numbers, strict)
+    works = {number: partial(upgrade, fetch=False, download_only=True) for number in numbers if number not in failed}
+    fetch_packages(system, works)
+    return failed
+
+
+def tree_reply(
+    system: System, args: argparse.Namespace, crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None
+) -> Reply:
+    """Have what the snapshots of a tree got in common share its blocks, and say what was done."""
+    if not args.dry_run:
+        share_blocks(system, [branch.change for branch in branches if branch.change is not None])
+        return jobs_reply(crew, branches, live)
+    reply = would_change([branch.change for branch in branches if branch.change is not None])
+    failed = [one_line(f"snapshot {branch.number}: {branch.error}") for branch in branches if branch.error]
+    return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
+
+
+def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
+    command = command_to_run(args)
+    tree = system.tree()
+    branch = tree.branch(args.snapshots[0])
+    if args.dry_run:
+        for number in branch:
+            system.require_changeable(number)
+        return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
+    crew = JobPool(system, "ran in", jobs_of(args), shown=True)
+    return tree_reply(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
+
+
+def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    tree, crew = system.tree(), JobPool(system, "upgrading", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+    failed = {} if args.dry_run else fetch_once(system, numbers, args.strict)
+    work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
+
+    def upgrade_there(number: int) -> Change:
+        if number in failed:
+            raise failed[number]
+        return change_snapshot(system, number, "upgrading", work, simulate=args.dry_run)
+
+    reply = tree_reply(system, args, crew, crew.run(tree, numbers, upgrade_there))
+    if args.download_only and not args.dry_run and not reply.status:
+        return reply._replace(text="what the next upgrade needs is fetched")
+    return reply
+
+
+def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
+    of_profile = profile_of(system, args).everything if args.profile else []
+    packages = [*args.words, *args.packages, *of_profile]
+    if not packages:
+        raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
+    tree, crew = system.tree(), JobPool(system, "removing from", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+
+    having = ask_each(numbers, lambda number: installed_of(system, number, packages))
+    if len(having) == len(numbers) and not any(having.values()):
+        raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
+
+    def remove_there(number: int) -> Change:
+        there = installed_of(system, number, packages)
+        return remove_packages(system, number, there, args) if there else Change(number)
+
+    return tree_reply(system, args, crew, crew.run(tree, numbers, remove_there))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Comparing snapshots
+# A branch follows its parent
 # ---------------------------------------------------------------------------------------------------------------
 
-
-class Difference(NamedTuple):
-    """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
-
-    packages: Change
-    config: Mapping[str, str]
-    files: Mapping[str, str]
-
-    def data(self) -> dict[str, Any]:
-        """The difference as JSON has it."""
-        return {"packages": self.packages.packages(), "config": dict(self.config), "files": dict(self.files)}
-
-    def text(self) -> str:
-        """The difference for people."""
-        signs = {"added": "+", "removed": "-", "changed": "^"}
-        lines = lines_of(self.packages.summary())[1:]
-        lines += [f"  {signs[kind]} /{one_line(path)}" for path, kind in sorted({**self.config, **self.files}.items())]
-        return "\n".join(lines) or "no difference"
+# What these bring is nobody's wish for one snapshot.
+FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
 
 
-def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
-    """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
-    roots = system.layout.rootfs(old), system.layout.rootfs(new)
-    before, after = map(system.distro.packages, roots)
-    listed = set().union(*map(system.distro.config_files, roots))
-    if os.geteuid() == 0 and system.layout.top is not None:
-        with ExitStack() as stack:
-            views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
-            paths = changed_paths(*views)
-        config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
-        files = paths if all_files else {}
-    else:
-        config = {path: kind for path in sorted(listed) if (kind := kind_of_change(roots[0] / path, roots[1] / path))}
-        files = {}
-    return Difference(Change.between(new, before, after), config, files)
+class PackageIntents:
+    """What was done to the packages of a snapshot since some time, by their names."""
+
+    def __init__(self) -> None:
+        self.added: set[str] = set()
+        self.removed: set[str] = set()
+
+    @classmethod
+    def of(
+        cls,
+        origins: Mapping[int, int],
+        history: Sequence[Mapping[str, Any]],
+        since: int,
+        without: Container[str] = (),
+    ) -> PackageIntents:
+        """Read them from the lines of the history from one on; the last word on a package counts.
+
+        Args:
+            origins: of the snapshot, as origins() gives them.
+            history: all of it.
+            since: the first line that counts.
+            without: commands whose lines do not count.
+        """
+        wishes = cls()
+        for line, entry in enumerate(history):
+            numbers = [number for number, end in origins.items() if since <= line < end]
+            for done in entry.get("changes", [entry]):
+                if done.get("snapshot") in numbers and entry.get("command") not in without:
+                    packages = done.get("packages", {})
+                    wishes._note(wishes.added, wishes.removed, packages.get("added", {}))
+                    wishes._note(wishes.removed, wishes.added, packages.get("removed", {}))
+        return wishes
+
+    @staticmethod
+    def _note(wish: set[str], opposite: set[str], names: Iterable[str]) -> None:
+        wish.update(names)
+        opposite.difference_update(names)
 
 
-def kind_of_change(old: Path, new: Path) -> str:
-    """How a path differs: "added", "removed", "changed", or "" where it does not, or cannot be read."""
-    with contextlib.suppress(PermissionError):
-        if is_same(old, new):
-            return ""
-        return "changed" if old.exists() and new.exists() else "added" if new.exists() else "removed"
-    return ""
+class ParentSync:
+    """What a branch is to take over from its parent, to be done in a transaction.
+
+    All that counts is what happened since the two parted: since the branch was made or, where it is a copy of another
+    branch or was put below a stranger, since what they come from was one.
+
+    Args:
+        system: theirs.
+        parent, number: the two.
+        keep: whether what the parent removed stays in the branch.
+    """
+
+    def __init__(self, system: System, parent: int, number: int, keep: bool = False) -> None:
+        self.system = system
+        self.parent = parent
+        self.number = number
+        self.keep = keep
+        self.root = system.layout.rootfs(parent)
+
+    def __call__(self, work: Transaction) -> None:
+        """Give a transaction on the branch the packages and the new configuration of the parent."""
+        self._follow_packages(work)
+        # The history knows seconds: what came in the very second of the birth may have been there before it.
+        self._follow_configuration(work, 0 if self._parted is None else moment_of(self._history[self._parted]) + 1)
+
+    def fetch(self, work: Transaction) -> None:
+        """Fetch the packages that a transaction on the branch is to get."""
+        self.system.distro.fetch(work, self.missing(work.root))
+
+    def missing(self, root: Path) -> list[str]:
+        """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
+        own, distro = self._wishes[0], self.system.distro
+        known = {*distro.packages(root), *own.removed}
+        return [name for name in distro.packages(self.root) if name not in known]
+
+    @cached_property
+    def _history(self) -> list[dict[str, Any]]:
+        return self.system.history()
+
+    @cached_property
+    def _origins(self) -> tuple[dict[int, int], dict[int, int]]:
+        return origins(self.number, self._history), origins(self.parent, self._history)
+
+    @cached_property
+    def _parted(self) -> int | None:
+        """Where in the history the two were one for the last time."""
+        ours, theirs = self._origins
+        return next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
+
+    @cached_property
+    def _wishes(self) -> tuple[PackageIntents, PackageIntents]:
+        """What was asked for since then, of the branch and of the parent."""
+        since = 0 if self._parted is None else self._parted + 1
+        ours, theirs = self._origins
+        return PackageIntents.of(ours, self._history, since, FOLLOWS), PackageIntents.of(theirs, self._history, since)
+
+    def _follow_packages(self, work: Transaction) -> None:
+        distro, (own, dropped) = self.system.distro, self._wishes
+        theirs, ours = distro.packages(self.root), distro.packages(work.root)
+        automatic = distro.automatic(self.root)
+        missing = {name: name in automatic for name in self.missing(work.root)}
+        unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
+        asked_for = (own.added & ours.keys()) - distro.automatic(work.root)
+        distro.follow(work, missing, [] if self.keep else sorted(unwanted))
+        there = distro.packages(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
+        if pushed_out := sorted(asked_for - there):
+            hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
+            raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
+
+    def _follow_configuration(self, work: Transaction, parted: float) -> None:
+        """Take over the files of the parent's /etc that are newer than that and that the branch has not.
+
+        What packages brought comes with them alone, and so do links to it. A file of no package that the branch has
+        deleted comes again where the parent has changed it since: nothing tells it from a new one.
+        """
+        theirs, ours = self.root / "etc", work.root / "etc"
+        of_packages = self.system.distro.files(self.root, "etc")
+        for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
+            own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
+            is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
+            if is_new and not own_business and has_real_parents(ours, path) and not self._dangles(work.root, path):
+                EtcMerge.place(theirs / path, ours / path)
+
+    def _dangles(self, root: Path, path: str) -> bool:
+        """Whether a path of the parent's /etc is a link to what the parent has, and another root has not."""
+        with contextlib.suppress(AshError):  # a circle leads nowhere in both
+            target = path_inside(self.root, f"etc/{path}")
+            here = path_inside(root, str(target.relative_to(self.root)))
+            return (self.root / "etc" / path).is_symlink() and target.exists() and not here.exists()
+        return False
 
 
-def patch(old: Path, new: Path, path: str) -> str:
-    """The differences of a text file as `diff -u` writes them; one line where it is no text."""
-    import difflib
+def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply:
+    """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
+    tree, crew = system.tree(), JobPool(system, "synchronizing", jobs_of(args))
+    numbers = tree.branch(the_snapshot(system, args))
+    live = goes_live(system, args, numbers)
+    above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
+    following = {number: ParentSync(system, parent, number, args.keep) for number, parent in above.items()}
+    failed = fetch_once(system, numbers, args.strict) if upgrades and not args.dry_run else {}
+    if not args.dry_run:
+        missing = ask_each(following, lambda number: following[number].missing(system.layout.rootfs(number)))
+        fetch_packages(system, {number: following[number].fetch for number in missing if missing[number]}, missing.get)
 
-    texts = []
-    for root in (old, new):
-        file = root / path
-        if not has_plain_parents(root, path) or not os.path.lexists(file):
-            texts.append("")
-        elif file.is_symlink():  # what it leads to is not the snapshot's, or has a difference of its own
-            texts.append(f"link to {os.readlink(file)}\n")
-        else:
-            texts.append(read_text(file))
-    path = one_line(path)
-    if not "".join(texts).isascii() and any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(texts)):
-        return f"binary file /{path} differs\n"
-    before, after = ([f"{line}\n" for line in lines_of(text)] for text in texts)
-    return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
+    def sync(number: int) -> Change:
+        def work(transaction: Transaction) -> None:
+            if upgrades:
+                upgrade(transaction, fetch=args.dry_run, strict=args.strict)
+            if number in following:
+                following[number](transaction)
+
+        if number in failed:
+            raise failed[number]
+        if not upgrades and number not in following:
+            return Change(number)
+        return change_snapshot(system, number, "synchronizing", work, simulate=args.dry_run)
+
+    branches = crew.run(tree, numbers, sync)
+    worked = {branch.number for branch in branches if not branch.error}
+    done = None
+    if live and system.current in worked and system.current in following:
+        done = change_live(system, "synchronizing", following[system.current])
+    return tree_reply(system, args, crew, branches, done)
+
+
+def cmd_sync(system: System, args: argparse.Namespace) -> Reply:
+    return sync_tree(system, args, upgrades=not args.force)
+
+
+def cmd_force_sync(system: System, args: argparse.Namespace) -> Reply:
+    return sync_tree(system, args, upgrades=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Damage, and how each kind of it is mended
+# Finding problems
 # ---------------------------------------------------------------------------------------------------------------
 
 FOUND = "found by fsck"  # the description of a snapshot of which nothing else is known
 
 
-class Damage:
+class Problem:
     """Something that fsck found.
 
     Args:
@@ -5840,7 +7424,7 @@ class Damage:
         self.mend = mend
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Damage) and (self.what, self.snapshot) == (other.what, other.snapshot)
+        return isinstance(other, Problem) and (self.what, self.snapshot) == (other.what, other.snapshot)
 
     def __hash__(self) -> int:
         return hash((self.what, self.snapshot))
@@ -5855,19 +7439,19 @@ class Damage:
 
 
 class LostFound:
-    """The folder for what one repair takes out: it may be the last copy, so nothing is deleted."""
+    """The directory for what one repair takes out: it may be the last copy, so nothing is deleted."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.folder = layout.lost_found / time.strftime("%Y-%m-%dT%H%M%S")
+        self.directory = layout.lost_found / time.strftime("%Y-%m-%dT%H%M%S")
 
     @property
     def seen(self) -> str:
-        """The folder as the running system sees it; empty where nothing was taken out."""
-        return f"/.snapshots/{self.folder.relative_to(self.layout.snapshots)}" if self.folder.exists() else ""
+        """The directory as the running system sees it; empty where nothing was taken out."""
+        return f"/.snapshots/{self.directory.relative_to(self.layout.snapshots)}" if self.directory.exists() else ""
 
     def take(self, path: Path) -> None:
-        """Move a subvolume, file or folder here, under its path from the snapshots' folder.
+        """Move a subvolume, file or directory here, under its path from the snapshots' directory.
 
         Raises:
             AshError: it is mounted (REFUSED).
@@ -5878,7 +7462,7 @@ class LostFound:
         target = self._place_for(path)
         readonly = is_sub and Subvolume.at(path).readonly
         if readonly:
-            set_readonly(path, False)  # the kernel moves no read-only one to another folder
+            set_readonly(path, False)  # the kernel moves no read-only one to another directory
         try:
             rename(path, target)
         finally:
@@ -5898,53 +7482,27 @@ class LostFound:
             os.link(path, kept)
             with kept.open("rb") as file:
                 os.fsync(file.fileno())
-            sync_folder(kept.parent)
+            sync_directory(kept.parent)
         elif os.path.lexists(path):
             self.take(path)
 
     def _place_for(self, path: Path) -> Path:
-        wanted = self.folder / path.relative_to(self.layout.snapshots)
+        wanted = self.directory / path.relative_to(self.layout.snapshots)
         self.layout.lost_found.mkdir(mode=0o700, exist_ok=True)
         wanted.parent.mkdir(parents=True, exist_ok=True)
         names = itertools.chain([wanted.name], (f"{wanted.name}.{again}" for again in itertools.count(1)))
         return next(wanted.with_name(name) for name in names if not os.path.lexists(wanted.with_name(name)))
 
 
-def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
-    for entry in history:
-        if entry.get("result") == "done" and is_number(entry.get("from")):
-            copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
-            for old, new in copies.items() if isinstance(copies, dict) else ():
-                original = to_number(old)
-                if original is not None and is_number(new):
-                    yield new, original, entry
-
-
-def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """The number below which each snapshot was made, also of those that were deleted since; none is at the top."""
-    parents: dict[int, int] = {}
-    for number, original, entry in lines_of_birth(history):
-        above = entry.get("parent")
-        if original != entry["from"]:  # copied with the branch that it is in
-            above, copies = parents.get(original), entry["copies"]
-            while above is not None and str(above) not in copies:  # that one was taken out meanwhile
-                above = parents.get(above)
-            above = copies.get(str(above))
-        if isinstance(above, int) and 0 <= above < number:  # numbers only rise: what leads elsewhere is not ash's
-            parents[number] = above
-    return parents
-
-
-def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
-    """The tree of some snapshots: each below the nearest one that it was made below and that is there."""
-    tree, parents = Tree.empty(), parents_in_history(history)
-    for number in sorted(numbers):
-        above = parents.get(number)
-        while above is not None and above not in tree:
-            above = parents.get(above)
-        tree.add(number, above)
-    return tree
+def first_description(entry: Mapping[str, Any]) -> str:
+    """The description that the command of a line of the history gave."""
+    command = entry.get("command", "")
+    kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
+    # Another ash's command line; and what asks for help is answered with that, and the end.
+    with contextlib.suppress(AshError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        given = parse(list(map(str, entry.get("arguments", []))))[1]
+        return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
+    return f"{kind} {entry['from']}"
 
 
 def description_in_history(system: System, number: int) -> str:
@@ -5959,20 +7517,9 @@ def description_in_history(system: System, number: int) -> str:
     return ""
 
 
-def first_description(entry: Mapping[str, Any]) -> str:
-    """The description that the command of a line of the history gave."""
-    command = entry.get("command", "")
-    kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
-    # Another ash's command line; and what asks for help is answered with that, and the end.
-    with contextlib.suppress(AshError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        given = parse(list(map(str, entry.get("arguments", []))))[1]
-        return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
-    return f"{kind} {entry['from']}"
-
-
 def is_whole(root: Path) -> bool:
     """Whether a root has all that makes it a snapshot."""
-    return is_subvolume(root) and all((root / folder).is_dir() for folder in ("etc", "usr", IN_ROOT_DB))
+    return is_subvolume(root) and all((root / directory).is_dir() for directory in ("etc", "usr", IN_ROOT_DB))
 
 
 def is_description(path: Path) -> bool:
@@ -5980,14 +7527,12 @@ def is_description(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
 
-def numbered(folder: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
-    """The paths in a folder that are named by a prefix, a number and a suffix."""
-    found = {path.name.removeprefix(prefix).removesuffix(suffix): path for path in folder.glob(f"{prefix}*{suffix}")}
-    numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
-    return {number: found[name] for name, number in numbers.items() if number is not None}
+# ---------------------------------------------------------------------------------------------------------------
+# Repairing problems
+# ---------------------------------------------------------------------------------------------------------------
 
 
-class Mender:
+class Repairer:
     """Mends each kind of damage; what it takes out goes to lost+found.
 
     Each method takes the locks that commands take and looks again, since an ash may have been at work meanwhile. Cut
@@ -6055,7 +7600,7 @@ class Mender:
         """Make the file of users' numbers anew from all there are."""
         with self.system.lock("state"):
             self.lost.keep(self.layout.ids)
-            numbers = Numbers()
+            numbers = AccountIds()
             for number in sorted(self.system.tree().numbers()):
                 numbers.learn(self.layout.rootfs(number) / "etc")
             for slot in (*SLOTS, *SECONDARY_SLOTS):
@@ -6066,10 +7611,10 @@ class Mender:
         """Give a snapshot's accounts numbers of their own: those that they have elsewhere."""
         with self._changing(number) as work:
             with self.system.lock("state"):
-                numbers = Numbers.load(self.layout.ids)
+                numbers = AccountIds.load(self.layout.ids)
                 wanted, moves = numbers.reconcile(work.root / "etc")
                 write_file(self.layout.ids, numbers.dump())
-            give_numbers(work.root, wanted, moves)
+            assign_ids(work.root, wanted, moves)
 
     @contextmanager
     def _changing(self, number: int) -> Iterator[Transaction]:
@@ -6078,7 +7623,7 @@ class Mender:
             with self.system.lock(number):
                 self.lost.keep(self.layout.undo(number))
             self._original_kept[number] = True
-        with hushed(), Transaction(self.system, number, base=True) as work:
+        with quiet_progress(), Transaction(self.system, number, base=True) as work:
             yield work
         if work.change.changed:
             self._original_kept.setdefault(number, False)
@@ -6107,39 +7652,39 @@ class Mender:
                 if os.path.lexists(part):  # the copies are of the state that is lost
                     self.lost.take(part)
             rename(layout.undo(number), layout.rootfs(number))
-            for folder in ("etc", "boot"):
-                renew_copy(layout, number, folder)
+            for directory in ("etc", "boot"):
+                renew_copy(layout, number, directory)
 
     def _give_up(self, number: int) -> None:
         with self.system.editing_tree() as tree:
             if number in tree:
                 tree.take_out(number)
-        place = self.system.workplace(number)
+        place = self.system.workdir(number)
         for part in (*place.remains(), *place.leftovers()):
             self.lost.take(part)
-        forget_work(place.folder)
+        remove_work_directory(place.directory)
 
     def protect(self, name: int | str, path: Path) -> None:
         """Make a subvolume read-only, with a lock that who changes it takes; what was written to it stays."""
         with self.system.lock(name):
             set_readonly(path)
 
-    def renew_copy(self, number: int, folder: str) -> None:
-        """Make a copy of a snapshot's folder anew; what it was may be all that is left of an edit."""
-        copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
+    def renew_copy(self, number: int, directory: str) -> None:
+        """Make a copy of a snapshot's directory anew; what it was may be all that is left of an edit."""
+        copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
         with self.system.lock(number):
             if is_subvolume(copy) and not first_difference(copy, original):
                 return
             if os.path.lexists(copy):
                 self.lost.take(copy)
-            renew_copy(self.layout, number, folder)
+            renew_copy(self.layout, number, directory)
 
     def set_aside(self, number: int, path: Path) -> None:
         """Take out what belongs to no snapshot."""
         with self.system.lock(number):
             if number not in self.system.tree() and os.path.lexists(path):
                 self.lost.take(path)
-                forget_work(self.layout.work(number))
+                remove_work_directory(self.layout.work(number))
 
     def move_out(self, path: Path) -> None:
         """Take out a subvolume that is nested in another."""
@@ -6158,15 +7703,15 @@ class Mender:
 
     def finish(self, number: int) -> None:
         """Finish or undo what was interrupted; where nobody knows what that was, set it aside."""
-        place, tree = self.system.workplace(number), self.system.tree()
+        place, tree = self.system.workdir(number), self.system.tree()
         with self.system.lock(number):
             intent = None
             with contextlib.suppress(AshError):
-                intent = Intent.load(place.folder)
+                intent = Intent.load(place.directory)
             if intent is not None and intent.state == "number" and number not in tree:
                 for part in (*place.remains(), *place.leftovers()):
                     self.lost.take(part)
-                forget_work(place.folder)
+                remove_work_directory(place.directory)
             elif intent is None or not is_subvolume(self.layout.rootfs(number)):
                 for leftover in place.leftovers():
                     self.lost.take(leftover)
@@ -6175,9 +7720,9 @@ class Mender:
 
     def put_back(self) -> None:
         """Put back what an interrupted change put into the running system; set it aside where there is no good note."""
-        place = LivePlace(self.layout, self.system.distro, BASE)
+        place = LiveWorkDir(self.layout, self.system.distro, BASE)
         with self.system.lock("live"):
-            if state_of_work(place.folder):
+            if state_of_work(place.directory):
                 place.recover(self.system.tree())
             else:
                 for leftover in place.leftovers():
@@ -6206,23 +7751,23 @@ class Mender:
     def finish_deploy(self) -> None:
         """Tidy up after a deploy that was interrupted."""
         with self.system.lock("deploy"):
-            Slots(self.system).recover()
+            Deployments(self.system).recover()
 
     def rebuild_menu(self) -> None:
         """Make the menu anew from the slots that are there and from grub.cfg."""
         with self.system.lock("deploy"):
             try:
-                slots = Slots(self.system)
+                slots = Deployments(self.system)
             except AshError:
                 self.lost.take(self.layout.menu)
-                slots = Slots(self.system)
+                slots = Deployments(self.system)
             if slots.menu.default not in slots.menu.deployments:
                 slots.rebuild()
 
     def write_menu(self) -> None:
         """Write grub.cfg again."""
         with self.system.lock("deploy"):
-            slots = Slots(self.system)
+            slots = Deployments(self.system)
             if not slots.is_written():
                 slots.write_menu()
 
@@ -6236,31 +7781,12 @@ class Mender:
                 rename(beside, target)
 
 
-def is_coming_or_going(folder: Path) -> bool:
-    """Whether the snapshot of a work folder was being made or deleted by the last that worked on it."""
-    return state_of_work(folder) == "number"
-
-
-def state_of_work(folder: Path) -> str:
-    """The state of the intent in a work folder; empty where there is none, or a damaged one."""
-    with contextlib.suppress(AshError):
-        intent = Intent.load(folder)
-        return intent.state if intent else ""
-    return ""
-
-
-def forget_work(folder: Path) -> None:
-    """Delete the work folder of a snapshot that is none any more, where nothing but its lock is in it."""
-    if os.listdir(folder) == ["lock"]:
-        remove_tree(folder)
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Finding damage
+# fsck
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Check:
+class Fsck:
     """Compares tree, subvolumes, deployments, boot files and package databases with each other; changes nothing."""
 
     LOOKS = 10  # at a snapshot that others change all the time, before it is theirs alone
@@ -6268,19 +7794,19 @@ class Check:
     def __init__(self, system: System) -> None:
         self.system = system
         self.layout = system.layout
-        self.mender = Mender(system)
+        self.mender = Repairer(system)
         # What was found in contents: snapshots share them, and what looks again need not look at all of them again.
         self._contents = Contents()
         self._known_problems: dict[int, list[str]] = {}
-        self._known_differences: dict[tuple[int, int], str] = {}  # of a copy, from its folder of a root
+        self._known_differences: dict[tuple[int, int], str] = {}  # of a copy, from its directory of a root
 
-    def run(self) -> Iterator[Damage]:
+    def run(self) -> Iterator[Problem]:
         """All damage there is; what is interrupted comes first, since to finish it mends more."""
         try:
             numbers = self.system.tree().numbers()
         except AshError as error:
             remedy = "make it anew from the history and the snapshots that are there"
-            yield Damage(error.message, None, remedy, self.mender.rebuild_tree)
+            yield Problem(error.message, None, remedy, self.mender.rebuild_tree)
             return
         yield from self._leftovers()
         yield from self._left_of_live()
@@ -6298,7 +7824,7 @@ class Check:
         there = lock.path.exists() or not is_readonly(self.layout.snapshots)
         return lock if there else contextlib.nullcontext()
 
-    def _snapshot(self, number: int) -> list[Damage]:
+    def _snapshot(self, number: int) -> list[Problem]:
         """The damage of a snapshot; one that another ash changes or deletes meanwhile is looked at again."""
         for _ in range(self.LOOKS):
             before = self._version(number)
@@ -6319,7 +7845,7 @@ class Check:
         ids = [part and part.id for part in parts]
         return number in self.system.tree(), state_of_work(layout.work(number)), *ids
 
-    def _look_at(self, number: int) -> Iterator[Damage]:
+    def _look_at(self, number: int) -> Iterator[Problem]:
         layout, mender = self.layout, self.mender
         root = layout.rootfs(number)
         if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
@@ -6328,24 +7854,24 @@ class Check:
             has_undo = is_subvolume(layout.undo(number))
             gone = "take it out of the tree, what is below it moves up"
             remedy = f"put {layout.undo(number).name} in its place" if has_undo else gone
-            yield Damage(f"{root.name} is missing", number, remedy, partial(mender.replace_root, number))
+            yield Problem(f"{root.name} is missing", number, remedy, partial(mender.replace_root, number))
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
             remedy = "make it read-only, as it is"
-            yield Damage(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
+            yield Problem(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
         if is_writable(undo := layout.undo(number)):
             remedy = "make it read-only, as it is"
-            yield Damage(f"{undo.name} is writable", number, remedy, partial(mender.protect, number, undo))
+            yield Problem(f"{undo.name} is writable", number, remedy, partial(mender.protect, number, undo))
         if not is_description(layout.description(number)):
             there = os.path.lexists(layout.description(number))
             what = "its description is empty or no file" if there else "it has no description"
-            yield Damage(what, number, "take it from the history", partial(mender.describe, number))
-        for folder in ("etc", "boot"):
-            yield from self._copy(number, folder)
+            yield Problem(what, number, "take it from the history", partial(mender.describe, number))
+        for directory in ("etc", "boot"):
+            yield from self._copy(number, directory)
         audit = f" (ash run {number} {self.system.distro.audit} tells more)" if self.system.distro.audit else ""
         for problem in self._problems(root):
             remedy = f"repair it from its archives{audit}"
-            yield Damage(problem, number, remedy, partial(mender.repair_packages, number))
+            yield Problem(problem, number, remedy, partial(mender.repair_packages, number))
 
     def _problems(self, root: Path) -> list[str]:
         content = self._contents.of(root)
@@ -6353,30 +7879,30 @@ class Check:
             self._known_problems[content] = self.system.distro.problems(root)
         return self._known_problems[content]
 
-    def _difference(self, copy: Path, root: Path, folder: str) -> str:
-        """The first path at which a copy of a root's folder differs from it; empty where it does not."""
+    def _difference(self, copy: Path, root: Path, directory: str) -> str:
+        """The first path at which a copy of a root's directory differs from it; empty where it does not."""
         contents = self._contents.of(copy), self._contents.of(root)
         if contents not in self._known_differences:
-            self._known_differences[contents] = first_difference(copy, root / folder)
+            self._known_differences[contents] = first_difference(copy, root / directory)
         return self._known_differences[contents]
 
-    def _copy(self, number: int, folder: str) -> Iterator[Damage]:
-        copy, original = self.layout.copy(folder, number), self.layout.rootfs(number) / folder
-        renew, remedy = partial(self.mender.renew_copy, number, folder), "make it anew"
-        if not is_folder(original):
-            yield Damage(f"its /{folder} is no folder", number)
+    def _copy(self, number: int, directory: str) -> Iterator[Problem]:
+        copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
+        renew, remedy = partial(self.mender.renew_copy, number, directory), "make it anew"
+        if not is_directory(original):
+            yield Problem(f"its /{directory} is no directory", number)
         elif not is_subvolume(copy):
-            yield Damage(f"{copy.name} is missing", number, remedy, renew)
-        elif different := self._difference(copy, self.layout.rootfs(number), folder):
-            yield Damage(f"{copy.name} differs from its /{folder}: {different}", number, remedy, renew)
+            yield Problem(f"{copy.name} is missing", number, remedy, renew)
+        elif different := self._difference(copy, self.layout.rootfs(number), directory):
+            yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, remedy, renew)
         elif not Subvolume.at(copy).readonly:
             protect = partial(self.mender.protect, number, copy)
-            yield Damage(f"{copy.name} is writable", number, "make it read-only", protect)
+            yield Problem(f"{copy.name} is writable", number, "make it read-only", protect)
 
-    def _strays(self, numbers: Sequence[int]) -> Iterator[Damage]:
-        folders = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
-        for folder, *affixes in (*folders, ("ash/snapshots", "", "-desc")):
-            for number, path in numbered(self.layout.snapshots / folder, *affixes).items():
+    def _strays(self, numbers: Sequence[int]) -> Iterator[Problem]:
+        directories = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
+        for directory, *affixes in (*directories, ("ash/snapshots", "", "-desc")):
+            for number, path in numbered(self.layout.snapshots / directory, *affixes).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
                 if number in self.system.tree() or not os.path.lexists(path):  # it has come or gone meanwhile
@@ -6384,71 +7910,71 @@ class Check:
                 what = f"{path.name} belongs to no snapshot of the tree"
                 if is_whole(self.layout.rootfs(number)):
                     adopt = partial(self.mender.adopt, number)
-                    yield Damage(what, None, f"put snapshot {number} into the tree, at the top", adopt)
+                    yield Problem(what, None, f"put snapshot {number} into the tree, at the top", adopt)
                 else:
-                    yield Damage(what, None, "take it out", partial(self.mender.set_aside, number, path))
+                    yield Problem(what, None, "take it out", partial(self.mender.set_aside, number, path))
 
-    def _last(self, numbers: Sequence[int]) -> Iterator[Damage]:
+    def _last(self, numbers: Sequence[int]) -> Iterator[Problem]:
         last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
         if last is None or last < highest:
             known = "not known" if last is None else last
             what = f"the highest number ever given is {known}, the tree has {highest}"
-            yield Damage(what, None, "raise it", self.mender.raise_last)
+            yield Problem(what, None, "raise it", self.mender.raise_last)
 
-    def _leftovers(self) -> Iterator[Damage]:
+    def _leftovers(self) -> Iterator[Problem]:
         for name, what, finish in (
             ("deploy", "an interrupted deploy waits to be tidied up", self.mender.finish_deploy),
             ("live", "an interrupted change of the running system waits to be put back", self.mender.put_back),
         ):
-            folder = self.layout.work(name)
-            if (folder / "intent").exists():
-                with contextlib.suppress(AshError), self._alone(Lock(folder / "lock", "")):
-                    if (folder / "intent").exists():
-                        yield Damage(what, None, "do it", finish)
-        for number, folder in numbered(self.layout.work(""), "").items():
-            place = self.system.workplace(number)
+            directory = self.layout.work(name)
+            if (directory / "intent").exists():
+                with contextlib.suppress(AshError), self._alone(Lock(directory / "lock", "")):
+                    if (directory / "intent").exists():
+                        yield Problem(what, None, "do it", finish)
+        for number, directory in numbered(self.layout.work(""), "").items():
+            place = self.system.workdir(number)
             if not place.leftovers():
                 continue
             mend = partial(self.mender.finish, number)
             with (
                 contextlib.suppress(AshError),
-                self._alone(Lock(folder / "lock", "")),
+                self._alone(Lock(directory / "lock", "")),
             ):  # a living ash's work is no damage
                 try:
-                    intent = Intent.load(folder)
+                    intent = Intent.load(directory)
                 except AshError as error:
-                    yield Damage(error.message, number, "set aside what it was about", mend)
+                    yield Problem(error.message, number, "set aside what it was about", mend)
                     continue
                 if intent is not None and intent.state != "kept":
                     what = "an interrupted change waits to be finished or undone"
-                    yield Damage(what, number, "finish or undo it", mend)
+                    yield Problem(what, number, "finish or undo it", mend)
                 elif intent is None and (left := place.leftovers()):
                     what = f"{left[0].relative_to(self.layout.snapshots)} is left of a transaction"
-                    yield Damage(what, number, "set it aside", mend)
+                    yield Problem(what, number, "set it aside", mend)
 
-    def _left_of_live(self) -> Iterator[Damage]:
-        live = LivePlace(self.layout, self.system.distro, BASE)
-        if live.leftovers() and not (live.folder / "intent").exists():
-            with contextlib.suppress(AshError), self._alone(Lock(live.folder / "lock", "")):
+    def _left_of_live(self) -> Iterator[Problem]:
+        live = LiveWorkDir(self.layout, self.system.distro, BASE)
+        if live.leftovers() and not (live.directory / "intent").exists():
+            with contextlib.suppress(AshError), self._alone(Lock(live.directory / "lock", "")):
                 if left := live.leftovers():
                     what = f"{left[0].relative_to(self.layout.snapshots)} is left of a change of the running system"
-                    yield Damage(what, None, "set it aside", self.mender.put_back)
+                    yield Problem(what, None, "set it aside", self.mender.put_back)
 
-    def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Damage]:
+    def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Problem]:
         remedy = "make it anew from the snapshots"
         if not self.layout.ids.exists():
-            yield Damage("the file of users' numbers is missing", None, remedy, self.mender.renew_ids)
+            yield Problem("the file of users' numbers is missing", None, remedy, self.mender.renew_ids)
         try:
-            given = Numbers.load(self.layout.ids).given
+            given = AccountIds.load(self.layout.ids).given
         except AshError as error:
-            yield Damage(error.message, None, remedy, self.mender.renew_ids)
+            yield Problem(error.message, None, remedy, self.mender.renew_ids)
             return
-        for number, name in itertools.product(numbers, NUMBERED_FILES):
-            for what in self._clashes(name, read_numbers(self.layout.rootfs(number) / "etc" / name), given[name]):
+        for number, name in itertools.product(numbers, ID_FILES):
+            for what in self._clashes(name, read_ids(self.layout.rootfs(number) / "etc" / name), given[name]):
                 remedy = (
                     "give it the number that it has elsewhere, or a new one; files of a shared number stay as they are"
                 )
-                yield Damage(what, number, remedy, partial(self.mender.settle_numbers, number))
+                yield Problem(what, number, remedy, partial(self.mender.settle_numbers, number))
 
     @staticmethod
     def _clashes(name: str, accounts: Mapping[str, int], given: Mapping[str, int]) -> Iterator[str]:
@@ -6460,16 +7986,16 @@ class Check:
             if given.get(account, ident) != ident:
                 yield f"{account} is {ident} in {name}, and {given[account]} elsewhere"
 
-    def _nested(self) -> Iterator[Damage]:
+    def _nested(self) -> Iterator[Problem]:
         rootfs = self.layout.snapshots / "rootfs"
         todo = sorted((path for path in rootfs.iterdir() if is_subvolume(path)), reverse=True)
         while todo:
             for path in subvolumes_inside(todo.pop()):
                 what = f"{path.relative_to(rootfs)} is a subvolume nested in another"
-                yield Damage(what, None, "take it out", partial(self.mender.move_out, path))
+                yield Problem(what, None, "take it out", partial(self.mender.move_out, path))
                 todo.append(path)
 
-    def _mounts(self, numbers: Sequence[int]) -> Iterator[Damage]:
+    def _mounts(self, numbers: Sequence[int]) -> Iterator[Problem]:
         layout, there = self.layout, mounts()
         parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
         of_subvolume = {found.id: number for number, part in parts if (found := subvolume_at(part))}
@@ -6480,19 +8006,19 @@ class Check:
                 own = self.system.running and one.target.startswith("/.snapshots/")
                 mend = partial(self.mender.unmount, one.target) if own else None
                 what = f"{one.target} is a foreign mount inside it"
-                yield Damage(what, of_subvolume[inside], f"umount {one.target}", mend)
+                yield Problem(what, of_subvolume[inside], f"umount {one.target}", mend)
 
     def _subvolume_below(self, one: Mount, there: Sequence[Mount]) -> int | None:
         """The id of the subvolume that a mount lies on, where that is of this file system."""
         above = [m for m in reversed(there) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
         if above and max(above, key=lambda m: len(m.target)).kind == "btrfs":
             with contextlib.suppress(OSError):
-                folder = Path(one.target).parent
-                if file_system_id(folder) == file_system_id(self.layout.snapshots):
-                    return subvolume_id(folder)
+                directory = Path(one.target).parent
+                if file_system_id(directory) == file_system_id(self.layout.snapshots):
+                    return subvolume_id(directory)
         return None
 
-    def _menu(self) -> Iterator[Damage]:
+    def _menu(self) -> Iterator[Problem]:
         if list(self._look_at_menu()):
             with (
                 contextlib.suppress(AshError),
@@ -6500,36 +8026,36 @@ class Check:
             ):  # a living ash's work is no damage
                 yield from list(self._look_at_menu())
 
-    def _look_at_menu(self) -> Iterator[Damage]:
+    def _look_at_menu(self) -> Iterator[Problem]:
         rebuild, remedy = self.mender.rebuild_menu, "make the menu anew from the deployments that are there"
         try:
-            slots = Slots(self.system)
+            slots = Deployments(self.system)
         except AshError as error:
-            yield Damage(error.message, None, remedy, rebuild)
+            yield Problem(error.message, None, remedy, rebuild)
             return
         if slots.menu.default not in slots.menu.deployments:
             there = any((self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file() for slot in (*SLOTS, *SECONDARY_SLOTS))
             what = "no deployment is chosen for the next boot"
-            yield Damage(what, None, remedy, rebuild) if there else Damage(what, None, "ash deploy N")
+            yield Problem(what, None, remedy, rebuild) if there else Problem(what, None, "ash deploy N")
             return
         for deployment in slots.menu.deployments.values():
             yield from self._boot_files(deployment)
             yield from self._drift_base(deployment)
         if not slots.is_written():
-            yield Damage("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
+            yield Problem("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
 
-    def _drift_base(self, deployment: Deployment) -> Iterator[Damage]:
+    def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
         slot, number = deployment.slot, deployment.snapshot
         base = self.layout.etc(slot)
         if not is_subvolume(base):
             renew, remedy = partial(self.mender.renew_drift_base, slot, number), "make it anew from the snapshot's /etc"
-            yield Damage(f"{base.name} is missing: nobody knows what was changed in /etc", number, remedy, renew)
+            yield Problem(f"{base.name} is missing: nobody knows what was changed in /etc", number, remedy, renew)
         elif not Subvolume.at(base).readonly:
-            yield Damage(
+            yield Problem(
                 f"{base.name} is writable", number, "make it read-only", partial(self.mender.protect, "deploy", base)
             )
 
-    def _boot_files(self, deployment: Deployment) -> Iterator[Damage]:
+    def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
         roots = [path / "boot" for path in (self.layout.rootfs(number), self.layout.undo(number))]
         for name in (deployment.config.kernel, *deployment.config.initrds):
@@ -6539,38 +8065,20 @@ class Check:
             sources = [path / name for path in (*roots, self.layout.boot(number)) if (path / name).is_file()]
             if sources and is_subvolume(root):
                 bring = partial(self.mender.bring_boot_file, deployment.slot, name, sources[0])
-                yield Damage(what, number, "copy it from the snapshot", bring)
+                yield Problem(what, number, "copy it from the snapshot", bring)
             else:
-                yield Damage(what, number, "ash deploy N, of a snapshot that has a kernel")
+                yield Problem(what, number, "ash deploy N, of a snapshot that has a kernel")
 
 
-def first_difference(one: Path, other: Path) -> str:
-    """The first path at which two folders differ; empty where they do not."""
-    return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
-
-
-class Repaired(NamedTuple):
+class RepairResult(NamedTuple):
     """What a repair did: the damage that it mended, and what is left with the reason, if one is known."""
 
-    mended: Sequence[Damage]
-    left: Mapping[Damage, str]
+    mended: Sequence[Problem]
+    left: Mapping[Problem, str]
     lost_found: str
 
 
-def repair(system: System) -> Repaired:
-    """Mend all damage that can be mended. Only what a last look does not find any more counts as mended."""
-    check = Check(system)
-    tried: dict[Damage, str | None] = {}  # why it could not be mended; None where it was
-    seen = list(check.run())
-    while new := [damage for damage in seen if damage not in tried]:  # mending brings more to light
-        tried |= {damage: attempt(damage) for damage in new}
-        sync_filesystem(system.layout.snapshots)
-        seen = list(check.run())
-    mended = [damage for damage, why in tried.items() if why is None and damage not in seen]
-    return Repaired(mended, {damage: tried[damage] or "" for damage in seen}, check.mender.lost.seen)
-
-
-def attempt(damage: Damage) -> str | None:
+def attempt(damage: Problem) -> str | None:
     """Mend a damage; returns why that was not possible, None where it was."""
     if damage.mend is None:
         return ""
@@ -6583,208 +8091,68 @@ def attempt(damage: Damage) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A branch follows its parent
-# ---------------------------------------------------------------------------------------------------------------
-
-# What these bring is nobody's wish for one snapshot.
-FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
-
-
-class Wishes:
-    """What was done to the packages of a snapshot since some time, by their names."""
-
-    def __init__(self) -> None:
-        self.added: set[str] = set()
-        self.removed: set[str] = set()
-
-    @classmethod
-    def of(
-        cls,
-        origins: Mapping[int, int],
-        history: Sequence[Mapping[str, Any]],
-        since: int,
-        without: Container[str] = (),
-    ) -> Wishes:
-        """Read them from the lines of the history from one on; the last word on a package counts.
-
-        Args:
-            origins: of the snapshot, as origins() gives them.
-            history: all of it.
-            since: the first line that counts.
-            without: commands whose lines do not count.
-        """
-        wishes = cls()
-        for line, entry in enumerate(history):
-            numbers = [number for number, end in origins.items() if since <= line < end]
-            for done in entry.get("changes", [entry]):
-                if done.get("snapshot") in numbers and entry.get("command") not in without:
-                    packages = done.get("packages", {})
-                    wishes._note(wishes.added, wishes.removed, packages.get("added", {}))
-                    wishes._note(wishes.removed, wishes.added, packages.get("removed", {}))
-        return wishes
-
-    @staticmethod
-    def _note(wish: set[str], opposite: set[str], names: Iterable[str]) -> None:
-        wish.update(names)
-        opposite.difference_update(names)
+def repair(system: System) -> RepairResult:
+    """Mend all damage that can be mended. Only what a last look does not find any more counts as mended."""
+    check = Fsck(system)
+    tried: dict[Problem, str | None] = {}  # why it could not be mended; None where it was
+    seen = list(check.run())
+    while new := [damage for damage in seen if damage not in tried]:  # mending brings more to light
+        tried |= {damage: attempt(damage) for damage in new}
+        sync_filesystem(system.layout.snapshots)
+        seen = list(check.run())
+    mended = [damage for damage, why in tried.items() if why is None and damage not in seen]
+    return RepairResult(mended, {damage: tried[damage] or "" for damage in seen}, check.mender.lost.seen)
 
 
-def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """What a snapshot was before it had its number, nearest first, and the line of the history at which that ended.
-
-    The first is the snapshot itself, which goes on; then what it was copied from, what that was copied from, and so on.
-    """
-    births = {new: (line, old) for line, entry in enumerate(history) for new, old, _ in lines_of_birth([entry])}
-    found = {number: len(history)}
-    while number in births and births[number][1] < number:  # numbers only rise: what leads elsewhere is not ash's
-        line, number = births[number]
-        found[number] = line
-    return found
-
-
-class Following:
-    """What a branch is to take over from its parent, to be done in a transaction.
-
-    All that counts is what happened since the two parted: since the branch was made or, where it is a copy of another
-    branch or was put below a stranger, since what they come from was one.
-
-    Args:
-        system: theirs.
-        parent, number: the two.
-        keep: whether what the parent removed stays in the branch.
-    """
-
-    def __init__(self, system: System, parent: int, number: int, keep: bool = False) -> None:
-        self.system = system
-        self.parent = parent
-        self.number = number
-        self.keep = keep
-        self.root = system.layout.rootfs(parent)
-
-    def __call__(self, work: Transaction) -> None:
-        """Give a transaction on the branch the packages and the new configuration of the parent."""
-        self._follow_packages(work)
-        # The history knows seconds: what came in the very second of the birth may have been there before it.
-        self._follow_configuration(work, 0 if self._parted is None else moment_of(self._history[self._parted]) + 1)
-
-    def fetch(self, work: Transaction) -> None:
-        """Fetch the packages that a transaction on the branch is to get."""
-        self.system.distro.fetch(work, self.missing(work.root))
-
-    def missing(self, root: Path) -> list[str]:
-        """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
-        own, distro = self._wishes[0], self.system.distro
-        known = {*distro.packages(root), *own.removed}
-        return [name for name in distro.packages(self.root) if name not in known]
-
-    @cached_property
-    def _history(self) -> list[dict[str, Any]]:
-        return self.system.history()
-
-    @cached_property
-    def _origins(self) -> tuple[dict[int, int], dict[int, int]]:
-        return origins(self.number, self._history), origins(self.parent, self._history)
-
-    @cached_property
-    def _parted(self) -> int | None:
-        """Where in the history the two were one for the last time."""
-        ours, theirs = self._origins
-        return next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
-
-    @cached_property
-    def _wishes(self) -> tuple[Wishes, Wishes]:
-        """What was asked for since then, of the branch and of the parent."""
-        since = 0 if self._parted is None else self._parted + 1
-        ours, theirs = self._origins
-        return Wishes.of(ours, self._history, since, FOLLOWS), Wishes.of(theirs, self._history, since)
-
-    def _follow_packages(self, work: Transaction) -> None:
-        distro, (own, dropped) = self.system.distro, self._wishes
-        theirs, ours = distro.packages(self.root), distro.packages(work.root)
-        automatic = distro.automatic(self.root)
-        missing = {name: name in automatic for name in self.missing(work.root)}
-        unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
-        asked_for = (own.added & ours.keys()) - distro.automatic(work.root)
-        distro.follow(work, missing, [] if self.keep else sorted(unwanted))
-        there = distro.packages(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
-        if pushed_out := sorted(asked_for - there):
-            hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
-            raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
-
-    def _follow_configuration(self, work: Transaction, parted: float) -> None:
-        """Take over the files of the parent's /etc that are newer than that and that the branch has not.
-
-        What packages brought comes with them alone, and so do links to it. A file of no package that the branch has
-        deleted comes again where the parent has changed it since: nothing tells it from a new one.
-        """
-        theirs, ours = self.root / "etc", work.root / "etc"
-        of_packages = self.system.distro.files(self.root, "etc")
-        for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
-            own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
-            is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
-            if is_new and not own_business and has_plain_parents(ours, path) and not self._dangles(work.root, path):
-                EtcMerge.place(theirs / path, ours / path)
-
-    def _dangles(self, root: Path, path: str) -> bool:
-        """Whether a path of the parent's /etc is a link to what the parent has, and another root has not."""
-        with contextlib.suppress(AshError):  # a circle leads nowhere in both
-            target = path_inside(self.root, f"etc/{path}")
-            here = path_inside(root, str(target.relative_to(self.root)))
-            return (self.root / "etc" / path).is_symlink() and target.exists() and not here.exists()
-        return False
+def repaired_reply(result: RepairResult) -> Reply:
+    """The answer of a repair."""
+    mended, left = result.mended, result.left
+    rows = [(one, one in mended) for one in (*mended, *left)]
+    data = {
+        "damage": [{"what": one.what, "snapshot": one.snapshot, "mended": done} for one, done in rows],
+        "changed": bool(mended),
+        "lost_found": result.lost_found,
+    }
+    lines = [f"mended: {one.text()}" for one in mended] or ([] if left else ["no damage"])
+    lines += [f"left: {one.text()}: {why}" if why else f"left: {one.advice()}" for one, why in left.items()]
+    lines += [f"what was taken out is in {result.lost_found}"] if result.lost_found else []
+    return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
-def moment_of(entry: Mapping[str, Any]) -> float:
-    """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
-    from datetime import datetime
-
-    with contextlib.suppress(ValueError, OverflowError):  # such as a year that is none elsewhere
-        return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
-    return 0
+def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
+    require_root("checking everything")
+    if args.repair and not args.dry_run:
+        return repaired_reply(repair(system))
+    damage = list(Fsck(system).run())
+    mendable = [one.advice() for one in damage if one.mend]
+    status = FAILED if len(damage) > (len(mendable) if args.repair else 0) else 0
+    data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
+    if args.repair:
+        reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
+        return reply._replace(data={**reply.data, "would": mendable}, status=status)
+    lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
+    lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
+    return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Is an upgraded snapshot sound?
+# The automatic upgrade
 # ---------------------------------------------------------------------------------------------------------------
 
 ELF_MAGIC = b"\x7fELF"
-PROGRAM_FOLDERS = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
+PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 AT_ONCE = 1000  # programs that one ldd looks at
 
 
-def require_sound(work: Transaction) -> None:
-    """Raise AshError where something is wrong with a transaction's root that was not wrong before."""
-    now, before = ({*work.distro.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
-    new = sorted(now - before) or sorted(missing_libraries(work))
-    if new:
-        raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
-
-
-def kernel_faults(root: Path) -> list[str]:
-    """What the kernels of a root lack that they are started with."""
-    boot = path_inside(root, "boot")
-    found = {path.name for path in boot.glob("*")}
-    modules = path_inside(root, "usr/lib/modules")
-    kernels = {match[1] for name in found if (match := re.fullmatch(r"vmlinu[xz]-(.+)", name))}
-    initramfs = " ".join(name for name in found if name.startswith("initr") and size_of(boot / name) > 0)
-    lacking = [f"kernel {kernel} has no modules" for kernel in kernels if not (modules / kernel).is_dir()]
-    lacking += [f"kernel {kernel} has no initramfs" for kernel in kernels if kernel not in initramfs]
-    return lacking if kernels else ["there is no kernel"]
-
-
-def missing_libraries(work: Transaction) -> set[str]:
-    """What programs of a transaction's root lack that they did not lack before."""
-    programs = [path for folder in PROGRAM_FOLDERS for path in programs_below(work.root, folder)]
-    lacking = lacking_libraries(work.chroot(), sorted(programs))
-    if not lacking:  # as it nearly always is: so what was before need not be asked
-        return lacking
-    before = work.place.before
-    snapshot_subvolume(work.original, before)
-    there = [path for path in programs if (before / path).is_file()]
-    known = lacking_libraries(work.chroot()._replace(root=before), sorted(there))
-    delete_subvolume(before)
-    return lacking - known
+def programs_below(root: Path, directory: str) -> Iterator[str]:
+    """The executable files of a root's directory, by their paths from the root."""
+    for path in paths_below(root / directory):
+        file = root / directory / path
+        status = file.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
+            with file.open("rb") as program:
+                if program.read(4) == ELF_MAGIC:
+                    yield f"{directory}/{path}"
 
 
 def lacking_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
@@ -6803,15 +8171,367 @@ def lacking_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
     return lacking if known or not programs else {"ldd does not say which libraries programs need"}
 
 
-def programs_below(root: Path, folder: str) -> Iterator[str]:
-    """The executable files of a root's folder, by their paths from the root."""
-    for path in paths_below(root / folder):
-        file = root / folder / path
-        status = file.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
-            with file.open("rb") as program:
-                if program.read(4) == ELF_MAGIC:
-                    yield f"{folder}/{path}"
+def missing_libraries(work: Transaction) -> set[str]:
+    """What programs of a transaction's root lack that they did not lack before."""
+    programs = [path for directory in PROGRAM_DIRECTORIES for path in programs_below(work.root, directory)]
+    lacking = lacking_libraries(work.chroot(), sorted(programs))
+    if not lacking:  # as it nearly always is: so what was before need not be asked
+        return lacking
+    before = work.place.before
+    snapshot_subvolume(work.original, before)
+    there = [path for path in programs if (before / path).is_file()]
+    known = lacking_libraries(work.chroot()._replace(root=before), sorted(there))
+    delete_subvolume(before)
+    return lacking - known
+
+
+def require_sound(work: Transaction) -> None:
+    """Raise AshError where something is wrong with a transaction's root that was not wrong before."""
+    now, before = ({*work.distro.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
+    new = sorted(now - before) or sorted(missing_libraries(work))
+    if new:
+        raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
+
+
+NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock, where nobody waits for the result
+SLOW_CLOCK = 60  # seconds that a clock may have been set back
+
+
+def require_clock(system: System) -> None:
+    """Raise AshError where the clock is behind what was done last: archives would seem to be of the future."""
+    layout = system.layout
+    last = max(path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists())
+    if time.time() < last - SLOW_CLOCK:
+        now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
+        raise AshError(f"the clock is wrong: it is {now}, and ash was at work on {then}", "set it, try again")
+
+
+def is_in_window(window: str) -> bool:
+    """Whether it is the time of day at which ash may reboot the machine: between two such as 02:00-05:00."""
+    begin, _, end = window.partition("-")
+    now = time.strftime("%H:%M")
+    return begin <= now < end if begin <= end else now >= begin or now < end
+
+
+def note_upgrade(system: System, status: int, text: str, was: int | None = None) -> None:
+    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them.
+
+    Args:
+        system: whose.
+        status: 0 where all went well.
+        text: what there is to say.
+        was: the id of what the snapshot is that is about to be upgraded.
+    """
+    lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text), *([] if was is None else [str(was)])]
+    write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
+
+
+def note_failed_upgrade(system: System, text: str) -> None:
+    """Write down why an automatic upgrade failed, where that can be written: the disk may be what failed."""
+    with contextlib.suppress(OSError):  # it is noted as interrupted then
+        note_upgrade(system, FAILED, text)
+
+
+RESULTS = {True: "failed", False: "succeeded"}
+
+
+def last_upgrade(system: System) -> dict[str, Any] | None:
+    """How the last automatic upgrade ended; None where there was none."""
+    lines = lines_of(read_text(system.layout.upstate))
+    if len(lines) < 2:
+        return None
+    return {"failed": lines[0].strip() != "0", "time": one_line(lines[1]), "message": one_line(" ".join(lines[2:3]))}
+
+
+class AutoUpgrade:
+    """An automatic upgrade: a snapshot is upgraded, checked, kept beside as it was, and deployed; or nothing of that.
+
+    Args:
+        system: the snapshot's.
+        number: of the snapshot.
+        strict: whether an archive that cannot be had is an error.
+
+    Raises:
+        AshError: the configuration is wrong.
+    """
+
+    def __init__(self, system: System, number: int, strict: bool = False) -> None:
+        self.system = system
+        self.number = number
+        self.strict = strict
+        configuration = system.configuration()
+        self.policy = configuration.values.get("auto_upgrade", "deploy").lower()
+        self.window = configuration.values.get("auto_upgrade_window", "")
+        if self.policy == "reboot" and not self.window:
+            hint = "auto_upgrade_window::02:00-05:00 in /etc/ash.conf"
+            raise AshError("auto_upgrade::reboot wants to know when", hint, USAGE)
+        self.with_base = configuration.is_on("auto_upgrade_base")
+        self.before = system.layout.undo(number)
+        self.was = self._ident(system.layout.rootfs(number))
+        self.upgraded = ""  # what came of the snapshot, while the base is upgraded
+
+    @staticmethod
+    def _ident(path: Path) -> int | None:
+        found = subvolume_at(path)
+        return found.id if found else None
+
+    def state(self) -> str:
+        """What is true where something failed."""
+        if self.upgraded:
+            return f"{self.upgraded}; the base is as it was"
+        is_as_it_was = self._ident(self.system.layout.rootfs(self.number)) == self.was
+        return f"snapshot {self.number} is {'as it was' if is_as_it_was else 'upgraded, but not deployed'}"
+
+    def run(self) -> Reply:
+        """Do all but the reboot."""
+        require_clock(self.system)
+        self.system.require_changeable(self.number)
+        reply = self._look() if self.policy == "check" else self._upgrade()
+        if self.with_base:
+            self.upgraded = lines_of(reply.text)[0]
+            base = self._change(BASE, base=True)
+            changed = base.changed and self.policy != "check"
+            both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
+            rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
+            data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
+            reply = reply._replace(data=data, text=f"{reply.text}\n{self._told(base)}")
+        return reply
+
+    def reboot(self, reply: Reply) -> Reply:
+        """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
+        menu, booted = Menu.load(self.system.layout.menu), self.system.booted
+        waiting = menu.deployments.get(menu.default)
+        waits = isinstance(booted, str) and waiting and waiting.snapshot == self.number and waiting.slot != booted
+        if self.policy != "reboot" or not waits:
+            return reply
+        if not is_in_window(self.window):
+            return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")
+        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
+        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
+
+    def _change(self, number: int, base: bool = False) -> Change:
+        return change_snapshot(self.system, number, *self._doing(), simulate=self.policy == "check", base=base)
+
+    def _doing(self) -> tuple[str, Work]:
+        if self.policy == "check":
+            return "looking for upgrades of", partial(upgrade, strict=self.strict)
+        return "upgrading", self._work
+
+    def _work(self, transaction: Transaction) -> None:
+        packages = self.system.distro.packages(transaction.root)
+        refresh(transaction, self.strict)  # nobody is there to see that no archive can be had
+        upgrade(transaction, fetch=False)
+        if self.system.distro.packages(transaction.root) != packages:
+            require_sound(transaction)
+
+    def _told(self, done: Change) -> str:
+        if self.policy == "check":
+            return f"snapshot {done.snapshot}: {len(done.upgraded)} packages could be upgraded"
+        return done.summary()
+
+    def _look(self) -> Reply:
+        planned = self._change(self.number)
+        return Reply({**change_data(planned), "changed": False}, self._told(planned))
+
+    def _upgrade(self) -> Reply:
+        number, distro = self.number, self.system.distro
+        earlier = self._ident(self.before)
+        goes_on = earlier is not None and earlier == self._interrupted()
+        damage = self._damage(goes_on)
+        if goes_on:  # it was upgraded, and then came the end
+            self.was = earlier
+        # Unless something else is noted in the end.
+        note_upgrade(self.system, FAILED, f"the upgrade of snapshot {number} was interrupted", self.was)
+        if goes_on:
+            roots = self.before, self.system.layout.rootfs(number)
+            done = Change.between(number, *map(distro.packages, roots))
+        else:
+            done = self._change(number)
+            if self._ident(self.before) == earlier:  # only lists were fetched
+                return changes_reply([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
+        lines = [done.summary()]
+        with ExitStack() as undo:
+            take_back = partial(undo_change, self.system, number, just_changed=True)
+            undo.callback(self.system.with_reserve, take_back, once=True)
+            kept, parent = self._keep_beside(goes_on)
+            undo.callback(self.system.with_reserve, partial(delete_snapshots, self.system, [kept]))
+            lines.append(f"  what it was is snapshot {kept} now")
+            if new := sorted(self._damage() - damage):
+                raise AshError(f"it is damaged now: {'; '.join(new)}")
+            if self.policy != "stage":
+                lines.append(deployed_reply(*deploy_or_undo(self.system, number, undo)).text)
+            undo.pop_all()
+        reply = changes_reply([done])
+        birth = {"from": number, "parent": parent, "copies": {str(number): kept}}
+        return reply._replace(data={**reply.data, **birth}, text="\n".join(lines))
+
+    def _interrupted(self) -> int | None:
+        """The id of what the snapshot was before an upgrade that was interrupted; None where none was."""
+        lines = lines_of(read_text(self.system.layout.upstate))
+        return to_number(lines[3]) if len(lines) > 3 else None
+
+    def _damage(self, goes_on: bool = False) -> set[str]:
+        """What is wrong with the snapshot and what all share; with `goes_on`, with it as it was before."""
+        about = (None,) if goes_on else (self.number, None)
+        found = {one.text() for one in Fsck(self.system).run() if one.snapshot in about}
+        problems = self.system.distro.problems(self.before) if goes_on else []
+        return found | {Problem(problem, self.number).text() for problem in problems}
+
+    def _keep_beside(self, goes_on: bool) -> tuple[int, int | None]:
+        """Make a snapshot of what it was beside it, unless there is one. Returns its number, and its parent's."""
+        system, tree = self.system, self.system.tree()
+        parent, description = tree.parent(self.number), f"{self.number} before"
+        for number in tree.numbers() if goes_on else ():
+            copy = subvolume_at(system.layout.rootfs(number))
+            is_of_it = copy is not None and copy.parent_uuid == Subvolume.at(self.before).uuid
+            if is_of_it and system.describe(number).startswith(description):
+                return number, parent
+        with (
+            new_snapshot(system, self.before, f"{description} {time.strftime('%Y-%m-%d')}", self.number) as kept,
+            system.editing_tree() as tree,
+        ):
+            tree.add(kept, parent)
+        return kept, parent
+
+
+def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
+    number = the_snapshot(system, args)
+    if args.dry_run:
+        policy = AutoUpgrade(system, number).policy
+        if policy != "none":
+            system.require_changeable(number)
+        return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
+    system.wait = args.wait or NIGHTLY_WAIT
+    with system.lock("auto-upgrade"):
+        try:
+            night = AutoUpgrade(system, number, args.strict)
+        except (AshError, OSError) as error:
+            note_failed_upgrade(system, reason(error))
+            raise
+        if night.policy == "none":
+            return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
+        try:
+            reply = night.run()
+        except (AshError, OSError) as error:
+            unfinished = isinstance(error, CommittedButUnfinished)  # and says itself what is true
+            note_failed_upgrade(system, reason(error) if unfinished else f"{night.state()}: {reason(error)}")
+            raise
+        note_upgrade(system, 0, lines_of(reply.text)[0])
+        return night.reboot(reply)
+
+
+def cmd_check(system: System, args: argparse.Namespace) -> Reply:
+    last = last_upgrade(system)
+    if last is None:
+        raise AshError("there was no automatic upgrade yet", "ash auto-upgrade", MISSING)
+    text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
+    return Reply(
+        last, f"{text}: {last['message']}" if last["message"] else text, status=FAILED if last["failed"] else 0
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Comparing snapshots
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
+
+    packages: Change
+    config: Mapping[str, str]
+    files: Mapping[str, str]
+
+    def data(self) -> dict[str, Any]:
+        """The difference as JSON has it."""
+        return {"packages": self.packages.packages(), "config": dict(self.config), "files": dict(self.files)}
+
+    def text(self) -> str:
+        """The difference for people."""
+        signs = {"added": "+", "removed": "-", "changed": "^"}
+        lines = lines_of(self.packages.summary())[1:]
+        lines += [f"  {signs[kind]} /{one_line(path)}" for path, kind in sorted({**self.config, **self.files}.items())]
+        return "\n".join(lines) or "no difference"
+
+
+def kind_of_change(old: Path, new: Path) -> str:
+    """How a path differs: "added", "removed", "changed", or "" where it does not, or cannot be read."""
+    with contextlib.suppress(PermissionError):
+        if is_same(old, new):
+            return ""
+        return "changed" if old.exists() and new.exists() else "added" if new.exists() else "removed"
+    return ""
+
+
+def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
+    """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
+    roots = system.layout.rootfs(old), system.layout.rootfs(new)
+    before, after = map(system.distro.packages, roots)
+    listed = set().union(*map(system.distro.config_files, roots))
+    if os.geteuid() == 0 and system.layout.top is not None:
+        with ExitStack() as stack:
+            views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
+            paths = changed_paths(*views)
+        config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
+        files = paths if all_files else {}
+    else:
+        config = {path: kind for path in sorted(listed) if (kind := kind_of_change(roots[0] / path, roots[1] / path))}
+        files = {}
+    return Difference(Change.between(new, before, after), config, files)
+
+
+def patch(old: Path, new: Path, path: str) -> str:
+    """The differences of a text file as `diff -u` writes them; one line where it is no text."""
+    import difflib
+
+    texts = []
+    for root in (old, new):
+        file = root / path
+        if not has_real_parents(root, path) or not os.path.lexists(file):
+            texts.append("")
+        elif file.is_symlink():  # what it leads to is not the snapshot's, or has a difference of its own
+            texts.append(f"link to {os.readlink(file)}\n")
+        else:
+            texts.append(read_text(file))
+    path = one_line(path)
+    if not "".join(texts).isascii() and any("\udc80" <= c <= "\udcff" or c == "\0" for c in "".join(texts)):
+        return f"binary file /{path} differs\n"
+    before, after = ([f"{line}\n" for line in lines_of(text)] for text in texts)
+    return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
+
+
+def drift_reply(system: System, args: argparse.Namespace) -> Reply:
+    """What was changed in the running /etc."""
+    slot, drift = running_drift(system)
+    text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
+    if args.patch:
+        base, running = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
+        text += "\n" + "".join(patch(base, running, path) for path in drift)
+    return Reply({"slot": slot, "drift": drift}, text)
+
+
+def the_booted(system: System) -> int:
+    """The booted snapshot's number; AshError where nothing of the system runs."""
+    current = system.current
+    if current is None:
+        raise AshError("compared with which snapshot? nothing of this system is running", "ash diff A B", USAGE)
+    return current
+
+
+def cmd_diff(system: System, args: argparse.Namespace) -> Reply:
+    if not args.snapshots:
+        return drift_reply(system, args)
+    old, new = (the_booted(system), args.snapshots[0]) if len(args.snapshots) == 1 else args.snapshots
+    system.require(old)
+    system.require(new)
+    if args.files:
+        require_root("comparing all files")
+    difference = compare(system, old, new, args.files)
+    text = difference.text()
+    if args.patch:
+        roots = system.layout.rootfs(old), system.layout.rootfs(new)
+        text += "\n" + "".join(patch(*roots, path) for path in sorted({**difference.config, **difference.files}))
+    return Reply({"from": old, "to": new, **difference.data()}, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -6844,7 +8564,23 @@ def require_keyring(layout: Layout) -> None:
         raise AshError(f"there is no keyring to check a newer ash with: {shown}", hint, REFUSED)
 
 
-def fetch(url: str, limit: int) -> bytes:
+def received(response: Any, limit: int) -> bytes:
+    """What a server sends; OSError where that is not all of it, AshError where it is more than the limit."""
+    give_up = time.monotonic() + FETCH_SECONDS
+    content = bytearray()
+    while part := response.read1(1 << 16):
+        content += part
+        if len(content) > limit:
+            raise AshError(f"{response.url} is no ash: it has more than {limit >> 10} KiB", "nothing is changed")
+        if time.monotonic() > give_up:
+            raise TimeoutError("it takes too long")
+    whole = response.headers.get("Content-Length", str(len(content)))
+    if whole != str(len(content)):
+        raise OSError(f"it was cut off after {len(content)} of {whole} bytes")
+    return bytes(content)
+
+
+def download(url: str, limit: int) -> bytes:
     """The whole of what is at a URL.
 
     Raises:
@@ -6873,27 +8609,11 @@ def fetch(url: str, limit: int) -> bytes:
         raise AshError(f"{url} cannot be fetched: {reason or type(error).__name__}", "nothing is changed") from None
 
 
-def received(response: Any, limit: int) -> bytes:
-    """What a server sends; OSError where that is not all of it, AshError where it is more than the limit."""
-    give_up = time.monotonic() + FETCH_SECONDS
-    content = bytearray()
-    while part := response.read1(1 << 16):
-        content += part
-        if len(content) > limit:
-            raise AshError(f"{response.url} is no ash: it has more than {limit >> 10} KiB", "nothing is changed")
-        if time.monotonic() > give_up:
-            raise TimeoutError("it takes too long")
-    whole = response.headers.get("Content-Length", str(len(content)))
-    if whole != str(len(content)):
-        raise OSError(f"it was cut off after {len(content)} of {whole} bytes")
-    return bytes(content)
-
-
-def fetch_signed(url: str, keyring: Path, folder: Path) -> Path:
-    """Fetch a file and URL.sig into a folder; AshError where that is no good signature by a key of the keyring."""
-    new, signature = folder / "ash", folder / "ash.sig"
-    new.write_bytes(fetch(url, EXECUTABLE_LIMIT))
-    signature.write_bytes(fetch(f"{url}.sig", SIGNATURE_LIMIT))
+def fetch_signed(url: str, keyring: Path, directory: Path) -> Path:
+    """Fetch a file and URL.sig into a directory; AshError where that is no good signature by a key of the keyring."""
+    new, signature = directory / "ash", directory / "ash.sig"
+    new.write_bytes(download(url, EXECUTABLE_LIMIT))
+    signature.write_bytes(download(f"{url}.sig", SIGNATURE_LIMIT))
     strict = ["--status-fd", "1", "--weak-digest", "SHA1"]
     done = run(["gpgv", *strict, "--keyring", keyring, signature, new], check=False)
     # An expired or revoked key's signature is good to gpgv as well, and has another word.
@@ -6911,7 +8631,7 @@ def try_out(system: System, new: Path, where: Sequence[str]) -> str:
 
     Args:
         system: the one that it must serve.
-        new: the executable, in a folder of its own.
+        new: the executable, in a directory of its own.
         where: the options that name the system.
 
     Raises:
@@ -6954,1556 +8674,70 @@ def swap_executable(layout: Layout) -> None:
     if layout.executable.is_file():
         write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
     rename(layout.new_executable, layout.executable)
-    sync_folder(layout.ash)
+    sync_directory(layout.ash)
     # Python goes by a file's second and size: a compiled text of the old one could be taken for the new one's.
     compile_it = [sys.executable, "-I", "-m", "compileall", "-q", "-f", "-p", "/.snapshots/ash", "-s"]
     run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Commands: each a short function of what it does. They get the system and the parsed command line
-# ---------------------------------------------------------------------------------------------------------------
+def where_it_is(args: argparse.Namespace) -> list[str]:
+    """The options that name the system, for another ash."""
+    options = {"--root": args.root, "--image": args.image, "--distro": args.distro}
+    return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
 
 
-class Reply(NamedTuple):
-    """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
-
-    data: Mapping[str, Any] = {}
-    text: str = ""
-    brief: str = ""
-    status: int = 0
-
-
-def would(text: str, **data: Any) -> Reply:
-    """The answer of a command with --dry-run."""
-    return Reply({"changed": False, "dry_run": True, "would": text, **data}, f"would {text}")
-
-
-def the_snapshot(system: System, args: argparse.Namespace) -> int:
-    """The snapshot that a command is about: the one named, else the booted one."""
-    if args.snapshots:
-        return int(args.snapshots[0])
-    current = system.current
-    if current is None:
-        raise AshError("which snapshot? nothing of this system is running", "name its number", USAGE)
-    return current
-
-
-def needs_confirmation(args: argparse.Namespace, question: str) -> None:
-    """Ask; AshError where the answer is not yes, or there is nobody to ask."""
-    if args.yes:
-        return
-    if not sys.stdin.isatty():
-        raise AshError(f"{question}? There is no terminal to ask on", "-y answers yes", USAGE)
-    if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise AshError("nothing is done", "", FAILED)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Commands on the tree
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
-    tree, menu, current = system.tree(), Menu.load(system.layout.menu), system.current
-    next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
-
-    rows: list[dict[str, Any]] = [
-        {
-            "snapshot": n,
-            "parent": tree.parent(n),
-            "description": system.describe(n),
-            "booted": n == current,
-            "deployed": n == next_boot,
-            "mutable": is_writable(system.layout.rootfs(n)) and is_mutable(system.layout.rootfs(n)),
-        }
-        for n in tree.numbers()
-    ]
-    by_number = {row["snapshot"]: row for row in rows}
-
-    def label(number: int) -> str:
-        row = by_number[number]
-        notes = "".join(f" [{mark}]" for mark in ("booted", "mutable") if row[mark])
-        return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
-
-    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    text = tree.draw(label, ascii_only)
-    if args.long:
-        for row in rows:
-            row.update(tree_columns(system, row["snapshot"]))
-        drawn = text.splitlines()[1:]
-        table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
-        text = text_table(table, ["snapshot", "date", "packages"])
-    return Reply({"tree": rows}, text)
-
-
-def tree_columns(system: System, number: int) -> dict[str, Any]:
-    """When a snapshot's state was made, and how many packages it has."""
-    root = system.layout.rootfs(number)
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
-    return {"date": made, "packages": len(system.distro.packages(root))}
-
-
-def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Rows as a table for people."""
-    import tabulate
-
-    tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
-    cells = [[one_line(str(cell)) for cell in row] for row in rows]
-    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True))
-
-
-def cmd_current(system: System, args: argparse.Namespace) -> Reply:
-    current = system.current
-    if current is None:
-        raise AshError("nothing of this system is running", "", FAILED)
-    return Reply({"snapshot": current}, str(current), str(current))
-
-
-def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
-    number, text = the_snapshot(system, args), described(*args.desc, *args.words)
-    system.require(number)
-    if not text:
-        raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
-    if args.dry_run:
-        return would(f"describe snapshot {number} as: {text}")
-    with system.lock("state"):
-        system.require(number)
-        changed = text != system.describe(number)
-        if changed:
-            write_file(system.layout.description(number), f"{text}\n")
-    return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
-
-
-def added(number: int, source: int, parent: int | None, text: str) -> Reply:
-    """The answer of a command that made a snapshot of another, below a third or (None) at the top."""
-    return Reply({"snapshot": number, "changed": True, "from": source, "parent": parent}, text, str(number))
-
-
-def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"clone snapshot {number}")
-    new = system.copy_snapshot(number, None, new_description(args, f"clone of {number}"))
-    return added(new, number, None, f"snapshot {new} is a clone of {number}")
-
-
-def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"branch from snapshot {number}")
-    new = system.copy_snapshot(number, number, new_description(args, f"branch of {number}"))
-    return added(new, number, number, f"snapshot {new} is a branch of {number}")
-
-
-def cmd_new(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("make a new snapshot from the base")
-    new = system.copy_snapshot(BASE, None, new_description(args, "clone of 0"))
-    return added(new, BASE, None, f"snapshot {new} is a new tree, made from the base")
-
-
-def new_description(args: argparse.Namespace, default: str) -> str:
-    """The description that was given, or the default."""
-    return described(*args.desc) or default
-
-
-def described(*words: str) -> str:
-    """A description from its words: one line, and text that every program can read."""
-    text = " ".join(" ".join(words).split())
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    tree = system.tree()
-    branch, parent = tree.branch(number), tree.parent(number)
-    if args.dry_run:
-        return would(f"copy {', '.join(map(str, branch))}")
-    copies = system.copy_branch(number, new_description(args, f"clone of {number}"))
-    text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
-    reply = added(copies[number], number, parent, text)
-    return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
-
-
-def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    parent = system.tree().parent(number)
-    if args.dry_run:
-        return would(f"copy snapshot {number} beside it")
-    new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
-    below = "the root" if parent is None else parent
-    return added(new, number, parent, f"snapshot {new} is a clone of {number}, below {below}")
-
-
-def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
-    if len(args.snapshots) != 2:
-        raise AshError("under which snapshot, and which one?", "ash ubranch PARENT N", USAGE)
-    parent, number = args.snapshots
-    system.require(parent)
-    system.require(number)
-    if args.dry_run:
-        return would(f"copy snapshot {number} below {parent}")
-    new = system.copy_snapshot(number, parent, new_description(args, f"clone of {number}"))
-    return added(new, number, parent, f"snapshot {new} is a clone of {number}, below {parent}")
-
-
-def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
-    rows = []
-    for path in own_subvolumes(system.layout):
-        subvolume = subvolume_at(path)
-        if subvolume is None:  # deleted meanwhile
-            continue
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
-        name = str(path.relative_to(system.layout.snapshots.parent))
-        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
-    table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
-    return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
-
-
-def own_subvolumes(layout: Layout) -> list[Path]:
-    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
-    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
-    inside = [path for folder in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / folder).iterdir())]
-    work = sorted(layout.work("").glob("*/var"))
-    return [*top, *inside, *work]
-
-
-def cmd_log(system: System, args: argparse.Namespace) -> Reply:
-    wanted = args.snapshots[0] if args.snapshots else None
-    entries = [e for e in system.history() if wanted is None or wanted in e.get("snapshots", [])]
-    rows = [
-        [
-            entry.get("time", ""),
-            user_name(entry.get("user", 0)),
-            " ".join(["ash", *map(str, entry.get("arguments", []))]),
-            " ".join(map(str, entry.get("snapshots", []))),
-            entry.get("result", ""),
-            " ".join(packages_summary(change.get("packages", {})) for change in entry.get("changes", [entry])),
-        ]
-        for entry in entries
-    ]
-    return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
-
-
-# What the table of the history is made from.
-PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
-HISTORY_SHAPE = {
-    "time?": str,
-    "user?": is_number,
-    "command?": str,
-    "arguments?": list,
-    "snapshots?": [is_number],
-    "result?": str,
-    "packages?": PACKAGES_OF_HISTORY,
-    "changes?": [{"packages?": PACKAGES_OF_HISTORY}],
-}
-
-
-def user_name(number: int) -> str:
-    """A user's name, or its number where it has none here."""
-    import pwd
-
-    try:
-        return pwd.getpwuid(number).pw_name
-    except (KeyError, OverflowError):
-        return str(number)
-
-
-def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
-    """Changed packages in a few words."""
-    signs = {"added": "+", "removed": "-", "upgraded": "^"}
-    return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
-
-
-def cmd_del(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots
-    if not snapshots:
-        raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
-    doomed = system.doomed(snapshots, args.nuke)
-    system.require_replaceable(doomed, "not deleted")
-    names = ", ".join(map(str, doomed))
-    if args.dry_run:
-        return would(f"delete {names}", snapshots=doomed)
-    if not console.quiet:
-        needs_confirmation(args, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
-    deleted = system.delete(snapshots, args.nuke)
-    return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Commands for booting
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"deploy snapshot {number}")
-    with step(f"deploying snapshot {number}"):
-        deployment, changed = system.deploy(number, secondary=args.secondary, fresh_etc=args.fresh_etc)
-    return deployed(deployment, changed)
-
-
-def deployed(deployment: Deployment, changed: bool) -> Reply:
-    """The answer of a command that deployed."""
-    number = deployment.snapshot
-    where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
-    text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
-    if changed and deployment.carried:
-        text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
-    if changed and deployment.conflicts:
-        text += f"\n  left behind, the running versions are in {deployment.conflicts_folder}: "
-        text += listed(deployment.conflicts)
-    data = {
-        "snapshot": number,
-        "changed": changed,
-        "slot": deployment.slot,
-        "id": deployment.id,
-        "carried": list(deployment.carried),
-        "conflicts": list(deployment.conflicts),
-        "conflicts_folder": deployment.conflicts_folder,
-    }
-    return Reply(data, text, str(number))
-
-
-def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("carry changes of the running /etc over to the deployment for the next boot")
-    system.put_back_live()
-    with system.lock("deploy"):
-        carried = Slots(system).carry()
-    text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
-    return Reply({"changed": bool(carried), "carried": carried}, text)
-
-
-def cmd_etc_update(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("save into the booted snapshot: " + listed(system.drift()[1]))
-    change, merge = system.etc_update()
-    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
-    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
-    if merge.in_conflict:
-        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
-    return Reply(data, "\n".join(lines))
-
-
-def cmd_undo(system: System, args: argparse.Namespace) -> Reply:
-    if not args.snapshots:
-        raise AshError("in which snapshot? undo wants a number", "ash undo N", USAGE)
-    number = args.snapshots[0]
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"put snapshot {number} back to what it was before its last change")
-    change = system.undo(number)
-    newer = system.newer_state(change)
-    text = [change.summary("is as it was before its last change")]
-    text += [f"  /var has the state of a newer {name}" for name in newer]
-    return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
-
-
-def cmd_boot(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"renew the boot configuration of snapshot {number}")
-    with step(f"renewing the boot configuration of snapshot {number}"), system.lock("deploy"):
-        slots = Slots(system)
-        slots.recover()
-        renewed = slots.renew(number)
-    return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
-
-
-def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
-    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
-    if not isinstance(slot, str) or not slot:
-        raise AshError(
-            "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
-        )
-    of = system.snapshot_of(slot)
-    if args.dry_run:
-        return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
-    with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
-        number = keep_deployment(system, slot, f"rollback to {of}")
-        undo.callback(system.with_reserve, partial(system.delete, [number]))
-        deployment, changed = deploy_or_undo(system, number, undo)
-    reply = deployed(deployment, changed)
-    return reply._replace(data={**reply.data, "from": of})
-
-
-def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
-    """Deploy a snapshot; unless the menu file has it then, what led to it is undone when the block of `undo` ends."""
-    try:
-        return system.deploy(number)
-    finally:  # whatever came after that was decided, Ctrl-C too
-        menu = Menu.load(system.layout.menu)
-        there = menu.deployments.get(menu.default)
-        if there and (there.snapshot, there.source) == (number, subvolume_id(system.layout.rootfs(number))):
-            undo.pop_all()
-
-
-def keep_deployment(system: System, slot: str, description: str) -> int:
-    """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
-    layout = system.layout
-    system.put_back_live()
-    with system.lock("deploy"), ExitStack() as stack:
-        copy = layout.rootfs(f"new-{slot}")
-        delete_subvolume(copy)
-        snapshot_subvolume(layout.rootfs(slot), copy)
-        stack.callback(delete_subvolume, copy)
-        for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
-            place_inside(copy, mark).unlink(missing_ok=True)
-        of = system.snapshot_of(slot)
-        with system.new_snapshot(copy, description, of) as number, system.editing_tree() as tree:
-            tree.add(number, None)
-        return number
-
-
-def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
-    booted = system.booted
-    if booted is None:
-        raise AshError("nothing of this system is running", "", FAILED)
-    return Reply({"slot": booted}, str(booted), str(booted))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Commands inside a snapshot
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require_changeable(number, base=args.resume)  # a shell that base-update has opened can be gone on with
-    if args.dry_run:
-        return would(f"open a shell in snapshot {number}")
-    return shell_in(system, number, resume=args.resume)
-
-
-def refuse_json() -> None:
-    """Raise AshError where a shell's answer is wanted in JSON: it has none."""
-    if console.json:
-        raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
-
-
-def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
-    """Open a root shell in a snapshot; its changes are kept if it ends with 0, or if the user says so.
-
-    Args:
-        system: the snapshot's.
-        number: of the snapshot, which may be the base.
-        resume: go on with what a hang-up left.
-        binds: what is shown inside: where it is, and its path in there.
-    """
-    refuse_json()
-    with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
-        work.binds += binds
-        shell = root_shell(work.root)
-        console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
-        terminal = sys.stdin.isatty()
-        while True:
-            status = work.chroot().run([shell])
-            if terminal:
-                take_terminal_back()
-            answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
-            if answer == "y":
-                break
-            if answer == "n":
-                raise CommandFailed(status, f"snapshot {number} is as it was: the shell ended with {status}")
-    return Reply(change_data(work.change), work.change.summary())
-
-
-def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
-    slot = system.booted
-    if not isinstance(slot, str):
-        raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
-    refuse_json()
-    if args.dry_run:
-        return would("open a writable shell in the running system")
-    with system.lock("live"):
-        LivePlace(system.layout, system.distro, BASE).recover(system.tree())
-        write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
-        console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
-        status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
-    sync_filesystem(system.layout.snapshots)
-    if status:
-        raise CommandFailed(status, f"the shell ended with {status}; what was changed stays")
-    return Reply({"changed": True}, "")
-
-
-def run_unlocked(root: Path, argv: Sequence[str]) -> int:
-    """Run a program in the running system, with its root writable, and return its exit status.
-
-    What it leaves running ends with it: it would go on to have a writable root.
-
-    Args:
-        root: the running root, on a mount that is writable.
-        argv: program and arguments.
-    """
-    unlocked = PRIVATE / "unlocked"
-    unlocked.mkdir()
-    parent = os.getpid()
-    libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    child = os.fork()
-    if child == 0:
-        status = OUR_FAILURE_IN_RUN
-        try:
-            die_with_parent(parent)
-            libc("unshare", CLONE_NEWNS)
-            bind(root, unlocked)
-            bound: list[str] = ["/run/"]
-            bind(Path("/run"), unlocked / "run")  # without ash's own, which is mounted there
-            for one in sorted({m.target for m in mounts()} - {"/"}, key=len):
-                if not f"{one}/".startswith(tuple(bound)):  # what is mounted below goes along
-                    mount(one, unlocked / one.lstrip("/"), flags=MS_BIND | MS_REC)
-                    bound.append(f"{one}/")
-            os.chroot(unlocked)
-            os.chdir("/root")
-            os.execve(argv[0], list(argv), clean_environment())
-        except (AshError, OSError) as error:
-            print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
-        os._exit(status)
-    _, status = os.waitpid(child, 0)
-    end_children()
-    if sys.stdin.isatty():
-        take_terminal_back()
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
-
-
-def end_children() -> None:
-    """Kill this process's children, those of children that have ended as well, until there are none."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):  # it has ended
-                    _, parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[:2]
-                    if int(parent) == os.getpid():
-                        os.kill(int(process.name), signal.SIGKILL)
-            os.waitpid(-1, 0)
-
-
-RUNNING_INSIDE = "run/ash/running"
-
-
-def cmd_hollow(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    if not system.running:
-        raise AshError("nothing of this system runs that could be shown in there", "ash chroot N", REFUSED)
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
-    console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
-    reply = shell_in(system, number, resume=args.resume, binds=[(Path("/"), RUNNING_INSIDE)])
-    done, changed = system.deploy(number)
-    return reply._replace(text=f"{reply.text}\n{deployed(done, changed).text}", data={**reply.data, "slot": done.slot})
-
-
-def ask_whether_to_keep(status: int) -> str:
-    """What to do after a shell that did not end with 0: y, n or back."""
-    answer = input(f"the shell ended with status {status}: keep the changes? [y/N/back] ").strip().lower()
-    return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
-
-
-def root_shell(root: Path) -> str:
-    """The login shell of a root's root, where it is there."""
-    passwd = path_inside(root, "etc/passwd")
-    lines = passwd.read_text(errors="replace").splitlines() if passwd.is_file() else []
-    shell = next((line.rsplit(":", 1)[1] for line in lines if line.startswith("root:")), "")
-    return shell if shell and path_inside(root, shell).is_file() else "/bin/sh"
-
-
-@contextmanager
-def hang_ups_raise() -> Iterator[None]:
-    """Have SIGHUP raise HangUp in this block; it comes twice, and the second must not end what keeps the work."""
-
-    def raise_hang_up(*_: object) -> NoReturn:
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        raise HangUp
-
-    before = signal.signal(signal.SIGHUP, raise_hang_up)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def take_terminal_back() -> None:
-    """Become the terminal's foreground again: an interactive shell leaves that to its own process group."""
-    before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.tcsetpgrp(sys.stdin.fileno(), os.getpgrp())
-    signal.signal(signal.SIGTTOU, before)
-
-
-class CommandFailed(AshError):
-    """What the user ran in a snapshot ended with a status of its own."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message, "", status)
-
-
-def command_to_run(args: argparse.Namespace) -> list[str]:
-    """The command that run and tree-run were given; AshError where it or the snapshot is missing."""
-    command = [*args.words, *args.command_words]
-    if command and command[0] in ("-c", "--cmd", "--command", "--"):
-        del command[0]
-    if len(command) == 1 and " " in command[0]:
-        command = ["/bin/sh", "-c", command[0]]  # a whole command line in one word, as the old ash took it
-    if not args.snapshots:
-        raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
-    if not command:
-        raise AshError("what is to be run?", "ash run N COMMAND...", USAGE)
-    return command
-
-
-def cmd_run(system: System, args: argparse.Namespace) -> Reply:
-    command = command_to_run(args)
-    number = args.snapshots[0]
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"run in snapshot {number}: {one_line(' '.join(command))}")
-    change = run_in(system, number, command)
-    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
-
-
-def run_in(system: System, number: int, command: Sequence[str]) -> Change:
-    """Run a command in a snapshot; its exit status decides."""
-    with Transaction(system, number) as work:
-        status = work.chroot().run(command, stdout=2 if console.json else None)
-        if status:
-            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
-    return work.change
-
-
-def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
-    command = command_to_run(args)
-    tree = system.tree()
-    branch = tree.branch(args.snapshots[0])
-    if args.dry_run:
-        for number in branch:
-            system.require_changeable(number)
-        return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
-    crew = Crew(system, "ran in", jobs_of(args), shown=True)
-    return concluded(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
-
-
-def jobs_of(args: argparse.Namespace) -> int:
-    """How many snapshots are worked on at a time."""
-    wanted = args.jobs or (len(os.sched_getaffinity(0)) if args.parallel else 1)
-    if wanted < 1:
-        raise AshError(f"{wanted} jobs at a time are too few", "--jobs COUNT", USAGE)
-    return int(wanted)
-
-
-def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"drop what a dead transaction left on snapshot {number}")
-    folder = system.layout.work(number)
-    with system.lock(number):
-        changed = (folder / "intent").exists() or system.layout.working_copy(number).exists()
-        system.workplace(number).recover(system.tree(), drop_kept=True)
-    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
-    return Reply({"snapshot": number, "changed": changed}, text)
-
-
-def cmd_tmp(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("drop what dead transactions left")
-    return recovered(system.recover(drop_kept=True))
-
-
-def cmd_recover(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("finish or undo what was interrupted")
-    return recovered(system.recover(drop_kept=False))
-
-
-def recovered(found: Sequence[int | str]) -> Reply:
-    """The answer of a command that recovers."""
-    snapshots = [one for one in found if isinstance(one, int)]
-    lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
-    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
-    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Commands for packages
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def change_data(change: Change) -> dict[str, Any]:
-    """A change as JSON has it."""
-    return {
-        "snapshot": change.snapshot,
-        "changed": change.changed,
-        "packages": change.packages(),
-        "conflicts": list(change.conflicts),
-        "kept": list(change.kept),
-    }
-
-
-def changed_all(changes: Sequence[Change], live: Live | None = None) -> Reply:
-    """The answer of a command that changed one or several snapshots, and perhaps the running system."""
-    lines = [done.summary() for done in changes]
-    waiting = [str(done.snapshot) for done in changes if done.changed]
-    if live:
-        lines.append(live.text())
-    elif waiting:
-        lines.append(f"ash deploy {waiting[0]} and a reboot make it run")
-    data: dict[str, Any] = {"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}
-    if len(changes) == 1:
-        data = change_data(changes[0])
-    if live:
-        data = {**data, "changed": data["changed"] or live.changed, "live": vars(live)}
-    return Reply(data, "\n".join(lines), status=FAILED if live and live.error else 0)
-
-
-def would_change(changes: Sequence[Change]) -> Reply:
-    """The answer of --dry-run for packages: what the package manager's own simulation said."""
-    planned = [{**change_data(change), "download": change.download} for change in changes]
-    data = {"changed": False, "dry_run": True, "would": planned}
-    return Reply(data, "\n".join(change.summary("would change") for change in changes))
-
-
-Work = Callable[[Transaction], None]
-
-
-def change(
-    system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
-) -> Change:
-    """Do something in a snapshot, in a transaction.
-
-    Args:
-        system: the snapshot's.
-        number: of the snapshot.
-        doing: what is done, for people: "installing into".
-        work: does it.
-        simulate: drop it in the end.
-        base: whether it may be the base.
-    """
-    with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
-        work(transaction)
-    return transaction.change
-
-
-def change_live(system: System, doing: str, work: Work) -> Live:
-    """Do the same in the running deployment; where that fails, it is as it was, and `error` says why."""
-    transaction = LiveTransaction(system)
-    try:
-        with step(f"{doing} the running system"), transaction:
-            work(transaction)
-    except (AshError, OSError) as error:
-        console.say(one_line(f"ash: {reason(error)}"))
-        transaction.live.changed, transaction.live.error = False, reason(error)
-    return transaction.live
-
-
-def goes_live(system: System, args: argparse.Namespace, snapshots: Sequence[int], by_default: bool = True) -> bool:
-    """Whether the running system is to be changed too: where that was said, else where its own snapshot is changed.
-
-    Raises:
-        AshError: it was said, and no deployment runs here.
-    """
-    if args.live and args.not_live:
-        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
-    runs = isinstance(system.booted, str)
-    if args.live:
-        system.running_slot()
-    return not args.dry_run and (
-        args.live or (by_default and not args.not_live and runs and system.current in snapshots)
-    )
-
-
-def cmd_install(system: System, args: argparse.Namespace) -> Reply:
-    if args.profile:
-        return install_profile(system, args)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    packages = [*args.words, *args.packages]
-    if not packages and not args.remove:
-        raise AshError("which package?", "ash install N PKG...", USAGE)
-    require_package_files(packages)
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots)
-
-    def is_there(root: Path) -> bool:
-        return not (args.remove or args.dry_run) and system.distro.has_installed(root, packages)
-
-    def install(work: Transaction) -> None:
-        named = [work.show(Path(name)) if "/" in name else name for name in packages]
-        system.distro.install(work, named, args.remove)
-
-    changes = [
-        Change(number)
-        if is_there(system.layout.rootfs(number))
-        else change(system, number, "installing into", install, simulate=args.dry_run)
-        for number in snapshots
-    ]
-    if args.dry_run:
-        return would_change(changes)
-    live = live and not is_there(system.layout.rootfs(str(system.booted)))
-    return changed_all(changes, change_live(system, "installing into", install) if live else None)
-
-
-def require_package_files(packages: Sequence[str]) -> None:
-    """Raise AshError where one of the packages is the name of a file (it has a slash) and there is none."""
-    for path in [Path(name) for name in packages if "/" in name]:
-        if not path.is_file():
-            raise AshError(f"there is no package file {path}", "", MISSING)
-
-
-def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
-    of_profile = profile_of(system, args).everything if args.profile else []
-    packages = [*args.words, *args.packages]
-    if not packages and not args.profile and args.snapshots:
-        n = args.snapshots[0]
-        raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
-    if not packages and not of_profile:
-        raise AshError("which package?", "ash remove N PKG...", USAGE)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots)
-    changes = []
-    for number in snapshots:
-        there = installed_of(system, number, of_profile)
-        changes.append(remove(system, number, [*packages, *there], args))
-    if args.dry_run:
-        return would_change(changes)
-    here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
-    work = partial(system.distro.remove, packages=here, purge=args.purge)
-    return changed_all(changes, change_live(system, "removing from", work) if here else None)
-
-
-def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
-    """Those of the packages that a snapshot or slot has."""
-    root = system.layout.rootfs(which)
-    there = system.distro.packages(root)
-    return [name for name in packages if system.distro.plain_name(root, name) in there]
-
-
-def remove(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
-    """Remove packages from a snapshot; nothing has changed if any of it fails."""
-    if not installed_of(system, number, packages) and not (args.purge and packages):
-        raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    work = partial(system.distro.remove, packages=packages, purge=args.purge)
-    done = change(system, number, "removing from", work, simulate=args.dry_run)
-    return system.delete_data(done) if args.delete_data and done.kept else done
-
-
-def install_profile(system: System, args: argparse.Namespace) -> Reply:
-    """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
-    profile = profile_of(system, args)
-    if beside := [*args.words, *getattr(args, "packages", []), *getattr(args, "remove", [])]:
-        raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots, by_default=False)
-    user = os.environ.get("SUDO_USER", "root")
-
-    def install(work: Transaction) -> None:
-        if not args.no_upgrade:
-            upgrade(work, strict=args.strict)
-        profile.install(work, user)
-
-    doing = f"installing {profile.name} into"
-    changes = [change(system, number, doing, install, simulate=args.dry_run) for number in snapshots]
-    if args.dry_run:
-        return would_change(changes)
-    reply = changed_all(changes, change_live(system, doing, install) if live else None)
-    return reply._replace(text="\n".join([reply.text, *profile.lines("notes")]))
-
-
-def profile_of(system: System, args: argparse.Namespace) -> Profile:
-    """The profile that the command line names; `--profile N NAME` works as well."""
-    if to_number(args.profile) is not None and args.words:
-        args.snapshots = [*args.snapshots, *leading_numbers([args.profile])]
-        args.profile = args.words.pop(0)
-    return find_profile(system, args.profile)
-
-
-def cmd_install_profile(system: System, args: argparse.Namespace) -> Reply:
-    if not args.words:
-        raise AshError("which profile?", "ash install-profile NAME N", USAGE)
-    args.profile, *args.words = args.words
-    numbers = leading_numbers(args.words)
-    args.snapshots, args.words = [*args.snapshots, *numbers], args.words[len(numbers) :]
-    return install_profile(system, args)
-
-
-def cmd_profiles(system: System, args: argparse.Namespace) -> Reply:
-    profiles = {name: Profile.parse(name, read_text(path)) for name, path in profile_files(system).items()}
-    data = {name: {"packages": one.everything, "notes": list(one.lines("notes"))} for name, one in profiles.items()}
-    rows = [[name, " ".join(one.packages), " ".join(one.lines("notes")[:1])] for name, one in profiles.items()]
-    text = text_table(rows, ["profile", "packages", "notes"]) if rows else "there are no profiles"
-    return Reply({"profiles": data}, text, "\n".join(profiles))
-
-
-def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots, by_default=False)
-    once = len(snapshots) > 1 and not args.dry_run
-    if once:
-        for error in refresh_once(system, snapshots, args.strict).values():
-            raise error
-    work = partial(upgrade, fetch=not once, strict=args.strict, download_only=args.download_only)
-    changes = [change(system, number, "upgrading", work, simulate=args.dry_run) for number in snapshots]
-    if args.dry_run:
-        return would_change(changes)
-    if args.download_only:
-        return changed_all(changes)._replace(text="what the next upgrade needs is fetched")
-    return changed_all(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
-
-
-def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
-    """Upgrade the packages of a transaction's root.
-
-    Args:
-        work: the transaction.
-        fetch: fetch the package lists first; without any archive, those that are known serve.
-        strict: whether an archive that cannot be had is an error.
-        download_only: fetch the packages, for later.
-    """
-    try:
-        if fetch:
-            refresh(work, strict)
-    except PackageError as error:
-        if strict:
-            raise
-        console.say(one_line(f"ash: {error.message}; going on with what is known"))
-    work.distro.upgrade(work, download_only)
-
-
-def warn_of_archives(missing: Sequence[str], strict: bool) -> None:
-    """Tell of archives that could not be had; AshError where that is not to be borne."""
-    if missing and strict:
-        hint = "leave out --strict to do without them"
-        raise ArchiveError(f"not all archives can be had: {'; '.join(missing)}", hint)
-    for one in missing:
-        console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
-
-
-def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
-    """Fetch the package lists for snapshots: those that have the same archives share them, or do without.
-
-    Returns:
-        by number, why a snapshot cannot be gone on with.
-    """
-    failed: dict[int, AshError | OSError] = {}
-    done: set[str] = set()
-    dead: dict[str, ArchiveError] = {}
-    for number in snapshots:
-        try:
-            archives = system.distro.archives(system.layout.rootfs(number))
-            if archives not in done and archives not in dead:
-                with beforehand(system):
-                    change(system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True)
-                done.add(archives)
-            elif strict and archives in dead:
-                failed[number] = dead[archives]
-        except PackageError as error:
-            if isinstance(error, ArchiveError):
-                dead[archives] = error
-            if strict:
-                failed[number] = error
-            else:
-                console.say(one_line(f"ash: {error.message}"))
-        except (AshError, OSError) as error:
-            failed[number] = error
-    return failed
-
-
-@contextmanager
-def beforehand(system: System) -> Iterator[None]:
-    """What is committed in the block only fetches something for what is to be done: nobody is told of it."""
-    before = [*system.done]
-    try:
-        yield
-    finally:
-        system.done = before
-
-
-def refresh(work: Transaction, strict: bool = False) -> None:
-    """Fetch the package lists of a transaction's root."""
-    warn_of_archives(work.distro.refresh(work), strict)
-
-
-def cmd_refresh(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number, base=True)
-    if args.dry_run:
-        return would(f"fetch the package lists of {listed(snapshots)}")
-    work = partial(refresh, strict=args.strict)
-    changes = [change(system, number, "fetching the package lists of", work, base=True) for number in snapshots]
-    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
-    return changed_all(changes)._replace(text=text)
-
-
-def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    if args.dry_run:
-        return would(f"repair the package database of {listed(snapshots)}")
-    changes = [change(system, number, "repairing", system.distro.repair) for number in snapshots]
-    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
-    reply = changed_all(changes)
-    if not left:
-        return reply
-    return reply._replace(text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
-
-
-def cmd_hold(system: System, args: argparse.Namespace) -> Reply:
-    return hold(system, args, True)
-
-
-def cmd_unhold(system: System, args: argparse.Namespace) -> Reply:
-    return hold(system, args, False)
-
-
-def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
-    """Keep packages of a snapshot at their versions, or let them go again."""
-    number, packages = the_snapshot(system, args), [*args.words, *args.packages]
-    system.require_changeable(number)
-    if not packages:
-        raise AshError("which package?", f"ash {'hold' if held else 'unhold'} N PKG...", USAGE)
-    require_installed(system, number, packages)
-    what = "kept at their versions" if held else "upgraded again"
-    if args.dry_run:
-        return would(f"have these of snapshot {number} {what}: {listed(packages)}")
-    done = change(system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held))
-    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
-    return changed_all([done])._replace(text=text)
-
-
-def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
-    """Raise AshError where a snapshot does not have one of the packages."""
-    if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
-        raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
-
-
-def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
-    opens = args.shell or args.resume
-    if args.dry_run and opens:
-        return would("open a shell in the base")
-    if opens:
-        return shell_in(system, BASE, resume=args.resume)
-    work = partial(upgrade, strict=args.strict)
-    done = change(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
-    return would_change([done]) if args.dry_run else changed_all([done])._replace(text=done.summary())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Commands for packages of whole trees, and by night
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    tree, crew = system.tree(), Crew(system, "upgrading", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
-    failed = {} if args.dry_run else fetch_once(system, numbers, args.strict)
-    work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
-
-    def upgrade_there(number: int) -> Change:
-        if number in failed:
-            raise failed[number]
-        return change(system, number, "upgrading", work, simulate=args.dry_run)
-
-    reply = concluded(system, args, crew, crew.run(tree, numbers, upgrade_there))
-    if args.download_only and not args.dry_run and not reply.status:
-        return reply._replace(text="what the next upgrade needs is fetched")
-    return reply
-
-
-def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
-    """Fetch the package lists for a tree, and what it upgrades. Returns as refresh_once() does."""
-    with hushed():
-        failed = refresh_once(system, numbers, strict)
-    works = {number: partial(upgrade, fetch=False, download_only=True) for number in numbers if number not in failed}
-    fetch_packages(system, works)
-    return failed
-
-
-def told(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, Result]:
-    """What each of several snapshots answers; where that fails, what is done there fails too, and says why."""
-    answers = {}
-    for number in numbers:
-        with contextlib.suppress(AshError, OSError):
-            answers[number] = ask(number)
-    return answers
-
-
-def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
-    """Fetch packages for several snapshots one after the other: side by side, they would fetch the same ones.
-
-    Args:
-        system: the snapshots'.
-        works: by number, what fetches a snapshot's.
-        about: what these have to do with it, beside its archives and packages.
-    """
-
-    def state(number: int) -> tuple[str, str]:
-        root, distro = system.layout.rootfs(number), system.distro
-        return distro.archives(root), json.dumps([distro.packages(root), sorted(distro.held(root)), about(number)])
-
-    done = set()
-    for number, known in told(works if len(works) > 1 else (), state).items():
-        if known not in done:
-            done.add(known)
-            with hushed(), beforehand(system), contextlib.suppress(AshError, OSError):  # as told() says
-                change(system, number, "fetching for", works[number])
-
-
-def concluded(
-    system: System, args: argparse.Namespace, crew: Crew, branches: Sequence[Branch], live: Live | None = None
-) -> Reply:
-    """Have what the snapshots of a tree got in common share its blocks, and say what was done."""
-    if not args.dry_run:
-        share_blocks(system, [branch.change for branch in branches if branch.change is not None])
-        return in_branches(crew, branches, live)
-    reply = would_change([branch.change for branch in branches if branch.change is not None])
-    failed = [one_line(f"snapshot {branch.number}: {branch.error}") for branch in branches if branch.error]
-    return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
-
-
-def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
-    of_profile = profile_of(system, args).everything if args.profile else []
-    packages = [*args.words, *args.packages, *of_profile]
-    if not packages:
-        raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
-    tree, crew = system.tree(), Crew(system, "removing from", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
-
-    having = told(numbers, lambda number: installed_of(system, number, packages))
-    if len(having) == len(numbers) and not any(having.values()):
-        raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
-
-    def remove_there(number: int) -> Change:
-        there = installed_of(system, number, packages)
-        return remove(system, number, there, args) if there else Change(number)
-
-    return concluded(system, args, crew, crew.run(tree, numbers, remove_there))
-
-
-def cmd_sync(system: System, args: argparse.Namespace) -> Reply:
-    return sync_tree(system, args, upgrades=not args.force)
-
-
-def cmd_force_sync(system: System, args: argparse.Namespace) -> Reply:
-    return sync_tree(system, args, upgrades=False)
-
-
-def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply:
-    """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
-    tree, crew = system.tree(), Crew(system, "synchronizing", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
-    live = goes_live(system, args, numbers)
-    above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
-    following = {number: Following(system, parent, number, args.keep) for number, parent in above.items()}
-    failed = fetch_once(system, numbers, args.strict) if upgrades and not args.dry_run else {}
-    if not args.dry_run:
-        missing = told(following, lambda number: following[number].missing(system.layout.rootfs(number)))
-        fetch_packages(system, {number: following[number].fetch for number in missing if missing[number]}, missing.get)
-
-    def sync(number: int) -> Change:
-        def work(transaction: Transaction) -> None:
-            if upgrades:
-                upgrade(transaction, fetch=args.dry_run, strict=args.strict)
-            if number in following:
-                following[number](transaction)
-
-        if number in failed:
-            raise failed[number]
-        if not upgrades and number not in following:
-            return Change(number)
-        return change(system, number, "synchronizing", work, simulate=args.dry_run)
-
-    branches = crew.run(tree, numbers, sync)
-    worked = {branch.number for branch in branches if not branch.error}
-    done = None
-    if live and system.current in worked and system.current in following:
-        done = change_live(system, "synchronizing", following[system.current])
-    return concluded(system, args, crew, branches, done)
-
-
-def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    if args.dry_run:
-        policy = Night(system, number).policy
-        if policy != "none":
-            system.require_changeable(number)
-        return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
-    system.wait = args.wait or NIGHTLY_WAIT
-    with system.lock("auto-upgrade"):
-        try:
-            night = Night(system, number, args.strict)
-        except (AshError, OSError) as error:
-            note_failed_upgrade(system, reason(error))
-            raise
-        if night.policy == "none":
-            return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
-        try:
-            reply = night.pass_by()
-        except (AshError, OSError) as error:
-            unfinished = isinstance(error, Unfinished)  # and says itself what is true
-            note_failed_upgrade(system, reason(error) if unfinished else f"{night.state()}: {reason(error)}")
-            raise
-        note_upgrade(system, 0, lines_of(reply.text)[0])
-        return night.reboot(reply)
-
-
-NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock, where nobody waits for the result
-SLOW_CLOCK = 60  # seconds that a clock may have been set back
-
-
-def require_clock(system: System) -> None:
-    """Raise AshError where the clock is behind what was done last: archives would seem to be of the future."""
-    layout = system.layout
-    last = max(path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists())
-    if time.time() < last - SLOW_CLOCK:
-        now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
-        raise AshError(f"the clock is wrong: it is {now}, and ash was at work on {then}", "set it, try again")
-
-
-def is_in_window(window: str) -> bool:
-    """Whether it is the time of day at which ash may reboot the machine: between two such as 02:00-05:00."""
-    begin, _, end = window.partition("-")
-    now = time.strftime("%H:%M")
-    return begin <= now < end if begin <= end else now >= begin or now < end
-
-
-class Night:
-    """An automatic upgrade: a snapshot is upgraded, checked, kept beside as it was, and deployed; or nothing of that.
-
-    Args:
-        system: the snapshot's.
-        number: of the snapshot.
-        strict: whether an archive that cannot be had is an error.
-
-    Raises:
-        AshError: the configuration is wrong.
-    """
-
-    def __init__(self, system: System, number: int, strict: bool = False) -> None:
-        self.system = system
-        self.number = number
-        self.strict = strict
-        configuration = system.configuration()
-        self.policy = configuration.values.get("auto_upgrade", "deploy").lower()
-        self.window = configuration.values.get("auto_upgrade_window", "")
-        if self.policy == "reboot" and not self.window:
-            hint = "auto_upgrade_window::02:00-05:00 in /etc/ash.conf"
-            raise AshError("auto_upgrade::reboot wants to know when", hint, USAGE)
-        self.with_base = configuration.is_on("auto_upgrade_base")
-        self.before = system.layout.undo(number)
-        self.was = self._ident(system.layout.rootfs(number))
-        self.upgraded = ""  # what came of the snapshot, while the base is upgraded
-
-    @staticmethod
-    def _ident(path: Path) -> int | None:
-        found = subvolume_at(path)
-        return found.id if found else None
-
-    def state(self) -> str:
-        """What is true where something failed."""
-        if self.upgraded:
-            return f"{self.upgraded}; the base is as it was"
-        is_as_it_was = self._ident(self.system.layout.rootfs(self.number)) == self.was
-        return f"snapshot {self.number} is {'as it was' if is_as_it_was else 'upgraded, but not deployed'}"
-
-    def pass_by(self) -> Reply:
-        """Do all but the reboot."""
-        require_clock(self.system)
-        self.system.require_changeable(self.number)
-        reply = self._look() if self.policy == "check" else self._upgrade()
-        if self.with_base:
-            self.upgraded = lines_of(reply.text)[0]
-            base = self._change(BASE, base=True)
-            changed = base.changed and self.policy != "check"
-            both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
-            rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
-            data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
-            reply = reply._replace(data=data, text=f"{reply.text}\n{self._told(base)}")
-        return reply
-
-    def reboot(self, reply: Reply) -> Reply:
-        """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
-        menu, booted = Menu.load(self.system.layout.menu), self.system.booted
-        waiting = menu.deployments.get(menu.default)
-        waits = isinstance(booted, str) and waiting and waiting.snapshot == self.number and waiting.slot != booted
-        if self.policy != "reboot" or not waits:
-            return reply
-        if not is_in_window(self.window):
-            return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")
-        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
-        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
-
-    def _change(self, number: int, base: bool = False) -> Change:
-        return change(self.system, number, *self._doing(), simulate=self.policy == "check", base=base)
-
-    def _doing(self) -> tuple[str, Work]:
-        if self.policy == "check":
-            return "looking for upgrades of", partial(upgrade, strict=self.strict)
-        return "upgrading", self._work
-
-    def _work(self, transaction: Transaction) -> None:
-        packages = self.system.distro.packages(transaction.root)
-        refresh(transaction, self.strict)  # nobody is there to see that no archive can be had
-        upgrade(transaction, fetch=False)
-        if self.system.distro.packages(transaction.root) != packages:
-            require_sound(transaction)
-
-    def _told(self, done: Change) -> str:
-        if self.policy == "check":
-            return f"snapshot {done.snapshot}: {len(done.upgraded)} packages could be upgraded"
-        return done.summary()
-
-    def _look(self) -> Reply:
-        planned = self._change(self.number)
-        return Reply({**change_data(planned), "changed": False}, self._told(planned))
-
-    def _upgrade(self) -> Reply:
-        number, distro = self.number, self.system.distro
-        earlier = self._ident(self.before)
-        goes_on = earlier is not None and earlier == self._interrupted()
-        damage = self._damage(goes_on)
-        if goes_on:  # it was upgraded, and then came the end
-            self.was = earlier
-        # Unless something else is noted in the end.
-        note_upgrade(self.system, FAILED, f"the upgrade of snapshot {number} was interrupted", self.was)
-        if goes_on:
-            roots = self.before, self.system.layout.rootfs(number)
-            done = Change.between(number, *map(distro.packages, roots))
-        else:
-            done = self._change(number)
-            if self._ident(self.before) == earlier:  # only lists were fetched
-                return changed_all([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
-        lines = [done.summary()]
-        with ExitStack() as undo:
-            take_back = partial(self.system.undo, number, just_changed=True)
-            undo.callback(self.system.with_reserve, take_back, once=True)
-            kept, parent = self._keep_beside(goes_on)
-            undo.callback(self.system.with_reserve, partial(self.system.delete, [kept]))
-            lines.append(f"  what it was is snapshot {kept} now")
-            if new := sorted(self._damage() - damage):
-                raise AshError(f"it is damaged now: {'; '.join(new)}")
-            if self.policy != "stage":
-                lines.append(deployed(*deploy_or_undo(self.system, number, undo)).text)
-            undo.pop_all()
-        reply = changed_all([done])
-        birth = {"from": number, "parent": parent, "copies": {str(number): kept}}
-        return reply._replace(data={**reply.data, **birth}, text="\n".join(lines))
-
-    def _interrupted(self) -> int | None:
-        """The id of what the snapshot was before an upgrade that was interrupted; None where none was."""
-        lines = lines_of(read_text(self.system.layout.upstate))
-        return to_number(lines[3]) if len(lines) > 3 else None
-
-    def _damage(self, goes_on: bool = False) -> set[str]:
-        """What is wrong with the snapshot and what all share; with `goes_on`, with it as it was before."""
-        about = (None,) if goes_on else (self.number, None)
-        found = {one.text() for one in Check(self.system).run() if one.snapshot in about}
-        problems = self.system.distro.problems(self.before) if goes_on else []
-        return found | {Damage(problem, self.number).text() for problem in problems}
-
-    def _keep_beside(self, goes_on: bool) -> tuple[int, int | None]:
-        """Make a snapshot of what it was beside it, unless there is one. Returns its number, and its parent's."""
-        system, tree = self.system, self.system.tree()
-        parent, description = tree.parent(self.number), f"{self.number} before"
-        for number in tree.numbers() if goes_on else ():
-            copy = subvolume_at(system.layout.rootfs(number))
-            is_of_it = copy is not None and copy.source_uuid == Subvolume.at(self.before).uuid
-            if is_of_it and system.describe(number).startswith(description):
-                return number, parent
-        with (
-            system.new_snapshot(self.before, f"{description} {time.strftime('%Y-%m-%d')}", self.number) as kept,
-            system.editing_tree() as tree,
-        ):
-            tree.add(kept, parent)
-        return kept, parent
-
-
-def note_upgrade(system: System, status: int, text: str, was: int | None = None) -> None:
-    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them.
-
-    Args:
-        system: whose.
-        status: 0 where all went well.
-        text: what there is to say.
-        was: the id of what the snapshot is that is about to be upgraded.
-    """
-    lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text), *([] if was is None else [str(was)])]
-    write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
-
-
-def note_failed_upgrade(system: System, text: str) -> None:
-    """Write down why an automatic upgrade failed, where that can be written: the disk may be what failed."""
-    with contextlib.suppress(OSError):  # it is noted as interrupted then
-        note_upgrade(system, FAILED, text)
-
-
-RESULTS = {True: "failed", False: "succeeded"}
-
-
-def last_upgrade(system: System) -> dict[str, Any] | None:
-    """How the last automatic upgrade ended; None where there was none."""
-    lines = lines_of(read_text(system.layout.upstate))
-    if len(lines) < 2:
-        return None
-    return {"failed": lines[0].strip() != "0", "time": one_line(lines[1]), "message": one_line(" ".join(lines[2:3]))}
-
-
-def cmd_check(system: System, args: argparse.Namespace) -> Reply:
-    last = last_upgrade(system)
-    if last is None:
-        raise AshError("there was no automatic upgrade yet", "ash auto-upgrade", MISSING)
-    text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
-    return Reply(
-        last, f"{text}: {last['message']}" if last["message"] else text, status=FAILED if last["failed"] else 0
-    )
-
-
-def cmd_whichsnap(system: System, args: argparse.Namespace) -> Reply:
-    wanted = [*args.words, *args.packages]
-    if not wanted:
-        raise AshError("which package?", "ash whichsnap PKG...", USAGE)
-    having = {
-        number: {name: packages[name] for name in wanted}
-        for number in system.tree().numbers()
-        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
-    }
-    if not having:
-        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
-    rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
-    numbers = "\n".join(map(str, having))
-    text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
-    return Reply({"snapshots": {str(number): there for number, there in having.items()}}, text, numbers)
-
-
-def cmd_list(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    packages = system.distro.packages(system.layout.rootfs(number))
-    names = "\n".join(packages)
-    text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
-    return Reply({"snapshot": number, "packages": packages}, text, names)
-
-
-def cmd_diff(system: System, args: argparse.Namespace) -> Reply:
-    if not args.snapshots:
-        return drift_reply(system, args)
-    old, new = (the_booted(system), args.snapshots[0]) if len(args.snapshots) == 1 else args.snapshots
-    system.require(old)
-    system.require(new)
-    if args.files:
-        require_root("comparing all files")
-    difference = compare(system, old, new, args.files)
-    text = difference.text()
-    if args.patch:
-        roots = system.layout.rootfs(old), system.layout.rootfs(new)
-        text += "\n" + "".join(patch(*roots, path) for path in sorted({**difference.config, **difference.files}))
-    return Reply({"from": old, "to": new, **difference.data()}, text)
-
-
-def drift_reply(system: System, args: argparse.Namespace) -> Reply:
-    """What was changed in the running /etc."""
-    slot, drift = system.drift()
-    text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
-    if args.patch:
-        base, running = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
-        text += "\n" + "".join(patch(base, running, path) for path in drift)
-    return Reply({"slot": slot, "drift": drift}, text)
-
-
-def the_booted(system: System) -> int:
-    """The booted snapshot's number; AshError where nothing of the system runs."""
-    current = system.current
-    if current is None:
-        raise AshError("compared with which snapshot? nothing of this system is running", "ash diff A B", USAGE)
-    return current
-
-
-def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"edit /etc/ash.conf of snapshot {number}")
-    if not sys.stdin.isatty():
-        raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
-    with Transaction(system, number) as work:
-        path = path_inside(work.root, "etc/ash.conf")
-        if os.path.lexists(path) and not path.is_file():
-            raise AshError(f"/etc/ash.conf of snapshot {number} is no file")
-        path.parent.mkdir(exist_ok=True)
-        text = edited(read_text(path) or CONF_EXAMPLE)
-        Configuration.parse(text)
-        if text != read_text(path):
-            write_text(path, text)
-    return Reply(change_data(work.change), work.change.summary())
-
-
-def edited(text: str) -> str:
-    """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
-    import shlex
-    import shutil
-    import subprocess
+def cmd_upself(system: System, args: argparse.Namespace) -> Reply:
     import tempfile
 
-    wanted = [os.environ.get(name, "") for name in ("SUDO_EDITOR", "VISUAL", "EDITOR")]
-    nano = shutil.which("nano", path=SYSTEM_PATH)
-    editor = next((shlex.split(words) for words in wanted if words), None) or [nano or "vi"]
-    with tempfile.NamedTemporaryFile("w+", suffix=".conf", dir=PRIVATE) as file:
-        write_text(Path(file.name), text)
-        try:
-            status = subprocess.run([*editor, file.name], env=clean_environment(), check=False).returncode
-        except OSError as error:
-            raise AshError(f"the editor {editor[0]} cannot be started: {error.strerror}") from error
-        if status:
-            raise AshError(f"the editor ended with {status}: nothing is changed")
-        return read_text(Path(file.name))
-
-
-def cmd_mutable(system: System, args: argparse.Namespace) -> Reply:
-    return set_mutable(system, args, True)
-
-
-def cmd_immutable(system: System, args: argparse.Namespace) -> Reply:
-    return set_mutable(system, args, False)
-
-
-def cmd_immen(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    return set_mutable(system, args, not is_mutable(system.layout.rootfs(number)))
-
-
-def set_mutable(system: System, args: argparse.Namespace, mutable: bool) -> Reply:
-    """Make a snapshot mutable or read-only, and say which."""
-    if not args.snapshots:
-        raise AshError("which snapshot? mutable and immutable want a number", "ash mutable N", USAGE)
-    number = args.snapshots[0]
-    now = "mutable" if mutable else "read-only"
-    system.require_changeable(number)
+    layout, url = system.layout, url_of_ash(system)
+    require_keyring(layout)
     if args.dry_run:
-        return would(f"make snapshot {number} {now}")
-    changed = system.set_mutable(number, mutable)
-    text = f"snapshot {number} is {now}" + (f": ash deploy {number} makes it run so" if changed else " already")
-    return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
+        what = "leave it as /.snapshots/ash/ash.new" if args.download_only else "replace /.snapshots/ash/ash"
+        return would(f"fetch {url} and {url}.sig, check the signature and {what}")
+    with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as directory:
+        with step(f"Fetching {url}"):
+            new = fetch_signed(url, layout.keyring, Path(directory))
+        with step("Starting it to see whether it works"):
+            version = try_out(system, new, where_it_is(args))
+        was, text = read_text(layout.executable), read_text(new)
+        here = version_in(was)
+        if text == was or (version == here and not args.force):
+            return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
+        if version_order(version) < version_order(here) and not args.force:
+            hint = "--force takes it all the same"
+            raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
+        write_file(layout.new_executable, text, mode=0o755)
+        changed = {"changed": True, "from": here, "to": version}
+        if args.download_only:
+            return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
+        swap_executable(layout)
+    kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
+    return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Commands about ash itself
+# Status, version, help
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def running_transactions(system: System) -> dict[str, str]:
+    """The snapshots that an ash works on, with who does."""
+    found = {}
+    for directory in sorted(system.layout.work("").iterdir()):
+        if (directory / "intent").exists() and is_held(directory / "lock"):
+            found[directory.name] = holder_of(directory / "lock")
+    return found
+
+
+def waiting_work(system: System) -> list[int]:
+    """The snapshots with work that a hang-up left behind."""
+    found = []
+    for number, directory in numbered(system.layout.work(""), "").items():
+        with contextlib.suppress(AshError):  # damaged: fsck tells
+            intent = Intent.load(directory)
+            if intent is not None and intent.state == "kept":
+                found.append(number)
+    return found
 
 
 def cmd_status(system: System, args: argparse.Namespace) -> Reply:
@@ -8514,7 +8748,7 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
     upgraded = last_upgrade(system)
     drift: dict[str, str] = {}
     with contextlib.suppress(AshError, PermissionError):
-        drift = system.drift()[1]
+        drift = running_drift(system)[1]
     data = {
         "booted": {"snapshot": current, "slot": system.booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
@@ -8541,90 +8775,15 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
     return Reply(data, "\n".join(lines))
 
 
-def running_transactions(system: System) -> dict[str, str]:
-    """The snapshots that an ash works on, with who does."""
-    found = {}
-    for folder in sorted(system.layout.work("").iterdir()):
-        if (folder / "intent").exists() and is_held(folder / "lock"):
-            found[folder.name] = holder_of(folder / "lock")
-    return found
-
-
-def waiting_work(system: System) -> list[int]:
-    """The snapshots with work that a hang-up left behind."""
-    found = []
-    for number, folder in numbered(system.layout.work(""), "").items():
-        with contextlib.suppress(AshError):  # damaged: fsck tells
-            intent = Intent.load(folder)
-            if intent is not None and intent.state == "kept":
-                found.append(number)
-    return found
-
-
-def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
-    require_root("checking everything")
-    if args.repair and not args.dry_run:
-        return repaired(repair(system))
-    damage = list(Check(system).run())
-    mendable = [one.advice() for one in damage if one.mend]
-    status = FAILED if len(damage) > (len(mendable) if args.repair else 0) else 0
-    data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
-    if args.repair:
-        reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
-        return reply._replace(data={**reply.data, "would": mendable}, status=status)
-    lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
-    lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
-    return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
-
-
-def repaired(result: Repaired) -> Reply:
-    """The answer of a repair."""
-    mended, left = result.mended, result.left
-    rows = [(one, one in mended) for one in (*mended, *left)]
-    data = {
-        "damage": [{"what": one.what, "snapshot": one.snapshot, "mended": done} for one, done in rows],
-        "changed": bool(mended),
-        "lost_found": result.lost_found,
-    }
-    lines = [f"mended: {one.text()}" for one in mended] or ([] if left else ["no damage"])
-    lines += [f"left: {one.text()}: {why}" if why else f"left: {one.advice()}" for one, why in left.items()]
-    lines += [f"what was taken out is in {result.lost_found}"] if result.lost_found else []
-    return Reply(data, "\n".join(lines), status=FAILED if left else 0)
-
-
-def cmd_upself(system: System, args: argparse.Namespace) -> Reply:
-    import tempfile
-
-    layout, url = system.layout, url_of_ash(system)
-    require_keyring(layout)
-    if args.dry_run:
-        what = "leave it as /.snapshots/ash/ash.new" if args.download_only else "replace /.snapshots/ash/ash"
-        return would(f"fetch {url} and {url}.sig, check the signature and {what}")
-    with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as folder:
-        with step(f"Fetching {url}"):
-            new = fetch_signed(url, layout.keyring, Path(folder))
-        with step("Starting it to see whether it works"):
-            version = try_out(system, new, where_it_is(args))
-        was, text = read_text(layout.executable), read_text(new)
-        here = version_in(was)
-        if text == was or (version == here and not args.force):
-            return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
-        if version_order(version) < version_order(here) and not args.force:
-            hint = "--force takes it all the same"
-            raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
-        write_file(layout.new_executable, text, mode=0o755)
-        changed = {"changed": True, "from": here, "to": version}
-        if args.download_only:
-            return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
-        swap_executable(layout)
-    kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
-    return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
-
-
-def where_it_is(args: argparse.Namespace) -> list[str]:
-    """The options that name the system, for another ash."""
-    options = {"--root": args.root, "--image": args.image, "--distro": args.distro}
-    return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
+def version_system(args: argparse.Namespace) -> System:
+    """The system whose distribution `version` names: also where none is running, as when the executable is made."""
+    try:
+        return System.open(args, changes=False)
+    except AshError:
+        if args.root or args.image:
+            raise
+        ident = list(Distro.registry)[-1] if Distro.registry else "no distribution"
+        return System(Layout(Path("/.snapshots"), ident), Distro())
 
 
 def cmd_version(system: System, args: argparse.Namespace) -> Reply:
@@ -8643,7 +8802,6 @@ def cmd_help(args: argparse.Namespace) -> Reply:
 # ---------------------------------------------------------------------------------------------------------------
 # What --json prints
 # ---------------------------------------------------------------------------------------------------------------
-
 
 # What --json prints beside "version" and "command", by command; `ash help --format json` prints this. A value is the
 # name of its type, "null" where it may be missing in the world; a list holds any number of what it shows, a dict with
@@ -8755,14 +8913,6 @@ DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "a
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class Argument(NamedTuple):
-    """An option of a command, as argparse takes it."""
-
-    flags: Sequence[str]
-    help: str
-    settings: Mapping[str, Any] = {}
-
-
 class Command(NamedTuple):
     """A line of the command table.
 
@@ -8799,40 +8949,6 @@ class Command(NamedTuple):
         """Whether it changes something, called like this."""
         return self.changes or (self.changes_with != "" and getattr(args, self.changes_with))
 
-
-def flag(*flags: str, help: str) -> Argument:
-    """An option without a value."""
-    return Argument(flags, help, {"action": "store_true"})
-
-
-def words(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
-    """An option with one or more words; given twice, it has those of both."""
-    action = "store" if nargs == argparse.REMAINDER else "extend"
-    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest, "action": action})
-
-
-PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
-JOBS = [
-    PARALLEL,
-    Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
-]
-STRICT = flag("--strict", help="fail where not all archives can be had")
-DOWNLOAD_ONLY = flag("--download-only", help="fetch the packages now, for later")
-PROFILE = Argument(("-P", "--profile", "--prof"), "the packages of a profile", {"default": "", "metavar": "NAME"})
-NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
-RESUME = flag("--resume", help="go on with what a hang-up left")
-DESC = words("-d", "--desc", "--description", dest="desc", help="its description, several words")
-COMMAND_WORDS = words("-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER)
-LIVE = [
-    flag("--live", "-l", help="also in the running system"),
-    flag("--not-live", "-nl", help="only in the snapshot"),
-]
-PURGE = [
-    flag("--purge", help="also their configuration"),
-    flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
-]
-SYNC = [flag("--keep", help="leave what the parent removed"), STRICT, *JOBS, *LIVE]
-PACKAGES = words("-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)")
 
 MANY = 1000
 COMMANDS = [
@@ -8951,7 +9067,7 @@ COMMANDS = [
         cmd_install, changes=True, numbers=1, several=True, words=True,
         arguments=[
             PACKAGES,
-            words("--remove", dest="remove", help="remove these in the same transaction"),
+            words_option("--remove", dest="remove", help="remove these in the same transaction"),
             PROFILE, NO_UPGRADE, STRICT, *LIVE,
             flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
         ],
@@ -9070,56 +9186,8 @@ COMMANDS = [
         ],
     ),
 ]  # fmt: skip
-
-
-def seconds(text: str) -> float:
-    """How long to wait, as the command line has it."""
-    number = float(text)
-    if not number >= 0:  # so that it is no NaN either
-        raise ValueError
-    return number
-
-
 # Without a snapshot they are about something else than the booted one, or find its number by themselves.
 FOR_ALL = (cmd_log, cmd_diff, cmd_install_profile)
-
-GLOBAL_OPTIONS = [
-    Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
-    Argument(("--image",), "work on a disk image", {"type": Path, "metavar": "FILE"}),
-    Argument(("--distro",), "which distribution, where several are on it", {"metavar": "ID"}),
-    flag("--chroot", help="run although ash finds itself inside a chroot"),
-    flag("--dry-run", help="print what would be done, change nothing"),
-    flag("--json", help="answer in JSON"),
-    Argument(("--wait",), "how long to wait for a lock", {"type": seconds, "default": 0.0, "metavar": "SECONDS"}),
-    Argument(("-y", "--yes"), "answer yes", {"action": "store_true"}),
-    Argument(("-v", "--verbose"), "show the programs as they run", {"action": "store_true"}),
-    Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
-]
-
-HELP_WIDTH = 80
-SNAPSHOT_OPTION = Argument(
-    ("-s", "--snap", "--snapshot"),
-    "the snapshot",
-    {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N", "action": "extend"},
-)
-SEVERAL_OPTION = words("--snapshots", "--snaps", dest="several", help="several snapshots")
-
-
-# argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
-vars(argparse)["_"] = str
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises AshError where the command line is wrong.
-
-    Its help is as wide as a manual page: argparse would ask how wide the terminal is with every option that is added.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, formatter_class=partial(argparse.HelpFormatter, width=HELP_WIDTH))
-
-    def error(self, message: str) -> NoReturn:
-        raise AshError(message, f"{self.prog} -h", USAGE)
 
 
 def find_command(word: str) -> Command:
@@ -9158,6 +9226,33 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     return list(argv[:at]), argv[at] if at < len(argv) else "", list(argv[at + 1 :])
 
 
+def parse_words(command: Command, given: Sequence[str]) -> argparse.Namespace:
+    """Read the words of a command; its options may stand between them, unless all that follows is another program's."""
+    parser = parser_of(command)
+    if command.rest:
+        return parser.parse_args(given)
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_intermixed_args(given[:end])
+    args.words = [*args.words, *given[end + 1 :]]  # no options, whatever they look like
+    return args
+
+
+def without_snapshot(given: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The command that is run and the snapshot behind it, where it has one: the old ash took `-c 'COMMAND' -s N`."""
+    named = len(given) > 2 and given[-2] in SNAPSHOT_OPTION.flags
+    numbers = leading_numbers(given[-1:]) if named else []
+    return list(given[:-2] if numbers else given), numbers
+
+
+def require_no_count(given: Sequence[str]) -> None:
+    """Raise AshError where a number follows -j: meant as a count, as make has it, it would be taken for a snapshot."""
+    for words in (*given, *map(" ".join, itertools.pairwise(given))):
+        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
+            option, count = found.groups()
+            hint = f"--jobs {count} does; the snapshot stands before {option}"
+            raise AshError(f"{option} takes no number", hint, USAGE)
+
+
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     """Read the command line.
 
@@ -9193,46 +9288,6 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
     if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
         raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
     return command, args
-
-
-def parse_words(command: Command, given: Sequence[str]) -> argparse.Namespace:
-    """Read the words of a command; its options may stand between them, unless all that follows is another program's."""
-    parser = parser_of(command)
-    if command.rest:
-        return parser.parse_args(given)
-    end = given.index("--") if "--" in given else len(given)
-    args = parser.parse_intermixed_args(given[:end])
-    args.words = [*args.words, *given[end + 1 :]]  # no options, whatever they look like
-    return args
-
-
-def without_snapshot(given: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The command that is run and the snapshot behind it, where it has one: the old ash took `-c 'COMMAND' -s N`."""
-    named = len(given) > 2 and given[-2] in SNAPSHOT_OPTION.flags
-    numbers = leading_numbers(given[-1:]) if named else []
-    return list(given[:-2] if numbers else given), numbers
-
-
-def require_no_count(given: Sequence[str]) -> None:
-    """Raise AshError where a number follows -j: meant as a count, as make has it, it would be taken for a snapshot."""
-    for words in (*given, *map(" ".join, itertools.pairwise(given))):
-        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
-            option, count = found.groups()
-            hint = f"--jobs {count} does; the snapshot stands before {option}"
-            raise AshError(f"{option} takes no number", hint, USAGE)
-
-
-def leading_numbers(given: Sequence[str]) -> list[int]:
-    """The snapshot numbers that a list of words begins with."""
-    numbers = []
-    for word in given:
-        if not (word.isascii() and word.isdecimal()):
-            break
-        number = to_number(word)
-        if number is None:
-            raise AshError("no snapshot has a number so large", "ash tree shows what there is", MISSING)
-        numbers.append(number)
-    return numbers
 
 
 def overview() -> str:
@@ -9276,7 +9331,6 @@ FILES = {
     "/etc/ash.conf": "configuration: KEY::VALUE lines",
     "/var/lib/ash/conflicts": "what could not be merged into /var or /etc",
 }
-
 MANUAL_HEAD = rf"""
 .TH ASH 8 "" "ash {ASH_VERSION}" "System Administration"
 .SH NAME
@@ -9289,23 +9343,6 @@ A change is made in a private copy of a snapshot, with the distribution\(aqs own
 It takes effect whole or not at all.
 Where SNAPSHOT is left out it is the booted one.
 .SH COMMANDS""".removeprefix("\n")
-
-
-def manual() -> str:
-    """The man page, ash(8)."""
-    lines = [MANUAL_HEAD]
-    for group in dict.fromkeys(command.group for command in COMMANDS):
-        lines.append(f".SS {roff(group)}")
-        for c in [c for c in COMMANDS if c.group == group]:
-            also = f" (also {', '.join(c.aliases)})" if c.aliases else ""
-            lines += [*manual_entry(c.usage, c.help + also), ".RS"]
-            lines += [line for option in options_of(c) for line in manual_entry(option_usage(option), option.help)]
-            lines.append(".RE")
-    options = {option_usage(option): option.help for option in GLOBAL_OPTIONS}
-    statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
-    for title, entries in (("OPTIONS", options), ('"EXIT STATUS"', statuses), ("FILES", FILES)):
-        lines += [f".SH {title}", *(line for term, text in entries.items() for line in manual_entry(term, text))]
-    return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
 
 
 def roff(text: str) -> str:
@@ -9326,6 +9363,23 @@ def option_usage(option: Argument) -> str:
     several = "..." if option.settings.get("nargs", 1) != 1 else ""
     value = "" if option.settings.get("action") == "store_true" else f" {word}{several}"
     return f"{', '.join(option.flags)}{value}"
+
+
+def manual() -> str:
+    """The man page, ash(8)."""
+    lines = [MANUAL_HEAD]
+    for group in dict.fromkeys(command.group for command in COMMANDS):
+        lines.append(f".SS {roff(group)}")
+        for c in [c for c in COMMANDS if c.group == group]:
+            also = f" (also {', '.join(c.aliases)})" if c.aliases else ""
+            lines += [*manual_entry(c.usage, c.help + also), ".RS"]
+            lines += [line for option in options_of(c) for line in manual_entry(option_usage(option), option.help)]
+            lines.append(".RE")
+    options = {option_usage(option): option.help for option in GLOBAL_OPTIONS}
+    statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
+    for title, entries in (("OPTIONS", options), ('"EXIT STATUS"', statuses), ("FILES", FILES)):
+        lines += [f".SH {title}", *(line for term, text in entries.items() for line in manual_entry(term, text))]
+    return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
 
 
 # What the completions have in common: the numbers of the snapshots, and the command, which stands behind options.
@@ -9417,6 +9471,18 @@ def zsh_completion() -> str:
     )
 
 
+def fish_option(option: Argument) -> str:
+    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
+    import shlex
+
+    kinds = [
+        ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
+        for flag in option.flags
+    ]
+    value = "" if option.settings.get("action") == "store_true" else " -r"
+    return f"{' '.join(word for kind in kinds for word in kind)}{value} -d {shlex.quote(option.help)}"
+
+
 def fish_completion() -> str:
     """A completion for fish, with what each word means."""
     import shlex
@@ -9432,18 +9498,6 @@ def fish_completion() -> str:
     return "\n".join([*lines, *(f"complete -c ash {fish_option(option)}" for option in GLOBAL_OPTIONS)])
 
 
-def fish_option(option: Argument) -> str:
-    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
-    import shlex
-
-    kinds = [
-        ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
-        for flag in option.flags
-    ]
-    value = "" if option.settings.get("action") == "store_true" else " -r"
-    return f"{' '.join(word for kind in kinds for word in kind)}{value} -d {shlex.quote(option.help)}"
-
-
 # What the installer puts beside the commands, and the README has.
 HELP_FORMATS: Mapping[str, Callable[[], str]] = {
     "markdown": markdown_table,
@@ -9454,33 +9508,57 @@ HELP_FORMATS: Mapping[str, Callable[[], str]] = {
 }
 
 
-def answer(command: Command, args: argparse.Namespace) -> Reply:
-    """Do what the command line says."""
-    if command.function is cmd_help:
-        return cmd_help(args)
-    changes = command.is_change(args)
-    whole = changes or (command.wants_disk and os.geteuid() == 0)
-    system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
-    if changes and is_readonly(system.layout.snapshots):
-        where = args.root or args.image or "/"
-        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
-    if not changes or args.dry_run:
-        return command.function(system, args)
-    system.caller = caller_of(command)
-    try:
-        reply = on_a_full_disk_too(command, system, args)
-    except BaseException as error:
-        for change in system.done:  # what came before, or just before the end
-            console.say(change.summary())
-        done = {"snapshots": [change_data(change) for change in system.done]}
-        failure = failure_for_history(error) or (reason(error) if system.done else "")
-        if failure:
-            remember(system.layout, {**history_of(system.caller, args, done), "result": failure})
-        raise
-    if reply.data.get("changed") or reply.status:
-        result = reply.text if reply.status else "done"
-        remember(system.layout, {**history_of(system.caller, args, reply.data), "result": result})
-    return reply
+def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
+    """Make ash's own directory on a new system, with snapshot 0 alone in the tree.
+
+    Args:
+        layout: the paths; the subvolumes and the directory `ash` are there.
+        distro: the module that serves the distribution.
+        root_uuid: of the root file system.
+    """
+    for directory in (layout.ash / "snapshots", layout.ash / "work"):
+        directory.mkdir(exist_ok=True)
+    layout.home_root.mkdir(mode=0o700, exist_ok=True)
+    write_file(layout.tree, Tree.of_base().dump())
+    write_file(layout.last, "0\n")
+    write_file(layout.part, f"{root_uuid}\n")
+    write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")
+    write_file(layout.description(BASE), "base snapshot\n")
+
+
+def split_base(layout: Layout, distro: Distro) -> None:
+    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
+
+    Args:
+        layout: the paths; the subvolumes and the state are there.
+        distro: the module that serves the distribution.
+    """
+    root = layout.rootfs(BASE)
+    (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
+    for name in distro.database:
+        travels, shared = root / in_database(name), root / "var" / name
+        travels.parent.mkdir(parents=True, exist_ok=True)
+        if shared.is_dir():
+            shared.rename(travels)
+        else:
+            travels.mkdir()
+            shared.parent.mkdir(parents=True, exist_ok=True)
+        shared.symlink_to(f"/{in_database(name)}")
+    for name in distro.database_files:
+        if (root / "var" / name).exists():
+            (root / "var" / name).rename(root / in_database(name))
+    distro.prepare_base(root)
+    numbers = AccountIds()
+    numbers.learn(root / "etc")
+    write_file(layout.ids, numbers.dump())
+    for directory, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
+        run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
+        remove_tree(root / directory)
+        (root / directory).mkdir()
+    make_bootable(layout, root, BASE, layout.part.read_text().strip())
+    for name in ("etc", "boot"):
+        renew_copy(layout, BASE, name)
+    set_readonly(root)
 
 
 def failure_for_history(error: BaseException) -> str:
@@ -9499,17 +9577,6 @@ def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespac
     if command.function not in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover):
         return work()
     return system.with_reserve(work, once=command.function is cmd_undo)  # a second undo would be a redo
-
-
-def version_system(args: argparse.Namespace) -> System:
-    """The system whose distribution `version` names: also where none is running, as when the executable is made."""
-    try:
-        return System.open(args, changes=False)
-    except AshError:
-        if args.root or args.image:
-            raise
-        ident = list(Distro.registry)[-1] if Distro.registry else "no distribution"
-        return System(Layout(Path("/.snapshots"), ident), Distro())
 
 
 def caller_of(command: Command) -> dict[str, Any]:
@@ -9549,7 +9616,7 @@ def print_reply(command: Command, reply: Reply) -> None:
 
 def report(error: AshError, command: Command | None) -> int:
     """Print an error; returns ash's exit status."""
-    if is_for_space(error):
+    if is_out_of_space(error):
         error.hint = error.hint or FREES_SPACE
     hint = f" ({error.hint})" if error.hint else ""
     print(one_line(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
@@ -9573,6 +9640,35 @@ def as_told(error: Exception) -> AshError:
     return AshError(f"an error in ash itself: {error!r}", "with -v it tells where; please report it")
 
 
+def execute(command: Command, args: argparse.Namespace) -> Reply:
+    """Do what the command line says."""
+    if command.function is cmd_help:
+        return cmd_help(args)
+    changes = command.is_change(args)
+    whole = changes or (command.wants_disk and os.geteuid() == 0)
+    system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
+    if changes and is_readonly(system.layout.snapshots):
+        where = args.root or args.image or "/"
+        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
+    if not changes or args.dry_run:
+        return command.function(system, args)
+    system.caller = caller_of(command)
+    try:
+        reply = on_a_full_disk_too(command, system, args)
+    except BaseException as error:
+        for change in system.done:  # what came before, or just before the end
+            console.say(change.summary())
+        done = {"snapshots": [change_data(change) for change in system.done]}
+        failure = failure_for_history(error) or (reason(error) if system.done else "")
+        if failure:
+            remember(system.layout, {**history_of(system.caller, args, done), "result": failure})
+        raise
+    if reply.data.get("changed") or reply.status:
+        result = reply.text if reply.status else "done"
+        remember(system.layout, {**history_of(system.caller, args, reply.data), "result": result})
+    return reply
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -9588,7 +9684,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, args = parse(given)
         console.verbose, console.quiet, console.json = args.verbose, args.quiet, args.json
-        reply = answer(command, args)
+        reply = execute(command, args)
         print_reply(command, reply)
         sys.stdout.flush()
         return reply.status

@@ -2,7 +2,7 @@
 """GRUB for BIOS and for UEFI, both from the new system's own packages; both read the grub.cfg that ash writes.
 
 For UEFI these are the distribution's signed shim and GRUB, so that they start under Secure Boot. The signed GRUB looks
-for `grub.cfg` in its distribution's folder on the EFI partition: that is a stub which goes on to the btrfs volume.
+for `grub.cfg` in its distribution's directory on the EFI partition: that is a stub which goes on to the btrfs volume.
 """
 
 import shutil
@@ -68,7 +68,7 @@ def _install_uefi(layout: Layout, root: Path, disk: Disk) -> None:
 
 
 def _efi_files(distro: str, root: Path, stub: Path) -> dict[str, Path]:
-    """What goes onto the EFI partition: the distribution's folder, and the one that firmware looks for by itself."""
+    """What goes onto the EFI partition: the distribution's directory, and the one that firmware looks for by itself."""
     programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
     distribution = {**programs, "shimx64.efi": root / SHIM, "BOOTX64.CSV": root / BOOT_ENTRY, "grub.cfg": stub}
     removable = {**programs, "BOOTX64.EFI": root / SHIM}

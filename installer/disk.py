@@ -90,12 +90,12 @@ class Disk:
         """Copy files onto the EFI partition.
 
         Args:
-            files: {path on the partition: the file to copy}; folders are made as needed.
+            files: {path on the partition: the file to copy}; directories are made as needed.
         """
         drive = f"{self.image}@@{self.EFI.start}"
-        folders = {str(folder) for name in files for folder in Path(name).parents if folder != Path()}
-        for folder in sorted(folders):
-            run(["mmd", "-i", drive, f"::{folder}"])
+        directories = {str(directory) for name in files for directory in Path(name).parents if directory != Path()}
+        for directory in sorted(directories):
+            run(["mmd", "-i", drive, f"::{directory}"])
         for name, source in files.items():
             run(["mcopy", "-i", drive, source, f"::{name}"])
 

@@ -144,8 +144,8 @@ class DistroInstaller:
 
     def _check_timezone(self, timezone: str) -> None:
         host.require(self.timezones)
-        folder = Path("/usr/share/zoneinfo")
-        zones = (path.relative_to(folder) for path in folder.rglob("[A-Z]*") if path.is_file())
+        directory = Path("/usr/share/zoneinfo")
+        zones = (path.relative_to(directory) for path in directory.rglob("[A-Z]*") if path.is_file())
         _require_one_of("timezone", timezone, (str(z) for z in zones if z.parts[0] not in ("posix", "right")))
 
     def configure(self, root: Path, settings: Settings, efi_uuid: str, log: host.Log) -> None:

@@ -99,42 +99,42 @@ def require_btrfs() -> None:
 
 
 def require_new_file(path: Path, force: bool) -> None:
-    """Refuse a file that cannot be made: it is there already (unless force), or its folder is no place for it."""
+    """Refuse a file that cannot be made: it is there already (unless force), or its directory is no place for it."""
     if Path("/dev") in path.resolve().parents or (path.exists() and not path.is_file()):
         raise AshError(f"{path} is not a file", hint="give the name of a file to make", status=USAGE)
     if path.exists() and not force:
         raise AshError(f"{path} exists already", hint="--force replaces it", status=REFUSED)
     if not path.parent.is_dir():
-        raise AshError(f"there is no folder {path.parent}", status=USAGE)
+        raise AshError(f"there is no directory {path.parent}", status=USAGE)
     if not _writable(path.parent):
         raise AshError(f"{path.parent} cannot be written to")
 
 
-def _writable(folder: Path) -> bool:
-    """Whether files can be made in a folder; root may everywhere, but for file systems mounted read-only."""
-    return os.access(folder, os.W_OK) and not os.statvfs(folder).f_flag & os.ST_RDONLY
+def _writable(directory: Path) -> bool:
+    """Whether files can be made in a directory; root may everywhere, but for file systems mounted read-only."""
+    return os.access(directory, os.W_OK) and not os.statvfs(directory).f_flag & os.ST_RDONLY
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse a folder with less than needed bytes free."""
-    free = shutil.disk_usage(folder).free
+def require_space(directory: Path, needed: int) -> None:
+    """Refuse a directory with less than needed bytes free."""
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise AshError(
-            f"{folder} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
+            f"{directory} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
             hint="make room, or use another disk",
             status=REFUSED,
         )
 
 
 @contextmanager
-def watched_space(folder: Path) -> Iterator[None]:
-    """Where what is done inside fails and the folder's disk turns out to be full, say that instead."""
+def watched_space(directory: Path) -> Iterator[None]:
+    """Where what is done inside fails and the directory's disk turns out to be full, say that instead."""
     try:
         yield
     except (AshError, OSError) as error:
-        if shutil.disk_usage(folder).free > NOTHING_LEFT:
+        if shutil.disk_usage(directory).free > NOTHING_LEFT:
             raise
-        raise AshError(f"{folder} has become full", "make room, or use another disk") from error
+        raise AshError(f"{directory} has become full", "make room, or use another disk") from error
 
 
 def gibibytes(size: int) -> str:

@@ -22,6 +22,7 @@ from ash import (
     attach_disk,
     create_state,
     create_subvolume,
+    deploy_snapshot,
     load_distro,
     machine_chroot,
     os_release,
@@ -116,9 +117,9 @@ def make_rootfs(tar: Path, source: Source, settings: Settings, *, force: bool = 
         disk.new_file(tar) as part,
         host.Log(log_path) as log,
         host.watched_space(tar.parent),
-        tempfile.TemporaryDirectory(prefix=".ash-root-", dir=tar.parent) as folder,
+        tempfile.TemporaryDirectory(prefix=".ash-root-", dir=tar.parent) as directory,
     ):
-        root = Path(folder)
+        root = Path(directory)
         root.chmod(0o755)
         _fill_root(root, installer, source, settings, log)
         with log.step(f"Packing {tar}"):
@@ -210,8 +211,8 @@ def _make_subvolumes(top: Path, distro: str) -> Layout:
     layout = Layout.at(top, distro)
     for prefix in Layout.SUBVOLUMES:
         create_subvolume(layout.volume(prefix))
-    for folder in (layout.rootfs(BASE).parent, layout.etc(BASE).parent, layout.boot(BASE).parent, layout.ash):
-        folder.mkdir()
+    for directory in (layout.rootfs(BASE).parent, layout.etc(BASE).parent, layout.boot(BASE).parent, layout.ash):
+        directory.mkdir()
     create_subvolume(layout.rootfs(BASE))
     return layout
 
@@ -290,4 +291,4 @@ def _make_base(layout: Layout, root_uuid: str) -> None:
     distro = load_distro(layout.distro)
     create_state(layout, distro, root_uuid)
     split_base(layout, distro)
-    System(layout, distro).deploy(BASE)
+    deploy_snapshot(System(layout, distro), BASE)

@@ -19,27 +19,27 @@ class Archive:
     """A flat archive, as `deb [trusted=yes] URL ./` names it.
 
     Args:
-        folder: where its files are; another archive that is there is gone on with.
+        directory: where its files are; another archive that is there is gone on with.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
         self.asked: list[str] = []  # the files that were fetched from it
-        self._build = folder.with_name(f"{folder.name}-build")
+        self._build = directory.with_name(f"{directory.name}-build")
         self.index()
 
     def add(self, name: str, version: str = "1", **parts: Any) -> None:
         """Put a package into it; what make_deb() takes."""
         self._build.mkdir(exist_ok=True)
         package = make_deb(self._build, name, version, **parts)
-        package.rename(self.folder / package.name)
+        package.rename(self.directory / package.name)
         self.index()
 
     def index(self) -> None:
         """Write down what there is, as apt reads it."""
         entries = []
-        for package in sorted(self.folder.glob("*.deb")):
+        for package in sorted(self.directory.glob("*.deb")):
             control = program("dpkg-deb", "--field", package).strip()
             content = package.read_bytes()
             digest = hashlib.sha256(content).hexdigest()
@@ -48,14 +48,14 @@ class Archive:
 
     def release(self, **fields: str) -> None:
         """Write a Release file, which nobody signed; `_` in the name of a field is `-`: Suite=, Valid_Until=."""
-        packages = (self.folder / "Packages").read_bytes()
+        packages = (self.directory / "Packages").read_bytes()
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
         lines += ["SHA256:", f" {hashlib.sha256(packages).hexdigest()} {len(packages)} Packages"]
         self._publish("Release", "\n".join([*lines, ""]))
 
     def _publish(self, name: str, text: str) -> None:
         """Write an index, newer than the one before: HTTP asks whether it is by whole seconds."""
-        path = self.folder / name
+        path = self.directory / name
         before = path.stat().st_mtime if path.exists() else 0
         path.write_text(text)
         newer = max(path.stat().st_mtime, int(before) + 1)
@@ -83,7 +83,7 @@ class Archive:
 class _Handler(SimpleHTTPRequestHandler):
     def __init__(self, archive: Archive, *arguments: Any) -> None:
         self.archive = archive
-        super().__init__(*arguments, directory=str(archive.folder))
+        super().__init__(*arguments, directory=str(archive.directory))
 
     def log_message(self, *_: object) -> None:
         """Keep no log, but of what was fetched."""

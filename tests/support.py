@@ -247,7 +247,7 @@ class Terminal:
 
 
 def make_deb(
-    folder: Path,
+    directory: Path,
     name: str,
     version: str = "1",
     *,
@@ -258,7 +258,7 @@ def make_deb(
     **scripts: str,
 ) -> Path:
     """Build a Debian package; scripts are postinst=, prerm= and so on, in sh. Returns the package file."""
-    source = folder / f"{name}_{version}_{architecture}"
+    source = directory / f"{name}_{version}_{architecture}"
     control = source / "DEBIAN"
     control.mkdir(parents=True)
     fields = f"Package: {name}\nVersion: {version}\nArchitecture: {architecture}\n"
@@ -272,7 +272,7 @@ def make_deb(
     for path, text in (files or {}).items():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text)
-    package = folder / f"{source.name}.deb"
+    package = directory / f"{source.name}.deb"
     program("dpkg-deb", "--build", "--root-owner-group", "-Znone", source, package)
     return package
 

@@ -12,11 +12,11 @@ from ash import (
     IN_ROOT_DB,
     MISSING,
     REFUSED,
-    ArchiveError,
     AshError,
     Change,
     Distro,
     PackageError,
+    RepositoryError,
     Transaction,
     TransientFile,
     console,
@@ -184,9 +184,9 @@ room=$(df --output=avail -k / | tail -n 1)
         lines = registry.read_text(errors="replace").splitlines() if registry.is_file() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
-    def files(self, root: Path, folder: str) -> set[str]:
+    def files(self, root: Path, directory: str) -> set[str]:
         """Those of dpkg's file lists, and those that ucf keeps."""
-        start = f"/{folder}/"
+        start = f"/{directory}/"
         lists = [
             path for path in database(root, "dpkg/info").glob("*.list") if path.is_file() and not path.is_symlink()
         ]
@@ -215,23 +215,23 @@ room=$(df --output=avail -k / | tail -n 1)
             target, keeper = diverted.get(path, (path, package))
             return path if package.partition(":")[0] == keeper else target
 
-        # By folder: to ask for each path, or to follow each from the root on, would take many times as long.
+        # By directory: to ask for each path, or to follow each from the root on, would take many times as long.
         names: dict[str, set[str]] = {}
         places = {"": root}
 
-        def place(folder: str) -> Path:
-            above, _, name = folder.rpartition("/")
+        def place(directory: str) -> Path:
+            above, _, name = directory.rpartition("/")
             here = places[above] / name if above in places and name not in ("", "..") else None
-            return path_inside(root, folder) if here is None or here.is_symlink() else here
+            return path_inside(root, directory) if here is None or here.is_symlink() else here
 
         def is_there(path: str) -> bool:
-            folder, _, name = path.rpartition("/")
-            if folder not in names:
-                names[folder] = set()
+            directory, _, name = path.rpartition("/")
+            if directory not in names:
+                names[directory] = set()
                 with contextlib.suppress(AshError, OSError, ValueError):
-                    places[folder] = place(folder)
-                    names[folder] = set(os.listdir(places[folder]))
-            return name in names[folder]
+                    places[directory] = place(directory)
+                    names[directory] = set(os.listdir(places[directory]))
+            return name in names[directory]
 
         lists = file_lists(root, installed)
         for name in sorted(installed):
@@ -253,9 +253,9 @@ room=$(df --output=avail -k / | tail -n 1)
     def archives(self, root: Path) -> str:
         """apt's sources, preferences and settings, such as for a proxy."""
         apt = path_inside(root, "etc/apt")
-        folders = (apt / name for name in ("sources.list.d", "preferences.d", "apt.conf.d", "auth.conf.d"))
+        directories = (apt / name for name in ("sources.list.d", "preferences.d", "apt.conf.d", "auth.conf.d"))
         files = [apt / name for name in ("sources.list", "preferences", "apt.conf", "auth.conf")]
-        files += [path for folder in folders for path in sorted(folder.glob("*"))]
+        files += [path for directory in directories for path in sorted(directory.glob("*"))]
         return "\n".join(f"{path.name}\n{read_text(path)}" for path in files if path.is_file())
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
@@ -279,7 +279,7 @@ room=$(df --output=avail -k / | tail -n 1)
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
         if trouble and not archives_had(output):
-            raise ArchiveError(f"no archive can be had: {trouble[0]}")
+            raise RepositoryError(f"no archive can be had: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:

@@ -128,12 +128,12 @@ class DebianInstaller(DistroInstaller):
 
 def _try_archive(source: Source) -> Source:
     """The source with its code name; AshError where a bootstrap from it would fail."""
-    with tempfile.TemporaryDirectory(prefix="ash-archive-") as folder:
-        argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(folder))]
+    with tempfile.TemporaryDirectory(prefix="ash-archive-") as directory:
+        argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(directory))]
         done = run(argv, check=False)
         if done.returncode:
             raise _archive_error(source, done.stderr)
-        release = _release_file(Path(folder), source.release)
+        release = _release_file(Path(directory), source.release)
     if release.get("Origin") != "Debian":
         raise AshError(f"{source.release} is no release of Debian", RELEASES, USAGE)
     return dataclasses.replace(source, release=release["Codename"])

@@ -44,7 +44,7 @@ def kernels(disk: Disk, snapshot: int) -> set[str]:
         for version in found:
             assert (root / f"boot/initrd.img-{version}").stat().st_size > 1 << 20
             assert (files.boot(snapshot) / f"vmlinuz-{version}").exists()
-        # A package that was removed, not purged, leaves a folder without modules behind.
+        # A package that was removed, not purged, leaves a directory without modules behind.
         assert {path.parent.name for path in (root / "usr/lib/modules").glob("*/kernel")} == found
     return found
 

@@ -26,10 +26,10 @@ ENABLE = "systemctl enable {}.service"
 NUMBERS = range(1, 6)
 
 
-def archives(folder: Path) -> None:
+def archives(directory: Path) -> None:
     """Four states of an archive: with each, the package that the tree has gets one version further; the last is bad."""
     for state in ("1", "2", "3", "4"):
-        archive = Archive(folder / state)
+        archive = Archive(directory / state)
         bad = {"postinst": "exit 1"} if state == "4" else {}
         archive.add("ash-test-tool", state, files={"usr/share/tool": f"{state}\n"}, **bad)
         daemon = {
@@ -59,12 +59,12 @@ def test_packages_of_a_running_system(disk: Disk, boot: Boot, tmp_path: Path) ->
         machine.poweroff()
 
 
-def prepare(disk: Disk, folder: Path) -> None:
+def prepare(disk: Disk, directory: Path) -> None:
     """A tree of five with the first version, and cron; the archives' states lie in /home."""
-    archives(folder)
+    archives(directory)
     with disk.files() as files:
         for state in ("1", "2", "3", "4"):
-            shutil.copytree(folder / state, files.top / "@home_debian" / state)
+            shutil.copytree(directory / state, files.top / "@home_debian" / state)
         (files.top / "@home_debian/archive").symlink_to("1")
     disk.clone()
     disk.ash("install", 1, "cron")

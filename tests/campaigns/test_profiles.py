@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Profiles from the real archives, installed and started: what they promise is there.
 
-Pictures of the screen are kept in the folder that ASH_TEST_SCREENSHOTS names, for people to look at.
+Pictures of the screen are kept in the directory that ASH_TEST_SCREENSHOTS names, for people to look at.
 """
 
 import os
@@ -28,9 +28,9 @@ GREETER = "pgrep -u lightdm -f ^/usr/sbin/lightdm-gtk-greeter"
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
     """Where pictures go."""
-    folder = Path(os.environ.get("ASH_TEST_SCREENSHOTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    directory = Path(os.environ.get("ASH_TEST_SCREENSHOTS") or tmp_path)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def test_i3_greets_and_lets_a_user_in(disk: Disk, boot: Boot, screenshots: Path) -> None:

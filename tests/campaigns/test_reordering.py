@@ -20,18 +20,18 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
 PARTS = int(os.environ.get("ASH_TEST_PARTS", "1"))
 
 
-def record(scene: Scene, name: str, folder: Path) -> tuple[Log, int]:
+def record(scene: Scene, name: str, directory: Path) -> tuple[Log, int]:
     """Run a command on a recorded disk; returns the log, and the epoch in which the command ended.
 
     The disk is mounted beside it: as on a running system no unmounting flushes anything.
     """
     with scene.copy(COMMANDS[name]) as image:
-        with recorded(image, folder / "log") as shown, Disk(shown).files():
-            began = len(Log.load(folder / "log").epochs)
+        with recorded(image, directory / "log") as shown, Disk(shown).files():
+            began = len(Log.load(directory / "log").epochs)
             ended = scene.run_on(shown, COMMANDS[name])
             assert ended.returncode == DONE, ended.stderr
-            there = len(Log.load(folder / "log").epochs)
-        log = Log.load(folder / "log")
+            there = len(Log.load(directory / "log").epochs)
+        log = Log.load(directory / "log")
         assert there > began, "nothing was flushed"
         with scene.copy(COMMANDS[name]) as again:
             log.apply(log.writes, again)
@@ -39,12 +39,12 @@ def record(scene: Scene, name: str, folder: Path) -> tuple[Log, int]:
     return log, there - 1
 
 
-def disks(log: Log, disk: Path, folder: Path, chance: random.Random) -> Iterator[tuple[int, str, Path]]:
+def disks(log: Log, disk: Path, directory: Path, chance: random.Random) -> Iterator[tuple[int, str, Path]]:
     """The disks that a power cut may leave, in the order in which time would have it, with the epoch of the cut.
 
     After each flush: what was flushed alone, and with random parts of what comes before the next flush.
     """
-    copy = folder / "cut.img"
+    copy = directory / "cut.img"
     for epoch, writes in enumerate(log.epochs):
         for part in range(PARTS + 1):
             program("cp", "--reflink=always", disk, copy)
@@ -59,7 +59,7 @@ def test_a_disk_that_keeps_only_what_was_flushed(
     scene: Scene, name: str, record_property: Callable[[str, object], None]
 ) -> None:
     tried, cuts = scene.tried(COMMANDS[name]), 0
-    log, there = record(scene, name, scene.folder)
+    log, there = record(scene, name, scene.directory)
     with scene.copy(COMMANDS[name]) as disk:
         for epoch, where, image in disks(log, disk, disk.parent, random.Random(name)):
             is_whole(image)

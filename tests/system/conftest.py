@@ -22,9 +22,9 @@ def _own_mounts() -> None:
 
 @pytest.fixture(scope="module")
 def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on a btrfs of its own, where copies of disk images cost nothing."""
-    folder = tmp_path_factory.mktemp("reflinks")
-    disk, top = folder / "disk", folder / "top"
+    """A directory on a btrfs of its own, where copies of disk images cost nothing."""
+    directory = tmp_path_factory.mktemp("reflinks")
+    disk, top = directory / "disk", directory / "top"
     top.mkdir()
     with disk.open("wb") as file:
         file.truncate(1 << 36)

@@ -60,22 +60,22 @@ class Container:
             status: its exit status.
             keys: what comes from its standard input.
         """
-        with tempfile.TemporaryDirectory(prefix="ash-test-") as folder:
-            argv = self._argv(line, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="ash-test-") as directory:
+            argv = self._argv(line, Path(directory))
             done = subprocess.run(argv, input=keys, capture_output=True, text=True, timeout=SECONDS, check=False)
         assert done.returncode == status, f"{line} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return Outcome(done.returncode, done.stdout, done.stderr)
 
-    def terminal(self, line: str, folder: Path) -> Terminal:
-        """Start a command line on a terminal; the folder is where its root is mounted, for it alone."""
-        return Terminal(self._argv(line, folder))
+    def terminal(self, line: str, directory: Path) -> Terminal:
+        """Start a command line on a terminal; the directory is where its root is mounted, for it alone."""
+        return Terminal(self._argv(line, directory))
 
-    def _argv(self, line: str, folder: Path) -> list[str]:
+    def _argv(self, line: str, directory: Path) -> list[str]:
         device = self.system.attached().split()[0]
-        script = START.format(root=folder, device=device, mounts=self._mounts(folder))
+        script = START.format(root=directory, device=device, mounts=self._mounts(directory))
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script, "sh", line]
 
-    def _mounts(self, folder: Path) -> str:
+    def _mounts(self, directory: Path) -> str:
         """The lines of the deployment's fstab that are ash's own, as commands."""
         uuid = (self.system.files.state / "part").read_text().strip()
         commands = []
@@ -85,5 +85,5 @@ class Container:
                 continue  # the EFI partition
             known = {f"UUID={uuid}": DISK, "tmpfs": "tmpfs"}
             how = ["--bind"] if kind == "none" else ["-t", kind, "-o", options]
-            commands.append(shlex.join(["mount", *how, known.get(source, f"{folder}{source}"), f"{folder}{target}"]))
+            commands.append(shlex.join(["mount", *how, known.get(source, f"{directory}{source}"), f"{directory}{target}"]))
         return "\n".join(commands)

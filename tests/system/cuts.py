@@ -175,24 +175,24 @@ class Scene:
     `fsck --repair` has its own, on which much is damaged.
 
     Args:
-        folder: on a file system with reflinks.
+        directory: on a file system with reflinks.
         image: a new system.
     """
 
-    def __init__(self, folder: Path, image: Path) -> None:
-        self.folder = folder
-        self.image = folder / "scene.img"
+    def __init__(self, directory: Path, image: Path) -> None:
+        self.directory = directory
+        self.image = directory / "scene.img"
         program("cp", "--sparse=always", image, self.image)
-        self.deb = make_deb(folder, "ash-test-cut", files=OF_DEB, postinst=IN_DEPLOYMENT)
-        self.profile = folder / "profile"
+        self.deb = make_deb(directory, "ash-test-cut", files=OF_DEB, postinst=IN_DEPLOYMENT)
+        self.profile = directory / "profile"
         self.profile.write_text("[packages]\nash-test-cut\n[commands]\necho new > /etc/mark\n")
         disk = Disk(self.image)
-        there = make_deb(folder, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
+        there = make_deb(directory, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
         disk.ash("base-update", "--shell", input=use_only("file:/home/archive"))
         disk.ash(
             "run", disk.clone(), "sh", "-ec", "mkdir /var/lib/mark; echo old > /etc/mark; echo old > /var/lib/mark/x"
         )
-        disk.ash("install", 1, make_deb(folder, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
+        disk.ash("install", 1, make_deb(directory, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
         disk.ash("install", disk.branch(1), there)
         disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # later than the branch, by the history
         disk.ash("-q", "clone", 1, "-d", "third")
@@ -206,25 +206,25 @@ class Scene:
             (files.root(self.booted) / "etc/drifted").write_text("drifted\n")
             self.last_booted = f"1 {text(files.root(self.booted) / 'etc/mark')}"
         self._interrupt(disk.clone(1))
-        self.known = folder / "known"
+        self.known = directory / "known"
         ask(self.known, disk, ["fsck"], status=FAILED)
         with self.copy(RECOVER) as copy:
             self._before = self.look(copy)
-        self.damaged = folder / "damaged.img"
+        self.damaged = directory / "damaged.img"
         program("cp", "--reflink=always", self.image, self.damaged)
         with Disk(self.damaged).files() as files:
             damage(files)
 
     def _offer(self, disk: Disk) -> None:
         """Give the disk an archive with a new version of what it has, and the package for the profile."""
-        archive = Archive(self.folder / "archive")
+        archive = Archive(self.directory / "archive")
         for version in ("2", "3"):
             archive.add("ash-test-there", version, files={"usr/share/ash-test-there": f"{version}\n"})
         archive.add("less", "9999", files={"usr/mark": "of the archive\n"})
-        shutil.copy(self.deb, archive.folder)
+        shutil.copy(self.deb, archive.directory)
         archive.index()
         with disk.files() as files:
-            shutil.copytree(archive.folder, files.top / "@home_debian/archive")
+            shutil.copytree(archive.directory, files.top / "@home_debian/archive")
         disk.ash("refresh", 1)
 
     @staticmethod
@@ -246,8 +246,8 @@ class Scene:
     @contextlib.contextmanager
     def copy(self, words: Sequence[str]) -> Iterator[Path]:
         """A copy of the disk that a command works on, for as long as the block lasts."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            copy = Path(folder, "disk.img")
+        with tempfile.TemporaryDirectory(dir=self.directory) as directory:
+            copy = Path(directory, "disk.img")
             program("cp", "--reflink=always", self.damaged if words[0] in GOES_ON else self.image, copy)
             yield copy
 
@@ -385,7 +385,7 @@ class Scene:
         """How a command ends on a disk that fails from a step on, and what the scene is like when it is well again."""
         with self.copy(words) as copy:
             # Where the image's copies lie there is no room for a block more: writing to the image fails.
-            filler = self.folder / "filler" if broken else FILLER
+            filler = self.directory / "filler" if broken else FILLER
             ended = self.run_on(copy, words, fill=step, filler=str(filler))
             if broken:
                 filler.unlink(missing_ok=True)
@@ -395,7 +395,7 @@ class Scene:
 
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
         """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
-        with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.folder) as copies:
+        with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.directory) as copies:
             with Disk(copy).files():  # else the command's end would unmount it, and so write all that is left
                 self._steps_on(copy, words, copies=copies)
                 program("cp", "--reflink=always", copy, Path(copies, "0.img"))

@@ -31,13 +31,13 @@ def facts(path: Path) -> Facts:
     return (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino, status.st_ctime_ns)
 
 
-def everything_below(folder: Path) -> dict[str, Facts]:
-    """The facts of all files below a folder, and of itself."""
-    found = {".": facts(folder)}
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
+def everything_below(directory: Path) -> dict[str, Facts]:
+    """The facts of all files below a directory, and of itself."""
+    found = {".": facts(directory)}
+    for place, directories, names in os.walk(directory):
+        for name in (*directories, *names):
             path = Path(place, name)
-            found[str(path.relative_to(folder))] = facts(path)
+            found[str(path.relative_to(directory))] = facts(path)
     return found
 
 
@@ -129,7 +129,7 @@ class System(Disk):
 
     @contextlib.contextmanager
     def nothing_changes(self, but: str = "/") -> Iterator[None]:
-        """Whatever happens in the block, in the end all is as it was, but for a folder of /var where one is given."""
+        """Whatever happens in the block, in the end all is as it was, but for a directory of /var where one is given."""
         before = self.state()
         yield
         wait_until(lambda: set(self.processes()) <= set(before.processes))
@@ -171,8 +171,8 @@ class System(Disk):
         assert last >= max(tree), "a number could be given twice"
         for number in tree:
             root = self.root(number)
-            for folder, copy in (("etc", self.files.etc(number)), ("boot", self.files.boot(number))):
-                assert names_below(root / folder) == names_below(copy), f"{copy.name} is not {folder} of {number}"
+            for directory, copy in (("etc", self.files.etc(number)), ("boot", self.files.boot(number))):
+                assert names_below(root / directory) == names_below(copy), f"{copy.name} is not {directory} of {number}"
 
     def wants_recovery(self) -> list[str]:
         """What would let the service that recovers run at the next start."""
@@ -292,31 +292,31 @@ class AtWork:
         return self.outcome
 
 
-def names_below(folder: Path) -> dict[str, tuple[int, int, int, int]]:
-    """The files below a folder with their type, mode, owner and size."""
+def names_below(directory: Path) -> dict[str, tuple[int, int, int, int]]:
+    """The files below a directory with their type, mode, owner and size."""
     found = {}
-    for place, folders, names in os.walk(folder):
-        for name in (*folders, *names):
+    for place, directories, names in os.walk(directory):
+        for name in (*directories, *names):
             path = Path(place, name)
             status = path.lstat()
             size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
-            found[str(path.relative_to(folder))] = (status.st_mode, status.st_uid, status.st_gid, size)
+            found[str(path.relative_to(directory))] = (status.st_mode, status.st_uid, status.st_gid, size)
     return found
 
 
-def installed_ash(files: Files, folder: Path) -> Path:
-    """ash as it is installed, in a folder of its own: the executable, with a system's libraries beside it."""
-    own = folder / "ash"
+def installed_ash(files: Files, directory: Path) -> Path:
+    """ash as it is installed, in a directory of its own: the executable, with a system's libraries beside it."""
+    own = directory / "ash"
     own.write_text(executable.build("debian"))
     own.chmod(0o755)
-    shutil.copytree(files.state / "lib", folder / "lib", symlinks=True)
+    shutil.copytree(files.state / "lib", directory / "lib", symlinks=True)
     return own
 
 
 @contextlib.contextmanager
-def open_system(image: Path, folder: Path) -> Iterator[System]:
+def open_system(image: Path, directory: Path) -> Iterator[System]:
     """A system on a copy of a disk image, which is deleted in the end; nothing of it may stay mounted."""
-    copy, top = folder / "disk.img", folder / "top"
+    copy, top = directory / "disk.img", directory / "top"
     program("cp", "--sparse=always", "--reflink=auto", image, copy)
     top.mkdir()
     start, size = btrfs_partition(copy)
@@ -391,6 +391,6 @@ class Machine:
 
     def aside(self, answer: dict[str, Any]) -> Path:
         """Where the running versions of what was not carried are."""
-        folder: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
-        assert folder.parent.stat().st_mode & 0o777 == 0o700
-        return folder / "etc"
+        directory: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
+        assert directory.parent.stat().st_mode & 0o777 == 0o700
+        return directory / "etc"

@@ -26,18 +26,18 @@ INFO = struct.Struct("=280xQ8x16s")  # btrfs_ioctl_get_subvol_info_args: generat
 
 
 def state_of(path: Path) -> str:
-    """What names the content of the subvolume that a folder lies in: it has another name when it has changed."""
+    """What names the content of the subvolume that a directory lies in: it has another name when it has changed."""
     ash.ask_btrfs(path, ash.BTRFS_IOC_SYNC)  # until then the generation is the old one
     generation, uuid = INFO.unpack_from(ash.ask_btrfs(path, ash.BTRFS_IOC_GET_SUBVOL_INFO, bytes(504)))
     return f"{uuid.hex()} {generation}"
 
 
 def remembered(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
-    """A function of folders that is only called where its answer is not known."""
+    """A function of directories that is only called where its answer is not known."""
 
     def ask(*arguments: object) -> Any:
-        folders = [argument for argument in arguments if isinstance(argument, Path)]
-        question = " ".join([function.__name__, folders[-1].name, *map(state_of, folders)])
+        directories = [argument for argument in arguments if isinstance(argument, Path)]
+        question = " ".join([function.__name__, directories[-1].name, *map(state_of, directories)])
         if question not in known:
             known[question] = function(*arguments)
         return known[question]
@@ -62,7 +62,7 @@ def main() -> None:
     """Run the commands, with what is known."""
     file = Path(sys.argv[1])
     known = json.loads(file.read_text()) if file.exists() else {}
-    ash.Check._problems = remembered(ash.Check._problems, known)  # type: ignore[method-assign]
+    ash.Fsck._problems = remembered(ash.Fsck._problems, known)  # type: ignore[method-assign]
     ash.first_difference = remembered(ash.first_difference, known)
     try:
         print(json.dumps(answers(map(json.loads, sys.argv[2:]))))

@@ -6,14 +6,14 @@ OPTIONS is a JSON object with any of
     "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
     "kill": the number of the step (the first is 1), or a regular expression, before which ash is killed;
     "after": what the name of the step begins with from which on "kill" counts, where that is a name;
-    "copies": a folder, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
+    "copies": a directory, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
         what was written to the disk by then, as after a power cut;
     "fill": the number of the step before which a file system is filled;
     "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
     "fail": the name of a step, at which the disk fails, once;
-    "link": what the name of a step begins with, a folder, and what is to be a link in its place from that step on;
+    "link": what the name of a step begins with, a directory, and what is to be a link in its place from that step on;
     "do": a regular expression, and a program with its arguments, which runs once, before the step whose name begins so
-        (or "rmdir PATH", of a folder);
+        (or "rmdir PATH", of a directory);
     "booted": the slot that ash is to believe to be booted;
     "began": a file that is made when ash itself begins.
 """
@@ -82,11 +82,11 @@ class Stepper:
         self._kill(step, name)
 
     def _link(self, name: str) -> None:
-        before, folder, target = self.options.get("link", [None] * 3)
+        before, directory, target = self.options.get("link", [None] * 3)
         if before and name.startswith(before):
             self.options["link"] = [None] * 3
-            Path(folder).rename(f"{folder}-away")
-            Path(folder).symlink_to(target)
+            Path(directory).rename(f"{directory}-away")
+            Path(directory).symlink_to(target)
 
     def _kill(self, step: int, name: str) -> None:
         if name.startswith(self.options.get("after", "")):

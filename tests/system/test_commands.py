@@ -372,10 +372,10 @@ def test_a_system_that_is_not_there_is_an_error_of_one_line(words: list[str], st
 
 @pytest.fixture
 def for_all() -> Iterator[Path]:
-    """A folder that every user can read."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
+    """A directory that every user can read."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
 
 
 def test_a_distribution_that_is_not_there_is_named(system: System) -> None:

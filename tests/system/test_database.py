@@ -56,7 +56,7 @@ class Installed:
         return {
             path: facts
             for path, facts in after.items()
-            if self.before.get(path) != facts and not any(f"{path}/".startswith(f"{folder}/") for folder in expected)
+            if self.before.get(path) != facts and not any(f"{path}/".startswith(f"{directory}/") for directory in expected)
         }
 
 
@@ -124,7 +124,7 @@ def test_the_tools_of_the_packages_know_their_own_records(installed: Installed) 
 
 
 def test_a_module_of_dkms_is_installed_and_known_to_be(installed: Installed) -> None:
-    """dkms compares paths in its folder with where links of that folder lead."""
+    """dkms compares paths in its directory with where links of that directory lead."""
     files = "; ".join(f"printf '{text}' > {name}" for name, text in DKMS.items())
     script = f"mkdir /usr/src/ashtest-1; cd /usr/src/ashtest-1; {files}; kernel=$(ls /lib/modules | tail -n 1); "
     system = installed.system

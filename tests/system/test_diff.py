@@ -56,7 +56,7 @@ Look = dict[str, tuple[object, ...]]
 
 
 def look(top: Path) -> Look:
-    """All that counts of everything below a folder."""
+    """All that counts of everything below a directory."""
     found: Look = {}
     for path in top.rglob("*"):
         status = path.lstat()
@@ -76,10 +76,10 @@ def differences(before: Look, after: Look) -> dict[str, str]:
 
 
 def shuffle(top: Path, chance: random.Random) -> None:
-    """Do something at random to the files below a folder."""
+    """Do something at random to the files below a directory."""
     there = sorted(top.rglob("*"))
-    files, folders = [p for p in there if p.is_file() and not p.is_symlink()], [p for p in there if p.is_dir()]
-    new = chance.choice([top, *folders]) / f"f{chance.randrange(12)}"
+    files, directories = [p for p in there if p.is_file() and not p.is_symlink()], [p for p in there if p.is_dir()]
+    new = chance.choice([top, *directories]) / f"f{chance.randrange(12)}"
     match chance.randrange(8):
         case 0 if files:
             chance.choice(files).write_text(str(chance.random()))
@@ -91,8 +91,8 @@ def shuffle(top: Path, chance: random.Random) -> None:
             chance.choice(files).rename(new)
         case 4 if not new.exists():
             new.mkdir()
-        case 5 if folders:
-            shutil.rmtree(chance.choice(folders))
+        case 5 if directories:
+            shutil.rmtree(chance.choice(directories))
         case 6 if files and not new.exists():
             os.link(chance.choice(files), new)
         case _ if not new.is_dir():
@@ -116,7 +116,7 @@ def test_what_btrfs_says_has_changed_is_what_has(system: System, seed: int) -> N
     said, before, after = changed_paths(old, new), look(old), look(new)
     true = differences(before, after)
     for path, kind in true.items():
-        # Of a folder that moves only the folder is named, and of a file with several names one of them.
+        # Of a directory that moves only the directory is named, and of a file with several names one of them.
         above = {said.get(str(parent)) for parent in Path(path).parents}
         same = [other for other in said if other in after and path in after and after[other][2] == after[path][2]]
         assert path in said or same or above & {"added", "removed", "changed"}, f"{path} was {kind}: {said}"

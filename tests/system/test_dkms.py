@@ -44,20 +44,20 @@ def beside_the_running_kernel(system: System, snapshot: int) -> int:
 
     So they do on a real machine, with dkms as Debian 12 has it, where the snapshot's kernel is an older one.
     """
-    folder = f"/lib/modules/{platform.release()}"
+    directory = f"/lib/modules/{platform.release()}"
     system.shell(
-        snapshot, f"rm -f /etc/dkms/framework.conf.d/autoinstall*; mkdir {folder}; ln -s /usr/src/gone {folder}/build"
+        snapshot, f"rm -f /etc/dkms/framework.conf.d/autoinstall*; mkdir {directory}; ln -s /usr/src/gone {directory}/build"
     )
     return snapshot
 
 
-def module(folder: Path, name: str, source: str = GOOD, conf: str = "") -> Path:
+def module(directory: Path, name: str, source: str = GOOD, conf: str = "") -> Path:
     """Make a package with a module's source, as Debian's are: its scripts leave the building to dkms."""
     place = f"usr/src/{name}-1"
     config = f'PACKAGE_NAME="{name}"\nPACKAGE_VERSION="1"\nBUILT_MODULE_NAME[0]="{name}"\n'
     config += f'DEST_MODULE_LOCATION[0]="/updates"\nAUTOINSTALL="yes"\n{conf}'
     return make_deb(
-        folder,
+        directory,
         f"{name}-dkms",
         depends="dkms",
         files={

@@ -558,9 +558,9 @@ READ_WRITE = {
 }
 
 
-@pytest.mark.parametrize(("folder", "writable"), READ_WRITE.items())
-def test_not_even_root_writes_where_a_system_is_read_only(world: World, folder: str, writable: bool) -> None:
-    outcome = world.type(f"touch {folder}/it", status=DONE if writable else FAILED)
+@pytest.mark.parametrize(("directory", "writable"), READ_WRITE.items())
+def test_not_even_root_writes_where_a_system_is_read_only(world: World, directory: str, writable: bool) -> None:
+    outcome = world.type(f"touch {directory}/it", status=DONE if writable else FAILED)
     assert writable or "Read-only file system" in outcome.stderr
 
 

@@ -231,8 +231,8 @@ def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
     saved = system.root(snapshot) / "etc"
     assert ((saved / "motd").read_text(), (saved / "from-snapshot").exists()) == ("theirs\n", True)
     assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved is drift still"
-    folder = max((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
-    assert (folder / "etc/motd").read_text() == "mine\n"
+    directory = max((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
+    assert (directory / "etc/motd").read_text() == "mine\n"
 
 
 def test_what_is_edited_while_it_is_saved_counts_as_changed(machine: Machine, snapshot: int) -> None:

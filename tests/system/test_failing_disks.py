@@ -87,6 +87,6 @@ def test_a_recovery_that_fails_says_so(disk: Disk) -> None:
     disk.ash("recover")
 
 
-def on(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run ash on what is mounted on a folder."""
-    return subprocess.run([*ASH, "--root", folder, *words], capture_output=True, text=True, check=False)
+def on(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run ash on what is mounted on a directory."""
+    return subprocess.run([*ASH, "--root", directory, *words], capture_output=True, text=True, check=False)

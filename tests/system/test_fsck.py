@@ -74,12 +74,12 @@ def test_fsck_finds_what_nobody_is_to_write_to(system: System, snapshot: int, na
     system.ash("deploy", 0)
 
 
-@pytest.mark.parametrize("folder", ["etc", "boot"])
-def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int, folder: str) -> None:
-    copy = system.files.etc(snapshot) if folder == "etc" else system.files.boot(snapshot)
+@pytest.mark.parametrize("directory", ["etc", "boot"])
+def test_fsck_finds_a_copy_that_differs_or_is_gone(system: System, snapshot: int, directory: str) -> None:
+    copy = system.files.etc(snapshot) if directory == "etc" else system.files.boot(snapshot)
     writable(copy, True)
     (copy / "extra").touch()
-    damage(system, f"{copy.name} differs from its /{folder}: extra", snapshot)
+    damage(system, f"{copy.name} differs from its /{directory}: extra", snapshot)
     (copy / "extra").unlink()
     writable(copy, False)
     copy.rename(copy.with_name("aside"))
@@ -95,14 +95,14 @@ def test_fsck_finds_a_description_that_is_gone(system: System, snapshot: int) ->
     whole(system)
 
 
-@pytest.mark.parametrize("odd", ["empty", "link", "folder"])
+@pytest.mark.parametrize("odd", ["empty", "link", "directory"])
 def test_fsck_finds_a_description_that_is_none(system: System, snapshot: int, odd: str) -> None:
     path = system.files.state / f"snapshots/{snapshot}-desc"
     path.unlink()
-    make: dict[str, Callable[[], None]] = {"empty": path.touch, "folder": path.mkdir}
+    make: dict[str, Callable[[], None]] = {"empty": path.touch, "directory": path.mkdir}
     make.get(odd, lambda: path.symlink_to("0-desc"))()
     damage(system, "its description is empty or no file", snapshot)
-    path.rmdir() if odd == "folder" else path.unlink()
+    path.rmdir() if odd == "directory" else path.unlink()
     system.ash("desc", snapshot, "again")
     whole(system)
 

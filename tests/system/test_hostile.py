@@ -108,17 +108,17 @@ def test_a_system_may_have_any_name(system: System, snapshot: int) -> None:
 
 
 def in_all_folders(system: System, snapshot: int) -> None:
-    """Make files of all names in a snapshot's folders and in those that are shared."""
+    """Make files of all names in a snapshot's directories and in those that are shared."""
     lines = []
-    for folder in ("/etc", "/var/lib", "/var/cache/man", "/boot", "/home"):
-        lines += [f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(f'{folder}/{text}')}" for text in TEXTS]
+    for directory in ("/etc", "/var/lib", "/var/cache/man", "/boot", "/home"):
+        lines += [f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(f'{directory}/{text}')}" for text in TEXTS]
     system.shell(snapshot, "mkdir -p /var/cache/man\n" + "\n".join(lines))
 
 
 def test_files_of_a_snapshot_may_have_any_name(system: System, snapshot: int) -> None:
     in_all_folders(system, snapshot)
-    for folder in (system.files.var / "lib", system.files.var / "cache/man", system.files.etc(snapshot), system.home):
-        assert set(TEXTS) <= set(os.listdir(folder)), folder
+    for directory in (system.files.var / "lib", system.files.var / "cache/man", system.files.etc(snapshot), system.home):
+        assert set(TEXTS) <= set(os.listdir(directory)), directory
     answer = shown(system, "--json", "diff", 0, snapshot, "--files").json
     assert {f"etc/{text}" for text in TEXTS} | {f"boot/{text}" for text in TEXTS} <= set(answer["files"])
     for option in ("--files", "--patch"):

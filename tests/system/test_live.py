@@ -23,10 +23,10 @@ from tests.system.lab import Machine, System, everything_below, names_below
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
 
-def deb(folder: Path, version: str = "1", **parts: str) -> Path:
+def deb(directory: Path, version: str = "1", **parts: str) -> Path:
     """A package with files of all kinds."""
     files = {"usr/share/ash-test/file": f"{version}\n", "etc/ash-test.conf": f"{version}\n"}
-    return make_deb(folder, "ash-test-live", version, files=files, **parts)
+    return make_deb(directory, "ash-test-live", version, files=files, **parts)
 
 
 def test_a_package_is_in_the_snapshot_and_in_the_running_system(machine: Machine, tmp_path: Path) -> None:
@@ -48,11 +48,11 @@ def test_a_package_is_in_the_snapshot_and_in_the_running_system(machine: Machine
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test/file").exists()
 
 
-def shapes(folder: Path, version: str, after: str = "") -> Path:
-    """A package whose second version makes folders of links, links of folders, and gives folders other names.
+def shapes(directory: Path, version: str, after: str = "") -> Path:
+    """A package whose second version makes directories of links, links of directories, and gives directories other names.
 
     Args:
-        folder: where it is made.
+        directory: where it is made.
         version: "1" or "2".
         after: what its script does in the end.
     """
@@ -71,7 +71,7 @@ def shapes(folder: Path, version: str, after: str = "") -> Path:
         },
     }[version]
     files = {f"usr/share/ash-test/{path}": text for path, text in files.items()}
-    return make_deb(folder, "ash-test-shapes", version, files=files, **scripts)
+    return make_deb(directory, "ash-test-shapes", version, files=files, **scripts)
 
 
 # In the script of a package: wait in the running system, not in the snapshot, until install_while() goes on.
@@ -145,8 +145,8 @@ def test_what_others_changed_meanwhile_is_told(machine: Machine, tmp_path: Path)
     answer = install_while(machine, machine.system.clone(), deb(tmp_path, postinst=f"{edit}\n{WAITS}"), others)
     assert answer["live"]["conflicts"] == ["/etc/issue", "/var/lib/ash-test-told"]
     assert [path.read_text() for path in edited] == ["mine\n", "mine\n"]
-    folders = [machine.files.var / folder.removeprefix("/var/") for folder in answer["live"]["conflicts_folders"]]
-    aside = {str(path.relative_to(f)): path.read_text() for f in folders for path in f.rglob("*") if path.is_file()}
+    directories = [machine.files.var / directory.removeprefix("/var/") for directory in answer["live"]["conflicts_folders"]]
+    aside = {str(path.relative_to(f)): path.read_text() for f in directories for path in f.rglob("*") if path.is_file()}
     assert aside == {"etc/issue": "package\n", "lib/ash-test-told/data": "package\n" * 2}
 
 
@@ -310,7 +310,7 @@ def test_sockets_are_started_before_services(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ash.Services, "_is_active", lambda _, unit: unit.endswith(".target"))
     monkeypatch.setattr(ash.Services, "_start", lambda _, unit: started.append(unit))
     units = ("a.service", "b.service", "b.socket", "c.timer")
-    ash.Services(ash.Live(), running=True).start({f"etc/systemd/system/x.target.wants/{u}": "added" for u in units})
+    ash.Services(ash.LiveResult(), running=True).start({f"etc/systemd/system/x.target.wants/{u}": "added" for u in units})
     assert started == ["b.socket", "a.service", "b.service", "c.timer"]
 
 

@@ -48,13 +48,13 @@ class Model(RuleBasedStateMachine):
     """Does each command to a real system and to a dictionary."""
 
     image: Path
-    folder: Path
+    directory: Path
 
     def __init__(self) -> None:
         super().__init__()
         self.stack = contextlib.ExitStack()
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder)))
-        self.system = self.stack.enter_context(open_system(self.image, folder))
+        directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory(dir=self.directory)))
+        self.system = self.stack.enter_context(open_system(self.image, directory))
         self.last = 0
         self.known = {BASE: Snapshot(None, "base snapshot")}
         self.changes = 0
@@ -192,7 +192,7 @@ class Model(RuleBasedStateMachine):
 
 
 def test_any_sequence_of_commands_leaves_what_the_model_says(image: Path, tmp_path: Path) -> None:
-    Model.image, Model.folder = image, tmp_path
+    Model.image, Model.directory = image, tmp_path
     chosen = settings(
         max_examples=SEQUENCES,
         stateful_step_count=STEPS,

@@ -26,7 +26,7 @@ def test_after_a_power_cut_a_command_has_done_all_or_nothing(
 
 def test_after_a_power_cut_the_work_that_a_hang_up_left_is_whole(scene: Scene) -> None:
     words = ["chroot", "1"]
-    with scene.copy(words) as copy, tempfile.TemporaryDirectory(dir=scene.folder) as copies:
+    with scene.copy(words) as copy, tempfile.TemporaryDirectory(dir=scene.directory) as copies:
         with Terminal(scene.argv(copy, words, copies=copies)) as terminal:
             terminal.expect("exit")
             terminal.type("seq 9999 > /usr/mark; sleep 4733\n")

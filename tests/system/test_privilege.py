@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import ash
-from ash import Layout, VarMerge, copy_file, make_private_folder
+from ash import Layout, VarMerge, copy_file, make_private_directory
 from distros.debian.ashpk import Debian
 from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
 from tests.system.lab import Machine, System, everything_below, installed_ash
@@ -29,9 +29,9 @@ KEY = "k3y-of-the-machine"
 def copies_in(system: System, text: str = SECRET) -> list[str]:
     """The files with the secret in them, wherever ash may have written to; history and locks have what was typed."""
     files = system.files
-    folders = [files.state, files.var / "lib", files.grub_cfg.parent, files.snapshots / "etc", files.snapshots / "boot"]
+    directories = [files.state, files.var / "lib", files.grub_cfg.parent, files.snapshots / "etc", files.snapshots / "boot"]
     for name in ("etc", "boot", "usr/share/ash", "usr/lib/systemd/system"):
-        folders += (files.snapshots / "rootfs").glob(f"*/{name}")
+        directories += (files.snapshots / "rootfs").glob(f"*/{name}")
     argv = [
         "grep",
         "-rlsF",
@@ -41,16 +41,16 @@ def copies_in(system: System, text: str = SECRET) -> list[str]:
         "--exclude=vmlinuz-[4-8]*",
         text,
     ]
-    argv += (str(folder) for folder in folders if not folder.is_symlink())
+    argv += (str(directory) for directory in directories if not directory.is_symlink())
     return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 # Modes
 
 
-def below(folder: Path, mode: int) -> None:
-    """Assert that a folder gives nobody else more than a mode does."""
-    assert not stat.S_IMODE(folder.stat().st_mode) & ~mode, f"{folder} is {folder.stat().st_mode:o}"
+def below(directory: Path, mode: int) -> None:
+    """Assert that a directory gives nobody else more than a mode does."""
+    assert not stat.S_IMODE(directory.stat().st_mode) & ~mode, f"{directory} is {directory.stat().st_mode:o}"
 
 
 def test_a_file_is_never_more_readable_than_what_it_is_a_copy_of(
@@ -88,7 +88,7 @@ def test_a_file_is_never_more_readable_than_what_it_is_a_copy_of(
 def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner of a folder in /var replaces the new file by a link before its mode is set."""
+    """The owner of a directory in /var replaces the new file by a link before its mode is set."""
     victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
     victim.write_text("")
     victim.chmod(0o600)
@@ -111,7 +111,7 @@ def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
 def test_what_a_file_is_replaced_by_while_it_is_copied_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner of its folder puts a link or a pipe in its place, after it was looked at."""
+    """The owner of its directory puts a link or a pipe in its place, after it was looked at."""
     victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
     victim.write_text(SECRET)
     os.setxattr(victim, "user.x", SECRET.encode())
@@ -163,8 +163,8 @@ def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upper, origin, live = (tmp_path / name for name in ("upper", "origin", "live"))
-    for folder in (upper / "lib/new/deep", upper / "lib/old", origin / "lib", live / "lib/old"):
-        folder.mkdir(parents=True)
+    for directory in (upper / "lib/new/deep", upper / "lib/old", origin / "lib", live / "lib/old"):
+        directory.mkdir(parents=True)
     for name in ("new", "new/deep", "old"):
         (upper / "lib" / name / "file").write_text(SECRET)
         (upper / "lib" / name).chmod(0o700)
@@ -219,25 +219,25 @@ def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snap
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder of the host, which is as it was in the end."""
-    folder = tmp_path / "outside"
-    (folder / "dpkg/info").mkdir(parents=True)
+    """A directory of the host, which is as it was in the end."""
+    directory = tmp_path / "outside"
+    (directory / "dpkg/info").mkdir(parents=True)
     package = f"Package: {SECRET}\nStatus: install ok installed\nVersion: {SECRET}\n"
-    (folder / "dpkg/status").write_text(package)
-    (folder / "dpkg/info" / f"{SECRET}.list").write_text(f"/usr/{SECRET}\n")
-    (folder / "dpkg/lock").touch()
-    (folder / "dpkg/diversions").write_text(f"/usr/bin/less\n/{SECRET}\n:\n")
-    (folder / "dkms/build").mkdir(parents=True)
-    (folder / "dkms/build/make.log").write_text(SECRET)
-    (folder / "apt").mkdir()
-    (folder / "apt/extended_states").write_text(f"Package: {SECRET}\nAuto-Installed: 1\n")
-    (folder / "ucf").mkdir()
-    (folder / "ucf/registry").write_text(f"0  {SECRET}\n")
+    (directory / "dpkg/status").write_text(package)
+    (directory / "dpkg/info" / f"{SECRET}.list").write_text(f"/usr/{SECRET}\n")
+    (directory / "dpkg/lock").touch()
+    (directory / "dpkg/diversions").write_text(f"/usr/bin/less\n/{SECRET}\n:\n")
+    (directory / "dkms/build").mkdir(parents=True)
+    (directory / "dkms/build/make.log").write_text(SECRET)
+    (directory / "apt").mkdir()
+    (directory / "apt/extended_states").write_text(f"Package: {SECRET}\nAuto-Installed: 1\n")
+    (directory / "ucf").mkdir()
+    (directory / "ucf/registry").write_text(f"0  {SECRET}\n")
     for name in ("secret", "resolv.conf", "fstab", "passwd", "ash-carry.service", "shells.state", "ash.conf"):
-        (folder / name).write_text(f"{SECRET}:x:0:0:{SECRET}\nNAME={SECRET}\n")
-    before = everything_below(folder)
-    yield folder
-    assert everything_below(folder) == before
+        (directory / name).write_text(f"{SECRET}:x:0:0:{SECRET}\nNAME={SECRET}\n")
+    before = everything_below(directory)
+    yield directory
+    assert everything_below(directory) == before
 
 
 def tried(system: System, *words: str | int) -> int:
@@ -344,7 +344,7 @@ def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
 
 
 def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System, snapshot: int, outside: Path) -> None:
-    """Whether there is something in a folder of the host is told to nobody."""
+    """Whether there is something in a directory of the host is told to nobody."""
     system.ash("mutable", snapshot)
     root = system.root(snapshot)
     (root / "usr/led").symlink_to(outside)
@@ -369,23 +369,23 @@ def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system
     tried(system, "deploy", snapshot)
 
 
-@pytest.mark.parametrize("name", ash.NUMBERED_FILES)
+@pytest.mark.parametrize("name", ash.ID_FILES)
 def test_accounts_that_get_other_numbers_are_those_of_the_snapshot(tmp_path: Path, name: str) -> None:
     line = "ada:1000:65536\n" if name.startswith("sub") else "ada:x:1000:1000:::\n"
     (tmp_path / "host").write_text(line)
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / "root/etc" / name).symlink_to(tmp_path / "host")
-    ash.give_numbers(tmp_path / "root", {name: {"ada": 1001}}, {})
+    ash.assign_ids(tmp_path / "root", {name: {"ada": 1001}}, {})
     assert (tmp_path / "host").read_text() == line
 
 
-@pytest.mark.parametrize("folder", ["etc", "boot"])
+@pytest.mark.parametrize("directory", ["etc", "boot"])
 def test_a_snapshot_without_a_folder_for_its_configuration_is_not_made(
-    system: System, snapshot: int, outside: Path, folder: str
+    system: System, snapshot: int, outside: Path, directory: str
 ) -> None:
     with system.nothing_changes():
-        refused = system.shell(snapshot, f"mv /{folder} /x; ln -s {outside} /{folder}", status=125)
-    assert f"/{folder} is no folder" in refused.error
+        refused = system.shell(snapshot, f"mv /{directory} /x; ln -s {outside} /{directory}", status=125)
+    assert f"/{directory} is no directory" in refused.error
 
 
 def test_links_of_mutable_folders_do_not_lead_out_of_them(system: System, snapshot: int, outside: Path) -> None:
@@ -396,7 +396,7 @@ def test_links_of_mutable_folders_do_not_lead_out_of_them(system: System, snapsh
 
 
 def test_a_link_put_into_var_meanwhile_is_not_followed(system: System, snapshot: int, outside: Path) -> None:
-    """Neither in an entry, nor in a cache, nor in a log, nor where the folder of entries was."""
+    """Neither in an entry, nor in a cache, nor in a log, nor where the directory of entries was."""
     var = system.files.var
     places = ["lib/led", "cache/man/led", "log/apt/led", "www/led/deep", "spool/led"]
     for place in places:
@@ -425,16 +425,16 @@ def test_the_conflicts_folder_is_where_it_belongs(machine: Machine, snapshot: in
 
 def test_a_private_folder_is_a_new_one(tmp_path: Path) -> None:
     """Two within a second do not share one."""
-    folder = tmp_path / "var/lib/ash/conflicts/5-now"
+    directory = tmp_path / "var/lib/ash/conflicts/5-now"
     (tmp_path / "var/lib").mkdir(parents=True)
-    make_private_folder(folder)
-    below(folder.parent, 0o700)
-    (folder.parent / "planted").symlink_to(tmp_path)
-    make_private_folder(folder)
+    make_private_directory(directory)
+    below(directory.parent, 0o700)
+    (directory.parent / "planted").symlink_to(tmp_path)
+    make_private_directory(directory)
     (tmp_path / "other/lib").parent.mkdir()
     (tmp_path / "other/lib").symlink_to(tmp_path)
     with pytest.raises(ash.AshError, match="is a link"):
-        make_private_folder(tmp_path / "other/lib/ash/conflicts/1")
+        make_private_directory(tmp_path / "other/lib/ash/conflicts/1")
 
 
 def test_folders_of_var_do_not_become_links(system: System, snapshot: int, outside: Path) -> None:
@@ -446,18 +446,18 @@ def test_folders_of_var_do_not_become_links(system: System, snapshot: int, outsi
 # Programs and the environment
 
 
-def fakes(folder: Path, *names: str) -> Path:
-    """A folder with programs that tell that they were run."""
-    folder.mkdir()
+def fakes(directory: Path, *names: str) -> Path:
+    """A directory with programs that tell that they were run."""
+    directory.mkdir()
     for name in names:
-        (folder / name).write_text(f"#!/bin/bash\ntouch '{folder}/ran-{name}'\nexit 0\n")
-        (folder / name).chmod(0o755)
-    return folder
+        (directory / name).write_text(f"#!/bin/bash\ntouch '{directory}/ran-{name}'\nexit 0\n")
+        (directory / name).chmod(0o755)
+    return directory
 
 
-def ran(folder: Path) -> list[str]:
+def ran(directory: Path) -> list[str]:
     """Which of them were run."""
-    return sorted(path.name for path in folder.glob("ran-*"))
+    return sorted(path.name for path in directory.glob("ran-*"))
 
 
 PROGRAMS = ["btrfs", "cp", "sh", "mount", "chroot", "unshare", "grub-mkconfig", "env", "apt-get", "losetup", "python3"]
@@ -542,7 +542,7 @@ def test_a_file_that_gets_another_number_is_not_another_by_then(
             own.symlink_to(victim)
 
         monkeypatch.setattr(os, name, replaced)
-    ash.give_to(own, tmp_path / "nothing", {5: 6}, {5: 6})
+    ash.chown_by_map(own, tmp_path / "nothing", {5: 6}, {5: 6})
     assert own.is_symlink()
     assert stat.S_IMODE(victim.stat().st_mode) == 0o600
     assert os.listxattr(victim) == []
@@ -610,10 +610,10 @@ def test_a_pipe_that_is_put_in_the_place_of_what_is_compared_is_not_waited_for(
 # What is too deep
 
 
-def make_deep(folder: Path, levels: int) -> None:
-    """Make folders in folders, as nobody can name them."""
+def make_deep(directory: Path, levels: int) -> None:
+    """Make directories in directories, as nobody can name them."""
     script = 'import os, sys\nos.chdir(sys.argv[1])\nfor _ in range(int(sys.argv[2])):\n os.mkdir("d")\n os.chdir("d")'
-    program(sys.executable, "-c", script, str(folder), str(levels))
+    program(sys.executable, "-c", script, str(directory), str(levels))
 
 
 @pytest.mark.parametrize("levels", [1100, 5000])
@@ -654,7 +654,7 @@ def test_what_a_transaction_makes_too_deep_is_refused(system: System, snapshot: 
     script = 'import os; os.chdir("/var/lib"); [(os.mkdir("x"), os.chdir("x")) for _ in range(5000)]'
     with system.nothing_changes():
         refused = system.shell(snapshot, f"echo x > /etc/x; python3 -c '{script}'", status=OURS_IN_RUN)
-        assert "/var/lib/x has folders" in refused.error
+        assert "/var/lib/x has directories" in refused.error
         assert len(refused.error) < 200
         script = script.replace("/var/lib", "/usr").replace('"x"', '"x" * 200').replace("5000", "50")
         assert system.shell(snapshot, f"python3 -c '{script}'", status=OURS_IN_RUN).error
@@ -667,16 +667,16 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
     for number in (snapshot, other):
         system.killed_before("exchange ", "run", number, "touch", "/etc/x")
     layout = Layout.at(system.files.top, "debian")
-    recover = ash.Workplace.recover
+    recover = ash.WorkDir.recover
 
-    def failing(place: ash.Workplace, tree: ash.Tree, drop_kept: bool = False) -> None:
+    def failing(place: ash.WorkDir, tree: ash.Tree, drop_kept: bool = False) -> None:
         if place.name == snapshot:
             raise RecursionError("too deep")
         recover(place, tree, drop_kept)
 
-    monkeypatch.setattr(ash.Workplace, "recover", failing)
+    monkeypatch.setattr(ash.WorkDir, "recover", failing)
     with pytest.raises(RecursionError):
-        ash.System(layout, Debian()).recover(drop_kept=False)
+        ash.recover_all(ash.System(layout, Debian()), drop_kept=False)
     monkeypatch.undo()
     assert system.remains()
     assert not list((system.files.state / f"work/{other}").glob("intent"))
@@ -688,7 +688,7 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
 def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
     machine: Machine, snapshot: int, tmp_path: Path, words: str
 ) -> None:
-    """The owner of a folder in the running /etc puts a link in its place while root copies what is in it."""
+    """The owner of a directory in the running /etc puts a link in its place while root copies what is in it."""
     system, own = machine.system, machine.etc / "own"
     if words == "carry":
         machine.deploy(system.clone(snapshot))

@@ -87,13 +87,13 @@ def test_what_others_made_of_var_since_a_kill_stays(system: System, snapshot: in
 
 def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -> None:
     entry = system.files.var / f"lib/ash-test-{snapshot}"
-    (entry / "folder/deep").mkdir(parents=True)
+    (entry / "directory/deep").mkdir(parents=True)
     (entry / "goes").mkdir()
-    for name in ("one", "two", "gone", "folder/deep/file", "folder/file", "goes/one", "goes/two"):
+    for name in ("one", "two", "gone", "directory/deep/file", "directory/file", "goes/one", "goes/two"):
         (entry / name).write_text("old\n")
-    script = f"cd /var/lib/{entry.name}; rm -r folder gone goes; echo new | tee one two new > folder; touch /etc/mark"
+    script = f"cd /var/lib/{entry.name}; rm -r directory gone goes; echo new | tee one two new > directory; touch /etc/mark"
     killed_in_the_merge(system, snapshot, script, r"rename \S+ to two")
-    for name in ("folder/file", "goes/two"):  # as if it had come so far with these
+    for name in ("directory/file", "goes/two"):  # as if it had come so far with these
         (entry / name).unlink(missing_ok=True)
     system.ash("recover")
     assert not (entry / "goes").exists()
@@ -101,7 +101,7 @@ def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -
         "one": "new\n",
         "two": "new\n",
         "new": "new\n",
-        "folder": "new\n",
+        "directory": "new\n",
     }.items()
     assert not list((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
     assert not system.remains()

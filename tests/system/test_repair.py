@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ash import read_numbers
+from ash import read_ids
 from tests.support import FAILED, make_deb, program
 from tests.system.lab import System
 
@@ -55,15 +55,15 @@ def the_tree_as_it_is(system: System) -> Iterator[None]:
 
 
 def mended(system: System, words: str, snapshot: int | None = None) -> Path:
-    """Assert that a repair mends a damage, and leaves none. Returns the folder for what it took out."""
+    """Assert that a repair mends a damage, and leaves none. Returns the directory for what it took out."""
     answer = system.ash("--json", "fsck", "--repair").json
     assert [one for one in answer["damage"] if words in one["what"] and one["snapshot"] == snapshot], answer
     assert all(one["mended"] for one in answer["damage"])
     assert answer["changed"] is True
     whole(system)
     assert not answer["lost_found"] or answer["lost_found"].startswith("/.snapshots/lost+found/")
-    folder = system.files.snapshots / answer["lost_found"].removeprefix("/.snapshots/")
-    return folder if answer["lost_found"] else Path("/nonexistent")
+    directory = system.files.snapshots / answer["lost_found"].removeprefix("/.snapshots/")
+    return directory if answer["lost_found"] else Path("/nonexistent")
 
 
 def told(system: System, words: str, advice: str, snapshot: int | None = None) -> None:
@@ -215,13 +215,13 @@ def test_what_was_written_to_a_snapshot_stays(system: System, snapshot: int) -> 
     assert str(system.root(snapshot).relative_to(system.files.top)) not in system.files.writable()
 
 
-@pytest.mark.parametrize("folder", ["etc", "boot"])
-def test_copies_are_made_anew(system: System, snapshot: int, folder: str) -> None:
-    copy = system.files.etc(snapshot) if folder == "etc" else system.files.boot(snapshot)
+@pytest.mark.parametrize("directory", ["etc", "boot"])
+def test_copies_are_made_anew(system: System, snapshot: int, directory: str) -> None:
+    copy = system.files.etc(snapshot) if directory == "etc" else system.files.boot(snapshot)
     with opened(copy):
         (copy / "extra").write_text("x")
-    lost = mended(system, f"{copy.name} differs from its /{folder}: extra", snapshot)
-    assert (lost / folder / copy.name / "extra").read_text() == "x"
+    lost = mended(system, f"{copy.name} differs from its /{directory}: extra", snapshot)
+    assert (lost / directory / copy.name / "extra").read_text() == "x"
     program("btrfs", "subvolume", "delete", copy)
     mended(system, f"{copy.name} is missing", snapshot)
     program("btrfs", "property", "set", "-ts", copy, "ro", "false")
@@ -290,11 +290,11 @@ def test_descriptions_come_from_the_history(system: System, snapshot: int) -> No
         system.ash("-y", "del", number)
 
 
-@pytest.mark.parametrize("odd", ["empty", "link", "folder"])
+@pytest.mark.parametrize("odd", ["empty", "link", "directory"])
 def test_a_description_that_is_none_is_replaced(system: System, snapshot: int, odd: str) -> None:
     path = system.files.state / f"snapshots/{snapshot}-desc"
     path.unlink()
-    make: dict[str, Callable[[], None]] = {"empty": path.touch, "folder": path.mkdir}
+    make: dict[str, Callable[[], None]] = {"empty": path.touch, "directory": path.mkdir}
     make.get(odd, lambda: path.symlink_to("0-desc"))()
     lost = mended(system, "its description is empty or no file", snapshot)
     assert path.is_file()
@@ -398,12 +398,12 @@ def test_the_numbers_of_users_are_collected_anew(system: System, snapshot: int, 
 def test_two_users_with_one_number_get_two(system: System) -> None:
     number = system.clone()
     system.shell(number, "echo three:x:860:860::/: >> /etc/passwd; touch /usr/of-three; chown 860 /usr/of-three")
-    for folder in (system.root(number) / "etc", system.files.etc(number)):
-        top = system.root(number) if folder.name == "etc" else folder
-        with opened(top), (folder / "passwd").open("a") as passwd:
+    for directory in (system.root(number) / "etc", system.files.etc(number)):
+        top = system.root(number) if directory.name == "etc" else directory
+        with opened(top), (directory / "passwd").open("a") as passwd:
             passwd.write("four:x:860:860::/:\n")
     mended(system, "four and three share the number 860 in passwd", number)
-    users = read_numbers(system.root(number) / "etc/passwd")
+    users = read_ids(system.root(number) / "etc/passwd")
     assert users["three"] == 860
     assert users["four"] != 860
     assert (system.root(number) / "usr/of-three").stat().st_uid == 860
@@ -418,7 +418,7 @@ def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(syst
     known["passwd"]["five"] = 871
     ids.write_text(json.dumps(known))
     mended(system, "five is 870 in passwd, and 871 elsewhere", number)
-    assert read_numbers(system.root(number) / "etc/passwd")["five"] == 871
+    assert read_ids(system.root(number) / "etc/passwd")["five"] == 871
     assert (system.root(number) / "usr/of-five").stat().st_uid == 871
     system.ash("undo", number)
     assert (system.root(number) / "usr/of-five").stat().st_uid == 870
@@ -428,8 +428,8 @@ def test_a_user_with_another_number_than_elsewhere_gets_that_with_its_files(syst
 def test_of_several_changes_of_a_snapshot_what_was_before_the_first_is_kept(system: System) -> None:
     number = system.clone()
     copyright_file = "usr/share/doc/less/copyright"
-    for folder in (system.root(number) / "etc", system.files.etc(number)):
-        with opened(system.root(number) if folder.name == "etc" else folder), (folder / "passwd").open("a") as passwd:
+    for directory in (system.root(number) / "etc", system.files.etc(number)):
+        with opened(system.root(number) if directory.name == "etc" else directory), (directory / "passwd").open("a") as passwd:
             passwd.write("six:x:880:880::/:\nseven:x:880:880::/:\n")
     with opened(system.root(number)):
         (system.root(number) / copyright_file).unlink()

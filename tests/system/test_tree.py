@@ -200,8 +200,8 @@ def test_no_change_from_inside_a_chroot(disk: Disk) -> None:
 
 def test_a_mounted_system_works_as_an_image_does(disk: Disk) -> None:
     with disk.files() as files:
-        for folder in (files.top, files.snapshots):
-            made = program(*ASH, "--json", "--root", folder, "clone", "0")
+        for directory in (files.top, files.snapshots):
+            made = program(*ASH, "--json", "--root", directory, "clone", "0")
             assert json.loads(made)["changed"]
     assert snapshots_on(disk) == {0, 1, 2}
 

@@ -229,7 +229,7 @@ def test_a_failed_change_puts_nothing_else_there(system: System, old: int) -> No
     cache = system.files.var / "cache/apt/archives"
     (cache / "there.deb").write_text("live\n")
     number = system.clone(old)
-    script = "cd /var/cache/apt/archives; echo x | tee there.deb partial/part.deb none > new.deb; ln -s /etc/shadow link.deb; mkdir folder.deb"
+    script = "cd /var/cache/apt/archives; echo x | tee there.deb partial/part.deb none > new.deb; ln -s /etc/shadow link.deb; mkdir directory.deb"
     before = {path.name for path in cache.iterdir()}
     system.shell(number, f"{script}; exit 1", status=FAILED)
     assert {path.name for path in cache.iterdir()} == before | {"new.deb"}

@@ -40,7 +40,7 @@ class Signer:
     """Somebody with a key of their own.
 
     Args:
-        home: the folder of the keys.
+        home: the directory of the keys.
         expires: when the key ends, as gpg has it.
         algorithm: its kind.
     """
@@ -472,7 +472,7 @@ def test_a_server_that_falls_silent_is_waited_for_only_so_long(place: Place, mon
     place.server.files["/ash"] = silent
     monkeypatch.setattr(ash, "ANSWER_SECONDS", 0.2)
     with pytest.raises(ash.AshError, match="/ash cannot be fetched: timed out"):
-        ash.fetch(place.url, 1000)
+        ash.download(place.url, 1000)
     done.set()
 
 
@@ -487,7 +487,7 @@ def test_a_server_that_drips_is_waited_for_only_so_long(place: Place, monkeypatc
     place.server.files["/ash"] = drip
     monkeypatch.setattr(ash, "FETCH_SECONDS", 0.3)
     with pytest.raises(ash.AshError, match="/ash cannot be fetched: it takes too long"):
-        ash.fetch(place.url, 1000)
+        ash.download(place.url, 1000)
 
 
 def test_a_server_that_says_nothing_sensible_is_refused(place: Place) -> None:

@@ -32,10 +32,10 @@ def agree(system: System) -> None:
         assert given.items() <= json.loads((system.files.state / "ids").read_text())[file].items()
 
 
-def with_user(folder: Path, name: str, user: str, *, more: str = "") -> Path:
+def with_user(directory: Path, name: str, user: str, *, more: str = "") -> Path:
     """A package that makes a system user, as Debian's do, with files of its own in /usr, /etc and /var."""
     return make_deb(
-        folder,
+        directory,
         name,
         files={f"usr/lib/{name}/x": "x\n", f"etc/{name}.conf": "c\n", f"var/lib/{name}/shipped": "s\n"},
         postinst=f"useradd --system --user-group --home-dir /var/lib/{name} {user}\n"

@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
 def conflicts(system: System, snapshot: int) -> Path:
-    """The newest conflicts folder of a snapshot."""
-    folders = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
-    assert folders, "nothing was in conflict"
-    return folders[-1]
+    """The newest conflicts directory of a snapshot."""
+    directories = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
+    assert directories, "nothing was in conflict"
+    return directories[-1]
 
 
 def no_conflicts(system: System, snapshot: int) -> bool:
@@ -35,16 +35,16 @@ def test_a_new_entry_is_there_afterwards_with_all_that_it_is(system: System, sna
         "chmod 640 deep/file; ln -s deep/file link; mkfifo pipe; touch -d 2001-02-03T04:05:06Z deep/file; "
         "python3 -c \"import os; os.setxattr('deep/file', 'user.note', b'n')\"; touch \"$(printf 'b\\377')\"",
     )
-    folder = system.files.var / entry
-    status = (folder / "deep/file").stat()
-    assert (folder / "deep/file").read_text() == "x\n"
+    directory = system.files.var / entry
+    status = (directory / "deep/file").stat()
+    assert (directory / "deep/file").read_text() == "x\n"
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777, int(status.st_mtime)) == (7, 8, 0o640, 981173106)
-    assert (folder / "deep").stat().st_mode & 0o7777 == 0o2710
-    assert os.readlink(folder / "link") == "deep/file"
-    assert (folder / "pipe").is_fifo()
-    assert os.getxattr(folder / "deep/file", "user.note") == b"n"
-    assert b"b\xff" in os.listdir(os.fsencode(folder))
-    assert not [name for name in os.listxattr(folder) if "overlay" in name]
+    assert (directory / "deep").stat().st_mode & 0o7777 == 0o2710
+    assert os.readlink(directory / "link") == "deep/file"
+    assert (directory / "pipe").is_fifo()
+    assert os.getxattr(directory / "deep/file", "user.note") == b"n"
+    assert b"b\xff" in os.listdir(os.fsencode(directory))
+    assert not [name for name in os.listxattr(directory) if "overlay" in name]
     assert no_conflicts(system, snapshot)
 
 
@@ -108,16 +108,16 @@ def test_an_entry_with_an_open_file_stays_and_the_other_goes_aside(system: Syste
 
 
 def test_a_database_that_is_in_use_is_never_torn(system: System, snapshot: int) -> None:
-    folder = system.files.var / "lib/database"
-    folder.mkdir()
-    with contextlib.closing(sqlite3.connect(folder / "data.db")) as live:
+    directory = system.files.var / "lib/database"
+    directory.mkdir()
+    with contextlib.closing(sqlite3.connect(directory / "data.db")) as live:
         live.execute("pragma journal_mode = wal")
         live.execute("create table t (x)")
         live.commit()
         with system.at_work(snapshot, "echo broken > /var/lib/database/data.db; rm -f /var/lib/database/data.db-wal"):
             live.execute("insert into t values (7)")
             live.commit()
-    with contextlib.closing(sqlite3.connect(folder / "data.db")) as live:
+    with contextlib.closing(sqlite3.connect(directory / "data.db")) as live:
         assert live.execute("select x from t").fetchall() == [(7,)]
 
 
@@ -158,20 +158,20 @@ def test_in_a_cache_the_newest_file_wins(system: System, snapshot: int) -> None:
 
 
 def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snapshot: int) -> None:
-    log, folder = system.files.var / "log/dpkg.log", system.files.var / "log/apt"
+    log, directory = system.files.var / "log/dpkg.log", system.files.var / "log/apt"
     log.write_text("before\n")
-    (folder / "history.log").write_text("before\n")
+    (directory / "history.log").write_text("before\n")
     with system.at_work(
         snapshot,
         "cd /var/log; echo transaction >> dpkg.log; echo transaction >> apt/history.log; echo n > apt/new.log",
     ):
         with log.open("a") as live:
             live.write("live\n")
-        with (folder / "history.log").open("a") as live:
+        with (directory / "history.log").open("a") as live:
             live.write("live\n")
     assert log.read_text() == "before\nlive\ntransaction\n"
-    assert (folder / "history.log").read_text() == "before\nlive\ntransaction\n"
-    assert (folder / "new.log").read_text() == "n\n"
+    assert (directory / "history.log").read_text() == "before\nlive\ntransaction\n"
+    assert (directory / "new.log").read_text() == "n\n"
     assert no_conflicts(system, snapshot)
 
 

@@ -55,15 +55,15 @@ def rows(database: Path) -> int:
 
 
 def conflicts(system: System, snapshot: int) -> list[Path]:
-    """The conflicts folders of a snapshot."""
+    """The conflicts directories of a snapshot."""
     return sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
 
 
-@pytest.mark.parametrize("kind", ["rewrites it", "deletes it", "replaces its folder"])
+@pytest.mark.parametrize("kind", ["rewrites it", "deletes it", "replaces its directory"])
 def test_sqlite_goes_on_committing(system: System, snapshot: int, kind: str) -> None:
     name = kind.split(maxsplit=1)[0]
-    folder = system.files.var / f"lib/{name}"
-    folder.mkdir()
+    directory = system.files.var / f"lib/{name}"
+    directory.mkdir()
     script = {
         "rewrites": "import sqlite3; db = sqlite3.connect('/var/lib/rewrites/live.db'); "
         "db.execute('insert into t (y) values (7)'); db.commit(); db.execute('vacuum'); db.close()",
@@ -71,35 +71,35 @@ def test_sqlite_goes_on_committing(system: System, snapshot: int, kind: str) -> 
         "replaces": "import shutil, os; shutil.rmtree('/var/lib/replaces'); os.mkdir('/var/lib/replaces'); "
         "open('/var/lib/replaces/live.db', 'w').write('new')",
     }[name]
-    with writing(WRITER, folder / "live.db"):
-        before = rows(folder / "live.db")
+    with writing(WRITER, directory / "live.db"):
+        before = rows(directory / "live.db")
         system.ash("run", snapshot, "python3", "-c", script)
-        merged = rows(folder / "live.db")
-        wait_until(lambda: rows(folder / "live.db") > merged + 100)
+        merged = rows(directory / "live.db")
+        wait_until(lambda: rows(directory / "live.db") > merged + 100)
     assert merged >= before
-    with contextlib.closing(sqlite3.connect(folder / "live.db")) as db:
+    with contextlib.closing(sqlite3.connect(directory / "live.db")) as db:
         assert db.execute("pragma integrity_check").fetchone() == ("ok",)
     assert conflicts(system, snapshot) or name == "deletes"
 
 
 def test_sqlite_that_was_closed_takes_the_transactions_version(system: System, snapshot: int) -> None:
-    folder = system.files.var / "lib/closed"
-    folder.mkdir()
-    with writing(WRITER, folder / "live.db"):
+    directory = system.files.var / "lib/closed"
+    directory.mkdir()
+    with writing(WRITER, directory / "live.db"):
         pass
-    before = rows(folder / "live.db")
+    before = rows(directory / "live.db")
     insert = (
         "import sqlite3; db = sqlite3.connect('/var/lib/closed/live.db'); db.execute('insert into t (y) values (7)'); "
     )
     system.ash("run", snapshot, "python3", "-c", insert + "db.commit(); db.close()")
-    assert rows(folder / "live.db") == before + 1
+    assert rows(directory / "live.db") == before + 1
     assert not conflicts(system, snapshot)
-    with contextlib.closing(sqlite3.connect(folder / "live.db")) as db:
+    with contextlib.closing(sqlite3.connect(directory / "live.db")) as db:
         assert db.execute("pragma integrity_check").fetchone() == ("ok",)
 
 
 def postgresql() -> Path | None:
-    """The folder of the host's PostgreSQL programs."""
+    """The directory of the host's PostgreSQL programs."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     return (
         found[-1].parent
@@ -112,9 +112,9 @@ def postgresql() -> Path | None:
 
 def as_postgres(program: str, *argv: str | Path, **more: Any) -> str:
     """Run one of PostgreSQL's programs, as a user that is not root."""
-    folder = postgresql()
-    assert folder
-    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", folder / program, *argv]
+    directory = postgresql()
+    assert directory
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", directory / program, *argv]
     environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=environment, **more)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,10 +126,10 @@ def test_a_running_postgresql_is_never_torn(system: System, snapshot: int, tmp_p
     top = system.files.var / "lib/postgresql"
     top.mkdir()
     os.chown(top, 65534, 65534)
-    folders = [system.files.top, *system.files.top.parents]
-    modes = {folder: folder.stat().st_mode for folder in folders if not folder.stat().st_mode & 0o001}
-    for folder, mode in modes.items():
-        folder.chmod(0o711 | mode)
+    directories = [system.files.top, *system.files.top.parents]
+    modes = {directory: directory.stat().st_mode for directory in directories if not directory.stat().st_mode & 0o001}
+    for directory, mode in modes.items():
+        directory.chmod(0o711 | mode)
     data, sockets = top / "main", tmp_path
     os.chown(sockets, 65534, 65534)
     here: list[str | Path] = ["-h", sockets, "-d", "postgres"]
@@ -162,8 +162,8 @@ def test_a_running_postgresql_is_never_torn(system: System, snapshot: int, tmp_p
         finally:
             as_postgres("pg_ctl", "-D", data, "-w", "stop")
     finally:
-        for folder, mode in modes.items():
-            folder.chmod(mode & 0o7777)
+        for directory, mode in modes.items():
+            directory.chmod(mode & 0o7777)
     assert (conflicts(system, snapshot)[-1] / "lib/postgresql/main/PG_VERSION").read_text() == "99\n"
 
 
@@ -202,12 +202,12 @@ def test_a_log_that_the_module_does_not_know_stays_the_live_one(system: System, 
 class Package:
     """A package that makes data of its own, whichever snapshot it is installed in, and deletes them when purged."""
 
-    def __init__(self, system: System, folder: Path) -> None:
-        self.name = f"ash-test-{folder.name.replace('_', '-').rstrip('-0123456789')}"
+    def __init__(self, system: System, directory: Path) -> None:
+        self.name = f"ash-test-{directory.name.replace('_', '-').rstrip('-0123456789')}"
         self.data = system.files.var / f"lib/{self.name}"
         var = f"/var/lib/{self.name}"
         self.file = make_deb(
-            folder,
+            directory,
             self.name,
             files={
                 f"usr/share/{self.name}/x": "x",
@@ -304,9 +304,9 @@ def test_an_upgrade_beside_a_removal_of_another_deletes_too(system: System, snap
 def test_an_upgrade_while_its_daemon_runs_is_told_and_changes_no_live_file(
     system: System, snapshot: int, tmp_path: Path
 ) -> None:
-    folder = "/var/lib/ash-test-daemon"
-    old = make_deb(tmp_path, "ash-test-daemon", "1", postinst=f"mkdir -p {folder}; echo 1 > {folder}/db.v1")
-    new = make_deb(tmp_path, "ash-test-daemon", "2", postinst=f"mv {folder}/db.v1 {folder}/db.v2")
+    directory = "/var/lib/ash-test-daemon"
+    old = make_deb(tmp_path, "ash-test-daemon", "1", postinst=f"mkdir -p {directory}; echo 1 > {directory}/db.v1")
+    new = make_deb(tmp_path, "ash-test-daemon", "2", postinst=f"mv {directory}/db.v1 {directory}/db.v2")
     system.ash("install", snapshot, old)
     with (system.files.var / "lib/ash-test-daemon/db.v1").open("a"):
         outcome = system.ash("install", snapshot, new)
@@ -330,12 +330,12 @@ time.sleep(600)
 
 
 def test_a_file_that_is_mapped_into_memory_is_open_too(system: System, snapshot: int) -> None:
-    folder = system.files.var / "lib/mapped"
-    folder.mkdir()
-    (folder / "db").write_text("live\n" * 1000)
-    with writing(MAPPER, folder / "db"):
+    directory = system.files.var / "lib/mapped"
+    directory.mkdir()
+    (directory / "db").write_text("live\n" * 1000)
+    with writing(MAPPER, directory / "db"):
         system.shell(snapshot, "echo transaction > /var/lib/mapped/db")
-    assert (folder / "db").read_text().startswith("live\n")
+    assert (directory / "db").read_text().startswith("live\n")
 
 
 def test_a_package_whose_data_exist_already_finds_them(system: System, snapshot: int, package: Package) -> None:
@@ -352,7 +352,7 @@ def test_the_conflicts_folder_is_for_root_alone(system: System, snapshot: int) -
     secret.mkdir(mode=0o700)
     with system.at_work(snapshot, "echo s > /var/lib/secret/key; chmod 600 /var/lib/secret/key"):
         (secret / "live").touch()
-    folder = conflicts(system, snapshot)[-1]
-    assert folder.parent.stat().st_mode & 0o777 == 0o700
-    assert (folder / "lib/secret").stat().st_mode & 0o777 == 0o700
-    assert (folder / "lib/secret/key").stat().st_mode & 0o777 == 0o600
+    directory = conflicts(system, snapshot)[-1]
+    assert directory.parent.stat().st_mode & 0o777 == 0o700
+    assert (directory / "lib/secret").stat().st_mode & 0o777 == 0o700
+    assert (directory / "lib/secret/key").stat().st_mode & 0o777 == 0o600

@@ -641,8 +641,8 @@ def test_a_partition_table_that_is_torn_or_odd_is_none(content: bytes, tmp_path:
     ("name", "error", "calls"),
     [
         ("undo", AshError("No space left on device"), 2),
-        ("undo", ash.Unfinished("No space left on device"), 1),  # a second undo would be a redo
-        ("recover", ash.Unfinished("No space left on device"), 2),
+        ("undo", ash.CommittedButUnfinished("No space left on device"), 1),  # a second undo would be a redo
+        ("recover", ash.CommittedButUnfinished("No space left on device"), 2),
         ("undo", AshError("another reason"), 1),
         ("clone", AshError("No space left on device"), 1),  # does not free any
     ],
@@ -672,7 +672,7 @@ def test_an_error_in_ash_itself_is_told_in_one_line(monkeypatch: pytest.MonkeyPa
         def fail(*_: object, error: Exception = error) -> ash.Reply:
             raise error
 
-        monkeypatch.setattr(ash, "answer", fail)
+        monkeypatch.setattr(ash, "execute", fail)
         status, out, err = outcome("tree")
         assert (status, out) == (FAILED, "")
         assert err == f"ash: an error in ash itself: {error!r} (with -v it tells where; please report it)\n"

@@ -140,7 +140,7 @@ def test_lines_of_another_shape_are_not_mixed() -> None:
 
 @pytest.fixture
 def merge(tmp_path: Path) -> EtcMerge:
-    """A merge of three folders, each with the same few files; what is to happen is done to them by the test."""
+    """A merge of three directories, each with the same few files; what is to happen is done to them by the test."""
     base = tmp_path / "base"
     for name in ("file", "other", "dir/one", "dir/two", "ssh/ssh_host_ed25519_key", "machine-id"):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +381,7 @@ def test_a_fresh_etc_is_the_new_sides_and_keeps_the_drift_aside(merge: EtcMerge)
     assert merge.carried == []
 
 
-# Any three folders
+# Any three directories
 
 
 PATHS = ["a", "b", "a/x", "a/y", "a/z/deep"]
@@ -392,17 +392,17 @@ EDITS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["3", "4", None]
 Edits = dict[str, str | None]  # what each path is to hold; None: it goes
 
 
-def fill(folder: Path, files: Mapping[str, str | None]) -> None:
-    """Make a folder with files; a path that another has as a folder is one."""
-    folder.mkdir()
+def fill(directory: Path, files: Mapping[str, str | None]) -> None:
+    """Make a directory with files; a path that another has as a directory is one."""
+    directory.mkdir()
     for path in sorted((path for path, text in files.items() if text is not None), reverse=True):
-        if not (folder / path).is_dir():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(files[path] or "")
+        if not (directory / path).is_dir():
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).write_text(files[path] or "")
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+def contents(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
 
 
 @settings(max_examples=300)

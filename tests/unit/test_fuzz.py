@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import ash
 from ash import (
+    AccountIds,
     AshError,
     BootConfig,
     Configuration,
@@ -26,10 +27,9 @@ from ash import (
     Intent,
     Layout,
     Menu,
-    Numbers,
     System,
     Tree,
-    Workplace,
+    WorkDir,
     merge_accounts,
 )
 from distros.debian.ashpk import Debian, version_key
@@ -217,7 +217,7 @@ def test_a_profile(text: str) -> None:
 @given(text=texts_like(NUMBERS))
 @FUZZ
 def test_a_file_of_users_numbers(text: str, tmp_path: Path) -> None:
-    numbers = either(lambda: Numbers.load(written(tmp_path / "ids", text)))
+    numbers = either(lambda: AccountIds.load(written(tmp_path / "ids", text)))
     if numbers is not None:
         assert all(0 <= number < 2**32 for given in numbers.given.values() for number in given.values())
         numbers.learn(tmp_path)
@@ -247,9 +247,9 @@ DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib
 def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
     """Where it cannot be read it is decided anew: what was merged already is as the transaction has it."""
     layout = Layout.at(tmp_path, "debian")
-    place = Workplace(layout, Debian(), 5)
-    for folder in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
-        folder.mkdir(parents=True, exist_ok=True)
+    place = WorkDir(layout, Debian(), 5)
+    for directory in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
+        directory.mkdir(parents=True, exist_ok=True)
     place.merged.unlink(missing_ok=True)
     written(place.decisions, text)
     merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian(), layout.conflicts(5), delete=())
@@ -334,8 +334,8 @@ def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
     history = system.history()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert all(ash.moment_of(entry) <= 2**38 for entry in history)
-        ash.Wishes.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
-        mender = ash.Mender(system)
+        ash.PackageIntents.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
+        mender = ash.Repairer(system)
         for mend in (partial(mender.describe, 7), mender.raise_last):
             mend()
     assert said.getvalue() == ""
@@ -344,9 +344,9 @@ def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
     assert sorted(Tree.parse(ash.tree_of_history([0, 5, 7, 8], history).dump()).numbers()) == [0, 5, 7, 8]
 
 
-def system_in(folder: Path) -> System:
-    """A system of which only ash's own folder is there."""
-    layout = Layout.at(folder, "debian")
+def system_in(directory: Path) -> System:
+    """A system of which only ash's own directory is there."""
+    layout = Layout.at(directory, "debian")
     for place in (layout.ash / "snapshots", layout.snapshots / "rootfs"):
         place.mkdir(parents=True, exist_ok=True)
     layout.tree.write_text(Tree.of_base().dump())
@@ -379,12 +379,12 @@ def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.last.write_bytes(content)
     number = either(system.new_number)
-    found = [damage.what for damage in ash.Check(system)._last([0])]
+    found = [damage.what for damage in ash.Fsck(system)._last([0])]
     if number is None:
         assert system.layout.last.read_bytes() == content, "what is damaged stays as it is"
         assert found, "fsck finds what nothing can be made with"
-        ash.Mender(system).raise_last()
-        assert not list(ash.Check(system)._last([0]))
+        ash.Repairer(system).raise_last()
+        assert not list(ash.Fsck(system)._last([0]))
     else:
         assert system.layout.last.read_text() == f"{number}\n"
 
@@ -406,10 +406,10 @@ def test_work_folders_of_other_names_are_nobodys(tmp_path: Path) -> None:
 
 def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
     system = system_in(tmp_path)
-    system.layout.last.write_text(f"{ash.LARGEST_NUMBER}\n")
+    system.layout.last.write_text(f"{ash.U32_MAX}\n")
     with pytest.raises(AshError, match="no number is left"):
         system.new_number()
-    assert not list(ash.Check(system)._last([0]))
+    assert not list(ash.Fsck(system)._last([0]))
 
 
 @given(content=SMALL)
@@ -456,10 +456,10 @@ ACCOUNTS = st.lists(
 @given(text=ACCOUNTS)
 @FUZZ
 def test_accounts(text: str, tmp_path: Path) -> None:
-    for name in ash.NUMBERED_FILES:
+    for name in ash.ID_FILES:
         ash.write_text(tmp_path / name, text)
-        assert all(0 <= number < 2**32 for number in ash.read_numbers(tmp_path / name).values())
-    numbers = Numbers()
+        assert all(0 <= number < 2**32 for number in ash.read_ids(tmp_path / name).values())
+    numbers = AccountIds()
     either(lambda: numbers.settle(tmp_path / "none", tmp_path))
 
 
@@ -470,7 +470,7 @@ def test_only_a_line_feed_ends_a_line(separator: str, tmp_path: Path) -> None:
     merged, conflicts = merge_accounts("passwd", "", f"{line}\n", "root:x:0:0::/root:/bin/sh\n")
     assert (merged.split("\n")[1:], conflicts) == ([line, ""], [])
     ash.write_text(tmp_path / "passwd", f"{line}\n")
-    assert ash.read_numbers(tmp_path / "passwd") == {"eve": 1001}
+    assert ash.read_ids(tmp_path / "passwd") == {"eve": 1001}
     assert ash.fstab_of_user(f"# a{separator}/dev/sdz / ext4") == [f"# a{separator}/dev/sdz / ext4"]
 
 
@@ -582,7 +582,7 @@ def nothing_is_managed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder with a small system, which each line finds that says that it changes nothing."""
+    """A directory with a small system, which each line finds that says that it changes nothing."""
     system = system_in(tmp_path)
     system.layout.description(0).write_text("base\n")
     system.layout.last.write_text("0\n")
@@ -597,8 +597,8 @@ def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tm
     return tmp_path
 
 
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+def contents(directory: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
 
 
 @given(argv=likely_lines() | ARGUMENTS | st.lists(st.text(max_size=6), max_size=4))
@@ -633,14 +633,14 @@ NAMES = st.sampled_from([b"a", b"-rf", b"\xff\xfe", b"x\ny", "\u202e".encode(), 
 def test_names_of_every_kind_in_etc(
     running: dict[bytes, bytes], own: dict[bytes, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.mktemp("etc")
+    directory = tmp_path_factory.mktemp("etc")
     sides: dict[str, dict[bytes, bytes]] = {"base": {}, "running": running, "target": own}
     for side, files in sides.items():
-        (folder / side).mkdir()
+        (directory / side).mkdir()
         for name, content in files.items():
-            (folder / side / os.fsdecode(name)).write_bytes(content)
-    aside = folder / "var/lib/ash/conflicts/1"
-    merge = EtcMerge(folder / "base", folder / "running", folder / "target", aside, str)
+            (directory / side / os.fsdecode(name)).write_bytes(content)
+    aside = directory / "var/lib/ash/conflicts/1"
+    merge = EtcMerge(directory / "base", directory / "running", directory / "target", aside, str)
     merge.merge()
     differing = {name for name in running if own.get(name) != running[name]}
     assert {os.fsencode(path) for path in (*merge.carried, *merge.in_conflict)} == differing

@@ -10,18 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash import NUMBERED_FILES, AshError, Numbers, free_number, read_numbers, renumber
+from ash import ID_FILES, AccountIds, AshError, change_ids, free_id, read_ids
 
 pytestmark = pytest.mark.budget(15)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 
 
-def etc_with(folder: Path, **files: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+def etc_with(directory: Path, **files: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text)
-    return folder
+        (directory / name).write_text(text)
+    return directory
 
 
 def passwd(accounts: dict[str, int]) -> str:
@@ -29,12 +29,12 @@ def passwd(accounts: dict[str, int]) -> str:
 
 
 def settled(
-    given_before: dict[str, int], before: dict[str, int], after: dict[str, int], folder: Path
-) -> tuple[Numbers, dict[int, int]]:
-    numbers = Numbers()
+    given_before: dict[str, int], before: dict[str, int], after: dict[str, int], directory: Path
+) -> tuple[AccountIds, dict[int, int]]:
+    numbers = AccountIds()
     numbers.given["passwd"].update(given_before)
-    old = etc_with(folder / "before", passwd=passwd(before))
-    new = etc_with(folder / "after", passwd=passwd(after))
+    old = etc_with(directory / "before", passwd=passwd(before))
+    new = etc_with(directory / "after", passwd=passwd(after))
     moves = numbers.settle(old, new)
     return numbers, moves.get("passwd", {})
 
@@ -81,26 +81,26 @@ def test_a_number_that_two_names_share_on_purpose_takes_no_files_from_the_first(
 def test_after_any_sequence_no_two_names_share_a_number(
     tmp_path_factory: pytest.TempPathFactory, first: dict[str, int], later: list[dict[str, int]]
 ) -> None:
-    folder = tmp_path_factory.mktemp("numbers")
-    numbers, seen = Numbers(), dict[str, int]()
+    directory = tmp_path_factory.mktemp("numbers")
+    numbers, seen = AccountIds(), dict[str, int]()
     for step, wanted in enumerate([first, *later]):
         # A package manager gives no number twice in one snapshot.
         accounts = {name: number for number, name in {number: name for name, number in wanted.items()}.items()}
-        old, new = etc_with(folder / f"{step}o", passwd=""), etc_with(folder / f"{step}n", passwd=passwd(accounts))
+        old, new = etc_with(directory / f"{step}o", passwd=""), etc_with(directory / f"{step}n", passwd=passwd(accounts))
         moves = numbers.settle(old, new).get("passwd", {})
         for name, number in accounts.items():
             settled_number = moves.get(number, number)
             assert seen.setdefault(name, settled_number) == settled_number, f"{name} has another number than before"
     given_numbers = list(numbers.given["passwd"].values())
     assert len(set(given_numbers)) == len(given_numbers)
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
 
 
-@given(st.sampled_from(NUMBERED_FILES), st.integers(1, 59999), st.sets(st.integers(1, 1200)))
+@given(st.sampled_from(ID_FILES), st.integers(1, 59999), st.sets(st.integers(1, 1200)))
 def test_a_free_number_is_free_and_of_the_same_kind(name: str, like: int, taken: set[int]) -> None:
     if len(taken & set(range(1, 1000))) == 999:
         return
-    number = free_number(name, like, taken)
+    number = free_id(name, like, taken)
     assert number not in taken
     if not name.startswith("sub"):
         assert (number < 1000) == (like < 1000)
@@ -109,33 +109,33 @@ def test_a_free_number_is_free_and_of_the_same_kind(name: str, like: int, taken:
 
 def test_ranges_of_subordinate_numbers_do_not_overlap() -> None:
     taken = {100000, 165536}
-    assert free_number("subuid", 100000, taken) == 231072
+    assert free_id("subuid", 100000, taken) == 231072
 
 
 def test_where_no_number_is_left_it_is_an_error_of_ash() -> None:
     with pytest.raises(AshError):
-        free_number("passwd", 100, set(range(1, 1000)))
+        free_id("passwd", 100, set(range(1, 1000)))
 
 
 def test_lines_that_are_no_accounts_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "passwd"
     path.write_bytes(b"# comment\n\n+::::::\nroot:x:0:0::/:\nbroken:x\nno:x:number:1::/:\nlat\xe9n:x:7:7::/:\n")
-    assert list(read_numbers(path).values()) == [0, 7]
-    assert read_numbers(tmp_path / "nowhere") == {}
+    assert list(read_ids(path).values()) == [0, 7]
+    assert read_ids(tmp_path / "nowhere") == {}
 
 
 def test_the_file_reads_as_it_was_written_and_damage_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "ids"
-    assert Numbers.load(path).given == Numbers().given
-    numbers = Numbers()
+    assert AccountIds.load(path).given == AccountIds().given
+    numbers = AccountIds()
     numbers.learn(etc_with(tmp_path / "etc", passwd=passwd({"ada": 1000}), subuid="ada:100000:65536\n"))
     path.write_text(numbers.dump())
-    assert Numbers.load(path).given == numbers.given
+    assert AccountIds.load(path).given == numbers.given
     assert numbers.given["subuid"] == {"ada": 100000}
     for text in ("", "{", "[]", '{"passwd": {"a": "x"}}', '{"passwd": 7}'):
         path.write_text(text)
         with pytest.raises(AshError, match="damaged"):
-            Numbers.load(path)
+            AccountIds.load(path)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ MOVES = {"passwd": {100: 999}, "group": {100: 998}, "subuid": {100000: 165536}}
 
 @needs_root
 def test_the_lines_of_new_accounts_get_their_numbers_and_others_keep_theirs(root: Path) -> None:
-    renumber(root, MOVES, root.parent / "before/etc", {})
+    change_ids(root, MOVES, root.parent / "before/etc", {})
     assert (root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\nnew:x:999:998::/:\n"
     assert (root / "etc/group").read_text() == "root:x:0:\nold:x:100:\nnew:x:998:ada\n"
     assert (root / "etc/subuid").read_text() == "ada:100000:65536\nnew:165536:65536\n"
@@ -182,7 +182,7 @@ def test_files_of_new_accounts_go_along_and_files_of_old_ones_stay(root: Path) -
     (root / "usr/new/link").symlink_to("/nowhere")
     for path in (root / "usr/new", root / "usr/new/link"):
         os.chown(path, 100, 100, follow_symlinks=False)
-    renumber(root, MOVES, before / "etc", {root: before})
+    change_ids(root, MOVES, before / "etc", {root: before})
     owners = {str(p.relative_to(root / "usr")): (p.lstat().st_uid, p.lstat().st_gid) for p in (root / "usr").rglob("*")}
     assert owners == {"old": (100, 100), "given-away": (999, 0), "new": (999, 998), "new/link": (999, 998)}
 
@@ -197,16 +197,16 @@ def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
     capability = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
     os.setxattr(program, "security.capability", capability)
     os.setxattr(program, "user.note", b"n")
-    folder = root / "folder"
-    folder.mkdir()
-    os.chown(folder, 100, 100)
-    folder.chmod(0o3775)
-    renumber(root, MOVES, root.parent / "before/etc", {root: root.parent / "before"})
+    directory = root / "directory"
+    directory.mkdir()
+    os.chown(directory, 100, 100)
+    directory.chmod(0o3775)
+    change_ids(root, MOVES, root.parent / "before/etc", {root: root.parent / "before"})
     status = program.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (999, 998, 0o6755)
     assert os.getxattr(program, "security.capability") == capability
     assert os.getxattr(program, "user.note") == b"n"
-    assert folder.stat().st_mode & 0o7777 == 0o3775
+    assert directory.stat().st_mode & 0o7777 == 0o3775
 
 
 @needs_root
@@ -217,14 +217,14 @@ def test_a_file_with_two_names_moves_once(root: Path) -> None:
     (root / "one").touch()
     os.chown(root / "one", 100, 0)
     os.link(root / "one", root / "two")
-    renumber(root, {"passwd": {100: 101, 101: 100}}, root.parent / "before/etc", {root: root.parent / "before"})
+    change_ids(root, {"passwd": {100: 101, 101: 100}}, root.parent / "before/etc", {root: root.parent / "before"})
     assert (root / "one").stat().st_uid == 101
 
 
 @needs_root
 def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
     (root / "etc/passwd").write_bytes(b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:100:100::/:\n")
-    renumber(root, MOVES, root.parent / "before/etc", {})
+    change_ids(root, MOVES, root.parent / "before/etc", {})
     assert (root / "etc/passwd").read_bytes() == b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:999:998::/:\n"
 
 
@@ -232,6 +232,6 @@ def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
 def test_modes_of_passwd_and_its_kin_stay(root: Path) -> None:
     (root / "etc/passwd").chmod(0o640)
     os.chown(root / "etc/passwd", 0, 42)
-    renumber(root, MOVES, root.parent / "before/etc", {})
+    change_ids(root, MOVES, root.parent / "before/etc", {})
     status = (root / "etc/passwd").stat()
     assert (status.st_gid, status.st_mode & 0o777) == (42, 0o640)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.budget(10)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with folders and links of every kind, and a file beside it that nothing inside must reach."""
+    """A root with directories and links of every kind, and a file beside it that nothing inside must reach."""
     top = tmp_path_factory.mktemp("paths")
     (top / "secret").write_text("outside")
     root = top / "root"
@@ -217,15 +217,15 @@ def test_a_lock_is_roots_alone_to_take(tmp_path: Path) -> None:
 def test_who_cannot_read_a_lock_sees_that_it_is_held() -> None:
     code = "import ash, pathlib; lock = pathlib.Path('lock'); print(ash.is_held(lock), ash.holder_of(lock))"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        shutil.copy(ash.__file__, folder)
+        directory = Path(name)
+        directory.chmod(0o755)
+        shutil.copy(ash.__file__, directory)
         argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", code]
 
         def seen() -> str:
-            return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
+            return subprocess.run(argv, cwd=directory, capture_output=True, text=True, check=True).stdout
 
-        with Lock(folder / "lock", "it"):
+        with Lock(directory / "lock", "it"):
             command = Path("/proc/self/cmdline").read_text().rstrip("\0").replace("\0", " ")
             assert seen() == f"True pid {os.getpid()} ({command})\n"
         assert seen().startswith("False ")

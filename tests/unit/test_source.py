@@ -21,7 +21,7 @@ DISTROS = sorted(path.parent.name for path in CHECKOUT.glob("distros/*/ashpk.py"
 
 @pytest.fixture(scope="module", params=DISTROS)
 def executable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one executable of a distribution, in a folder with nothing else of ash but its libraries."""
+    """The one executable of a distribution, in a directory with nothing else of ash but its libraries."""
     path = tmp_path_factory.mktemp("executable") / "ash"
     path.write_text(build(request.param))
     path.chmod(0o755)
