@@ -1518,7 +1518,7 @@ def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]
 # btrfs: a subvolume is known by its id, never by its name
 # ---------------------------------------------------------------------------------------------------------------
 
-# From <linux/btrfs.h>. These are asked of the kernel, not by the program `btrfs`, which takes 3 ms each time.
+# From <linux/btrfs.h>. We call these ioctls ourselves: each run of the program `btrfs` takes 3 ms.
 BTRFS_IOC_SYNC = 0x9408  # _IO(0x94, 8)
 BTRFS_IOC_SNAP_DESTROY = 0x5000940F  # _IOW(0x94, 15, struct of 4096 bytes)
 BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417  # _IOW(0x94, 23, struct of 4096 bytes)
@@ -1527,19 +1527,19 @@ BTRFS_IOC_SUBVOL_SETFLAGS = 0x4008941A  # _IOW(0x94, 26, 8 bytes)
 BTRFS_SUBVOL_RDONLY = 2
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C  # _IOR(0x94, 60, struct of 504 bytes)
-BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's id at 16
+BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's UUID at 16
 BTRFS_IOC_GET_SUBVOL_ROOTREF = 0xD000943D  # _IOWR(0x94, 61, struct of 4096 bytes)
 BTRFS_IOC_INO_LOOKUP_USER = 0xD000943E
 BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
-EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: a nested subvolume as a snapshot shows it
+EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: the empty directory a snapshot has for a nested subvolume
 
 
 def ask_btrfs(directory: Path, request: int, argument: bytes | int = 0) -> bytes:
-    """Have the kernel do something about a directory, as the program `btrfs` would; returns the answer.
+    """Call a btrfs ioctl on a directory. Returns the argument as the kernel filled it in.
 
     Raises:
-        OSError: it failed.
+        OSError: the ioctl failed.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1554,22 +1554,22 @@ def ask_btrfs(directory: Path, request: int, argument: bytes | int = 0) -> bytes
 
 
 class Subvolume(NamedTuple):
-    """What the kernel says of a subvolume."""
+    """A subvolume's root item, as the kernel reports it."""
 
     id: int
     readonly: bool
-    made: int  # seconds since 1970
+    made: int  # creation time, seconds since 1970
     uuid: bytes
-    parent_uuid: bytes  # of the subvolume that it was copied from; zeros where it was made empty
-    otransid: int  # the number of btrfs's transaction
-    ctransid: int
+    parent_uuid: bytes  # of the subvolume it is a snapshot of; zeros if it is not a snapshot
+    otransid: int  # btrfs transaction that created it
+    ctransid: int  # btrfs transaction that last changed it
 
     @classmethod
     def at(cls, path: Path) -> Subvolume:
-        """The subvolume that a path lies in; needs no privileges.
+        """The subvolume that contains a path. Needs no privileges.
 
         Raises:
-            OSError: there is no such path, or it is not on btrfs.
+            OSError: the path does not exist, or is not on btrfs.
         """
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
         # struct btrfs_ioctl_get_subvol_info_args: treeid at 0; flags, uuid, parent_uuid at 288; ctransid, otransid at
@@ -1581,16 +1581,16 @@ class Subvolume(NamedTuple):
 
 
 class Contents:
-    """Tells which subvolumes hold the same, by what btrfs notes of them: nothing in them is read.
+    """Tells which subvolumes have identical contents, from their root items, without reading any file.
 
-    A copy to which nothing was written is what its source was when that was last written to.
+    A snapshot that was never written to is identical to its source as of the source's last change.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[bytes, int], int] = {}  # by uuid, and the transaction of its last change
+        self._known: dict[tuple[bytes, int], int] = {}  # by uuid and ctransid
 
     def of(self, path: Path) -> int:
-        """The same number for all that surely hold the same: the id of the first of them that was asked for."""
+        """An id for a subvolume's contents: equal for subvolumes that are certainly identical."""
         sub = Subvolume.at(path)
         states = [(sub.uuid, sub.ctransid)]
         if any(sub.parent_uuid) and sub.ctransid <= sub.otransid:
@@ -1601,7 +1601,7 @@ class Contents:
 
 
 def is_subvolume(path: Path) -> bool:
-    """Whether a path is the root of a subvolume, and no link to one."""
+    """Whether a path is the root of a subvolume, not a symlink to one."""
     try:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -1610,19 +1610,19 @@ def is_subvolume(path: Path) -> bool:
 
 
 def subvolume_at(path: Path) -> Subvolume | None:
-    """What the kernel says of the subvolume whose root a path is; None where there is none, or not any more."""
+    """The subvolume whose root is at a path; None if there is none, or it was deleted meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         return Subvolume.at(path) if is_subvolume(path) else None
     return None
 
 
 def subvolume_id(path: Path) -> int:
-    """The id of the subvolume that a path lies in."""
+    """The id of the subvolume that contains a path."""
     return Subvolume.at(path).id
 
 
 def is_writable(path: Path) -> bool:
-    """Whether a subvolume can be written to, as far as it itself goes; False where there is none."""
+    """Whether a subvolume exists and does not have the read-only flag."""
     try:
         return not Subvolume.at(path).readonly
     except OSError:
@@ -1630,16 +1630,16 @@ def is_writable(path: Path) -> bool:
 
 
 def create_subvolume(path: Path) -> None:
-    """Make an empty, writable subvolume."""
+    """Create an empty, writable subvolume."""
     about_to(f"create {path.name}")
     try:
         ask_btrfs(path.parent, BTRFS_IOC_SUBVOL_CREATE_V2, VOLUME_ARGUMENTS.pack(0, 0, os.fsencode(path.name)))
     except OSError as error:
-        raise AshError(f"cannot make the subvolume {path.name}: {error.strerror}") from error
+        raise AshError(f"cannot create the subvolume {path.name}: {error.strerror}") from error
 
 
 def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> None:
-    """Copy a subvolume as a new one."""
+    """Create a btrfs snapshot of a subvolume."""
     about_to(f"snapshot {source.name} as {target.name}")
     descriptor = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -1647,7 +1647,7 @@ def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> No
         arguments = VOLUME_ARGUMENTS.pack(descriptor, flags, os.fsencode(target.name))
         ask_btrfs(target.parent, BTRFS_IOC_SNAP_CREATE_V2, arguments)
     except OSError as error:
-        raise AshError(f"cannot copy {source.name} to {target.name}: {error.strerror}") from error
+        raise AshError(f"cannot snapshot {source.name} as {target.name}: {error.strerror}") from error
     finally:
         os.close(descriptor)
 
@@ -1659,24 +1659,24 @@ def set_readonly(path: Path, readonly: bool = True) -> None:
 
 
 def sync_filesystem(path: Path) -> None:
-    """Have everything on the disk that was written so far: a full commit, which GRUB can read too."""
+    """Commit the current btrfs transaction to disk. Unlike fsync's log tree, GRUB can read this."""
     about_to("sync")
     ask_btrfs(path, BTRFS_IOC_SYNC)
 
 
 def subvolumes_in_use() -> set[int]:
-    """The ids of all mounted subvolumes."""
+    """The ids of all subvolumes that are mounted somewhere."""
     return {m.subvolume for m in mounts() if m.subvolume is not None}
 
 
 def destroy_subvolume(path: Path) -> None:
-    """Delete a subvolume that has no other in it. Raises OSError."""
+    """Delete a subvolume that has no nested ones. Raises OSError."""
     arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
     ask_btrfs(path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
 
 
 def nested_subvolumes(path: Path) -> list[Path]:
-    """The subvolumes directly inside one, wherever they lie in it."""
+    """The subvolumes nested directly in one, found by scanning all its directories."""
     found: list[Path] = []
     todo = [path]
     while todo:
@@ -1687,15 +1687,15 @@ def nested_subvolumes(path: Path) -> list[Path]:
 
 
 def delete_subvolume(path: Path) -> None:
-    """Delete a subvolume with what is nested in it; nothing happens where there is none.
+    """Delete a subvolume and all nested ones. Does nothing if it does not exist.
 
     Raises:
-        AshError: it is mounted (the kernel would delete it all the same), or btrfs refused.
+        AshError: it is mounted (the kernel would delete it anyway), or btrfs refused.
     """
     if not os.path.lexists(path):
         return
     if subvolume_id(path) in subvolumes_in_use():
-        raise AshError(f"{path.name} is in use: it is not deleted", "", REFUSED)
+        raise AshError(f"{path.name} is mounted: not deleted", "", REFUSED)
     about_to(f"delete {path.name}")
     try:
         destroy_subvolume(path)
@@ -1705,7 +1705,7 @@ def delete_subvolume(path: Path) -> None:
             for nested in nested_subvolumes(path):
                 delete_subvolume(nested)
         elif error.errno == errno.EPERM:
-            # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the top level's id.
+            # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the id of the top level.
             run(["btrfs", "subvolume", "set-default", "5", path.parent])
         else:
             raise AshError(f"cannot delete {path.name}: {error.strerror}") from error
@@ -1716,21 +1716,21 @@ def delete_subvolume(path: Path) -> None:
 
 
 def subvolumes_inside(path: Path) -> list[Path]:
-    """The same by what btrfs notes of them, so that nothing is read; none where the subvolume has just gone."""
+    """nested_subvolumes() from btrfs's root refs, without scanning. Empty if the subvolume was deleted meanwhile."""
     found: list[Path] = []
     try:
-        # struct btrfs_ioctl_get_subvol_rootref_args: the least id; 255 pairs of id and directory's inode; how many.
+        # struct btrfs_ioctl_get_subvol_rootref_args: minimal id; 255 pairs of id and directory inode; their number.
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_ROOTREF, bytes(4096))
     except OSError as error:
         if error.errno == errno.ENOENT:
             return []
         if error.errno != errno.EOVERFLOW:
             raise
-        return nested_subvolumes(path)  # there are more
+        return nested_subvolumes(path)  # more than 255
     for at in range(8, 8 + answer[4088] * 16, 16):
         ident, directory = struct.unpack_from("=QQ", answer, at)
         with contextlib.suppress(FileNotFoundError):
-            # struct btrfs_ioctl_ino_lookup_user_args: directory's inode, id, name, path of the directory.
+            # struct btrfs_ioctl_ino_lookup_user_args: directory inode, id, name, path of the directory.
             named = ask_btrfs(path, BTRFS_IOC_INO_LOOKUP_USER, struct.pack("=QQ4080x", directory, ident))
             name, inside = named[16:272].split(b"\0")[0], named[272:].split(b"\0")[0]
             found.append(path / os.fsdecode(inside) / os.fsdecode(name))
@@ -1738,7 +1738,7 @@ def subvolumes_inside(path: Path) -> list[Path]:
 
 
 def copy_as_subvolume(directory: Path, new: Path) -> None:
-    """Make a read-only subvolume of what a directory holds, in the place of one that was left unfinished."""
+    """Copy a directory's contents into a new read-only subvolume, replacing an unfinished one."""
     delete_subvolume(new)
     create_subvolume(new)
     about_to(f"fill {new.name}")
@@ -1747,7 +1747,7 @@ def copy_as_subvolume(directory: Path, new: Path) -> None:
 
 
 def replace_subvolume(new: Path, target: Path) -> None:
-    """Put a subvolume in the place of another, or of none, and delete the other."""
+    """Rename a subvolume over another one, which is then deleted, or to a free name."""
     if target.exists():
         exchange(new, target)
         delete_subvolume(new)
@@ -1756,7 +1756,7 @@ def replace_subvolume(new: Path, target: Path) -> None:
 
 
 def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
-    """Make `etc-N` or `boot-N` anew from the snapshot; the old one is replaced in one step."""
+    """Copy a snapshot's /etc or /boot to `etc-N` or `boot-N` again, replacing the old copy atomically."""
     require_directories(layout.rootfs(snapshot))
     target, new = layout.copy(directory, snapshot), layout.copy(directory, f"new-{snapshot}")
     copy_as_subvolume(layout.rootfs(snapshot) / directory, new)
@@ -1913,26 +1913,26 @@ def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list
 
 
 def file_system_id(path: Path) -> str:
-    """The UUID of the btrfs file system that a directory lies on; OSError where it is another kind."""
+    """The UUID of the btrfs file system that contains a directory. Raises OSError if it is another file system."""
     answer = ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024))
     uuid = answer[16:32].hex()
     return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
 
 
 def device_of(path: Path) -> Path:
-    """A device of the btrfs file system that a path lies on.
+    """A device of the btrfs file system that contains a path.
 
-    Not what mountinfo names: an ash that worked on the image meanwhile has mounted it by another name.
+    mountinfo is no help: it names the node last used to mount it, and another ash uses a node of its own.
     """
     devices = Path(f"/sys/fs/btrfs/{file_system_id(path)}/devices")
     return Path("/dev") / min(entry.name for entry in devices.iterdir())
 
 
 def mount_top(device: Path, readonly: bool = False) -> Path:
-    """Mount the top level of a btrfs device where only this process sees it.
+    """Mount the top level of a btrfs device, visible to this process only.
 
-    A copy of the file system has its UUID: Linux mounts both at once since 6.7, but while one of them comes or goes it
-    may refuse the other (EEXIST, seen with 6.18).
+    A copy of a file system has the same UUID. Since 6.7 Linux can mount both at once, but while one of them is being
+    mounted or unmounted it may refuse the other (EEXIST, seen with 6.18): we retry for two seconds.
     """
     top = PRIVATE / "top"
     top.mkdir()
@@ -1946,16 +1946,16 @@ def mount_top(device: Path, readonly: bool = False) -> Path:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
             if time.monotonic() > give_up:
-                raise AshError(error.message, "unmount the copy of it that is mounted") from error
+                raise AshError(error.message, "unmount the mounted copy of this file system") from error
         time.sleep(0.05)
 
 
-GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: the least that an entry has, and more than any table has
-BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # the superblock's, from the start of the partition
+GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: minimal size of an entry, and more than any table has
+BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # in the superblock, from the start of the partition
 
 
 def btrfs_partition(image: Path) -> tuple[int, int]:
-    """Offset and size in bytes of the btrfs partition of a disk image (GPT, sectors of 512 bytes).
+    """Offset and size in bytes of the btrfs partition on a disk image (GPT, sectors of 512 bytes).
 
     Raises:
         AshError: there is none.
@@ -1964,7 +1964,7 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
         disk.seek(512)
         header = disk.read(92).ljust(92, b"\0")
         table, count, size = struct.unpack_from("<QII", header, 72)
-        sectors = os.fstat(disk.fileno()).st_size // 512  # what lies after the end, a torn or foreign table names
+        sectors = os.fstat(disk.fileno()).st_size // 512  # a corrupt table may point beyond the end
         if header[:8] == b"EFI PART" and table < sectors and size >= GPT_ENTRY and count * size <= GPT_LIMIT:
             disk.seek(table * 512)
             entries = disk.read(count * size)
@@ -1974,25 +1974,26 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
                     disk.seek(first * 512 + BTRFS_MAGIC_AT)
                     if disk.read(8) == BTRFS_MAGIC:
                         return first * 512, (last - first + 1) * 512
-    raise AshError(f"{image} is no disk image with a btrfs partition", "init.py --image makes one")
+    raise AshError(f"{image} is not a disk image with a btrfs partition", "init.py --image creates one")
 
 
 # From <linux/loop.h>: requests; struct loop_info64 (device, inode, -, offset, sizelimit, -, flags, names and keys).
+# We call the ioctls ourselves: mount(8) or losetup(8), with the import of subprocess, add 5 ms to every command.
 LOOP_GET_STATUS64, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C05, 0x4C0A, 0x4C82
 LOOP_INFO = struct.Struct("=5Q12xI160x16x")
 LO_FLAGS_AUTOCLEAR = 4
 
 
 def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
-    """The loop device of a part of an open file, opened; -1 where there is none.
+    """Open the loop device that a part of an open file is attached to; -1 if there is none.
 
     Raises:
-        AshError: another part of the file is attached (status LOCKED).
+        AshError: another part of the file is attached (LOCKED).
     """
     file = os.fstat(disk)
-    for entry in Path("/sys/block").glob("loop*/loop"):  # there while it is attached
+    for entry in Path("/sys/block").glob("loop*/loop"):  # exists while the device is attached
         device = Path("/dev", entry.parent.name)
-        with contextlib.suppress(OSError):  # it has just gone
+        with contextlib.suppress(OSError):  # detached meanwhile
             loop = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 info = LOOP_INFO.unpack(fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(LOOP_INFO.size)))
@@ -2007,9 +2008,12 @@ def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
 
 
 def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int:
-    """Attach a part of an open file (size 0: to its end), and open the loop device, which goes with its last user.
+    """Attach a part of an open file (size 0: to its end) to a new loop device, and open that.
 
-    LOOP_CONFIGURE (Linux 5.8) does both at once, so that no end of this process leaves a device behind.
+    LOOP_CONFIGURE (Linux 5.8) sets autoclear in the same step, so that not even SIGKILL leaves a device behind.
+
+    Raises:
+        AshError: it cannot be attached.
     """
     give_up = time.monotonic() + 10
     while True:
@@ -2025,12 +2029,16 @@ def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int
                 os.close(loop)
                 raise
         except OSError as error:
-            if error.errno != errno.EBUSY or time.monotonic() > give_up:  # EBUSY: another was faster
-                raise AshError(f"cannot attach {image}: {error.strerror}", "is the loop module there?") from error
+            if error.errno != errno.EBUSY or time.monotonic() > give_up:  # EBUSY: another process took the device
+                raise AshError(f"cannot attach {image}: {error.strerror}", "modprobe loop") from error
 
 
 def lock_first_byte(descriptor: int, image: Path) -> None:
-    """Wait until no other ash attaches the image, which takes milliseconds; AshError after ten seconds."""
+    """Wait until no other ash is attaching the image, normally milliseconds.
+
+    Raises:
+        AshError: ten seconds have passed (LOCKED).
+    """
     give_up = time.monotonic() + 10
     while True:
         try:
@@ -2043,33 +2051,36 @@ def lock_first_byte(descriptor: int, image: Path) -> None:
 
 
 def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
-    """Raise AshError where QEMU runs a machine from an image: it holds locks on bytes 100 to 299 (file-posix.c)."""
+    """Raise AshError if QEMU has the image open: it then holds locks on bytes 100 to 299 (its file-posix.c)."""
     query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query)
     if struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK:
-        raise AshError(f"{image} is in use by a virtual machine", "shut that down first", LOCKED)
+        raise AshError(f"{image} is in use by a virtual machine", "shut it down first", LOCKED)
 
 
 def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     """Mount the top level of a disk image's file system; private_mounts() must have been called.
 
-    Nothing has to be undone: the loop device goes with the last mount, the mounts with this process. Until the stack
-    is closed no other ash attaches the image.
+    Nothing needs cleaning up: the kernel detaches the loop device with the last mount, and drops the mounts when this
+    process ends. Until the stack is closed no other ash attaches the image.
 
     Returns:
-        where the top level is mounted, and the device's node.
+        the mount point and the device node.
+
+    Raises:
+        AshError: there is no btrfs partition, or the image is in use (LOCKED).
     """
     place = btrfs_partition(image)
     disk = stack.enter_context(image.open("rb+"))
     refuse_if_in_a_machine(disk.fileno(), image)
-    # Two loop devices of one file would be two writers of one file system: one ash at a time looks for the one that
-    # is there, and an open device is not detached meanwhile.
+    # Two loop devices on one file would be two writers to one file system. So only one ash at a time looks for an
+    # attached device, and it is not detached while we have it open.
     lock_first_byte(disk.fileno(), image)
     loop = opened_loop(disk.fileno(), image, place)
     if loop < 0:
         loop = open_new_loop(disk.fileno(), image, *place)
     try:
-        # A node of another name: GRUB's scripts follow a loop device to its file, and then find no disk there.
+        # A node with another name: GRUB's scripts resolve a loop device to its backing file, which is not a disk.
         node = PRIVATE / "disk"
         os.mknod(node, 0o600 | stat.S_IFBLK, os.fstat(loop).st_rdev)
         return mount_top(node), node
