@@ -595,12 +595,12 @@ def test_the_exit_statuses_are_those_of_the_command_reference() -> None:
     assert (FAILED, USAGE, MISSING, ash.LOCKED, REFUSED, ash.OUR_FAILURE_IN_RUN) == (1, 2, 3, 4, 5, 125)
 
 
-def test_a_file_that_is_no_disk_image_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_disk_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(bytes(2 << 20))
-    with pytest.raises(AshError, match=r"no disk image"):
+    with pytest.raises(AshError, match=r"not a disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
     (tmp_path / "x.img").write_bytes(b"")
-    with pytest.raises(AshError, match=r"no disk image"):
+    with pytest.raises(AshError, match=r"not a disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
 
 
@@ -630,7 +630,7 @@ def partition_table(table: int = 2, count: int = 4, size: int = 128, first: int 
 )
 def test_a_partition_table_that_is_torn_or_odd_is_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(content)
-    with pytest.raises(AshError, match=r"no disk image"):
+    with pytest.raises(AshError, match=r"not a disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
 
 
