@@ -4027,6 +4027,62 @@ class Transaction:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# fstab: ash's own mounts beside the user's
+# ---------------------------------------------------------------------------------------------------------------
+
+MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
+OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
+# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
+MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
+
+
+def fstab_word(path: str) -> str:
+    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
+    return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
+
+
+def fstab_mount_point(line: str) -> str:
+    """The mount point of a line of fstab; empty for comments and blank lines."""
+    words = line.split()
+    return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
+
+
+def fstab_of_user(text: str) -> list[str]:
+    """The lines of an fstab that are not ash's own."""
+    others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
+    return [line for line in others if not line.startswith(MUTABLE_DIRECTORIES)]
+
+
+def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
+
+    Args:
+        layout: the paths.
+        uuid: of the root file system.
+        which: the snapshot's number or the slot's name.
+        old: the text so far.
+        mutable: whether the root is to be writable.
+    """
+    options = "compress=zstd,noatime"
+
+    def volume(prefix: str) -> str:
+        return f"subvol={layout.volume_name(prefix)},{options}"
+
+    own = [
+        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
+        # Old versions of setuid programs lie here: they must not be run.
+        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
+        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
+        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
+        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+    ]
+    lines = [f"{' '.join(entry)} 0 0" for entry in own]
+    return "\n".join([*lines, *fstab_of_user(old), ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The merge of /etc: three-way
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -4114,58 +4170,6 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
             conflicts += [account] if merged is None else []
             new[account] = merged or theirs
     return "".join(f"{text}\n" for text in new.values()), conflicts
-
-
-MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
-OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
-# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
-MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
-
-
-def fstab_word(path: str) -> str:
-    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
-    return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
-
-
-def fstab_mount_point(line: str) -> str:
-    """The mount point of a line of fstab; empty for comments and blank lines."""
-    words = line.split()
-    return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
-
-
-def fstab_of_user(text: str) -> list[str]:
-    """The lines of an fstab that are not ash's own."""
-    others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
-    return [line for line in others if not line.startswith(MUTABLE_DIRECTORIES)]
-
-
-def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
-    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
-
-    Args:
-        layout: the paths.
-        uuid: of the root file system.
-        which: the snapshot's number or the slot's name.
-        old: the text so far.
-        mutable: whether the root is to be writable.
-    """
-    options = "compress=zstd,noatime"
-
-    def volume(prefix: str) -> str:
-        return f"subvol={layout.volume_name(prefix)},{options}"
-
-    own = [
-        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
-        # Old versions of setuid programs lie here: they must not be run.
-        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
-        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
-        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
-        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
-        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
-        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
-    ]
-    lines = [f"{' '.join(entry)} 0 0" for entry in own]
-    return "\n".join([*lines, *fstab_of_user(old), ""])
 
 
 class EtcMerge:
