@@ -3497,13 +3497,14 @@ class WorkDir:
         "decided": {"*": lambda decision: decision in ("nothing", "newest", "append", "aside", "place")},
     }
 
-    def __init__(self, layout: Layout, distro: Distro, snapshot: int, name: str = "") -> None:
-        self.layout = layout
-        self.distro = distro
+    def __init__(self, system: System, snapshot: int, name: str = "") -> None:
+        self.system = system
+        self.layout = system.layout
+        self.distro = system.distro
         self.snapshot = snapshot
         self.name = name or snapshot  # of its lock
-        self.directory = layout.work(self.name)
-        self.root = layout.working_copy(self.name)
+        self.directory = self.layout.work(self.name)
+        self.root = self.layout.working_copy(self.name)
         self.before = self.directory / "before"  # a copy of what is changed, where one is needed
         self.origin = self.directory / "var"
         # Some directories of /var are everybody's to write in: nobody is to find them here too.
@@ -3738,7 +3739,7 @@ class Transaction:
         self.resume = resume
         self.simulate = simulate
         self.base = base
-        self.place = WorkDir(self.layout, self.distro, snapshot)
+        self.place = system.workdir(snapshot)
         self.original = self.layout.rootfs(snapshot)
         self.root = self.place.root
         self.var = self.place.origin
@@ -5007,7 +5008,7 @@ class System:
 
     def workdir(self, snapshot: int) -> WorkDir:
         """The work directory of a snapshot."""
-        return WorkDir(self.layout, self.distro, snapshot)
+        return WorkDir(self, snapshot)
 
     @contextmanager
     def editing_tree(self) -> Iterator[Tree]:
@@ -5320,10 +5321,15 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
 
 
 class LiveWorkDir(WorkDir):
-    """The work directory of a live change; it also keeps the running deployment as it was before."""
+    """The work directory of a live change; it also keeps the running deployment as it was before.
 
-    def __init__(self, layout: Layout, distro: Distro, snapshot: int) -> None:
-        super().__init__(layout, distro, snapshot, "live")
+    Args:
+        system: the running one.
+        snapshot: the one that the running deployment was made from; only directories of conflicts are named by it.
+    """
+
+    def __init__(self, system: System, snapshot: int = BASE) -> None:
+        super().__init__(system, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
         """Put back what was put in place, where that was interrupted; nobody deploys meanwhile."""
@@ -5420,7 +5426,7 @@ class LiveTransaction(Transaction):
         slot = system.running_slot()
         super().__init__(system, system.snapshot_of(slot), base=True)
         self.slot = slot
-        self.place = LiveWorkDir(self.layout, self.distro, self.snapshot)
+        self.place = LiveWorkDir(system, self.snapshot)
         self.original, self.root, self.var = self.place.before, self.place.root, self.place.origin
         self.live = LiveResult()
 
@@ -5483,7 +5489,7 @@ class LiveTransaction(Transaction):
 
 def put_back_live(system: System) -> None:
     """Put back what an interrupted change has put into the running deployment: nobody is to take that for drift."""
-    place = LiveWorkDir(system.layout, system.distro, BASE)
+    place = LiveWorkDir(system)
     if state_of_work(place.directory) == "live" and not is_held(place.directory / "lock"):
         with system.lock("live"):
             place.recover(system.tree())
@@ -5501,7 +5507,7 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
     found: list[int | str] = []
     in_the_way: list[Exception] = []
     places = [system.workdir(number) for number in numbered(system.layout.work(""), "")]
-    for place in (LiveWorkDir(system.layout, system.distro, BASE), *places):
+    for place in (LiveWorkDir(system), *places):
         if not place.leftovers() or (not drop_kept and state_of_work(place.directory) == "kept"):
             continue
         try:
@@ -6281,7 +6287,7 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would("open a writable shell in the running system")
     with system.lock("live"):
-        LiveWorkDir(system.layout, system.distro, BASE).recover(system.tree())
+        LiveWorkDir(system).recover(system.tree())
         write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
         console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
         status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
@@ -7735,7 +7741,7 @@ class Repairer:
 
     def put_back(self) -> None:
         """Put back what an interrupted change put into the running system; set it aside where there is no good note."""
-        place = LiveWorkDir(self.layout, self.system.distro, BASE)
+        place = LiveWorkDir(self.system)
         with self.system.lock("live"):
             if state_of_work(place.directory):
                 place.recover(self.system.tree())
@@ -7968,7 +7974,7 @@ class Fsck:
                     yield Problem(what, number, "set it aside", mend)
 
     def _left_of_live(self) -> Iterator[Problem]:
-        live = LiveWorkDir(self.layout, self.system.distro, BASE)
+        live = LiveWorkDir(self.system)
         if live.leftovers() and not (live.directory / "intent").exists():
             with contextlib.suppress(AshError), self._alone(Lock(live.directory / "lock", "")):
                 if left := live.leftovers():

@@ -247,7 +247,7 @@ DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib
 def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
     """Where it cannot be read it is decided anew: what was merged already is as the transaction has it."""
     layout = Layout.at(tmp_path, "debian")
-    place = WorkDir(layout, Debian(), 5)
+    place = WorkDir(System(layout, Debian()), 5)
     for directory in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
         directory.mkdir(parents=True, exist_ok=True)
     place.merged.unlink(missing_ok=True)
