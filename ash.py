@@ -16,6 +16,7 @@ damage, upgrades, a newer ash, commands, the command line.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import errno
 import fcntl
@@ -33,10 +34,30 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self, TypeVar
 
+# Importing typing, and its NamedTuple, which compiles each annotation, would take a tenth of a short command's time.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self, TypeVar
+
+    Result = TypeVar("Result")
+else:
+
+    class NamedTupleMeta(type):
+        """Makes a class with annotated fields a subclass of a collections.namedtuple of these."""
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = list(body.get("__annotations__", ()))
+            defaults = [body.pop(field) for field in fields if field in body]
+            base = collections.namedtuple(name, fields, defaults=defaults)  # noqa: PYI024
+            return type(name, (base,), {"__slots__": (), **body})
+
+    class NamedTuple(metaclass=NamedTupleMeta):
+        """typing.NamedTuple, at run time."""
+
 
 # Distro modules say `from ash import ...`, both imported from a checkout and concatenated with this file.
 sys.modules["ash"] = sys.modules[__name__]
@@ -47,8 +68,6 @@ HERE = Path(__file__).resolve().parent
 # tabulate as it was installed with ash: a snapshot without it must not stop ash.
 if (HERE / "lib").is_dir():
     sys.path.insert(0, str(HERE / "lib"))
-
-Result = TypeVar("Result")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,15 @@ def test_the_executable_imports_nothing_of_the_checkout(executable: Path) -> Non
     assert not any(module.startswith(("distros", "installer")) for module in modules)
 
 
+def test_the_executable_imports_at_its_start_only_what_every_command_needs(executable: Path) -> None:
+    script = (
+        "import sys, types; module = sys.modules['ash'] = types.ModuleType('ash'); module.__file__ = sys.argv[1];"
+        "exec(open(sys.argv[1]).read(), vars(module)); print(*sys.modules)"
+    )
+    modules = set(output(sys.executable, "-I", "-S", "-c", script, executable).split())
+    assert not modules & {"ctypes", "dataclasses", "inspect", "subprocess", "tabulate", "tempfile", "typing"}
+
+
 def test_the_start_guard_stands_once_and_last(executable: Path) -> None:
     text = executable.read_text()
     assert text.count("\nif __name__ ==") == 1
