@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 from ash import PRIVATE, open_new_loop
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, Disk, Files, fill, make_deb, program
+from tests.support import CHECKOUT, DONE, FAILED, PYTHON, STEPPER, Disk, Files, fill, make_deb, program
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -253,10 +252,9 @@ class Scene:
 
     def argv(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
         """The command line that runs a command on an image, by the stepper with these options."""
-        stepper = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py")]
         options["booted"] = self._booted(words)
         words = [{"DEB": str(self.deb), "PROFILE": str(self.profile)}.get(word, word) for word in words]
-        return [*stepper, json.dumps(options), "--image", str(image), *words]
+        return [*STEPPER, json.dumps(options), "--image", str(image), *words]
 
     def run_on(self, image: Path, words: Sequence[str], **options: Any) -> Ended:
         """Run a command on an image, by the stepper with these options."""
@@ -428,7 +426,7 @@ def damage(files: Files) -> None:
 def ask(known: Path, disk: Disk, *commands: Sequence[str], status: int = DONE) -> list[str]:
     """What some commands print, one after the other in one process; the last must end with that status."""
     lines = [json.dumps(["--image", str(disk.image), *words]) for words in commands]
-    printed = program(sys.executable, "-I", CHECKOUT / "tests/system/looker.py", known, *lines, status=status)
+    printed = program(*PYTHON, CHECKOUT / "tests/system/looker.py", known, *lines, status=status)
     return [] if status else list(map(str, json.loads(printed)))
 
 

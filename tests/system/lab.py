@@ -9,7 +9,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 from ash import RECOVER_UNIT, btrfs_partition
 from installer import executable
-from tests.support import CHECKOUT, DONE, Disk, Files, Outcome, program, wait_until
+from tests.support import CHECKOUT, CUTTER, DONE, PYTHON, STEPPER, Disk, Files, Outcome, program, wait_until
 
 # What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
 Facts = tuple[int, int, int, int, int, int]
@@ -249,7 +248,7 @@ class System(Disk):
 
         It ends by itself where it has fewer steps.
         """
-        argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/cut_short.py"), str(step)]
+        argv = [*CUTTER, str(step)]
         words = ("--image", str(self.image), *words)
         return subprocess.run(
             [*argv, *map(str, words)],
@@ -262,7 +261,7 @@ class System(Disk):
 
     def stepped(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
         """Run ash by the stepper, with these options."""
-        argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps(options)]
+        argv = [*STEPPER, json.dumps(options)]
         argv += ["--image", str(self.image), *map(str, words)]
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
@@ -384,7 +383,7 @@ class Machine:
         """Run ash as the running system would; it must end with that status. A patch is Python that comes first."""
         script = AS_BOOTED.replace("sys.exit", f"{patch}\nsys.exit")
         words = ("-c", script, CHECKOUT, self.slot, "--image", self.system.image, *words)
-        argv = [sys.executable, *map(str, words)]
+        argv = [*PYTHON, *map(str, words)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == status, done.stderr
         return Outcome(done.returncode, done.stdout, done.stderr)

@@ -35,7 +35,6 @@ sys.path.insert(0, str(CHECKOUT))
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has begun
 
 import ash  # noqa: E402
-from tests.support import fill  # noqa: E402
 
 
 def copy_disk(image: Path, copy: Path) -> None:
@@ -73,6 +72,8 @@ class Stepper:
         if copies := self.options.get("copies"):
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
+            from tests.support import fill  # what it imports takes as long as all the rest
+
             fill(Path(self.options["filler"]))
         if self.options.get("fail") == name:
             del self.options["fail"]

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import pytest
 
 import ash
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, make_deb, program, wait_until
+from tests.support import DONE, FAILED, REFUSED, STEPPER, USAGE, make_deb, program, wait_until
 from tests.system.lab import Machine, System, everything_below, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -342,7 +341,7 @@ def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp
     number, package = machine.system.clone(), deb(tmp_path)
     machine.system.ash("install", number, package)
     lock, before = machine.files.state / "work/deploy/lock", usr(machine.system.root(machine.slot))
-    argv = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"booted": machine.slot})]
+    argv = [*STEPPER, json.dumps({"booted": machine.slot})]
     words = ["--image", str(machine.system.image), "install", str(number), str(package), "--live"]
     with lock.open("r+b") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -386,12 +385,12 @@ def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: 
     machine.running("install", number, shapes(tmp_path, "1"), "--live")
     packages = [deb(tmp_path), shapes(tmp_path, "2")]
     machine.system.ash("install", number, *packages)
-    slot, stepper = machine.system.root(machine.slot), CHECKOUT / "tests/system/stepper.py"
+    slot = machine.system.root(machine.slot)
     words = ["--image", str(machine.system.image), "install", str(number), *map(str, packages), "--live"]
     names = tmp_path / "names"
 
     def run(**options: object) -> int:
-        argv = [sys.executable, "-I", str(stepper), json.dumps({"booted": machine.slot, **options})]
+        argv = [*STEPPER, json.dumps({"booted": machine.slot, **options})]
         return subprocess.run([*argv, *words], capture_output=True, timeout=120, check=False).returncode
 
     def state() -> tuple[bool, ...]:

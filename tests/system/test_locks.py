@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at, taker_of
-from tests.support import ASH, CHECKOUT, DONE, LOCKED, OURS_IN_RUN, REFUSED, Disk, kill_hard, program, wait_until
+from tests.support import ASH, CUTTER, DONE, LOCKED, OURS_IN_RUN, REFUSED, Disk, kill_hard, program, wait_until
 from tests.system.lab import Machine, System, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -223,10 +223,9 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
-    cut = [sys.executable, "-I", str(CHECKOUT / "tests/system/cut_short.py")]
     with disk.files() if attached else contextlib.nullcontext():
         for step in range(1, 20):
-            subprocess.run([*cut, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
+            subprocess.run([*CUTTER, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
             if not attached:
                 wait_until(lambda: not disk.attached(), 5)
     wait_until(lambda: not disk.attached(), 5)

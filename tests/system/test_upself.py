@@ -20,7 +20,7 @@ import pytest
 
 import ash
 from installer.executable import build
-from tests.support import CHECKOUT, DONE, FAILED, LOCKED, REFUSED, USAGE, Disk, Outcome, program
+from tests.support import DONE, FAILED, LOCKED, REFUSED, STEPPER, USAGE, Disk, Outcome, program
 from tests.system.lab import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -612,8 +612,7 @@ def test_power_cut_anywhere_the_old_or_the_new_one_is_there_whole(
         (files.root(files.default_slot()) / "etc/ash.conf").write_text(f"upself::{server.url}/ash\n")
     copies = reflinks / "copies"
     copies.mkdir()
-    stepper = [sys.executable, "-I", str(CHECKOUT / "tests/system/stepper.py"), json.dumps({"copies": str(copies)})]
-    program(*stepper, "--image", disk.image, "upself")
+    program(*STEPPER, json.dumps({"copies": str(copies)}), "--image", disk.image, "upself")
     program("cp", "--reflink=always", disk.image, copies / "after.img")
     seen = set()
     for copy in copies.iterdir():
