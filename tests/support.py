@@ -23,8 +23,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ash-tests/compiled"
 PYTHON = [sys.executable, "-I", "-X", f"pycache_prefix={COMPILED}"]
 ASH = [*PYTHON, str(CHECKOUT / "tests/start_ash.py")]
-STEPPER = [*PYTHON, str(CHECKOUT / "tests/system/stepper.py")]
-CUTTER = [*PYTHON, str(CHECKOUT / "tests/system/cut_short.py")]
+RUN_WITH_HOOKS = [*PYTHON, str(CHECKOUT / "tests/system/faults/run_with_hooks.py")]
+RUN_AND_KILL = [*PYTHON, str(CHECKOUT / "tests/system/faults/run_and_kill.py")]
 # Exit statuses, as the command reference has them.
 DONE, FAILED, USAGE, MISSING, LOCKED, REFUSED, OURS_IN_RUN = 0, 1, 2, 3, 4, 5, 125
 SECONDS = 300

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from tests.system.cuts import COMMANDS, Scene
+from tests.system.faults.crash_scene import COMMANDS, Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(2400)]
 

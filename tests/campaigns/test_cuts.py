@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support import DONE, wait_until
-from tests.system.cuts import COMMANDS, Scene, Tried
+from tests.system.faults.crash_scene import COMMANDS, Scene, Tried
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns.writes import Log, recorded, some_of
+from tests.campaigns.write_log import Log, recorded, some_of
 from tests.support import DONE, Disk, program
-from tests.system.cuts import COMMANDS, DURABLE, Scene, is_whole
+from tests.system.faults.crash_scene import COMMANDS, DURABLE, Scene, is_whole
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
 

@@ -9,8 +9,7 @@ import pytest
 from ash import CLONE_NEWNS, MS_REC, MS_SLAVE, libc, mount
 from tests.archive import Archive
 from tests.support import program
-from tests.system.cuts import Scene
-from tests.system.lab import Machine, System, open_system
+from tests.system.disk_system import Machine, System, open_system
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,12 +34,6 @@ def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     finally:
         program("umount", top)
         disk.unlink()
-
-
-@pytest.fixture(scope="module")
-def scene(reflinks: Path, image: Path) -> Scene:
-    """A disk in a state in which each command has something to do, to be copied."""
-    return Scene(reflinks, image)
 
 
 @pytest.fixture(scope="module")

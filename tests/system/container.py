@@ -8,7 +8,7 @@ from pathlib import Path
 
 from installer.executable import build
 from tests.support import DONE, SECONDS, Outcome, Terminal
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 # The deployment's root becomes that of the namespaces' first process: to ash this is no chroot. The disk has the name
 # of a real one there, since GRUB passes over a root on a file that is mounted as a loop device.

@@ -11,7 +11,7 @@ import pytest
 
 from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, USAGE, program
-from tests.system.lab import Machine, System
+from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(190)]
 

@@ -4,7 +4,7 @@
 import pytest
 
 from tests.support import FAILED, MISSING, USAGE, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, MISSING, OURS_IN_RUN, REFUSED, USAGE, Outcome, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distros.debian.ashpk import Debian
-from tests.system.lab import Facts, System, everything_below
+from tests.system.disk_system import Facts, System, everything_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

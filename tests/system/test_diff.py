@@ -10,7 +10,7 @@ import pytest
 
 from ash import changed_paths
 from tests.support import MISSING, make_deb, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, make_deb
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 

@@ -16,7 +16,7 @@ import ash
 from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, OURS_IN_RUN, REFUSED, USAGE, Outcome, wait_until
 from tests.system.container import Container
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from ash import Lock
 from tests.support import FAILED, make_deb
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(70)]
 

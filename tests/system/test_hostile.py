@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ASH, DONE, FAILED, MISSING, Outcome, make_deb, program
-from tests.system.lab import Machine, System
+from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import program
-from tests.system.lab import System, names_below
+from tests.system.disk_system import System, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

@@ -10,7 +10,7 @@ import pytest
 from ash import ANSWERS, COMMANDS, DRY_SHAPE, ERROR_SHAPE
 from tests.archive import Archive, use_only
 from tests.support import FAILED, make_deb
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

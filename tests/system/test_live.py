@@ -16,8 +16,8 @@ import pytest
 
 import ash
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, REFUSED, STEPPER, USAGE, make_deb, program, wait_until
-from tests.system.lab import Machine, System, everything_below, names_below
+from tests.support import DONE, FAILED, REFUSED, RUN_WITH_HOOKS, USAGE, make_deb, program, wait_until
+from tests.system.disk_system import Machine, System, everything_below, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
@@ -341,7 +341,7 @@ def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp
     number, package = machine.system.clone(), deb(tmp_path)
     machine.system.ash("install", number, package)
     lock, before = machine.files.state / "work/deploy/lock", usr(machine.system.root(machine.slot))
-    argv = [*STEPPER, json.dumps({"booted": machine.slot})]
+    argv = [*RUN_WITH_HOOKS, json.dumps({"booted": machine.slot})]
     words = ["--image", str(machine.system.image), "install", str(number), str(package), "--live"]
     with lock.open("r+b") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -390,7 +390,7 @@ def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: 
     names = tmp_path / "names"
 
     def run(**options: object) -> int:
-        argv = [*STEPPER, json.dumps({"booted": machine.slot, **options})]
+        argv = [*RUN_WITH_HOOKS, json.dumps({"booted": machine.slot, **options})]
         return subprocess.run([*argv, *words], capture_output=True, timeout=120, check=False).returncode
 
     def state() -> tuple[bool, ...]:

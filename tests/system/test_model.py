@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from tests.support import REFUSED
-from tests.system.lab import open_system
+from tests.system.disk_system import open_system
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 

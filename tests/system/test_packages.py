@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, MISSING, REFUSED, USAGE, make_deb, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 

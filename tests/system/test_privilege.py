@@ -18,7 +18,7 @@ import ash
 from ash import Layout, VarMerge, copy_file, make_private_directory
 from distros.debian.ashpk import Debian
 from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
-from tests.system.lab import Machine, System, everything_below, installed_ash
+from tests.system.disk_system import Machine, System, everything_below, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 

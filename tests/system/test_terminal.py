@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.support import OURS_IN_RUN, REFUSED, Terminal, processes_with, wait_until
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 

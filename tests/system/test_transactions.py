@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.support import FAILED, kill_hard, processes_with, program, wait_until
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
 

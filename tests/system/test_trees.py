@@ -10,7 +10,7 @@ import pytest
 
 from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, USAGE, kill_hard, make_deb, program, wait_until
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(270)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import LOCKED, MISSING, REFUSED, USAGE, make_deb
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(30)]
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, MISSING, REFUSED, make_deb
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 

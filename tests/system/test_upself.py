@@ -20,8 +20,8 @@ import pytest
 
 import ash
 from installer.executable import build
-from tests.support import DONE, FAILED, LOCKED, REFUSED, STEPPER, USAGE, Disk, Outcome, program
-from tests.system.lab import System
+from tests.support import DONE, FAILED, LOCKED, REFUSED, RUN_WITH_HOOKS, USAGE, Disk, Outcome, program
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 
@@ -612,7 +612,7 @@ def test_power_cut_anywhere_the_old_or_the_new_one_is_there_whole(
         (files.root(files.default_slot()) / "etc/ash.conf").write_text(f"upself::{server.url}/ash\n")
     copies = reflinks / "copies"
     copies.mkdir()
-    program(*STEPPER, json.dumps({"copies": str(copies)}), "--image", disk.image, "upself")
+    program(*RUN_WITH_HOOKS, json.dumps({"copies": str(copies)}), "--image", disk.image, "upself")
     program("cp", "--reflink=always", disk.image, copies / "after.img")
     seen = set()
     for copy in copies.iterdir():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, OURS_IN_RUN, make_deb
-from tests.system.lab import System, facts
+from tests.system.disk_system import System, facts
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import make_deb, wait_until
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

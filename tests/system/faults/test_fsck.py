@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import FAILED, make_deb, program
 from tests.system.container import Container
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(80)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import Disk, Terminal, processes_with, program, wait_until
-from tests.system.cuts import Scene
+from tests.system.faults.crash_scene import Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 

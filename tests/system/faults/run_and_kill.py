@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run ash until its n-th step that changes something on the disk, and kill it there: `cut_short.py N ASH-ARGUMENTS`.
+"""Run ash until its n-th step that changes something on the disk, and kill it there: `run_and_kill.py N ASH-ARGUMENTS`.
 
 Steps are seen by Python's audit events: renaming, deleting and making files, running programs, system calls by
 ctypes, requests to btrfs that tell it something. So this knows nothing of how ash does things, and a new step is cut like the old ones.
@@ -45,7 +45,7 @@ class Cutter:
 
 def main() -> int:
     """Run ash with what follows the number on the command line."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     import ash
 
     step = int(sys.argv[1])

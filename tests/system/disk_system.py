@@ -18,7 +18,18 @@ from typing import Any
 
 from ash import RECOVER_UNIT, btrfs_partition
 from installer import executable
-from tests.support import CHECKOUT, CUTTER, DONE, PYTHON, STEPPER, Disk, Files, Outcome, program, wait_until
+from tests.support import (
+    CHECKOUT,
+    DONE,
+    PYTHON,
+    RUN_AND_KILL,
+    RUN_WITH_HOOKS,
+    Disk,
+    Files,
+    Outcome,
+    program,
+    wait_until,
+)
 
 # What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
 Facts = tuple[int, int, int, int, int, int]
@@ -248,7 +259,7 @@ class System(Disk):
 
         It ends by itself where it has fewer steps.
         """
-        argv = [*CUTTER, str(step)]
+        argv = [*RUN_AND_KILL, str(step)]
         words = ("--image", str(self.image), *words)
         return subprocess.run(
             [*argv, *map(str, words)],
@@ -260,8 +271,8 @@ class System(Disk):
         )
 
     def stepped(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
-        """Run ash by the stepper, with these options."""
-        argv = [*STEPPER, json.dumps(options)]
+        """Run ash by run_with_hooks.py, with these options."""
+        argv = [*RUN_WITH_HOOKS, json.dumps(options)]
         argv += ["--image", str(self.image), *map(str, words)]
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 

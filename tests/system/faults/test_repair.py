@@ -13,7 +13,7 @@ import pytest
 
 from ash import read_ids
 from tests.support import FAILED, make_deb, program
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(130)]
 

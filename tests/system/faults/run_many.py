@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run several commands of ash on a disk, one after the other in one process: `looker.py KNOWN COMMAND...`.
+"""Run several commands of ash on a disk, one after the other in one process: `run_many.py KNOWN COMMAND...`.
 
 Each COMMAND is a command line, as a JSON list. Printed is what each of them printed, as a JSON list; the first that
 fails ends it, with its status, and what it printed.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(CHECKOUT))
 
 import ash  # noqa: E402

@@ -17,7 +17,7 @@ from typing import Any
 
 from ash import PRIVATE, open_new_loop
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, PYTHON, STEPPER, Disk, Files, fill, make_deb, program
+from tests.support import CHECKOUT, DONE, FAILED, PYTHON, RUN_WITH_HOOKS, Disk, Files, fill, make_deb, program
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -251,13 +251,13 @@ class Scene:
             yield copy
 
     def argv(self, image: Path, words: Sequence[str], **options: Any) -> list[str]:
-        """The command line that runs a command on an image, by the stepper with these options."""
+        """The command line that runs a command on an image, by run_with_hooks.py with these options."""
         options["booted"] = self._booted(words)
         words = [{"DEB": str(self.deb), "PROFILE": str(self.profile)}.get(word, word) for word in words]
-        return [*STEPPER, json.dumps(options), "--image", str(image), *words]
+        return [*RUN_WITH_HOOKS, json.dumps(options), "--image", str(image), *words]
 
     def run_on(self, image: Path, words: Sequence[str], **options: Any) -> Ended:
-        """Run a command on an image, by the stepper with these options."""
+        """Run a command on an image, by run_with_hooks.py with these options."""
         argv = self.argv(image, words, **options)
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
@@ -426,7 +426,7 @@ def damage(files: Files) -> None:
 def ask(known: Path, disk: Disk, *commands: Sequence[str], status: int = DONE) -> list[str]:
     """What some commands print, one after the other in one process; the last must end with that status."""
     lines = [json.dumps(["--image", str(disk.image), *words]) for words in commands]
-    printed = program(*PYTHON, CHECKOUT / "tests/system/looker.py", known, *lines, status=status)
+    printed = program(*PYTHON, CHECKOUT / "tests/system/faults/run_many.py", known, *lines, status=status)
     return [] if status else list(map(str, json.loads(printed)))
 
 
@@ -435,7 +435,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
 
     Args:
         disk: the disk.
-        known: the file of what fsck has looked at before (looker.py).
+        known: the file of what fsck has looked at before (run_many.py).
         go_on: the command that makes all well.
     """
     rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]

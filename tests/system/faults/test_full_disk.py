@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support import FAILED, OURS_IN_RUN, REFUSED
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 

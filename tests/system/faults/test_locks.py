@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at, taker_of
-from tests.support import ASH, CUTTER, DONE, LOCKED, OURS_IN_RUN, REFUSED, Disk, kill_hard, program, wait_until
-from tests.system.lab import Machine, System, installed_ash
+from tests.support import ASH, DONE, LOCKED, OURS_IN_RUN, REFUSED, RUN_AND_KILL, Disk, kill_hard, program, wait_until
+from tests.system.disk_system import Machine, System, installed_ash
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
@@ -225,7 +225,7 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
 def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
     with disk.files() if attached else contextlib.nullcontext():
         for step in range(1, 20):
-            subprocess.run([*CUTTER, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
+            subprocess.run([*RUN_AND_KILL, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
             if not attached:
                 wait_until(lambda: not disk.attached(), 5)
     wait_until(lambda: not disk.attached(), 5)

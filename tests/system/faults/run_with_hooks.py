@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run ash with something done at each named step of what it does to the disk: `stepper.py OPTIONS ASH-ARGUMENTS`.
+"""Run ash with something done at each named step of what it does to the disk: `run_with_hooks.py OPTIONS ASH-ARGUMENTS`.
 
 OPTIONS is a JSON object with any of
     "names": a file, to which the names of the steps are written;
@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(CHECKOUT))
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has begun
 

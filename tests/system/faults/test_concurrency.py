@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ASH, DONE, FAILED, LOCKED, MISSING, OURS_IN_RUN, REFUSED, make_deb, wait_until
-from tests.system.lab import System
+from tests.system.disk_system import System
 
 SECONDS = int(os.environ.get("ASH_TEST_SECONDS", "60"))
 PROCESSES = 8

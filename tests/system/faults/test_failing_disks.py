@@ -8,7 +8,7 @@ import pytest
 
 from ash import MS_BIND, MS_RDONLY, MS_REMOUNT, mount
 from tests.support import ASH, DONE, FAILED, REFUSED, Disk, program
-from tests.system.cuts import Scene
+from tests.system.faults.crash_scene import Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from ash import COMMANDS as TABLE
-from tests.system.cuts import COMMANDS, ELSEWHERE, LIKE_RUN, Scene
+from tests.system.faults.crash_scene import COMMANDS, ELSEWHERE, LIKE_RUN, Scene
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(300)]
 

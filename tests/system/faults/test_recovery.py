@@ -11,7 +11,7 @@ import pytest
 
 from ash import Layout, delete_subvolume, readonly_view
 from tests.support import ASH, DONE, FAILED, REFUSED, program, wait_until
-from tests.system.lab import Machine, System
+from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 

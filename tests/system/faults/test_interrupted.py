@@ -4,7 +4,7 @@
 import pytest
 
 from ash import SLOTS
-from tests.system.lab import Machine, System
+from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
