@@ -1254,9 +1254,10 @@ class Tree:
 
     def _add_children(self, parent: int | None, data: Mapping[str, Any]) -> None:
         for child in data.get("children", []):
-            name = child.get("name") if isinstance(child, dict) and child.keys() <= {"name", "children"} else None
+            known = has_shape(child, {"name": lambda name: type(name) in (int, str), "children?": list})
+            name = child["name"] if known and child.keys() <= {"name", "children"} else None
             number = to_number(name) if isinstance(name, str) else name if is_u32(name) else None
-            if number is None or not isinstance(child.get("children", []), list):
+            if number is None:
                 raise ValueError("it is not a tree of numbers")
             if number in self:
                 raise ValueError("a number is there twice")
