@@ -59,13 +59,15 @@ else:
         """typing.NamedTuple, at run time."""
 
 
+    from anytree import AnyNode
+
 # Distro modules say `from ash import ...`, both imported from a checkout and concatenated with this file.
 sys.modules["ash"] = sys.modules[__name__]
 
 ASH_VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
 
-# tabulate as it was installed with ash: a snapshot without it must not stop ash.
+# anytree and tabulate as they were installed with ash: a snapshot without them must not stop it.
 if (HERE / "lib").is_dir():
     sys.path.insert(0, str(HERE / "lib"))
 
@@ -1228,41 +1230,46 @@ def state_lock(layout: Layout, wait: float = 0) -> Lock:
 
 
 class Tree:
-    """The parent/child relation of all snapshots. None stands for what top-level snapshots are below."""
+    """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
 
-    def __init__(self) -> None:
-        self._parents: dict[int, int | None] = {}
-        self._children: dict[int | None, list[int]] = {None: []}
+    def __init__(self, root: AnyNode) -> None:
+        self.root = root
+        self.nodes: dict[int, AnyNode] = {}
 
     @classmethod
     def parse(cls, text: str) -> Tree:
-        """Parse the tree file: one line, either ours (JSON) or AshOS's (a Python literal with numbers as strings).
+        """Read the tree's one line, ours (JSON) or the old ash's (a Python literal, numbers as strings).
 
         Raises:
-            AshError: it is not a tree of snapshot numbers.
+            AshError: it is not a tree of numbers.
         """
-        tree = cls()
+        from anytree import AnyNode
+
         try:
             data = cls._literal(text)
             if not has_shape(data, {"name": str, "children?": list}) or data["name"] != "root":
                 raise ValueError("it has no root")
-            tree._add_children(None, data)
+            tree = cls(AnyNode(name="root"))
+            tree._grow(tree.root, data)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # TypeError: a list as key
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
 
-    def _add_children(self, parent: int | None, data: Mapping[str, Any]) -> None:
-        for child in data.get("children", []):
-            known = has_shape(child, {"name": lambda name: type(name) in (int, str), "children?": list})
-            name = child["name"] if known and child.keys() <= {"name", "children"} else None
+    def _grow(self, node: AnyNode, data: Mapping[str, Any]) -> None:
+        """Put what the file has below a node there."""
+        from anytree import AnyNode
+
+        for below in data.get("children", []):
+            known = has_shape(below, {"name": lambda name: type(name) in (int, str), "children?": list})
+            name = below["name"] if known and below.keys() <= {"name", "children"} else None
             number = to_number(name) if isinstance(name, str) else name if is_u32(name) else None
             if number is None:
                 raise ValueError("it is not a tree of numbers")
-            if number in self:
+            if number in self.nodes:
                 raise ValueError("a number is there twice")
-            self.add(number, parent)
-            self._add_children(number, child)
+            self.nodes[number] = AnyNode(name=number, parent=node)
+            self._grow(self.nodes[number], below)
 
     @staticmethod
     def _literal(text: str) -> Any:
@@ -1273,89 +1280,77 @@ class Tree:
             import warnings
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # hide SyntaxWarnings caused by its content
+                warnings.simplefilter("ignore")  # what a compiler thinks of it is nobody's business
                 return ast.literal_eval(text.strip())
+
+    @classmethod
+    def empty(cls) -> Tree:
+        """A tree without snapshots."""
+        return cls.parse('{"name": "root"}')
 
     @classmethod
     def of_base(cls) -> Tree:
         """The tree of a new system: the base alone."""
-        tree = cls()
-        tree.add(0)
-        return tree
+        return cls.parse('{"name": "root", "children": [{"name": 0}]}')
 
     def dump(self) -> str:
-        """The content of the tree file."""
-        return json.dumps({"name": "root", **self._children_data(None)}) + "\n"
+        """The tree as its file has it."""
+        return json.dumps(self._as_data(self.root)) + "\n"
 
-    def _children_data(self, parent: int | None) -> dict[str, Any]:
-        children = [{"name": child, **self._children_data(child)} for child in self._children[parent]]
-        return {"children": children} if children else {}
-
-    def _descendants(self, parent: int | None) -> list[int]:
-        found: list[int] = []
-        todo = self._children[parent][::-1]
-        while todo:
-            found.append(number := todo.pop())
-            todo += self._children[number][::-1]
-        return found
+    @classmethod
+    def _as_data(cls, node: AnyNode) -> dict[str, Any]:
+        """A node with what is below it, as anytree's DictExporter has it, which imports exporters of all kinds."""
+        below = [cls._as_data(child) for child in node.children]
+        return {"name": node.name, **({"children": below} if below else {})}
 
     def numbers(self) -> list[int]:
         """All snapshots, parents first."""
-        return self._descendants(None)
+        return [node.name for node in self.root.descendants]
 
     def __contains__(self, snapshot: int) -> bool:
-        return snapshot in self._parents
+        return snapshot in self.nodes
+
+    def _node(self, snapshot: int) -> AnyNode:
+        if snapshot not in self.nodes:
+            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+        return self.nodes[snapshot]
 
     def branch(self, snapshot: int) -> list[int]:
-        """A snapshot and all its descendants, parents first."""
-        self._require(snapshot)
-        return [snapshot, *self._descendants(snapshot)]
-
-    def _require(self, snapshot: int) -> None:
-        if snapshot not in self:
-            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+        """N and its branches, parents first."""
+        node = self._node(snapshot)
+        return [snapshot, *(below.name for below in node.descendants)]
 
     def parent(self, snapshot: int) -> int | None:
-        """The parent's number; None for a top-level snapshot."""
-        self._require(snapshot)
-        return self._parents[snapshot]
+        """The number that a snapshot is below; None at the top."""
+        name = self._node(snapshot).parent.name
+        return None if name == "root" else int(name)
 
     def add(self, snapshot: int, parent: int | None = None) -> None:
-        """Add a new snapshot as the last child of its parent, or at the top level."""
-        if parent is not None:
-            self._require(parent)
-        self._parents[snapshot] = parent
-        self._children[parent].append(snapshot)
-        self._children[snapshot] = []
+        """Put a new number below another, or at the top."""
+        from anytree import AnyNode
+
+        above = self.root if parent is None else self._node(parent)
+        self.nodes[snapshot] = AnyNode(name=snapshot, parent=above)
 
     def remove(self, snapshot: int) -> None:
-        """Remove a snapshot and all its descendants."""
-        gone = self.branch(snapshot)
-        self._children[self._parents[snapshot]].remove(snapshot)
-        for number in gone:
-            del self._parents[number], self._children[number]
+        """Take out a snapshot and its branches."""
+        for number in self.branch(snapshot):
+            self.nodes.pop(number).parent = None
 
     def take_out(self, snapshot: int) -> None:
-        """Remove one snapshot only; its children move up to its parent."""
-        parent = self.parent(snapshot)
-        for child in self._children[snapshot]:
-            self._parents[child] = parent
-        self._children[parent] += self._children.pop(snapshot)
-        self._children[parent].remove(snapshot)
-        del self._parents[snapshot]
+        """Take out one snapshot alone: its branches move up to its parent."""
+        node = self._node(snapshot)
+        for child in node.children:
+            child.parent = node.parent
+        self.nodes.pop(snapshot).parent = None
 
     def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
-        """The tree as text, one line for each snapshot."""
-        bar, fork, corner = ("|   ", "|-- ", "+-- ") if ascii_only else ("│   ", "├── ", "└── ")
+        """The tree as lines of text, a snapshot each."""
+        from anytree import AsciiStyle, ContStyle, RenderTree
 
-        def lines(parent: int | None, indent: str) -> Iterator[str]:
-            children = self._children[parent]
-            for child in children:
-                is_last = child == children[-1]
-                yield f"{indent}{corner if is_last else fork}{label(child)}"
-                yield from lines(child, indent + ("    " if is_last else bar))
-
-        return "\n".join(["root - root", *lines(None, "")])
+        rows = RenderTree(self.root, style=AsciiStyle() if ascii_only else ContStyle())
+        lines = [f"{row.pre}{label(row.node.name)}" for row in rows if row.node is not self.root]
+        return "\n".join(["root - root", *lines])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1516,7 +1511,7 @@ def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
 
 def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
     """The tree of some snapshots: each below the nearest one that it was made below and that is there."""
-    tree, parents = Tree(), parents_in_history(history)
+    tree, parents = Tree.empty(), parents_in_history(history)
     for number in sorted(numbers):
         above = parents.get(number)
         while above is not None and above not in tree:

@@ -4,8 +4,10 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +43,9 @@ HOST_SPACE = 2 * 2**30
 TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*", "--sparse")
 COMPRESSIONS = {".gz": "--gzip", ".tgz": "--gzip", ".xz": "--xz", ".zst": "--zstd"}
 
-# What ash imports besides the standard library.
-LIBRARIES = ("tabulate",)
+# What ash imports beside the standard library; and what those import, in the versions that do.
+LIBRARIES = ("anytree", "tabulate")
+THEIR_LIBRARIES = ("six.py",)
 PIP: host.Tools = {"pip3": "python3-pip"}
 GPG: host.Tools = {"gpg": "gpg"}
 
@@ -185,7 +188,7 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
         with log.step("Installing ash"):
             _install_ash(layout, root, settings.keyring)
             _install_help(root, installer.zsh_completions)
-        with log.step("Making snapshot 0 and deploying it"):
+        with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
             _make_base(layout, target.root_uuid)
         system = os_release(root, "PRETTY_NAME")
         with log.step("Writing it all to the disk"):
@@ -261,8 +264,9 @@ def _install_libraries(lib: Path, packages: Path) -> None:
         host.require(PIP)
         run(["pip3", "install", "--quiet", "--no-compile", "--target", lib, *LIBRARIES])
         return
-    for name in LIBRARIES:
-        _copy_library(packages / name, lib / name)
+    for name in (*LIBRARIES, *THEIR_LIBRARIES):
+        if (packages / name).exists():
+            _copy_library(packages / name, lib / name)
 
 
 def _copy_library(source: Path, target: Path) -> None:
@@ -270,6 +274,16 @@ def _copy_library(source: Path, target: Path) -> None:
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     else:
         shutil.copy2(source, target)
+
+
+@contextmanager
+def _libraries_of(layout: Layout) -> Iterator[None]:
+    """Let ash's own functions, which run in this process, use the new system's libraries: the host may have none."""
+    sys.path.insert(0, str(layout.lib))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(layout.lib))
 
 
 def _make_base(layout: Layout, root_uuid: str) -> None:

@@ -17,6 +17,7 @@ GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-sig
 SYSTEM = ("dbus", "libpam-systemd", "systemd-resolved", "systemd-timesyncd", "btrfs-progs", "dosfstools", "sudo")
 TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", "nano", "passwd", "procps", "tzdata")
 ASH = ("python3", "python3-tabulate", "gpgv")
+ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 
 RELEASES = "give stable or a code name, such as trixie"
 COMPONENTS = "main,non-free-firmware"
@@ -66,7 +67,13 @@ class DebianInstaller(DistroInstaller):
         for name in source.packages:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
                 raise AshError(f"{name!r} is no package name", status=USAGE)
-        return _try_archive(source)
+        with_anytree = dataclasses.replace(source, packages=(*source.packages, ANYTREE))
+        try:
+            return _try_archive(with_anytree)
+        except AshError as error:
+            if ANYTREE not in error.message:
+                raise
+            return _try_archive(source)
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
         """Bootstrap with mmdebstrap, which starts no service; then make the initramfs."""

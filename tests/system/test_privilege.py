@@ -466,7 +466,7 @@ PROGRAMS = ["btrfs", "cp", "sh", "mount", "chroot", "unshare", "grub-mkconfig", 
 @pytest.mark.parametrize("built", [False, True], ids=["ash.py", "executable"])
 def test_nothing_of_the_caller_reaches_what_root_runs(system: System, tmp_path: Path, built: bool) -> None:
     hostile = fakes(tmp_path / "bin", *PROGRAMS)
-    for module in ("json", "argparse", "tabulate", "sitecustomize", "startup"):
+    for module in ("json", "argparse", "anytree", "sitecustomize", "startup"):
         (hostile / f"{module}.py").write_text(f"open('{hostile}/ran-{module}', 'w')\nraise SystemExit(9)\n")
     environment = {
         "PATH": f"{hostile}:{os.environ['PATH']}",
@@ -730,9 +730,9 @@ def test_no_library_of_a_disk_is_used_to_look_at_it(system: System) -> None:
         str(CHECKOUT / "ash.py"),
         "--image",
         str(system.image),
-        "sub",
+        "tree",
     ]  # -S: without site-packages
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert (system.files.state / "lib/tabulate").is_dir()
+    assert (system.files.state / "lib/anytree").is_dir()
     assert (ended.returncode, ended.stdout) == (FAILED, "")
-    assert re.fullmatch(r"ash: Python has no module tabulate \(install python3-tabulate, or .*\)\n", ended.stderr)
+    assert re.fullmatch(r"ash: Python has no module anytree \(install python3-anytree, or .*\)\n", ended.stderr)
