@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import subprocess
     from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self, TypeVar
 
+    from anytree import AnyNode
+
     Result = TypeVar("Result")
 else:
 
@@ -58,8 +60,6 @@ else:
     class NamedTuple(metaclass=NamedTupleMeta):
         """typing.NamedTuple, at run time."""
 
-
-    from anytree import AnyNode
 
 # Distro modules say `from ash import ...`, both imported from a checkout and concatenated with this file.
 sys.modules["ash"] = sys.modules[__name__]
@@ -1230,7 +1230,7 @@ def state_lock(layout: Layout, wait: float = 0) -> Lock:
 
 
 class Tree:
-    """The parent/child relation of all snapshots: an anytree whose nodes are named by their numbers."""
+    """The parent/child relation of all snapshots: an anytree whose nodes are named by snapshot numbers."""
 
     def __init__(self, root: AnyNode) -> None:
         self.root = root
@@ -1238,10 +1238,10 @@ class Tree:
 
     @classmethod
     def parse(cls, text: str) -> Tree:
-        """Read the tree's one line, ours (JSON) or the old ash's (a Python literal, numbers as strings).
+        """Parse the tree file: one line, either ours (JSON) or AshOS's (a Python literal with numbers as strings).
 
         Raises:
-            AshError: it is not a tree of numbers.
+            AshError: it is not a tree of snapshot numbers.
         """
         from anytree import AnyNode
 
@@ -1250,26 +1250,24 @@ class Tree:
             if not has_shape(data, {"name": str, "children?": list}) or data["name"] != "root":
                 raise ValueError("it has no root")
             tree = cls(AnyNode(name="root"))
-            tree._grow(tree.root, data)
+            tree._add_children(tree.root, data)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # TypeError: a list as key
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
 
-    def _grow(self, node: AnyNode, data: Mapping[str, Any]) -> None:
-        """Put what the file has below a node there."""
+    def _add_children(self, node: AnyNode, data: Mapping[str, Any]) -> None:
         from anytree import AnyNode
 
-        for below in data.get("children", []):
-            known = has_shape(below, {"name": lambda name: type(name) in (int, str), "children?": list})
-            name = below["name"] if known and below.keys() <= {"name", "children"} else None
+        for child in data.get("children", []):
+            name = child.get("name") if isinstance(child, dict) and child.keys() <= {"name", "children"} else None
             number = to_number(name) if isinstance(name, str) else name if is_u32(name) else None
-            if number is None:
+            if number is None or not isinstance(child.get("children", []), list):
                 raise ValueError("it is not a tree of numbers")
             if number in self.nodes:
                 raise ValueError("a number is there twice")
             self.nodes[number] = AnyNode(name=number, parent=node)
-            self._grow(self.nodes[number], below)
+            self._add_children(self.nodes[number], child)
 
     @staticmethod
     def _literal(text: str) -> Any:
@@ -1280,7 +1278,7 @@ class Tree:
             import warnings
 
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a compiler thinks of it is nobody's business
+                warnings.simplefilter("ignore")  # hide SyntaxWarnings caused by its content
                 return ast.literal_eval(text.strip())
 
     @classmethod
@@ -1294,14 +1292,14 @@ class Tree:
         return cls.parse('{"name": "root", "children": [{"name": 0}]}')
 
     def dump(self) -> str:
-        """The tree as its file has it."""
+        """The content of the tree file."""
         return json.dumps(self._as_data(self.root)) + "\n"
 
     @classmethod
     def _as_data(cls, node: AnyNode) -> dict[str, Any]:
-        """A node with what is below it, as anytree's DictExporter has it, which imports exporters of all kinds."""
-        below = [cls._as_data(child) for child in node.children]
-        return {"name": node.name, **({"children": below} if below else {})}
+        """A node and its descendants in the form of anytree's DictExporter, whose import costs more than this."""
+        children = [cls._as_data(child) for child in node.children]
+        return {"name": node.name, **({"children": children} if children else {})}
 
     def numbers(self) -> list[int]:
         """All snapshots, parents first."""
@@ -1316,36 +1314,36 @@ class Tree:
         return self.nodes[snapshot]
 
     def branch(self, snapshot: int) -> list[int]:
-        """N and its branches, parents first."""
+        """A snapshot and all its descendants, parents first."""
         node = self._node(snapshot)
-        return [snapshot, *(below.name for below in node.descendants)]
+        return [snapshot, *(descendant.name for descendant in node.descendants)]
 
     def parent(self, snapshot: int) -> int | None:
-        """The number that a snapshot is below; None at the top."""
+        """The parent's number; None for a top-level snapshot."""
         name = self._node(snapshot).parent.name
         return None if name == "root" else int(name)
 
     def add(self, snapshot: int, parent: int | None = None) -> None:
-        """Put a new number below another, or at the top."""
+        """Add a new snapshot as the last child of its parent, or at the top level."""
         from anytree import AnyNode
 
         above = self.root if parent is None else self._node(parent)
         self.nodes[snapshot] = AnyNode(name=snapshot, parent=above)
 
     def remove(self, snapshot: int) -> None:
-        """Take out a snapshot and its branches."""
+        """Remove a snapshot and all its descendants."""
         for number in self.branch(snapshot):
             self.nodes.pop(number).parent = None
 
     def take_out(self, snapshot: int) -> None:
-        """Take out one snapshot alone: its branches move up to its parent."""
+        """Remove one snapshot only; its children move up to its parent."""
         node = self._node(snapshot)
         for child in node.children:
             child.parent = node.parent
         self.nodes.pop(snapshot).parent = None
 
     def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
-        """The tree as lines of text, a snapshot each."""
+        """The tree as text, one line for each snapshot."""
         from anytree import AsciiStyle, ContStyle, RenderTree
 
         rows = RenderTree(self.root, style=AsciiStyle() if ascii_only else ContStyle())
