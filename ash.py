@@ -1784,22 +1784,35 @@ def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
 # btrfs: differences of snapshots, read-only views, shared blocks
 # ---------------------------------------------------------------------------------------------------------------
 
-# From the kernel's fs/btrfs/send.h: what a command does to the path that it names.
+# From <linux/btrfs.h>: _IOW(0x94, 38, struct btrfs_ioctl_send_args): fd, number of clone sources, their address, the
+# parent's id, flags, version. The program `btrfs send` would take as long to start as most comparisons take.
+BTRFS_IOC_SEND = 0x40489426
+SEND_ARGUMENTS = struct.Struct("=qQQQQI28x")
+BTRFS_SEND_FLAG_NO_FILE_DATA = 1
+# From the kernel's fs/btrfs/send.h: what a command does to the path it names.
 SEND_ADDS = {3, 4, 5, 6, 7, 8, 10}  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
 SEND_RENAME = 9
 SEND_REMOVES = {11, 12}  # UNLINK, RMDIR
 SEND_CHANGES = {13, 14, 15, 16, 17, 18, 19, 22}  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT
+SEND_UTIMES = 20
 SEND_PATH, SEND_PATH_TO = 15, 16
-ORPHAN = r"o\d+-\d+-\d+"  # the name of what is on its way to another
+ORPHAN = r"o\d+-\d+-\d+"  # the temporary name of something that is yet to be renamed
 
 
 def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
-    """The commands of a btrfs send stream (a magic, then commands of type-length-value) with path and path_to."""
+    """Parse a btrfs send stream: a magic, then commands of type-length-value attributes.
+
+    Yields:
+        Each command but changes of times, with its path and, where it has one, its target path.
+    """
     at = len(b"btrfs-stream\0") + 4
     while at < len(stream):
         length, command = struct.unpack_from("<IH", stream, at)
         at += 10
         end = at + length
+        if command == SEND_UTIMES:
+            at = end
+            continue
         paths = {SEND_PATH: "", SEND_PATH_TO: ""}
         while at < end:
             kind, size = struct.unpack_from("<HH", stream, at)
@@ -1810,12 +1823,12 @@ def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
 
 
 def changes_in_stream(stream: bytes) -> dict[str, str]:
-    """What a btrfs send stream changes; a path that goes and comes again has changed."""
+    """The paths a btrfs send stream adds, removes or changes. One that is removed and added again has changed."""
     changes: dict[str, str] = {}
 
     def note(path: str, kind: str) -> None:
         before = changes.get(path)
-        if re.fullmatch(ORPHAN, path.partition("/")[0]):
+        if path.startswith("o") and re.fullmatch(ORPHAN, path.partition("/")[0]):
             return
         if {before, kind} == {"added", "removed"}:
             changes[path] = "changed"
@@ -1836,22 +1849,25 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
 
 
 def changed_paths(old: Path, new: Path) -> dict[str, str]:
-    """The paths at which two read-only snapshots differ, by what btrfs itself says; times alone do not count.
+    """The paths at which two read-only snapshots differ, as btrfs itself sees it; changed times alone do not count.
 
     Returns:
         "added", "removed" or "changed" for each path.
+
+    Raises:
+        AshError: btrfs cannot compare them.
     """
-    import subprocess
+    with os.fdopen(os.memfd_create("send"), "rb") as stream:
+        try:
+            flags = BTRFS_SEND_FLAG_NO_FILE_DATA
+            ask_btrfs(new, BTRFS_IOC_SEND, SEND_ARGUMENTS.pack(stream.fileno(), 0, 0, subvolume_id(old), flags, 0))
+        except OSError as error:
+            raise AshError(f"cannot compare {old.name} with {new.name}: {error.strerror}") from error
+        return changes_in_stream(stream.read())
 
-    argv = ["btrfs", "send", "--quiet", "--no-data", "-p", str(old), str(new)]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, env=clean_environment(), check=False)
-    if done.returncode:
-        raise AshError(f"cannot compare {old.name} with {new.name}: {last_words(done.stderr.decode(errors='replace'))}")
-    return changes_in_stream(done.stdout)
 
-
-def tidy_views(layout: Layout) -> None:
-    """Delete the views that are left from an ash that was killed, unless some ash has one just now."""
+def delete_stale_views(layout: Layout) -> None:
+    """Delete the views of killed processes, unless some process is using a view now."""
     directory = layout.work("views")
     directory.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_lock(directory / "lock"), "r+b") as lock, contextlib.suppress(BlockingIOError):
@@ -1862,11 +1878,11 @@ def tidy_views(layout: Layout) -> None:
 
 @contextmanager
 def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
-    """A subvolume, or a read-only copy of it where it is writable, for as long as the block lasts."""
+    """The subvolume itself if it is read-only, otherwise a read-only snapshot of it for the duration of the block."""
     if Subvolume.at(path).readonly:
         yield path
         return
-    tidy_views(layout)
+    delete_stale_views(layout)
     with os.fdopen(open_lock(layout.work("views") / "lock"), "r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         view = layout.work("views") / f"view-{os.urandom(8).hex()}"
@@ -1878,15 +1894,15 @@ def readonly_view(layout: Layout, path: Path) -> Iterator[Path]:
 
 
 # From <linux/fs.h>: struct file_dedupe_range (offset, length, count) and one file_dedupe_range_info (descriptor,
-# offset, bytes, status). btrfs takes 16 MiB at a time.
+# offset, bytes, status). btrfs takes at most 16 MiB at a time.
 FIDEDUPERANGE = 0xC0189436
 DEDUPE = struct.Struct("=QQHHIqQQiI")
 DEDUPE_AT_ONCE = 16 << 20
-SMALLEST_SHARED = 4096  # smaller files lie in the tree itself
+SMALLEST_SHARED = 2049  # btrfs stores files of up to 2048 bytes in its metadata (max_inline): they have no blocks
 
 
 def share_file(source: Path, target: Path, size: int) -> int:
-    """Let a file use the blocks of another where their content is the same; returns the bytes that do."""
+    """Make a file share the blocks of another where their contents are equal. Returns the bytes shared."""
     done = 0
     with contextlib.suppress(OSError), source.open("rb") as old, target.open("rb") as new:
         while done < size:
@@ -1901,12 +1917,15 @@ def share_file(source: Path, target: Path, size: int) -> int:
 
 
 def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list[Path]]) -> int:
-    """Have what a snapshot's last change brought share the blocks of what others got. Returns the bytes saved.
+    """Make the files that a snapshot's last change wrote share blocks with equal files of other snapshots.
 
     Args:
-        layout: where it is.
-        number: of the snapshot.
-        known: the files of others by path and size, to which those of this one are added.
+        layout: where they are.
+        number: the snapshot.
+        known: the files of others by path and size; those of this one are added.
+
+    Returns:
+        The bytes saved.
     """
     saved = 0
     with readonly_view(layout, layout.rootfs(number)) as root:
@@ -5534,7 +5553,7 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
         except Exception as error:  # whatever is wrong there, it is not to hold up the others
             if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
                 in_the_way.append(error)
-    tidy_views(system.layout)
+    delete_stale_views(system.layout)
     with system.lock("deploy"):
         Deployments(system).recover()
     if in_the_way:

@@ -209,7 +209,7 @@ def test_a_lock_is_roots_alone_to_take(tmp_path: Path) -> None:
         with Lock(tmp_path / name, "it"):
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     layout = ash.Layout.at(tmp_path, "debian")
-    ash.tidy_views(layout)
+    ash.delete_stale_views(layout)
     assert stat.S_IMODE((layout.work("views") / "lock").stat().st_mode) == 0o600
 
 
