@@ -1310,7 +1310,7 @@ class Tree:
 
     def _node(self, snapshot: int) -> AnyNode:
         if snapshot not in self.nodes:
-            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+            raise AshError(f"snapshot {snapshot} does not exist", "ash tree lists the snapshots", MISSING)
         return self.nodes[snapshot]
 
     def branch(self, snapshot: int) -> list[int]:
@@ -4492,6 +4492,11 @@ class Menu:
         self.last_booted = last_booted
         self.deployments = dict(deployments or {})
 
+    @property
+    def last_good(self) -> str:
+        """The slot that counts as running on a disk that is not: the last booted, or the default if none was yet."""
+        return self.last_booted or self.default
+
     @classmethod
     def load(cls, path: Path) -> Menu:
         """The menu as its file has it; an empty one where there is none."""
@@ -4600,41 +4605,122 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def snapshot_of_slot(layout: Layout, slot: str) -> int:
+    """The number of the snapshot that a slot's deployment was made from.
+
+    Raises:
+        AshError: the slot has no valid number in it.
+    """
+    number = to_number(read_text(path_inside(layout.rootfs(slot), IN_ROOT_SNAP)))
+    if number is None:
+        raise AshError(f"slot {slot} does not say which snapshot it was made from", "ash deploy N replaces it")
+    return number
+
+
 class Deployments:
-    """The deployments on the disk and the menu that boots them; its methods need the lock for deploying."""
+    """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy".
+
+    Args:
+        layout: the paths.
+        menu: the boot menu; the methods keep it up to date.
+        uuid: of the root file system.
+        booted: the slot of the deployment that runs; None if none does.
+        describe: returns a snapshot's description.
+        ids_lock: protects the file of account ids.
+    """
 
     KEPT_MENUS = 5
-    CARRIED = "etc.ash-new"  # an /etc with what was carried, until it takes the place of a deployment's
+    CARRIED = "etc.ash-new"  # the merged /etc, beside a deployment's own until it replaces that
 
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.layout = system.layout
-        self.uuid = system.uuid
-        self.menu = Menu.load(self.layout.menu)
+    def __init__(
+        self,
+        layout: Layout,
+        menu: Menu,
+        uuid: str,
+        *,
+        booted: str | None,
+        describe: Callable[[int], str],
+        ids_lock: Lock,
+    ) -> None:
+        self.layout = layout
+        self.menu = menu
+        self.uuid = uuid
+        self.booted = booted
+        self.describe = describe
+        self.ids_lock = ids_lock
+
+    @property
+    def running(self) -> str:
+        """The slot whose /etc counts as the running one; empty if nothing is deployed."""
+        return self.booted or self.menu.last_good
+
+    # Recovery
 
     def recover(self) -> None:
-        """Tidy up after a deploy that was interrupted: the menu file decides, grub.cfg follows it."""
-        self.tidy_up()
+        """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
+        self._delete_unfinished()
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
         remove_tree(self.layout.work("deploy") / "intent")
 
-    def tidy_up(self) -> None:
-        """Delete deployments that were not finished, and an /etc that was not put in the place of a deployment's."""
+    def _delete_unfinished(self) -> None:
+        """Delete unfinished deployments, and merged /etcs that were not put in place."""
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             delete_subvolume(self.layout.rootfs(f"new-{slot}"))
             delete_subvolume(self.layout.etc(f"new-{slot}"))
             if os.path.lexists(carried := self.layout.rootfs(slot) / self.CARRIED):
                 remove_tree(carried)
 
-    def choose(self, secondary: bool) -> str:
-        """The first slot that is neither booted nor the newest good deployment."""
-        slots, booted = SECONDARY_SLOTS if secondary else SLOTS, self.system.booted
-        good = booted if booted in slots else self.menu.last_booted or self.menu.default
-        return next(slot for slot in slots if slot not in (booted, good))
+    # Deploying
 
-    def build(self, snapshot: int, slot: str, fresh_etc: bool) -> Deployment:
-        """Make the new deployment beside its slot, with the running /etc's changes, and find out how it boots."""
+    def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
+        """Deploy a snapshot into a free slot. Killed or cut anywhere, the machine boots.
+
+        Args:
+            snapshot: its number.
+            secondary: add an entry to the menu instead of changing the default.
+            fresh_etc: do not carry over changes from the running /etc.
+
+        Returns:
+            the deployment, and whether it is a new one: an up-to-date one is reused.
+        """
+        # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
+        # another deploy at worst.
+        state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
+        if not fresh_etc and (found := self._up_to_date(snapshot, state, secondary)):
+            return found, False
+        slot = self._free_slot(secondary)
+        try:
+            deployment = self._build(snapshot, slot, state, fresh_etc)
+        except BaseException:
+            self._delete_unfinished()
+            raise
+        self._swap_in(deployment, secondary)
+        return deployment, True
+
+    def _up_to_date(self, snapshot: int, state: str, secondary: bool) -> Deployment | None:
+        """The deployment of this state of the snapshot, made from this state of the running /etc.
+
+        Not one that was changed while it ran: it differs from its snapshot.
+        """
+        source = subvolume_id(self.layout.rootfs(snapshot))
+        for slot in SECONDARY_SLOTS if secondary else (self.menu.default,):
+            found = self.menu.deployments.get(slot)
+            if found is None or found.mutable or (found.snapshot, found.source) != (snapshot, source):
+                continue
+            was_changed = os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE))
+            if not was_changed and (slot == self.running or state == found.etc_state):
+                return found
+        return None
+
+    def _free_slot(self, secondary: bool) -> str:
+        """The first slot that is neither booted nor the newest one known to boot."""
+        slots = SECONDARY_SLOTS if secondary else SLOTS
+        good = self.booted if self.booted in slots else self.menu.last_good
+        return next(slot for slot in slots if slot not in (self.booted, good))
+
+    def _build(self, snapshot: int, slot: str, state: str, fresh_etc: bool) -> Deployment:
+        """Create the new deployment beside its slot, merge /etc into it, and determine how it boots."""
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
@@ -4655,18 +4741,48 @@ class Deployments:
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         name = os_release(new, "NAME") or layout.distro
         deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config, is_mutable(new))
-        return self._carry_etc(deployment, new / "etc", fresh_etc)
+        return self._carry_etc(deployment, new / "etc", state, fresh_etc) if self.running else deployment
 
-    @property
-    def running(self) -> str:
-        """The slot whose /etc is the running one; on another system's disk, the one that was booted last."""
-        booted = self.system.booted
-        return booted if isinstance(booted, str) else self.menu.last_booted or self.menu.default
+    def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
+        """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
+        layout, menu, slot = self.layout, self.menu, deployment.slot
+        target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
+        intent = layout.work("deploy") / "intent"
+        write_file(intent, f"{slot}\n")  # has the boot service check that menu and grub.cfg agree
+        sync_filesystem(layout.snapshots)
+        if self.booted and self.booted in menu.deployments:
+            menu.last_booted = self.booted
+        if menu.deployments.pop(slot, None) and menu.default:
+            if menu.default == slot:
+                menu.default = menu.last_booted or next(iter(menu.deployments), "")
+            if menu.default:
+                self.write_menu()
+        replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
+        if target.exists():
+            exchange(new, target)
+        else:
+            rename(new, target)
+        sync_filesystem(layout.snapshots)
+        if not secondary:
+            if not menu.last_booted:
+                menu.last_booted = menu.default
+            menu.default = slot
+        menu.deployments[slot] = deployment
+        self.write_menu()
+        delete_subvolume(new)
+        remove_tree(intent)
 
-    def merge_of(self, slot: str, target: Path, snapshot: int, which: int | str, root: Path) -> EtcMerge:
-        """The merge of a slot's changes of /etc into another /etc, that of the snapshot or slot `which`.
+    # The running /etc
 
-        `root` is a view of the slot's own, which nobody edits meanwhile.
+    def etc_merge(self, slot: str, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
+        """The merge of a slot's changes to /etc into another /etc.
+
+        Args:
+            slot: the slot.
+            root: a read-only snapshot of the slot's root.
+            target: the /etc to change.
+            snapshot: names the conflicts directory.
+            which: the snapshot or slot that `target` belongs to, for its fstab.
         """
         layout = self.layout
 
@@ -4676,26 +4792,22 @@ class Deployments:
         require_directories(root)
         return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
-    def _carry_etc(self, deployment: Deployment, target: Path, fresh: bool) -> Deployment:
-        """Carry the running /etc's changes over, and note in the deployment what came of it."""
+    def _carry_etc(self, deployment: Deployment, target: Path, state: str, fresh: bool) -> Deployment:
+        """Carry the running /etc's changes over into `target`. Returns the deployment with the result recorded."""
         running = self.running
-        if not running:
-            return deployment
         if not is_subvolume(self.layout.etc(running)):
             raise AshError(
-                f"nobody knows what was changed in the running /etc: {self.layout.etc(running).name} is gone",
+                f"cannot tell what was changed in the running /etc: {self.layout.etc(running).name} is missing",
                 "ash fsck --repair",
                 REFUSED,
             )
-        # A copy of it: who owns a directory in there must not put a link in the place of what root copies, and what is
-        # edited from now on counts as not carried yet.
+        # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
-            merge = self.merge_of(running, target, deployment.snapshot, deployment.slot, root)
-            with self.system.lock("state"):
-                numbers = AccountIds.load(self.layout.ids)
-                numbers.learn(merge.running)
-                write_file(self.layout.ids, numbers.dump())
-            state = etc_state(merge.running)
+            merge = self.etc_merge(running, root, target, deployment.snapshot, deployment.slot)
+            with self.ids_lock:
+                ids = AccountIds.load(self.layout.ids)
+                ids.learn(merge.running)
+                write_file(self.layout.ids, ids.dump())
             merge.merge(fresh)
         directory = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
@@ -4707,61 +4819,32 @@ class Deployments:
         )
 
     def carry(self) -> list[str]:
-        """Carry what was changed in the running /etc since the deployment for the next boot was made.
+        """Carry changes made to the running /etc since the next boot's deployment was made over into it.
 
         Returns:
-            the paths that were carried over now.
+            the paths that were carried over.
         """
         deployment, layout = self.menu.deployments.get(self.menu.default), self.layout
-        if deployment is None or deployment.etc_from not in (self.system.booted, None) or not deployment.etc_from:
+        if deployment is None or deployment.etc_from != self.booted:
             return []
-        running = layout.rootfs(deployment.etc_from) / "etc"
-        if etc_state(running) == deployment.etc_state:
+        state = etc_state(layout.rootfs(deployment.etc_from) / "etc")
+        if state == deployment.etc_state:
             return []
         etc = layout.rootfs(deployment.slot) / "etc"
         new = etc.with_name(self.CARRIED)
         remove_tree(new)
         run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
-        renewed = self._carry_etc(deployment, new, fresh=False)
+        carried = self._carry_etc(deployment, new, state, fresh=False)
         sync_filesystem(layout.snapshots)
         exchange(new, etc)
         remove_tree(new)
-        self.menu.deployments[deployment.slot] = renewed
+        self.menu.deployments[deployment.slot] = carried
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
-        return list(renewed.carried)
-
-    def apply_paths(self, deployment: Deployment, secondary: bool) -> None:
-        """Swap the new deployment into its slot; killed or cut anywhere, the machine boots."""
-        layout, slot = self.layout, deployment.slot
-        target, new = layout.rootfs(slot), layout.rootfs(f"new-{slot}")
-        intent = layout.work("deploy") / "intent"
-        write_file(intent, f"{slot}\n")  # has the boot service see to it that menu and grub.cfg agree
-        sync_filesystem(layout.snapshots)
-        if isinstance(self.system.booted, str) and self.system.booted in self.menu.deployments:
-            self.menu.last_booted = self.system.booted
-        if self.menu.deployments.pop(slot, None) and self.menu.default:
-            if self.menu.default == slot:
-                self.menu.default = self.menu.last_booted or next(iter(self.menu.deployments), "")
-            if self.menu.default:
-                self.write_menu()
-        replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
-        if target.exists():
-            exchange(new, target)
-        else:
-            rename(new, target)
-        sync_filesystem(layout.snapshots)
-        if not secondary:
-            if not self.menu.last_booted:
-                self.menu.last_booted = self.menu.default
-            self.menu.default = slot
-        self.menu.deployments[slot] = deployment
-        self.write_menu()
-        delete_subvolume(new)
-        remove_tree(intent)
+        return list(carried.carried)
 
     def rebase_drift(self, slot: str, saved: Path, but: Sequence[str]) -> None:
-        """Take the changes of a slot's /etc, as they are saved, as what it started with, but for some paths."""
+        """Move the slot's drift base forward to the saved /etc, except for these paths."""
         layout, new = self.layout, self.layout.etc(f"new-{slot}")
         delete_subvolume(new)
         snapshot_subvolume(layout.etc(slot), new)
@@ -4776,18 +4859,20 @@ class Deployments:
         set_readonly(new)
         replace_subvolume(new, layout.etc(slot))
 
+    # The menu
+
     def write_menu(self) -> None:
-        """Replace the menu file, then grub.cfg, atomically and with a full commit: GRUB replays no log.
+        """Replace the menu file, then grub.cfg; each atomically and with a full commit: GRUB does not replay the log.
 
         Raises:
-            Unfinished: the menu file is replaced, grub.cfg is not.
+            CommittedButUnfinished: the menu file was replaced, grub.cfg was not.
         """
         write_file(self.layout.menu, self.menu.dump())
         try:
             self._write_grub_cfg()
         except (AshError, OSError) as error:
-            what = f"it is decided what is booted, but this is not finished: {reason(error)}"
-            raise CommittedButUnfinished(what, "ash recover goes on with it") from error
+            what = f"the boot menu is changed, but grub.cfg is not written yet: {reason(error)}"
+            raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
     def _write_grub_cfg(self) -> None:
         grub_cfg = self.layout.grub_cfg
@@ -4800,24 +4885,24 @@ class Deployments:
         write_file(grub_cfg, self._rendered(), mode=0o600)
         sync_filesystem(self.layout.snapshots)
 
-    def renew(self, snapshot: int) -> list[str]:
-        """Run grub-mkconfig anew for the deployments of a snapshot. Returns their slots.
+    def renew_boot_config(self, snapshot: int) -> list[str]:
+        """Run grub-mkconfig again for all deployments of a snapshot. Returns their slots.
 
         Raises:
-            AshError: it is not deployed.
+            AshError: it is not deployed (REFUSED).
         """
         slots = [slot for slot, deployment in self.menu.deployments.items() if deployment.snapshot == snapshot]
         if not slots:
             raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
         for slot in slots:
-            others = Menu()  # none has the same inputs
-            inputs, config = boot_config(self.layout.rootfs(slot), others, self.layout.grub_cfg.parent)
+            # An empty menu, so that no configuration is reused.
+            inputs, config = boot_config(self.layout.rootfs(slot), Menu(), self.layout.grub_cfg.parent)
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
 
-    def rebuild(self) -> None:
-        """Add to the menu what it does not know, from the slots that are there and from what grub.cfg says of them.
+    def rebuild_menu(self) -> None:
+        """Add to the menu what is missing from it, from the existing slots and the entries in grub.cfg.
 
         Raises:
             AshError: nothing can be booted.
@@ -4829,30 +4914,29 @@ class Deployments:
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             if slot not in self.menu.deployments and (self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file():
                 with contextlib.suppress(AshError):  # it cannot be booted
-                    self.menu.deployments[slot] = self._found(slot, ids.get(slot) or os.urandom(8).hex())
-        booted, last = self.system.booted, self.menu.last_booted
-        wanted = (named.get("default"), booted, last, named.get("fallback"), *SLOTS, *SECONDARY_SLOTS)
-        there = [slot for slot in wanted if isinstance(slot, str) and slot in self.menu.deployments]
+                    self.menu.deployments[slot] = self._deployment_in(slot, ids.get(slot) or os.urandom(8).hex())
+        before = (self.booted, self.menu.last_booted, named.get("fallback"))
+        wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
+        there = [slot for slot in wanted if slot and slot in self.menu.deployments]
         if not there:
             raise AshError("nothing is deployed", "ash deploy N")
         self.menu.default = there[0]
-        before = (booted, last, named.get("fallback"))
-        self.menu.last_booted = next((slot for slot in before if slot in there and isinstance(slot, str)), there[0])
+        self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
         self.write_menu()
 
-    def _found(self, slot: str, ident: str) -> Deployment:
-        """What the menu should know of a slot; of which state of its snapshot it was made, nobody knows any more."""
+    def _deployment_in(self, slot: str, ident: str) -> Deployment:
+        """The menu's record of an existing slot, without the subvolume id of its snapshot, which is lost."""
         root = self.layout.rootfs(slot)
         inputs, config = boot_config(root, self.menu, self.layout.grub_cfg.parent)
         name = os_release(root, "NAME") or self.layout.distro
-        return Deployment(slot, ident, self.system.snapshot_of(slot), 0, name, inputs, config, is_mutable(root))
+        return Deployment(slot, ident, snapshot_of_slot(self.layout, slot), 0, name, inputs, config, is_mutable(root))
 
-    def is_written(self) -> bool:
-        """Whether grub.cfg is what the menu file says, but for descriptions that were changed since."""
+    def is_grub_cfg_current(self) -> bool:
+        """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since."""
         return without_titles(self._grub_cfg()) == without_titles(self._rendered())
 
     def _rendered(self) -> str:
-        return self.menu.render(self.layout, self.uuid, self.system.describe)
+        return self.menu.render(self.layout, self.uuid, self.describe)
 
     def _grub_cfg(self) -> str:
         return read_text(self.layout.grub_cfg)
@@ -4864,31 +4948,31 @@ class Deployments:
 
 
 def require_root(doing: str) -> None:
-    """Raise AshError where ash does not run as root."""
+    """Raise AshError unless ash runs as root."""
     if os.geteuid() != 0:
         raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
 
 
 def is_in_chroot() -> bool:
-    """Whether this process's root is not the one that the system was started with."""
+    """Whether this process's root directory is not that of process 1."""
     try:
         ours, first = os.stat("/"), os.stat("/proc/1/root/")
-    except PermissionError:  # a chroot into a directory has no mount at its root
+    except PermissionError:  # not root. In a chroot into a plain directory, nothing is mounted on "/".
         if not any(m.target == "/" for m in mounts()):
             return True
-        return os.environ.get("container") == "ash"  # noqa: SIM112 (so it is spelled)
+        return os.environ.get("container") == "ash"  # noqa: SIM112 (systemd spells it in lower case)
     except OSError:
-        return True  # no /proc: nobody starts a system so
+        return True  # no /proc: not a system that was booted
     return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
 
 
 class System:
-    """A distribution that ash manages: the running one, or one on a mounted disk or image.
+    """A distribution that ash manages: the running one, or one on a mounted disk or a disk image.
 
     Args:
         layout: its paths.
-        distro: its module.
-        running: whether it is what runs here.
+        distro: its distribution module.
+        running: whether it is the running one.
         wait: seconds to wait for a lock.
     """
 
@@ -4897,15 +4981,15 @@ class System:
         self.distro = distro
         self.running = running
         self.wait = wait
-        self.caller: Mapping[str, Any] | None = None  # for the history
-        self.done: list[Change] = []  # what was committed
+        self.caller: Mapping[str, Any] | None = None  # recorded in the history
+        self.done: list[Change] = []  # committed changes
 
     @classmethod
     def open(cls, args: argparse.Namespace, changes: bool) -> System:
-        """The system that the command line names.
+        """The system that the command line selects.
 
         Raises:
-            AshError: there is none, or it needs root.
+            AshError: there is none (MISSING), or this needs root (REFUSED).
         """
         if args.root is None and args.image is None:
             return cls._running(args, changes)
@@ -4913,27 +4997,27 @@ class System:
         private_mounts()
         if args.image is not None:
             if not args.image.is_file():
-                raise AshError(f"{args.image} is no file", "", MISSING)
+                raise AshError(f"{args.image} is not a regular file", "", MISSING)
             with ExitStack() as stack:
                 top, _ = attach_disk(stack, args.image)
         else:
             if not args.root.is_dir():
-                raise AshError(f"{args.root} is no directory", "mount the root partition there", MISSING)
+                raise AshError(f"{args.root} is not a directory", "mount the root partition there", MISSING)
             found = mount_of(args.root)
             if found.kind != "btrfs":
                 raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
-            # What its user has mounted read-only stays so: a second, writable mount would make the first one so too.
+            # A second, writable mount would also make the user's read-only mount writable.
             top = mount_top(device_of(args.root), is_readonly(args.root))
         return cls._at(top, args)
 
     @classmethod
     def _running(cls, args: argparse.Namespace, changes: bool) -> System:
         if is_in_chroot() and not args.chroot:
-            raise AshError("ash must not be run inside a chroot", "--chroot does it all the same", REFUSED)
+            raise AshError("ash must not be run inside a chroot", "--chroot overrides this", REFUSED)
         snapshots = Path("/.snapshots")
         root = next((m for m in reversed(mounts()) if m.target == "/"), None)
         if root is None or root.kind != "btrfs" or not (snapshots / "ash/fstree").exists():
-            raise AshError("this system is not managed by ash", "--root DIR or --image FILE names one that is", MISSING)
+            raise AshError("this system is not managed by ash", "select one with --root DIR or --image FILE", MISSING)
         ident = read_distro(snapshots / "ash/distro")
         if not changes:
             return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
@@ -4946,9 +5030,9 @@ class System:
     def _at(cls, top: Path, args: argparse.Namespace) -> System:
         there = sorted(path.name.removeprefix("@.snapshots_") for path in top.glob("@.snapshots_*"))
         if args.distro is None and len(there) > 1:
-            raise AshError(f"several distributions are there: {', '.join(there)}", "--distro ID names one", USAGE)
+            raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
         if not there or (args.distro or there[0]) not in there:
-            raise AshError(f"no {args.distro or 'system'} that ash manages is there", "", MISSING)
+            raise AshError(f"there is no {args.distro or 'system'} managed by ash", "", MISSING)
         layout = Layout.at(top, args.distro or there[0])
         return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=args.wait)
 
@@ -4959,84 +5043,108 @@ class System:
         """The UUID of the root file system."""
         uuid = read_text(self.layout.part).strip()
         if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
-            raise AshError(f"{self.layout.part} is damaged: it should have the UUID of the root partition", "blkid")
+            raise AshError(f"{self.layout.part} must contain the UUID of the root file system", "blkid")
         return uuid
 
     def configuration(self) -> Configuration:
-        """What the running /etc/ash.conf says; of another system, that of the slot that was booted last."""
+        """The running system's /etc/ash.conf; for a disk that is not running, that of the slot that counts as such."""
         path = Path("/etc/ash.conf")
         if not self.running:
-            menu = Menu.load(self.layout.menu)
-            path = path_inside(self.layout.rootfs(menu.last_booted or menu.default or BASE), "etc/ash.conf")
+            path = path_inside(self.layout.rootfs(self.menu().last_good or BASE), "etc/ash.conf")
         return Configuration.parse(read_text(path))
 
     def tree(self) -> Tree:
-        """The tree as it is now."""
+        """The tree, read from disk."""
         return Tree.parse(read_text(self.layout.tree))
+
+    def menu(self) -> Menu:
+        """The boot menu, read from disk."""
+        return Menu.load(self.layout.menu)
+
+    def deployments(self) -> Deployments:
+        """The deployments, with the menu read from disk."""
+        return Deployments(
+            self.layout,
+            self.menu(),
+            self.uuid,
+            booted=self.booted_slot,
+            describe=self.describe,
+            ids_lock=self.lock("state"),
+        )
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
         return " ".join(read_bytes(self.layout.description(snapshot)).decode("utf-8", "replace").split())
 
     @property
-    def booted(self) -> int | str | None:
-        """What runs: a slot's name, the number of a snapshot that was booted directly, or None."""
+    def booted_slot(self) -> str | None:
+        """The slot of the running deployment; None if none runs."""
         if not self.running:
             return None
-        booted = next(m.subvolume for m in reversed(mounts()) if m.target == "/")
-        for slot in (*SLOTS, *SECONDARY_SLOTS):
-            if self._has_id(self.layout.rootfs(slot), booted):
-                return slot
-        return next((n for n in self.tree().numbers() if self._has_id(self.layout.rootfs(n), booted)), None)
+        root = self._root_id()
+        return next((slot for slot in (*SLOTS, *SECONDARY_SLOTS) if self._has_id(slot, root)), None)
 
-    def running_slot(self) -> str:
-        """The slot of the deployment that runs; AshError (REFUSED) where none does, as --live wants one."""
-        booted = self.booted
-        if not isinstance(booted, str):
-            raise AshError("no deployment runs here that could be changed", "leave out --live", REFUSED)
-        return booted
+    @property
+    def booted(self) -> int | str | None:
+        """What runs: a slot, the number of a snapshot that was booted directly, or None."""
+        slot = self.booted_slot
+        if slot or not self.running:
+            return slot
+        root = self._root_id()
+        return next((number for number in self.tree().numbers() if self._has_id(number, root)), None)
 
     @staticmethod
-    def _has_id(path: Path, ident: int | None) -> bool:
+    def _root_id() -> int | None:
+        """The id of the subvolume that is mounted as "/"."""
+        return next(m.subvolume for m in reversed(mounts()) if m.target == "/")
+
+    def _has_id(self, which: int | str, ident: int | None) -> bool:
         try:
-            return subvolume_id(path) == ident
+            return subvolume_id(self.layout.rootfs(which)) == ident
         except OSError:
             return False
 
+    def last_booted_slot(self) -> str:
+        """The booted slot; on a disk that is not running, the last one booted. Empty if there is none."""
+        return self.booted_slot or ("" if self.running else self.menu().last_booted)
+
+    def running_slot(self) -> str:
+        """The booted slot, for --live; raises AshError (REFUSED) if no deployment runs."""
+        slot = self.booted_slot
+        if slot is None:
+            raise AshError("no deployment of this system is running", "leave out --live", REFUSED)
+        return slot
+
     def snapshot_of(self, which: int | str) -> int:
         """The number of a snapshot, or of the one that a slot's deployment was made from."""
-        if isinstance(which, int):
-            return which
-        number = to_number(read_text(path_inside(self.layout.rootfs(which), IN_ROOT_SNAP)))
-        if number is None:
-            raise AshError(f"slot {which} does not say which snapshot it was made from", "deploy one into it")
-        return number
+        return which if isinstance(which, int) else snapshot_of_slot(self.layout, which)
 
     @property
     def current(self) -> int | None:
-        """The booted snapshot's number; None where nothing of this system runs."""
+        """The number of the booted snapshot; None if this system is not running."""
         booted = self.booted
         return None if booted is None else self.snapshot_of(booted)
 
-    # What may be done
+    # Checks
 
     def require(self, snapshot: int) -> None:
-        """Raise AshError where there is no such snapshot."""
+        """Raise AshError (MISSING) unless a snapshot exists."""
         if snapshot not in self.tree():
-            raise AshError(f"snapshot {snapshot} does not exist", "ash tree shows what there is", MISSING)
+            raise AshError(f"snapshot {snapshot} does not exist", "ash tree lists the snapshots", MISSING)
 
     def require_changeable(self, snapshot: int, base: bool = False) -> None:
-        """Raise AshError where a snapshot must not be changed: one that runs as it is, and unless allowed the base."""
+        """Raise AshError unless a snapshot exists and may be changed: not a mounted one, the base only with `base`."""
         self.require(snapshot)
         if snapshot == BASE and not base:
-            raise AshError("snapshot 0 is the base: it is not changed", "ash clone 0 makes a copy that can be", REFUSED)
+            raise AshError("snapshot 0 is the base: it cannot be changed", "change a copy: ash clone 0", REFUSED)
         if subvolume_id(self.layout.rootfs(snapshot)) in subvolumes_in_use():
-            raise AshError(f"snapshot {snapshot} is in use: it runs as it is", "ash clone it, change the copy", REFUSED)
+            hint = f"change a copy: ash clone {snapshot}"
+            raise AshError(f"snapshot {snapshot} is mounted: it cannot be changed", hint, REFUSED)
 
     # Changing
 
     def lock(self, name: int | str) -> Lock:
-        """The lock of a snapshot (by number), or one of the global ones: deploy, state."""
+        """The lock of a snapshot (by number), or a global one: "deploy", "live", "state", "auto-upgrade"."""
         if name == "state":
             return state_lock(self.layout, self.wait)
         what = f"snapshot {name}" if isinstance(name, int) else f"{name} of {self.layout.distro}"
@@ -5047,37 +5155,43 @@ class System:
         return WorkDir(self, snapshot)
 
     @contextmanager
+    def deploying(self) -> Iterator[Deployments]:
+        """The deployments, with the lock "deploy" held in the block."""
+        with self.lock("deploy"):
+            yield self.deployments()
+
+    @contextmanager
     def editing_tree(self) -> Iterator[Tree]:
-        """The tree, to be changed in the block and then written; nobody else changes it meanwhile."""
+        """The tree, with the lock "state" held; written to disk when the block ends without an error."""
         with self.lock("state"):
             tree = self.tree()
             yield tree
             write_file(self.layout.tree, tree.dump())
 
     def new_number(self) -> int:
-        """A number that was never given, on the disk before it is used."""
+        """A snapshot number that was never used before; recorded on disk before it is returned."""
         with self.lock("state"):
             last = to_number(read_text(self.layout.last)) if self.layout.last.exists() else 0
             if last is None:
-                raise AshError(f"{self.layout.last} is damaged: it has no number", "ash fsck --repair mends it")
+                raise AshError(f"{self.layout.last} does not contain a number", "ash fsck --repair")
             names = [path.name.removeprefix("snapshot-") for path in (self.layout.snapshots / "rootfs").iterdir()]
             number = max(last, *self.tree().numbers(), *(to_number(name) or 0 for name in names)) + 1
             if not is_u32(number):
-                raise AshError("no number is left for a new snapshot", f"{self.layout.last} has the last one given")
+                raise AshError("no snapshot numbers are left", f"the last one used is in {self.layout.last}")
             write_file(self.layout.last, f"{number}\n")
         return number
 
     def free_reserve(self) -> None:
-        """Give up the space that is kept for commands that free some."""
+        """Release the emergency reserve."""
         self.layout.reserve.unlink(missing_ok=True)
         sync_filesystem(self.layout.snapshots)
 
     def with_reserve(self, work: Callable[[], Result], *, once: bool = False) -> Result:
-        """Do what frees space, or takes a change back: on a full disk, with the space that is kept for that.
+        """Run `work`; on ENOSPC release the emergency reserve and retry once.
 
         Args:
-            work: does it.
-            once: it must not be done again where it is done, and not finished.
+            work: frees space, or undoes a change.
+            once: do not retry after CommittedButUnfinished.
         """
         try:
             return work()
@@ -5088,17 +5202,17 @@ class System:
         return work()
 
     def keep_reserve(self) -> None:
-        """Keep some space, where there is enough of it, for commands that free some on a full disk."""
+        """Create the emergency reserve, for commands that free space on a full disk, if there is enough space now."""
         reserve, attributes = self.layout.reserve, RESERVE_OF_TREES // ATTRIBUTE
-        is_whole = size_of(reserve) == RESERVE and len(os.listxattr(reserve)) == attributes
-        if free_space(self.layout.snapshots) > SPACE_FLOOR and not is_whole:
+        is_complete = size_of(reserve) == RESERVE and len(os.listxattr(reserve)) == attributes
+        if free_space(self.layout.snapshots) > SPACE_FLOOR and not is_complete:
             with contextlib.suppress(OSError):
-                reserve.write_bytes(os.urandom(RESERVE))  # nothing that could be compressed
+                reserve.write_bytes(os.urandom(RESERVE))  # incompressible
                 for number in range(attributes):
                     os.setxattr(reserve, f"user.{number}", bytes(ATTRIBUTE))
 
     def history(self) -> list[dict[str, Any]]:
-        """What was done, oldest first; a line that a crash has torn is left out."""
+        """The entries of the history, oldest first; a line cut short by a crash is skipped."""
         entries = []
         for line in lines_of(read_text(self.layout.history)):
             with contextlib.suppress(ValueError):
@@ -5118,7 +5232,7 @@ def is_used(path: Path, in_use: Container[int]) -> bool:
 
 def require_replaceable(system: System, snapshots: Sequence[int], so: str) -> None:
     """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
-    menu = Menu.load(system.layout.menu)
+    menu = system.menu()
     deployed = {deployment.snapshot for deployment in menu.deployments.values()}
     in_use = subvolumes_in_use()
     for number in snapshots:
@@ -5352,28 +5466,28 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Live changes: the running deployment is changed too
+# Live changes: changes to the running deployment
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class LiveWorkDir(WorkDir):
-    """The work directory of a live change; it also keeps the running deployment as it was before.
+    """The work directory of a live change; it also has a snapshot of the running deployment as it was before.
 
     Args:
-        system: the running one.
-        snapshot: the one that the running deployment was made from; only directories of conflicts are named by it.
+        system: the running system.
+        snapshot: the one that the running deployment was made from; it only names conflicts directories.
     """
 
     def __init__(self, system: System, snapshot: int = BASE) -> None:
         super().__init__(system, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
-        """Put back what was put in place, where that was interrupted; nobody deploys meanwhile."""
+        """Roll back an interrupted change."""
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
-            self.put_back(drop_kept)
+            self.roll_back(drop_kept)
 
-    def put_back(self, drop_kept: bool = False) -> None:
-        """The same by who has the lock for deploying, or has put nothing in place."""
+    def roll_back(self, drop_kept: bool = False) -> None:
+        """recover() for callers that hold the lock "deploy", or have applied nothing."""
         intent = None
         try:
             intent = Intent.load(self.directory)
@@ -5383,16 +5497,16 @@ class LiveWorkDir(WorkDir):
         if intent is not None and intent.state == "live":
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
-                self.put(intent.slot, self.root, self.before)
-            self._tidy_var(intent.entries)
-            self.conclude(intent)
+                self.apply(intent.slot, self.root, self.before)
+            self._delete_unfinished_in_var(intent.entries)
+            self.mark_done(intent)
         self.drop()
 
-    def _tidy_var(self, entries: Iterable[str]) -> None:
-        """Delete what was being written to /var when the merge ended, which is not gone on with."""
+    def _delete_unfinished_in_var(self, entries: Iterable[str]) -> None:
+        """Delete the temporary copies of an interrupted /var merge, which a rollback does not resume."""
         try:
             beside = VarMerge.beside(from_json(read_text(self.decisions), self.DECISIONS)["token"])
-        except ValueError:  # nothing was decided yet
+        except ValueError:  # the merge had not begun
             return
         with nosymfollow(self.layout.var):
             for entry in (self.layout.var / inside for inside in entries):
@@ -5401,15 +5515,15 @@ class LiveWorkDir(WorkDir):
                     remove_tree(path)
 
     def deploy_lock(self) -> Lock:
-        """The lock for deploying, for which a change of the running deployment waits."""
+        """The lock "deploy"; a live change waits for it."""
         return Lock(self.layout.work("deploy") / "lock", "deploying", wait=600)
 
-    def conclude(self, intent: Intent) -> None:
-        """Note that all is in place, so that nobody puts anything back while the rest is dropped."""
+    def mark_done(self, intent: Intent) -> None:
+        """Record that the slot is consistent: from now on an interruption only drops the leftovers."""
         intent._replace(state="open").save(self.directory)
 
     def paths(self) -> set[str]:
-        """What is put in place of the changed paths: not /etc, which others change meanwhile, and no kernel."""
+        """The changed paths that are applied: not /etc, which is merged, and no kernels with their modules."""
         changed = changed_paths(self.before, self.root)
         kernels = {found[1] for path in changed if (found := re.fullmatch(KERNEL, path))}
         elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
@@ -5418,9 +5532,9 @@ class LiveWorkDir(WorkDir):
         return paths | {path for path in below if not path.startswith(elsewhere)}
 
     def _others_below(self, paths: Iterable[str], root: Path) -> set[str]:
-        """What lies in directories of a root and is not the same file before and after.
+        """The paths below some directories of a root that are not the same file before and after.
 
-        Of a directory that comes, goes or moves, btrfs names the directory and not all that goes along with it.
+        When a directory is added, deleted or moved, btrfs reports the directory, not its contents.
         """
         inside = {
             f"{path}/{name}"
@@ -5430,8 +5544,8 @@ class LiveWorkDir(WorkDir):
         }
         return {path for path in inside if not is_untouched(path, self.before, self.root)}
 
-    def put(self, slot: str, old: Path, new: Path) -> EtcMerge:
-        """Lead a slot from one state to another. Returns what was done to /etc: what others changed is as it was."""
+    def apply(self, slot: str, old: Path, new: Path) -> EtcMerge:
+        """Apply old to new in a slot. Returns the /etc merge; files changed meanwhile are kept."""
         layout, root = self.layout, self.layout.rootfs(slot)
         origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
         delete_subvolume(beside)
@@ -5440,7 +5554,7 @@ class LiveWorkDir(WorkDir):
         merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
         with nosymfollow(root), nosymfollow(beside):
             apply_paths(self.paths(), new, root)
-            merge(target=beside, keeps=False).merge()  # so that this does not count as drift
+            merge(target=beside, keeps=False).merge()  # the drift base, so that this change is not drift
             running = merge(target=root / "etc")
             running.merge()
         set_readonly(beside)
@@ -5450,10 +5564,10 @@ class LiveWorkDir(WorkDir):
 
 
 class LiveTransaction(Transaction):
-    """A change of the running deployment: made in a copy of it, then put in place; put back where that fails.
+    """A change to the running deployment: made in a snapshot of it, then applied live; rolled back on failure.
 
     Raises (on entering):
-        AshError: no deployment runs, another change of it is under way, or too little space.
+        AshError: no deployment is running, another live change is in progress, or there is too little space.
     """
 
     place: LiveWorkDir
@@ -5474,10 +5588,10 @@ class LiveTransaction(Transaction):
 
     def _commit(self) -> None:
         with ExitStack() as stack:
-            self._put_in_place(stack)
+            self._apply_live(stack)
 
-    def _put_in_place(self, stack: ExitStack) -> None:
-        """Put it in place, with the lock for deploying, which is held until all is well again."""
+    def _apply_live(self, stack: ExitStack) -> None:
+        """Apply the change, or roll it back. The stack holds the lock "deploy" until either is done."""
         place, services = self.place, Services(self.live, self.system.running)
         try:
             found = self._conclude()
@@ -5494,20 +5608,20 @@ class LiveTransaction(Transaction):
             intent.save(place.directory)
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
-            etc = place.put(self.slot, place.before, self.root)
+            etc = place.apply(self.slot, place.before, self.root)
             merge = place.merge_into_var(intent)
             services.start(found.paths)
             if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
             sync_filesystem(self.layout.snapshots)
-            place.conclude(intent)
+            place.mark_done(intent)
         except BaseException as error:
-            place.put_back()
+            place.roll_back()
             services.put_back()
-            done = f"what {listed(self.live.started)} did meanwhile is not undone" if self.live.started else ""
+            done = f"the effects of starting {listed(self.live.started)} are not undone" if self.live.started else ""
             if done and isinstance(error, AshError):
                 raise AshError(f"{error.message}; {done}", error.hint, error.status) from error
-            if done:  # Ctrl-C, for one, has no words of its own
+            if done:  # such as KeyboardInterrupt, which has no message
                 console.say(f"ash: {done}")
             raise
         self.live.changed = bool(found.directories - {"boot"})
@@ -5523,8 +5637,8 @@ class LiveTransaction(Transaction):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def put_back_live(system: System) -> None:
-    """Put back what an interrupted change has put into the running deployment: nobody is to take that for drift."""
+def roll_back_live(system: System) -> None:
+    """Roll back an interrupted live change, so that it is not mistaken for drift."""
     place = LiveWorkDir(system)
     if state_of_work(place.directory) == "live" and not is_held(place.directory / "lock"):
         with system.lock("live"):
@@ -5532,16 +5646,20 @@ def put_back_live(system: System) -> None:
 
 
 def recover_all(system: System, drop_kept: bool) -> list[int | str]:
-    """Finish or undo what was interrupted anywhere, but where an ash still works.
+    """Finish or undo everything that was interrupted, except where an ash is still at work.
+
+    Args:
+        system: the system.
+        drop_kept: also drop work that was kept after a hang-up.
 
     Returns:
-        the snapshots, and "live" where the running deployment is as it was before a change of it.
+        the recovered snapshots, and "live" if a live change was rolled back.
 
     Raises:
-        AshError: not all of it could be done; what else there was is done.
+        AshError: some of it could not be recovered; the rest was.
     """
-    found: list[int | str] = []
-    in_the_way: list[Exception] = []
+    recovered: list[int | str] = []
+    errors: list[Exception] = []
     places = [system.workdir(number) for number in numbered(system.layout.work(""), "")]
     for place in (LiveWorkDir(system), *places):
         if not place.leftovers() or (not drop_kept and state_of_work(place.directory) == "kept"):
@@ -5549,96 +5667,72 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
         try:
             with system.lock(place.name):
                 place.recover(system.tree(), drop_kept)
-            found.append(place.name)
-        except Exception as error:  # whatever is wrong there, it is not to hold up the others
-            if not isinstance(error, AshError) or error.status != LOCKED:  # at work: nothing is wrong
-                in_the_way.append(error)
+            recovered.append(place.name)
+        except Exception as error:  # of any kind: the other snapshots must be recovered all the same
+            if not isinstance(error, AshError) or error.status != LOCKED:  # locked: an ash is at work
+                errors.append(error)
     delete_stale_views(system.layout)
-    with system.lock("deploy"):
-        Deployments(system).recover()
-    if in_the_way:
-        for other in in_the_way[1:]:
+    with system.deploying() as deployments:
+        deployments.recover()
+    if errors:
+        for other in errors[1:]:
             console.say(one_line(f"ash: {reason(other)}"))
-        raise in_the_way[0]
-    return found
-
-
-def already_deployed(system: System, slots: Deployments, snapshot: int, secondary: bool) -> Deployment | None:
-    """The deployment that a deploy would make anew: of the same snapshot, and from the same running /etc.
-
-    One that was changed as it ran is none: it has what its snapshot does not have.
-    """
-    source = subvolume_id(system.layout.rootfs(snapshot))
-    for slot in SECONDARY_SLOTS if secondary else (slots.menu.default,):
-        there = slots.menu.deployments.get(slot)
-        if there and os.path.lexists(place_inside(system.layout.rootfs(slot), IN_ROOT_LIVE)):
-            continue
-        if there and not there.mutable and (there.snapshot, there.source) == (snapshot, source):
-            running = slots.running
-            if running == slot or etc_state(system.layout.rootfs(running) / "etc") == there.etc_state:
-                return there
-    return None
+        raise errors[0]
+    return recovered
 
 
 def deploy_snapshot(
     system: System, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False
 ) -> tuple[Deployment, bool]:
-    """Have a snapshot booted from the next start on (or make one more menu entry for it).
+    """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
     Args:
+        system: the system.
         snapshot: its number.
-        secondary: make one more entry in the menu, not the default.
-        fresh_etc: leave the running /etc's changes behind.
+        secondary: add a menu entry instead of changing the default.
+        fresh_etc: do not carry over changes from the running /etc.
 
     Returns:
-        the deployment, and whether anything had to be done.
+        the deployment, and whether it is a new one: an up-to-date one is reused.
     """
     system.require(snapshot)
-    put_back_live(system)
-    with system.lock("deploy"):
+    roll_back_live(system)
+    with system.deploying() as deployments:
         system.require(snapshot)
-        slots = Deployments(system)
-        slots.recover()
-        there = already_deployed(system, slots, snapshot, secondary)
-        if there and not fresh_etc:
-            return there, False
-        slot = slots.choose(secondary)
-        try:
-            deployment = slots.build(snapshot, slot, fresh_etc)
-        except BaseException:
-            slots.tidy_up()
-            raise
-        slots.apply_paths(deployment, secondary)
-    return deployment, True
+        deployments.recover()
+        return deployments.deploy(snapshot, secondary=secondary, fresh_etc=fresh_etc)
 
 
 def save_drift(system: System) -> tuple[Change, EtcMerge]:
-    """Save the running /etc's changes into the booted snapshot, but for fstab's own lines and the identity.
+    """Save the running /etc's changes into the booted snapshot, except ash's fstab lines and the machine's identity.
 
     Raises:
-        AshError: the base runs, or a snapshot that was booted directly (REFUSED).
+        AshError: the base is booted, or no deployment is (REFUSED).
     """
-    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
-    if not isinstance(slot, str) or not slot:
-        raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, restart", REFUSED)
+    slot = system.last_booted_slot()
+    if not slot:
+        raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, reboot", REFUSED)
     number = system.snapshot_of(slot)
-    put_back_live(system)
+    roll_back_live(system)
     with ExitStack() as stack:
-        with Transaction(system, number) as work:  # first, as whoever wants both locks takes them
-            stack.enter_context(system.lock("deploy"))
-            slots = Deployments(system)
-            # What is edited meanwhile is neither saved nor forgotten.
+        with Transaction(system, number) as work:  # before the lock "deploy", like all that take both
+            deployments = stack.enter_context(system.deploying())
+            # Later edits are neither saved nor dropped from the drift.
             running = stack.enter_context(readonly_view(system.layout, system.layout.rootfs(slot)))
-            merge = slots.merge_of(slot, work.root / "etc", number, number, running)
+            merge = deployments.etc_merge(slot, running, work.root / "etc", number, number)
             merge.identity = False
             merge.merge()
-        slots.rebase_drift(slot, merge.running, merge.in_conflict)
+        deployments.rebase_drift(slot, merge.running, merge.in_conflict)
     return work.change, merge
 
 
 def running_drift(system: System) -> tuple[str, dict[str, str]]:
-    """The slot whose /etc is the running one, and what was changed in it."""
-    slot = Deployments(system).running
+    """The slot whose /etc counts as the running one, and what was changed in it.
+
+    Raises:
+        AshError: nothing is deployed, or it is unknown what the /etc was before (REFUSED).
+    """
+    slot = system.booted_slot or system.menu().last_good
     if not slot or not system.layout.etc(slot).exists():
         raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
     require_directories(system.layout.rootfs(slot))
@@ -5823,7 +5917,7 @@ def tree_columns(system: System, number: int) -> dict[str, Any]:
 
 
 def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
-    tree, menu, current = system.tree(), Menu.load(system.layout.menu), system.current
+    tree, menu, current = system.tree(), system.menu(), system.current
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
 
     rows: list[dict[str, Any]] = [
@@ -6000,7 +6094,7 @@ def cmd_log(system: System, args: argparse.Namespace) -> Reply:
 def cmd_del(system: System, args: argparse.Namespace) -> Reply:
     snapshots = args.snapshots
     if not snapshots:
-        raise AshError("which snapshot? del wants a number", "ash tree shows what there is", USAGE)
+        raise AshError("which snapshot? del wants a number", "ash tree lists the snapshots", USAGE)
     doomed = numbers_to_delete(system, snapshots, args.nuke)
     require_replaceable(system, doomed, "not deleted")
     names = ", ".join(map(str, doomed))
@@ -6080,9 +6174,9 @@ def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
 def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
     if args.dry_run:
         return would("carry changes of the running /etc over to the deployment for the next boot")
-    put_back_live(system)
-    with system.lock("deploy"):
-        carried = Deployments(system).carry()
+    roll_back_live(system)
+    with system.deploying() as deployments:
+        carried = deployments.carry()
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
     return Reply({"changed": bool(carried), "carried": carried}, text)
 
@@ -6128,10 +6222,9 @@ def cmd_boot(system: System, args: argparse.Namespace) -> Reply:
     system.require(number)
     if args.dry_run:
         return would(f"renew the boot configuration of snapshot {number}")
-    with step(f"renewing the boot configuration of snapshot {number}"), system.lock("deploy"):
-        slots = Deployments(system)
-        slots.recover()
-        renewed = slots.renew(number)
+    with step(f"renewing the boot configuration of snapshot {number}"), system.deploying() as deployments:
+        deployments.recover()
+        renewed = deployments.renew_boot_config(number)
     return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
 
 
@@ -6140,7 +6233,7 @@ def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deploy
     try:
         return deploy_snapshot(system, number)
     finally:  # whatever came after that was decided, Ctrl-C too
-        menu = Menu.load(system.layout.menu)
+        menu = system.menu()
         there = menu.deployments.get(menu.default)
         if there and (there.snapshot, there.source) == (number, subvolume_id(system.layout.rootfs(number))):
             undo.pop_all()
@@ -6149,7 +6242,7 @@ def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deploy
 def keep_deployment(system: System, slot: str, description: str) -> int:
     """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
     layout = system.layout
-    put_back_live(system)
+    roll_back_live(system)
     with system.lock("deploy"), ExitStack() as stack:
         copy = layout.rootfs(f"new-{slot}")
         delete_subvolume(copy)
@@ -6164,8 +6257,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
 
 
 def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
-    slot = system.booted if system.running else Menu.load(system.layout.menu).last_booted
-    if not isinstance(slot, str) or not slot:
+    slot = system.last_booted_slot()
+    if not slot:
         raise AshError(
             "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
         )
@@ -6871,7 +6964,7 @@ def leading_numbers(given: Sequence[str]) -> list[int]:
             break
         number = to_number(word)
         if number is None:
-            raise AshError("no snapshot has a number so large", "ash tree shows what there is", MISSING)
+            raise AshError("no snapshot has a number so large", "ash tree lists the snapshots", MISSING)
         numbers.append(number)
     return numbers
 
@@ -7807,26 +7900,25 @@ class Repairer:
 
     def finish_deploy(self) -> None:
         """Tidy up after a deploy that was interrupted."""
-        with self.system.lock("deploy"):
-            Deployments(self.system).recover()
+        with self.system.deploying() as deployments:
+            deployments.recover()
 
     def rebuild_menu(self) -> None:
         """Make the menu anew from the slots that are there and from grub.cfg."""
         with self.system.lock("deploy"):
             try:
-                slots = Deployments(self.system)
+                deployments = self.system.deployments()
             except AshError:
                 self.lost.take(self.layout.menu)
-                slots = Deployments(self.system)
-            if slots.menu.default not in slots.menu.deployments:
-                slots.rebuild()
+                deployments = self.system.deployments()
+            if deployments.menu.default not in deployments.menu.deployments:
+                deployments.rebuild_menu()
 
     def write_menu(self) -> None:
         """Write grub.cfg again."""
-        with self.system.lock("deploy"):
-            slots = Deployments(self.system)
-            if not slots.is_written():
-                slots.write_menu()
+        with self.system.deploying() as deployments:
+            if not deployments.is_grub_cfg_current():
+                deployments.write_menu()
 
     def bring_boot_file(self, slot: str, name: str, source: Path) -> None:
         """Copy a boot file that a deployment lacks."""
@@ -8086,19 +8178,20 @@ class Fsck:
     def _look_at_menu(self) -> Iterator[Problem]:
         rebuild, remedy = self.mender.rebuild_menu, "make the menu anew from the deployments that are there"
         try:
-            slots = Deployments(self.system)
+            deployments = self.system.deployments()
         except AshError as error:
             yield Problem(error.message, None, remedy, rebuild)
             return
-        if slots.menu.default not in slots.menu.deployments:
+        menu = deployments.menu
+        if menu.default not in menu.deployments:
             there = any((self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file() for slot in (*SLOTS, *SECONDARY_SLOTS))
             what = "no deployment is chosen for the next boot"
             yield Problem(what, None, remedy, rebuild) if there else Problem(what, None, "ash deploy N")
             return
-        for deployment in slots.menu.deployments.values():
+        for deployment in menu.deployments.values():
             yield from self._boot_files(deployment)
             yield from self._drift_base(deployment)
-        if not slots.is_written():
+        if not deployments.is_grub_cfg_current():
             yield Problem("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
 
     def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
@@ -8356,9 +8449,9 @@ class AutoUpgrade:
 
     def reboot(self, reply: Reply) -> Reply:
         """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
-        menu, booted = Menu.load(self.system.layout.menu), self.system.booted
+        menu, booted = self.system.menu(), self.system.booted_slot
         waiting = menu.deployments.get(menu.default)
-        waits = isinstance(booted, str) and waiting and waiting.snapshot == self.number and waiting.slot != booted
+        waits = booted and waiting and waiting.snapshot == self.number and waiting.slot != booted
         if self.policy != "reboot" or not waits:
             return reply
         if not is_in_window(self.window):
@@ -8798,7 +8891,7 @@ def waiting_work(system: System) -> list[int]:
 
 
 def cmd_status(system: System, args: argparse.Namespace) -> Reply:
-    menu, current = Menu.load(system.layout.menu), system.current
+    menu, current = system.menu(), system.current
     default = menu.deployments.get(menu.default)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize

@@ -345,7 +345,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import ash
 slot = sys.argv[2]
-ash.System.booted = property(lambda self: slot)
+ash.System.booted_slot = property(lambda self: slot)
 sys.argv[1:] = sys.argv[3:]
 sys.exit(ash.main())
 """

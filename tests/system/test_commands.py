@@ -187,7 +187,7 @@ ON_ONE = ["clone", "branch", "desc", "deploy", "unlock", "list"]
 def test_a_snapshot_that_does_not_exist_is_status_3(system: System, command: str) -> None:
     words = ["text"] if command == "desc" else []
     error = system.ash(command, NOWHERE, *words, status=MISSING).error
-    assert error == f"ash: snapshot {NOWHERE} does not exist (ash tree shows what there is)"
+    assert error == f"ash: snapshot {NOWHERE} does not exist (ash tree lists the snapshots)"
 
 
 @pytest.mark.parametrize("words", [["run", NOWHERE, "true"], ["chroot", NOWHERE]])

@@ -332,7 +332,7 @@ def test_what_services_did_before_an_interruption_is_told_of(
     before = usr(machine.system.root(machine.slot))
     words = ("install", machine.system.clone(), deb(tmp_path), "--live")
     said = machine.run(*words, status=status, patch=STARTS.format(end)).stderr
-    assert "ash: what ash-test.service did meanwhile is not undone\n" in said
+    assert "ash: the effects of starting ash-test.service are not undone\n" in said
     assert usr(machine.system.root(machine.slot)) == before
     assert not machine.system.remains()
 

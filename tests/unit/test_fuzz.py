@@ -407,7 +407,7 @@ def test_work_folders_of_other_names_are_nobodys(tmp_path: Path) -> None:
 def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.last.write_text(f"{ash.U32_MAX}\n")
-    with pytest.raises(AshError, match="no number is left"):
+    with pytest.raises(AshError, match="no snapshot numbers are left"):
         system.new_number()
     assert not list(ash.Fsck(system)._last([0]))
 

@@ -109,7 +109,7 @@ def main() -> int:
     """Run ash with what follows the options on the command line."""
     options, sys.argv[1:] = json.loads(sys.argv[1]), sys.argv[2:]
     if slot := options.get("booted"):
-        ash.System.booted = property(lambda _: slot)  # type: ignore[method-assign,assignment]
+        ash.System.booted_slot = property(lambda _: slot)  # type: ignore[method-assign,assignment]
     sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if began := options.get("began"):

@@ -164,7 +164,7 @@ def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, s
     assert deleted.returncode == DONE, deleted
     assert (
         system.ash("run", snapshot, "true", status=OURS_IN_RUN).error
-        == f"ash: snapshot {snapshot} does not exist (ash tree shows what there is)"
+        == f"ash: snapshot {snapshot} does not exist (ash tree lists the snapshots)"
     )
 
 
