@@ -78,25 +78,25 @@ if (HERE / "lib").is_dir():
 
 JSON_VERSION = 1
 FAILED, USAGE, MISSING, LOCKED, REFUSED = 1, 2, 3, 4, 5
-OUR_FAILURE_IN_RUN = 125  # as chroot(1) and env(1): the other numbers belong to the command
+OUR_FAILURE_IN_RUN = 125  # as in chroot(1) and env(1): all other statuses are the command's own
 SLOTS = ("deploy", "deploy-aux", "deploy-spare")
 SECONDARY_SLOTS = ("deploy-secondary", "deploy-aux-secondary")
 BASE = 0
-# Below this much free space a transaction is not started. 256 MiB is what btrfs keeps as its own global reserve
-# at most (512 MiB on large disks) and what a kernel with its initramfs takes.
+# No transaction starts with less free space. 256 MiB covers btrfs's own global reserve (up to 512 MiB on large
+# disks) and a kernel with its initramfs.
 SPACE_FLOOR = 256 << 20
 FREES_SPACE = "ash del N frees what a snapshot holds"
-# What is kept for deleting on a full disk: room for a few small files, and in btrfs's own trees, where each operation
-# claims a megabyte or two before it begins. Extended attributes lie in those, none larger than a node of 16 KiB.
+# The emergency reserve, released to delete on a full disk: room for a few small files, and metadata, of which btrfs
+# reserves a megabyte or two per operation. Extended attributes occupy metadata; each fits a node of 16 KiB.
 RESERVE, RESERVE_OF_TREES, ATTRIBUTE = 4 << 20, 16 << 20, 16000
 
 
 class AshError(Exception):
-    """What the user is told in one line: what is wrong, then what to do about it.
+    """An error for the user, printed as one line: what is wrong, then what to do about it.
 
     Args:
         message: what is wrong.
-        hint: what to do about it, where that is not plain.
+        hint: what to do about it, unless that is obvious.
         status: ash's exit status (FAILED, USAGE, MISSING, LOCKED or REFUSED).
     """
 
@@ -108,7 +108,7 @@ class AshError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without a number or a class's name."""
+    """An error's message without errno or class name."""
     if isinstance(error, AshError):
         return error.message
     if isinstance(error, OSError) and error.strerror:
@@ -117,7 +117,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Whether an error has its cause in a full disk, whoever met it."""
+    """Whether an error was caused by a full disk, ours or a child process's."""
     return os.strerror(errno.ENOSPC) in reason(error)
 
 
@@ -126,39 +126,39 @@ class HangUp(Exception):
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text. Only a line feed ends one: splitlines() also splits at what users may have in a name."""
+    """Split text at line feeds only: splitlines() also splits at characters that are legal in file names."""
     return text.removesuffix("\n").split("\n") if text else []
 
 
 def printable(text: str) -> str:
-    """Text with its control and escape characters shown, not sent, but for line breaks."""
-    if text.replace("\n", "").replace("\t", "").isprintable():  # mostly so, and quick to know
+    """Escape control characters, except for tabs and line breaks."""
+    if text.replace("\n", "").replace("\t", "").isprintable():  # the common case, and cheap to test
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def one_line(text: str) -> str:
-    """Text as a part of one line: its line breaks are shown, not sent, as well."""
+    """Escape control characters, tabs and line breaks included."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Console:
-    """How much ash prints, and in what form."""
+    """How much ash prints, and in which format."""
 
     def __init__(self) -> None:
         self.verbose = False
         self.quiet = False
         self.json = False
-        self.quiet_progress = False  # what goes on is told otherwise
+        self.quiet_progress = False  # progress is reported in another way
         self.started = time.monotonic()
 
     @property
     def silent(self) -> bool:
-        """Whether only the result, and errors, are printed."""
+        """Whether to print nothing but the result and errors."""
         return self.quiet or self.json
 
     def say(self, text: str) -> None:
-        """Tell the user something on stderr that is not the command's result."""
+        """Print a message that is not part of the command's result to stderr."""
         if not self.silent:
             print(printable(text), file=sys.stderr, flush=True)
 
@@ -167,17 +167,17 @@ console = Console()
 
 
 def about_to(what: str) -> None:
-    """Name the change of the disk that comes next: an audit hook of a test kills ash there, or cuts the power."""
+    """Announce the next change to the disk: audit hooks of tests kill ash or cut the power here."""
     sys.audit("ash.step", what)
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names of every kind as a part of one line."""
+    """Join names with commas, escaped for one line."""
     return one_line(", ".join(map(str, names)))
 
 
 def as_json(data: Mapping[str, Any]) -> str:
-    """Data as a line of JSON that a terminal shows and does not obey, and that every encoding can have."""
+    """Serialize to one line of JSON that any encoding can represent and no terminal interprets."""
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
     text = json.dumps(data, ensure_ascii=ascii_only)
     return "".join(
@@ -187,7 +187,7 @@ def as_json(data: Mapping[str, Any]) -> str:
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Tell nothing of what goes on in the block, unless with -v."""
+    """Suppress progress messages inside the block (unless -v)."""
     before, console.quiet_progress = console.quiet_progress, not console.verbose
     try:
         yield
@@ -197,26 +197,26 @@ def quiet_progress() -> Iterator[None]:
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Say what is being done now, with the seconds since ash began."""
+    """Report the start of a step, with the seconds since ash started."""
     if not console.quiet_progress:
         console.say(f"[{time.monotonic() - console.started:5.1f}s] {text}")
     yield
 
 
-# What the caller's environment may hand on (DESIGN: TERM, language, colour, proxies, the user's name). This and all
-# patterns below are texts: to compile those that a command does not use would take milliseconds of each.
+# Environment variables passed on to programs. This pattern, like all others, is compiled on first use: compiling
+# those that a command never uses would cost it milliseconds.
 HANDED_ON = r"(?i:TERM|LANG|LC_\w+|NO_COLOR|(https?|ftp|all|no)_proxy|SUDO_USER)"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def clean_environment() -> dict[str, str]:
-    """What programs get of the caller's environment, with a PATH and HOME of our own."""
+    """The environment for child processes: few variables of the caller, our own PATH and HOME."""
     handed_on = {name: value for name, value in os.environ.items() if re.fullmatch(HANDED_ON, name)}
     return {**handed_on, "PATH": SYSTEM_PATH, "HOME": "/root", "USER": "root", "LOGNAME": "root"}
 
 
 def last_words(text: str, lines: int = 3) -> str:
-    """The last lines of a program's output that say something, on one line."""
+    """The last non-blank lines of a program's output, joined into one."""
     return "; ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
 
 
@@ -228,17 +228,17 @@ def run(
     env: Mapping[str, str] | None = None,
     ok: Container[int] = (0,),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program and capture what it prints.
+    """Run a program and capture its output.
 
     Args:
-        argv: the program and its arguments; never a shell string.
-        check: raise where the exit status is not in `ok`.
-        input: text for its standard input.
-        env: its whole environment; the cleaned one of ash, in the C locale, where it is None.
-        ok: exit statuses that are no failure.
+        argv: the program and its arguments; never a shell command line.
+        check: raise if the exit status is not in `ok`.
+        input: text for stdin, which is /dev/null if None.
+        env: the complete environment; if None, clean_environment() in the C locale.
+        ok: exit statuses that count as success.
 
     Raises:
-        AshError: it could not be started, or failed; the message ends with its own last words.
+        AshError: the program is missing or failed; the message ends with the last lines of its output.
     """
     import subprocess
 
@@ -257,7 +257,7 @@ def run(
             check=False,
         )
     except FileNotFoundError:
-        raise AshError(f"{words[0]} is not installed", f"install the package that has {words[0]}") from None
+        raise AshError(f"{words[0]} is not installed", f"install the package that contains {words[0]}") from None
     if check and done.returncode not in ok:
         raise AshError(f"{' '.join(words[:3])} failed ({done.returncode}): {last_words(done.stderr or done.stdout)}")
     return done
@@ -278,10 +278,10 @@ AT_FDCWD = -100
 
 
 def libc(function: str, *arguments: int | bytes | None) -> None:
-    """Call a function of the C library that returns -1 and sets errno when it fails.
+    """Call a function of the C library that returns -1 and sets errno on failure.
 
     Raises:
-        OSError: it failed.
+        OSError: the call failed.
     """
     import ctypes
 
@@ -293,7 +293,7 @@ def libc(function: str, *arguments: int | bytes | None) -> None:
 
 
 def mount(source: str | Path, target: Path, kind: str = "", flags: int = 0, data: str = "") -> None:
-    """mount(2). Raises AshError with what was to be mounted where."""
+    """mount(2). Raises AshError that names source and target."""
     try:
         libc("mount", os.fsencode(source), os.fsencode(target), kind.encode(), flags, os.fsencode(data))
     except OSError as error:
@@ -301,7 +301,7 @@ def mount(source: str | Path, target: Path, kind: str = "", flags: int = 0, data
 
 
 def bind(source: Path, target: Path, readonly: bool = False) -> None:
-    """Show a file or directory at another place as well."""
+    """Bind-mount a file or directory."""
     mount(source, target, flags=MS_BIND)
     if readonly:
         mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
@@ -309,10 +309,7 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 @contextmanager
 def nosymfollow(directory: Path) -> Iterator[None]:
-    """See that no path below a directory leads through a link, for as long as the block lasts.
-
-    To look at each part of a path does not do: those who own a directory can put a link in its place at any moment.
-    """
+    """Mount a directory `nosymfollow` for the block; checking components one by one would be a race."""
     mount(directory, directory, flags=MS_BIND)
     try:
         mount("none", directory, flags=MS_BIND | MS_REMOUNT | MS_NOATIME | MS_NOSYMFOLLOW)
@@ -322,34 +319,34 @@ def nosymfollow(directory: Path) -> Iterator[None]:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two paths of one file system swap their names, in one step that no crash can halve."""
+    """Swap two paths of one file system atomically."""
     about_to(f"exchange {one.name} and {other.name}")
     libc("renameat2", AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however it ends.
+    """Have the kernel kill this process when its parent ends, for whatever reason.
 
     Args:
-        parent: the process id of the parent; if it is gone already, this process ends at once.
+        parent: the parent's process id; if it has already ended, this process exits at once.
     """
     libc("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(OUR_FAILURE_IN_RUN)
 
 
-PRIVATE = Path("/run/ash")  # a tmpfs of this process alone, once it has called private_mounts()
+PRIVATE = Path("/run/ash")  # a tmpfs that only this process sees, once it has called private_mounts()
 
 
 def private_mounts() -> None:
-    """Give this process a mount namespace of its own, with an empty tmpfs on PRIVATE.
+    """Enter a new mount namespace, with an empty tmpfs on PRIVATE.
 
-    Whatever it mounts from now on is seen by nobody else and is gone when it ends, even by `kill -9`.
+    Mounts made from now on are invisible to other processes and vanish with this one, even after `kill -9`.
     """
     try:
         libc("unshare", CLONE_NEWNS)
     except OSError as error:
-        raise AshError(f"cannot make a mount namespace: {error.strerror}", "run ash as root", REFUSED) from None
+        raise AshError(f"cannot create a mount namespace: {error.strerror}", "run ash as root", REFUSED) from None
     mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
     PRIVATE.mkdir(mode=0o700, exist_ok=True)
     mount("ash", PRIVATE, "tmpfs", MS_NOSUID, "mode=0700")
@@ -357,7 +354,7 @@ def private_mounts() -> None:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let Ctrl-C, a hang-up and the like wait until the block has ended: it takes a second, and is all or nothing."""
+    """Block SIGHUP, SIGINT and SIGTERM while something short runs that must not be interrupted."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -367,7 +364,7 @@ def signals_held() -> Iterator[None]:
 
 @contextmanager
 def signals_heard() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM come in this block, where they are held around it: what it does may take long."""
+    """Unblock SIGINT and SIGTERM inside a signals_held() block, for something that may take long."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -377,7 +374,7 @@ def signals_heard() -> Iterator[None]:
 
 
 def is_hung_up(descriptor: int) -> bool:
-    """Whether the other end of a pipe has been closed."""
+    """Whether the other end of a pipe was closed."""
     import select
 
     poll = select.poll()
@@ -386,116 +383,12 @@ def is_hung_up(descriptor: int) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files: safe open, read, write, replace
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def read_bytes(path: Path) -> bytes:
-    """A small file's content; empty where there is no such file. Python's own files take three times as long."""
-    try:
-        if not path.is_file():
-            return b""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # it has just gone
-        return b""
-    content = b""
-    try:
-        while piece := os.read(descriptor, 1 << 16):
-            content += piece
-    finally:
-        os.close(descriptor)
-    return content
-
-
-def read_text(path: Path) -> str:
-    """A file's text, byte for byte, whatever its encoding; empty where there is no such file."""
-    return read_bytes(path).decode("utf-8", "surrogateescape")
-
-
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a plain file: no link in its place is followed, and no pipe waited for.
-
-    Raises:
-        AshError: it is none.
-        OSError: it cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return descriptor
-        os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # of a link, a pipe or socket, a directory
-            raise
-    raise AshError(f"{path} is no plain file")
-
-
-@contextmanager
-def open_itself(path: Path) -> Iterator[int]:
-    """A file or directory, opened; OSError where it is a link by now."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write what read_text() has read, in place; AshError where there is something that is no plain file."""
-    about_to(f"write {path.name}")
-    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-
-
-def rename(old: Path, new: Path) -> None:
-    """Give a file or subvolume another name, in the place of what has it."""
-    about_to(f"rename {old.name} to {new.name}")
-    old.rename(new)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have a directory's new names on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file whole: after a crash it has the old content or the new, and the new once this returned."""
-    about_to(f"write {path.name}")
-    beside = path.with_name(f".{path.name}.new")
-    beside.unlink(missing_ok=True)
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        os.fchmod(descriptor, mode)
-        file.write(text)
-        file.flush()
-        os.fsync(descriptor)
-    rename(beside, path)
-    sync_directory(path.parent)
-
-
-def is_readonly(path: Path) -> bool:
-    """Whether a path lies on a mount, or a file system, that is read-only."""
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-
-
-def free_space(path: Path) -> int:
-    """The bytes that can be written to the file system of a path."""
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Files: kinds, paths inside a root, walking
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def status_of(path: Path) -> os.stat_result | None:
-    """What the kernel says of a path itself; None where there is none."""
+    """lstat(2); None if the path is missing or unreachable."""
     try:
         return path.lstat()
     except OSError:
@@ -503,7 +396,7 @@ def status_of(path: Path) -> os.stat_result | None:
 
 
 def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
-    """Device and inode number of a file, or of what it leads to; None where that is gone."""
+    """Device and inode number of a path (with `follow`: of a symlink's target); None if it is missing."""
     try:
         status = path.stat(follow_symlinks=follow)
     except OSError:
@@ -512,33 +405,44 @@ def inode_of(path: Path, follow: bool = False) -> tuple[int, int] | None:
 
 
 def size_of(path: Path) -> int:
-    """The size of a plain file in bytes; -1 where there is none."""
+    """The size of a regular file in bytes; -1 if it is missing or of another type."""
     status = status_of(path)
     return status.st_size if status and stat.S_ISREG(status.st_mode) else -1
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a path is a directory, and no link to one."""
+    """Whether a path is a directory, not a symlink to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is a socket or a device: these are made by programs, not kept."""
+    """Whether a path is a socket or a device: programs create these at run time, ash does not copy them."""
     kind = path.lstat().st_mode if os.path.lexists(path) else 0
     return stat.S_ISSOCK(kind) or stat.S_ISBLK(kind) or stat.S_ISCHR(kind)
 
 
+def is_readonly(path: Path) -> bool:
+    """Whether a path is on a read-only mount or file system."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def free_space(path: Path) -> int:
+    """The bytes available on the file system of a path."""
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
+
+
 def has_real_parents(directory: Path, path: str) -> bool:
-    """Whether all that a path goes through below a directory are directories, and no links that lead elsewhere."""
+    """Whether every parent of `path` below a directory is a directory and not a symlink."""
     parents = [directory / parent for parent in Path(path).parents]
     return all(parent.is_dir() and (parent == directory or not parent.is_symlink()) for parent in parents)
 
 
 def path_inside(root: Path, path: str) -> Path:
-    """Where a path leads for a program whose root is `root`: links are followed, but never out of it.
+    """Resolve a path as a program chrooted to `root` would: symlinks are followed, but never out of the root.
 
     Raises:
-        AshError: its links go in a circle.
+        AshError: too many symlinks, as in a loop.
     """
     done = root
     todo = [part for part in path.split("/") if part not in ("", ".")][::-1]
@@ -554,7 +458,7 @@ def path_inside(root: Path, path: str) -> Path:
             continue
         links += 1
         if links > 40:  # the kernel's own limit (MAXSYMLINKS)
-            raise AshError(f"the links of {path} go in a circle")
+            raise AshError(f"too many levels of symlinks in {path}")
         target = os.readlink(here)
         done = root if target.startswith("/") else done
         todo += [part for part in target.split("/") if part not in ("", ".")][::-1]
@@ -562,32 +466,24 @@ def path_inside(root: Path, path: str) -> Path:
 
 
 def place_inside(root: Path, path: str) -> Path:
-    """Where a path itself is for a program whose root is `root`: as path_inside(), but a link at its end is it."""
+    """Like path_inside(), but do not resolve a symlink in the last component."""
     parent, _, name = path.rpartition("/")
     return path_inside(root, parent) / name
-
-
-def write_inside(root: Path, path: str, text: str) -> None:
-    """Write a file of a root; a link in its place goes, and keeps what it led to."""
-    place = place_inside(root, path)
-    if place.is_symlink():
-        place.unlink()
-    write_text(place, text)
 
 
 def require_directories(root: Path) -> None:
     """Raise AshError unless /etc and /boot of a root are directories and no symlinks: ash writes below them."""
     for name in ("etc", "boot"):
         if not is_directory(root / name):
-            raise AshError(f"/{name} is no directory in {root.name}", "it must be one, and no link", REFUSED)
+            raise AshError(f"/{name} of {root.name} is not a directory", "replace it by a real directory", REFUSED)
 
 
 def paths_below(directory: Path) -> set[str]:
-    """All paths in a directory, from it."""
+    """All paths below a directory, relative to it; those that cannot be read are left out."""
     found: set[str] = set()
     todo = [""]
     while todo:
-        inside = todo.pop()  # by text: a Path for each would take ten times as long
+        inside = todo.pop()  # a string: creating a Path for each entry would take ten times as long
         with contextlib.suppress(OSError), os.scandir(f"{directory}/{inside}") as entries:
             for entry in entries:
                 found.add(inside + entry.name)
@@ -596,13 +492,30 @@ def paths_below(directory: Path) -> set[str]:
     return found
 
 
-def fingerprint(path: Path) -> list[tuple[str, int, float]]:
-    """What changes when anything below a path does: inode numbers and ctimes, which a btrfs snapshot keeps.
+def walk(*roots: Path) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
+    """Walk several directories in parallel, top down, by the names in the first; follow no symlinks.
 
-    What lies too deep to be looked at is like nothing else (NaN), not even itself.
+    Not recursive: users can nest directories deeper than Python's stack.
+
+    Yields:
+        the corresponding paths, one below each root, and the names to visit below them, which are those in the
+        first path if that is a directory; the caller may remove some.
+    """
+    todo = [roots]
+    while todo:
+        paths = todo.pop()
+        names = os.listdir(paths[0]) if is_directory(paths[0]) else []
+        yield paths, names
+        todo += [tuple(path / name for path in paths) for name in names]
+
+
+def change_token(path: Path) -> list[tuple[str, int, float]]:
+    """A value that changes with anything below a path: names, inodes and ctimes, which btrfs snapshots keep.
+
+    The token of a tree that is too deep to walk never compares equal (it contains NaN).
     """
     found: list[tuple[str, int, float]] = []
-    todo = [os.fspath(path)]  # no function that calls itself: others can make directories in directories of any depth
+    todo = [os.fspath(path)]
     while todo:
         inside = todo.pop()
         name = inside.rpartition("/")[2]
@@ -613,18 +526,68 @@ def fingerprint(path: Path) -> list[tuple[str, int, float]]:
             continue
         found.append((name, status.st_ino, status.st_ctime_ns))
         if stat.S_ISDIR(status.st_mode):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has just gone
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it was deleted meanwhile
                 todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files: compare, copy, delete
+# Files: open, read, compare, copy, delete
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file; never follow a symlink or block on a FIFO.
+
+    Raises:
+        AshError: it is not a regular file.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a symlink, a FIFO or socket, a directory
+            raise
+    raise AshError(f"{path} is not a regular file")
+
+
+@contextmanager
+def open_nofollow(path: Path) -> Iterator[int]:
+    """Open a regular file or a directory; OSError if it is a symlink (by now)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a small regular file; empty if it is missing. Three times as fast as Python's file objects."""
+    try:
+        if not path.is_file():
+            return b""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # deleted since is_file()
+        return b""
+    content = b""
+    try:
+        while piece := os.read(descriptor, 1 << 16):
+            content += piece
+    finally:
+        os.close(descriptor)
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Read a file's text, in any encoding (write_text() restores the bytes); empty if it is missing."""
+    return read_bytes(path).decode("utf-8", "surrogateescape")
+
+
 def same_content(one: Path, other: Path) -> bool:
-    """Whether two plain files hold the same; False where one of them is none, or gone, by now."""
+    """Whether two regular files have the same content; False if one is missing or of another type."""
     size = 1 << 16
     with contextlib.suppress(AshError, FileNotFoundError), ExitStack() as stack:
         a, b = (stack.enter_context(os.fdopen(open_regular(path), "rb")) for path in (one, other))
@@ -634,28 +597,46 @@ def same_content(one: Path, other: Path) -> bool:
     return False
 
 
-def is_same(one: Path, other: Path) -> bool:
-    """Whether two paths hold the same: both nothing, or the same kind, owner, mode and content."""
+def extended_attributes(file: Path | int) -> dict[str, bytes]:
+    """Extended attributes of a path (not followed) or descriptor: ACLs and file capabilities; not overlayfs's own."""
+    follow = isinstance(file, int)
+    names = [n for n in os.listxattr(file, follow_symlinks=follow) if not n.startswith("trusted.overlay.")]
+    return {name: os.getxattr(file, name, follow_symlinks=follow) for name in names}
+
+
+def is_same(one: Path, other: Path, *, trust_mtime: bool = True, xattrs: bool = False) -> bool:
+    """Compare two paths without what is below them; follow no symlinks.
+
+    Type, mode, owner, content and symlink target count. Two missing paths are the same.
+
+    Args:
+        one, other: the paths.
+        trust_mtime: take two files of the same size and mtime for the same, without reading them.
+        xattrs: whether extended attributes count too, that is ACLs and file capabilities.
+    """
     a, b = status_of(one), status_of(other)
     if a is None or b is None:
         return a is b
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
         return False
+    if xattrs and extended_attributes(one) != extended_attributes(other):
+        return False
     if stat.S_ISLNK(a.st_mode):
         return os.readlink(one) == os.readlink(other)
     if stat.S_ISREG(a.st_mode):
-        return a.st_size == b.st_size and (a.st_mtime_ns == b.st_mtime_ns or same_content(one, other))
+        unread = trust_mtime and a.st_mtime_ns == b.st_mtime_ns
+        return a.st_size == b.st_size and (unread or same_content(one, other))
     return True
 
 
 def is_untouched(path: str, one: Path, other: Path) -> bool:
-    """Whether a path is one file, to which nothing was done since, in a subvolume and in a snapshot of it."""
+    """Whether `path` is the same inode, unchanged since (ctime), below a subvolume and below its snapshot."""
     a, b = (status_of(root / path) if has_real_parents(root, path) else None for root in (one, other))
     return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
 
 
 def first_difference(one: Path, other: Path) -> str:
-    """The first path at which two directories differ; empty where they do not."""
+    """The first relative path at which two directories differ; empty if they do not."""
     return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
 
 
@@ -663,10 +644,10 @@ FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
 
 
 def copy_content(old: BinaryIO, new: BinaryIO) -> None:
-    """Copy an open file into a new one; by reflink where the file system can, else written through."""
+    """Copy an open file into a new one, by reflink if possible; otherwise the copy is synced."""
     try:
         fcntl.ioctl(new, FICLONE, old.fileno())
-    except OSError:  # a directory without copy-on-write
+    except OSError:  # for example in a NOCOW directory
         import shutil
 
         shutil.copyfileobj(old, new)
@@ -674,97 +655,169 @@ def copy_content(old: BinaryIO, new: BinaryIO) -> None:
         os.fsync(new.fileno())
 
 
-def give_attributes(source: int, target: int) -> None:
-    """The same, of open files. Access lists come before the mode, which would open the file to its group."""
+def copy_attributes(source: int, target: int) -> None:
+    """Copy owner, extended attributes, mode and times between open files or directories.
+
+    ACLs come before the mode: chmod would widen the group's access before the mask is set.
+    """
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name))
+    for name, value in extended_attributes(source).items():
+        os.setxattr(target, name, value)
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def copy_attributes(source: Path, target: Path) -> None:
-    """Owner, extended attributes, mode and times of a file, without overlayfs's own marks.
-
-    What it is copied to is opened first: the owner of its directory may put a link in its place at any time.
-    """
-    status = source.lstat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-        return
-    with open_itself(source) as old, open_itself(target) as new:
-        give_attributes(old, new)
+def copy_directory_attributes(source: Path, target: Path) -> None:
+    """copy_attributes() for directories; OSError if either was replaced by a symlink meanwhile."""
+    with open_nofollow(source) as old, open_nofollow(target) as new:
+        copy_attributes(old, new)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, a link or a pipe to a new name; root's alone until it has the owner and mode of the other.
+    """Copy a regular file, symlink or FIFO to a new name; only root can read it until owner and mode are set.
 
-    What it is copied from may be in another's directory too: that one must not have root read what a link leads to.
+    Safe in directories of other users: neither end is followed if it is replaced by a symlink meanwhile.
+
+    Raises:
+        AshError: the source is of another type.
     """
     about_to(f"copy {target.name}")
     status = source.lstat()
+    if not stat.S_ISLNK(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
+        with os.fdopen(open_regular(source), "rb") as old:
+            created = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(created, "wb") as new:
+                copy_content(old, new)
+                copy_attributes(old.fileno(), created)
+        return
     if stat.S_ISLNK(status.st_mode):
         target.symlink_to(os.readlink(source))
-        copy_attributes(source, target)
-    elif stat.S_ISFIFO(status.st_mode):
-        # Nobody can put a link in its place that chmod would follow: the mode is right from the start, or narrower.
-        os.mkfifo(target, stat.S_IMODE(status.st_mode))
-        copy_attributes(source, target)
     else:
-        with os.fdopen(open_regular(source), "rb") as old:
-            made = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(made, "wb") as new:
-                copy_content(old, new)
-                give_attributes(old.fileno(), made)
+        os.mkfifo(target, stat.S_IMODE(status.st_mode))  # no chmod, which would follow a symlink put in its place
+    os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a file or a directory with all that is in it; nothing happens where there is none."""
+    """Delete a file, or a directory with its contents; do nothing if it is missing."""
     about_to(f"remove {path.name}")
-    if path.is_dir() and not path.is_symlink():
-        import shutil
-
-        try:
-            shutil.rmtree(path)
-        except (RecursionError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EMFILE:
-                raise
-            run(["rm", "-rf", "--", path])  # as deep as it is
-    else:
+    if not is_directory(path):
         path.unlink(missing_ok=True)
+        return
+    import shutil
+
+    try:
+        shutil.rmtree(path)
+    except (RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EMFILE:
+            raise
+        run(["rm", "-rf", "--", path])  # which has no limit of depth
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: write, replace
+# ---------------------------------------------------------------------------------------------------------------
+
+DEEPEST = 3800  # bytes of a path that is copied: PATH_MAX is 4096, and the prefix of the copy may be longer
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename, replacing the target."""
+    about_to(f"rename {old.name} to {new.name}")
+    old.rename(new)
+
+
+def sync_directory(directory: Path) -> None:
+    """fsync(2) a directory, so that renames in it are on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path, token: str = "") -> Path:
+    """The name under which `path` is written before it is renamed; hidden, so that no *.d directory reads it."""
+    return path.with_name(f".ash-new-{token}" if token else ".ash-new")
+
+
+@contextmanager
+def replace(path: Path, *, token: str = "", durable: bool = False, directories: bool = False) -> Iterator[Path]:
+    """Replace a path atomically: yield a free temporary name next to it, then rename what the block made there.
+
+    What an interrupted call left under that name is deleted first.
+
+    Args:
+        path: the path; it may be missing.
+        token: makes the temporary name unique where another process may write to the directory at the same time,
+            or unguessable where another user may.
+        durable: a file: sync it before the rename, and the directory after it. Otherwise the caller syncs.
+        directories: replace a directory too, or replace by one, which takes an exchange; else that is an OSError.
+    """
+    temporary = temporary_name(path, token)
+    if os.path.lexists(temporary):
+        remove_tree(temporary)
+    yield temporary
+    if durable:
+        with open_nofollow(temporary) as descriptor:
+            os.fsync(descriptor)
+    if directories and os.path.lexists(path) and (is_directory(path) or is_directory(temporary)):
+        exchange(temporary, path)
+        remove_tree(temporary)
+    else:
+        rename(temporary, path)
+    if durable:
+        sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text from read_text() in place; AshError if the path is not a regular file."""
+    about_to(f"write {path.name}")
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+
+
+def write_inside(root: Path, path: str, text: str) -> None:
+    """Write a file of a root; a symlink in its place is deleted, not followed."""
+    place = place_inside(root, path)
+    if place.is_symlink():
+        place.unlink()
+    write_text(place, text)
+
+
+def write_file(path: Path, text: str, mode: int = 0o644) -> None:
+    """Replace one of ash's own files; after a crash it has the old content or the new, once this returned the new."""
+    about_to(f"write {path.name}")
+    with replace(path, token=path.name, durable=True) as new:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            os.fchmod(descriptor, mode)
+            file.write(text)
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Give a file another text; where there is one it stays whole meanwhile, and has its owner and mode."""
+    """Replace the text of a file atomically and keep its attributes; create the file if it is missing."""
     if path.is_symlink() or not path.exists():
         write_text(path, text)
         return
-    beside = path.with_name(".ash-new")
-    remove_tree(beside)
-    copy_file(path, beside)
-    write_text(beside, text)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    rename(beside, path)
-
-
-DEEPEST = 3800  # bytes of a path: PATH_MAX is 4096, and it is to have room in each place that it is copied to
+    with replace(path, durable=True) as new:
+        copy_file(path, new)
+        write_text(new, text)
 
 
 def make_private_directory(directory: Path) -> None:
-    """Make ash's directory in /var/lib and in it, for root alone, one in which what is kept may be secret.
+    """Create a directory below `/var/lib/ash`, both for root alone, since conflicts kept there may be secret.
 
-    A link in the place of one of them goes: what root puts there would be elsewhere, or be another's to read.
+    Symlinks in their place are deleted: they would lead root elsewhere, or let others read.
 
     Raises:
-        AshError: /var/lib itself is a link.
+        AshError: /var/lib itself is a symlink.
     """
     parents = [directory.parent.parent, directory.parent]
     if parents[0].parent.is_symlink():
-        raise AshError(f"{parents[0].parent} is a link", "it must be a directory", REFUSED)
+        raise AshError(f"{parents[0].parent} is a symlink", "replace it by a real directory", REFUSED)
     parents[0].parent.mkdir(parents=True, exist_ok=True)
     for parent, mode in zip(parents, (0o755, 0o700), strict=True):
         if not is_directory(parent):
@@ -787,17 +840,17 @@ class Mount(NamedTuple):
     kind: str
     source: str
     options: str
-    device: str = ""  # the file system's number, major:minor
+    device: str = ""  # of the file system, major:minor
 
     @property
     def subvolume(self) -> int | None:
-        """The id of the subvolume that a btrfs mount shows, also where it is a bind mount of a directory in it."""
+        """The id of the mounted btrfs subvolume, also for a bind mount of a directory in it."""
         found = re.search(r"subvolid=(\d+)", self.options) if self.kind == "btrfs" else None
         return int(found[1]) if found else None
 
 
 def mounts() -> list[Mount]:
-    """All mounts that this process sees, in the order in which they were made."""
+    """All mounts of this process's namespace, oldest first."""
     found = []
     for line in lines_of(read_text(Path("/proc/self/mountinfo"))):
         before, _, after = line.partition(" - ")
@@ -808,7 +861,7 @@ def mounts() -> list[Mount]:
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that a path lies on."""
+    """The mount that a path is on."""
     where = str(path.resolve())
     above = [m for m in mounts() if m.target in ("/", where) or where.startswith(m.target + "/")]
     longest = max(len(m.target) for m in above)
@@ -824,18 +877,35 @@ class Layout:
     """The paths of one distribution on a btrfs file system.
 
     Args:
-        snapshots: where its subvolume `@.snapshots_D` is to be found (`/.snapshots` on the running system).
-        distro: the distro id, D.
-        top: where the top level of the file system is mounted; None where ash only reads the running system.
+        snapshots: where its subvolume `@.snapshots_D` is (`/.snapshots` on the running system).
+        distro: the distribution's id, D.
+        top: where the top level of the file system is mounted; None if ash only reads the running system.
     """
 
     SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
 
     def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
         self.snapshots = snapshots
-        self.ash = snapshots / "ash"
         self.distro = distro
         self.top = top
+        self.lost_found = snapshots / "lost+found"  # what fsck removed: on the same file system, so a rename is enough
+        self.ash = ash = snapshots / "ash"
+        self.executable = ash / "ash"
+        self.new_executable = ash / "ash.new"
+        self.old_executable = ash / "ash.old"
+        self.keyring = ash / "keyring.gpg"  # the keys that sign releases of ash, in gpgv's format
+        self.lib = ash / "lib"
+        self.tree = ash / "fstree"
+        self.last = ash / "last"
+        self.part = ash / "part"
+        self.distro_file = ash / "distro"
+        self.history = ash / "history"
+        self.ids = ash / "ids"
+        self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
+        self.reserve = ash / "reserve"
+        self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
+        self.profiles = ash / "profiles"
+        self.home_root = ash / "root"
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
@@ -847,13 +917,29 @@ class Layout:
         return f"{prefix}_{self.distro}"
 
     def volume(self, prefix: str) -> Path:
-        """Where a top-level subvolume is; AshError where the top level is not mounted."""
+        """A top-level subvolume; AshError if the top level is not mounted."""
         if self.top is None:
             raise AshError(f"{self.volume_name(prefix)} is not mounted")
         return self.top / self.volume_name(prefix)
 
+    @property
+    def var(self) -> Path:
+        return self.volume("@var")
+
+    @property
+    def home(self) -> Path:
+        return self.volume("@home")
+
+    @property
+    def boot_volume(self) -> Path:
+        return self.volume("@boot")
+
+    @property
+    def grub_cfg(self) -> Path:
+        return self.boot_volume / "grub" / "grub.cfg"
+
     def rootfs_name(self, which: int | str) -> str:
-        """A snapshot's or slot's root as the boot loader and fstab name it, from the top level."""
+        """The root of a snapshot or slot, relative to the top level, as boot loader and fstab name it."""
         return f"{self.volume_name('@.snapshots')}/rootfs/snapshot-{which}"
 
     def rootfs(self, which: int | str) -> Path:
@@ -881,110 +967,22 @@ class Layout:
     def description(self, snapshot: int) -> Path:
         return self.ash / f"snapshots/{snapshot}-desc"
 
-    @property
-    def executable(self) -> Path:
-        return self.ash / "ash"
-
-    @property
-    def new_executable(self) -> Path:
-        return self.ash / "ash.new"
-
-    @property
-    def old_executable(self) -> Path:
-        return self.ash / "ash.old"
-
-    @property
-    def keyring(self) -> Path:
-        """The keys of those from whom a newer ash is taken, as gpgv reads them."""
-        return self.ash / "keyring.gpg"
-
-    @property
-    def lib(self) -> Path:
-        return self.ash / "lib"
-
-    @property
-    def tree(self) -> Path:
-        return self.ash / "fstree"
-
-    @property
-    def last(self) -> Path:
-        return self.ash / "last"
-
-    @property
-    def part(self) -> Path:
-        return self.ash / "part"
-
-    @property
-    def distro_file(self) -> Path:
-        return self.ash / "distro"
-
-    @property
-    def history(self) -> Path:
-        return self.ash / "history"
-
-    @property
-    def ids(self) -> Path:
-        return self.ash / "ids"
-
-    @property
-    def menu(self) -> Path:
-        """What the boot menu is made from: readable by all, while grub.cfg lies on a volume that is not mounted."""
-        return self.ash / "menu"
-
-    @property
-    def reserve(self) -> Path:
-        return self.ash / "reserve"
-
-    @property
-    def upstate(self) -> Path:
-        """How the last automatic upgrade ended: 0 or 1, when, what there is to say."""
-        return self.ash / "upstate"
-
-    @property
-    def profiles(self) -> Path:
-        return self.ash / "profiles"
-
-    @property
-    def lost_found(self) -> Path:
-        """What fsck has taken out, a directory for each time: on the same file system, so that nothing is copied."""
-        return self.snapshots / "lost+found"
-
-    @property
-    def home_root(self) -> Path:
-        return self.ash / "root"
-
-    @property
-    def var(self) -> Path:
-        return self.volume("@var")
-
-    @property
-    def home(self) -> Path:
-        return self.volume("@home")
-
-    @property
-    def boot_volume(self) -> Path:
-        return self.volume("@boot")
-
-    @property
-    def grub_cfg(self) -> Path:
-        return self.boot_volume / "grub" / "grub.cfg"
-
     def conflicts(self, snapshot: int) -> Path:
-        """A new directory for what a merge did not dare to put in place."""
+        """A new name for the directory that keeps what a merge did not apply."""
         directory = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
         names = itertools.chain([directory.name], (f"{directory.name}-{number}" for number in itertools.count(2)))
         return next(new for name in names if not os.path.lexists(new := directory.with_name(name)))
 
 
-# Below a root file system.
+# Relative to a root file system.
 IN_ROOT_DB = "usr/share/ash/db"
 IN_ROOT_SNAP = "usr/share/ash/snap"
-IN_ROOT_LIVE = "usr/share/ash/live"  # in a deployment that is not its snapshot any more: it was changed as it ran
+IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
 IN_ROOT_MUTABLE = "usr/share/ash/mutable"
 
 
 def in_database(name: str) -> str:
-    """Where a part of the package database is in a root: what is `lib/X` in /var is `X` there."""
+    """Where a root keeps a part of the package database: `lib/X` of /var is `X` there."""
     return f"{IN_ROOT_DB}/{name.removeprefix('lib/')}"
 
 
@@ -994,7 +992,7 @@ def is_mutable(root: Path) -> bool:
 
 
 def os_release(root: Path, key: str) -> str:
-    """A value of a root's os-release; empty where it has none."""
+    """A value from a root's os-release; empty if it is not set."""
     path = path_inside(root, "etc/os-release")
     text = path.read_text(errors="replace") if path.is_file() else ""
     found = re.search(rf"^{key}=(.*)$", text, re.MULTILINE)
@@ -1002,11 +1000,11 @@ def os_release(root: Path, key: str) -> str:
 
 
 def mark_variant(root: Path) -> None:
-    """Say in os-release that this system is managed by ash; the distribution's own lines stay."""
+    """Set VARIANT_ID=ashos in os-release, and keep the distribution's other lines."""
     path = path_inside(root, "etc/os-release")
     lines = lines_of(read_text(path))
     if os.path.lexists(path) and not path.is_file():
-        raise AshError(f"/etc/os-release of {root.name} is no plain file", "", REFUSED)
+        raise AshError(f"/etc/os-release of {root.name} is not a regular file", "", REFUSED)
     if "VARIANT_ID=ashos" not in lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         others = [line for line in lines if not line.startswith("VARIANT_ID=")]
@@ -3021,7 +3019,7 @@ def chown_by_map(path: Path, original: Path, users: Mapping[int, int], groups: M
     if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
         os.chown(path, user, group, follow_symlinks=False)
         return
-    with open_itself(path) as file:  # once it is its new owner's, that one can put a link in its place
+    with open_nofollow(path) as file:  # once it is its new owner's, that one can put a link in its place
         capabilities = None
         with contextlib.suppress(OSError):
             capabilities = os.getxattr(file, "security.capability")
@@ -3097,21 +3095,21 @@ def change_ids(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The merge into /var: entry by entry; on any doubt the live one stays
+# The merge into /var: entry by entry; if in doubt, the live one stays
 # ---------------------------------------------------------------------------------------------------------------
 
-# Their entries are merged each by itself; anything else directly in /var is an entry too.
+# Directories whose entries are merged one by one; everything else directly in /var is one entry.
 ENTRY_DIRECTORIES = ("lib", "spool", "www", "cache", "log")
 
 
 def is_whiteout(path: Path) -> bool:
-    """Whether overlayfs says by this that the file below was deleted."""
+    """Whether a path in an overlay's upper directory marks a deletion."""
     status = path.lstat()
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 def is_opaque(path: Path) -> bool:
-    """Whether overlayfs says by this that the directory hides all that was below."""
+    """Whether a directory in an overlay's upper directory hides everything in the lower one."""
     try:
         return os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y"
     except OSError:
@@ -3119,7 +3117,7 @@ def is_opaque(path: Path) -> bool:
 
 
 def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
-    """Links to the files that a process has mapped, but for those that are known already, by device and inode."""
+    """Symlinks to the files that a process has mapped, except those whose device and inode are in `known`."""
     links = []
     for line in lines_of(read_text(process / "maps")):
         addresses, _, _, device, inode, *_ = line.split()
@@ -3131,67 +3129,45 @@ def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
 
 
 def open_inodes() -> set[tuple[int, int]]:
-    """Device and inode number of every file that any process has open, or mapped into its memory."""
+    """Device and inode number of every file that a process has open or mapped."""
     found: set[tuple[int, int]] = set()
     mapped: set[tuple[str, str]] = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
             opened = [*(process / "fd").iterdir(), *mapped_files(process, mapped)]
         except OSError:
-            continue  # it has ended
+            continue  # the process ended
         found |= {inode for path in opened if (inode := inode_of(path, follow=True))}
     return found
 
 
 def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
-    """Whether a process has a file open below a path."""
-    if not path.is_dir() or path.is_symlink():
+    """Whether a file is open, or any file below a directory."""
+    if not is_directory(path):
         return inode_of(path) in opened
     found = (status_of(path / inside) for inside in paths_below(path))
     return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
 
 
-def is_itself_there(changed: Path, live: Path) -> bool:
-    """The same of a path alone, without what is below it."""
-    if is_whiteout(changed):
-        return not os.path.lexists(live)
-    if not os.path.lexists(live):
-        return False
-    ours, theirs = changed.lstat(), live.lstat()
-    if (ours.st_mode, ours.st_uid, ours.st_gid) != (theirs.st_mode, theirs.st_uid, theirs.st_gid):
-        return False
-    if stat.S_ISLNK(ours.st_mode):
-        return os.readlink(changed) == os.readlink(live)
-    if stat.S_ISREG(ours.st_mode):
-        return ours.st_size == theirs.st_size and same_content(changed, live)
-    return True
-
-
-def is_there_already(changed: Path, live: Path) -> bool:
-    """Whether a live path is as the transaction's upper directory has it; a directory's times do not count."""
-    todo = [(changed, live)]
-    while todo:
-        ours, theirs = todo.pop()
-        if not is_itself_there(ours, theirs):
+def is_merged(upper: Path, live: Path) -> bool:
+    """Whether a live path is what the overlay's upper directory says; times do not count."""
+    for (ours, theirs), names in walk(upper, live):
+        same = not os.path.lexists(theirs) if is_whiteout(ours) else is_same(ours, theirs, trust_mtime=False)
+        if not same or (is_directory(ours) and is_opaque(ours) and set(os.listdir(theirs)) - set(names)):
             return False
-        if is_directory(ours):
-            names = os.listdir(ours)
-            if is_opaque(ours) and set(os.listdir(theirs)) - set(names):
-                return False
-            todo += [(ours / name, theirs / name) for name in names]
     return True
 
 
 class VarMerge:
-    """Brings what a transaction wrote into the live /var.
+    """Merges what a transaction wrote to /var into the live /var.
 
     Args:
-        upper: the overlay's upper directory: what the transaction changed.
-        origin: /var as it was when the transaction began.
+        upper: the overlay's upper directory: the transaction's changes.
+        origin: /var as it was at the start of the transaction.
         live: /var as it is now.
-        distro: says what is a cache and what is a log.
-        conflicts: where an entry goes that cannot be put in place.
-        delete: the entries in which deletions are applied; where a package was removed, its data stays.
+        distro: knows which entries are caches and which are logs.
+        conflicts: receives the entries that cannot be merged.
+        delete: the entries in which deletions are applied; a removed package's data is kept.
     """
 
     def __init__(
@@ -3203,71 +3179,61 @@ class VarMerge:
         self.distro = distro
         self.conflicts = conflicts
         self.delete = delete
-        self.token = os.urandom(8).hex()  # in names of files that are being written
+        self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
         self.in_conflict: list[str] = []
         self.kept: list[str] = []
         self._opened: set[tuple[int, int]] | None = None
 
     def entries(self) -> list[str]:
-        """The entries that the transaction changed, by their paths from /var."""
+        """The entries that the transaction changed, relative to /var."""
         found = []
         for name in sorted(os.listdir(self.upper)):
             if name in ENTRY_DIRECTORIES and is_directory(self.upper / name) and not (self.origin / name).is_symlink():
                 found += [f"{name}/{entry}" for entry in sorted(os.listdir(self.upper / name))]
             else:
                 found.append(name)
-        return [entry for entry in found if not is_there_already(self.upper / entry, self.origin / entry)]
+        return [entry for entry in found if not is_merged(self.upper / entry, self.origin / entry)]
 
     def decide(self, entry: str) -> str:
-        """What is to be done with an entry: one of "nothing", "newest", "append", "aside", "place"."""
+        """Decide what to do with an entry: "nothing", "newest", "append", "aside" or "place"."""
         changed, live = self.upper / entry, self.live / entry
-        if live.parent.is_symlink():  # it has become one meanwhile
+        if live.parent.is_symlink():  # it was replaced meanwhile
             return "aside"
-        if is_there_already(changed, live):
+        if is_merged(changed, live):
             return "nothing"
         if entry in self.distro.caches:
             return "newest"
         if entry in self.distro.logs and os.path.lexists(live):
             return "append"
-        if fingerprint(live) != fingerprint(self.origin / entry) or self._is_open(live):
+        if change_token(live) != change_token(self.origin / entry) or self._is_open(live):
             return "aside"
         return "place"
 
     def redecide(self, entry: str) -> str:
-        """What is to be done with an entry that was to be put in place, some time ago: perhaps that was begun."""
+        """Decide again when an interrupted merge resumes: the entry, decided "place", may be half applied."""
         changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
-        if fingerprint(live) == fingerprint(origin):
+        if change_token(live) == change_token(origin):
             return self.decide(entry)
-        return "place" if self._is_begun(changed, origin, live) else "aside"
+        return "place" if self._is_half_applied(changed, origin, live) else "aside"
 
-    def _is_begun(self, changed: Path, origin: Path, live: Path) -> bool:
-        """Whether a live path is as it was or as it is to be, with all below it: nobody else has changed it since."""
-        todo = [(changed, origin, live)]
-        while todo:
-            changed, origin, live = todo.pop()
-            if not os.path.lexists(live) or fingerprint(live) == fingerprint(origin):
-                continue
-            if is_directory(changed) and is_directory(live):
-                names = [name for name in os.listdir(live) if name != self._beside]
-                todo += [(changed / name, origin / name, live / name) for name in names]
-            elif is_directory(live):  # it goes, and perhaps some of it has gone
-                if not all(is_directory(live / path) or is_untouched(path, origin, live) for path in paths_below(live)):
+    def _is_half_applied(self, changed: Path, origin: Path, live: Path) -> bool:
+        """Whether everything in a live entry is either as it was or as it will be, so that nobody else changed it."""
+        beside = temporary_name(live, self.token).name
+        for (now, new, old), names in walk(live, changed, origin):
+            if not os.path.lexists(now) or change_token(now) == change_token(old):
+                names.clear()
+            elif is_directory(new) and is_directory(now):
+                names[:] = [name for name in names if name != beside]
+            elif is_directory(now):  # it is being deleted, and part of it may be gone
+                if not all(is_directory(now / path) or is_untouched(path, old, now) for path in paths_below(now)):
                     return False
-            elif not os.path.lexists(changed) or not is_there_already(changed, live):
+                names.clear()
+            elif not os.path.lexists(new) or not is_merged(new, now):
                 return False
         return True
 
-    @property
-    def _beside(self) -> str:
-        return self.beside(self.token)
-
-    @staticmethod
-    def beside(token: str) -> str:
-        """The name of a file that is being written."""
-        return f".ash-new-{token}"
-
     def merge(self, entry: str, decision: str) -> None:
-        """Put one entry in place, or into the conflicts directory, as was decided; it may have been begun before."""
+        """Apply a decision to an entry; repeating an interrupted call is safe."""
         changed, live = self.upper / entry, self.live / entry
         if live.parent.is_symlink() and decision != "nothing":
             decision = "aside"
@@ -3281,7 +3247,7 @@ class VarMerge:
             self._place(changed, self.conflicts / entry)
 
     def add_files(self, pattern: str) -> None:
-        """Put the new plain files that a pattern of one directory tells of in place, and nothing else."""
+        """Add new regular files that match a glob pattern, and nothing else."""
         if all(has_real_parents(directory, pattern) for directory in (self.upper, self.live)):
             for changed in sorted(self.upper.glob(pattern)):
                 live = self.live / changed.relative_to(self.upper)
@@ -3294,24 +3260,20 @@ class VarMerge:
         return is_open(live, self._opened)
 
     def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
-        """Make `target` what `changed` says, with all below it; each file is written beside and renamed."""
-        todo = [(changed, target, False)]
-        while todo:
-            changed, target, is_filled = todo.pop()
-            if is_filled:
-                copy_attributes(changed, target)
-            elif is_whiteout(changed):
-                self._delete(target)
-            elif is_directory(changed):
-                self._place_folder(changed, target)
-                names = os.listdir(changed)
-                if is_opaque(changed):
-                    for name in set(os.listdir(target)) - set(names):
-                        self._delete(target / name)
-                todo.append((changed, target, True))
-                todo += [(changed / name, target / name, False) for name in names]
+        """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically."""
+        directories = []
+        for (ours, theirs), names in walk(changed, target):
+            if is_whiteout(ours):
+                self._delete(theirs)
+            elif is_directory(ours):
+                directories.append((ours, theirs))
+                self._place_directory(ours, theirs)
+                for name in set(os.listdir(theirs)) - set(names) if is_opaque(ours) else ():
+                    self._delete(theirs / name)
             else:
-                self._place_file(changed, target, newest)
+                self._place_file(ours, theirs, newest)
+        for ours, theirs in reversed(directories):  # the modes of new ones, and mtimes, which filling them changed
+            copy_directory_attributes(ours, theirs)
 
     def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
         status = changed.lstat()
@@ -3319,19 +3281,15 @@ class VarMerge:
             return
         if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > status.st_mtime_ns:
             return
-        beside = target.with_name(self._beside)
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_tree(beside)
-        copy_file(changed, beside)
-        if target.is_dir() and not target.is_symlink():
-            remove_tree(target)
-        rename(beside, target)
+        with replace(target, token=self.token, directories=True) as new:
+            copy_file(changed, new)
 
     @staticmethod
-    def _place_folder(changed: Path, target: Path) -> None:
-        """Make a directory, or make it as closed as it is to be, before there is anything new in it."""
+    def _place_directory(changed: Path, target: Path) -> None:
+        """Create a directory for root alone, or restrict an existing one, before anything new is in it."""
         if is_directory(target):
-            copy_attributes(changed, target)
+            copy_directory_attributes(changed, target)
         else:
             target.unlink(missing_ok=True)
             target.mkdir(mode=0o700, parents=True)
@@ -3346,19 +3304,17 @@ class VarMerge:
             self.kept.append(f"/var/{path}")
 
     def _append(self, changed: Path, live: Path, origin: Path) -> None:
-        """Append to a live log, or to the logs of a directory, what the transaction appended to its copy."""
-        todo = [(changed, live, origin)]
-        while todo:
-            changed, live, origin = todo.pop()
-            if is_whiteout(changed):
+        """Append to a live log, or to each log of a directory, what the transaction appended to its copy."""
+        for (ours, theirs, before), names in walk(changed, live, origin):
+            if is_whiteout(ours):
                 continue
-            if not os.path.lexists(live):
-                self._place(changed, live)
-            elif is_directory(changed):
-                names = os.listdir(changed) if is_directory(live) else ()
-                todo += [(changed / name, live / name, origin / name) for name in names]
-            elif stat.S_ISREG(live.lstat().st_mode) and stat.S_ISREG(changed.lstat().st_mode):
-                self._append_to_file(changed, live, origin)
+            if not os.path.lexists(theirs):
+                self._place(ours, theirs)
+                names.clear()
+            elif is_directory(ours):
+                names[:] = names if is_directory(theirs) else ()
+            elif stat.S_ISREG(theirs.lstat().st_mode) and stat.S_ISREG(ours.lstat().st_mode):
+                self._append_to_file(ours, theirs, before)
 
     @staticmethod
     def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
@@ -3371,7 +3327,7 @@ class VarMerge:
             for file in (ours, log):
                 file.seek(min(known, os.fstat(file.fileno()).st_size))
             added = ours.read()
-            if added not in log.read():  # as it is where this was interrupted before it was noted
+            if added not in log.read():  # else this was interrupted before the entry was recorded as merged
                 about_to(f"append to {live.name}")
                 log.write(added)
 
@@ -3630,7 +3586,7 @@ class WorkDir:
     @property
     def files(self) -> tuple[Path, ...]:
         """All that a transaction has in the work directory beside the copy of /var, the intent file last."""
-        torn = self.decisions.with_name(f".{self.decisions.name}.new")
+        torn = temporary_name(self.decisions, self.decisions.name)
         return self.private, *self._of_older, self.decisions, torn, self.merged, self.directory / "intent"
 
     def leftovers(self) -> list[Path]:
@@ -3848,7 +3804,7 @@ class Transaction:
                 raise AshError("a swap file in /var is in use", "move it to a subvolume of its own", REFUSED) from None
             raise
         snapshot_subvolume(self.original, self.root)
-        copy_attributes(self.var, self.place.upper)
+        copy_directory_attributes(self.var, self.place.upper)
         self._lay_out_database_files()
 
     def show(self, path: Path) -> str:
@@ -3997,7 +3953,7 @@ class Transaction:
             if own.is_file() and not own.is_symlink() and has_real_parents(self.var, name):
                 for directory in reversed(Path(name).parents[:-1]):
                     (self.place.upper / directory).mkdir(exist_ok=True)
-                    copy_attributes(self.var / directory, self.place.upper / directory)
+                    copy_directory_attributes(self.var / directory, self.place.upper / directory)
                 copy_file(own, shown)
 
     def _take_database_files(self) -> None:
@@ -4136,7 +4092,7 @@ def etc_state(etc: Path) -> str:
     """A digest of an /etc that changes when anything in it does."""
     import hashlib
 
-    return hashlib.sha256(repr(fingerprint(etc)).encode(errors="replace")).hexdigest()
+    return hashlib.sha256(repr(change_token(etc)).encode(errors="replace")).hexdigest()
 
 
 def etc_drift(base: Path, running: Path) -> dict[str, str]:
@@ -4346,22 +4302,17 @@ class EtcMerge:
 
     @staticmethod
     def place(source: Path, target: Path) -> None:
-        """Make a path what another is, a file in one step; a directory without what is in it."""
-        beside = target.with_name(".ash-new")
-        remove_tree(beside)
+        """Replace a file, or create a directory or copy its attributes, without what is in it."""
         if is_directory(source) and is_directory(target):
-            copy_attributes(source, target)
+            remove_tree(temporary_name(target))  # of an interrupted call
+            copy_directory_attributes(source, target)
             return
-        if is_directory(source):
-            beside.mkdir(mode=0o700)
-            copy_attributes(source, beside)
-        else:
-            copy_file(source, beside)
-        if os.path.lexists(target) and is_directory(source) != is_directory(target):
-            exchange(beside, target)  # a directory cannot be renamed over, and nobody is to find nothing there
-            remove_tree(beside)
-        else:
-            rename(beside, target)
+        with replace(target, directories=True) as new:
+            if is_directory(source):
+                new.mkdir(mode=0o700)
+                copy_directory_attributes(source, new)
+            else:
+                copy_file(source, new)
 
 
 def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
@@ -4373,7 +4324,7 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
     for path in sorted((path for path, is_there in there.items() if not is_there), reverse=True):
         if not has_real_parents(target, path):
             continue
-        remove_tree((target / path).with_name(".ash-new"))
+        remove_tree(temporary_name(target / path))
         if not is_directory(target / path):
             remove_tree(target / path)
         elif not any((target / path).iterdir()):
@@ -4630,7 +4581,6 @@ class Deployments:
     """
 
     KEPT_MENUS = 5
-    CARRIED = "etc.ash-new"  # the merged /etc, beside a deployment's own until it replaces that
 
     def __init__(
         self,
@@ -4668,7 +4618,7 @@ class Deployments:
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             delete_subvolume(self.layout.rootfs(f"new-{slot}"))
             delete_subvolume(self.layout.etc(f"new-{slot}"))
-            if os.path.lexists(carried := self.layout.rootfs(slot) / self.CARRIED):
+            if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
                 remove_tree(carried)
 
     # Deploying
@@ -4831,13 +4781,10 @@ class Deployments:
         if state == deployment.etc_state:
             return []
         etc = layout.rootfs(deployment.slot) / "etc"
-        new = etc.with_name(self.CARRIED)
-        remove_tree(new)
-        run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
-        carried = self._carry_etc(deployment, new, state, fresh=False)
-        sync_filesystem(layout.snapshots)
-        exchange(new, etc)
-        remove_tree(new)
+        with replace(etc, directories=True) as new:
+            run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
+            carried = self._carry_etc(deployment, new, state, fresh=False)
+            sync_filesystem(layout.snapshots)
         self.menu.deployments[deployment.slot] = carried
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
@@ -5505,13 +5452,14 @@ class LiveWorkDir(WorkDir):
     def _delete_unfinished_in_var(self, entries: Iterable[str]) -> None:
         """Delete the temporary copies of an interrupted /var merge, which a rollback does not resume."""
         try:
-            beside = VarMerge.beside(from_json(read_text(self.decisions), self.DECISIONS)["token"])
+            token = from_json(read_text(self.decisions), self.DECISIONS)["token"]
         except ValueError:  # the merge had not begun
             return
         with nosymfollow(self.layout.var):
             for entry in (self.layout.var / inside for inside in entries):
                 below = paths_below(entry) if is_directory(entry) else ()
-                for path in (entry.with_name(beside), *(entry / one for one in below if one.endswith(beside))):
+                beside = temporary_name(entry, token)
+                for path in (beside, *(entry / one for one in below if one.endswith(beside.name))):
                     remove_tree(path)
 
     def deploy_lock(self) -> Lock:
@@ -7923,11 +7871,10 @@ class Repairer:
     def bring_boot_file(self, slot: str, name: str, source: Path) -> None:
         """Copy a boot file that a deployment lacks."""
         target = self.layout.rootfs(slot) / "boot" / name
-        beside = target.with_name(f".{name}.new")
         with self.system.lock("deploy"):
             if not target.is_file():
-                run(["cp", "-a", "--reflink=auto", source, beside])
-                rename(beside, target)
+                with replace(target) as new:
+                    run(["cp", "-a", "--reflink=auto", source, new])
 
 
 # ---------------------------------------------------------------------------------------------------------------

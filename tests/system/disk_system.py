@@ -159,7 +159,7 @@ class System(Disk):
         odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
         files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
         # A small file that was being written when its ash was killed is written over by the next.
-        return odd | {name for name in files if not name.endswith(("/lock", "/.intent.new"))}
+        return odd | {name for name in files if not name.endswith(("/lock", "/.ash-new-intent"))}
 
     def is_sound(self) -> None:
         """Assert what holds when no ash is at work: each number of the tree is whole, and nothing else is there."""

@@ -128,7 +128,7 @@ def test_what_a_file_is_replaced_by_while_it_is_copied_is_not_read(
         source.write_text("x")
         with monkeypatch.context() as patched:
             patched.setattr(Path, "lstat", lambda path, put=put: replaced(path, put))
-            with pytest.raises(ash.AshError, match="no plain file"):
+            with pytest.raises(ash.AshError, match="not a regular file"):
                 copy_file(source, target)
         assert not target.exists()
         source.unlink()
@@ -385,7 +385,7 @@ def test_a_snapshot_without_a_folder_for_its_configuration_is_not_made(
 ) -> None:
     with system.nothing_changes():
         refused = system.shell(snapshot, f"mv /{directory} /x; ln -s {outside} /{directory}", status=125)
-    assert f"/{directory} is no directory" in refused.error
+    assert f"/{directory} of snapshot" in refused.error
 
 
 def test_links_of_mutable_folders_do_not_lead_out_of_them(system: System, snapshot: int, outside: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_private_folder_is_a_new_one(tmp_path: Path) -> None:
     make_private_directory(directory)
     (tmp_path / "other/lib").parent.mkdir()
     (tmp_path / "other/lib").symlink_to(tmp_path)
-    with pytest.raises(ash.AshError, match="is a link"):
+    with pytest.raises(ash.AshError, match="is a symlink"):
         make_private_directory(tmp_path / "other/lib/ash/conflicts/1")
 
 
@@ -564,7 +564,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapsho
         assert not re.search("Traceback|an error in ash itself", ended.stderr), ended.stderr
         statuses.append(ended.returncode)
         if ended.returncode:
-            assert re.fullmatch(r"(\[.*\n)*ash: .* is no plain file.*\n", ended.stderr), ended.stderr
+            assert re.fullmatch(r"(\[.*\n)*ash: .* is not a regular file.*\n", ended.stderr), ended.stderr
     assert statuses[1:] == ([0, 0] if pipe == "etc/resolv.conf" else [statuses[1], 0])
     assert statuses[0] == (OURS_IN_RUN if pipe == "etc/os-release" else 0)
     assert place.is_fifo()
@@ -575,7 +575,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapsho
     assert not system.remains()
 
 
-@pytest.mark.parametrize("compares", [ash.is_same, ash.is_there_already])
+@pytest.mark.parametrize("compares", [ash.is_same, ash.is_merged])
 def test_a_pipe_that_is_put_in_the_place_of_what_is_compared_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compares: Callable[[Path, Path], bool]
 ) -> None:

@@ -110,7 +110,7 @@ def test_a_branch_of_which_the_archives_cannot_be_told_does_not_stop_the_others(
 ) -> None:
     system.shell(tree[1], "rm -r /etc/apt; ln -s apt /etc/apt")
     answer = system.ash("--json", command, tree[0], "-j", status=FAILED).json
-    assert answer["failed"] == {str(tree[1]): "the links of etc/apt go in a circle"}
+    assert answer["failed"] == {str(tree[1]): "too many levels of symlinks in etc/apt"}
     assert versions(system, tree) == ["2", "1", "2", "2", "2"]
     assert not system.remains()
 

@@ -442,8 +442,8 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
     with disk.files() as files:
         forgotten = [path for path in files.subvolumes() if re.search(r"-chr\d|-new-|/work/", path)]
         assert not forgotten, f"{disk.image.name}: {forgotten}"
-        assert not [*files.snapshots.glob("rootfs/*/etc.ash-new"), *files.snapshots.glob("rootfs/view*")]
-        left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".intent.new"}
+        assert not [*files.snapshots.glob("rootfs/*/.ash-new"), *files.snapshots.glob("rootfs/view*")]
+        left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".ash-new-intent"}
         assert not left, left
         menu = json.loads((files.state / "menu").read_text())
         default = menu["deployments"][menu["default"]]

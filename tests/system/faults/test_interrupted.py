@@ -21,7 +21,7 @@ def interrupt(system: System, step: str, *words: str | int, **options: str) -> N
 def test_what_the_tree_names_is_there(system: System, snapshot: int, words: str) -> None:
     system.branch(snapshot)
     before = system.files.tree()
-    interrupt(system, "rename .fstree.new to fstree", *words.split(), *([snapshot] if words != "new" else []))
+    interrupt(system, "rename .ash-new-fstree to fstree", *words.split(), *([snapshot] if words != "new" else []))
     assert system.files.tree() > before
     assert not system.remains()
     system.is_sound()
@@ -29,7 +29,7 @@ def test_what_the_tree_names_is_there(system: System, snapshot: int, words: str)
 
 def test_what_a_rollback_has_put_into_the_tree_is_there(machine: Machine) -> None:
     before = machine.files.tree()
-    interrupt(machine.system, "rename .fstree.new to fstree", "rollback", booted=machine.slot)
+    interrupt(machine.system, "rename .ash-new-fstree to fstree", "rollback", booted=machine.slot)
     assert machine.files.tree() > before
     assert not machine.system.remains()
     machine.system.is_sound()
@@ -49,7 +49,7 @@ def test_what_a_rollback_has_deployed_is_there(machine: Machine, snapshot: int) 
 def test_what_the_tree_does_not_name_is_gone(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         before = (system.files.state / "last").read_text()
-        interrupt(system, f"rename .{snapshot + 1}-desc.new to {snapshot + 1}-desc", "clone", snapshot)
+        interrupt(system, f"rename .ash-new-{snapshot + 1}-desc to {snapshot + 1}-desc", "clone", snapshot)
         (system.files.state / "last").write_text(before)
 
 

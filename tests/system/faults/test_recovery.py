@@ -268,7 +268,7 @@ def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
 def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
     machine.running("deploy", machine.system.clone(snapshot))
     (machine.etc / "own").touch()
-    ended = machine.system.stepped({"kill": "exchange etc", "booted": machine.slot}, "carry")
+    ended = machine.system.stepped({"kill": "exchange .ash-new", "booted": machine.slot}, "carry")
     assert ended.returncode == -signal.SIGKILL
     machine.system.ash("recover")
     assert [path.name for path in machine.next_etc.parent.glob("etc*")] == ["etc"]
