@@ -8290,50 +8290,49 @@ def require_sound(work: Transaction) -> None:
         raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
 
 
-NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock, where nobody waits for the result
-SLOW_CLOCK = 60  # seconds that a clock may have been set back
+NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock when nobody waits for the result
+CLOCK_SLACK = 60  # seconds that a clock may have been set back
 
 
 def require_clock(system: System) -> None:
-    """Raise AshError where the clock is behind what was done last: archives would seem to be of the future."""
+    """Raise AshError if the clock is behind ash's newest state file: signatures would seem to be from the future."""
     layout = system.layout
     last = max(path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists())
-    if time.time() < last - SLOW_CLOCK:
+    if time.time() < last - CLOCK_SLACK:
         now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
-        raise AshError(f"the clock is wrong: it is {now}, and ash was at work on {then}", "set it, try again")
+        raise AshError(f"the clock is wrong: it says {now}, but ash last changed something on {then}", "set the clock")
 
 
 def is_in_window(window: str) -> bool:
-    """Whether it is the time of day at which ash may reboot the machine: between two such as 02:00-05:00."""
+    """Whether the local time is within a window such as 02:00-05:00, which may span midnight."""
     begin, _, end = window.partition("-")
     now = time.strftime("%H:%M")
     return begin <= now < end if begin <= end else now >= begin or now < end
 
 
-def note_upgrade(system: System, status: int, text: str, was: int | None = None) -> None:
-    """Write down how an automatic upgrade ended; the first two lines are as the old ash has them.
+def record_upgrade(system: System, status: int, text: str) -> None:
+    """Record the result of an automatic upgrade. The old ash reads the first two lines of this file.
 
     Args:
-        system: whose.
-        status: 0 where all went well.
-        text: what there is to say.
-        was: the id of what the snapshot is that is about to be upgraded.
+        system: the system.
+        status: 0 for success.
+        text: a message for the user.
     """
-    lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text), *([] if was is None else [str(was)])]
+    lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text)]
     write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
 
 
-def note_failed_upgrade(system: System, text: str) -> None:
-    """Write down why an automatic upgrade failed, where that can be written: the disk may be what failed."""
-    with contextlib.suppress(OSError):  # it is noted as interrupted then
-        note_upgrade(system, FAILED, text)
+def record_failed_upgrade(system: System, text: str) -> None:
+    """Record why an automatic upgrade failed, if the disk can still be written to."""
+    with contextlib.suppress(OSError):  # then it stays recorded as interrupted
+        record_upgrade(system, FAILED, text)
 
 
 RESULTS = {True: "failed", False: "succeeded"}
 
 
 def last_upgrade(system: System) -> dict[str, Any] | None:
-    """How the last automatic upgrade ended; None where there was none."""
+    """The result of the last automatic upgrade; None if there was none."""
     lines = lines_of(read_text(system.layout.upstate))
     if len(lines) < 2:
         return None
@@ -8341,15 +8340,18 @@ def last_upgrade(system: System) -> dict[str, Any] | None:
 
 
 class AutoUpgrade:
-    """An automatic upgrade: a snapshot is upgraded, checked, kept beside as it was, and deployed; or nothing of that.
+    """One automatic upgrade: upgrades a snapshot, keeps its former state as a sibling, checks it, and deploys it.
+
+    If anything fails, the snapshot is as it was. An interruption needs no cleanup: the next run deploys what the last
+    one did not.
 
     Args:
-        system: the snapshot's.
-        number: of the snapshot.
-        strict: whether an archive that cannot be had is an error.
+        system: the system.
+        number: the snapshot.
+        strict: fail if a repository cannot be reached.
 
     Raises:
-        AshError: the configuration is wrong.
+        AshError: the configuration is invalid (USAGE).
     """
 
     def __init__(self, system: System, number: int, strict: bool = False) -> None:
@@ -8361,41 +8363,43 @@ class AutoUpgrade:
         self.window = configuration.values.get("auto_upgrade_window", "")
         if self.policy == "reboot" and not self.window:
             hint = "auto_upgrade_window::02:00-05:00 in /etc/ash.conf"
-            raise AshError("auto_upgrade::reboot wants to know when", hint, USAGE)
+            raise AshError("auto_upgrade::reboot needs a time window", hint, USAGE)
         self.with_base = configuration.is_on("auto_upgrade_base")
-        self.before = system.layout.undo(number)
-        self.was = self._ident(system.layout.rootfs(number))
-        self.upgraded = ""  # what came of the snapshot, while the base is upgraded
+        self.original = self._root_id()
+        self.kept: int | None = None  # the sibling with the former state
+        self.parent: int | None = None  # of both
+        self.upgraded = ""  # what was done to the snapshot, while the base is being upgraded
 
-    @staticmethod
-    def _ident(path: Path) -> int | None:
-        found = subvolume_at(path)
+    def _root_id(self) -> int | None:
+        found = subvolume_at(self.system.layout.rootfs(self.number))
         return found.id if found else None
 
     def state(self) -> str:
-        """What is true where something failed."""
+        """What state a failure leaves things in, for the user."""
         if self.upgraded:
             return f"{self.upgraded}; the base is as it was"
-        is_as_it_was = self._ident(self.system.layout.rootfs(self.number)) == self.was
-        return f"snapshot {self.number} is {'as it was' if is_as_it_was else 'upgraded, but not deployed'}"
+        is_original = self._root_id() == self.original
+        return f"snapshot {self.number} is {'as it was' if is_original else 'upgraded, but not deployed'}"
 
     def run(self) -> Reply:
-        """Do all but the reboot."""
+        """Do everything except the reboot."""
         require_clock(self.system)
         self.system.require_changeable(self.number)
-        reply = self._look() if self.policy == "check" else self._upgrade()
-        if self.with_base:
-            self.upgraded = lines_of(reply.text)[0]
-            base = self._change(BASE, base=True)
-            changed = base.changed and self.policy != "check"
-            both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
-            rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
-            data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
-            reply = reply._replace(data=data, text=f"{reply.text}\n{self._told(base)}")
-        return reply
+        reply = self._simulate() if self.policy == "check" else self._upgrade()
+        return self._with_base(reply) if self.with_base else reply
+
+    def _with_base(self, reply: Reply) -> Reply:
+        """Upgrade the base too. Returns the reply for both."""
+        self.upgraded = lines_of(reply.text)[0]
+        base = self._change(BASE, base=True)
+        changed = base.changed and self.policy != "check"
+        both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
+        rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
+        data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
+        return reply._replace(data=data, text=f"{reply.text}\n{self._summary(base)}")
 
     def reboot(self, reply: Reply) -> Reply:
-        """Reboot, where the time has come and a deployment of the snapshot waits for it, be it of an earlier night."""
+        """Reboot if a deployment of the snapshot, even of an earlier night, is waiting, and the time is right."""
         menu, booted = self.system.menu(), self.system.booted_slot
         waiting = menu.deployments.get(menu.default)
         waits = booted and waiting and waiting.snapshot == self.number and waiting.slot != booted
@@ -8404,91 +8408,88 @@ class AutoUpgrade:
         if not is_in_window(self.window):
             return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")
         run(["shutdown", "-r", "+1", "ash has upgraded the system"])
-        return reply._replace(text=f"{reply.text}\nthe reboot is in a minute: shutdown -c stops it")
+        return reply._replace(text=f"{reply.text}\nrebooting in one minute: shutdown -c cancels it")
 
     def _change(self, number: int, base: bool = False) -> Change:
-        return change_snapshot(self.system, number, *self._doing(), simulate=self.policy == "check", base=base)
-
-    def _doing(self) -> tuple[str, Work]:
         if self.policy == "check":
-            return "looking for upgrades of", partial(upgrade, strict=self.strict)
-        return "upgrading", self._work
+            work = partial(upgrade, strict=self.strict)
+            return change_snapshot(self.system, number, "looking for upgrades of", work, simulate=True, base=base)
+        return change_snapshot(self.system, number, "upgrading", self._work, base=base)
 
     def _work(self, transaction: Transaction) -> None:
         packages = self.system.distro.packages(transaction.root)
-        refresh(transaction, self.strict)  # nobody is there to see that no archive can be had
+        refresh(transaction, self.strict)
         upgrade(transaction, fetch=False)
         if self.system.distro.packages(transaction.root) != packages:
             require_sound(transaction)
+            if transaction.snapshot == self.number:
+                self._keep(transaction.original)
 
-    def _told(self, done: Change) -> str:
+    def _keep(self, original: Path) -> None:
+        """Copy the snapshot to a sibling. Right before the commit: until then nobody needs a copy."""
+        system, description = self.system, f"{self.number} before {time.strftime('%Y-%m-%d')}"
+        with (
+            new_snapshot(system, original, description, self.number, self.number) as kept,
+            system.editing_tree() as tree,
+        ):
+            self.parent = tree.parent(self.number)
+            tree.add(kept, self.parent)
+        self.kept = kept
+
+    def _summary(self, done: Change) -> str:
         if self.policy == "check":
             return f"snapshot {done.snapshot}: {len(done.upgraded)} packages could be upgraded"
         return done.summary()
 
-    def _look(self) -> Reply:
+    def _simulate(self) -> Reply:
         planned = self._change(self.number)
-        return Reply({**change_data(planned), "changed": False}, self._told(planned))
+        return Reply({**change_data(planned), "changed": False}, self._summary(planned))
 
     def _upgrade(self) -> Reply:
-        number, distro = self.number, self.system.distro
-        earlier = self._ident(self.before)
-        goes_on = earlier is not None and earlier == self._interrupted()
-        damage = self._damage(goes_on)
-        if goes_on:  # it was upgraded, and then came the end
-            self.was = earlier
-        # Unless something else is noted in the end.
-        note_upgrade(self.system, FAILED, f"the upgrade of snapshot {number} was interrupted", self.was)
-        if goes_on:
-            roots = self.before, self.system.layout.rootfs(number)
-            done = Change.between(number, *map(distro.packages, roots))
-        else:
+        system, number, last = self.system, self.number, last_upgrade(self.system)
+        problems = self._problems()
+        record_upgrade(system, FAILED, f"the upgrade of snapshot {number} was interrupted")  # overwritten at the end
+        try:
             done = self._change(number)
-            if self._ident(self.before) == earlier:  # only lists were fetched
-                return changes_reply([done._replace(changed=False)])._replace(text=f"snapshot {number} is up to date")
-        lines = [done.summary()]
-        with ExitStack() as undo:
-            take_back = partial(undo_change, self.system, number, just_changed=True)
-            undo.callback(self.system.with_reserve, take_back, once=True)
-            kept, parent = self._keep_beside(goes_on)
-            undo.callback(self.system.with_reserve, partial(delete_snapshots, self.system, [kept]))
-            lines.append(f"  what it was is snapshot {kept} now")
-            if new := sorted(self._damage() - damage):
-                raise AshError(f"it is damaged now: {'; '.join(new)}")
-            if self.policy != "stage":
-                lines.append(deployed_reply(*deploy_or_undo(self.system, number, undo)).text)
-            undo.pop_all()
+            if self.kept is not None:
+                return self._finish(done, done.summary(), problems)
+            done = done._replace(changed=False)  # only package lists were fetched
+            up_to_date = f"snapshot {number} is up to date"
+            if last and last["failed"]:  # then it may be upgraded, but not deployed
+                return self._finish(done, up_to_date, problems)
+            return changes_reply([done])._replace(text=up_to_date)
+        finally:
+            if self.kept is not None and self._root_id() == self.original:  # nobody needs the copy
+                system.with_reserve(partial(delete_snapshots, system, [self.kept]))
+
+    def _finish(self, done: Change, text: str, problems: set[str]) -> Reply:
+        """Check and deploy the snapshot; undo the upgrade if either fails.
+
+        Args:
+            done: the upgrade.
+            text: tells the user of it.
+            problems: what fsck found before it.
+        """
+        system, number = self.system, self.number
         reply = changes_reply([done])
-        birth = {"from": number, "parent": parent, "copies": {str(number): kept}}
-        return reply._replace(data={**reply.data, **birth}, text="\n".join(lines))
+        data = dict(reply.data)
+        with ExitStack() as undo:
+            if self.kept is not None:
+                undo.callback(system.with_reserve, partial(undo_change, system, number, just_changed=True), once=True)
+                text += f"\n  its former state is snapshot {self.kept}"
+                data |= {"from": number, "parent": self.parent, "copies": {str(number): self.kept}}
+            if new := sorted(self._problems() - problems):
+                raise AshError(f"fsck finds new problems: {'; '.join(new)}")
+            if self.policy != "stage":
+                deployment, is_new = deploy_or_undo(system, number, undo)
+                text += f"\n{deployed_reply(deployment, is_new).text}"
+                data["changed"] = data["changed"] or is_new
+            undo.pop_all()
+        return reply._replace(data=data, text=text)
 
-    def _interrupted(self) -> int | None:
-        """The id of what the snapshot was before an upgrade that was interrupted; None where none was."""
-        lines = lines_of(read_text(self.system.layout.upstate))
-        return to_number(lines[3]) if len(lines) > 3 else None
-
-    def _damage(self, goes_on: bool = False) -> set[str]:
-        """What is wrong with the snapshot and what all share; with `goes_on`, with it as it was before."""
-        about = (None,) if goes_on else (self.number, None)
-        found = {one.text() for one in Fsck(self.system).run() if one.snapshot in about}
-        problems = self.system.distro.problems(self.before) if goes_on else []
-        return found | {Problem(problem, self.number).text() for problem in problems}
-
-    def _keep_beside(self, goes_on: bool) -> tuple[int, int | None]:
-        """Make a snapshot of what it was beside it, unless there is one. Returns its number, and its parent's."""
-        system, tree = self.system, self.system.tree()
-        parent, description = tree.parent(self.number), f"{self.number} before"
-        for number in tree.numbers() if goes_on else ():
-            copy = subvolume_at(system.layout.rootfs(number))
-            is_of_it = copy is not None and copy.parent_uuid == Subvolume.at(self.before).uuid
-            if is_of_it and system.describe(number).startswith(description):
-                return number, parent
-        with (
-            new_snapshot(system, self.before, f"{description} {time.strftime('%Y-%m-%d')}", self.number) as kept,
-            system.editing_tree() as tree,
-        ):
-            tree.add(kept, parent)
-        return kept, parent
+    def _problems(self) -> set[str]:
+        """The problems of the snapshot, and those that concern no particular one."""
+        return {one.text() for one in Fsck(self.system).run() if one.snapshot in (self.number, None)}
 
 
 def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
@@ -8501,26 +8502,26 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
     system.wait = args.wait or NIGHTLY_WAIT
     with system.lock("auto-upgrade"):
         try:
-            night = AutoUpgrade(system, number, args.strict)
+            upgrading = AutoUpgrade(system, number, args.strict)
         except (AshError, OSError) as error:
-            note_failed_upgrade(system, reason(error))
+            record_failed_upgrade(system, reason(error))
             raise
-        if night.policy == "none":
-            return Reply({"snapshot": number, "changed": False}, "auto_upgrade::none in /etc/ash.conf: nothing is done")
+        if upgrading.policy == "none":
+            return Reply({"snapshot": number, "changed": False}, "nothing to do: /etc/ash.conf has auto_upgrade::none")
         try:
-            reply = night.run()
+            reply = upgrading.run()
         except (AshError, OSError) as error:
-            unfinished = isinstance(error, CommittedButUnfinished)  # and says itself what is true
-            note_failed_upgrade(system, reason(error) if unfinished else f"{night.state()}: {reason(error)}")
+            unfinished = isinstance(error, CommittedButUnfinished)  # its message says what was done
+            record_failed_upgrade(system, reason(error) if unfinished else f"{upgrading.state()}: {reason(error)}")
             raise
-        note_upgrade(system, 0, lines_of(reply.text)[0])
-        return night.reboot(reply)
+        record_upgrade(system, 0, lines_of(reply.text)[0])
+        return upgrading.reboot(reply)
 
 
 def cmd_check(system: System, args: argparse.Namespace) -> Reply:
     last = last_upgrade(system)
     if last is None:
-        raise AshError("there was no automatic upgrade yet", "ash auto-upgrade", MISSING)
+        raise AshError("no automatic upgrade has run yet", "ash auto-upgrade", MISSING)
     text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
     return Reply(
         last, f"{text}: {last['message']}" if last["message"] else text, status=FAILED if last["failed"] else 0

@@ -164,4 +164,4 @@ def upgrades_by_night(machine: Machine) -> None:
     assert "1 before 20" in said(machine, "ash tree")
     journal = said(machine, "journalctl --no-pager -u ash-upgrade")
     assert "snapshot 1 changed" in journal
-    assert "the reboot is in a minute" in journal
+    assert "rebooting in one minute" in journal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Automatic upgrades: upgraded, checked and deployed, or nothing at all."""
+"""Automatic upgrades: upgraded, checked and deployed, or nothing is changed."""
 
 import json
 import os
@@ -18,15 +18,15 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(190)]
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
-    """An archive in which the snapshot's package has a new version."""
+    """A package repository for the tests."""
     return Archive(tmp_path / "archive")
 
 
 @pytest.fixture
 def snapshot(system: System, archive: Archive) -> int:
-    """A snapshot with the first version of a package of it, with a branch of its own."""
+    """A snapshot with the first version of the test package."""
     for package in (system.files.var / "cache/apt/archives").glob("ash-test*"):
-        package.unlink()  # another test's, of the same name and size
+        package.unlink()  # another test's package with the same name and size
     archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
     number = system.branch(system.clone())
     with archive.served() as url:
@@ -35,14 +35,14 @@ def snapshot(system: System, archive: Archive) -> int:
 
 
 def upgrade(system: System, number: int, archive: Archive, *options: str, status: int = DONE) -> None:
-    """Run an automatic upgrade of it from the archive."""
+    """Run an automatic upgrade from the repository."""
     with archive.served() as url:
         system.shell(number, use_only(url))
         system.ash("auto-upgrade", number, *options, status=status)
 
 
 def configure(system: System, *lines: str) -> None:
-    """Write the machine's /etc/ash.conf: that of the deployment that counts as booted."""
+    """Write /etc/ash.conf of the deployment that counts as running."""
     menu = json.loads((system.files.state / "menu").read_text())
     root = system.root(menu["last_booted"] or menu["default"])
     (root / "etc/ash.conf").write_text("".join(f"{line}\n" for line in lines))
@@ -52,7 +52,7 @@ def tool(system: System, number: int | str) -> str:
     return (system.root(number) / "usr/share/tool").read_text()
 
 
-def test_it_upgrades_checks_and_deploys_and_keeps_what_was(system: System, snapshot: int, archive: Archive) -> None:
+def test_it_upgrades_checks_deploys_and_keeps_the_former_state(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
     before = {row["snapshot"]: row for row in system.ash("--json", "tree").json["tree"]}
     archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
@@ -102,7 +102,7 @@ def test_a_bad_upgrade_changes_nothing(system: System, snapshot: int, archive: A
     assert not system.remains()
 
 
-def test_a_deploy_that_fails_leaves_what_runs_as_it_was(system: System, snapshot: int, archive: Archive) -> None:
+def test_a_failed_deploy_changes_nothing(system: System, snapshot: int, archive: Archive) -> None:
     system.ash("deploy", snapshot, "--fresh-etc")
     machine = Machine(system)
     slot = machine.boot()
@@ -122,7 +122,7 @@ def test_a_deploy_that_fails_leaves_what_runs_as_it_was(system: System, snapshot
     system.is_sound()
 
 
-def test_what_was_wrong_before_stops_nothing(system: System, snapshot: int, archive: Archive) -> None:
+def test_problems_that_existed_before_do_not_count(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
     system.shell(snapshot, "rm -r /usr/share/doc/less")
     stray = system.root("4711")
@@ -135,7 +135,7 @@ def test_what_was_wrong_before_stops_nothing(system: System, snapshot: int, arch
     assert tool(system, system.files.default_slot()) == "two\n"
 
 
-def test_a_wrong_configuration_is_noted(system: System, snapshot: int, archive: Archive) -> None:
+def test_an_invalid_configuration_is_recorded(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
     upgrade(system, snapshot, archive)
     for line, said in (("auto_upgrade::sometimes", "line 1"), ("auto_upgrade::reboot", "when")):
@@ -161,7 +161,7 @@ def test_policies(system: System, snapshot: int, archive: Archive) -> None:
 
 
 @pytest.mark.parametrize("hours", [2, -1])
-def test_it_reboots_within_the_window_alone(
+def test_it_reboots_only_within_the_window(
     system: System, snapshot: int, archive: Archive, tmp_path: Path, hours: int
 ) -> None:
     system.ash("deploy", snapshot, "--fresh-etc")
@@ -176,38 +176,48 @@ def test_it_reboots_within_the_window_alone(
     (programs / "shutdown").chmod(0o755)
     with archive.served() as url:
         system.shell(snapshot, use_only(url))
-        program("mount", "--bind", programs, "/usr/local/sbin")  # for these tests alone, and first in ash's PATH
+        program("mount", "--bind", programs, "/usr/local/sbin")  # first in ash's PATH
         try:
             said = machine.run("auto-upgrade", snapshot).stdout
         finally:
             program("umount", "/usr/local/sbin")
     configure(system)
     assert tool(system, system.files.default_slot()) == "two\n"
-    assert ("the reboot is in a minute" in said, called.exists()) == ((True, True) if hours < 0 else (False, False))
+    assert ("rebooting in one minute" in said, called.exists()) == ((True, True) if hours < 0 else (False, False))
     assert (f"the reboot waits for {begin}-{end}\n" in said) is (hours > 0)
 
 
-@pytest.mark.parametrize("step", ["snapshot undo-", "write menu"])
-def test_what_was_interrupted_is_gone_on_with(system: System, snapshot: int, archive: Archive, step: str) -> None:
+# Before which step a run is killed, the version that the snapshot then has, and the copies of its former state.
+INTERRUPTIONS = {
+    "before the copy": (r"snapshot snapshot-\d+ as snapshot-\d", "one", 1),
+    "before the commit": ("exchange snapshot-", "one", 2),
+    "after the commit": (r"rename snapshot-chr\d+ to undo-", "two", 1),
+    "while it is deployed": ("write menu", "two", 1),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTIONS)
+def test_the_run_after_an_interrupted_one_deploys(system: System, snapshot: int, archive: Archive, name: str) -> None:
+    step, version, copies = INTERRUPTIONS[name]
     configure(system)
     archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
     numbers = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]}
     with archive.served() as url:
         system.shell(snapshot, use_only(url))
         system.killed_before(step, "auto-upgrade", snapshot)
-        assert tool(system, snapshot) == "two\n"
+        assert tool(system, snapshot) == f"{version}\n"
         assert "interrupted" in system.ash("check", status=FAILED).stdout
         system.ash("auto-upgrade", snapshot)
     assert tool(system, system.files.default_slot()) == "two\n"
     assert "succeeded" in system.ash("check").stdout
-    (kept,) = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]} - numbers
-    assert tool(system, kept) == "one\n"
+    kept = {row["snapshot"] for row in system.ash("--json", "tree").json["tree"]} - numbers
+    assert [tool(system, number) for number in kept] == ["one\n"] * copies
     assert system.ash("--json", "status").json["next"]["snapshot"] == snapshot
     system.is_sound()
 
 
 @pytest.mark.parametrize("name", ["fstree", "history"])
-def test_a_clock_that_is_wrong_stops_it(system: System, snapshot: int, archive: Archive, name: str) -> None:
+def test_a_wrong_clock_stops_it(system: System, snapshot: int, archive: Archive, name: str) -> None:
     configure(system)
     file = system.files.state / name
     there = file.stat()
@@ -229,12 +239,12 @@ def test_it_waits_for_a_lock(system: System, snapshot: int, archive: Archive) ->
         assert process.wait(timeout=120) == DONE
 
 
-def test_check_says_when_there_was_none(system: System) -> None:
+def test_check_without_any_automatic_upgrade(system: System) -> None:
     (system.files.state / "upstate").unlink(missing_ok=True)
     system.ash("check", status=MISSING)
 
 
-def test_the_timer_is_there_and_not_enabled(system: System) -> None:
+def test_the_timer_is_installed_but_not_enabled(system: System) -> None:
     units = system.root(0) / "usr/lib/systemd/system"
     assert "RandomizedDelaySec" in (units / "ash-upgrade.timer").read_text()
     assert not list(system.root(0).glob("etc/systemd/system/*.wants/ash-upgrade*"))
@@ -242,8 +252,8 @@ def test_the_timer_is_there_and_not_enabled(system: System) -> None:
     assert os.readlink(system.root(0) / "usr/bin/ast") == "ash"
 
 
-def test_the_base_goes_along_where_that_is_wanted(system: System, snapshot: int, archive: Archive) -> None:
-    # The last one: in what comes after it the base has the package.
+def test_the_base_is_upgraded_if_configured(system: System, snapshot: int, archive: Archive) -> None:
+    # Must be the last test: afterwards the base has the package.
     with archive.served() as url:
         with system.terminal("base-update", "--shell") as terminal:
             terminal.expect(r"# ")

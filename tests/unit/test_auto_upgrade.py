@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The time at which a machine may be rebooted."""
+"""The time window for reboots of the automatic upgrade."""
 
 import time
 
@@ -22,6 +22,6 @@ pytestmark = pytest.mark.budget(5)
         ("23:00-01:30", "12:00", False),
     ],
 )
-def test_a_window_may_go_over_midnight(monkeypatch: pytest.MonkeyPatch, window: str, now: str, within: bool) -> None:
+def test_a_window_may_span_midnight(monkeypatch: pytest.MonkeyPatch, window: str, now: str, within: bool) -> None:
     monkeypatch.setattr(time, "strftime", lambda _: now)
     assert is_in_window(Configuration.parse(f"auto_upgrade_window::{window}\n").values["auto_upgrade_window"]) is within
