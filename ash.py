@@ -8393,8 +8393,9 @@ class AutoUpgrade:
         self.upgraded = lines_of(reply.text)[0]
         base = self._change(BASE, base=True)
         changed = base.changed and self.policy != "check"
-        both = [{key: reply.data[key] for key in CHANGE_SHAPE}, {**change_data(base), "changed": changed}]
-        rest = {key: value for key, value in reply.data.items() if key not in CHANGE_SHAPE}
+        of_base = {**change_data(base), "changed": changed}
+        both = [{key: reply.data[key] for key in of_base}, of_base]
+        rest = {key: value for key, value in reply.data.items() if key not in of_base}
         data = {**rest, "changed": changed or reply.data["changed"], "snapshots": both}
         return reply._replace(data=data, text=f"{reply.text}\n{self._summary(base)}")
 
