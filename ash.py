@@ -15,7 +15,6 @@ damage, upgrades, a newer ash, commands, the command line.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import errno
@@ -30,7 +29,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
     from anytree import AnyNode
 
+    CommandFunction = TypeVar("CommandFunction", bound=Callable[..., "Reply | Plan"])
     Result = TypeVar("Result")
 else:
 
@@ -905,6 +905,7 @@ class Layout:
         self.reserve = ash / "reserve"
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
         self.profiles = ash / "profiles"
+        self.help = ash / "help"  # man page, completions and command table, rendered by the installer
         self.home_root = ash / "root"
 
     @classmethod
@@ -4932,34 +4933,34 @@ class System:
         self.done: list[Change] = []  # committed changes
 
     @classmethod
-    def open(cls, args: argparse.Namespace, changes: bool) -> System:
+    def open(cls, request: Request, changes: bool) -> System:
         """The system that the command line selects.
 
         Raises:
             AshError: there is none (MISSING), or this needs root (REFUSED).
         """
-        if args.root is None and args.image is None:
-            return cls._running(args, changes)
+        if request.root is None and request.image is None:
+            return cls._running(request, changes)
         require_root("working on another system's disk")
         private_mounts()
-        if args.image is not None:
-            if not args.image.is_file():
-                raise AshError(f"{args.image} is not a regular file", "", MISSING)
+        if request.image is not None:
+            if not request.image.is_file():
+                raise AshError(f"{request.image} is not a regular file", "", MISSING)
             with ExitStack() as stack:
-                top, _ = attach_disk(stack, args.image)
-        else:
-            if not args.root.is_dir():
-                raise AshError(f"{args.root} is not a directory", "mount the root partition there", MISSING)
-            found = mount_of(args.root)
+                top, _ = attach_disk(stack, request.image)
+        elif request.root is not None:
+            if not request.root.is_dir():
+                raise AshError(f"{request.root} is not a directory", "mount the root partition there", MISSING)
+            found = mount_of(request.root)
             if found.kind != "btrfs":
-                raise AshError(f"{args.root} is not on btrfs", "mount the root partition there", MISSING)
+                raise AshError(f"{request.root} is not on btrfs", "mount the root partition there", MISSING)
             # A second, writable mount would also make the user's read-only mount writable.
-            top = mount_top(device_of(args.root), is_readonly(args.root))
-        return cls._at(top, args)
+            top = mount_top(device_of(request.root), is_readonly(request.root))
+        return cls._at(top, request)
 
     @classmethod
-    def _running(cls, args: argparse.Namespace, changes: bool) -> System:
-        if is_in_chroot() and not args.chroot:
+    def _running(cls, request: Request, changes: bool) -> System:
+        if is_in_chroot() and not request.chroot:
             raise AshError("ash must not be run inside a chroot", "--chroot overrides this", REFUSED)
         snapshots = Path("/.snapshots")
         root = next((m for m in reversed(mounts()) if m.target == "/"), None)
@@ -4971,17 +4972,17 @@ class System:
         require_root("changing the system")
         private_mounts()
         layout = Layout.at(mount_top(Path(root.source), is_readonly(snapshots)), ident[0])
-        return cls(layout, load_distro(ident[1]), running=True, wait=args.wait)
+        return cls(layout, load_distro(ident[1]), running=True, wait=request.wait)
 
     @classmethod
-    def _at(cls, top: Path, args: argparse.Namespace) -> System:
+    def _at(cls, top: Path, request: Request) -> System:
         there = sorted(path.name.removeprefix("@.snapshots_") for path in top.glob("@.snapshots_*"))
-        if args.distro is None and len(there) > 1:
+        if request.distro is None and len(there) > 1:
             raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
-        if not there or (args.distro or there[0]) not in there:
-            raise AshError(f"there is no {args.distro or 'system'} managed by ash", "", MISSING)
-        layout = Layout.at(top, args.distro or there[0])
-        return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=args.wait)
+        if not there or (request.distro or there[0]) not in there:
+            raise AshError(f"there is no {request.distro or 'system'} managed by ash", "", MISSING)
+        layout = Layout.at(top, request.distro or there[0])
+        return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=request.wait)
 
     # Reading
 
@@ -5692,8 +5693,57 @@ def running_drift(system: System) -> tuple[str, dict[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class Request(NamedTuple):
+    """A parsed command line. An option that was not given, or that the command does not have, has its default."""
+
+    # Options of all commands
+    root: Path | None = None
+    image: Path | None = None
+    distro: str | None = None
+    chroot: bool = False
+    dry_run: bool = False
+    json: bool = False
+    wait: float = 0.0
+    yes: bool = False
+    verbose: bool = False
+    quiet: bool = False
+    # What the command is about
+    snapshots: Sequence[int] = ()
+    packages: Sequence[str] = ()
+    remove: Sequence[str] = ()
+    profile: str = ""
+    command: Sequence[str] = ()
+    description: str = ""
+    words: Sequence[str] = ()
+    # Options of some commands
+    delete_data: bool = False
+    download_only: bool = False
+    files: bool = False
+    force: bool = False
+    format: str = "text"
+    fresh_etc: bool = False
+    jobs: int = 1
+    keep: bool = False
+    live: bool | None = None
+    long: bool = False
+    no_upgrade: bool = False
+    nuke: bool = False
+    patch: bool = False
+    purge: bool = False
+    repair: bool = False
+    resume: bool = False
+    secondary: bool = False
+    shell: bool = False
+    strict: bool = False
+
+    @property
+    def snapshot(self) -> int:
+        """The snapshot that a command for one snapshot is about."""
+        return self.snapshots[0]
+
+
 class Reply(NamedTuple):
-    """What a command answers: `data` for --json, `text` for people, `brief` (such as a new number) with -q."""
+    """The answer of a command: `data` for --json, `text` for people, `brief` (such as a new number) for -q."""
 
     data: Mapping[str, Any] = {}
     text: str = ""
@@ -5701,13 +5751,36 @@ class Reply(NamedTuple):
     status: int = 0
 
 
+# A command that changes something first makes its checks, then yields what it would do, the whole answer of --dry-run;
+# it is resumed, and changes something, only without that option.
+Plan = Generator[Reply, None, Reply]
+
+
 def would(text: str, **data: Any) -> Reply:
-    """The answer of a command with --dry-run."""
+    """What a command would do: its answer with --dry-run."""
     return Reply({"changed": False, "dry_run": True, "would": text, **data}, f"would {text}")
 
 
+# The shapes of JSON answers, as has_shape() takes them; `ash help --format json` prints them.
+PACKAGES_SHAPE = {"added": {"*": str}, "removed": {"*": str}, "upgraded": {"*": [str]}}
+CHANGE_SHAPE = {"snapshot": int, "changed": bool, "packages": PACKAGES_SHAPE, "conflicts": [str], "kept": [str]}
+ERROR_SHAPE = {"message": str, "hint": str, "status": int}
+DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": object}
+
+
+def change_data(change: Change) -> dict[str, Any]:
+    """A change for --json (CHANGE_SHAPE)."""
+    return {
+        "snapshot": change.snapshot,
+        "changed": change.changed,
+        "packages": change.packages(),
+        "conflicts": list(change.conflicts),
+        "kept": list(change.kept),
+    }
+
+
 def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Rows as a table for people."""
+    """Format rows as a table for people."""
     import tabulate
 
     tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
@@ -5715,146 +5788,607 @@ def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True))
 
 
-def the_snapshot(system: System, args: argparse.Namespace) -> int:
-    """The snapshot that a command is about: the one named, else the booted one."""
-    if args.snapshots:
-        return int(args.snapshots[0])
-    current = system.current
-    if current is None:
-        raise AshError("which snapshot? nothing of this system is running", "name its number", USAGE)
-    return current
-
-
-def needs_confirmation(args: argparse.Namespace, question: str) -> None:
-    """Ask; AshError where the answer is not yes, or there is nobody to ask."""
-    if args.yes:
+def require_confirmation(request: Request, question: str) -> None:
+    """Ask the user unless -y was given; AshError if the answer is not yes or there is no terminal."""
+    if request.yes:
         return
     if not sys.stdin.isatty():
         raise AshError(f"{question}? There is no terminal to ask on", "-y answers yes", USAGE)
     if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise AshError("nothing is done", "", FAILED)
-
-
-class Argument(NamedTuple):
-    """An option of a command, as argparse takes it."""
-
-    flags: Sequence[str]
-    help: str
-    settings: Mapping[str, Any] = {}
-
-
-def flag(*flags: str, help: str) -> Argument:
-    """An option without a value."""
-    return Argument(flags, help, {"action": "store_true"})
-
-
-def words_option(*flags: str, dest: str, help: str, nargs: str = "+") -> Argument:
-    """An option with one or more words; given twice, it has those of both."""
-    action = "store" if nargs == argparse.REMAINDER else "extend"
-    return Argument(flags, help, {"nargs": nargs, "default": [], "dest": dest, "action": action})
-
-
-PARALLEL = flag("-j", "--parallel", help="several at a time: as many as there are processors")
-JOBS = [
-    PARALLEL,
-    Argument(("--jobs",), "so many at a time", {"type": int, "default": 0, "metavar": "COUNT"}),
-]
-STRICT = flag("--strict", help="fail where not all archives can be had")
-DOWNLOAD_ONLY = flag("--download-only", help="fetch the packages now, for later")
-PROFILE = Argument(("-P", "--profile", "--prof"), "the packages of a profile", {"default": "", "metavar": "NAME"})
-NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
-RESUME = flag("--resume", help="go on with what a hang-up left")
-DESC = words_option("-d", "--desc", "--description", dest="desc", help="its description, several words")
-COMMAND_WORDS = words_option(
-    "-c", "--cmd", "--command", dest="command_words", help="the command", nargs=argparse.REMAINDER
-)
-LIVE = [
-    flag("--live", "-l", help="also in the running system"),
-    flag("--not-live", "-nl", help="only in the snapshot"),
-]
-PURGE = [
-    flag("--purge", help="also their configuration"),
-    flag("--delete-data", help="also their data in /var, where no other snapshot's package claims it"),
-]
-SYNC = [flag("--keep", help="leave what the parent removed"), STRICT, *JOBS, *LIVE]
-PACKAGES = words_option(
-    "-p", "--pkg", "--package", dest="packages", help="packages (also those with a number for a name)"
-)
-
-
-def seconds(text: str) -> float:
-    """How long to wait, as the command line has it."""
-    number = float(text)
-    if not number >= 0:  # so that it is no NaN either
-        raise ValueError
-    return number
-
-
-GLOBAL_OPTIONS = [
-    Argument(("--root",), "work on a mounted system", {"type": Path, "metavar": "DIR"}),
-    Argument(("--image",), "work on a disk image", {"type": Path, "metavar": "FILE"}),
-    Argument(("--distro",), "which distribution, where several are on it", {"metavar": "ID"}),
-    flag("--chroot", help="run although ash finds itself inside a chroot"),
-    flag("--dry-run", help="print what would be done, change nothing"),
-    flag("--json", help="answer in JSON"),
-    Argument(("--wait",), "how long to wait for a lock", {"type": seconds, "default": 0.0, "metavar": "SECONDS"}),
-    Argument(("-y", "--yes"), "answer yes", {"action": "store_true"}),
-    Argument(("-v", "--verbose"), "show the programs as they run", {"action": "store_true"}),
-    Argument(("-q", "--quiet"), "only errors, and new numbers", {"action": "store_true"}),
-]
-SNAPSHOT_OPTION = Argument(
-    ("-s", "--snap", "--snapshot"),
-    "the snapshot",
-    {"dest": "snapshots", "type": int, "nargs": 1, "metavar": "N", "action": "extend"},
-)
-SEVERAL_OPTION = words_option("--snapshots", "--snaps", dest="several", help="several snapshots")
-HELP_WIDTH = 80
-# argparse asks for translations of its own words, by `_`: ash has none, and asking takes a tenth of a short command.
-vars(argparse)["_"] = str
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises AshError where the command line is wrong.
-
-    Its help is as wide as a manual page: argparse would ask how wide the terminal is with every option that is added.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings, formatter_class=partial(argparse.HelpFormatter, width=HELP_WIDTH))
-
-    def error(self, message: str) -> NoReturn:
-        raise AshError(message, f"{self.prog} -h", USAGE)
+        raise AshError("nothing was changed", "", FAILED)
 
 
 class CommandFailed(AshError):
-    """What the user ran in a snapshot ended with a status of its own."""
+    """A program that the user ran in a snapshot failed; ash exits with the same status."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message, "", status)
 
 
-def described(*words: str) -> str:
-    """A description from its words: one line, and text that every program can read."""
+class Option(NamedTuple):
+    """An option of a command.
+
+    Args:
+        flags: its spellings.
+        help: one line for people.
+        value: what the help calls its value: "" for an option without one, "WORD..." for one that takes several words.
+        name: the name of its value; empty for that of its long spelling.
+        read: turns the text of a value into the value; raises ValueError.
+        repeats: whether it may be given several times, once for each value.
+    """
+
+    flags: Sequence[str]
+    help: str
+    value: str = ""
+    name: str = ""
+    read: Callable[[str], Any] = str
+    repeats: bool = False
+
+    @property
+    def dest(self) -> str:
+        """The name under which its value is found."""
+        long = next((flag for flag in self.flags if flag.startswith("--")), "")
+        return self.name or long.removeprefix("--").replace("-", "_")
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether it takes all words up to the next option."""
+        return self.value.endswith("...")
+
+    def usage(self) -> str:
+        """How it is written on a command line."""
+        return f"{', '.join(self.flags)} {self.value}".rstrip()
+
+
+def flag(*flags: str, help: str) -> Option:
+    """An option without a value."""
+    return Option(flags, help)
+
+
+def snapshot_number(text: str) -> int:
+    """Read a snapshot number; ValueError if it is none, AshError (MISSING) if it is too large for one."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError
+    number = to_number(text)
+    if number is None:
+        raise AshError("no snapshot has a number so large", "ash tree lists the snapshots", MISSING)
+    return number
+
+
+SNAPSHOT_OPTION = Option(
+    ("-s", "--snap", "--snapshot"), "the snapshot", "N", "snapshots", snapshot_number, repeats=True
+)
+SEVERAL_OPTION = Option(("--snapshots", "--snaps"), "several snapshots", "N...", "several")
+
+
+class Command(NamedTuple):
+    """A row of the command table.
+
+    Args:
+        name, aliases: the words that call it.
+        group, usage, help: for people.
+        function: does it. It is called with the system and the request.
+        options: those that not all commands have.
+        numbers: how many snapshots it takes at most.
+        required: how many must be given; if 0, the default is the booted snapshot.
+        snapshot_optional: without a snapshot it is about none, not about the booted one.
+        several: whether --snapshots takes any number of snapshots, which it works on one after the other.
+        require: checks each of the snapshots before anything is done.
+        words: the field of the request that takes its words beside snapshots; empty if it takes none.
+        hint: how to call it when words are missing, if the usage is not enough.
+        rest: whether everything after the snapshot belongs to another program, options included.
+        changes: whether it changes the system, and so needs root.
+        changes_with: the option with which a command that only reads changes the system.
+        wants_disk: whether it reports more when root lets it see the whole file system.
+        frees_space: whether it may use the emergency reserve on a full disk.
+        retries: whether it may run again after it committed but did not finish.
+        own_status: whether it exits with the status of the program that it ran, so that ash's own failure is 125.
+        needs_system: whether it works on a system; if not, the function takes the request only.
+        answer: the shape of its JSON answer; None for what has none.
+    """
+
+    name: str
+    aliases: Sequence[str]
+    group: str
+    usage: str
+    help: str
+    function: Callable[..., Any]
+    options: Sequence[Option] = ()
+    numbers: int = 0
+    required: int = 0
+    snapshot_optional: bool = False
+    several: bool = False
+    require: Callable[[System, int], None] | None = None
+    words: str = ""
+    hint: str = ""
+    rest: bool = False
+    changes: bool = False
+    changes_with: str = ""
+    wants_disk: bool = False
+    frees_space: bool = False
+    retries: bool = True
+    own_status: bool = False
+    needs_system: bool = True
+    answer: Mapping[str, Any] | None = None
+
+    def is_change(self, request: Request) -> bool:
+        """Whether it changes the system when called like this."""
+        return self.changes or (self.changes_with != "" and getattr(request, self.changes_with))
+
+    def all_options(self) -> list[Option]:
+        """Its own options and those that its snapshots bring."""
+        about = ([SNAPSHOT_OPTION] if self.numbers else []) + ([SEVERAL_OPTION] if self.several else [])
+        return [*self.options, *about]
+
+
+COMMANDS: list[Command] = []  # as registered, which is their order within a group
+GROUPS = ("Tree", "Boot", "Inside a snapshot", "Packages", "ash itself")
+TREE, BOOT, INSIDE, PACKAGES, ITSELF = GROUPS
+MANY = 1000
+
+
+def command(name: str, *aliases: str, **row: Any) -> Callable[[CommandFunction], CommandFunction]:
+    """Register the function below as a command; see Command for the fields of its row."""
+
+    def register(function: CommandFunction) -> CommandFunction:
+        COMMANDS.append(Command(name, aliases, function=function, **row))
+        return function
+
+    return register
+
+
+def commands_of(group: str) -> list[Command]:
+    """The commands of a group, in the order of the help."""
+    return [command for command in COMMANDS if command.group == group]
+
+
+def find_command(word: str) -> Command:
+    """The command that a word calls; AshError, with the nearest word, if there is none."""
+    for command in COMMANDS:
+        if word == command.name or word in command.aliases:
+            return command
+    import difflib
+
+    near = difflib.get_close_matches(word, [name for c in COMMANDS for name in (c.name, *c.aliases)], 1, 0.5)
+    raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+# ash reads its command line itself: argparse takes 3 of the 35 ms of `ash tree`, and has no options between words or
+# a number that may be left out.
+
+
+def seconds(text: str) -> float:
+    """Read the time to wait; ValueError if it is negative or NaN."""
+    number = float(text)
+    if not number >= 0:
+        raise ValueError
+    return number
+
+
+def count(text: str) -> int:
+    """Read a number of jobs; ValueError if it is negative."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+GLOBAL_OPTIONS = (
+    Option(("--root",), "work on a mounted system", "DIR", read=Path),
+    Option(("--image",), "work on a disk image", "FILE", read=Path),
+    Option(("--distro",), "which distribution, if the disk has several", "ID"),
+    flag("--chroot", help="run although ash finds itself inside a chroot"),
+    flag("--dry-run", help="print what would be done, change nothing"),
+    flag("--json", help="answer in JSON"),
+    Option(("--wait",), "how long to wait for a lock", "SECONDS", read=seconds),
+    flag("-y", "--yes", help="answer yes"),
+    flag("-v", "--verbose", help="show the programs as they run"),
+    flag("-q", "--quiet", help="only errors, and new numbers"),
+    flag("-h", "--help", help="explain the command"),
+)
+PARALLEL = flag("-j", "--parallel", help="work on as many snapshots at a time as there are processors")
+JOBS = (PARALLEL, Option(("--jobs",), "number of snapshots to work on at a time", "COUNT", read=count))
+STRICT = flag("--strict", help="fail if a repository cannot be reached")
+DOWNLOAD_ONLY = flag("--download-only", help="only fetch the packages, for a later upgrade")
+PROFILE = Option(("-P", "--profile", "--prof"), "the packages of a profile", "NAME")
+NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
+RESUME = flag("--resume", help="resume a session that was cut off")
+DESCRIPTION = Option(("-d", "--desc", "--description"), "its description, several words", "WORD...", "description")
+COMMAND = Option(("-c", "--cmd", "--command"), "the command", "WORD...", "command")
+LIVE = (
+    flag("--live", "-l", help="also change the running system"),
+    flag("--not-live", "-nl", help="only change the snapshot"),
+)
+PURGE = (
+    flag("--purge", help="also delete their configuration"),
+    flag("--delete-data", help="also delete their data in /var, unless another snapshot's package claims it"),
+)
+SYNC = (flag("--keep", help="keep packages that the parent no longer has"), STRICT, *JOBS, *LIVE)
+PACKAGE = Option(("-p", "--pkg", "--package"), "packages (also those with a number for a name)", "PKG...", "packages")
+
+
+class Arguments:
+    """What follows a command on the command line: the values of options, by name, and the other words.
+
+    Raises:
+        AshError: an option is unknown, or its value is missing or wrong (USAGE).
+    """
+
+    def __init__(self, command: Command, given: Iterable[str]) -> None:
+        self.command = command
+        self.options = {flag: option for option in (*command.all_options(), *GLOBAL_OPTIONS) for flag in option.flags}
+        self.values: dict[str, Any] = {}
+        self.words: list[str] = []
+        self._rest = list(given)
+        while self._rest:
+            word = self._rest.pop(0)
+            if self._is_option(word):
+                self._read_option(word)
+                continue
+            self.words += [] if word == "--" else [word]
+            if word == "--" or command.rest:
+                self.words += self._rest
+                break
+
+    def _is_option(self, word: str) -> bool:
+        """Whether a word is an option: dashes alone, a negative number and a phrase are none."""
+        dashed = word.startswith("-") and word not in ("-", "--") and not word[1:].isdecimal() and " " not in word
+        return dashed or word in self.options
+
+    def _read_option(self, word: str) -> None:
+        spelled, equals, value = word.partition("=")
+        if spelled not in self.options and word[:2] in self.options:  # -s3, -vq
+            spelled, value = word[:2], word[2:]
+            equals = self.options[spelled].value
+            if not equals:
+                self._rest.insert(0, f"-{value}")
+        option = self.options.get(spelled)
+        if option is None:
+            raise self._wrong(f"there is no option {spelled}")
+        if option.value:
+            self._store(option, spelled, [value] if equals else self._take_words(option))
+        elif equals:
+            raise self._wrong(f"{spelled} takes no value")
+        else:
+            self.values[option.dest] = True
+
+    def _take_words(self, option: Option) -> list[str]:
+        """Take the words that are the value of an option, if it has any, off the rest."""
+        taken = self._rest[: None if option.takes_several else 1]
+        if not (option.takes_several and self.command.rest):
+            taken = list(itertools.takewhile(lambda word: not self._is_option(word), taken))
+        del self._rest[: len(taken)]
+        return taken
+
+    def _store(self, option: Option, spelled: str, texts: Sequence[str]) -> None:
+        if not texts:
+            raise self._wrong(f"{spelled} needs a value: {option.value}")
+        try:
+            values = [option.read(text) for text in texts]
+        except ValueError:
+            raise self._wrong(f"{spelled} does not take {' '.join(map(repr, texts))}") from None
+        if option.takes_several or option.repeats:
+            self.values.setdefault(option.dest, []).extend(values)
+        else:
+            self.values[option.dest] = values[0]
+
+    def _wrong(self, message: str) -> AshError:
+        return AshError(message, f"ash {self.command.name} -h", USAGE)
+
+
+def split_command_line(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
+    """Split the command line into the options before the command, the command, and what follows it."""
+    with_value = {flag for option in GLOBAL_OPTIONS if option.value for flag in option.flags}
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if argv[at] in with_value else 1
+    return list(argv[:at]), argv[at] if at < len(argv) else "", list(argv[at + 1 :])
+
+
+def leading_numbers(words: Sequence[str]) -> list[int]:
+    """The snapshot numbers that a list of words begins with."""
+    return [snapshot_number(word) for word in itertools.takewhile(lambda w: w.isascii() and w.isdecimal(), words)]
+
+
+def require_no_count(given: Sequence[str]) -> None:
+    """Raise AshError if a number follows -j: a user of make means jobs, and it would be taken for a snapshot."""
+    for words in (*given, *map(" ".join, itertools.pairwise(given))):
+        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
+            option, number = found.groups()
+            hint = f"--jobs {number} does; the snapshot stands before {option}"
+            raise AshError(f"{option} takes no number", hint, USAGE)
+
+
+def split_last_number(program: Sequence[str]) -> tuple[list[int], Sequence[str]]:
+    """Split off the snapshot behind a command that is run, if it has one: the old ash took `-c 'COMMAND' -s N`."""
+    named = len(program) > 2 and program[-2] in SNAPSHOT_OPTION.flags
+    numbers = leading_numbers(program[-1:]) if named else []
+    return numbers, program[:-2] if numbers else program
+
+
+def split_numbers(
+    command: Command, values: dict[str, Any], words: Sequence[str]
+) -> tuple[list[int], Sequence[str], str]:
+    """Tell the snapshots on a command line from other words.
+
+    Returns:
+        the snapshots, the words that are left, and the profile.
+    """
+    snapshots, several = values.pop("snapshots", []), values.pop("several", [])
+    profile = values.pop("profile", "")
+    numbers = leading_numbers(several)
+    snapshots, words = [*snapshots, *numbers], [*several[len(numbers) :], *words]
+    if to_number(profile) is not None and words:  # --profile N NAME
+        snapshots, profile, words = [*snapshots, *leading_numbers([profile])], words[0], words[1:]
+    more = leading_numbers(words)[: max(0, command.numbers - len(snapshots))]
+    snapshots, words = [*snapshots, *more], words[len(more) :]
+    if command.words == "profile" and words:  # install-profile NAME N
+        profile, numbers = words[0], leading_numbers(words[1:])
+        snapshots, words = [*snapshots, *numbers], words[1 + len(numbers) :]
+    if len(snapshots) > command.numbers and not command.several:
+        raise AshError(f"too many snapshots: {listed(snapshots)}", f"ash {command.usage}", USAGE)
+    return snapshots, words, profile
+
+
+def program_to_run(words: Sequence[str]) -> list[str]:
+    """The program and its arguments that follow the snapshot on the command line of run."""
+    program = [*words[1:]] if words and words[0] in (*COMMAND.flags, "--") else [*words]
+    if len(program) == 1 and " " in program[0]:
+        return ["/bin/sh", "-c", program[0]]  # a whole command line in one word, as the old ash took it
+    return program
+
+
+def described(words: Iterable[str]) -> str:
+    """Make a description of words: one line of valid text."""
     text = " ".join(" ".join(words).split())
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def new_description(args: argparse.Namespace, default: str) -> str:
-    """The description that was given, or the default."""
-    return described(*args.desc) or default
+# What a command asks for when its words are missing, by the field of the request that takes them.
+MISSING_WORDS = {
+    "packages": "which package?",
+    "profile": "which profile?",
+    "command": "which command?",
+    "description": "what is its description?",
+}
 
 
-def jobs_of(args: argparse.Namespace) -> int:
-    """How many snapshots are worked on at a time."""
-    wanted = args.jobs or (len(os.sched_getaffinity(0)) if args.parallel else 1)
-    if wanted < 1:
-        raise AshError(f"{wanted} jobs at a time are too few", "--jobs COUNT", USAGE)
-    return int(wanted)
+def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -> Request:
+    """Make a request of the options and words of a command line; AshError (USAGE) if it does not fit the command."""
+    program: Sequence[str] = values.pop("command", [])
+    if command.rest and "snapshots" not in values:
+        values["snapshots"], program = split_last_number(program)
+    snapshots, words, profile = split_numbers(command, values, words) if command.numbers else ([], words, "")
+    taken: dict[str, Any] = {
+        "packages": [*words, *values.pop("packages", [])] if command.words == "packages" else [],
+        "command": program_to_run([*words, *program]) if command.words == "command" else [],
+        "description": described([*values.pop("description", []), *(words if command.words == "description" else [])]),
+        "profile": profile,
+        "words": words if command.words == "words" else [],
+    }
+    if words and command.words in ("", "profile"):
+        raise AshError(f"what is {words[0]!r}?", f"ash {command.usage}", USAGE)
+    if len(snapshots) < command.required:
+        wanted = "a snapshot number" if command.required == 1 else f"{command.required} snapshot numbers"
+        raise AshError(f"{command.name} needs {wanted}", f"ash {command.usage}", USAGE)
+    instead = profile or values.get("remove")
+    if command.words in MISSING_WORDS and not taken[command.words] and not instead:
+        raise AshError(MISSING_WORDS[command.words], command.hint or f"ash {command.usage}", USAGE)
+    if values.get("live") and values.get("not_live"):
+        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
+    live = False if values.pop("not_live", False) else values.pop("live", None)
+    every = len(os.sched_getaffinity(0)) if values.pop("parallel", False) else 1
+    jobs = values.pop("jobs", 0) or every
+    request = Request(**values, **taken, snapshots=snapshots, live=live, jobs=jobs)
+    if request.root and request.image:
+        raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
+    if (request.root or request.image) and command.numbers and not (snapshots or command.snapshot_optional):
+        raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
+    return request
+
+
+def parse(argv: Sequence[str]) -> tuple[Command, Request]:
+    """Read the command line; AshError (USAGE) if it is wrong."""
+    before, word, after = split_command_line(argv)
+    if not word:
+        word = "version" if "--version" in before else "help"
+        before = [option for option in before if option not in ("-h", "--help", "--version")]
+    command = find_command(word)
+    if PARALLEL in command.options and not command.rest:
+        require_no_count(after)
+    given = Arguments(command, [*before, *after])
+    if given.values.pop("help", False):
+        return find_command("help"), Request(words=[command.name])
+    return command, request_of(command, given.values, given.words)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Running a command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def failure_for_history(error: BaseException) -> str:
+    """What the history says of a change that failed; empty if the change was refused before it began."""
+    if isinstance(error, AshError):
+        begun = error.status == FAILED or isinstance(error, CommandFailed)
+        return error.message if begun else ""
+    if isinstance(error, HangUp):
+        return "the terminal hung up; the work is kept"
+    return f"failed: {reason(error)}" if isinstance(error, Exception) else "interrupted"
+
+
+def caller_of(command: Command) -> dict[str, Any]:
+    """Who calls which command, for the history."""
+    try:
+        user = Path("/proc/self/loginuid").read_text().strip()
+    except OSError:
+        user = ""
+    unset = str(2**32 - 1)
+    user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
+    return {"user": to_number(user) or 0, "command": command.name, "arguments": sys.argv[1:]}
+
+
+def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The history entry of a command: who did what to which snapshots, with its JSON answer.
+
+    An answer's list of changes, one for each snapshot, is "changes" here; "snapshots" are numbers.
+    """
+    several = data.get("snapshots", [])
+    changes = [one for one in several if isinstance(one, dict)]
+    numbers = [change["snapshot"] for change in changes] or several
+    damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
+    own = [data["snapshot"]] if "snapshot" in data else []
+    touched = {*request.snapshots, *numbers, *own, *damaged}
+    return {**data, **({"changes": changes} if changes else {}), **caller, "snapshots": sorted(touched)}
+
+
+def with_snapshots(command: Command, system: System, request: Request) -> Request:
+    """Fill in the booted snapshot if the request names none, and make the command's check of each."""
+    if command.numbers and not request.snapshots and not command.snapshot_optional:
+        current = system.current
+        if current is None:
+            raise AshError("which snapshot? nothing of this system is running", f"ash {command.usage}", USAGE)
+        request = request._replace(snapshots=[current])
+    if command.require is not None:
+        for number in request.snapshots:
+            command.require(system, number)
+    return request
+
+
+def carry_out(command: Command, system: System, request: Request) -> Reply:
+    """Call a command's function; with --dry-run only up to its plan."""
+    plan: Reply | Plan = command.function(system, request)
+    if isinstance(plan, Reply):
+        return plan
+    while True:
+        try:
+            planned = next(plan)
+        except StopIteration as end:
+            reply: Reply = end.value
+            return reply
+        if request.dry_run:
+            return planned
+
+
+def change_system(command: Command, system: System, request: Request) -> Reply:
+    """Carry out a command that changes the system, and note it in the history."""
+    system.caller = caller_of(command)
+    work = partial(carry_out, command, system, request)
+    try:
+        reply = system.with_reserve(work, once=not command.retries) if command.frees_space else work()
+    except BaseException as error:
+        for change in system.done:  # committed before the failure
+            console.say(change.summary())
+        done = {"snapshots": [change_data(change) for change in system.done]}
+        failure = failure_for_history(error) or (reason(error) if system.done else "")
+        if failure:
+            remember(system.layout, {**history_of(system.caller, request, done), "result": failure})
+        raise
+    if reply.data.get("changed") or reply.status:
+        result = reply.text if reply.status else "done"
+        remember(system.layout, {**history_of(system.caller, request, reply.data), "result": result})
+    return reply
+
+
+def execute(command: Command, request: Request) -> Reply:
+    """Carry out a command on the system that the request names."""
+    if not command.needs_system:
+        reply: Reply = command.function(request)
+        return reply
+    changes = command.is_change(request)
+    system = System.open(request, changes or (command.wants_disk and os.geteuid() == 0))
+    if changes and is_readonly(system.layout.snapshots):
+        where = request.root or request.image or "/"
+        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
+    request = with_snapshots(command, system, request)
+    run = change_system if changes and not request.dry_run else carry_out
+    return run(command, system, request)
+
+
+def print_reply(command: Command, reply: Reply) -> None:
+    """Print a command's answer in the form that was asked for."""
+    if console.json:
+        print(as_json({"version": JSON_VERSION, "command": command.name, **reply.data}))
+    elif console.quiet and reply.brief:
+        print(printable(reply.brief))
+    elif reply.text and not (console.quiet and command.changes):
+        print(printable(reply.text))
+
+
+def report(error: AshError, command: Command | None) -> int:
+    """Print an error; returns ash's exit status."""
+    if is_out_of_space(error):
+        error.hint = error.hint or FREES_SPACE
+    hint = f" ({error.hint})" if error.hint else ""
+    print(one_line(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
+    if console.json:
+        problem = {"message": error.message, "hint": error.hint, "status": error.status}
+        print(as_json({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
+    own_status = command is not None and command.own_status
+    return OUR_FAILURE_IN_RUN if own_status and not isinstance(error, CommandFailed) else error.status
+
+
+def as_ash_error(error: Exception) -> AshError:
+    """Turn an exception that nothing caught into an error for the user; with -v, raise one of ash's own bugs again."""
+    if isinstance(error, OSError):  # such as a full or broken disk
+        return AshError(reason(error))
+    if isinstance(error, ModuleNotFoundError):  # an installed ash has its libraries beside it
+        hint = f"install python3-{error.name}, or use the ash that is on the disk"
+        return AshError(f"Python has no module {error.name}", hint)
+    if console.verbose:
+        raise error
+    return AshError(f"an error in ash itself: {error!r}", "-v prints the traceback; please report it")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ash with the arguments of a command line; returns the exit status."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    console.json, console.quiet = "--json" in given, "-q" in given
+    command = None
+    with contextlib.suppress(AshError):
+        command = find_command(split_command_line(given)[1])  # for errors in the rest of the line
+    reply = None
+    os.umask(0o022)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding lacks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        command, request = parse(given)
+        console.verbose, console.quiet, console.json = request.verbose, request.quiet, request.json
+        reply = execute(command, request)
+        print_reply(command, reply)
+        sys.stdout.flush()
+        return reply.status
+    except AshError as error:
+        return report(error, command)
+    except HangUp:
+        return 128 + signal.SIGHUP
+    except KeyboardInterrupt:
+        print("ash: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if reply is not None:  # the reader of the answer has closed the pipe: there is nobody to tell
+            return reply.status
+        try:
+            return report(AshError("output closed early (broken pipe)"), command)
+        except BrokenPipeError:
+            os.dup2(null, 2)
+            return FAILED
+    except Exception as error:
+        return report(as_ash_error(error), command)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Commands on the tree
 # ---------------------------------------------------------------------------------------------------------------
+
+COPY_SHAPE = {"snapshot": int, "changed": bool, "from": int, "parent": int | None}
+MUTABLE_SHAPE = {"snapshot": int, "changed": bool, "mutable": bool}
 
 
 def tree_columns(system: System, number: int) -> dict[str, Any]:
@@ -5864,7 +6398,19 @@ def tree_columns(system: System, number: int) -> dict[str, Any]:
     return {"date": made, "packages": len(system.distro.packages(root))}
 
 
-def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "tree", "t", group=TREE, usage="tree [-l]", help="show all snapshots; * is the one for the next boot",
+    options=[flag("-l", "--long", help="with date and number of packages")],
+    answer={
+        "tree": [
+            {
+                "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
+                "mutable": bool, "date?": str, "packages?": int,
+            }
+        ]
+    },
+)  # fmt: skip
+def cmd_tree(system: System, request: Request) -> Reply:
     tree, menu, current = system.tree(), system.menu(), system.current
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
 
@@ -5888,7 +6434,7 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
 
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
     text = tree.draw(label, ascii_only)
-    if args.long:
+    if request.long:
         for row in rows:
             row.update(tree_columns(system, row["snapshot"]))
         drawn = text.splitlines()[1:]
@@ -5897,20 +6443,24 @@ def cmd_tree(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"tree": rows}, text)
 
 
-def cmd_current(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "current", "c", group=TREE, usage="current", help="print the booted snapshot's number", answer={"snapshot": int}
+)
+def cmd_current(system: System, request: Request) -> Reply:
     current = system.current
     if current is None:
         raise AshError("nothing of this system is running", "", FAILED)
     return Reply({"snapshot": current}, str(current), str(current))
 
 
-def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
-    number, text = the_snapshot(system, args), described(*args.desc, *args.words)
-    system.require(number)
-    if not text:
-        raise AshError("what is its description?", "ash desc N TEXT...", USAGE)
-    if args.dry_run:
-        return would(f"describe snapshot {number} as: {text}")
+@command(
+    "desc", "description", group=TREE, usage="desc N TEXT...", help="describe a snapshot",
+    changes=True, numbers=1, require=System.require, words="description", options=[DESCRIPTION],
+    answer={"snapshot": int, "changed": bool, "description": str},
+)  # fmt: skip
+def cmd_desc(system: System, request: Request) -> Plan:
+    number, text = request.snapshot, request.description
+    yield would(f"describe snapshot {number} as: {text}")
     with system.lock("state"):
         system.require(number)
         changed = text != system.describe(number)
@@ -5919,91 +6469,89 @@ def cmd_desc(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
-def birth_reply(number: int, source: int, parent: int | None, text: str) -> Reply:
-    """The answer of a command that made a snapshot of another, below a third or (None) at the top."""
+def copy_reply(number: int, source: int, parent: int | None, text: str) -> Reply:
+    """The answer of a command that copied a snapshot below another, or (None) to the top of the tree."""
     return Reply({"snapshot": number, "changed": True, "from": source, "parent": parent}, text, str(number))
 
 
-def cmd_clone(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"clone snapshot {number}")
-    new = copy_snapshot(system, number, None, new_description(args, f"clone of {number}"))
-    return birth_reply(new, number, None, f"snapshot {new} is a clone of {number}")
+def copy_below(system: System, request: Request, source: int, parent: int | None, *, plan: str, what: str) -> Plan:
+    """Copy a snapshot below another, or (None) to the top of the tree.
+
+    Args:
+        system: the snapshot's.
+        request: has the copy's description, if the user gave one.
+        source: the snapshot.
+        parent: of the copy.
+        plan: what --dry-run says.
+        what: what the copy is: "a clone of 5". The default description is that without its article.
+    """
+    yield would(plan)
+    number = copy_snapshot(system, source, parent, request.description or what.removeprefix("a "))
+    return copy_reply(number, source, parent, f"snapshot {number} is {what}")
 
 
-def cmd_branch(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"branch from snapshot {number}")
-    new = copy_snapshot(system, number, number, new_description(args, f"branch of {number}"))
-    return birth_reply(new, number, number, f"snapshot {new} is a branch of {number}")
+@command(
+    "clone", "cl", "tree-clone", group=TREE, usage="clone [N] [-d TEXT]", help="copy N as a new top-level tree",
+    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
+)  # fmt: skip
+def cmd_clone(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    return copy_below(system, request, number, None, plan=f"clone snapshot {number}", what=f"a clone of {number}")
 
 
-def cmd_new(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("make a new snapshot from the base")
-    new = copy_snapshot(system, BASE, None, new_description(args, "clone of 0"))
-    return birth_reply(new, BASE, None, f"snapshot {new} is a new tree, made from the base")
-
-
-def cmd_clone_tree(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    tree = system.tree()
-    branch, parent = tree.branch(number), tree.parent(number)
-    if args.dry_run:
-        return would(f"copy {', '.join(map(str, branch))}")
-    copies = copy_branch(system, number, new_description(args, f"clone of {number}"))
+@command(
+    "clone-tree", "ct", group=TREE, usage="clone-tree [N] [-d TEXT]", help="copy N with all its branches, next to N",
+    changes=True, numbers=1, require=System.require, options=[DESCRIPTION],
+    answer={**COPY_SHAPE, "copies": {"*": int}},
+)  # fmt: skip
+def cmd_clone_tree(system: System, request: Request) -> Plan:
+    number, tree = request.snapshot, system.tree()
+    yield would(f"copy {', '.join(map(str, tree.branch(number)))}")
+    copies = copy_branch(system, number, request.description or f"clone of {number}")
     text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
-    reply = birth_reply(copies[number], number, parent, text)
+    reply = copy_reply(copies[number], number, tree.parent(number), text)
     return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
 
 
-def cmd_cbranch(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
+@command(
+    "branch", "add-branch", group=TREE, usage="branch [N] [-d TEXT]", help="make a new child of N",
+    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
+)  # fmt: skip
+def cmd_branch(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    return copy_below(
+        system, request, number, number, plan=f"branch from snapshot {number}", what=f"a branch of {number}"
+    )
+
+
+@command(
+    "cbranch", "clone-branch", "cb", group=TREE, usage="cbranch [N] [-d TEXT]", help="copy N under N's parent",
+    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
+)  # fmt: skip
+def cmd_cbranch(system: System, request: Request) -> Plan:
+    number = request.snapshot
     parent = system.tree().parent(number)
-    if args.dry_run:
-        return would(f"copy snapshot {number} beside it")
-    new = copy_snapshot(system, number, parent, new_description(args, f"clone of {number}"))
-    below = "the root" if parent is None else parent
-    return birth_reply(new, number, parent, f"snapshot {new} is a clone of {number}, below {below}")
+    return copy_below(
+        system, request, number, parent, plan=f"copy snapshot {number} beside it", what=f"a clone of {number}"
+    )
 
 
-def cmd_ubranch(system: System, args: argparse.Namespace) -> Reply:
-    if len(args.snapshots) != 2:
-        raise AshError("under which snapshot, and which one?", "ash ubranch PARENT N", USAGE)
-    parent, number = args.snapshots
-    system.require(parent)
-    system.require(number)
-    if args.dry_run:
-        return would(f"copy snapshot {number} below {parent}")
-    new = copy_snapshot(system, number, parent, new_description(args, f"clone of {number}"))
-    return birth_reply(new, number, parent, f"snapshot {new} is a clone of {number}, below {parent}")
+@command(
+    "ubranch", "clone-under", "cu", group=TREE, usage="ubranch P N [-d TEXT]", help="copy N under P",
+    changes=True, numbers=2, required=2, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
+)  # fmt: skip
+def cmd_ubranch(system: System, request: Request) -> Plan:
+    parent, number = request.snapshots
+    plan = f"copy snapshot {number} below {parent}"
+    return copy_below(system, request, number, parent, plan=plan, what=f"a clone of {number}")
 
 
-def own_subvolumes(layout: Layout) -> list[Path]:
-    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
-    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
-    inside = [
-        path for directory in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / directory).iterdir())
-    ]
-    work = sorted(layout.work("").glob("*/var"))
-    return [*top, *inside, *work]
-
-
-def cmd_sub(system: System, args: argparse.Namespace) -> Reply:
-    rows = []
-    for path in own_subvolumes(system.layout):
-        subvolume = subvolume_at(path)
-        if subvolume is None:  # deleted meanwhile
-            continue
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
-        name = str(path.relative_to(system.layout.snapshots.parent))
-        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
-    table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
-    return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
+@command(
+    "new", "new-tree", group=TREE, usage="new [-d TEXT]", help="make a new top-level snapshot from the base",
+    changes=True, options=[DESCRIPTION], answer=COPY_SHAPE,
+)  # fmt: skip
+def cmd_new(system: System, request: Request) -> Plan:
+    return copy_below(system, request, BASE, None, plan="make a new snapshot from the base", what=f"a clone of {BASE}")
 
 
 def user_name(number: int) -> str:
@@ -6022,9 +6570,20 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
     return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
 
 
-def cmd_log(system: System, args: argparse.Namespace) -> Reply:
-    wanted = args.snapshots[0] if args.snapshots else None
-    entries = [e for e in system.history() if wanted is None or wanted in e.get("snapshots", [])]
+@command(
+    "log", "history", group=TREE, usage="log [N]", help="show what was done, when, by whom, with what result",
+    numbers=1, snapshot_optional=True,
+    answer={
+        "history": [
+            {
+                "time": str, "user": int, "command": str, "arguments": [str], "snapshots": [int], "result": str,
+                "*?": object,
+            }
+        ]
+    },
+)  # fmt: skip
+def cmd_log(system: System, request: Request) -> Reply:
+    entries = [e for e in system.history() if {*request.snapshots} <= {*e.get("snapshots", [])}]
     rows = [
         [
             entry.get("time", ""),
@@ -6039,52 +6598,94 @@ def cmd_log(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
 
 
-def cmd_del(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots
-    if not snapshots:
-        raise AshError("which snapshot? del wants a number", "ash tree lists the snapshots", USAGE)
-    doomed = numbers_to_delete(system, snapshots, args.nuke)
+@command(
+    "del", "delete", "rm", "rem", "rm-snapshot", group=TREE, usage="del N...",
+    help="delete N and its branches, after asking",
+    changes=True, numbers=MANY, required=1, several=True, frees_space=True,
+    options=[flag("--nuke", help="also the remains of a damaged snapshot that is not in the tree")],
+    answer={"snapshots": [int], "changed": bool},
+)  # fmt: skip
+def cmd_del(system: System, request: Request) -> Plan:
+    doomed = numbers_to_delete(system, request.snapshots, request.nuke)
     require_replaceable(system, doomed, "not deleted")
     names = ", ".join(map(str, doomed))
-    if args.dry_run:
-        return would(f"delete {names}", snapshots=doomed)
+    yield would(f"delete {names}", snapshots=doomed)
     if not console.quiet:
-        needs_confirmation(args, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
-    deleted = delete_snapshots(system, snapshots, args.nuke)
+        require_confirmation(request, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
+    deleted = delete_snapshots(system, request.snapshots, request.nuke)
     return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
 
 
-def set_mutable(system: System, args: argparse.Namespace, mutable: bool) -> Reply:
-    """Make a snapshot mutable or read-only, and say which."""
-    if not args.snapshots:
-        raise AshError("which snapshot? mutable and immutable want a number", "ash mutable N", USAGE)
-    number = args.snapshots[0]
+def set_mutable(system: System, number: int, mutable: bool) -> Plan:
+    """Make a snapshot mutable or read-only."""
     now = "mutable" if mutable else "read-only"
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"make snapshot {number} {now}")
+    yield would(f"make snapshot {number} {now}")
     changed = make_mutable(system, number, mutable)
     text = f"snapshot {number} is {now}" + (f": ash deploy {number} makes it run so" if changed else " already")
     return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
 
 
-def cmd_mutable(system: System, args: argparse.Namespace) -> Reply:
-    return set_mutable(system, args, True)
+@command(
+    "mutable", "immdis", "immdisable", "disimm", "disableimm", group=TREE, usage="mutable N",
+    help="make N, and children made later, writable",
+    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
+)  # fmt: skip
+def cmd_mutable(system: System, request: Request) -> Plan:
+    return set_mutable(system, request.snapshot, True)
 
 
-def cmd_immutable(system: System, args: argparse.Namespace) -> Reply:
-    return set_mutable(system, args, False)
+@command(
+    "immutable", "immenable", "enimm", "enableimm", group=TREE, usage="immutable N", help="make N read-only again",
+    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
+)  # fmt: skip
+def cmd_immutable(system: System, request: Request) -> Plan:
+    return set_mutable(system, request.snapshot, False)
 
 
-def cmd_immen(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    return set_mutable(system, args, not is_mutable(system.layout.rootfs(number)))
+@command(
+    "immen", group=TREE, usage="immen N", help="make N mutable, or read-only again if it is",
+    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
+)  # fmt: skip
+def cmd_immen(system: System, request: Request) -> Plan:
+    return set_mutable(system, request.snapshot, not is_mutable(system.layout.rootfs(request.snapshot)))
+
+
+def own_subvolumes(layout: Layout) -> list[Path]:
+    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
+    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
+    inside = [
+        path for directory in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / directory).iterdir())
+    ]
+    work = sorted(layout.work("").glob("*/var"))
+    return [*top, *inside, *work]
+
+
+@command(
+    "sub", "subs", "subvol", "subvols", "subvolumes", group=TREE, usage="sub",
+    help="list the distribution's subvolumes",
+    answer={"subvolumes": [{"id": int, "path": str, "readonly": bool, "made": str}]},
+)  # fmt: skip
+def cmd_sub(system: System, request: Request) -> Reply:
+    rows = []
+    for path in own_subvolumes(system.layout):
+        subvolume = subvolume_at(path)
+        if subvolume is None:  # deleted meanwhile
+            continue
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
+        name = str(path.relative_to(system.layout.snapshots.parent))
+        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
+    table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
+    return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Commands for booting
 # ---------------------------------------------------------------------------------------------------------------
+
+DEPLOYED_SHAPE = {
+    "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
+    "conflicts_folder": str,
+}  # fmt: skip
 
 
 def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
@@ -6109,71 +6710,37 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     return Reply(data, text, str(number))
 
 
-def cmd_deploy(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"deploy snapshot {number}")
+@command(
+    "deploy", "dep", "d", group=BOOT, usage="deploy [N] [--secondary]", help="boot N from the next start on",
+    changes=True, numbers=1, require=System.require,
+    options=[
+        flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
+        flag("--fresh-etc", help="leave the running /etc's changes behind"),
+    ],
+    answer=DEPLOYED_SHAPE,
+)  # fmt: skip
+def cmd_deploy(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    yield would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
-        deployment, changed = deploy_snapshot(system, number, secondary=args.secondary, fresh_etc=args.fresh_etc)
+        deployment, changed = deploy_snapshot(system, number, secondary=request.secondary, fresh_etc=request.fresh_etc)
     return deployed_reply(deployment, changed)
 
 
-def cmd_carry(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("carry changes of the running /etc over to the deployment for the next boot")
-    roll_back_live(system)
-    with system.deploying() as deployments:
-        carried = deployments.carry()
-    text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
-    return Reply({"changed": bool(carried), "carried": carried}, text)
-
-
-def change_data(change: Change) -> dict[str, Any]:
-    """A change as JSON has it."""
-    return {
-        "snapshot": change.snapshot,
-        "changed": change.changed,
-        "packages": change.packages(),
-        "conflicts": list(change.conflicts),
-        "kept": list(change.kept),
-    }
-
-
-def cmd_etc_update(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("save into the booted snapshot: " + listed(running_drift(system)[1]))
-    change, merge = save_drift(system)
-    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
-    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
-    if merge.in_conflict:
-        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
-    return Reply(data, "\n".join(lines))
-
-
-def cmd_undo(system: System, args: argparse.Namespace) -> Reply:
-    if not args.snapshots:
-        raise AshError("in which snapshot? undo wants a number", "ash undo N", USAGE)
-    number = args.snapshots[0]
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"put snapshot {number} back to what it was before its last change")
+@command(
+    "undo", group=BOOT, usage="undo N", help="put N back to what it was before its last change; twice is redo",
+    changes=True, numbers=1, required=1, require=System.require_changeable,
+    frees_space=True, retries=False,  # a second undo would be a redo
+    answer={**CHANGE_SHAPE, "newer_state": [str]},
+)  # fmt: skip
+def cmd_undo(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    yield would(f"put snapshot {number} back to what it was before its last change")
     change = undo_change(system, number)
     newer = newer_state(system, change)
     text = [change.summary("is as it was before its last change")]
     text += [f"  /var has the state of a newer {name}" for name in newer]
     return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
-
-
-def cmd_boot(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"renew the boot configuration of snapshot {number}")
-    with step(f"renewing the boot configuration of snapshot {number}"), system.deploying() as deployments:
-        deployments.recover()
-        renewed = deployments.renew_boot_config(number)
-    return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
 
 
 def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
@@ -6204,15 +6771,19 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         return number
 
 
-def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "rollback", group=BOOT, usage="rollback",
+    help="make the booted deployment permanent: keep it as a snapshot, deploy that", changes=True,
+    answer={**DEPLOYED_SHAPE, "from": int},
+)  # fmt: skip
+def cmd_rollback(system: System, request: Request) -> Plan:
     slot = system.last_booted_slot()
     if not slot:
         raise AshError(
             "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
         )
     of = system.snapshot_of(slot)
-    if args.dry_run:
-        return would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
+    yield would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
     with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
         number = keep_deployment(system, slot, f"rollback to {of}")
         undo.callback(system.with_reserve, partial(delete_snapshots, system, [number]))
@@ -6221,7 +6792,38 @@ def cmd_rollback(system: System, args: argparse.Namespace) -> Reply:
     return reply._replace(data={**reply.data, "from": of})
 
 
-def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "boot", "boot-update", "update-boot", group=BOOT, usage="boot [N]", help="renew N's boot configuration",
+    changes=True, numbers=1, require=System.require, answer={"snapshot": int, "changed": bool, "slots": [str]},
+)  # fmt: skip
+def cmd_boot(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    yield would(f"renew the boot configuration of snapshot {number}")
+    with step(f"renewing the boot configuration of snapshot {number}"), system.deploying() as deployments:
+        deployments.recover()
+        renewed = deployments.renew_boot_config(number)
+    return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
+
+
+@command(
+    "carry", group=BOOT, usage="carry",
+    help="carry changes of /etc over to the deployment for the next boot (done at shutdown)", changes=True,
+    answer={"changed": bool, "carried": [str]},
+)  # fmt: skip
+def cmd_carry(system: System, request: Request) -> Plan:
+    yield would("carry changes of the running /etc over to the deployment for the next boot")
+    roll_back_live(system)
+    with system.deploying() as deployments:
+        carried = deployments.carry()
+    text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
+    return Reply({"changed": bool(carried), "carried": carried}, text)
+
+
+@command(
+    "whichtmp", "whichdep", "which", group=BOOT, usage="whichtmp", help="print the booted slot",
+    answer={"slot": str | int},
+)  # fmt: skip
+def cmd_whichtmp(system: System, request: Request) -> Reply:
     booted = system.booted
     if booted is None:
         raise AshError("nothing of this system is running", "", FAILED)
@@ -6231,6 +6833,9 @@ def cmd_whichtmp(system: System, args: argparse.Namespace) -> Reply:
 # ---------------------------------------------------------------------------------------------------------------
 # Shells and programs in a snapshot
 # ---------------------------------------------------------------------------------------------------------------
+
+RECOVERED_SHAPE = {"snapshots": [int], "changed": bool}
+RUNNING_INSIDE = "run/ash/running"
 
 
 def refuse_json() -> None:
@@ -6296,12 +6901,36 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
     return Reply(change_data(work.change), work.change.summary())
 
 
-def cmd_chroot(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require_changeable(number, base=args.resume)  # a shell that base-update has opened can be gone on with
-    if args.dry_run:
-        return would(f"open a shell in snapshot {number}")
-    return shell_in(system, number, resume=args.resume)
+@command(
+    "chroot", "chr", "ch", "cr", group=INSIDE, usage="chroot [N]",
+    help="open a root shell in N; `exit` keeps the changes",
+    changes=True, numbers=1, own_status=True, options=[RESUME],
+)  # fmt: skip
+def cmd_chroot(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    system.require_changeable(number, base=request.resume)  # base-update opens shells in the base
+    yield would(f"open a shell in snapshot {number}")
+    return shell_in(system, number, resume=request.resume)
+
+
+def run_in(system: System, number: int, argv: Sequence[str]) -> Change:
+    """Run a command in a snapshot; nothing has changed if it fails (CommandFailed)."""
+    with Transaction(system, number) as work:
+        status = work.chroot().run(argv, stdout=2 if console.json else None)
+        if status:
+            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
+    return work.change
+
+
+@command(
+    "run", group=INSIDE, usage="run N COMMAND...", help="run one command in N; its exit status decides",
+    changes=True, numbers=1, required=1, require=System.require_changeable, words="command", rest=True,
+    own_status=True, options=[COMMAND], answer={**CHANGE_SHAPE, "status": int},
+)  # fmt: skip
+def cmd_run(system: System, request: Request) -> Plan:
+    yield would(f"run in snapshot {request.snapshot}: {one_line(' '.join(request.command))}")
+    change = run_in(system, request.snapshot, request.command)
+    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
 
 
 def end_children() -> None:
@@ -6356,13 +6985,17 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "live-chroot", "lchroot", "lc", group=INSIDE, usage="live-chroot",
+    help="open a writable root shell in the running system; the next deployment does not have its changes",
+    changes=True, own_status=True,
+)  # fmt: skip
+def cmd_live_chroot(system: System, request: Request) -> Plan:
     slot = system.booted
     if not isinstance(slot, str):
         raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
     refuse_json()
-    if args.dry_run:
-        return would("open a writable shell in the running system")
+    yield would("open a writable shell in the running system")
     with system.lock("live"):
         LiveWorkDir(system).recover(system.tree())
         write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
@@ -6374,88 +7007,22 @@ def cmd_live_chroot(system: System, args: argparse.Namespace) -> Reply:
     return Reply({"changed": True}, "")
 
 
-RUNNING_INSIDE = "run/ash/running"
-
-
-def cmd_hollow(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
+@command(
+    "hollow", group=INSIDE, usage="hollow [N]",
+    help="open a root shell in N that shows the running system as well, then deploy N",
+    changes=True, numbers=1, require=System.require_changeable, own_status=True, options=[RESUME],
+)  # fmt: skip
+def cmd_hollow(system: System, request: Request) -> Plan:
+    number = request.snapshot
     if not system.running:
         raise AshError("nothing of this system runs that could be shown in there", "ash chroot N", REFUSED)
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
+    yield would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
     console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
-    reply = shell_in(system, number, resume=args.resume, binds=[(Path("/"), RUNNING_INSIDE)])
+    reply = shell_in(system, number, resume=request.resume, binds=[(Path("/"), RUNNING_INSIDE)])
     done, changed = deploy_snapshot(system, number)
     return reply._replace(
         text=f"{reply.text}\n{deployed_reply(done, changed).text}", data={**reply.data, "slot": done.slot}
     )
-
-
-def command_to_run(args: argparse.Namespace) -> list[str]:
-    """The command that run and tree-run were given; AshError where it or the snapshot is missing."""
-    command = [*args.words, *args.command_words]
-    if command and command[0] in ("-c", "--cmd", "--command", "--"):
-        del command[0]
-    if len(command) == 1 and " " in command[0]:
-        command = ["/bin/sh", "-c", command[0]]  # a whole command line in one word, as the old ash took it
-    if not args.snapshots:
-        raise AshError("in which snapshot? run wants a number", "ash run N COMMAND...", USAGE)
-    if not command:
-        raise AshError("what is to be run?", "ash run N COMMAND...", USAGE)
-    return command
-
-
-def run_in(system: System, number: int, command: Sequence[str]) -> Change:
-    """Run a command in a snapshot; its exit status decides."""
-    with Transaction(system, number) as work:
-        status = work.chroot().run(command, stdout=2 if console.json else None)
-        if status:
-            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
-    return work.change
-
-
-def cmd_run(system: System, args: argparse.Namespace) -> Reply:
-    command = command_to_run(args)
-    number = args.snapshots[0]
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"run in snapshot {number}: {one_line(' '.join(command))}")
-    change = run_in(system, number, command)
-    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
-
-
-def cmd_unlock(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    if args.dry_run:
-        return would(f"drop what a dead transaction left on snapshot {number}")
-    directory = system.layout.work(number)
-    with system.lock(number):
-        changed = (directory / "intent").exists() or system.layout.working_copy(number).exists()
-        system.workdir(number).recover(system.tree(), drop_kept=True)
-    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
-    return Reply({"snapshot": number, "changed": changed}, text)
-
-
-def recovered_reply(found: Sequence[int | str]) -> Reply:
-    """The answer of a command that recovers."""
-    snapshots = [one for one in found if isinstance(one, int)]
-    lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
-    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
-    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
-
-
-def cmd_tmp(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("drop what dead transactions left")
-    return recovered_reply(recover_all(system, drop_kept=True))
-
-
-def cmd_recover(system: System, args: argparse.Namespace) -> Reply:
-    if args.dry_run:
-        return would("finish or undo what was interrupted")
-    return recovered_reply(recover_all(system, drop_kept=False))
 
 
 def edited(text: str) -> str:
@@ -6479,11 +7046,13 @@ def edited(text: str) -> str:
         return read_text(Path(file.name))
 
 
-def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require_changeable(number)
-    if args.dry_run:
-        return would(f"edit /etc/ash.conf of snapshot {number}")
+@command(
+    "edit-conf", "edit", group=INSIDE, usage="edit-conf [N]", help="edit N's /etc/ash.conf",
+    changes=True, numbers=1, require=System.require_changeable, answer=CHANGE_SHAPE,
+)  # fmt: skip
+def cmd_edit_conf(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    yield would(f"edit /etc/ash.conf of snapshot {number}")
     if not sys.stdin.isatty():
         raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
     with Transaction(system, number) as work:
@@ -6498,9 +7067,71 @@ def cmd_edit_conf(system: System, args: argparse.Namespace) -> Reply:
     return Reply(change_data(work.change), work.change.summary())
 
 
+@command(
+    "etc-update", "etc", "etc-up", "up-etc", group=INSIDE, usage="etc-update",
+    help="save the running /etc into the booted snapshot", changes=True, answer={**CHANGE_SHAPE, "carried": [str]},
+)  # fmt: skip
+def cmd_etc_update(system: System, request: Request) -> Plan:
+    yield would("save into the booted snapshot: " + listed(running_drift(system)[1]))
+    change, merge = save_drift(system)
+    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
+    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
+    if merge.in_conflict:
+        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
+    return Reply(data, "\n".join(lines))
+
+
+@command(
+    "unlock", "ul", group=INSIDE, usage="unlock [N]", help="drop what a dead transaction left on N",
+    changes=True, numbers=1, require=System.require, frees_space=True, answer={"snapshot": int, "changed": bool},
+)  # fmt: skip
+def cmd_unlock(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    yield would(f"drop what a dead transaction left on snapshot {number}")
+    directory = system.layout.work(number)
+    with system.lock(number):
+        changed = (directory / "intent").exists() or system.layout.working_copy(number).exists()
+        system.workdir(number).recover(system.tree(), drop_kept=True)
+    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
+    return Reply({"snapshot": number, "changed": changed}, text)
+
+
+def recovered_reply(found: Sequence[int | str]) -> Reply:
+    """The answer of a command that recovers."""
+    snapshots = [one for one in found if isinstance(one, int)]
+    lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
+    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
+    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
+
+
+@command(
+    "tmp", "tmpclear", group=INSIDE, usage="tmp", help="drop what dead transactions left on any snapshot",
+    changes=True, frees_space=True, answer=RECOVERED_SHAPE,
+)  # fmt: skip
+def cmd_tmp(system: System, request: Request) -> Plan:
+    yield would("drop what dead transactions left")
+    return recovered_reply(recover_all(system, drop_kept=True))
+
+
+@command(
+    "recover", group=INSIDE, usage="recover", help="finish or undo what was interrupted (done at every boot)",
+    changes=True, frees_space=True, answer=RECOVERED_SHAPE,
+)  # fmt: skip
+def cmd_recover(system: System, request: Request) -> Plan:
+    yield would("finish or undo what was interrupted")
+    return recovered_reply(recover_all(system, drop_kept=False))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Packages
 # ---------------------------------------------------------------------------------------------------------------
+
+LIVE_SHAPE = {
+    "changed": bool, "started": [str], "stopped": [str], "waiting": [str], "conflicts": [str],
+    "conflicts_folders": [str], "error": str,
+}  # fmt: skip
+CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
+CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 
 
 def changes_reply(changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
@@ -6559,20 +7190,17 @@ def change_live(system: System, doing: str, work: Work) -> LiveResult:
     return transaction.live
 
 
-def goes_live(system: System, args: argparse.Namespace, snapshots: Sequence[int], by_default: bool = True) -> bool:
-    """Whether the running system is to be changed too: where that was said, else where its own snapshot is changed.
+def goes_live(system: System, request: Request, snapshots: Sequence[int], by_default: bool = True) -> bool:
+    """Whether the running system is changed too: if the user says so, else if its own snapshot is changed.
 
     Raises:
-        AshError: it was said, and no deployment runs here.
+        AshError: the user says so, and no deployment of the system runs here (REFUSED).
     """
-    if args.live and args.not_live:
-        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
-    runs = isinstance(system.booted, str)
-    if args.live:
+    if request.live:
         system.running_slot()
-    return not args.dry_run and (
-        args.live or (by_default and not args.not_live and runs and system.current in snapshots)
-    )
+        return not request.dry_run
+    runs = isinstance(system.booted, str) and system.current in snapshots
+    return by_default and request.live is None and runs and not request.dry_run
 
 
 def require_package_files(packages: Sequence[str]) -> None:
@@ -6589,13 +7217,13 @@ def installed_of(system: System, which: int | str, packages: Iterable[str]) -> l
     return [name for name in packages if system.distro.plain_name(root, name) in there]
 
 
-def remove_packages(system: System, number: int, packages: Sequence[str], args: argparse.Namespace) -> Change:
+def remove_packages(system: System, number: int, packages: Sequence[str], request: Request) -> Change:
     """Remove packages from a snapshot; nothing has changed if any of it fails."""
-    if not installed_of(system, number, packages) and not (args.purge and packages):
+    if not installed_of(system, number, packages) and not (request.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    work = partial(system.distro.remove, packages=packages, purge=args.purge)
-    done = change_snapshot(system, number, "removing from", work, simulate=args.dry_run)
-    return delete_data(system, done) if args.delete_data and done.kept else done
+    work = partial(system.distro.remove, packages=packages, purge=request.purge)
+    done = change_snapshot(system, number, "removing from", work, simulate=request.dry_run)
+    return delete_data(system, done) if request.delete_data and done.kept else done
 
 
 def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
@@ -6677,114 +7305,6 @@ def require_installed(system: System, number: int, packages: Sequence[str]) -> N
     """Raise AshError where a snapshot does not have one of the packages."""
     if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
         raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
-
-
-def hold(system: System, args: argparse.Namespace, held: bool) -> Reply:
-    """Keep packages of a snapshot at their versions, or let them go again."""
-    number, packages = the_snapshot(system, args), [*args.words, *args.packages]
-    system.require_changeable(number)
-    if not packages:
-        raise AshError("which package?", f"ash {'hold' if held else 'unhold'} N PKG...", USAGE)
-    require_installed(system, number, packages)
-    what = "kept at their versions" if held else "upgraded again"
-    if args.dry_run:
-        return would(f"have these of snapshot {number} {what}: {listed(packages)}")
-    done = change_snapshot(
-        system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held)
-    )
-    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
-    return changes_reply([done])._replace(text=text)
-
-
-def cmd_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots, by_default=False)
-    once = len(snapshots) > 1 and not args.dry_run
-    if once:
-        for error in refresh_once(system, snapshots, args.strict).values():
-            raise error
-    work = partial(upgrade, fetch=not once, strict=args.strict, download_only=args.download_only)
-    changes = [change_snapshot(system, number, "upgrading", work, simulate=args.dry_run) for number in snapshots]
-    if args.dry_run:
-        return would_change(changes)
-    if args.download_only:
-        return changes_reply(changes)._replace(text="what the next upgrade needs is fetched")
-    return changes_reply(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
-
-
-def cmd_refresh(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number, base=True)
-    if args.dry_run:
-        return would(f"fetch the package lists of {listed(snapshots)}")
-    work = partial(refresh, strict=args.strict)
-    changes = [
-        change_snapshot(system, number, "fetching the package lists of", work, base=True) for number in snapshots
-    ]
-    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
-    return changes_reply(changes)._replace(text=text)
-
-
-def cmd_fixdb(system: System, args: argparse.Namespace) -> Reply:
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    if args.dry_run:
-        return would(f"repair the package database of {listed(snapshots)}")
-    changes = [change_snapshot(system, number, "repairing", system.distro.repair) for number in snapshots]
-    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
-    reply = changes_reply(changes)
-    if not left:
-        return reply
-    return reply._replace(text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
-
-
-def cmd_hold(system: System, args: argparse.Namespace) -> Reply:
-    return hold(system, args, True)
-
-
-def cmd_unhold(system: System, args: argparse.Namespace) -> Reply:
-    return hold(system, args, False)
-
-
-def cmd_base_update(system: System, args: argparse.Namespace) -> Reply:
-    opens = args.shell or args.resume
-    if args.dry_run and opens:
-        return would("open a shell in the base")
-    if opens:
-        return shell_in(system, BASE, resume=args.resume)
-    work = partial(upgrade, strict=args.strict)
-    done = change_snapshot(system, BASE, "upgrading", work, simulate=args.dry_run, base=True)
-    return would_change([done]) if args.dry_run else changes_reply([done])._replace(text=done.summary())
-
-
-def cmd_whichsnap(system: System, args: argparse.Namespace) -> Reply:
-    wanted = [*args.words, *args.packages]
-    if not wanted:
-        raise AshError("which package?", "ash whichsnap PKG...", USAGE)
-    having = {
-        number: {name: packages[name] for name in wanted}
-        for number in system.tree().numbers()
-        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
-    }
-    if not having:
-        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
-    rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
-    numbers = "\n".join(map(str, having))
-    text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
-    return Reply({"snapshots": {str(number): there for number, there in having.items()}}, text, numbers)
-
-
-def cmd_list(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    system.require(number)
-    packages = system.distro.packages(system.layout.rootfs(number))
-    names = "\n".join(packages)
-    text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
-    return Reply({"snapshot": number, "packages": packages}, text, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -6904,120 +7424,247 @@ def find_profile(system: System, name: str) -> Profile:
     return Profile.parse(name, read_text(files[name]))
 
 
-def leading_numbers(given: Sequence[str]) -> list[int]:
-    """The snapshot numbers that a list of words begins with."""
-    numbers = []
-    for word in given:
-        if not (word.isascii() and word.isdecimal()):
-            break
-        number = to_number(word)
-        if number is None:
-            raise AshError("no snapshot has a number so large", "ash tree lists the snapshots", MISSING)
-        numbers.append(number)
-    return numbers
+def packages_named(system: System, request: Request) -> tuple[list[str], list[str]]:
+    """The packages that a request names, and those of its profile; AshError (USAGE) if there are none."""
+    of_profile = find_profile(system, request.profile).everything if request.profile else []
+    if not request.packages and not of_profile:
+        raise AshError(f"profile {request.profile} has no packages", "", USAGE)
+    return [*request.packages], of_profile
 
 
-def profile_of(system: System, args: argparse.Namespace) -> Profile:
-    """The profile that the command line names; `--profile N NAME` works as well."""
-    if to_number(args.profile) is not None and args.words:
-        args.snapshots = [*args.snapshots, *leading_numbers([args.profile])]
-        args.profile = args.words.pop(0)
-    return find_profile(system, args.profile)
+# ---------------------------------------------------------------------------------------------------------------
+# Commands on packages
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def install_profile(system: System, args: argparse.Namespace) -> Reply:
-    """Install a profile: upgrades first, as the old ash did, then its packages, services and commands."""
-    profile = profile_of(system, args)
-    if beside := [*args.words, *getattr(args, "packages", []), *getattr(args, "remove", [])]:
+def install_profile(system: System, request: Request) -> Reply:
+    """Upgrade (as the old ash did), then install a profile's packages and services and run its commands."""
+    profile = find_profile(system, request.profile)
+    if beside := [*request.packages, *request.remove]:
         raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots, by_default=False)
+    live = goes_live(system, request, request.snapshots, by_default=False)
     user = os.environ.get("SUDO_USER", "root")
 
     def install(work: Transaction) -> None:
-        if not args.no_upgrade:
-            upgrade(work, strict=args.strict)
+        if not request.no_upgrade:
+            upgrade(work, strict=request.strict)
         profile.install(work, user)
 
     doing = f"installing {profile.name} into"
-    changes = [change_snapshot(system, number, doing, install, simulate=args.dry_run) for number in snapshots]
-    if args.dry_run:
+    changes = [
+        change_snapshot(system, number, doing, install, simulate=request.dry_run) for number in request.snapshots
+    ]
+    if request.dry_run:
         return would_change(changes)
     reply = changes_reply(changes, change_live(system, doing, install) if live else None)
     return reply._replace(text="\n".join([reply.text, *profile.lines("notes")]))
 
 
-def cmd_install(system: System, args: argparse.Namespace) -> Reply:
-    if args.profile:
-        return install_profile(system, args)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    packages = [*args.words, *args.packages]
-    if not packages and not args.remove:
-        raise AshError("which package?", "ash install N PKG...", USAGE)
+@command(
+    "install", "in", group=PACKAGES, usage="install [N] PKG... [--remove PKG...]",
+    help="install packages, package files, or a profile; into the booted snapshot and the running system at once",
+    changes=True, numbers=1, several=True, require=System.require_changeable, words="packages",
+    options=[
+        PACKAGE, Option(("--remove",), "remove these in the same transaction", "PKG..."),
+        PROFILE, NO_UPGRADE, STRICT, *LIVE,
+        flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
+    ],
+    answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_install(system: System, request: Request) -> Reply:
+    if request.profile:
+        return install_profile(system, request)
+    packages = request.packages
     require_package_files(packages)
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots)
+    live = goes_live(system, request, request.snapshots)
 
     def is_there(root: Path) -> bool:
-        return not (args.remove or args.dry_run) and system.distro.has_installed(root, packages)
+        return not (request.remove or request.dry_run) and system.distro.has_installed(root, packages)
 
     def install(work: Transaction) -> None:
         named = [work.show(Path(name)) if "/" in name else name for name in packages]
-        system.distro.install(work, named, args.remove)
+        system.distro.install(work, named, request.remove)
 
     changes = [
         Change(number)
         if is_there(system.layout.rootfs(number))
-        else change_snapshot(system, number, "installing into", install, simulate=args.dry_run)
-        for number in snapshots
+        else change_snapshot(system, number, "installing into", install, simulate=request.dry_run)
+        for number in request.snapshots
     ]
-    if args.dry_run:
+    if request.dry_run:
         return would_change(changes)
     live = live and not is_there(system.layout.rootfs(str(system.booted)))
     return changes_reply(changes, change_live(system, "installing into", install) if live else None)
 
 
-def cmd_remove(system: System, args: argparse.Namespace) -> Reply:
-    of_profile = profile_of(system, args).everything if args.profile else []
-    packages = [*args.words, *args.packages]
-    if not packages and not args.profile and args.snapshots:
-        n = args.snapshots[0]
-        raise AshError(f"remove what of {n}?", f"ash del {n} deletes the snapshot, ash remove {n} PKG a package", USAGE)
-    if not packages and not of_profile:
-        raise AshError("which package?", "ash remove N PKG...", USAGE)
-    snapshots = args.snapshots or [the_snapshot(system, args)]
-    for number in snapshots:
-        system.require_changeable(number)
-    live = goes_live(system, args, snapshots)
-    changes = []
-    for number in snapshots:
-        there = installed_of(system, number, of_profile)
-        changes.append(remove_packages(system, number, [*packages, *there], args))
-    if args.dry_run:
-        return would_change(changes)
-    here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
-    work = partial(system.distro.remove, packages=here, purge=args.purge)
-    return changes_reply(changes, change_live(system, "removing from", work) if here else None)
+@command(
+    "install-profile", group=PACKAGES, usage="install-profile NAME [N]",
+    help="upgrade N, then install a profile's packages and run its commands",
+    changes=True, numbers=1, several=True, require=System.require_changeable, words="profile",
+    options=[NO_UPGRADE, STRICT, *LIVE], answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_install_profile(system: System, request: Request) -> Reply:
+    return install_profile(system, request)
 
 
-def cmd_install_profile(system: System, args: argparse.Namespace) -> Reply:
-    if not args.words:
-        raise AshError("which profile?", "ash install-profile NAME N", USAGE)
-    args.profile, *args.words = args.words
-    numbers = leading_numbers(args.words)
-    args.snapshots, args.words = [*args.snapshots, *numbers], args.words[len(numbers) :]
-    return install_profile(system, args)
-
-
-def cmd_profiles(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "profiles", group=PACKAGES, usage="profiles", help="list the profiles for this distribution",
+    answer={"profiles": {"*": {"packages": [str], "notes": [str]}}},
+)  # fmt: skip
+def cmd_profiles(system: System, request: Request) -> Reply:
     profiles = {name: Profile.parse(name, read_text(path)) for name, path in profile_files(system).items()}
     data = {name: {"packages": one.everything, "notes": list(one.lines("notes"))} for name, one in profiles.items()}
     rows = [[name, " ".join(one.packages), " ".join(one.lines("notes")[:1])] for name, one in profiles.items()]
     text = text_table(rows, ["profile", "packages", "notes"]) if rows else "there are no profiles"
     return Reply({"profiles": data}, text, "\n".join(profiles))
+
+
+@command(
+    "remove", "uninstall", "uninst", "unins", "unin", "un", group=PACKAGES, usage="remove [N] PKG...",
+    help="remove packages and what nothing needs any more",
+    changes=True, numbers=1, several=True, require=System.require_changeable, words="packages",
+    hint="ash remove N PKG removes a package, ash del N deletes a snapshot",
+    options=[PACKAGE, PROFILE, *LIVE, *PURGE], answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_remove(system: System, request: Request) -> Reply:
+    packages, of_profile = packages_named(system, request)
+    live = goes_live(system, request, request.snapshots)
+    changes = []
+    for number in request.snapshots:
+        there = installed_of(system, number, of_profile)
+        changes.append(remove_packages(system, number, [*packages, *there], request))
+    if request.dry_run:
+        return would_change(changes)
+    here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
+    work = partial(system.distro.remove, packages=here, purge=request.purge)
+    return changes_reply(changes, change_live(system, "removing from", work) if here else None)
+
+
+@command(
+    "upgrade", "up", group=PACKAGES, usage="upgrade [N...]", help="upgrade all packages",
+    changes=True, numbers=MANY, several=True, require=System.require_changeable,
+    options=[DOWNLOAD_ONLY, STRICT, *LIVE], answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_upgrade(system: System, request: Request) -> Reply:
+    snapshots = request.snapshots
+    live = goes_live(system, request, snapshots, by_default=False)
+    once = len(snapshots) > 1 and not request.dry_run
+    if once:
+        for error in refresh_once(system, snapshots, request.strict).values():
+            raise error
+    work = partial(upgrade, fetch=not once, strict=request.strict, download_only=request.download_only)
+    changes = [change_snapshot(system, number, "upgrading", work, simulate=request.dry_run) for number in snapshots]
+    if request.dry_run:
+        return would_change(changes)
+    if request.download_only:
+        return changes_reply(changes)._replace(text="what the next upgrade needs is fetched")
+    return changes_reply(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
+
+
+def hold(system: System, request: Request, held: bool) -> Plan:
+    """Hold packages of a snapshot at their versions, or unhold them."""
+    number, packages = request.snapshot, request.packages
+    require_installed(system, number, packages)
+    what = "kept at their versions" if held else "upgraded again"
+    yield would(f"have these of snapshot {number} {what}: {listed(packages)}")
+    done = change_snapshot(
+        system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held)
+    )
+    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
+    return changes_reply([done])._replace(text=text)
+
+
+@command(
+    "hold", group=PACKAGES, usage="hold N PKG...", help="keep packages at their versions",
+    changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
+    answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_hold(system: System, request: Request) -> Plan:
+    return hold(system, request, True)
+
+
+@command(
+    "unhold", group=PACKAGES, usage="unhold N PKG...", help="let them be upgraded again",
+    changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
+    answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_unhold(system: System, request: Request) -> Plan:
+    return hold(system, request, False)
+
+
+@command(
+    "base-update", "bu", "ub", group=PACKAGES, usage="base-update", help="upgrade the base", changes=True,
+    options=[flag("--shell", help="open a root shell in it instead"), RESUME, STRICT], answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_base_update(system: System, request: Request) -> Plan:
+    if request.shell or request.resume:
+        yield would("open a shell in the base")
+        return shell_in(system, BASE, resume=request.resume)
+    work = partial(upgrade, strict=request.strict)
+    done = change_snapshot(system, BASE, "upgrading", work, simulate=request.dry_run, base=True)
+    return would_change([done]) if request.dry_run else changes_reply([done])._replace(text=done.summary())
+
+
+@command(
+    "refresh", "ref", group=PACKAGES, usage="refresh [N...]", help="fetch the package lists",
+    changes=True, numbers=MANY, several=True, require=partial(System.require_changeable, base=True), options=[STRICT],
+    answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_refresh(system: System, request: Request) -> Plan:
+    snapshots = request.snapshots
+    yield would(f"fetch the package lists of {listed(snapshots)}")
+    work = partial(refresh, strict=request.strict)
+    changes = [
+        change_snapshot(system, number, "fetching the package lists of", work, base=True) for number in snapshots
+    ]
+    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
+    return changes_reply(changes)._replace(text=text)
+
+
+@command(
+    "fixdb", "fix", group=PACKAGES, usage="fixdb [N...]", help="repair the package database, renew the keyring",
+    changes=True, numbers=MANY, several=True, require=System.require_changeable, answer=CHANGES_SHAPE,
+)  # fmt: skip
+def cmd_fixdb(system: System, request: Request) -> Plan:
+    snapshots = request.snapshots
+    yield would(f"repair the package database of {listed(snapshots)}")
+    changes = [change_snapshot(system, number, "repairing", system.distro.repair) for number in snapshots]
+    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
+    reply = changes_reply(changes)
+    if not left:
+        return reply
+    return reply._replace(text=f"{reply.text}\nstill wrong: {'; '.join(map(one_line, left))}", status=FAILED)
+
+
+@command(
+    "whichsnap", "ws", group=PACKAGES, usage="whichsnap PKG...", help="list the snapshots that have packages",
+    words="packages", options=[PACKAGE], answer={"snapshots": {"*": {"*": str}}},
+)  # fmt: skip
+def cmd_whichsnap(system: System, request: Request) -> Reply:
+    wanted = request.packages
+    having = {
+        number: {name: packages[name] for name in wanted}
+        for number in system.tree().numbers()
+        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
+    }
+    if not having:
+        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
+    rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
+    numbers = "\n".join(map(str, having))
+    text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
+    return Reply({"snapshots": {str(number): there for number, there in having.items()}}, text, numbers)
+
+
+@command(
+    "list", "ls", group=PACKAGES, usage="list [N]", help="list packages and versions",
+    numbers=1, require=System.require, answer={"snapshot": int, "packages": {"*": str}},
+)  # fmt: skip
+def cmd_list(system: System, request: Request) -> Reply:
+    number = request.snapshot
+    packages = system.distro.packages(system.layout.rootfs(number))
+    names = "\n".join(packages)
+    text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
+    return Reply({"snapshot": number, "packages": packages}, text, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7256,11 +7903,14 @@ def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int
     return failed
 
 
+TREE_SHAPE = {"changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}, "live?": LIVE_SHAPE}
+
+
 def tree_reply(
-    system: System, args: argparse.Namespace, crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None
+    system: System, request: Request, crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None
 ) -> Reply:
     """Have what the snapshots of a tree got in common share its blocks, and say what was done."""
-    if not args.dry_run:
+    if not request.dry_run:
         share_blocks(system, [branch.change for branch in branches if branch.change is not None])
         return jobs_reply(crew, branches, live)
     reply = would_change([branch.change for branch in branches if branch.change is not None])
@@ -7268,42 +7918,54 @@ def tree_reply(
     return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
 
 
-def cmd_tree_run(system: System, args: argparse.Namespace) -> Reply:
-    command = command_to_run(args)
+@command(
+    "tree-run", "trun", group=INSIDE, usage="tree-run [-j] N COMMAND...",
+    help="run one command in N and every branch below it",
+    changes=True, numbers=1, required=1, words="command", rest=True, options=[*JOBS, COMMAND], answer=TREE_SHAPE,
+)  # fmt: skip
+def cmd_tree_run(system: System, request: Request) -> Plan:
     tree = system.tree()
-    branch = tree.branch(args.snapshots[0])
-    if args.dry_run:
+    branch = tree.branch(request.snapshot)
+    if request.dry_run:
         for number in branch:
             system.require_changeable(number)
-        return would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(command))}")
-    crew = JobPool(system, "ran in", jobs_of(args), shown=True)
-    return tree_reply(system, args, crew, crew.run(tree, branch, lambda number: run_in(system, number, command)))
+    yield would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(request.command))}")
+    crew = JobPool(system, "ran in", request.jobs, shown=True)
+    done = crew.run(tree, branch, lambda number: run_in(system, number, request.command))
+    return tree_reply(system, request, crew, done)
 
 
-def cmd_tree_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    tree, crew = system.tree(), JobPool(system, "upgrading", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
-    failed = {} if args.dry_run else fetch_once(system, numbers, args.strict)
-    work = partial(upgrade, fetch=args.dry_run, strict=args.strict, download_only=args.download_only)
+@command(
+    "tree-upgrade", "tupgrade", "tup", "tree-update", group=PACKAGES, usage="tree-upgrade [N] [-j]",
+    help="upgrade N and every branch below it",
+    changes=True, numbers=1, options=[DOWNLOAD_ONLY, STRICT, *JOBS], answer=TREE_SHAPE,
+)  # fmt: skip
+def cmd_tree_upgrade(system: System, request: Request) -> Reply:
+    tree, crew = system.tree(), JobPool(system, "upgrading", request.jobs)
+    numbers = tree.branch(request.snapshot)
+    failed = {} if request.dry_run else fetch_once(system, numbers, request.strict)
+    work = partial(upgrade, fetch=request.dry_run, strict=request.strict, download_only=request.download_only)
 
     def upgrade_there(number: int) -> Change:
         if number in failed:
             raise failed[number]
-        return change_snapshot(system, number, "upgrading", work, simulate=args.dry_run)
+        return change_snapshot(system, number, "upgrading", work, simulate=request.dry_run)
 
-    reply = tree_reply(system, args, crew, crew.run(tree, numbers, upgrade_there))
-    if args.download_only and not args.dry_run and not reply.status:
+    reply = tree_reply(system, request, crew, crew.run(tree, numbers, upgrade_there))
+    if request.download_only and not request.dry_run and not reply.status:
         return reply._replace(text="what the next upgrade needs is fetched")
     return reply
 
 
-def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
-    of_profile = profile_of(system, args).everything if args.profile else []
-    packages = [*args.words, *args.packages, *of_profile]
-    if not packages:
-        raise AshError("which package?", "ash tree-rmpkg N PKG...", USAGE)
-    tree, crew = system.tree(), JobPool(system, "removing from", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
+@command(
+    "tree-rmpkg", "tremove", group=PACKAGES, usage="tree-rmpkg N PKG...",
+    help="remove packages from N and every branch below it",
+    changes=True, numbers=1, words="packages", options=[PACKAGE, PROFILE, *JOBS, *PURGE], answer=TREE_SHAPE,
+)  # fmt: skip
+def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
+    packages = [name for names in packages_named(system, request) for name in names]
+    tree, crew = system.tree(), JobPool(system, "removing from", request.jobs)
+    numbers = tree.branch(request.snapshot)
 
     having = ask_each(numbers, lambda number: installed_of(system, number, packages))
     if len(having) == len(numbers) and not any(having.values()):
@@ -7311,9 +7973,9 @@ def cmd_tree_rmpkg(system: System, args: argparse.Namespace) -> Reply:
 
     def remove_there(number: int) -> Change:
         there = installed_of(system, number, packages)
-        return remove_packages(system, number, there, args) if there else Change(number)
+        return remove_packages(system, number, there, request) if there else Change(number)
 
-    return tree_reply(system, args, crew, crew.run(tree, numbers, remove_there))
+    return tree_reply(system, request, crew, crew.run(tree, numbers, remove_there))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7455,22 +8117,22 @@ class ParentSync:
         return False
 
 
-def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply:
+def sync_tree(system: System, request: Request, upgrades: bool) -> Reply:
     """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
-    tree, crew = system.tree(), JobPool(system, "synchronizing", jobs_of(args))
-    numbers = tree.branch(the_snapshot(system, args))
-    live = goes_live(system, args, numbers)
+    tree, crew = system.tree(), JobPool(system, "synchronizing", request.jobs)
+    numbers = tree.branch(request.snapshot)
+    live = goes_live(system, request, numbers)
     above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
-    following = {number: ParentSync(system, parent, number, args.keep) for number, parent in above.items()}
-    failed = fetch_once(system, numbers, args.strict) if upgrades and not args.dry_run else {}
-    if not args.dry_run:
+    following = {number: ParentSync(system, parent, number, request.keep) for number, parent in above.items()}
+    failed = fetch_once(system, numbers, request.strict) if upgrades and not request.dry_run else {}
+    if not request.dry_run:
         missing = ask_each(following, lambda number: following[number].missing(system.layout.rootfs(number)))
         fetch_packages(system, {number: following[number].fetch for number in missing if missing[number]}, missing.get)
 
     def sync(number: int) -> Change:
         def work(transaction: Transaction) -> None:
             if upgrades:
-                upgrade(transaction, fetch=args.dry_run, strict=args.strict)
+                upgrade(transaction, fetch=request.dry_run, strict=request.strict)
             if number in following:
                 following[number](transaction)
 
@@ -7478,22 +8140,33 @@ def sync_tree(system: System, args: argparse.Namespace, upgrades: bool) -> Reply
             raise failed[number]
         if not upgrades and number not in following:
             return Change(number)
-        return change_snapshot(system, number, "synchronizing", work, simulate=args.dry_run)
+        return change_snapshot(system, number, "synchronizing", work, simulate=request.dry_run)
 
     branches = crew.run(tree, numbers, sync)
     worked = {branch.number for branch in branches if not branch.error}
     done = None
     if live and system.current in worked and system.current in following:
         done = change_live(system, "synchronizing", following[system.current])
-    return tree_reply(system, args, crew, branches, done)
+    return tree_reply(system, request, crew, branches, done)
 
 
-def cmd_sync(system: System, args: argparse.Namespace) -> Reply:
-    return sync_tree(system, args, upgrades=not args.force)
+@command(
+    "sync", "tree-sync", "tsync", group=PACKAGES, usage="sync [N] [-j] [--keep]",
+    help="upgrade the tree, then give each branch the packages and new configuration of its parent",
+    changes=True, numbers=1, options=[flag("-f", "--force", "--force-offline", help="without upgrading"), *SYNC],
+    answer=TREE_SHAPE,
+)  # fmt: skip
+def cmd_sync(system: System, request: Request) -> Reply:
+    return sync_tree(system, request, upgrades=not request.force)
 
 
-def cmd_force_sync(system: System, args: argparse.Namespace) -> Reply:
-    return sync_tree(system, args, upgrades=False)
+@command(
+    "force-sync", "fsync", group=PACKAGES, usage="force-sync [N] [-j] [--keep]",
+    help="give each branch the packages and new configuration of its parent, without upgrading",
+    changes=True, numbers=1, options=SYNC, answer=TREE_SHAPE,
+)  # fmt: skip
+def cmd_force_sync(system: System, request: Request) -> Reply:
+    return sync_tree(system, request, upgrades=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -8216,15 +8889,21 @@ def repaired_reply(result: RepairResult) -> Reply:
     return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
-def cmd_fsck(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "fsck", group=ITSELF, usage="fsck [--repair]", help="look for damage; exit status 1 where any is left",
+    wants_disk=True, changes_with="repair",
+    options=[flag("--repair", help="mend it; what is taken out is kept in /.snapshots/lost+found")],
+    answer={"damage": [{"what": str, "snapshot": int | None, "mended": bool}], "changed": bool, "lost_found": str},
+)  # fmt: skip
+def cmd_fsck(system: System, request: Request) -> Reply:
     require_root("checking everything")
-    if args.repair and not args.dry_run:
+    if request.repair and not request.dry_run:
         return repaired_reply(repair(system))
     damage = list(Fsck(system).run())
     mendable = [one.advice() for one in damage if one.mend]
-    status = FAILED if len(damage) > (len(mendable) if args.repair else 0) else 0
+    status = FAILED if len(damage) > (len(mendable) if request.repair else 0) else 0
     data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
-    if args.repair:
+    if request.repair:
         reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
         return reply._replace(data={**reply.data, "would": mendable}, status=status)
     lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
@@ -8493,17 +9172,26 @@ class AutoUpgrade:
         return {one.text() for one in Fsck(self.system).run() if one.snapshot in (self.number, None)}
 
 
-def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
-    number = the_snapshot(system, args)
-    if args.dry_run:
+UPGRADE_SHAPE = {"failed": bool, "time": str, "message": str}
+
+
+@command(
+    "auto-upgrade", "autoup", "au", group=PACKAGES, usage="auto-upgrade [N]",
+    help="upgrade, verify and deploy N, keeping the old state as a sibling; on failure nothing changes",
+    changes=True, numbers=1, options=[STRICT],
+    answer={**CHANGES_SHAPE, "from?": int, "parent?": int | None, "copies?": {"*": int}},
+)  # fmt: skip
+def cmd_auto_upgrade(system: System, request: Request) -> Plan:
+    number = request.snapshot
+    if request.dry_run:
         policy = AutoUpgrade(system, number).policy
         if policy != "none":
             system.require_changeable(number)
-        return would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
-    system.wait = args.wait or NIGHTLY_WAIT
+        yield would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
+    system.wait = request.wait or NIGHTLY_WAIT
     with system.lock("auto-upgrade"):
         try:
-            upgrading = AutoUpgrade(system, number, args.strict)
+            upgrading = AutoUpgrade(system, number, request.strict)
         except (AshError, OSError) as error:
             record_failed_upgrade(system, reason(error))
             raise
@@ -8519,7 +9207,8 @@ def cmd_auto_upgrade(system: System, args: argparse.Namespace) -> Reply:
         return upgrading.reboot(reply)
 
 
-def cmd_check(system: System, args: argparse.Namespace) -> Reply:
+@command("check", group=PACKAGES, usage="check", help="say how the last automatic upgrade ended", answer=UPGRADE_SHAPE)
+def cmd_check(system: System, request: Request) -> Reply:
     last = last_upgrade(system)
     if last is None:
         raise AshError("no automatic upgrade has run yet", "ash auto-upgrade", MISSING)
@@ -8599,11 +9288,11 @@ def patch(old: Path, new: Path, path: str) -> str:
     return "".join(difflib.unified_diff(before, after, f"a/{path}", f"b/{path}"))
 
 
-def drift_reply(system: System, args: argparse.Namespace) -> Reply:
+def drift_reply(system: System, request: Request) -> Reply:
     """What was changed in the running /etc."""
     slot, drift = running_drift(system)
     text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
-    if args.patch:
+    if request.patch:
         base, running = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
         text += "\n" + "".join(patch(base, running, path) for path in drift)
     return Reply({"slot": slot, "drift": drift}, text)
@@ -8617,17 +9306,30 @@ def the_booted(system: System) -> int:
     return current
 
 
-def cmd_diff(system: System, args: argparse.Namespace) -> Reply:
-    if not args.snapshots:
-        return drift_reply(system, args)
-    old, new = (the_booted(system), args.snapshots[0]) if len(args.snapshots) == 1 else args.snapshots
+@command(
+    "diff", "dif", group=PACKAGES, usage="diff [A [B]] [--files] [--patch]",
+    help="compare snapshots: packages and configuration; without any: what was changed in the running /etc",
+    numbers=2, snapshot_optional=True, require=System.require, wants_disk=True,
+    options=[
+        flag("--files", help="all files that differ"),
+        flag("--patch", help="the differing text of configuration files"),
+    ],
+    answer={
+        "from?": int, "to?": int, "packages?": PACKAGES_SHAPE, "config?": {"*": str}, "files?": {"*": str},
+        "slot?": str, "drift?": {"*": str},
+    },
+)  # fmt: skip
+def cmd_diff(system: System, request: Request) -> Reply:
+    if not request.snapshots:
+        return drift_reply(system, request)
+    old, new = request.snapshots if len(request.snapshots) == 2 else (the_booted(system), request.snapshot)
     system.require(old)
     system.require(new)
-    if args.files:
+    if request.files:
         require_root("comparing all files")
-    difference = compare(system, old, new, args.files)
+    difference = compare(system, old, new, request.files)
     text = difference.text()
-    if args.patch:
+    if request.patch:
         roots = system.layout.rootfs(old), system.layout.rootfs(new)
         text += "\n" + "".join(patch(*roots, path) for path in sorted({**difference.config, **difference.files}))
     return Reply({"from": old, "to": new, **difference.data()}, text)
@@ -8680,28 +9382,16 @@ def received(response: Any, limit: int) -> bytes:
 
 
 def download(url: str, limit: int) -> bytes:
-    """The whole of what is at a URL.
+    """Fetch a URL.
 
     Raises:
-        AshError: it cannot be had, or not whole, or it is larger than the limit.
+        AshError: it cannot be fetched, was cut off, or is larger than the limit in bytes.
     """
     import http.client
-    import urllib.request as web
+    import urllib.request
 
-    opener = web.OpenerDirector()
-    for handler in (
-        web.ProxyHandler(),
-        web.HTTPHandler(),
-        web.HTTPSHandler(),
-        web.FileHandler(),
-        web.HTTPRedirectHandler(),
-        web.HTTPErrorProcessor(),
-        web.HTTPDefaultErrorHandler(),
-        web.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
     try:
-        with opener.open(url, timeout=ANSWER_SECONDS) as response:
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:  # noqa: S310 (see url_of_ash)
             return received(response, limit)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
@@ -8779,35 +9469,43 @@ def swap_executable(layout: Layout) -> None:
     run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
 
 
-def where_it_is(args: argparse.Namespace) -> list[str]:
+def where_it_is(request: Request) -> list[str]:
     """The options that name the system, for another ash."""
-    options = {"--root": args.root, "--image": args.image, "--distro": args.distro}
+    options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
     return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
 
 
-def cmd_upself(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "upself", "upme", "ash-update", "ast-sync", group=ITSELF, usage="upself [--download-only] [--force]",
+    help="fetch the newest ash from where /etc/ash.conf says, check its signature, and put it in place", changes=True,
+    options=[
+        flag("--download-only", "-d", "-t", help="leave it beside, as ash.new"),
+        flag("-f", "--force", help="also the same version again, or an older one"),
+    ],
+    answer={"changed": bool, "from": str, "to": str},
+)  # fmt: skip
+def cmd_upself(system: System, request: Request) -> Plan:
     import tempfile
 
     layout, url = system.layout, url_of_ash(system)
     require_keyring(layout)
-    if args.dry_run:
-        what = "leave it as /.snapshots/ash/ash.new" if args.download_only else "replace /.snapshots/ash/ash"
-        return would(f"fetch {url} and {url}.sig, check the signature and {what}")
+    what = "leave it as /.snapshots/ash/ash.new" if request.download_only else "replace /.snapshots/ash/ash"
+    yield would(f"fetch {url} and {url}.sig, check the signature and {what}")
     with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as directory:
         with step(f"Fetching {url}"):
             new = fetch_signed(url, layout.keyring, Path(directory))
         with step("Starting it to see whether it works"):
-            version = try_out(system, new, where_it_is(args))
+            version = try_out(system, new, where_it_is(request))
         was, text = read_text(layout.executable), read_text(new)
         here = version_in(was)
-        if text == was or (version == here and not args.force):
+        if text == was or (version == here and not request.force):
             return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
-        if version_order(version) < version_order(here) and not args.force:
+        if version_order(version) < version_order(here) and not request.force:
             hint = "--force takes it all the same"
             raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
         write_file(layout.new_executable, text, mode=0o755)
         changed = {"changed": True, "from": here, "to": version}
-        if args.download_only:
+        if request.download_only:
             return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
         swap_executable(layout)
     kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
@@ -8839,7 +9537,16 @@ def waiting_work(system: System) -> list[int]:
     return found
 
 
-def cmd_status(system: System, args: argparse.Namespace) -> Reply:
+@command(
+    "status", group=BOOT, usage="status", help="show what is booted, what is next, what is under way",
+    answer={
+        "booted": {"snapshot": int | None, "slot": str | int | None},
+        "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
+        "last_booted": str, "running": {"*": str}, "waiting": [int], "drift": {"*": str},
+        "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int,
+    },
+)  # fmt: skip
+def cmd_status(system: System, request: Request) -> Reply:
     menu, current = system.menu(), system.current
     default = menu.deployments.get(menu.default)
     disk = os.statvfs(system.layout.snapshots)
@@ -8874,519 +9581,24 @@ def cmd_status(system: System, args: argparse.Namespace) -> Reply:
     return Reply(data, "\n".join(lines))
 
 
-def version_system(args: argparse.Namespace) -> System:
-    """The system whose distribution `version` names: also where none is running, as when the executable is made."""
+def version_system(request: Request) -> System:
+    """The system whose distribution `version` names; a stand-in if none runs here, as when the executable is built."""
     try:
-        return System.open(args, changes=False)
+        return System.open(request, changes=False)
     except AshError:
-        if args.root or args.image:
+        if request.root or request.image:
             raise
         ident = list(Distro.registry)[-1] if Distro.registry else "no distribution"
         return System(Layout(Path("/.snapshots"), ident), Distro())
 
 
-def cmd_version(system: System, args: argparse.Namespace) -> Reply:
-    distro = system.layout.distro
+@command(
+    "version", group=ITSELF, usage="version", help="print the version and the distribution", needs_system=False,
+    answer={"ash": str, "distro": str},
+)  # fmt: skip
+def cmd_version(request: Request) -> Reply:
+    distro = version_system(request).layout.distro
     return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
-
-
-def cmd_help(args: argparse.Namespace) -> Reply:
-    if args.format in HELP_FORMATS:
-        return Reply({}, HELP_FORMATS[args.format]())
-    if args.format == "json":
-        return Reply({}, json.dumps({"answers": ANSWERS, "error": ERROR_SHAPE, "dry_run": DRY_SHAPE}, indent=2))
-    return Reply({}, parser_of(find_command(args.words[0])).format_help() if args.words else overview())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What --json prints
-# ---------------------------------------------------------------------------------------------------------------
-
-# What --json prints beside "version" and "command", by command; `ash help --format json` prints this. A value is the
-# name of its type, "null" where it may be missing in the world; a list holds any number of what it shows, a dict with
-# the key "*" has any keys. A key that ends in "?" is not always there.
-PACKAGES_SHAPE = {"added": {"*": "str"}, "removed": {"*": "str"}, "upgraded": {"*": ["str"]}}
-CHANGE_SHAPE = {
-    "snapshot": "int", "changed": "bool", "packages": PACKAGES_SHAPE, "conflicts": ["str"], "kept": ["str"],
-}  # fmt: skip
-CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
-LIVE_SHAPE = {
-    "changed": "bool", "started": ["str"], "stopped": ["str"], "waiting": ["str"], "conflicts": ["str"],
-    "conflicts_folders": ["str"], "error": "str",
-}  # fmt: skip
-CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
-TREE_SHAPE = {"changed": "bool", "snapshots": [CHANGE_SHAPE], "failed": {"*": "str"}, "live?": LIVE_SHAPE}
-ADDED_SHAPE = {"snapshot": "int", "changed": "bool", "from": "int", "parent": "int null"}
-BIRTH_SHAPE = {"from?": "int", "parent?": "int null", "copies?": {"*": "int"}}
-DEPLOYED_SHAPE = {
-    "snapshot": "int", "changed": "bool", "slot": "str", "id": "str", "carried": ["str"], "conflicts": ["str"],
-    "conflicts_folder": "str",
-}  # fmt: skip
-MUTABLE_SHAPE = {"snapshot": "int", "changed": "bool", "mutable": "bool"}
-UPGRADE_SHAPE = {"failed": "bool", "time": "str", "message": "str"}
-RECOVERED_SHAPE = {"snapshots": ["int"], "changed": "bool"}
-ANSWERS: dict[str, dict[str, Any]] = {
-    "tree": {
-        "tree": [
-            {
-                "snapshot": "int", "parent": "int null", "description": "str", "booted": "bool", "deployed": "bool",
-                "mutable": "bool", "date?": "str", "packages?": "int",
-            }
-        ]
-    },
-    "current": {"snapshot": "int"},
-    "desc": {"snapshot": "int", "changed": "bool", "description": "str"},
-    "clone": ADDED_SHAPE,
-    "clone-tree": {**ADDED_SHAPE, "copies": {"*": "int"}},
-    "branch": ADDED_SHAPE,
-    "cbranch": ADDED_SHAPE,
-    "ubranch": ADDED_SHAPE,
-    "new": ADDED_SHAPE,
-    "log": {
-        "history": [
-            {
-                "time": "str", "user": "int", "command": "str", "arguments": ["str"], "snapshots": ["int"],
-                "result": "str", "*?": "any",
-            }
-        ]
-    },
-    "del": {"snapshots": ["int"], "changed": "bool"},
-    "sub": {"subvolumes": [{"id": "int", "path": "str", "readonly": "bool", "made": "str"}]},
-    "status": {
-        "booted": {"snapshot": "int null", "slot": "str int null"},
-        "next": {"snapshot": "int null", "slot": "str null", "id": "str null"},
-        "last_booted": "str", "running": {"*": "str"}, "waiting": ["int"], "drift": {"*": "str"},
-        "upgrade?": UPGRADE_SHAPE, "free_bytes": "int", "size_bytes": "int",
-    },
-    "deploy": DEPLOYED_SHAPE,
-    "undo": {**CHANGE_SHAPE, "newer_state": ["str"]},
-    "rollback": {**DEPLOYED_SHAPE, "from": "int"},
-    "boot": {"snapshot": "int", "changed": "bool", "slots": ["str"]},
-    "carry": {"changed": "bool", "carried": ["str"]},
-    "whichtmp": {"slot": "str int"},
-    "run": {**CHANGE_SHAPE, "status": "int"},
-    "tree-run": TREE_SHAPE,
-    "etc-update": {**CHANGE_SHAPE, "carried": ["str"]},
-    "edit-conf": CHANGE_SHAPE,
-    "mutable": MUTABLE_SHAPE,
-    "immutable": MUTABLE_SHAPE,
-    "immen": MUTABLE_SHAPE,
-    "unlock": {"snapshot": "int", "changed": "bool"},
-    "tmp": RECOVERED_SHAPE,
-    "recover": RECOVERED_SHAPE,
-    "install": CHANGES_SHAPE,
-    "install-profile": CHANGES_SHAPE,
-    "profiles": {"profiles": {"*": {"packages": ["str"], "notes": ["str"]}}},
-    "remove": CHANGES_SHAPE,
-    "tree-rmpkg": TREE_SHAPE,
-    "upgrade": CHANGES_SHAPE,
-    "hold": CHANGES_SHAPE,
-    "unhold": CHANGES_SHAPE,
-    "tree-upgrade": TREE_SHAPE,
-    "auto-upgrade": CHANGES_SHAPE | BIRTH_SHAPE,
-    "check": UPGRADE_SHAPE,
-    "base-update": CHANGES_SHAPE,
-    "refresh": CHANGES_SHAPE,
-    "fixdb": CHANGES_SHAPE,
-    "whichsnap": {"snapshots": {"*": {"*": "str"}}},
-    "sync": TREE_SHAPE,
-    "force-sync": TREE_SHAPE,
-    "list": {"snapshot": "int", "packages": {"*": "str"}},
-    "diff": {
-        "from?": "int", "to?": "int", "packages?": PACKAGES_SHAPE, "config?": {"*": "str"}, "files?": {"*": "str"},
-        "slot?": "str", "drift?": {"*": "str"},
-    },
-    "fsck": {
-        "damage": [{"what": "str", "snapshot": "int null", "mended": "bool"}], "changed": "bool", "lost_found": "str",
-    },
-    "upself": {"changed": "bool", "from": "str", "to": "str"},
-    "version": {"ash": "str", "distro": "str"},
-}  # fmt: skip
-# Where the command failed: {"error": ERROR_SHAPE}; with --dry-run: DRY_SHAPE.
-ERROR_SHAPE = {"message": "str", "hint": "str", "status": "int"}
-DRY_SHAPE = {"changed": "bool", "dry_run": "bool", "would": "str list", "*?": "any"}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The command table, the parser, main()
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Command(NamedTuple):
-    """A line of the command table.
-
-    Args:
-        name, aliases: the words that call it.
-        group, usage, help: for people.
-        function: what does it.
-        changes: whether it changes something, and so needs root.
-        changes_with: the option with which a command that only looks changes something.
-        wants_disk: whether it can say more where root lets it see the whole file system.
-        numbers: how many snapshots it can be about.
-        several: whether --snapshots names several, on which it works one after the other.
-        words: whether it takes words beside snapshots.
-        rest: whether these are all that follows, another program's options included.
-        arguments: its own options.
-    """
-
-    name: str
-    aliases: Sequence[str]
-    group: str
-    usage: str
-    help: str
-    function: Callable[..., Reply]
-    changes: bool = False
-    changes_with: str = ""
-    wants_disk: bool = False
-    numbers: int = 0
-    several: bool = False
-    words: bool = False
-    rest: bool = False
-    arguments: Sequence[Argument] = ()
-
-    def is_change(self, args: argparse.Namespace) -> bool:
-        """Whether it changes something, called like this."""
-        return self.changes or (self.changes_with != "" and getattr(args, self.changes_with))
-
-
-MANY = 1000
-COMMANDS = [
-    Command(
-        "tree", ["t"], "Tree", "tree [-l]", "show all snapshots; * is the one for the next boot", cmd_tree,
-        arguments=[flag("-l", "--long", help="with date and number of packages")],
-    ),
-    Command("current", ["c"], "Tree", "current", "print the booted snapshot's number", cmd_current),
-    Command(
-        "desc", ["description"], "Tree", "desc N TEXT...", "describe a snapshot", cmd_desc,
-        changes=True, numbers=1, words=True, arguments=[DESC],
-    ),
-    Command(
-        "clone", ["cl", "tree-clone"], "Tree", "clone [N] [-d TEXT]", "copy N as a new top-level tree", cmd_clone,
-        changes=True, numbers=1, arguments=[DESC],
-    ),
-    Command(
-        "clone-tree", ["ct"], "Tree", "clone-tree [N] [-d TEXT]", "copy N with all its branches, next to N",
-        cmd_clone_tree, changes=True, numbers=1, arguments=[DESC],
-    ),
-    Command(
-        "branch", ["add-branch"], "Tree", "branch [N] [-d TEXT]", "make a new child of N", cmd_branch,
-        changes=True, numbers=1, arguments=[DESC],
-    ),
-    Command(
-        "cbranch", ["clone-branch", "cb"], "Tree", "cbranch [N] [-d TEXT]", "copy N under N's parent", cmd_cbranch,
-        changes=True, numbers=1, arguments=[DESC],
-    ),
-    Command(
-        "ubranch", ["clone-under", "cu"], "Tree", "ubranch P N [-d TEXT]", "copy N under P", cmd_ubranch,
-        changes=True, numbers=2, arguments=[DESC],
-    ),
-    Command(
-        "new", ["new-tree"], "Tree", "new [-d TEXT]", "make a new top-level snapshot from the base", cmd_new,
-        changes=True, arguments=[DESC],
-    ),
-    Command(
-        "log", ["history"], "Tree", "log [N]", "show what was done, when, by whom, with what result", cmd_log, numbers=1
-    ),
-    Command(
-        "del", ["delete", "rm", "rem", "rm-snapshot"], "Tree", "del N...", "delete N and its branches, after asking",
-        cmd_del, changes=True, numbers=MANY, several=True,
-        arguments=[flag("--nuke", help="also the remains of a damaged snapshot, which the tree does not have")],
-    ),
-    Command(
-        "sub", ["subs", "subvol", "subvols", "subvolumes"], "Tree", "sub", "list the distribution's subvolumes", cmd_sub
-    ),
-    Command(
-        "deploy", ["dep", "d"], "Boot", "deploy [N] [--secondary]", "boot N from the next start on", cmd_deploy,
-        changes=True, numbers=1,
-        arguments=[
-            flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
-            flag("--fresh-etc", help="leave the running /etc's changes behind"),
-        ],
-    ),
-    Command(
-        "undo", [], "Boot", "undo N", "put N back to what it was before its last change; twice is redo", cmd_undo,
-        changes=True, numbers=1,
-    ),
-    Command(
-        "rollback", [], "Boot", "rollback", "make the booted deployment permanent: keep it as a snapshot, deploy that",
-        cmd_rollback, changes=True,
-    ),
-    Command(
-        "boot", ["boot-update", "update-boot"], "Boot", "boot [N]", "renew N's boot configuration", cmd_boot,
-        changes=True, numbers=1,
-    ),
-    Command(
-        "etc-update", ["etc", "etc-up", "up-etc"], "Inside a snapshot", "etc-update",
-        "save the running /etc into the booted snapshot", cmd_etc_update, changes=True,
-    ),
-    Command(
-        "carry", [], "Boot", "carry",
-        "carry changes of /etc over to the deployment for the next boot (done at shutdown)", cmd_carry, changes=True,
-    ),
-    Command("whichtmp", ["whichdep", "which"], "Boot", "whichtmp", "print the booted slot", cmd_whichtmp),
-    Command(
-        "chroot", ["chr", "ch", "cr"], "Inside a snapshot", "chroot [N]",
-        "open a root shell in N; `exit` keeps the changes", cmd_chroot, changes=True, numbers=1,
-        arguments=[RESUME],
-    ),
-    Command(
-        "run", [], "Inside a snapshot", "run N COMMAND...", "run one command in N; its exit status decides", cmd_run,
-        changes=True, numbers=1, words=True, rest=True, arguments=[COMMAND_WORDS],
-    ),
-    Command(
-        "tree-run", ["trun"], "Inside a snapshot", "tree-run [-j] N COMMAND...",
-        "the same in N and every branch below it", cmd_tree_run,
-        changes=True, numbers=1, words=True, rest=True, arguments=[*JOBS, COMMAND_WORDS],
-    ),
-    Command(
-        "live-chroot", ["lchroot", "lc"], "Inside a snapshot", "live-chroot",
-        "open a writable root shell in the running system; the next deployment does not have its changes",
-        cmd_live_chroot, changes=True,
-    ),
-    Command(
-        "hollow", [], "Inside a snapshot", "hollow [N]",
-        "open a root shell in N that shows the running system as well, then deploy N", cmd_hollow,
-        changes=True, numbers=1, arguments=[RESUME],
-    ),
-    Command(
-        "unlock", ["ul"], "Inside a snapshot", "unlock [N]", "drop what a dead transaction left on N", cmd_unlock,
-        changes=True, numbers=1,
-    ),
-    Command(
-        "tmp", ["tmpclear"], "Inside a snapshot", "tmp", "drop what dead transactions left on any snapshot", cmd_tmp,
-        changes=True,
-    ),
-    Command(
-        "recover", [], "Inside a snapshot", "recover", "finish or undo what was interrupted (done at every boot)",
-        cmd_recover, changes=True,
-    ),
-    Command(
-        "install", ["in"], "Packages", "install [N] PKG... [--remove PKG...]",
-        "install packages, package files, or a profile; into the booted snapshot and the running system at once",
-        cmd_install, changes=True, numbers=1, several=True, words=True,
-        arguments=[
-            PACKAGES,
-            words_option("--remove", dest="remove", help="remove these in the same transaction"),
-            PROFILE, NO_UPGRADE, STRICT, *LIVE,
-            flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
-        ],
-    ),
-    Command(
-        "install-profile", [], "Packages", "install-profile NAME [N]",
-        "upgrade N, then install a profile's packages and do its commands", cmd_install_profile,
-        changes=True, numbers=1, several=True, words=True, arguments=[NO_UPGRADE, STRICT, *LIVE],
-    ),
-    Command("profiles", [], "Packages", "profiles", "list the profiles for this distribution", cmd_profiles),
-    Command(
-        "remove", ["uninstall", "uninst", "unins", "unin", "un"], "Packages", "remove [N] PKG...",
-        "remove packages and what nothing needs any more", cmd_remove,
-        changes=True, numbers=1, several=True, words=True,
-        arguments=[PACKAGES, PROFILE, *LIVE, *PURGE],
-    ),
-    Command(
-        "tree-rmpkg", ["tremove"], "Packages", "tree-rmpkg N PKG...", "the same in N and every branch below it",
-        cmd_tree_rmpkg, changes=True, numbers=1, words=True, arguments=[PACKAGES, PROFILE, *JOBS, *PURGE],
-    ),
-    Command(
-        "upgrade", ["up"], "Packages", "upgrade [N...]", "upgrade all packages", cmd_upgrade,
-        changes=True, numbers=MANY, several=True, arguments=[DOWNLOAD_ONLY, STRICT, *LIVE],
-    ),
-    Command(
-        "hold", [], "Packages", "hold N PKG...", "keep packages at their versions", cmd_hold,
-        changes=True, numbers=1, words=True, arguments=[PACKAGES],
-    ),
-    Command(
-        "unhold", [], "Packages", "unhold N PKG...", "let them be upgraded again", cmd_unhold,
-        changes=True, numbers=1, words=True, arguments=[PACKAGES],
-    ),
-    Command(
-        "tree-upgrade", ["tupgrade", "tup", "tree-update"], "Packages", "tree-upgrade [N] [-j]",
-        "upgrade N and every branch below it", cmd_tree_upgrade,
-        changes=True, numbers=1, arguments=[DOWNLOAD_ONLY, STRICT, *JOBS],
-    ),
-    Command(
-        "auto-upgrade", ["autoup", "au"], "Packages", "auto-upgrade [N]",
-        "keep N as it is beside it, upgrade N, check it, deploy it; as it was if any of it fails", cmd_auto_upgrade,
-        changes=True, numbers=1, arguments=[STRICT],
-    ),
-    Command("check", [], "Packages", "check", "say how the last automatic upgrade ended", cmd_check),
-    Command(
-        "base-update", ["bu", "ub"], "Packages", "base-update", "upgrade the base", cmd_base_update, changes=True,
-        arguments=[flag("--shell", help="open a root shell in it instead"), RESUME, STRICT],
-    ),
-    Command(
-        "refresh", ["ref"], "Packages", "refresh [N...]", "fetch the package lists", cmd_refresh,
-        changes=True, numbers=MANY, several=True, arguments=[STRICT],
-    ),
-    Command(
-        "fixdb", ["fix"], "Packages", "fixdb [N...]", "repair the package database, renew the keyring", cmd_fixdb,
-        changes=True, numbers=MANY, several=True,
-    ),
-    Command(
-        "whichsnap", ["ws"], "Packages", "whichsnap PKG...", "list the snapshots that have packages", cmd_whichsnap,
-        words=True, arguments=[PACKAGES],
-    ),
-    Command(
-        "sync", ["tree-sync", "tsync"], "Packages", "sync [N] [-j] [--keep]",
-        "upgrade the tree, then give each branch the packages and new configuration of its parent", cmd_sync,
-        changes=True, numbers=1, arguments=[flag("-f", "--force", "--force-offline", help="without upgrading"), *SYNC],
-    ),
-    Command(
-        "force-sync", ["fsync"], "Packages", "force-sync [N] [-j] [--keep]", "the same without upgrading",
-        cmd_force_sync, changes=True, numbers=1, arguments=SYNC,
-    ),
-    Command("list", ["ls"], "Packages", "list [N]", "list packages and versions", cmd_list, numbers=1),
-    Command(
-        "diff", ["dif"], "Packages", "diff [A [B]] [--files] [--patch]",
-        "compare snapshots: packages and configuration; without any: what was changed in the running /etc", cmd_diff,
-        numbers=2, wants_disk=True,
-        arguments=[
-            flag("--files", help="all files that differ"),
-            flag("--patch", help="the differing text of configuration files"),
-        ],
-    ),
-    Command("status", [], "Boot", "status", "show what is booted, what is next, what is under way", cmd_status),
-    Command(
-        "fsck", [], "ash itself", "fsck [--repair]", "look for damage; exit status 1 where any is left", cmd_fsck,
-        wants_disk=True, changes_with="repair",
-        arguments=[flag("--repair", help="mend it; what is taken out is kept in /.snapshots/lost+found")],
-    ),
-    Command(
-        "edit-conf", ["edit"], "Inside a snapshot", "edit-conf [N]", "edit N's /etc/ash.conf", cmd_edit_conf,
-        changes=True, numbers=1,
-    ),
-    Command("mutable", ["immdis", "immdisable", "disimm", "disableimm"], "Tree", "mutable N",
-        "make N, and children made later, writable", cmd_mutable, changes=True, numbers=1,
-    ),
-    Command("immutable", ["immenable", "enimm", "enableimm"], "Tree", "immutable N", "make N read-only again",
-        cmd_immutable, changes=True, numbers=1,
-    ),
-    Command(
-        "immen", [], "Tree", "immen N", "make N mutable, or read-only again where it is", cmd_immen,
-        changes=True, numbers=1,
-    ),
-    Command(
-        "upself", ["upme", "ash-update", "ast-sync"], "ash itself", "upself [--download-only] [--force]",
-        "fetch the newest ash from where /etc/ash.conf says, check its signature, and put it in place", cmd_upself,
-        changes=True,
-        arguments=[
-            flag("--download-only", "-d", "-t", help="leave it beside, as ash.new"),
-            flag("-f", "--force", help="also the same version again, or an older one"),
-        ],
-    ),
-    Command("version", [], "ash itself", "version", "print the version and the distribution", cmd_version),
-    Command(
-        "help", [], "ash itself", "help [COMMAND]", "print this help", cmd_help, words=True,
-        arguments=[
-            Argument(
-                ("--format",), "of the whole table; bash, zsh and fish are their completions",
-                {"choices": ["text", "markdown", "json", "man", "bash", "zsh", "fish"], "default": "text"},
-            )
-        ],
-    ),
-]  # fmt: skip
-# Without a snapshot they are about something else than the booted one, or find its number by themselves.
-FOR_ALL = (cmd_log, cmd_diff, cmd_install_profile)
-
-
-def find_command(word: str) -> Command:
-    """The command that a word calls; AshError, with the nearest one, where there is none."""
-    for command in COMMANDS:
-        if word == command.name or word in command.aliases:
-            return command
-    import difflib
-
-    near = difflib.get_close_matches(word, [name for c in COMMANDS for name in (c.name, *c.aliases)], 1, 0.5)
-    raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
-
-
-def options_of(command: Command) -> list[Argument]:
-    """The options of a command that not all have."""
-    about = ([SNAPSHOT_OPTION] if command.numbers else []) + ([SEVERAL_OPTION] if command.several else [])
-    return [*command.arguments, *about]
-
-
-def parser_of(command: Command) -> Parser:
-    """The parser of a command, with the options of all."""
-    usage = f"ash {command.usage}"
-    parser = Parser(prog=f"ash {command.name}", usage=usage, description=command.help, allow_abbrev=False)
-    for argument in (*options_of(command), *GLOBAL_OPTIONS):
-        parser.add_argument(*argument.flags, help=argument.help, **argument.settings)
-    parser.add_argument("words", nargs=argparse.REMAINDER if command.rest else "*", help=argparse.SUPPRESS)
-    return parser
-
-
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
-    """The command line as the options before the command, the command, and what comes after it."""
-    with_value = {flag for option in GLOBAL_OPTIONS if "metavar" in option.settings for flag in option.flags}
-    at = 0
-    while at < len(argv) and argv[at].startswith("-"):
-        at += 2 if argv[at] in with_value else 1
-    return list(argv[:at]), argv[at] if at < len(argv) else "", list(argv[at + 1 :])
-
-
-def parse_words(command: Command, given: Sequence[str]) -> argparse.Namespace:
-    """Read the words of a command; its options may stand between them, unless all that follows is another program's."""
-    parser = parser_of(command)
-    if command.rest:
-        return parser.parse_args(given)
-    end = given.index("--") if "--" in given else len(given)
-    args = parser.parse_intermixed_args(given[:end])
-    args.words = [*args.words, *given[end + 1 :]]  # no options, whatever they look like
-    return args
-
-
-def without_snapshot(given: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The command that is run and the snapshot behind it, where it has one: the old ash took `-c 'COMMAND' -s N`."""
-    named = len(given) > 2 and given[-2] in SNAPSHOT_OPTION.flags
-    numbers = leading_numbers(given[-1:]) if named else []
-    return list(given[:-2] if numbers else given), numbers
-
-
-def require_no_count(given: Sequence[str]) -> None:
-    """Raise AshError where a number follows -j: meant as a count, as make has it, it would be taken for a snapshot."""
-    for words in (*given, *map(" ".join, itertools.pairwise(given))):
-        if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
-            option, count = found.groups()
-            hint = f"--jobs {count} does; the snapshot stands before {option}"
-            raise AshError(f"{option} takes no number", hint, USAGE)
-
-
-def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
-    """Read the command line.
-
-    Raises:
-        AshError: it is wrong (USAGE).
-    """
-    before, word, after = split_command_line(argv)
-    if not word or word in ("-h", "--help"):
-        word, after = "version" if "--version" in before else "help", []
-        before = [option for option in before if option not in ("-h", "--help", "--version")]
-    command = find_command(word)
-    if PARALLEL in command.arguments and not command.rest:
-        require_no_count(after)
-    args = parse_words(command, [*before, *after])
-    if command.rest and not args.snapshots:
-        args.command_words, args.snapshots = without_snapshot(args.command_words)
-    if command.numbers:
-        args.snapshots = args.snapshots or []
-        if command.several:
-            numbers = leading_numbers(args.several)
-            args.snapshots += numbers
-            args.words = args.several[len(numbers) :] + args.words
-        more = leading_numbers(args.words)[: max(0, command.numbers - len(args.snapshots))]
-        args.snapshots += more
-        args.words = args.words[len(more) :]
-        if len(args.snapshots) > command.numbers and not command.several:
-            raise AshError(f"these are too many snapshots: {listed(args.snapshots)}", f"ash {command.usage}", USAGE)
-    if args.words and not command.words:
-        raise AshError(f"what is {args.words[0]!r}?", f"ash {command.usage}", USAGE)
-    if args.root and args.image:
-        raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
-    may_do_without = command.function in FOR_ALL or bool(getattr(args, "profile", None))
-    if (args.root or args.image) and command.numbers and not args.snapshots and not may_do_without:
-        raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
-    return command, args
 
 
 def overview() -> str:
@@ -9396,416 +9608,81 @@ def overview() -> str:
         "",
         "usage: ash [OPTIONS] COMMAND [SNAPSHOT] ...",
     ]
-    for group in dict.fromkeys(command.group for command in COMMANDS):
-        lines += ["", f"{group}:"]
-        lines += [f"  {c.usage:38} {c.help}" for c in COMMANDS if c.group == group]
+    for group in GROUPS:
+        lines += ["", f"{group}:", *(f"  {c.usage:38} {c.help}" for c in commands_of(group))]
     lines += ["", "Options of every command:"]
     lines += [f"  {', '.join(option.flags):38} {option.help}" for option in GLOBAL_OPTIONS]
     lines += ["", "Where SNAPSHOT is left out it is the booted one. `ash help COMMAND` explains one command."]
     return "\n".join(lines)
 
 
-def markdown_table() -> str:
-    """The command reference of the README."""
-    lines = ["| command | aliases | does |", "| --- | --- | --- |"]
-    for c in COMMANDS:
-        aliases = " ".join(f"`{alias}`" for alias in c.aliases)
-        lines += [f"| `{c.usage}` | {aliases} | {c.help} |"]
+def explain(command: Command) -> str:
+    """The help of one command."""
+    also = f"\nalso: {', '.join(command.aliases)}" if command.aliases else ""
+    lines = [f"usage: ash {command.usage}{also}", "", command.help, "", "options:"]
+    lines += [f"  {option.usage():38} {option.help}" for option in (*command.all_options(), *GLOBAL_OPTIONS)]
     return "\n".join(lines)
 
 
-EXIT_STATUSES = {
-    0: "done",
-    FAILED: "failed; what failed is as it was",
-    USAGE: "the command line, or a configuration, is wrong",
-    MISSING: "there is no such snapshot or package",
-    LOCKED: "another ash is at work on it; --wait SECONDS waits",
-    REFUSED: "refused: the base, what runs or is deployed, not root, inside a chroot, too little space",
-    OUR_FAILURE_IN_RUN: "ash itself failed in run or chroot, which else give the command's own status",
-}
-FILES = {
-    "/.snapshots/rootfs/snapshot-N": "snapshot N",
-    "/.snapshots/ash/history": "what was done; ash log shows it",
-    "/.snapshots/ash/keyring.gpg": "whose signature a newer ash must have",
-    "/etc/ash.conf": "configuration: KEY::VALUE lines",
-    "/var/lib/ash/conflicts": "what could not be merged into /var or /etc",
-}
-MANUAL_HEAD = rf"""
-.TH ASH 8 "" "ash {ASH_VERSION}" "System Administration"
-.SH NAME
-ash \- keeps the system as a tree of read\-only btrfs snapshots
-.SH SYNOPSIS
-.B ash
-[\fIOPTIONS\fR] \fICOMMAND\fR [\fISNAPSHOT\fR] ...
-.SH DESCRIPTION
-A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager.
-It takes effect whole or not at all.
-Where SNAPSHOT is left out it is the booted one.
-.SH COMMANDS""".removeprefix("\n")
+def shape_for_people(shape: Any) -> Any:
+    """A shape in words, for JSON: the names of the types that a value may have."""
+    if isinstance(shape, Mapping):
+        return {key: shape_for_people(one) for key, one in shape.items()}
+    if isinstance(shape, list):
+        return [shape_for_people(one) for one in shape]
+    names = {type(None): "null", object: "any"}
+    return " ".join(names.get(one, one.__name__) for one in getattr(shape, "__args__", (shape,)))
 
 
-def roff(text: str) -> str:
-    """Text as a part of a man page's line."""
-    for character, name in (("\\", "e"), ("-", "-"), ("'", "(aq"), ("`", "(ga")):
-        text = text.replace(character, f"\\{name}")
+def json_shapes() -> str:
+    """The shapes of all JSON answers, beside their "version" and "command"."""
+    answers = {command.name: command.answer for command in COMMANDS if command.answer is not None}
+    shapes = {"answers": answers, "error": ERROR_SHAPE, "dry_run": DRY_RUN_SHAPE}
+    return json.dumps(shape_for_people(shapes), indent=2)
+
+
+HELP_FORMATS = ("text", "markdown", "json", "man", "bash", "zsh", "fish")
+
+
+def rendered_help(kind: str) -> str:
+    """The man page, completions or README table: as they were installed, or made by a checkout's installer.
+
+    Raises:
+        AshError: this ash was copied without them (MISSING).
+    """
+    import importlib
+
+    path = HERE / "help" / kind
+    if path.is_file():
+        return read_text(path).rstrip("\n")
+    sys.path.insert(0, str(HERE))
+    try:
+        text: str = importlib.import_module("installer.help").FORMATS[kind]()
+    except ModuleNotFoundError:
+        raise AshError(f"this ash has no help in the format {kind}", "a checkout of ash has it", MISSING) from None
     return text
 
 
-def manual_entry(term: str, text: str) -> list[str]:
-    """A term and what it means, in a man page."""
-    return [".TP", rf"\fB{roff(term)}\fR", rf"\&{roff(text)}"]
+def help_format(text: str) -> str:
+    """Read the name of a help format; ValueError if it is none."""
+    return HELP_FORMATS[HELP_FORMATS.index(text)]
 
 
-def option_usage(option: Argument) -> str:
-    """An option as it is written on a command line."""
-    word = option.settings.get("metavar") or "|".join(option.settings.get("choices", ())) or "WORD"
-    several = "..." if option.settings.get("nargs", 1) != 1 else ""
-    value = "" if option.settings.get("action") == "store_true" else f" {word}{several}"
-    return f"{', '.join(option.flags)}{value}"
-
-
-def manual() -> str:
-    """The man page, ash(8)."""
-    lines = [MANUAL_HEAD]
-    for group in dict.fromkeys(command.group for command in COMMANDS):
-        lines.append(f".SS {roff(group)}")
-        for c in [c for c in COMMANDS if c.group == group]:
-            also = f" (also {', '.join(c.aliases)})" if c.aliases else ""
-            lines += [*manual_entry(c.usage, c.help + also), ".RS"]
-            lines += [line for option in options_of(c) for line in manual_entry(option_usage(option), option.help)]
-            lines.append(".RE")
-    options = {option_usage(option): option.help for option in GLOBAL_OPTIONS}
-    statuses = {str(status): meaning for status, meaning in EXIT_STATUSES.items()}
-    for title, entries in (("OPTIONS", options), ('"EXIT STATUS"', statuses), ("FILES", FILES)):
-        lines += [f".SH {title}", *(line for term, text in entries.items() for line in manual_entry(term, text))]
-    return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
-
-
-# What the completions have in common: the numbers of the snapshots, and the command, which stands behind options.
-LIST_NUMBERS = """ash --json tree 2>/dev/null | grep -o '"snapshot": [0-9]*' | grep -o '[0-9]*$'"""
-WITH_VALUE = "|".join(flag for option in GLOBAL_OPTIONS if "metavar" in option.settings for flag in option.flags)
-
-
-def command_words(command: Command) -> list[str]:
-    """All words that call a command."""
-    return [command.name, *command.aliases]
-
-
-def all_flags(options: Iterable[Argument]) -> list[str]:
-    """Options as they are written, without what they mean."""
-    return [flag for option in options for flag in option.flags]
-
-
-def bash_completion() -> str:
-    """A completion for bash; where nothing fits, bash completes files."""
-    first = [word for command in COMMANDS for word in command_words(command)]
-    cases = [f"        '') words='{' '.join([*first, *all_flags(GLOBAL_OPTIONS)])}' ;;"]
-    for command in COMMANDS:
-        found = [*all_flags((*options_of(command), *GLOBAL_OPTIONS)), *(first if command.function is cmd_help else ())]
-        numbers = " numbers=yes" if command.numbers else ""
-        cases.append(f"        {'|'.join(command_words(command))}) words='{' '.join(found)}'{numbers} ;;")
-    return "\n".join(
-        [
-            "# Made by `ash help --format bash`.",
-            "_ash() {",
-            "    local word=${COMP_WORDS[COMP_CWORD]} command= words= numbers= i",
-            "    COMPREPLY=()",
-            f"    case ${{COMP_WORDS[COMP_CWORD - 1]}} in {WITH_VALUE}) return ;; esac",
-            "    for ((i = 1; i < COMP_CWORD; i++)); do",
-            "        case ${COMP_WORDS[i]} in",
-            f"        {WITH_VALUE}) ((i++)) ;;",
-            "        -*) ;;",
-            "        *) command=${COMP_WORDS[i]}; break ;;",
-            "        esac",
-            "    done",
-            "    case $command in",
-            *cases,
-            "    esac",
-            "    if [[ $numbers && $word != -* ]]; then",
-            f"        words=$({LIST_NUMBERS})",
-            "    fi",
-            '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")',
-            "}",
-            "complete -o default -F _ash ash",
-        ]
-    )
-
-
-def zsh_completion() -> str:
-    """A completion for zsh, with what each word means."""
-    import shlex
-
-    def entries(named: Iterable[tuple[Sequence[str], str]]) -> str:
-        """Words with a meaning, as _describe takes them."""
-        pairs = [(word.replace(":", r"\:"), text) for words, text in named for word in words]
-        return " ".join(shlex.quote(f"{word}:{text}") for word, text in pairs)
-
-    first = [(command_words(command), command.help) for command in COMMANDS]
-    cases = [f"    '') found=({entries([*first, *((o.flags, o.help) for o in GLOBAL_OPTIONS)])}) ;;"]
-    for command in COMMANDS:
-        options = [(option.flags, option.help) for option in (*options_of(command), *GLOBAL_OPTIONS)]
-        found = entries([*options, *(first if command.function is cmd_help else ())])
-        numbers = f' numbers=(${{(f)"$({LIST_NUMBERS})"}})' if command.numbers else ""
-        cases.append(f"    {'|'.join(command_words(command))}) found=({found}){numbers} ;;")
-    return "\n".join(
-        [
-            "#compdef ash",
-            "# Made by `ash help --format zsh`.",
-            "local command= i",
-            "local -a found numbers",
-            "for ((i = 2; i < CURRENT; i++)); do",
-            "    case $words[i] in",
-            f"    {WITH_VALUE}) ((i++)) ;;",
-            "    -*) ;;",
-            "    *) command=$words[i]; break ;;",
-            "    esac",
-            "done",
-            "case $command in",
-            *cases,
-            "esac",
-            "compadd -- $numbers",
-            "_describe -o ash found",
-            "_files",
-        ]
-    )
-
-
-def fish_option(option: Argument) -> str:
-    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
-    import shlex
-
-    kinds = [
-        ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
-        for flag in option.flags
-    ]
-    value = "" if option.settings.get("action") == "store_true" else " -r"
-    return f"{' '.join(word for kind in kinds for word in kind)}{value} -d {shlex.quote(option.help)}"
-
-
-def fish_completion() -> str:
-    """A completion for fish, with what each word means."""
-    import shlex
-
-    lines = ["# Made by `ash help --format fish`.", "function __ash_snapshots", f"    {LIST_NUMBERS}", "end"]
-    first = "complete -c ash -n __fish_use_subcommand -f"
-    for command in COMMANDS:
-        words = command_words(command)
-        lines += [f"{first} -a {word} -d {shlex.quote(command.help)}" for word in words]
-        here = f"complete -c ash -n '__fish_seen_subcommand_from {' '.join(words)}'"
-        lines += [f"{here} {fish_option(option)}" for option in options_of(command)]
-        lines += [f"{here} -k -a '(__ash_snapshots)'"] if command.numbers else []
-    return "\n".join([*lines, *(f"complete -c ash {fish_option(option)}" for option in GLOBAL_OPTIONS)])
-
-
-# What the installer puts beside the commands, and the README has.
-HELP_FORMATS: Mapping[str, Callable[[], str]] = {
-    "markdown": markdown_table,
-    "man": manual,
-    "bash": bash_completion,
-    "zsh": zsh_completion,
-    "fish": fish_completion,
-}
-
-
-def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
-    """Make ash's own directory on a new system, with snapshot 0 alone in the tree.
-
-    Args:
-        layout: the paths; the subvolumes and the directory `ash` are there.
-        distro: the module that serves the distribution.
-        root_uuid: of the root file system.
-    """
-    for directory in (layout.ash / "snapshots", layout.ash / "work"):
-        directory.mkdir(exist_ok=True)
-    layout.home_root.mkdir(mode=0o700, exist_ok=True)
-    write_file(layout.tree, Tree.of_base().dump())
-    write_file(layout.last, "0\n")
-    write_file(layout.part, f"{root_uuid}\n")
-    write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")
-    write_file(layout.description(BASE), "base snapshot\n")
-
-
-def split_base(layout: Layout, distro: Distro) -> None:
-    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
-
-    Args:
-        layout: the paths; the subvolumes and the state are there.
-        distro: the module that serves the distribution.
-    """
-    root = layout.rootfs(BASE)
-    (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
-    for name in distro.database:
-        travels, shared = root / in_database(name), root / "var" / name
-        travels.parent.mkdir(parents=True, exist_ok=True)
-        if shared.is_dir():
-            shared.rename(travels)
-        else:
-            travels.mkdir()
-            shared.parent.mkdir(parents=True, exist_ok=True)
-        shared.symlink_to(f"/{in_database(name)}")
-    for name in distro.database_files:
-        if (root / "var" / name).exists():
-            (root / "var" / name).rename(root / in_database(name))
-    distro.prepare_base(root)
-    numbers = AccountIds()
-    numbers.learn(root / "etc")
-    write_file(layout.ids, numbers.dump())
-    for directory, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
-        run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
-        remove_tree(root / directory)
-        (root / directory).mkdir()
-    make_bootable(layout, root, BASE, layout.part.read_text().strip())
-    for name in ("etc", "boot"):
-        renew_copy(layout, BASE, name)
-    set_readonly(root)
-
-
-def failure_for_history(error: BaseException) -> str:
-    """What the history says of a change that failed; empty where none was begun."""
-    if isinstance(error, AshError):
-        begun = error.status == FAILED or isinstance(error, CommandFailed)
-        return error.message if begun else ""
-    if isinstance(error, HangUp):
-        return "the terminal hung up; the work is kept"
-    return f"failed: {reason(error)}" if isinstance(error, Exception) else "interrupted"
-
-
-def on_a_full_disk_too(command: Command, system: System, args: argparse.Namespace) -> Reply:
-    """Do a command; one that frees space does so with ash's reserve, where the disk is full."""
-    work = partial(command.function, system, args)
-    if command.function not in (cmd_del, cmd_undo, cmd_tmp, cmd_unlock, cmd_recover):
-        return work()
-    return system.with_reserve(work, once=command.function is cmd_undo)  # a second undo would be a redo
-
-
-def caller_of(command: Command) -> dict[str, Any]:
-    """Who calls which command, for the history."""
-    try:
-        user = Path("/proc/self/loginuid").read_text().strip()
-    except OSError:
-        user = ""
-    unset = str(2**32 - 1)
-    user = os.environ.get("SUDO_UID", "0") if user in ("", unset) else user
-    return {"user": to_number(user) or 0, "command": command.name, "arguments": sys.argv[1:]}
-
-
-def history_of(caller: Mapping[str, Any], args: argparse.Namespace, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Who did what to which snapshots, with all that the command answered.
-
-    An answer's list of changes, one for each snapshot, is "changes" here; "snapshots" are numbers.
-    """
-    several = data.get("snapshots", [])
-    changes = [one for one in several if isinstance(one, dict)]
-    numbers = [change["snapshot"] for change in changes] or several
-    damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
-    own = [data["snapshot"]] if "snapshot" in data else []
-    touched = {*getattr(args, "snapshots", []), *numbers, *own, *damaged}
-    return {**data, **({"changes": changes} if changes else {}), **caller, "snapshots": sorted(touched)}
-
-
-def print_reply(command: Command, reply: Reply) -> None:
-    """Print a command's answer in the form that was asked for."""
-    if console.json:
-        print(as_json({"version": JSON_VERSION, "command": command.name, **reply.data}))
-    elif console.quiet and reply.brief:
-        print(printable(reply.brief))
-    elif reply.text and not (console.quiet and command.changes):
-        print(printable(reply.text))
-
-
-def report(error: AshError, command: Command | None) -> int:
-    """Print an error; returns ash's exit status."""
-    if is_out_of_space(error):
-        error.hint = error.hint or FREES_SPACE
-    hint = f" ({error.hint})" if error.hint else ""
-    print(one_line(f"ash: {error.message.strip()}{hint}"), file=sys.stderr)
-    status = error.status
-    if console.json:
-        problem = {"message": error.message, "hint": error.hint, "status": status}
-        print(as_json({"version": JSON_VERSION, "command": command.name if command else "", "error": problem}))
-    its_own = command is not None and command.function in (cmd_run, cmd_chroot, cmd_live_chroot, cmd_hollow)
-    return OUR_FAILURE_IN_RUN if its_own and not isinstance(error, CommandFailed) else status
-
-
-def as_told(error: Exception) -> AshError:
-    """What the user is told of an error that nobody has met; with -v one of ash itself is raised again."""
-    if isinstance(error, OSError):  # a full or broken disk, wherever it was met
-        return AshError(reason(error))
-    if isinstance(error, ModuleNotFoundError):  # an ash that was installed has its libraries beside it
-        hint = f"install python3-{error.name}, or use the ash that is on the disk"
-        return AshError(f"Python has no module {error.name}", hint)
-    if console.verbose:
-        raise error
-    return AshError(f"an error in ash itself: {error!r}", "with -v it tells where; please report it")
-
-
-def execute(command: Command, args: argparse.Namespace) -> Reply:
-    """Do what the command line says."""
-    if command.function is cmd_help:
-        return cmd_help(args)
-    changes = command.is_change(args)
-    whole = changes or (command.wants_disk and os.geteuid() == 0)
-    system = System.open(args, whole) if command.function is not cmd_version else version_system(args)
-    if changes and is_readonly(system.layout.snapshots):
-        where = args.root or args.image or "/"
-        raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
-    if not changes or args.dry_run:
-        return command.function(system, args)
-    system.caller = caller_of(command)
-    try:
-        reply = on_a_full_disk_too(command, system, args)
-    except BaseException as error:
-        for change in system.done:  # what came before, or just before the end
-            console.say(change.summary())
-        done = {"snapshots": [change_data(change) for change in system.done]}
-        failure = failure_for_history(error) or (reason(error) if system.done else "")
-        if failure:
-            remember(system.layout, {**history_of(system.caller, args, done), "result": failure})
-        raise
-    if reply.data.get("changed") or reply.status:
-        result = reply.text if reply.status else "done"
-        remember(system.layout, {**history_of(system.caller, args, reply.data), "result": result})
-    return reply
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    console.json, console.quiet = "--json" in given, "-q" in given
-    command = None
-    with contextlib.suppress(AshError):
-        command = find_command(split_command_line(given)[1])  # for errors in the rest of the line
-    reply = None
-    os.umask(0o022)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding does not have
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        command, args = parse(given)
-        console.verbose, console.quiet, console.json = args.verbose, args.quiet, args.json
-        reply = execute(command, args)
-        print_reply(command, reply)
-        sys.stdout.flush()
-        return reply.status
-    except AshError as error:
-        return report(error, command)
-    except HangUp:
-        return 128 + signal.SIGHUP
-    except KeyboardInterrupt:
-        print("ash: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        if reply is not None:  # what reads our answer has ended: there is nobody to tell
-            return reply.status
-        try:
-            return report(AshError("what reads the output has ended: it was not waited for the end"), command)
-        except BrokenPipeError:
-            os.dup2(null, 2)
-            return FAILED
-    except Exception as error:
-        return report(as_told(error), command)
+@command(
+    "help", group=ITSELF, usage="help [COMMAND]", help="print this help", needs_system=False, words="words",
+    options=[
+        Option(
+            ("--format",), "of the whole table; bash, zsh and fish are their completions",
+            "|".join(HELP_FORMATS), read=help_format,
+        )
+    ],
+)  # fmt: skip
+def cmd_help(request: Request) -> Reply:
+    if request.format == "json":
+        return Reply({}, json_shapes())
+    if request.format != "text":
+        return Reply({}, rendered_help(request.format))
+    return Reply({}, explain(find_command(request.words[0])) if request.words else overview())
 
 
 if __name__ == "__main__":

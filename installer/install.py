@@ -13,14 +13,12 @@ from pathlib import Path
 
 from ash import (
     BASE,
-    HELP_FORMATS,
     REFUSED,
     USAGE,
     AshError,
     Layout,
     System,
     attach_disk,
-    create_state,
     create_subvolume,
     deploy_snapshot,
     load_distro,
@@ -28,12 +26,12 @@ from ash import (
     os_release,
     private_mounts,
     run,
-    split_base,
     sync_filesystem,
     write_file,
 )
-from installer import bootloader, disk, executable, host
+from installer import base, bootloader, disk, executable, host
 from installer.distribution import DistroInstaller, Settings, Source, load_installer
+from installer.help import FORMATS
 
 # A root, its deployment and one transaction's worth of packages fit into the one; the other is what a build of them
 # takes on the host (the root once, and the package archives that are downloaded for it).
@@ -187,7 +185,7 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
             bootloader.install(layout, root, target, device)
         with log.step("Installing ash"):
             _install_ash(layout, root, settings.keyring)
-            _install_help(root, installer.zsh_completions)
+            _install_help(layout, root, installer.zsh_completions)
         with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
             _make_base(layout, target.root_uuid)
         system = os_release(root, "PRETTY_NAME")
@@ -250,11 +248,14 @@ def _install_profiles(layout: Layout) -> None:
             shutil.copyfile(profile, target)
 
 
-def _install_help(root: Path, zsh_completions: str) -> None:
-    """The manual, and what shells complete ash's command lines with."""
+def _install_help(layout: Layout, root: Path, zsh_completions: str) -> None:
+    """The man page and the shells' completions: where programs look for them, and where `ash help --format` does."""
+    layout.help.mkdir()
+    for kind, render in FORMATS.items():
+        (layout.help / kind).write_text(f"{render()}\n", encoding="utf-8")
     for kind, name in {**HELP_FILES, "zsh": f"{zsh_completions}/_ash"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(f"{HELP_FORMATS[kind]()}\n", encoding="utf-8")
+        shutil.copyfile(layout.help / kind, root / name)
 
 
 def _install_libraries(lib: Path, packages: Path) -> None:
@@ -289,6 +290,6 @@ def _libraries_of(layout: Layout) -> Iterator[None]:
 def _make_base(layout: Layout, root_uuid: str) -> None:
     """Turn the plain root into snapshot 0, and deploy it."""
     distro = load_distro(layout.distro)
-    create_state(layout, distro, root_uuid)
-    split_base(layout, distro)
+    base.create_state(layout, distro, root_uuid)
+    base.split_base(layout, distro)
     deploy_snapshot(System(layout, distro), BASE)

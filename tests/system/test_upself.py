@@ -209,7 +209,7 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
         assert opened.read() == was, "what reads the old one, such as the shell that starts it, has it whole"
     told = {"changed": True, "from": ash.ASH_VERSION, "to": NEW}
     assert answer == {"version": 1, "command": "upself", **told}
-    assert told.keys() == ash.ANSWERS["upself"].keys()
+    assert told.keys() == (ash.find_command("upself").answer or {}).keys()
     assert (place.text(), place.text("ash.old")) == (new, was)
     assert (place.state / "ash").stat().st_mode & 0o7777 == 0o755
     assert os.readlink(place.state / "lib/ash.py") == "../ash"

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Damaged and hostile small files and command lines: read as they should be, or one clear line; never a traceback."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -522,7 +521,7 @@ def test_versions_that_are_none_are_in_some_order(one: str, other: str) -> None:
 
 
 WORDS = [name for command in ash.COMMANDS for name in (command.name, *command.aliases)]
-OPTIONS = [option for command in ash.COMMANDS for argument in command.arguments for option in argument.flags]
+OPTIONS = [option for command in ash.COMMANDS for argument in command.options for option in argument.flags]
 OPTIONS += [option for argument in ash.GLOBAL_OPTIONS for option in argument.flags]
 OPTIONS += ["-s", "--snaps", "--", "-", "--wait=nan", "--json=1", "-h", "--image=/nowhere", "--root=", "--format"]
 VALUES = [
@@ -548,7 +547,7 @@ ARGUMENTS = st.lists(st.sampled_from(WORDS) | st.sampled_from(OPTIONS) | st.samp
 def likely_lines(draw: st.DrawFn) -> list[str]:
     """A command with what it takes, more or less: most of those that are about nothing but looking are done."""
     command = draw(st.sampled_from([command for command in ash.COMMANDS if not command.changes]))
-    own = [option for argument in (*command.arguments, *ash.GLOBAL_OPTIONS) for option in argument.flags]
+    own = [option for argument in (*command.options, *ash.GLOBAL_OPTIONS) for option in argument.flags]
     return [command.name, *draw(st.lists(st.sampled_from(["0", "0", "5", "x"]) | st.sampled_from(own), max_size=2))]
 
 
@@ -588,7 +587,7 @@ def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tm
     system.layout.last.write_text("0\n")
     system.layout.history.write_text(f"{json.dumps(ENTRY)}\n")
 
-    def looked_at(_: argparse.Namespace, changes: bool) -> System:
+    def looked_at(_: ash.Request, changes: bool) -> System:
         if changes:
             raise AshError("this system is only looked at")
         return system

@@ -12,12 +12,13 @@ import pytest
 import ash
 from ash import COMMANDS, GLOBAL_OPTIONS, USAGE, AshError
 from distros.debian.installer import DebianInstaller
-from installer import install
+from installer import help, install  # noqa: A004
+from installer.help import FORMATS
 
 pytestmark = pytest.mark.budget(20)
 
 WORDS = {word for command in COMMANDS for word in (command.name, *command.aliases)}
-FLAGS = {flag for command in COMMANDS for option in ash.options_of(command) for flag in option.flags}
+FLAGS = {flag for command in COMMANDS for option in command.all_options() for flag in option.flags}
 FLAGS |= {flag for option in GLOBAL_OPTIONS for flag in option.flags}
 
 
@@ -54,7 +55,7 @@ def fake_ash(tmp_path: Path) -> str:
 
 @needs("groff")
 def test_groff_shows_the_manual_without_a_warning() -> None:
-    page = " ".join(output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=ash.manual()).split())
+    page = " ".join(output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=help.manual()).split())
     for command in COMMANDS:
         assert f" {command.usage} " in page
         assert all(alias in page for alias in command.aliases)
@@ -65,24 +66,39 @@ def test_groff_shows_the_manual_without_a_warning() -> None:
 @needs("groff")
 def test_the_manual_shows_its_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ".TH 'x' \\n(.s `-y` -- \\fB"
-    monkeypatch.setattr(ash, "FILES", {hostile: hostile})
-    page = output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=ash.manual())
+    monkeypatch.setattr(help, "FILES", {hostile: hostile})
+    page = output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=help.manual())
     assert page.count(hostile) == 2
 
 
 # The completions
 
 
-@pytest.mark.parametrize("kind", ash.HELP_FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_ash_prints_them(kind: str) -> None:
     printed = output(sys.executable, "-I", ash.__file__, "help", "--format", kind)
-    assert printed == f"{ash.HELP_FORMATS[kind]()}\n"
+    assert printed == f"{FORMATS[kind]()}\n"
+
+
+def test_an_installed_ash_prints_what_was_installed_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ash, "HERE", tmp_path)
+    (tmp_path / "help").mkdir()
+    (tmp_path / "help/man").write_text(".TH ASH 8\n")
+    assert ash.rendered_help("man") == ".TH ASH 8"
+
+
+def test_an_ash_that_was_copied_alone_says_that_it_has_no_manual(tmp_path: Path) -> None:
+    shutil.copyfile(ash.__file__, tmp_path / "ash")
+    argv = [sys.executable, "-I", str(tmp_path / "ash"), "help", "--format", "man"]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (ash.MISSING, "")
+    assert "this ash has no help in the format man" in ended.stderr
 
 
 def bash(line: str, path: str = os.defpath) -> set[str]:
     """What bash offers for the last word of a line."""
     words = line.split(" ")
-    script = f'{ash.bash_completion()}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ash; printf \'%s\\n\' "${{COMPREPLY[@]}}"'
+    script = f'{help.bash_completion()}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ash; printf \'%s\\n\' "${{COMPREPLY[@]}}"'
     return set(output("bash", "-euc", script, "bash", *words, path=path).split())
 
 
@@ -96,7 +112,7 @@ def test_bash_completes_commands_and_options() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_bash_knows_each_option_of_a_command(command: ash.Command, fake_ash: str) -> None:
-    own = {flag for option in ash.options_of(command) for flag in option.flags}
+    own = {flag for option in command.all_options() for flag in option.flags}
     for word in (command.name, *command.aliases):
         assert own <= bash(f"ash {word} -", fake_ash)
 
@@ -109,7 +125,7 @@ def test_bash_completes_numbers_where_a_command_takes_them(fake_ash: str) -> Non
 
 def test_bash_leaves_files_to_itself() -> None:
     assert bash("ash --image ") == set()
-    assert "complete -o default -F _ash ash" in ash.bash_completion()
+    assert "complete -o default -F _ash ash" in help.bash_completion()
 
 
 ZSH = """
@@ -122,7 +138,7 @@ words=("$@"); CURRENT=$#
 
 def zsh(line: str, path: str) -> set[str]:
     """What zsh offers, by a stand-in for what shows it."""
-    script = f"{ZSH}\n_ash() {{\n{ash.zsh_completion()}\n}}\n_ash"
+    script = f"{ZSH}\n_ash() {{\n{help.zsh_completion()}\n}}\n_ash"
     return set(output("zsh", "-fc", script, "zsh", *line.split(" "), path=path).split())
 
 
@@ -132,13 +148,13 @@ def test_zsh_completes(fake_ash: str) -> None:
     assert {"0", "7", "12", "--secondary"} <= zsh("ash -v dep ", fake_ash)
     assert "7" not in zsh("ash status ", fake_ash)
     for command in COMMANDS:
-        own = {flag for option in ash.options_of(command) for flag in option.flags}
+        own = {flag for option in command.all_options() for flag in option.flags}
         assert own <= zsh(f"ash --image x {command.name} ", fake_ash)
 
 
 def fish(line: str, path: str) -> set[str]:
     """What fish offers for the end of a line."""
-    script = f"{ash.fish_completion()}\ncomplete -C $argv[1]"
+    script = f"{help.fish_completion()}\ncomplete -C $argv[1]"
     offered = output("fish", "--no-config", "-c", script, line, path=path)
     return {entry.split("\t")[0] for entry in offered.splitlines()}
 
@@ -149,7 +165,7 @@ def test_fish_completes(fake_ash: str) -> None:
     assert {"0", "7", "12"} <= fish("ash dep ", fake_ash)
     assert "7" not in fish("ash status ", fake_ash)
     for command in COMMANDS:
-        own = {flag for option in ash.options_of(command) for flag in option.flags}
+        own = {flag for option in command.all_options() for flag in option.flags}
         assert own <= fish(f"ash {command.name} -", fake_ash) | fish(f"ash {command.name} --", fake_ash)
 
 
@@ -157,13 +173,18 @@ def test_fish_completes(fake_ash: str) -> None:
 
 
 def test_the_installer_puts_them_where_programs_look(tmp_path: Path) -> None:
-    install._install_help(tmp_path, DebianInstaller.zsh_completions)
-    made = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    layout, root = ash.Layout(tmp_path, "debian"), tmp_path / "root"
+    layout.ash.mkdir()
+    install._install_help(layout, root, DebianInstaller.zsh_completions)
+    assert {path.name: path.read_text() for path in layout.help.iterdir()} == {
+        kind: f"{render()}\n" for kind, render in FORMATS.items()
+    }
+    made = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
     assert made == {
-        "usr/share/man/man8/ash.8": f"{ash.manual()}\n",
-        "usr/share/bash-completion/completions/ash": f"{ash.bash_completion()}\n",
-        "usr/share/fish/vendor_completions.d/ash.fish": f"{ash.fish_completion()}\n",
-        "usr/share/zsh/vendor-completions/_ash": f"{ash.zsh_completion()}\n",
+        "usr/share/man/man8/ash.8": f"{help.manual()}\n",
+        "usr/share/bash-completion/completions/ash": f"{help.bash_completion()}\n",
+        "usr/share/fish/vendor_completions.d/ash.fish": f"{help.fish_completion()}\n",
+        "usr/share/zsh/vendor-completions/_ash": f"{help.zsh_completion()}\n",
     }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import ash
 from installer.executable import build
+from installer.help import markdown_table
 
 pytestmark = pytest.mark.budget(10)
 
@@ -141,5 +142,5 @@ def test_the_readme_has_the_command_table_that_ash_prints() -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    table = ash.markdown_table()
+    table = markdown_table()
     assert all(f"| `{c.usage}` |" in table and all(f"`{a}`" in table for a in c.aliases) for c in ash.COMMANDS)

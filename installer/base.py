@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""What is only made once, when ash is installed: its state on a new system, and snapshot 0 out of a plain root."""
+
+from ash import (
+    BASE,
+    IN_ROOT_DB,
+    AccountIds,
+    Distro,
+    Layout,
+    Tree,
+    in_database,
+    make_bootable,
+    remove_tree,
+    renew_copy,
+    run,
+    set_readonly,
+    write_file,
+)
+
+
+def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
+    """Make ash's own directory on a new system, with snapshot 0 alone in the tree.
+
+    Args:
+        layout: the paths; the subvolumes and the directory `ash` are there.
+        distro: the module that serves the distribution.
+        root_uuid: of the root file system.
+    """
+    for directory in (layout.ash / "snapshots", layout.ash / "work"):
+        directory.mkdir(exist_ok=True)
+    layout.home_root.mkdir(mode=0o700, exist_ok=True)
+    write_file(layout.tree, Tree.of_base().dump())
+    write_file(layout.last, "0\n")
+    write_file(layout.part, f"{root_uuid}\n")
+    write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")
+    write_file(layout.description(BASE), "base snapshot\n")
+
+
+def split_base(layout: Layout, distro: Distro) -> None:
+    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
+
+    Args:
+        layout: the paths; the subvolumes and the state are there.
+        distro: the module that serves the distribution.
+    """
+    root = layout.rootfs(BASE)
+    (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
+    for name in distro.database:
+        travels, shared = root / in_database(name), root / "var" / name
+        travels.parent.mkdir(parents=True, exist_ok=True)
+        if shared.is_dir():
+            shared.rename(travels)
+        else:
+            travels.mkdir()
+            shared.parent.mkdir(parents=True, exist_ok=True)
+        shared.symlink_to(f"/{in_database(name)}")
+    for name in distro.database_files:
+        if (root / "var" / name).exists():
+            (root / "var" / name).rename(root / in_database(name))
+    distro.prepare_base(root)
+    numbers = AccountIds()
+    numbers.learn(root / "etc")
+    write_file(layout.ids, numbers.dump())
+    for directory, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
+        run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
+        remove_tree(root / directory)
+        (root / directory).mkdir()
+    make_bootable(layout, root, BASE, layout.part.read_text().strip())
+    for name in ("etc", "boot"):
+        renew_copy(layout, BASE, name)
+    set_readonly(root)
