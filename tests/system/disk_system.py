@@ -251,10 +251,10 @@ class System(Disk):
 
     def killed_before(self, step: str, *words: str | int) -> None:
         """Kill a command before the first of its steps whose name begins so."""
-        killed = self.stepped({"kill": step}, *words)
+        killed = self.with_hooks({"kill": step}, *words)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
 
-    def cut_short(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
+    def killed_at(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
         """Run ash, and kill it by `kill -9` before the given step of what it does to the disk (the first is 1).
 
         It ends by itself where it has fewer steps.
@@ -270,7 +270,7 @@ class System(Disk):
             check=False,
         )
 
-    def stepped(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
+    def with_hooks(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
         """Run ash by run_with_hooks.py, with these options."""
         argv = [*RUN_WITH_HOOKS, json.dumps(options)]
         argv += ["--image", str(self.image), *map(str, words)]
@@ -279,7 +279,7 @@ class System(Disk):
     def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:
         """Cut a command at its first step, at the next, and so on, until it comes to its end."""
         for step in range(1, 300, by):
-            ended = self.cut_short(step, *words)
+            ended = self.killed_at(step, *words)
             if ended.returncode != -signal.SIGKILL:
                 assert ended.returncode == DONE, ended.stderr
                 return

@@ -239,7 +239,7 @@ def test_what_is_edited_while_it_is_saved_counts_as_changed(machine: Machine, sn
     (machine.etc / "saved").write_text("one\n")
     edits = f"echo two > {machine.etc}/saved; echo late > {machine.etc}/late"
     step = f"exchange snapshot-{snapshot} and"
-    ended = machine.system.stepped({"do": [step, "sh", "-c", edits], "booted": machine.slot}, "etc-update")
+    ended = machine.system.with_hooks({"do": [step, "sh", "-c", edits], "booted": machine.slot}, "etc-update")
     assert ended.returncode == DONE, ended
     assert (machine.system.root(snapshot) / "etc/saved").read_text() == "one\n"
     assert machine.system.ash("--json", "diff").json["drift"] == {"saved": "changed", "late": "added"}
@@ -249,7 +249,7 @@ def test_what_is_edited_while_it_is_carried_is_carried_at_shutdown(machine: Mach
     other = machine.system.clone()
     (machine.etc / "early").write_text("early\n")
     edit = ["sh", "-c", f"echo late > {machine.etc}/late"]
-    ended = machine.system.stepped({"do": ["copy .ash-new", *edit], "booted": machine.slot}, "deploy", other)
+    ended = machine.system.with_hooks({"do": ["copy .ash-new", *edit], "booted": machine.slot}, "deploy", other)
     assert ended.returncode == DONE, ended
     machine.running("carry")
     assert [(machine.next_etc / name).read_text() for name in ("early", "late")] == ["early\n", "late\n"]

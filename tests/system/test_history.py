@@ -125,7 +125,7 @@ def test_what_was_done_before_another_failed_is_in_the_history(system: System, s
 
 def test_what_was_done_when_ctrl_c_came_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
     deb = make_deb(tmp_path, "ash-test-late")
-    ended = system.stepped({"interrupt": "remove merged"}, "install", snapshot, str(deb))
+    ended = system.with_hooks({"interrupt": "remove merged"}, "install", snapshot, str(deb))
     assert ended.returncode == INTERRUPTED, ended
     assert f"snapshot {snapshot} changed" in ended.stderr
     entry = last_entry(system, snapshot)

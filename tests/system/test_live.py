@@ -298,7 +298,7 @@ def test_nothing_is_left_of_what_was_being_written_to_var(machine: Machine, tmp_
 def half_put(machine: Machine, number: int, package: Path, step: str = "") -> None:
     """Kill a change of the running system when some of it is in place."""
     options = {"booted": machine.slot, "kill": step or f"exchange etc-new-{machine.slot}"}
-    killed = machine.system.stepped(options, "install", number, str(package), "--live")
+    killed = machine.system.with_hooks(options, "install", number, str(package), "--live")
     assert killed.returncode == -signal.SIGKILL, killed
 
 

@@ -512,7 +512,7 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
     victim = system.files.var / "lib/victim/inner"
     victim.mkdir(parents=True)
     options = {"link": ["copy .ash-new", "/run/ash/top/@var_debian/lib/victim/inner", str(tmp_path)]}
-    ended = system.stepped(options, "run", snapshot, "sh", "-c", "echo x > /var/lib/victim/inner/file")
+    ended = system.with_hooks(options, "run", snapshot, "sh", "-c", "echo x > /var/lib/victim/inner/file")
     assert "is not finished" in ended.stderr
     assert victim.is_symlink()
     assert not list(tmp_path.iterdir())
@@ -701,7 +701,7 @@ def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
         "link": ["copy .ash-new", f"{top}/snapshot-{machine.slot}/etc/own", str(tmp_path / "outside")],
         "booted": machine.slot,
     }
-    ended = system.stepped(options, words, *([system.clone(snapshot)] if words == "deploy" else []))
+    ended = system.with_hooks(options, words, *([system.clone(snapshot)] if words == "deploy" else []))
     assert ended.returncode == 0, ended.stderr
     assert own.is_symlink()
     saved = system.files.etc(snapshot) if words == "etc-update" else machine.next_etc

@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 def interrupt(system: System, step: str, *words: str | int, **options: str) -> None:
     """Run ash, and press Ctrl-C when it has done the step of that name."""
-    ended = system.stepped({**options, "interrupt": step}, *words)
+    ended = system.with_hooks({**options, "interrupt": step}, *words)
     assert ended.returncode == INTERRUPTED, ended
 
 

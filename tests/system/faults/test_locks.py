@@ -160,7 +160,7 @@ def test_a_branch_that_is_made_while_its_parent_is_deleted_stops_that(system: Sy
 def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, snapshot: int) -> None:
     lock = system.files.state / f"work/{snapshot}/lock"
     anew = f"mkdir -p {lock.parent}; touch {lock}"
-    deleted = system.stepped({"do": ["rmdir", "sh", "-c", anew]}, "-y", "del", snapshot)
+    deleted = system.with_hooks({"do": ["rmdir", "sh", "-c", anew]}, "-y", "del", snapshot)
     assert deleted.returncode == DONE, deleted
     assert (
         system.ash("run", snapshot, "true", status=OURS_IN_RUN).error
@@ -171,7 +171,7 @@ def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, s
 def test_two_descriptions_at_once_are_one_of_them(system: System, snapshot: int) -> None:
     ash = ["timeout", "20", *ASH, "--image", str(system.image)]
     other = ["sh", "-c", '"$@" & sleep 1', "sh", *ash, "desc", str(snapshot), "theirs"]
-    ended = system.stepped({"do": ["rename", *other]}, "desc", snapshot, "ours")
+    ended = system.with_hooks({"do": ["rename", *other]}, "desc", snapshot, "ours")
     assert ended.returncode == DONE, ended
     path = system.files.state / f"snapshots/{snapshot}-desc"
     wait_until(lambda: path.read_text() == "theirs\n")

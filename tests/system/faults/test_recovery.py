@@ -44,7 +44,7 @@ def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: Sy
         entries = [f"lib/a-{number}/x", f"lib/b-{number}", f"spool/c-{number}"]
         script = f"cd /var; mkdir lib/a-{number}; for e in {' '.join(entries)}; do echo new > $e; done; touch /etc/mark"
         script += f"; echo of {number} >> log/dpkg.log"
-        ended = system.cut_short(step, "run", number, "sh", "-c", script)
+        ended = system.killed_at(step, "run", number, "sh", "-c", script)
         exchanged = (system.root(number) / "etc/mark").exists()
         after_the_exchange += exchanged
         system.ash("recover")
@@ -110,13 +110,13 @@ def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -
 
 def killed_in_the_merge(system: System, snapshot: int, script: str, step: str) -> None:
     """Kill a transaction when what it wrote to /var is being put in place, before a step."""
-    killed = system.stepped({"kill": step, "after": "write decisions"}, "run", snapshot, "sh", "-ec", script)
+    killed = system.with_hooks({"kill": step, "after": "write decisions"}, "run", snapshot, "sh", "-ec", script)
     assert killed.returncode == -signal.SIGKILL, killed
 
 
 def test_a_recovery_that_is_cut_itself_is_gone_on_with(system: System, snapshot: int) -> None:
     for killed_at in (14, 24):
-        system.cut_short(
+        system.killed_at(
             killed_at, "run", snapshot, "sh", "-c", "echo new > /var/lib/again; touch /etc/mark /boot/mark"
         )
         for _ in system.each_step_of("recover", by=2):
@@ -141,7 +141,7 @@ def test_a_copy_is_made_whole_or_not_at_all(system: System, snapshot: int) -> No
 def test_a_copy_of_what_is_being_changed_leaves_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "true"):
         for step in itertools.count(1, 2):
-            if system.cut_short(step, "clone", snapshot).returncode == DONE:
+            if system.killed_at(step, "clone", snapshot).returncode == DONE:
                 break
     assert step > 10
     system.ash("recover")
@@ -154,7 +154,7 @@ def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:
     for step in range(5, 80, 4):
         top = system.clone()
         branch = system.branch(top)
-        system.cut_short(step, "-q", "del", top)
+        system.killed_at(step, "-q", "del", top)
         system.ash("tmp")
         assert not system.remains(), f"step {step}"
         system.is_sound()
@@ -204,7 +204,7 @@ def test_the_machine_boots_wherever_a_deploy_is_cut(system: System) -> None:
 def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> None:
     before = system.id_of(0)
     for step in (3, 9, 15, 21):
-        system.cut_short(step, "new")
+        system.killed_at(step, "new")
     system.ash("tmp")
     assert system.id_of(0) == before
     system.is_sound()
@@ -244,7 +244,7 @@ def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: Syste
     system.ash("mutable", snapshot)
     command = ["sh", "-c", "touch /etc/mark"] if words == "run" else []
     before = system.subvolumes()
-    ended = system.stepped({"kill": "delete view"}, *words.split(), snapshot, *command)
+    ended = system.with_hooks({"kill": "delete view"}, *words.split(), snapshot, *command)
     assert ended.returncode == -signal.SIGKILL
     assert [path for path in system.subvolumes() if "/view" in path]
     system.ash("recover")
@@ -268,7 +268,7 @@ def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
 def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
     machine.running("deploy", machine.system.clone(snapshot))
     (machine.etc / "own").touch()
-    ended = machine.system.stepped({"kill": "exchange .ash-new", "booted": machine.slot}, "carry")
+    ended = machine.system.with_hooks({"kill": "exchange .ash-new", "booted": machine.slot}, "carry")
     assert ended.returncode == -signal.SIGKILL
     machine.system.ash("recover")
     assert [path.name for path in machine.next_etc.parent.glob("etc*")] == ["etc"]
@@ -288,7 +288,7 @@ def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, sna
 
 def test_a_commit_that_failed_is_not_gone_on_with(system: System, snapshot: int) -> None:
     script = f"cd /var/lib; touch first-{snapshot} second-{snapshot}"
-    killed = system.stepped({"fail": "sync", "kill": "remove private"}, "run", snapshot, "sh", "-c", script)
+    killed = system.with_hooks({"fail": "sync", "kill": "remove private"}, "run", snapshot, "sh", "-c", script)
     assert killed.returncode == -signal.SIGKILL
     upper = system.files.state / f"work/{snapshot}/private/upper"
     (upper / f"lib/first-{snapshot}").unlink()  # as where the kill comes a little later
