@@ -2124,176 +2124,211 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Package managers and distributions
+# Package managers
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class TransientFile(NamedTuple):
-    """A file that is in a root only while a program runs in a transaction."""
+    """A file that exists in a root only while a program runs there."""
 
     text: str
     mode: int = 0o644
 
 
-class Distro:
-    """A distribution's package manager; it knows nothing about btrfs, snapshots or booting.
+class PackageManager:
+    """What ash asks of a package manager, which knows nothing about btrfs, snapshots or booting.
 
-    `work` below is the transaction: its `run()` runs a program in the snapshot's working copy, its `root` is that
-    copy, its `var` the /var that it started with.
+    Queries take a root, which may be read-only. They should read files, so that `ash list` needs no privileges and
+    little time; where a database can only be read by its own tools, a query may run a tool of the root or of the
+    host, and raises AshError if it lacks the privileges for that.
+
+    Changes take a transaction: `work.run()` runs a program in the working copy of the snapshot, `work.root` is that
+    copy and `work.var` the /var that it started with. If the transaction only simulates (`work.simulate`), they put
+    what they would do into `work.change`.
     """
 
-    id: ClassVar[str] = ""
-    registry: ClassVar[dict[str, type[Distro]]] = {}
-
-    # Directories below /var that describe what is in /usr and /etc: they travel with the snapshot.
+    # Directories below /var that describe what is in /usr and /etc: they belong to the snapshot.
     database: ClassVar[tuple[str, ...]] = ()
-    # Single files of that kind, whose tools replace a link.
+    # Single files of that kind, whose tools would replace a symlink.
     database_files: ClassVar[tuple[str, ...]] = ()
     # Entries of /var that are caches or lists (the newest file wins), and logs (what was appended is appended).
     caches: ClassVar[tuple[str, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
-    # The packages that were fetched, below /var, as a pattern: whole ones, that the package manager looks at again.
-    downloads: ClassVar[str] = ""
-    # In the root, by their path from it, as long as a program runs in a transaction.
+    # Downloaded packages, as glob patterns below /var: complete files that the package manager verifies again.
+    downloads: ClassVar[tuple[str, ...]] = ()
+    # Files that exist only while a program runs in a transaction, by their paths from the root.
     transient: ClassVar[Mapping[str, TransientFile]] = {}
-    # Added to the environment of what runs in a transaction.
+    # Added to the environment of programs in a transaction.
     environment: ClassVar[Mapping[str, str]] = {}
-    # The command that tells all about what problems() finds.
+    # The command that reports in full what problems() finds.
     audit: ClassVar[str] = ""
-    # Packages that a running system cannot change under its own feet: libc, init, and what all talk to.
-    not_live: ClassVar[str] = "(?!)"
-
-    def __init_subclass__(cls) -> None:
-        Distro.registry[cls.id] = cls
 
     def prepare_base(self, root: Path) -> None:
-        """Set up in a new base what only this distribution needs; `root` is writable."""
+        """Configure the package manager in a new base; `root` is writable."""
 
-    def packages(self, root: Path) -> dict[str, str]:
-        """The installed packages of a root with their versions; needs no privileges and runs nothing."""
+    def installed(self, root: Path) -> dict[str, str]:
+        """The installed packages of a root and their versions."""
         raise NotImplementedError
 
-    def plain_name(self, root: Path, name: str) -> str:  # noqa: ARG002
-        """What packages() calls a package that the user may call otherwise too."""
+    def canonical_name(self, root: Path, name: str) -> str:  # noqa: ARG002
+        """The name by which installed() lists a package that the user may also name otherwise."""
         return name
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
-        """Whether installing these would change nothing; False where that is not plain."""
+        """Whether installing these packages would certainly change nothing."""
         raise NotImplementedError
 
     def is_older(self, version: str, other: str) -> bool:
-        """Whether a package's version comes before another, by the package manager's own order."""
+        """Whether a version sorts before another in the package manager's own order."""
         raise NotImplementedError
 
     def has_state(self, root: Path, package: str) -> bool:
-        """Whether an installed package keeps something in /var/lib."""
+        """Whether an installed package owns something in /var/lib."""
         raise NotImplementedError
 
     def claims(self, root: Path, entry: str) -> set[str]:
-        """The installed packages that an entry of /var belongs to, by their file lists and their names."""
+        """The installed packages that own an entry of /var, by their file lists or their names."""
         raise NotImplementedError
 
     def config_files(self, root: Path) -> set[str]:
-        """The configuration files of all packages, by their paths from the root."""
+        """The configuration files of all packages, as paths from the root."""
         raise NotImplementedError
 
     def files(self, root: Path, directory: str) -> set[str]:
-        """The paths that packages own below a directory, relative to it; files made by scripts are not known."""
+        """The paths below a directory that packages own, relative to it; files made by scripts are unknown."""
         raise NotImplementedError
 
     def problems(self, root: Path) -> list[str]:
-        """What is wrong with the package database of a root; needs no privileges and runs nothing."""
+        """What is wrong with the package database of a root, a line for each problem."""
         raise NotImplementedError
 
     def automatic(self, root: Path) -> set[str]:
-        """The installed packages that are there only because others need them; runs nothing."""
+        """The installed packages that were installed only as dependencies."""
         raise NotImplementedError
 
     def held(self, root: Path) -> set[str]:
-        """The packages of a root that are kept at their versions; runs nothing."""
+        """The packages of a root that are held at their versions."""
         raise NotImplementedError
 
-    def archives(self, root: Path) -> str:
-        """What says which archives a root's packages come from: roots of which it is the same share their lists."""
+    def repositories(self, root: Path) -> str:
+        """Identifies the repositories of a root: roots with the same answer can share package lists."""
         raise NotImplementedError
-
-    # Where the transaction only simulates (`work.simulate`), these leave what they would do in `work.change`.
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
         """Install packages (names, or paths in the root) and remove others, in one run of the package manager."""
         raise NotImplementedError
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
-        """Remove packages and what nothing needs any more."""
+        """Remove packages, and dependencies that nothing needs any more."""
         raise NotImplementedError
 
     def refresh(self, work: Transaction) -> list[str]:
-        """Fetch the package lists. Returns which archives could not be had; the others' lists are new.
+        """Fetch the package lists. Returns the errors of repositories that failed; the others' lists are new.
 
         Raises:
-            RepositoryError: none could be had.
+            RepositoryError: all of them failed.
         """
         raise NotImplementedError
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
-        """Upgrade all packages, by the lists that are there."""
+        """Upgrade all packages to the versions in the present package lists."""
         raise NotImplementedError
 
     def repair(self, work: Transaction) -> None:
-        """Finish what is half installed, and renew the keyring and the lists, each as far as that can be done."""
+        """Finish half-installed packages, reinstall damaged ones, renew keyring and lists, as far as possible."""
         raise NotImplementedError
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
-        """Keep packages at their versions, or let them go again."""
+        """Hold packages at their versions, or release them."""
         raise NotImplementedError
 
     def available(self, work: Transaction, packages: Sequence[str]) -> set[str]:
-        """Those of the packages that the archives have."""
+        """Those of the packages that the repositories have."""
         raise NotImplementedError
 
-    def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
-        """Install packages (by name, whether only because others need them) and let go of unwanted ones.
+    def reconcile(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
+        """Install missing packages and remove unwanted ones that nothing needs.
 
-        An unwanted package that another needs stays.
+        Args:
+            work: the transaction.
+            missing: {package: whether it is only a dependency}.
+            unwanted: packages to remove; those that others depend on stay, as dependencies.
         """
         raise NotImplementedError
 
-    def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
-        """Fetch what installing these packages would need."""
+    def download(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Download packages and their dependencies without installing them."""
         raise NotImplementedError
 
 
 class PackageError(AshError):
-    """The package manager failed; the message has its own words."""
+    """The package manager failed; the message is its output."""
 
 
 class RepositoryError(PackageError):
-    """Archives cannot be had, whichever snapshot wants something from them."""
+    """The repositories cannot be reached or used, from whichever snapshot."""
 
 
-def load_distro(ident: str) -> Distro:
-    """The module that serves a distro id: part of this file where it was installed, else from the checkout.
+# ---------------------------------------------------------------------------------------------------------------
+# Shared libraries
+# ---------------------------------------------------------------------------------------------------------------
 
-    Raises:
-        AshError: there is none (status USAGE).
-    """
-    module = HERE / "distros" / ident / "ashpk.py"
-    if ident not in Distro.registry and re.fullmatch(r"[\w.-]+", ident) and module.is_file():
-        import importlib
+ELF_MAGIC = b"\x7fELF"
+PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
+LDD_BATCH = 1000  # programs for one run of ldd
 
-        if str(HERE) not in sys.path:
-            sys.path.insert(0, str(HERE))
-        importlib.import_module(f"distros.{ident}.ashpk")
-    if ident not in Distro.registry:
-        raise AshError(f"this ash does not know the distribution {ident}", "--distro ID names another", USAGE)
-    return Distro.registry[ident]()
+
+def update_library_cache(check: bool = True) -> None:
+    """Have the running system's dynamic linker find libraries that were installed or removed."""
+    run(["ldconfig"], check=check)
+
+
+def programs_below(root: Path, directory: str) -> Iterator[str]:
+    """The executable ELF files below a directory of a root, as paths from the root."""
+    for path in paths_below(root / directory):
+        file = root / directory / path
+        status = file.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
+            with file.open("rb") as program:
+                if program.read(4) == ELF_MAGIC:
+                    yield f"{directory}/{path}"
+
+
+def unresolved_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
+    """The libraries that programs need and the root's own dynamic linker does not find."""
+    said: list[bytes] = []
+    for start in range(0, len(programs), LDD_BATCH):
+        batch = programs[start : start + LDD_BATCH]
+        chroot.run(["ldd", "/bin/sh", *(f"/{path}" for path in batch)], hear=said.append)
+    program, missing, resolved = "", set(), 0
+    for line in lines_of(b"".join(said).decode(errors="replace")):
+        if line.startswith("/") and line.endswith(":"):
+            program = line[:-1]
+        elif "not found" in line:
+            missing.add(f"{program} lacks {line.split()[0]}")
+        resolved += program == "/bin/sh" and " => /" in line
+    return missing if resolved or not programs else {"ldd does not say which libraries programs need"}
+
+
+def missing_libraries(work: Transaction) -> set[str]:
+    """The libraries that programs of a transaction's root miss, and did not miss before."""
+    programs = [path for directory in PROGRAM_DIRECTORIES for path in programs_below(work.root, directory)]
+    missing = unresolved_libraries(work.chroot(), sorted(programs))
+    if not missing:  # nearly always: the state before need not be examined
+        return missing
+    before = work.place.before
+    snapshot_subvolume(work.original, before)
+    old_programs = [path for path in programs if (before / path).is_file()]
+    known = unresolved_libraries(work.chroot()._replace(root=before), sorted(old_programs))
+    delete_subvolume(before)
+    return missing - known
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The init system: units and services
 # ---------------------------------------------------------------------------------------------------------------
 
-# Finishes what was interrupted, before anything uses /var; where nothing was, work directories have locks alone.
+# Recovers before anything uses /var. A work directory of a finished transaction contains a lock and nothing else.
 RECOVER_UNIT = """\
 [Unit]
 Description=Finish or undo interrupted changes of snapshots
@@ -2308,9 +2343,9 @@ ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
 
 [Service]
 Type=oneshot
-ExecStart=/usr/bin/ash recover
+ExecStart={ash} recover
 """
-# No slip of root's writes into a slot by way of /.snapshots. As a line of fstab it would make a cycle with /etc.
+# Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.
 PROTECT_UNIT = """\
 [Unit]
 Description=Protect snapshots and deployments from being written to
@@ -2326,7 +2361,7 @@ RemainAfterExit=yes
 ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
 ExecStop=umount /.snapshots/rootfs
 """
-# Stopped after all other services, while everything is still mounted: what they wrote to /etc last is carried too.
+# Stopped after all other services, with everything still mounted, so that their last writes to /etc are carried too.
 CARRY_UNIT = """\
 [Unit]
 Description=Carry changes of /etc over to the deployment for the next boot
@@ -2340,9 +2375,9 @@ Before=shutdown.target
 Type=oneshot
 RemainAfterExit=yes
 ExecStart=true
-ExecStop=/usr/bin/ash carry
+ExecStop={ash} carry
 """
-# By night, where the administrator has enabled the timer; what is done is /etc/ash.conf's to say.
+# Started by the timer, which the administrator enables; /etc/ash.conf says what to do.
 UPGRADE_UNIT = """\
 [Unit]
 Description=Upgrade the booted snapshot, check it, deploy it
@@ -2352,7 +2387,7 @@ After=network-online.target time-sync.target
 
 [Service]
 Type=oneshot
-ExecStart=/usr/bin/ash auto-upgrade
+ExecStart={ash} auto-upgrade
 Nice=19
 IOSchedulingClass=idle
 """
@@ -2369,118 +2404,320 @@ Persistent=true
 [Install]
 WantedBy=timers.target
 """
-# Their texts, and what wants them at every start.
-UNITS = {
-    "ash-upgrade.service": (UPGRADE_UNIT, ""),
-    "ash-upgrade.timer": (UPGRADE_TIMER, ""),
-    "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
-    "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
-    "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
-}
-# What makes a unit start with the system: a link in a directory of the unit that wants it.
-WANTED = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
-UNIT_FILE = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
-TMPFILES = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
-TIMED_OUT = 124  # the exit status of timeout(1)
 
 
-class LiveResult:
-    """What a change did to the running system."""
+class Init:
+    """An init system, as far as ash depends on it; this class stands for one that ash does not know."""
 
-    def __init__(self) -> None:
-        self.changed = False
-        self.started: list[str] = []
-        self.stopped: list[str] = []
-        self.waiting: list[str] = []  # for the reboot
-        self.conflicts: list[str] = []  # of /etc and /var
-        self.conflicts_folders: list[str] = []
-        self.error = ""
+    name: ClassVar[str] = ""
+    # The command that enables a service in a root; the service's name follows.
+    enable: ClassVar[Sequence[str]] = ()
 
-    def text(self) -> str:
-        """What the user is told."""
-        if self.error:
-            return f"the running system is as it was: {one_line(self.error)}"
-        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
-        lines += [f"  started: {listed(self.started)}"] if self.started else []
-        lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
-        if self.conflicts:
-            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
-            lines += [f"  what the change made of it is in {directory}" for directory in self.conflicts_folders]
-        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
-        return "\n".join(lines)
+    def is_in(self, root: Path) -> bool:  # noqa: ARG002
+        """Whether a root boots with it."""
+        return False
+
+    def is_running(self) -> bool:
+        """Whether it is the init system of the running machine."""
+        return False
+
+    def install_units(self, root: Path, executable: str) -> None:
+        """Install ash's own units, and have those started that every boot needs.
+
+        Args:
+            root: writable.
+            executable: the path of ash, from the root.
+        """
+
+    def removed_services(self, paths: Mapping[str, str]) -> list[str]:  # noqa: ARG002
+        """The services whose definitions were removed, by what changed: {path: kind of change}."""
+        return []
+
+    def due_services(self, added: Iterable[str]) -> list[str]:  # noqa: ARG002
+        """The services that the new paths of a running root would have started at boot, in the order to start them."""
+        return []
+
+    def reload(self, added: Iterable[str] = (), check: bool = True) -> None:
+        """Have the running init system read its files again, and apply new ones that are applied at boot."""
+
+    def is_active(self, service: str) -> bool:  # noqa: ARG002
+        """Whether a service runs."""
+        return False
+
+    def start(self, service: str, check: bool = True) -> None:
+        """Start a service; unless `check`, failure is ignored."""
+
+    def stop(self, service: str, check: bool = True) -> None:
+        """Stop a service; unless `check`, failure is ignored, and forgotten by the init system too."""
+
+
+class Systemd(Init):
+    """systemd, without assumptions about its version."""
+
+    name = "systemd"
+    enable = ("systemctl", "enable")
+
+    UNITS: ClassVar[str] = "usr/lib/systemd/system"
+    # The text of each of ash's units, and the directory with the symlink that starts it at boot.
+    OWN_UNITS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "ash-upgrade.service": (UPGRADE_UNIT, ""),
+        "ash-upgrade.timer": (UPGRADE_TIMER, ""),
+        "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
+        "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
+        "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
+    }
+    # A symlink in a directory of another unit makes a unit start with that one.
+    WANTED: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
+    UNIT_FILE: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
+    TMPFILES: ClassVar[str] = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
+    START_TIMEOUT: ClassVar[int] = 300  # seconds
+    TIMED_OUT: ClassVar[int] = 124  # the exit status of timeout(1)
+
+    def is_in(self, root: Path) -> bool:
+        return path_inside(root, "usr/bin/systemctl").exists()
+
+    def is_running(self) -> bool:
+        return Path("/run/systemd/system").is_dir()  # as sd_booted(3) does
+
+    def install_units(self, root: Path, executable: str) -> None:
+        if not path_inside(root, self.UNITS).is_dir():
+            return
+        for name, (text, wanted_by) in self.OWN_UNITS.items():
+            write_inside(root, f"{self.UNITS}/{name}", text.format(ash=f"/{executable}"))
+            if wanted_by:
+                path_inside(root, f"{self.UNITS}/{wanted_by}").mkdir(parents=True, exist_ok=True)
+                wanted = place_inside(root, f"{self.UNITS}/{wanted_by}/{name}")
+                remove_tree(wanted)
+                wanted.symlink_to(f"../{name}")
+
+    def removed_services(self, paths: Mapping[str, str]) -> list[str]:
+        found = (re.fullmatch(self.UNIT_FILE, path) for path, kind in paths.items() if kind == "removed")
+        return sorted({unit[1] for unit in found if unit})
+
+    def due_services(self, added: Iterable[str]) -> list[str]:
+        wanted = [found.groups() for path in added if (found := re.fullmatch(self.WANTED, path))]
+        due = {unit for wanting, unit in wanted if self.is_active(wanting) and not self.is_active(unit)}
+        # systemd refuses a socket whose service has started before it.
+        return sorted(due, key=lambda unit: (not unit.endswith(".socket"), unit))
+
+    def reload(self, added: Iterable[str] = (), check: bool = True) -> None:
+        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(self.TMPFILES, path))]:
+            run(
+                ["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False
+            )  # its errors do not stop a boot either
+        run(["systemctl", "daemon-reload"], check=check)
+
+    def is_active(self, service: str) -> bool:
+        return run(["systemctl", "is-active", service], check=False).stdout.strip() == "active"
+
+    def start(self, service: str, check: bool = True) -> None:
+        """Start a unit, with a timeout: systemd lets a oneshot unit start forever."""
+        if not check:
+            run(["systemctl", "start", service], check=False)
+            return
+        with signals_heard():
+            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", "start", service], ok=(0, self.TIMED_OUT))
+        if done.returncode == self.TIMED_OUT:
+            raise AshError(f"{service} has not started within {self.START_TIMEOUT} s", f"systemctl status {service}")
+
+    def stop(self, service: str, check: bool = True) -> None:
+        run(["systemctl", "stop", service], check=check)
+        if not check:
+            run(["systemctl", "reset-failed", service], check=False)
+
+
+class OpenRc(Init):
+    """OpenRC, as far as profiles enable its services."""
+
+    name = "openrc"
+    enable = ("rc-update", "add")
+
+    def is_in(self, root: Path) -> bool:
+        return path_inside(root, "usr/sbin/openrc").exists()
+
+
+INIT_SYSTEMS: Sequence[Init] = (OpenRc(), Systemd())  # a root with OpenRC may have tools of systemd
+
+
+def init_of(root: Path) -> Init:
+    """The init system that a root boots with; one distribution may offer several."""
+    return next((init for init in INIT_SYSTEMS if init.is_in(root)), Init())
+
+
+def mount_option_after(mount_point: str) -> str:
+    """The option that mounts a line of fstab after another mount point: only systemd needs it, the others ignore it."""
+    return f"x-systemd.requires-mounts-for={mount_point}"
+
+
+def schedule_reboot(message: str) -> str:
+    """Reboot the machine in a minute, with a message to its users. Returns the command that cancels it."""
+    run(["shutdown", "-r", "+1", message])
+    return "shutdown -c"
 
 
 class Services:
-    """The services of the running system when its files change; `live` gets what was done.
+    """Stops and starts services when files of the running system change.
 
     Args:
-        live: what was done, to be added to.
-        running: whether that system is what runs here.
+        live: gets the names of what was started and stopped.
+        running: whether the system runs on this machine; else nothing is done.
     """
-
-    LIMIT = 300  # seconds for the start of one
 
     def __init__(self, live: LiveResult, running: bool) -> None:
         self.live = live
         self.running = running
-
-    @property
-    def has_systemd(self) -> bool:
-        return self.running and Path("/run/systemd/system").is_dir()
+        known = [init for init in INIT_SYSTEMS if running and init.is_running()]
+        self.init = known[0] if known else Init()
 
     def stop(self, paths: Mapping[str, str]) -> None:
-        """Stop the services whose unit files go."""
-        gone = {
-            found[1] for path, kind in paths.items() if kind == "removed" and (found := re.fullmatch(UNIT_FILE, path))
-        }
-        for unit in sorted(gone):
-            if self._is_active(unit):
-                run(["systemctl", "stop", unit])
-                self.live.stopped.append(unit)
+        """Stop the services whose files are about to be removed."""
+        for service in self.init.removed_services(paths):
+            if self.init.is_active(service):
+                self.init.stop(service)
+                self.live.stopped.append(service)
 
     def start(self, paths: Mapping[str, str]) -> None:
-        """Let the running system know of its new files, and start the new services that it would have started."""
+        """Make new files effective, and start the new services that a boot would start."""
         if self.running:
-            run(["ldconfig"])
-        if not self.has_systemd:
-            return
+            update_library_cache()
         added = [path for path, kind in paths.items() if kind == "added"]
-        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(TMPFILES, path))]:
-            run(["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False)  # as at boot, where it is no failure
-        run(["systemctl", "daemon-reload"])
-        wanted = [found.groups() for path in added if (found := re.fullmatch(WANTED, path))]
-        new = {unit for wanting, unit in wanted if self._is_active(wanting) and not self._is_active(unit)}
-        # systemd refuses a socket whose service has started before it.
-        for unit in sorted(new, key=lambda unit: (not unit.endswith(".socket"), unit)):
-            self.live.started.append(unit)
-            self._start(unit)
-
-    def _start(self, unit: str) -> None:
-        """Start a unit; one that never comes to its end, as systemd itself allows it, must not hold up all else."""
-        with signals_heard():
-            done = run(["timeout", str(self.LIMIT), "systemctl", "start", unit], ok=(0, TIMED_OUT))
-        if done.returncode == TIMED_OUT:
-            raise AshError(f"{unit} has not started within {self.LIMIT} s", f"systemctl status {unit}")
+        self.init.reload(added)
+        for service in self.init.due_services(added):
+            self.live.started.append(service)
+            self.init.start(service)
 
     def put_back(self) -> None:
-        """Let the running system know that its old files are back; start again what was stopped."""
+        """Undo stop() and start() once the old files are back; failures are ignored."""
         if self.running:
-            run(["ldconfig"], check=False)
-        if self.has_systemd:
-            for unit in self.live.started:
-                run(["systemctl", "stop", unit], check=False)
-                run(["systemctl", "reset-failed", unit], check=False)
-            run(["systemctl", "daemon-reload"], check=False)
-            for unit in self.live.stopped:
-                run(["systemctl", "start", unit], check=False)
+            update_library_cache(check=False)
+        for service in self.live.started:
+            self.init.stop(service, check=False)
+        self.init.reload(check=False)
+        for service in self.live.stopped:
+            self.init.start(service, check=False)
 
-    def _is_active(self, unit: str) -> bool:
-        return self.has_systemd and run(["systemctl", "is-active", unit], check=False).stdout.strip() == "active"
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kernels: image, version, modules, initramfs
+# ---------------------------------------------------------------------------------------------------------------
+
+# arm64 calls the image `Image`, some architectures boot an uncompressed vmlinux; `vmlinux-X.gz` is for debuggers.
+KERNEL_IMAGE = r"(?:vmlinu[xz]|Image)-(?!.*\.(?:gz|xz|zst)$)(.+)"
+MODULE_DIRECTORIES = ("usr/lib/modules", "lib/modules")  # the second where /lib is not a symlink
+RESCUE_KERNEL = "0-rescue-"  # Fedora's: its initramfs contains the modules
+BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
+
+
+def version_parts(text: str) -> list[tuple[int, int, str]]:
+    """A sort key for kernel versions and the like: numbers by value, after letters; `~` before everything."""
+    parts = re.findall(r"[0-9]+|[^\W\d_]+|~", text)
+    return [
+        (2, int(part), "") if part.isdecimal() else (-1, 0, "") if part == "~" else (1, 0, part) for part in parts
+    ] + [(0, 0, "")]
+
+
+class Kernel(NamedTuple):
+    """A kernel of a root; paths are from the root."""
+
+    name: str  # in messages: a version, or a package such as `linux` or `lts` if /boot has that instead
+    images: Sequence[str]
+    modules: str = ""  # its directory of modules; empty if there is none
+    initramfs: str = ""
+
+    @property
+    def needs_modules(self) -> bool:
+        return not self.name.startswith(RESCUE_KERNEL)
+
+
+def modules_of(directory: Path, name: str) -> str:
+    """The version below a directory of modules that belongs to a kernel image `vmlinuz-NAME`; empty if none does.
+
+    Most distributions name the image after the version. Arch names it after the package, which `pkgbase` beside the
+    modules tells; Alpine after the flavour with which the version ends.
+    """
+    if (directory / name).is_dir():
+        return name
+    versions = sorted((path.name for path in directory.glob("*") if path.is_dir()), key=version_parts)
+    of_package = [v for v in versions if read_text(directory / v / "pkgbase").strip() == name]
+    of_flavour = [v for v in versions if v.endswith(f"-{name}")]
+    return next(reversed(of_package or of_flavour), "")
+
+
+def kernels_of(root: Path) -> list[Kernel]:
+    """The kernels of a root: those with an image in /boot, and those with an image only beside their modules."""
+    boot = path_inside(root, "boot")
+    files = sorted(path.name for path in boot.glob("*"))
+    below = next((name for name in MODULE_DIRECTORIES if path_inside(root, name).is_dir()), MODULE_DIRECTORIES[0])
+    directory = path_inside(root, below)
+    images: dict[str, list[str]] = {}
+    for file in files:
+        if match := re.fullmatch(KERNEL_IMAGE, file):
+            images.setdefault(match[1], []).append(f"boot/{file}")
+    versions = {name: modules_of(directory, name) for name in images}
+    for path in sorted(directory.glob("*/vmlinuz")):
+        version = path.parent.name
+        owners = [name for name, of in versions.items() if of == version]
+        for name in owners or [version]:
+            images.setdefault(name, []).append(f"{below}/{version}/vmlinuz")
+            versions[name] = version
+    kernels = []
+    for name, of in images.items():
+        pattern = rf"initr\w*(?:\.img)?-{re.escape(name)}(?:\.img)?"
+        ready = [file for file in files if re.fullmatch(pattern, file) and size_of(boot / file) > 0]
+        modules = f"{below}/{versions[name]}" if versions[name] else ""
+        kernels.append(Kernel(name, of, modules, f"boot/{ready[0]}" if ready else ""))
+    return kernels
+
+
+def kernel_faults(root: Path) -> list[str]:
+    """What the kernels of a root lack to boot, a line for each problem."""
+    kernels = kernels_of(root)
+    faults = [f"kernel {one.name} has no modules" for one in kernels if one.needs_modules and not one.modules]
+    faults += [f"kernel {one.name} has no initramfs" for one in kernels if not one.initramfs]
+    return faults if kernels else ["there is no kernel"]
+
+
+def modules_of_changed_kernels(changed: Container[str], before: Path, after: Path) -> set[str]:
+    """The module directories of kernels whose image changed between two roots.
+
+    The running kernel still needs its old modules: these must wait for the reboot, like the image itself.
+    """
+    kernels = [*kernels_of(before), *kernels_of(after)]
+    return {one.modules for one in kernels if one.modules and any(image in changed for image in one.images)}
+
+
+def boot_files(root: Path) -> list[Path]:
+    """The files in /boot that decide what boot tools find there: images, initramfs and microcode."""
+    return sorted(path for path in path_inside(root, "boot").glob("*") if re.fullmatch(BOOT_FILE, path.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # BootTools: what GRUB's own tools make of a root
 # ---------------------------------------------------------------------------------------------------------------
+
+
+class BootTools(NamedTuple):
+    """GRUB's tools, as a distribution names them.
+
+    Args:
+        prefix: of the tools and of their directory in /boot: `grub`, or `grub2` on Fedora and openSUSE.
+    """
+
+    prefix: str = "grub"
+
+    @property
+    def mkconfig(self) -> str:
+        return f"{self.prefix}-mkconfig"
+
+    @property
+    def install(self) -> str:
+        return f"{self.prefix}-install"
+
+    @property
+    def directory(self) -> str:
+        """The directory that the tools expect, from the root."""
+        return f"boot/{self.prefix}"
+
 
 BOOT_CONFIG_SHAPE = {
     "kernel": is_inner_path,
@@ -2490,40 +2727,88 @@ BOOT_CONFIG_SHAPE = {
     "header?": [is_line],
     "foreign?": is_text,
 }
-# Sections (by the script's name) whose entries are ash's own business, or set up what ash sets up itself.
+# Sections (by the name of their script) with Linux entries, or with settings that ash makes itself.
 NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
 MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+# In the messages of mkconfig: another system, as in "Found Windows Boot Manager on ..."; not "Found linux image: ...".
+FOUND_ELSEWHERE = r"Found .* on "
+BLS_ENTRIES = "boot/loader/entries"  # of the Boot Loader Specification
+
+
+class BootEntry(NamedTuple):
+    """How one kernel is booted, as the boot tools say."""
+
+    kernel: str  # paths as GRUB sees them
+    initrds: Sequence[str]
+    options: str
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the paths are complete: mkconfig does not quote file names with blanks."""
+        path = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
+        return bool(path.fullmatch(self.kernel))
+
+    @classmethod
+    def in_script(cls, text: str) -> Iterator[BootEntry]:
+        """The entries in a grub.cfg."""
+        for linux in re.finditer(r"^\s*linux\s+(\S+)[ \t]*(.*)$", text, re.MULTILINE):
+            rest = text[linux.end() : text.find("}", linux.end())]
+            initrd = re.search(r"^\s*initrd\s+(.*)$", rest, re.MULTILINE)
+            entry = cls(linux[1], initrd[1].split() if initrd else [], linux[2])
+            if entry.is_usable and entry.options.startswith("root="):  # else the path had a blank in it
+                yield entry
+
+    @classmethod
+    def of_specification(cls, text: str, variables: Mapping[str, str]) -> BootEntry:
+        """The entry in a file of loader/entries; keys may repeat.
+
+        Args:
+            text: of the file.
+            variables: of GRUB, which the file may use; unknown ones are empty, as in GRUB.
+        """
+        expanded = re.sub(r"\$\{?(\w+)\}?", lambda name: variables.get(name[1], ""), text)
+        fields: dict[str, list[str]] = {}
+        for key, value in re.findall(r"^(\w[\w-]*)[ \t]+(\S.*?)[ \t]*$", expanded, re.MULTILINE):
+            fields.setdefault(key, []).append(value)
+        initrds = [path for line in fields.get("initrd", []) for path in line.split()]
+        return cls(" ".join(fields.get("linux", [])), initrds, " ".join(fields.get("options", [])))
 
 
 class BootConfig(NamedTuple):
-    """What ash takes of a snapshot's own grub-mkconfig."""
+    """What ash takes from the output of a snapshot's own mkconfig."""
 
     kernel: str  # names in /boot
     initrds: Sequence[str]
     options: str
-    rootflags: str = ""  # beside the subvolume
+    rootflags: str = ""  # besides the subvolume
     header: Sequence[str] = ()  # terminals and timeout
     foreign: str = ""  # other systems, and the user's own entries
 
     @classmethod
-    def parse(cls, text: str) -> BootConfig:
-        """Read what grub-mkconfig printed.
+    def parse(cls, text: str, specified: Sequence[str] = ()) -> BootConfig:
+        """Parse a grub.cfg.
+
+        Args:
+            text: what mkconfig printed.
+            specified: the texts of loader/entries, the default first: a grub.cfg with the command `blscfg` boots
+                these and has no entries for Linux itself, as on Fedora.
 
         Raises:
-            AshError: there is no kernel in it.
+            AshError: it has no kernel.
         """
-        kernels = re.finditer(r"^\s*linux\s+(\S+)[ \t]*(.*)$", text, re.MULTILINE)
-        linux = next((found for found in kernels if cls._is_usable(found)), None)
-        if linux is None:
+        entry = next(BootEntry.in_script(text), None)
+        if entry is None and re.search(r"^\s*blscfg\b", text, re.MULTILINE):
+            variables = dict(re.findall(r"^\s*set (\w+)=\"(.*)\"$", text, re.MULTILINE))
+            entries = (BootEntry.of_specification(one, variables) for one in specified)
+            entry = next((one for one in entries if one.is_usable), None)
+        if entry is None:
             raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
-        entry = text[linux.end() : text.find("}", linux.end())]
-        initrd = re.search(r"^\s*initrd\s+(.*)$", entry, re.MULTILINE)
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
         foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
-        options, rootflags = cls._split_options(linux[2])
+        options, rootflags = cls._split_options(entry.options)
         return cls(
-            kernel=cls._in_boot(linux[1]),
-            initrds=[cls._in_boot(path) for path in initrd[1].split()] if initrd else [],
+            kernel=cls._in_boot(entry.kernel),
+            initrds=[cls._in_boot(path) for path in entry.initrds],
             options=options,
             rootflags=rootflags,
             header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
@@ -2531,18 +2816,12 @@ class BootConfig(NamedTuple):
         )
 
     @staticmethod
-    def _is_usable(linux: re.Match[str]) -> bool:
-        """Whether a kernel's line is a whole one: grub-mkconfig does not quote what files in /boot are called."""
-        usable = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
-        return bool(usable.fullmatch(linux[1])) and linux[2].startswith("root=")
-
-    @staticmethod
     def _in_boot(path: str) -> str:
-        return path.rpartition("/boot/")[2]
+        return path.rpartition("/boot/")[2].lstrip("/")
 
     @staticmethod
     def _split_options(options: str) -> tuple[str, str]:
-        """The kernel's options, and the flags of rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
+        """The kernel's options and the flags in rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
         own = re.compile(r"root=.*|ro|rw|rootflags=.*")
         words = options.split()
         flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
@@ -2550,43 +2829,108 @@ class BootConfig(NamedTuple):
         return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
 
 
-# What grub-mkconfig says of other systems: "Found Windows Boot Manager on ...", but not "Found linux image: ...".
-FOUND_ELSEWHERE = r"Found .* on "
+def specified_entries(root: Path) -> list[Path]:
+    """The files of a root's loader/entries in the order of GRUB's menu: the newest version first."""
+    return sorted(
+        path_inside(root, BLS_ENTRIES).glob("*.conf"), key=lambda path: version_parts(path.stem), reverse=True
+    )
 
 
 def boot_inputs(root: Path) -> str:
-    """A digest of all that grub-mkconfig's result depends on, in a root."""
+    """A digest of everything in a root that the output of mkconfig depends on."""
     import hashlib
 
     digest = hashlib.sha256()
-    boot, default, scripts = (path_inside(root, name) for name in ("boot", "etc/default", "etc/grub.d"))
-    for path in sorted([*boot.glob("vmlinu*"), *boot.glob("initr*"), *boot.glob("*.img"), *boot.glob("*-ucode*")]):
+    for path in boot_files(root):
         status = path.lstat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
-    settings = [default / "grub", *path_inside(default, "grub.d").glob("*"), *scripts.glob("*")]
+    default, scripts = path_inside(root, "etc/default"), path_inside(root, "etc/grub.d")
+    settings = [
+        default / "grub",
+        *path_inside(default, "grub.d").glob("*"),
+        *scripts.glob("*"),
+        *specified_entries(root),
+    ]
     for path in sorted(path_inside(root, str(path.relative_to(root))) for path in settings):
         if path.is_file():
             digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
     return digest.hexdigest()
 
 
+def grub_search(uuid: str) -> str:
+    """The command that makes a file system GRUB's root."""
+    return f"search --no-floppy --fs-uuid --set=root {uuid}"
+
+
+def grub_preamble(uuid: str) -> list[str]:
+    """The lines of a grub.cfg that find the root file system, by its uuid."""
+    return ["insmod part_gpt", "insmod btrfs", grub_search(uuid)]
+
+
+def grub_quoted(text: str) -> str:
+    """Quote text as one word of GRUB's script language; control characters become question marks."""
+    plain = "".join(c if c.isprintable() else "?" for c in text)
+    return "'" + plain.replace("'", "'\\''") + "'"
+
+
+def usable_in_header(line: str) -> str:
+    """A line of MENU_HEADER as ash writes it: the graphical terminal needs its font and drivers first."""
+    if line.startswith("terminal_output") and "gfxterm" in line:
+        return f"if loadfont unicode ; then insmod all_video ; insmod gfxterm ; {line} ; fi"
+    return line
+
+
+def without_titles(grub_cfg: str) -> str:
+    """A grub.cfg of ash without the titles of its entries."""
+    return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Kernels: image, version, modules, initramfs
+# Distributions
 # ---------------------------------------------------------------------------------------------------------------
 
-KERNEL = r"boot/vmlinu[xz]-(.+)"
+
+class Distro:
+    """A distribution: its package manager, and short answers to what differs between distributions.
+
+    A class of `distros/<id>/ashpk.py`; a derivative inherits from its parent distribution and changes a few lines.
+    Which init system a root boots with is not asked here, since one distribution may offer several: see init_of().
+    """
+
+    id: ClassVar[str] = ""
+    registry: ClassVar[dict[str, type[Distro]]] = {}
+
+    package_manager: ClassVar[PackageManager] = PackageManager()
+    boot_tools: ClassVar[BootTools] = BootTools()
+    # The command that makes an initramfs; the version of the kernel follows.
+    make_initramfs: ClassVar[Sequence[str]] = ()
+    # Where the command `ash` is, from the root; elsewhere if another program has that name.
+    executable: ClassVar[str] = "usr/bin/ash"
+    # The group whose members may use sudo.
+    admin_group: ClassVar[str] = "wheel"
+    # Packages that cannot be replaced under a running system, as a pattern: libc, init, the message bus.
+    not_live: ClassVar[str] = "(?!)"
+
+    def __init_subclass__(cls) -> None:
+        Distro.registry[cls.id] = cls
 
 
-def kernel_faults(root: Path) -> list[str]:
-    """What the kernels of a root lack that they are started with."""
-    boot = path_inside(root, "boot")
-    found = {path.name for path in boot.glob("*")}
-    modules = path_inside(root, "usr/lib/modules")
-    kernels = {match[1] for name in found if (match := re.fullmatch(r"vmlinu[xz]-(.+)", name))}
-    initramfs = " ".join(name for name in found if name.startswith("initr") and size_of(boot / name) > 0)
-    lacking = [f"kernel {kernel} has no modules" for kernel in kernels if not (modules / kernel).is_dir()]
-    lacking += [f"kernel {kernel} has no initramfs" for kernel in kernels if kernel not in initramfs]
-    return lacking if kernels else ["there is no kernel"]
+def load_distro(ident: str) -> Distro:
+    """The module for a distribution id: part of this file if ash is installed, else from the checkout.
+
+    Raises:
+        AshError: there is none (USAGE).
+    """
+    module = HERE / "distros" / ident / "ashpk.py"
+    if ident not in Distro.registry and re.fullmatch(r"[\w.-]+", ident) and module.is_file():
+        import importlib
+
+        if str(HERE) not in sys.path:
+            sys.path.insert(0, str(HERE))
+        importlib.import_module(f"distros.{ident}.ashpk")
+    if ident not in Distro.registry:
+        raise AshError(f"this ash does not know the distribution {ident}", "--distro ID names another", USAGE)
+    return Distro.registry[ident]()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3166,18 +3510,25 @@ class VarMerge:
         upper: the overlay's upper directory: the transaction's changes.
         origin: /var as it was at the start of the transaction.
         live: /var as it is now.
-        distro: knows which entries are caches and which are logs.
+        package_manager: knows which entries are caches and which are logs.
         conflicts: receives the entries that cannot be merged.
         delete: the entries in which deletions are applied; a removed package's data is kept.
     """
 
     def __init__(
-        self, upper: Path, origin: Path, live: Path, distro: Distro, conflicts: Path, *, delete: Iterable[str]
+        self,
+        upper: Path,
+        origin: Path,
+        live: Path,
+        package_manager: PackageManager,
+        conflicts: Path,
+        *,
+        delete: Iterable[str],
     ) -> None:
         self.upper = upper
         self.origin = origin
         self.live = live
-        self.distro = distro
+        self.package_manager = package_manager
         self.conflicts = conflicts
         self.delete = delete
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
@@ -3202,9 +3553,9 @@ class VarMerge:
             return "aside"
         if is_merged(changed, live):
             return "nothing"
-        if entry in self.distro.caches:
+        if entry in self.package_manager.caches:
             return "newest"
-        if entry in self.distro.logs and os.path.lexists(live):
+        if entry in self.package_manager.logs and os.path.lexists(live):
             return "append"
         if change_token(live) != change_token(self.origin / entry) or self._is_open(live):
             return "aside"
@@ -3248,12 +3599,16 @@ class VarMerge:
             self._place(changed, self.conflicts / entry)
 
     def add_files(self, pattern: str) -> None:
-        """Add new regular files that match a glob pattern, and nothing else."""
-        if all(has_real_parents(directory, pattern) for directory in (self.upper, self.live)):
-            for changed in sorted(self.upper.glob(pattern)):
-                live = self.live / changed.relative_to(self.upper)
-                if stat.S_ISREG(changed.lstat().st_mode) and not os.path.lexists(live):
-                    self._place(changed, live)
+        """Add new regular files that match a glob pattern, and nothing else; no symlink is followed."""
+        for changed in sorted(self.upper.glob(pattern)):
+            path = changed.relative_to(self.upper)
+            live = self.live / path
+            if not stat.S_ISREG(changed.lstat().st_mode) or os.path.lexists(live):
+                continue
+            above = [self.live / parent for parent in path.parents[:-1]]
+            is_safe = all(is_directory(parent) or not os.path.lexists(parent) for parent in above)
+            if is_safe and has_real_parents(self.upper, str(path)):
+                self._place(changed, live)
 
     def _is_open(self, live: Path) -> bool:
         if self._opened is None:
@@ -3493,7 +3848,7 @@ class WorkDir:
     def __init__(self, system: System, snapshot: int, name: str = "") -> None:
         self.system = system
         self.layout = system.layout
-        self.distro = system.distro
+        self.package_manager = system.package_manager
         self.snapshot = snapshot
         self.name = name or snapshot  # of its lock
         self.directory = self.layout.work(self.name)
@@ -3563,7 +3918,7 @@ class WorkDir:
         """What a commit has done that is to be finished: the packages, as far as they are known."""
         before = self.root if self.root.exists() else self.layout.undo(self.snapshot)
         roots = (before, self.layout.rootfs(self.snapshot)) if intent.state == "commit" and before.exists() else ()
-        return Change.between(self.snapshot, *([self.distro.packages(root) for root in roots] or ({}, {})))
+        return Change.between(self.snapshot, *([self.package_manager.installed(root) for root in roots] or ({}, {})))
 
     def _note(self, intent: Intent, what: Mapping[str, Any]) -> None:
         """Write into the history what was done by an ash that could not do so any more."""
@@ -3649,7 +4004,7 @@ class WorkDir:
         """Merge what was written to /var, as far as that has not been done."""
         layout = self.layout
         conflicts = layout.conflicts(self.snapshot)
-        merge = VarMerge(self.upper, self.origin, layout.var, self.distro, conflicts, delete=intent.delete)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=intent.delete)
         if intent.entries and self.upper.exists():  # it is the first to go when all is done
             # Who ran in the transaction may have kept a directory of it open: nothing there is to become a link either.
             with (
@@ -3727,7 +4082,7 @@ class Transaction:
     ) -> None:
         self.system = system
         self.layout = system.layout
-        self.distro = system.distro
+        self.package_manager = system.package_manager
         self.snapshot = snapshot
         self.resume = resume
         self.simulate = simulate
@@ -3822,10 +4177,10 @@ class Transaction:
             mutable.append((make_mutable_directory(self.layout, kept), seen))
         return Chroot(
             self.root,
-            {**self.distro.environment},
+            {**self.package_manager.environment},
             Overlay(self.var, self.place.upper, self.place.overlay_work),
             [(self.layout.home, "home"), (self.layout.home_root, "root"), *mutable, *self.binds],
-            self.distro.transient,
+            self.package_manager.transient,
         )
 
     def run(self, argv: Sequence[str]) -> str:
@@ -3879,13 +4234,16 @@ class Transaction:
         """Bring the packages that were fetched into the live /var, where there is room: the next try has them then."""
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
             with contextlib.suppress(AshError, OSError):  # it is not worth another error
-                merge = VarMerge(self.place.upper, self.var, self.layout.var, self.distro, self.place.upper, delete=())
+                merge = VarMerge(
+                    self.place.upper, self.var, self.layout.var, self.package_manager, self.place.upper, delete=()
+                )
                 with (
                     Lock(self.layout.work("merge") / "lock", "merging into /var"),
                     nosymfollow(self.layout.var),
                     nosymfollow(self.place.upper),
                 ):
-                    merge.add_files(self.distro.downloads)
+                    for pattern in self.package_manager.downloads:
+                        merge.add_files(pattern)
 
     def _conclude(self) -> Delta:
         """Make the working copy what it is to be, for good, and find out what was changed."""
@@ -3898,7 +4256,9 @@ class Transaction:
         self._take_database_files()
         set_readonly(self.root)
         paths = self._changed_paths()
-        merge = VarMerge(place.upper, self.var, layout.var, self.distro, layout.conflicts(self.snapshot), delete=())
+        merge = VarMerge(
+            place.upper, self.var, layout.var, self.package_manager, layout.conflicts(self.snapshot), delete=()
+        )
         entries = merge.entries()
         before, after = self._packages(paths)
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
@@ -3949,7 +4309,7 @@ class Transaction:
 
     def _lay_out_database_files(self) -> None:
         """Show the snapshot's own single files of the package database in its /var."""
-        for name in self.distro.database_files:
+        for name in self.package_manager.database_files:
             own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
             if own.is_file() and not own.is_symlink() and has_real_parents(self.var, name):
                 for directory in reversed(Path(name).parents[:-1]):
@@ -3959,7 +4319,7 @@ class Transaction:
 
     def _take_database_files(self) -> None:
         """Take the single files of the package database from /var back into the snapshot."""
-        for name in self.distro.database_files:
+        for name in self.package_manager.database_files:
             own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
             if not os.path.lexists(shown):
                 continue
@@ -3986,15 +4346,15 @@ class Transaction:
         return [
             entry
             for entry in entries
-            if self.distro.claims(after, entry)
-            and not self.distro.claims(before, entry) - self.distro.claims(after, entry)
+            if self.package_manager.claims(after, entry)
+            and not self.package_manager.claims(before, entry) - self.package_manager.claims(after, entry)
         ]
 
     def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         """The packages before and after, where the database has changed."""
         if not any(path.startswith(IN_ROOT_DB) for path in paths):
             return {}, {}
-        return self.distro.packages(self.original), self.distro.packages(self.root)
+        return self.package_manager.installed(self.original), self.package_manager.installed(self.root)
 
     def _refuse_foreign_writes(self) -> None:
         """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
@@ -4058,6 +4418,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
         mutable: whether the root is to be writable.
     """
     options = "compress=zstd,noatime"
+    bound = f"bind,{mount_option_after('/.snapshots')}"
 
     def volume(prefix: str) -> str:
         return f"subvol={layout.volume_name(prefix)},{options}"
@@ -4068,8 +4429,8 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
         (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
         (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
         (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
-        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
-        ("/.snapshots/ash/root", "/root", "none", "bind,x-systemd.requires-mounts-for=/.snapshots"),
+        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", bound),
+        ("/.snapshots/ash/root", "/root", "none", bound),
         ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
     ]
     lines = [f"{' '.join(entry)} 0 0" for entry in own]
@@ -4337,13 +4698,14 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_bootable(layout: Layout, root: Path, which: int | str, uuid: str) -> None:
-    """Put into a writable root what it needs to be booted and to have ash in it.
+def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, uuid: str) -> None:
+    """Put into a writable root what it needs to boot and to contain ash.
 
     Args:
         layout: the paths.
+        distro: of the root.
         root: the root.
-        which: the snapshot's number or slot's name under which it will be mounted.
+        which: the number of the snapshot or the name of the slot as which it will be mounted.
         uuid: of the root file system.
     """
     require_directories(root)
@@ -4351,22 +4713,14 @@ def make_bootable(layout: Layout, root: Path, which: int | str, uuid: str) -> No
         path_inside(root, name).mkdir(parents=True, exist_ok=True)
     old = read_text(path_inside(root, "etc/fstab"))
     write_inside(root, "etc/fstab", render_fstab(layout, uuid, which, old, is_mutable(root)))
-    link = place_inside(root, "usr/bin/ash")
+    link = place_inside(root, distro.executable)
     remove_tree(link)
     link.symlink_to("/.snapshots/ash/ash")
-    old_name = place_inside(root, "usr/bin/ast")  # what astOS called it
+    old_name = link.with_name("ast")  # astOS's command
     if not os.path.lexists(old_name):
-        old_name.symlink_to("ash")
-    units = "usr/lib/systemd/system"
-    if path_inside(root, units).is_dir():
-        for name, (text, wanted_by) in UNITS.items():
-            write_inside(root, f"{units}/{name}", text)
-            if not wanted_by:
-                continue
-            path_inside(root, f"{units}/{wanted_by}").mkdir(parents=True, exist_ok=True)
-            wanted = place_inside(root, f"{units}/{wanted_by}/{name}")
-            remove_tree(wanted)
-            wanted.symlink_to(f"../{name}")
+        old_name.symlink_to(link.name)
+    for init in INIT_SYSTEMS:
+        init.install_units(root, distro.executable)
     mark_variant(root)
 
 
@@ -4408,24 +4762,6 @@ class Deployment(NamedTuple):
     def entry(self) -> str:
         """What GRUB knows it by: what begins with a digit is to GRUB a place in the menu ("1d2e" is the second)."""
         return f"ash-{self.id}"
-
-
-def without_titles(grub_cfg: str) -> str:
-    """The text of a grub.cfg of ours without the titles of its entries."""
-    return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
-
-
-def grub_quoted(text: str) -> str:
-    """Text as one word of GRUB's script language, in which nothing is special; control characters go."""
-    plain = "".join(c if c.isprintable() else "?" for c in text)
-    return "'" + plain.replace("'", "'\\''") + "'"
-
-
-def usable_in_header(line: str) -> str:
-    """A line of grub-mkconfig's header; the graphical terminal needs its font and drivers first."""
-    if line.startswith("terminal_output") and "gfxterm" in line:
-        return f"if loadfont unicode ; then insmod all_video ; insmod gfxterm ; {line} ; fi"
-    return line
 
 
 class Menu:
@@ -4502,9 +4838,7 @@ class Menu:
                 f'set fallback_id="{(last or default).entry}"',
                 'set default="$default_id"',
                 'set fallback="$fallback_id"',
-                "insmod part_gpt",
-                "insmod btrfs",
-                f"search --no-floppy --fs-uuid --set=root {uuid}",
+                *grub_preamble(uuid),
                 *header,
                 *entries,
                 default.config.foreign,
@@ -4524,7 +4858,7 @@ class Menu:
         options = f"root=UUID={uuid} rootflags={flags} {mode} ash.deployment={deployment.id}"
         lines = [
             f"menuentry {grub_quoted(title)} --id {deployment.entry} {{",
-            f"    search --no-floppy --fs-uuid --set=root {uuid}",
+            f"    {grub_search(uuid)}",
             f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip(),
         ]
         if deployment.config.initrds:
@@ -4532,15 +4866,16 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
+def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[str, BootConfig]:
     """The boot configuration of a root, and the digest of its inputs.
 
-    grub-mkconfig is only run where no deployment has the same inputs, or where it may find other systems.
+    mkconfig only runs if no deployment has the same inputs, or if it may find other systems.
 
     Args:
         root: the root.
-        menu: the deployments that there are.
-        grub: GRUB's own directory, which the tools want to find in /boot.
+        menu: the present deployments.
+        grub: GRUB's own directory, which the tools expect in /boot.
+        tools: the boot tools of the root's distribution.
     """
     inputs = boot_inputs(root)
     default = read_text(path_inside(root, "etc/default/grub"))
@@ -4548,8 +4883,8 @@ def boot_config(root: Path, menu: Menu, grub: Path) -> tuple[str, BootConfig]:
     for deployment in menu.deployments.values():
         if deployment.inputs == inputs and not probes:
             return inputs, deployment.config
-    made = machine_chroot(root, ["grub-mkconfig"], binds={grub: "boot/grub"}, tell=FOUND_ELSEWHERE)
-    return inputs, BootConfig.parse(made)
+    made = machine_chroot(root, [tools.mkconfig], binds={grub: tools.directory}, tell=FOUND_ELSEWHERE)
+    return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4574,6 +4909,7 @@ class Deployments:
 
     Args:
         layout: the paths.
+        distro: of the snapshots.
         menu: the boot menu; the methods keep it up to date.
         uuid: of the root file system.
         booted: the slot of the deployment that runs; None if none does.
@@ -4586,6 +4922,7 @@ class Deployments:
     def __init__(
         self,
         layout: Layout,
+        distro: Distro,
         menu: Menu,
         uuid: str,
         *,
@@ -4594,6 +4931,7 @@ class Deployments:
         ids_lock: Lock,
     ) -> None:
         self.layout = layout
+        self.distro = distro
         self.menu = menu
         self.uuid = uuid
         self.booted = booted
@@ -4675,18 +5013,18 @@ class Deployments:
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
-        make_bootable(layout, new, slot, self.uuid)
+        make_bootable(layout, self.distro, new, slot, self.uuid)
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
         with (new / "etc/fstab").open("a") as fstab:
             for kept, seen in mutable_directories(new, snapshot):
                 make_mutable_directory(layout, kept)
                 path_inside(new, seen).mkdir(parents=True, exist_ok=True)
                 where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
-                fstab.write(f"{where} none bind,x-systemd.requires-mounts-for=/.snapshots 0 0\n")
+                fstab.write(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0\n")
         grub = layout.grub_cfg.parent
         grub.mkdir(exist_ok=True)
         try:
-            inputs, config = boot_config(new, self.menu, grub)
+            inputs, config = self._boot_config(new, self.menu)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
@@ -4834,7 +5172,7 @@ class Deployments:
         sync_filesystem(self.layout.snapshots)
 
     def renew_boot_config(self, snapshot: int) -> list[str]:
-        """Run grub-mkconfig again for all deployments of a snapshot. Returns their slots.
+        """Run mkconfig again for all deployments of a snapshot. Returns their slots.
 
         Raises:
             AshError: it is not deployed (REFUSED).
@@ -4844,7 +5182,7 @@ class Deployments:
             raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
         for slot in slots:
             # An empty menu, so that no configuration is reused.
-            inputs, config = boot_config(self.layout.rootfs(slot), Menu(), self.layout.grub_cfg.parent)
+            inputs, config = self._boot_config(self.layout.rootfs(slot), Menu())
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
@@ -4875,9 +5213,12 @@ class Deployments:
     def _deployment_in(self, slot: str, ident: str) -> Deployment:
         """The menu's record of an existing slot, without the subvolume id of its snapshot, which is lost."""
         root = self.layout.rootfs(slot)
-        inputs, config = boot_config(root, self.menu, self.layout.grub_cfg.parent)
+        inputs, config = self._boot_config(root, self.menu)
         name = os_release(root, "NAME") or self.layout.distro
         return Deployment(slot, ident, snapshot_of_slot(self.layout, slot), 0, name, inputs, config, is_mutable(root))
+
+    def _boot_config(self, root: Path, menu: Menu) -> tuple[str, BootConfig]:
+        return boot_config(root, menu, self.layout.grub_cfg.parent, self.distro.boot_tools)
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since."""
@@ -4927,6 +5268,7 @@ class System:
     def __init__(self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0) -> None:
         self.layout = layout
         self.distro = distro
+        self.package_manager = distro.package_manager
         self.running = running
         self.wait = wait
         self.caller: Mapping[str, Any] | None = None  # recorded in the history
@@ -5013,6 +5355,7 @@ class System:
         """The deployments, with the menu read from disk."""
         return Deployments(
             self.layout,
+            self.distro,
             self.menu(),
             self.uuid,
             booted=self.booted_slot,
@@ -5282,7 +5625,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
             require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
             raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
-        packages = system.distro.packages(now), system.distro.packages(before)
+        packages = system.package_manager.installed(now), system.package_manager.installed(before)
         intent = place.swap(before, Intent("commit", copies=["boot", "etc"], caller=system.caller))
         try:
             place.finish(intent)
@@ -5336,7 +5679,7 @@ def delete_data(system: System, change: Change) -> Change:
         for path in change.kept:
             inside = Path(path).relative_to("/var")
             entry = str(Path(*inside.parts[:2])) if inside.parts[0] in ENTRY_DIRECTORIES else inside.parts[0]
-            if any(system.distro.claims(root, entry) for root in others):
+            if any(system.package_manager.claims(root, entry) for root in others):
                 kept.append(path)
             elif has_real_parents(system.layout.var, str(inside)):
                 remove_tree(system.layout.var / inside)
@@ -5346,9 +5689,9 @@ def delete_data(system: System, change: Change) -> Change:
 
 def newer_state(system: System, change: Change) -> list[str]:
     """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
-    older = [name for name, (old, new) in change.upgraded.items() if system.distro.is_older(new, old)]
+    older = [name for name, (old, new) in change.upgraded.items() if system.package_manager.is_older(new, old)]
     root = system.layout.undo(change.snapshot)
-    return [name for name in (*older, *change.removed) if system.distro.has_state(root, name)]
+    return [name for name in (*older, *change.removed) if system.package_manager.has_state(root, name)]
 
 
 def numbers_to_delete(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
@@ -5418,6 +5761,32 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class LiveResult:
+    """What a change did to the running system."""
+
+    def __init__(self) -> None:
+        self.changed = False
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.waiting: list[str] = []  # for the reboot
+        self.conflicts: list[str] = []  # of /etc and /var
+        self.conflicts_folders: list[str] = []
+        self.error = ""
+
+    def text(self) -> str:
+        """What the user is told."""
+        if self.error:
+            return f"the running system is as it was: {one_line(self.error)}"
+        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
+        lines += [f"  started: {listed(self.started)}"] if self.started else []
+        lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
+        if self.conflicts:
+            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
+            lines += [f"  what the change made of it is in {directory}" for directory in self.conflicts_folders]
+        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
+        return "\n".join(lines)
+
+
 class LiveWorkDir(WorkDir):
     """The work directory of a live change; it also has a snapshot of the running deployment as it was before.
 
@@ -5474,8 +5843,8 @@ class LiveWorkDir(WorkDir):
     def paths(self) -> set[str]:
         """The changed paths that are applied: not /etc, which is merged, and no kernels with their modules."""
         changed = changed_paths(self.before, self.root)
-        kernels = {found[1] for path in changed if (found := re.fullmatch(KERNEL, path))}
-        elsewhere = ("etc/", "boot/", *(f"usr/lib/modules/{kernel}/" for kernel in kernels))
+        modules = modules_of_changed_kernels(changed, self.before, self.root)
+        elsewhere = ("etc/", "boot/", *(f"{directory}/" for directory in modules))
         paths = {path for path in changed if not path.startswith(elsewhere)}
         below = self._others_below(paths, self.before) | self._others_below(paths, self.root)
         return paths | {path for path in below if not path.startswith(elsewhere)}
@@ -5545,7 +5914,7 @@ class LiveTransaction(Transaction):
         try:
             found = self._conclude()
             replaced = {name for name, old in found.before.items() if found.after.get(name) != old}
-            self.live.waiting = sorted(name for name in replaced if re.fullmatch(self.distro.not_live, name))
+            self.live.waiting = sorted(name for name in replaced if re.fullmatch(self.system.distro.not_live, name))
             if self.live.waiting:
                 place.drop()
                 return
@@ -6395,7 +6764,7 @@ def tree_columns(system: System, number: int) -> dict[str, Any]:
     """When a snapshot's state was made, and how many packages it has."""
     root = system.layout.rootfs(number)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
-    return {"date": made, "packages": len(system.distro.packages(root))}
+    return {"date": made, "packages": len(system.package_manager.installed(root))}
 
 
 @command(
@@ -7213,15 +7582,15 @@ def require_package_files(packages: Sequence[str]) -> None:
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
     """Those of the packages that a snapshot or slot has."""
     root = system.layout.rootfs(which)
-    there = system.distro.packages(root)
-    return [name for name in packages if system.distro.plain_name(root, name) in there]
+    there = system.package_manager.installed(root)
+    return [name for name in packages if system.package_manager.canonical_name(root, name) in there]
 
 
 def remove_packages(system: System, number: int, packages: Sequence[str], request: Request) -> Change:
     """Remove packages from a snapshot; nothing has changed if any of it fails."""
     if not installed_of(system, number, packages) and not (request.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    work = partial(system.distro.remove, packages=packages, purge=request.purge)
+    work = partial(system.package_manager.remove, packages=packages, purge=request.purge)
     done = change_snapshot(system, number, "removing from", work, simulate=request.dry_run)
     return delete_data(system, done) if request.delete_data and done.kept else done
 
@@ -7237,7 +7606,7 @@ def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
 
 def refresh(work: Transaction, strict: bool = False) -> None:
     """Fetch the package lists of a transaction's root."""
-    warn_of_repositories(work.distro.refresh(work), strict)
+    warn_of_repositories(work.package_manager.refresh(work), strict)
 
 
 def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
@@ -7256,7 +7625,7 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
         if strict:
             raise
         console.say(one_line(f"ash: {error.message}; going on with what is known"))
-    work.distro.upgrade(work, download_only)
+    work.package_manager.upgrade(work, download_only)
 
 
 @contextmanager
@@ -7280,7 +7649,7 @@ def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict
     dead: dict[str, RepositoryError] = {}
     for number in snapshots:
         try:
-            archives = system.distro.archives(system.layout.rootfs(number))
+            archives = system.package_manager.repositories(system.layout.rootfs(number))
             if archives not in done and archives not in dead:
                 with unrecorded(system):
                     change_snapshot(
@@ -7318,10 +7687,7 @@ class Profile:
     # Sections with packages: what must be there, what is taken where the archives have it.
     WANTED = ("packages", "generic", "init", "greeter")
     OPTIONAL = "packages::optional"
-    SERVICES: ClassVar[Mapping[str, Sequence[str]]] = {
-        "services::systemd": ("systemctl", "enable"),
-        "services::openrc": ("rc-update", "add"),
-    }
+    SERVICES: ClassVar[Sequence[str]] = [f"services::{init.name}" for init in INIT_SYSTEMS]
     SECTIONS = frozenset({*WANTED, OPTIONAL, *SERVICES, "commands", "presets", "notes"})
 
     def __init__(self, name: str, sections: Mapping[str, Sequence[str]]) -> None:
@@ -7371,13 +7737,13 @@ class Profile:
     def install(self, work: Transaction, user: str) -> None:
         """Install it: packages, services, then its commands, in which $USER is who called ash."""
         self._require_presets(work)
-        there = work.distro.available(work, self.optional) if self.optional else set()
-        work.distro.install(work, [*self.packages, *(name for name in self.optional if name in there)])
+        there = work.package_manager.available(work, self.optional) if self.optional else set()
+        work.package_manager.install(work, [*self.packages, *(name for name in self.optional if name in there)])
         if work.simulate:
             return
-        for section, command in self.SERVICES.items():
-            if path_inside(work.root, f"usr/bin/{command[0]}").exists() or section == "services::openrc":
-                self._enable(work, section, command)
+        init = init_of(work.root)
+        for line in self.lines(f"services::{init.name}"):
+            self._run(work, [*init.enable, *line.split()])
         for line in self.lines("commands"):
             self._run(work, ["env", f"USER={user}", "sh", "-ec", line])
 
@@ -7388,11 +7754,6 @@ class Profile:
             if not Configuration.parse(read_text(path_inside(work.root, "etc/ash.conf"))).is_on("aur"):
                 hint = f"ash edit-conf {work.snapshot}: a line aur::True"
                 raise AshError(f"profile {self.name} wants packages of the AUR", hint, REFUSED)
-
-    def _enable(self, work: Transaction, section: str, command: Sequence[str]) -> None:
-        if path_inside(work.root, "usr/sbin/openrc").exists() == (section == "services::openrc"):
-            for line in self.lines(section):
-                self._run(work, [*command, *line.split()])
 
     def _run(self, work: Transaction, argv: Sequence[str]) -> None:
         try:
@@ -7479,11 +7840,11 @@ def cmd_install(system: System, request: Request) -> Reply:
     live = goes_live(system, request, request.snapshots)
 
     def is_there(root: Path) -> bool:
-        return not (request.remove or request.dry_run) and system.distro.has_installed(root, packages)
+        return not (request.remove or request.dry_run) and system.package_manager.has_installed(root, packages)
 
     def install(work: Transaction) -> None:
         named = [work.show(Path(name)) if "/" in name else name for name in packages]
-        system.distro.install(work, named, request.remove)
+        system.package_manager.install(work, named, request.remove)
 
     changes = [
         Change(number)
@@ -7536,7 +7897,7 @@ def cmd_remove(system: System, request: Request) -> Reply:
     if request.dry_run:
         return would_change(changes)
     here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
-    work = partial(system.distro.remove, packages=here, purge=request.purge)
+    work = partial(system.package_manager.remove, packages=here, purge=request.purge)
     return changes_reply(changes, change_live(system, "removing from", work) if here else None)
 
 
@@ -7568,7 +7929,7 @@ def hold(system: System, request: Request, held: bool) -> Plan:
     what = "kept at their versions" if held else "upgraded again"
     yield would(f"have these of snapshot {number} {what}: {listed(packages)}")
     done = change_snapshot(
-        system, number, "holding packages of", partial(system.distro.hold, packages=packages, held=held)
+        system, number, "holding packages of", partial(system.package_manager.hold, packages=packages, held=held)
     )
     text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
     return changes_reply([done])._replace(text=text)
@@ -7628,8 +7989,9 @@ def cmd_refresh(system: System, request: Request) -> Plan:
 def cmd_fixdb(system: System, request: Request) -> Plan:
     snapshots = request.snapshots
     yield would(f"repair the package database of {listed(snapshots)}")
-    changes = [change_snapshot(system, number, "repairing", system.distro.repair) for number in snapshots]
-    left = [problem for number in snapshots for problem in system.distro.problems(system.layout.rootfs(number))]
+    changes = [change_snapshot(system, number, "repairing", system.package_manager.repair) for number in snapshots]
+    roots = [system.layout.rootfs(number) for number in snapshots]
+    left = [problem for root in roots for problem in system.package_manager.problems(root)]
     reply = changes_reply(changes)
     if not left:
         return reply
@@ -7645,7 +8007,7 @@ def cmd_whichsnap(system: System, request: Request) -> Reply:
     having = {
         number: {name: packages[name] for name in wanted}
         for number in system.tree().numbers()
-        if {*wanted} <= (packages := system.distro.packages(system.layout.rootfs(number))).keys()
+        if {*wanted} <= (packages := system.package_manager.installed(system.layout.rootfs(number))).keys()
     }
     if not having:
         raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
@@ -7661,7 +8023,7 @@ def cmd_whichsnap(system: System, request: Request) -> Reply:
 )  # fmt: skip
 def cmd_list(system: System, request: Request) -> Reply:
     number = request.snapshot
-    packages = system.distro.packages(system.layout.rootfs(number))
+    packages = system.package_manager.installed(system.layout.rootfs(number))
     names = "\n".join(packages)
     text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
     return Reply({"snapshot": number, "packages": packages}, text, names)
@@ -7883,8 +8245,10 @@ def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[i
     """
 
     def state(number: int) -> tuple[str, str]:
-        root, distro = system.layout.rootfs(number), system.distro
-        return distro.archives(root), json.dumps([distro.packages(root), sorted(distro.held(root)), about(number)])
+        root, manager = system.layout.rootfs(number), system.package_manager
+        return manager.repositories(root), json.dumps(
+            [manager.installed(root), sorted(manager.held(root)), about(number)]
+        )
 
     done = set()
     for number, known in ask_each(works if len(works) > 1 else (), state).items():
@@ -8052,13 +8416,13 @@ class ParentSync:
 
     def fetch(self, work: Transaction) -> None:
         """Fetch the packages that a transaction on the branch is to get."""
-        self.system.distro.fetch(work, self.missing(work.root))
+        self.system.package_manager.download(work, self.missing(work.root))
 
     def missing(self, root: Path) -> list[str]:
         """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
-        own, distro = self._wishes[0], self.system.distro
-        known = {*distro.packages(root), *own.removed}
-        return [name for name in distro.packages(self.root) if name not in known]
+        own, manager = self._wishes[0], self.system.package_manager
+        known = {*manager.installed(root), *own.removed}
+        return [name for name in manager.installed(self.root) if name not in known]
 
     @cached_property
     def _history(self) -> list[dict[str, Any]]:
@@ -8082,14 +8446,14 @@ class ParentSync:
         return PackageIntents.of(ours, self._history, since, FOLLOWS), PackageIntents.of(theirs, self._history, since)
 
     def _follow_packages(self, work: Transaction) -> None:
-        distro, (own, dropped) = self.system.distro, self._wishes
-        theirs, ours = distro.packages(self.root), distro.packages(work.root)
-        automatic = distro.automatic(self.root)
+        manager, (own, dropped) = self.system.package_manager, self._wishes
+        theirs, ours = manager.installed(self.root), manager.installed(work.root)
+        automatic = manager.automatic(self.root)
         missing = {name: name in automatic for name in self.missing(work.root)}
         unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
-        asked_for = (own.added & ours.keys()) - distro.automatic(work.root)
-        distro.follow(work, missing, [] if self.keep else sorted(unwanted))
-        there = distro.packages(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
+        asked_for = (own.added & ours.keys()) - manager.automatic(work.root)
+        manager.reconcile(work, missing, [] if self.keep else sorted(unwanted))
+        there = manager.installed(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
         if pushed_out := sorted(asked_for - there):
             hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
             raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
@@ -8101,7 +8465,7 @@ class ParentSync:
         deleted comes again where the parent has changed it since: nothing tells it from a new one.
         """
         theirs, ours = self.root / "etc", work.root / "etc"
-        of_packages = self.system.distro.files(self.root, "etc")
+        of_packages = self.system.package_manager.files(self.root, "etc")
         for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
             own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
@@ -8405,10 +8769,12 @@ class Repairer:
         """Have the package manager repair what it can of its database and its files, once."""
         if number not in self._repaired:
             self._repaired.add(number)
-            if not self.system.distro.packages(self.layout.rootfs(number)):  # what is installed then is not what was
+            if not self.system.package_manager.installed(
+                self.layout.rootfs(number)
+            ):  # what is installed then is not what was
                 raise AshError("nobody knows what was installed", f"ash undo {number} brings back what was before")
             with self._changing(number) as work:
-                self.system.distro.repair(work)
+                self.system.package_manager.repair(work)
 
     def replace_root(self, number: int) -> None:
         """Put a snapshot's predecessor in its place, where it is gone itself; without one it leaves the tree."""
@@ -8637,7 +9003,11 @@ class Fsck:
             yield Problem(what, number, "take it from the history", partial(mender.describe, number))
         for directory in ("etc", "boot"):
             yield from self._copy(number, directory)
-        audit = f" (ash run {number} {self.system.distro.audit} tells more)" if self.system.distro.audit else ""
+        audit = (
+            f" (ash run {number} {self.system.package_manager.audit} tells more)"
+            if self.system.package_manager.audit
+            else ""
+        )
         for problem in self._problems(root):
             remedy = f"repair it from its archives{audit}"
             yield Problem(problem, number, remedy, partial(mender.repair_packages, number))
@@ -8645,7 +9015,7 @@ class Fsck:
     def _problems(self, root: Path) -> list[str]:
         content = self._contents.of(root)
         if content not in self._known_problems:
-            self._known_problems[content] = self.system.distro.problems(root)
+            self._known_problems[content] = self.system.package_manager.problems(root)
         return self._known_problems[content]
 
     def _difference(self, copy: Path, root: Path, directory: str) -> str:
@@ -8915,55 +9285,10 @@ def cmd_fsck(system: System, request: Request) -> Reply:
 # The automatic upgrade
 # ---------------------------------------------------------------------------------------------------------------
 
-ELF_MAGIC = b"\x7fELF"
-PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
-AT_ONCE = 1000  # programs that one ldd looks at
-
-
-def programs_below(root: Path, directory: str) -> Iterator[str]:
-    """The executable files of a root's directory, by their paths from the root."""
-    for path in paths_below(root / directory):
-        file = root / directory / path
-        status = file.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
-            with file.open("rb") as program:
-                if program.read(4) == ELF_MAGIC:
-                    yield f"{directory}/{path}"
-
-
-def lacking_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
-    """The libraries that programs do not find, by what the root's own loader says."""
-    said: list[bytes] = []
-    for start in range(0, len(programs), AT_ONCE):
-        some = programs[start : start + AT_ONCE]
-        chroot.run(["ldd", "/bin/sh", *(f"/{path}" for path in some)], hear=said.append)
-    program, lacking, known = "", set(), 0
-    for line in lines_of(b"".join(said).decode(errors="replace")):
-        if line.startswith("/") and line.endswith(":"):
-            program = line[:-1]
-        elif "not found" in line:
-            lacking.add(f"{program} lacks {line.split()[0]}")
-        known += program == "/bin/sh" and " => /" in line
-    return lacking if known or not programs else {"ldd does not say which libraries programs need"}
-
-
-def missing_libraries(work: Transaction) -> set[str]:
-    """What programs of a transaction's root lack that they did not lack before."""
-    programs = [path for directory in PROGRAM_DIRECTORIES for path in programs_below(work.root, directory)]
-    lacking = lacking_libraries(work.chroot(), sorted(programs))
-    if not lacking:  # as it nearly always is: so what was before need not be asked
-        return lacking
-    before = work.place.before
-    snapshot_subvolume(work.original, before)
-    there = [path for path in programs if (before / path).is_file()]
-    known = lacking_libraries(work.chroot()._replace(root=before), sorted(there))
-    delete_subvolume(before)
-    return lacking - known
-
 
 def require_sound(work: Transaction) -> None:
     """Raise AshError where something is wrong with a transaction's root that was not wrong before."""
-    now, before = ({*work.distro.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
+    now, before = ({*work.package_manager.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
     new = sorted(now - before) or sorted(missing_libraries(work))
     if new:
         raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
@@ -9087,8 +9412,8 @@ class AutoUpgrade:
             return reply
         if not is_in_window(self.window):
             return reply._replace(text=f"{reply.text}\nthe reboot waits for {self.window}")
-        run(["shutdown", "-r", "+1", "ash has upgraded the system"])
-        return reply._replace(text=f"{reply.text}\nrebooting in one minute: shutdown -c cancels it")
+        cancel = schedule_reboot("ash has upgraded the system")
+        return reply._replace(text=f"{reply.text}\nrebooting in one minute: {cancel} cancels it")
 
     def _change(self, number: int, base: bool = False) -> Change:
         if self.policy == "check":
@@ -9097,10 +9422,10 @@ class AutoUpgrade:
         return change_snapshot(self.system, number, "upgrading", self._work, base=base)
 
     def _work(self, transaction: Transaction) -> None:
-        packages = self.system.distro.packages(transaction.root)
+        packages = self.system.package_manager.installed(transaction.root)
         refresh(transaction, self.strict)
         upgrade(transaction, fetch=False)
-        if self.system.distro.packages(transaction.root) != packages:
+        if self.system.package_manager.installed(transaction.root) != packages:
             require_sound(transaction)
             if transaction.snapshot == self.number:
                 self._keep(transaction.original)
@@ -9254,8 +9579,8 @@ def kind_of_change(old: Path, new: Path) -> str:
 def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
     """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
     roots = system.layout.rootfs(old), system.layout.rootfs(new)
-    before, after = map(system.distro.packages, roots)
-    listed = set().union(*map(system.distro.config_files, roots))
+    before, after = map(system.package_manager.installed, roots)
+    listed = set().union(*map(system.package_manager.config_files, roots))
     if os.geteuid() == 0 and system.layout.top is not None:
         with ExitStack() as stack:
             views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]

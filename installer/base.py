@@ -45,7 +45,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
     """
     root = layout.rootfs(BASE)
     (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
-    for name in distro.database:
+    for name in distro.package_manager.database:
         travels, shared = root / in_database(name), root / "var" / name
         travels.parent.mkdir(parents=True, exist_ok=True)
         if shared.is_dir():
@@ -54,10 +54,10 @@ def split_base(layout: Layout, distro: Distro) -> None:
             travels.mkdir()
             shared.parent.mkdir(parents=True, exist_ok=True)
         shared.symlink_to(f"/{in_database(name)}")
-    for name in distro.database_files:
+    for name in distro.package_manager.database_files:
         if (root / "var" / name).exists():
             (root / "var" / name).rename(root / in_database(name))
-    distro.prepare_base(root)
+    distro.package_manager.prepare_base(root)
     numbers = AccountIds()
     numbers.learn(root / "etc")
     write_file(layout.ids, numbers.dump())
@@ -65,7 +65,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
         run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
         remove_tree(root / directory)
         (root / directory).mkdir()
-    make_bootable(layout, root, BASE, layout.part.read_text().strip())
+    make_bootable(layout, distro, root, BASE, layout.part.read_text().strip())
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)
     set_readonly(root)

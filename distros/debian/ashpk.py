@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Debian's package manager: apt and dpkg."""
+"""Debian, and its package manager: apt and dpkg."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ from ash import (
     Change,
     Distro,
     PackageError,
+    PackageManager,
     RepositoryError,
     Transaction,
     TransientFile,
@@ -28,12 +29,169 @@ from ash import (
 )
 
 
-class Debian(Distro):
-    """Debian, and the distributions made from it."""
+def version_key(version: str) -> tuple[object, ...]:
+    """A sort key for Debian versions (deb-version(7)): epoch, upstream version, revision.
 
-    id = "debian"
+    Runs of digits compare as numbers, other runs by character: `~` before the end, letters before the rest.
+    """
+    epoch, _, rest = version.partition(":") if ":" in version else ("0", "", version)
+    upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "0")
 
-    # The package managers' own records, and those of tools that note what packages put in /usr and /etc.
+    def order(letter: str) -> int:
+        return -1 if letter == "~" else ord(letter) if letter.isalpha() else ord(letter) + 256
+
+    def key(part: str) -> list[object]:
+        runs = re.findall(r"([^0-9]*)([0-9]*)", part)
+        return [([*map(order, letters), 0], (len(digits.lstrip("0")), digits.lstrip("0"))) for letters, digits in runs]
+
+    return int(epoch) if re.fullmatch("[0-9]{1,9}", epoch) else 0, key(upstream), key(revision)
+
+
+def paragraphs(path: Path) -> Iterator[dict[str, str]]:
+    """The paragraphs of a Debian control file, with the first line of each field; none if there is no file."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for paragraph in text.split("\n\n"):
+        fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
+        if fields:
+            yield fields
+
+
+def database(root: Path, path: str) -> Path:
+    """A path of the package database of a root; symlinks are followed, but never out of the root."""
+    return path_inside(root, f"{IN_ROOT_DB}/{path}")
+
+
+def is_regular_file(path: Path) -> bool:
+    """Whether a path is a regular file. Symlinks do not count: dpkg makes none, and they may lead out of the root."""
+    return path.is_file() and not path.is_symlink()
+
+
+def foreign_architectures(root: Path) -> list[str]:
+    """The architectures, besides its own, whose packages a root can install."""
+    path = database(root, "dpkg/arch")  # the first line is the root's own
+    return path.read_text(errors="replace").split()[1:] if path.is_file() else []
+
+
+def architectures_of(packages: Iterable[str]) -> set[str]:
+    """The architectures in qualified package names such as `libc6:i386`."""
+    return {name.partition(":")[2] for name in packages} - {""}
+
+
+def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:
+    """The name of a package as apt prints it: qualified if its architecture is foreign."""
+    name, architecture = package.get("Package", ""), package.get("Architecture", "")
+    return f"{name}:{architecture}" if architecture in foreign else name
+
+
+def known_packages(root: Path) -> Iterator[dict[str, str]]:
+    """The packages in dpkg's status file, named as apt prints them; damaged paragraphs get the status `damaged`."""
+    foreign = foreign_architectures(root)
+    for package in paragraphs(database(root, "dpkg/status")):
+        if "Package" in package:
+            yield {"Status": "unknown damaged", "Version": "", **package, "Package": name_of(package, foreign)}
+
+
+def own_architecture(root: Path) -> str:
+    """The architecture of a root; before dpkg has recorded it, that of the package dpkg."""
+    path = database(root, "dpkg/arch")
+    if path.is_file() and (noted := path.read_text(errors="replace").split()):
+        return noted[0]
+    return next((one.get("Architecture", "") for one in known_packages(root) if one["Package"] == "dpkg"), "")
+
+
+def file_lists(root: Path, packages: Container[str]) -> dict[str, list[Path]]:
+    """dpkg's file lists of packages; the name of a list may contain the architecture or not."""
+    foreign, found = foreign_architectures(root), dict[str, list[Path]]()
+    for path in filter(is_regular_file, sorted(database(root, "dpkg/info").glob("*.list"))):
+        name, _, architecture = path.stem.partition(":")
+        others = [f"{name}:{one}" for one in foreign if architecture in ("", one)]
+        for one in others if architecture in foreign else [name, *others]:
+            if one in packages:
+                found.setdefault(one, []).append(path)
+    return found
+
+
+def diversions(root: Path) -> dict[str, tuple[str, str]]:
+    """dpkg's diversions: {path: (where it is diverted to, the package that is exempt)}."""
+    path = database(root, "dpkg/diversions")
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
+
+
+def only_excluded_failed(autoinstall: str) -> bool:
+    """Whether dkms failed only because modules exclude this kernel (BUILD_EXCLUSIVE), an error in dkms 3.0."""
+    known = r"BUILD_EXCLUSIVE|One or more modules failed to install during autoinstall"
+    errors = re.findall(r"Error! .*|^.* failed due to missing dependencies.*", autoinstall, re.MULTILINE)
+    return "BUILD_EXCLUSIVE" in autoinstall and all(re.search(known, error) for error in errors)
+
+
+def report_failed_builds(root: Path) -> None:
+    """Print the compiler's errors for modules that dkms could not build: its log is dropped with the transaction."""
+    for log in sorted(database(root, "dkms").glob("*/*/build/make.log")):
+        module, version = log.parts[-4:-2]
+        said = read_text(path_inside(root, str(log.relative_to(root))))
+        lines = said.rstrip().splitlines()[-30:]
+        console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
+
+
+def usable_repositories(update: str) -> list[tuple[str, str]]:
+    """The repositories (URL, suite) that apt-get update reached and did not refuse."""
+    refused = "\n".join(re.findall(r"^E: (?:Release file for |Repository ').*", update, re.MULTILINE))
+
+    def is_refused(url: str, suite: str) -> bool:
+        return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
+
+    reached = re.findall(r"^(?:Hit|Get):\d+ (\S+) +(\S+)", update, re.MULTILINE)
+    return [repository for repository in reached if not is_refused(*repository)]
+
+
+def bytes_of(uris: str, without: Container[str] = ()) -> int:
+    """The bytes to download, from lines of apt-get --print-uris such as `'URI' NAME_1_amd64.deb SIZE HASH`.
+
+    Args:
+        uris: the lines.
+        without: packages to leave out.
+    """
+    files = re.findall(r"^'\S+' ([^\s_]+)_\S*_([^\s_.]+)\.\w+ (\d+) ", uris, re.MULTILINE)
+    return sum(int(size) for name, of, size in files if name not in without and f"{name}:{of}" not in without)
+
+
+def planned(snapshot: int, simulation: str) -> Change:
+    """The change that apt-get --simulate announces: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`."""
+    installed = re.findall(r"^Inst (\S+) (?:\[(\S+)\] )?\((\S+)", simulation, re.MULTILINE)
+    removed = dict(re.findall(r"^(?:Remv|Purg) (\S+) \[(\S+)\]", simulation, re.MULTILINE))
+    return Change(
+        snapshot,
+        changed=bool(installed or removed),
+        added={name: new for name, old, new in installed if not old},
+        removed=removed,
+        upgraded={name: (old, new) for name, old, new in installed if old},
+    )
+
+
+def apt_error(output: str) -> AshError:
+    """The error for failed apt-get output, with its own words."""
+    errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
+    if missing := re.search(
+        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate"
+        r"|(?:Version|Release) '([^']+)' for '([^']+)' was not found",
+        output,
+    ):
+        name = missing[1] or missing[2] or f"{missing[4]} {missing[3]}"
+        return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
+    if room := next((line for line in errors if "too little space" in line), ""):
+        return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)
+    return PackageError("; ".join(errors[:3]) or "apt-get failed")
+
+
+class Apt(PackageManager):
+    """apt and dpkg, of Debian and its derivatives.
+
+    Args:
+        keyring: the package with the keys of the repositories.
+    """
+
+    # The records of dpkg and apt, and those of tools that record what packages put into /usr and /etc.
     database = (
         "lib/dpkg",
         "lib/pam",
@@ -73,11 +231,9 @@ class Debian(Distro):
     database_files = ("lib/shells.state",)
     caches = ("cache/apt", "lib/apt", "cache/man", "cache/fontconfig")
     logs = ("log/apt", "log/dpkg.log", "log/alternatives.log")
-    downloads = "cache/apt/archives/*.deb"
+    downloads = ("cache/apt/archives/*.deb",)
     audit = "dpkg --audit"
-    keyring: ClassVar[str] = "debian-archive-keyring"
-    not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"
-    # Without questions, and with edited configuration files as they are.
+    # No questions; edited configuration files stay.
     force: ClassVar[Sequence[str]] = ("--force-confdef", "--force-confold")
     apt_get: ClassVar[Sequence[str]] = (
         *("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", "--quiet", "-o", "Dpkg::Use-Pty=0"),
@@ -89,17 +245,17 @@ class Debian(Distro):
         "NEEDRESTART_SUSPEND": "1",
         "debian_chroot": "ash",
     }
-    # What apt says of one archive that cannot be had, or that is too old, of the future, or another release now.
+    # What apt says of a repository that cannot be reached, has expired, is from the future, or has a new release.
     TROUBLE = r"Failed to fetch|^The repository|GPG error|^Release file for |^Repository '"
-    # A power cut drops the whole transaction, so dpkg need not sync; pkgcache.bin describes one snapshot only; the
-    # lists are shared with snapshots that have other archives.
+    # A power cut drops the whole transaction, so dpkg need not sync. pkgcache.bin describes one snapshot only. The
+    # lists are shared with snapshots that have other repositories.
     APT_CONF = """\
 DPkg::Options {"--force-unsafe-io";};
 DPkg::Pre-Install-Pkgs {"/run/ash/room";};
 Dir::Cache::pkgcache "/run/ash/pkgcache.bin";
 APT::Get::List-Cleanup "false";
 """
-    # apt gives it the archives that it is about to unpack; sizes in KiB. 262144 KiB is ash's SPACE_FLOOR.
+    # apt pipes it the packages that it is about to unpack. Sizes are in KiB; 262144 KiB is ash's SPACE_FLOOR.
     ROOM = """\
 #!/bin/sh
 need=262144
@@ -115,10 +271,13 @@ room=$(df --output=avail -k / | tail -n 1)
         "run/ash/room": TransientFile(ROOM, 0o755),
     }
 
-    def prepare_base(self, root: Path) -> None:
-        """Keep the records of apt and dkms with the snapshot, and /usr/bin/ash ours where the package ash comes.
+    def __init__(self, keyring: str) -> None:
+        self.keyring = keyring
 
-        And have siblings that make an initramfs of the same files make the same one, so that they can share it.
+    def prepare_base(self, root: Path) -> None:
+        """Move the records of apt and dkms into the snapshot, and divert /usr/bin/ash of the package ash.
+
+        initramfs-tools is made reproducible, so that siblings with the same files share their initramfs.
         """
         marks = root / IN_ROOT_DB / "apt"
         marks.mkdir(exist_ok=True)
@@ -127,7 +286,7 @@ room=$(df --output=avail -k / | tail -n 1)
             old.rename(marks / "extended_states")
         conf = root / "etc/apt/apt.conf.d/05ash"
         conf.write_text(f'Dir::State::extended_states "/{IN_ROOT_DB}/apt/extended_states";\n')
-        dkms = root / "etc/dkms/framework.conf.d/ash.conf"  # dkms compares this path with where links in it lead
+        dkms = root / "etc/dkms/framework.conf.d/ash.conf"  # dkms compares this path with the targets of symlinks
         dkms.parent.mkdir(parents=True, exist_ok=True)
         dkms.write_text(f'dkms_tree="/{in_database("lib/dkms")}"\n')
         initramfs = root / "etc/initramfs-tools/conf.d/ash"
@@ -138,35 +297,35 @@ room=$(df --output=avail -k / | tail -n 1)
             known = path.read_text() if path.exists() else ""
             path.write_text(f"{known}/usr/bin/ash\n/usr/bin/ash.debian\n:\n")  # ":" is the local administrator
 
-    def packages(self, root: Path) -> dict[str, str]:
-        """Read dpkg's status file; packages of other architectures are named as apt does, such as `libc6:i386`."""
+    def installed(self, root: Path) -> dict[str, str]:
+        """Read dpkg's status file; packages of foreign architectures are named as apt does, such as `libc6:i386`."""
         return {
             package["Package"]: package["Version"]
             for package in known_packages(root)
             if package["Status"].endswith(" installed")
         }
 
-    def plain_name(self, root: Path, name: str) -> str:
-        """Without the root's own architecture."""
+    def canonical_name(self, root: Path, name: str) -> str:
+        """The name without the root's own architecture."""
         return name.removesuffix(f":{own_architecture(root)}") if ":" in name else name
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
-        """Whether all are there, and none only because another needs it."""
-        wanted = {self.plain_name(root, name) for name in packages}
-        return wanted <= self.packages(root).keys() - self.automatic(root)
+        """Whether all are installed, and none as a dependency only."""
+        wanted = {self.canonical_name(root, name) for name in packages}
+        return wanted <= self.installed(root).keys() - self.automatic(root)
 
     def is_older(self, version: str, other: str) -> bool:
         """Compare versions as dpkg does (deb-version(7))."""
         return version_key(version) < version_key(other)
 
     def has_state(self, root: Path, package: str) -> bool:
-        """Whether dpkg's list of the package's files has something in /var/lib."""
+        """Whether dpkg's file list of the package names something in /var/lib."""
         lists = file_lists(root, {package}).get(package, [])
         return any("/var/lib/" in path.read_text(errors="replace") for path in lists)
 
     def claims(self, root: Path, entry: str) -> set[str]:
-        """By dpkg's file lists, and by the entry's name: many packages make theirs in a script."""
-        installed = self.packages(root)
+        """By dpkg's file lists, and by the name of the entry: many packages create theirs in a script."""
+        installed = self.installed(root)
         named = {name for name in installed if name.partition(":")[0] == Path(entry).name}
         wanted = re.compile(rf"^/var/{re.escape(entry)}(/|$)", re.MULTILINE)
         lists = file_lists(root, installed).items()
@@ -175,7 +334,7 @@ room=$(df --output=avail -k / | tail -n 1)
         }
 
     def config_files(self, root: Path) -> set[str]:
-        """Those of dpkg's status file, and those that ucf keeps."""
+        """The conffiles in dpkg's status file, and the files that ucf manages."""
         status = database(root, "dpkg/status")
         text = status.read_text(encoding="utf-8", errors="replace") if status.is_file() else ""
         blocks = re.findall(r"^Conffiles:\n((?: .*\n)*)", text, re.MULTILINE)
@@ -185,7 +344,7 @@ room=$(df --output=avail -k / | tail -n 1)
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
     def files(self, root: Path, directory: str) -> set[str]:
-        """Those of dpkg's file lists, and those that ucf keeps."""
+        """The paths in dpkg's file lists, and the files that ucf manages."""
         start = f"/{directory}/"
         lists = [
             path for path in database(root, "dpkg/info").glob("*.list") if path.is_file() and not path.is_symlink()
@@ -195,27 +354,27 @@ room=$(df --output=avail -k / | tail -n 1)
         return paths | {path.removeprefix(start[1:]) for path in self.config_files(root) if path.startswith(start[1:])}
 
     def problems(self, root: Path) -> list[str]:
-        """Packages that are half there, and files that dpkg believes to be there and that are not."""
+        """Half-installed packages, and missing files of installed ones."""
         found, known = [], list(known_packages(root))
         for package in known:
             state = package["Status"].rpartition(" ")[2]
             if state not in ("installed", "config-files", "not-installed"):
                 found.append(f"package {package['Package']} is {state}")
-        lacking = self._lacking(root)
+        missing = self._missing_files(root)
         if not any(package["Status"].endswith(" installed") for package in known):
             found.append("the package database knows no package")
-        return found + [f"package {name} lacks {files[0]} ({len(files)} files)" for name, files in lacking.items()]
+        return found + [f"package {name} lacks {files[0]} ({len(files)} files)" for name, files in missing.items()]
 
-    def _lacking(self, root: Path) -> dict[str, list[str]]:
-        """The files in /usr that dpkg believes to be there and that are not, by package; also its own lists of them."""
-        installed, diverted = self.packages(root), diversions(root)
+    def _missing_files(self, root: Path) -> dict[str, list[str]]:
+        """The missing files of each package, in /usr and among dpkg's own file lists."""
+        installed, diverted = self.installed(root), diversions(root)
         found: dict[str, list[str]] = {}
 
         def moved(path: str, package: str) -> str:
             target, keeper = diverted.get(path, (path, package))
             return path if package.partition(":")[0] == keeper else target
 
-        # By directory: to ask for each path, or to follow each from the root on, would take many times as long.
+        # Directory by directory: a call for each path, or resolving each from the root, takes many times as long.
         names: dict[str, set[str]] = {}
         places = {"": root}
 
@@ -242,16 +401,16 @@ room=$(df --output=avail -k / | tail -n 1)
         return found
 
     def automatic(self, root: Path) -> set[str]:
-        """Read apt's marks."""
+        """The packages that apt has marked as automatically installed."""
         marks, foreign = paragraphs(database(root, "apt/extended_states")), foreign_architectures(root)
         return {name_of(mark, foreign) for mark in marks if mark.get("Auto-Installed") == "1"}
 
     def held(self, root: Path) -> set[str]:
-        """What dpkg's status file says is to be on hold."""
+        """The packages that dpkg's status file has on hold."""
         return {package["Package"] for package in known_packages(root) if package["Status"].startswith("hold ")}
 
-    def archives(self, root: Path) -> str:
-        """apt's sources, preferences and settings, such as for a proxy."""
+    def repositories(self, root: Path) -> str:
+        """apt's sources, preferences and settings, such as a proxy."""
         apt = path_inside(root, "etc/apt")
         directories = (apt / name for name in ("sources.list.d", "preferences.d", "apt.conf.d", "auth.conf.d"))
         files = [apt / name for name in ("sources.list", "preferences", "apt.conf", "auth.conf")]
@@ -259,17 +418,17 @@ room=$(df --output=avail -k / | tail -n 1)
         return "\n".join(f"{path.name}\n{read_text(path)}" for path in files if path.is_file())
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
-        """One run of apt-get, after fetching the package lists where there are none."""
+        """Run apt-get once, after fetching the package lists if there are none."""
         if not any((work.var / "lib/apt/lists").glob("*_*")):
             self._apt(work, "update", alters=False)
         self._apt(work, "install", "--", *packages, *(f"{name}-" for name in remove))
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
-        """One run of apt-get."""
+        """Run apt-get once."""
         self._apt(work, "purge" if purge else "remove", "--autoremove", "--", *packages)
 
     def refresh(self, work: Transaction) -> list[str]:
-        """One run of apt-get; an archive that is down or wrong is told of, and its old lists stay."""
+        """Run apt-get once. A repository that fails keeps its old lists."""
         try:
             output = work.run([*self.apt_get, "update"])
         except PackageError as error:
@@ -278,24 +437,24 @@ room=$(df --output=avail -k / | tail -n 1)
         trouble = [line for line in said if re.search(self.TROUBLE, line)]
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
-        if trouble and not archives_had(output):
-            raise RepositoryError(f"no archive can be had: {trouble[0]}")
+        if trouble and not usable_repositories(output):
+            raise RepositoryError(f"no repository can be reached: {trouble[0]}")
         return list(dict.fromkeys(trouble))
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
-        """One run of apt-get, which removes nothing: what only a removal lets in is kept back."""
+        """Run apt-get without letting it remove anything: upgrades that need a removal are kept back."""
         self._apt(work, "upgrade", "--with-new-pkgs", *(["--download-only"] if download_only else []))
 
     def repair(self, work: Transaction) -> None:
-        """dpkg's own way, then apt's; then anew what lacks files, and the keyring. What cannot be done is told of."""
+        """Configure, fix dependencies, reinstall; report steps that fail, and raise only if problems were added."""
         for name in ("lock", "lock-frontend"):
             (database(work.root, "dpkg") / name).unlink(missing_ok=True)
         configure = ["env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--configure", "--pending", *self.force]
         steps: Mapping[str, Callable[[], object]] = {
-            "finish what is half installed": lambda: work.run(configure),
-            "mend dependencies": lambda: self._apt(work, "install", "--fix-broken"),
+            "configure half-installed packages": lambda: work.run(configure),
+            "fix dependencies": lambda: self._apt(work, "install", "--fix-broken"),
             "fetch the package lists": lambda: self.refresh(work),
-            "bring back lost files": lambda: self._reinstall(work, list(self._lacking(work.root))),
+            "restore missing files": lambda: self._reinstall(work, list(self._missing_files(work.root))),
             "renew the keyring": lambda: self._reinstall(work, [self.keyring]),
         }
         before, failure = len(self.problems(work.root)), None
@@ -306,41 +465,41 @@ room=$(df --output=avail -k / | tail -n 1)
                 failure = error
                 console.say(one_line(f"ash: cannot {what}: {last_words(error.message)}"))
         if failure and len(self.problems(work.root)) > before:
-            raise failure  # rather as it was than worse
+            raise failure
 
     def _reinstall(self, work: Transaction, packages: Sequence[str]) -> None:
         if packages:
             self._apt(work, "install", "--reinstall", "--", *packages)
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
-        """By apt-mark, which needs the packages to be known."""
+        """Use apt-mark, which refuses packages that it does not know."""
         try:
             work.run(["apt-mark", "hold" if held else "unhold", "--", *packages])
         except PackageError as error:
             raise apt_error(error.message) from None
 
     def available(self, work: Transaction, packages: Sequence[str]) -> set[str]:
-        """Ask apt-cache for candidates."""
+        """The packages for which apt-cache has a candidate."""
         output = work.run(["apt-cache", "policy", "--", *packages]) if packages else ""
         found = re.findall(r"^(\S+):\n  Installed: .*\n  Candidate: (\S+)", output, re.MULTILINE)
         return {name for name, candidate in found if candidate != "(none)"}
 
-    def follow(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
-        """Install, then leave the rest to apt's marks: what is unwanted, and so automatic now, and not needed goes."""
+    def reconcile(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
+        """Install what is missing, mark what is unwanted as automatic, then remove that as far as nothing needs it."""
         for architecture in sorted(architectures_of(missing)):
             work.run(["dpkg", "--add-architecture", architecture])
         if missing:
             self._apt(work, "install", "--", *missing)
         automatic = [name for name, needed_only in missing.items() if needed_only]
-        known = self.automatic(work.root)  # to mark them once more would be a change
+        known = self.automatic(work.root)  # marking them again would change the snapshot
         if marks := [name for name in (*automatic, *unwanted) if name not in known]:
             work.run(["apt-mark", "auto", "--", *marks])
         if unwanted:
             self._remove_unneeded(work, unwanted)
 
     def _remove_unneeded(self, work: Transaction, packages: Sequence[str]) -> None:
-        """Remove those of some packages that nothing needs: no others, though nothing may need these as well."""
-        # Without its log of what it planned: to write that would be a change.
+        """Remove those of the packages that nothing needs, and no others, unlike `apt-get autoremove`."""
+        # Without the planner's log: writing it would change the snapshot.
         simulate = [*self.apt_get, "--simulate", "-o", "Dir::Log::Planner=/dev/null"]
 
         def removed(*arguments: str) -> set[str]:
@@ -355,14 +514,20 @@ room=$(df --output=avail -k / | tail -n 1)
         if gone:
             self._apt(work, "remove", "--", *sorted(gone))
 
-    def fetch(self, work: Transaction, packages: Sequence[str]) -> None:
-        """Leave out what is of an architecture that is yet to come."""
+    def download(self, work: Transaction, packages: Sequence[str]) -> None:
+        """Run apt-get, leaving out packages of architectures that the root does not have yet."""
         known = {*foreign_architectures(work.root)}
         if wanted := [name for name in packages if architectures_of([name]) <= known]:
             self._apt(work, "install", "--download-only", "--", *wanted, alters=False)
 
     def _apt(self, work: Transaction, *arguments: str, alters: bool = True) -> None:
-        """Run apt-get without questions; edited configuration files stay."""
+        """Run apt-get without questions; unless the transaction simulates, then build dkms modules.
+
+        Args:
+            work: the transaction.
+            arguments: of apt-get.
+            alters: whether this changes installed packages.
+        """
         simulates = work.simulate and alters
         try:
             output = work.run([*self.apt_get, *(["--simulate"] if simulates else []), *arguments])
@@ -371,179 +536,34 @@ room=$(df --output=avail -k / | tail -n 1)
                 if plan.added or plan.upgraded:
                     uris = work.run([*self.apt_get, "--print-uris", *arguments])
                     plan = plan._replace(download=bytes_of(uris, work.change.packages_changed()))
-                work.change = work.change.then(plan)  # several runs make one plan
+                work.change = work.change.then(plan)
             elif alters:
                 self._build_modules(work)
         except PackageError as error:
-            tell_failed_builds(work.root)
+            report_failed_builds(work.root)
             raise apt_error(error.message) from None
 
     @staticmethod
     def _build_modules(work: Transaction) -> None:
-        """Build what dkms has for the snapshot's own kernels: its scripts look at the running one."""
+        """Build dkms modules for the snapshot's own kernels: the scripts of dkms build for the running one."""
         if not (work.root / "usr/sbin/dkms").exists():
             return
         for kernel in sorted(path_inside(work.root, "usr/lib/modules").glob("*")):
             headers = path_inside(work.root, f"usr/lib/modules/{kernel.name}/build/include")
-            if headers.is_dir():  # so dkms asks as well; a link to headers that went may be left
+            if headers.is_dir():  # the test of dkms itself; removed headers may leave a dangling symlink
                 try:
                     work.run(["dkms", "autoinstall", "-k", kernel.name])
                 except PackageError as error:
-                    if not only_excluded(error.message):
+                    if not only_excluded_failed(error.message):
                         said = last_words(error.message)
                         raise PackageError(f"E: a module cannot be built for {kernel.name}: {said}") from None
 
 
-def version_key(version: str) -> tuple[object, ...]:
-    """A key by which Debian versions sort: epoch, upstream version, revision.
+class Debian(Distro):
+    """Debian; its derivatives inherit from this class."""
 
-    Runs of digits count as numbers, other runs letter by letter: `~` before the end, letters before the rest.
-    """
-    epoch, _, rest = version.partition(":") if ":" in version else ("0", "", version)
-    upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "0")
-
-    def order(letter: str) -> int:
-        return -1 if letter == "~" else ord(letter) if letter.isalpha() else ord(letter) + 256
-
-    def key(part: str) -> list[object]:
-        runs = re.findall(r"([^0-9]*)([0-9]*)", part)
-        return [([*map(order, letters), 0], (len(digits.lstrip("0")), digits.lstrip("0"))) for letters, digits in runs]
-
-    return int(epoch) if re.fullmatch("[0-9]{1,9}", epoch) else 0, key(upstream), key(revision)
-
-
-def paragraphs(path: Path) -> Iterator[dict[str, str]]:
-    """The paragraphs of a Debian control file, by their fields' first lines; none where there is no file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for paragraph in text.split("\n\n"):
-        fields = dict(re.findall(r"^([\w-]+): *(.*)$", paragraph, re.MULTILINE))
-        if fields:
-            yield fields
-
-
-def database(root: Path, path: str) -> Path:
-    """What a path of the package database of a root is, wherever links lead to it, but never out of the root."""
-    return path_inside(root, f"{IN_ROOT_DB}/{path}")
-
-
-def file_lists(root: Path, packages: Container[str]) -> dict[str, list[Path]]:
-    """dpkg's lists of the files of some packages, which have the architecture in their names or not."""
-    foreign, found = foreign_architectures(root), dict[str, list[Path]]()
-    for path in filter(is_plain_file, sorted(database(root, "dpkg/info").glob("*.list"))):
-        name, _, architecture = path.stem.partition(":")
-        others = [f"{name}:{one}" for one in foreign if architecture in ("", one)]
-        for one in others if architecture in foreign else [name, *others]:
-            if one in packages:
-                found.setdefault(one, []).append(path)
-    return found
-
-
-def foreign_architectures(root: Path) -> list[str]:
-    """The architectures beside its own of which a root can have packages."""
-    path = database(root, "dpkg/arch")  # its first line is the root's own
-    return path.read_text(errors="replace").split()[1:] if path.is_file() else []
-
-
-def own_architecture(root: Path) -> str:
-    """The architecture of a root; that of dpkg itself where dpkg has not noted it yet."""
-    path = database(root, "dpkg/arch")
-    if path.is_file() and (noted := path.read_text(errors="replace").split()):
-        return noted[0]
-    return next((one.get("Architecture", "") for one in known_packages(root) if one["Package"] == "dpkg"), "")
-
-
-def architectures_of(packages: Iterable[str]) -> set[str]:
-    """The architectures that names of packages give."""
-    return {name.partition(":")[2] for name in packages} - {""}
-
-
-def name_of(package: Mapping[str, str], foreign: Sequence[str]) -> str:
-    """What apt calls a package, by its fields: its name, with its architecture where that is not the root's own."""
-    name, architecture = package.get("Package", ""), package.get("Architecture", "")
-    return f"{name}:{architecture}" if architecture in foreign else name
-
-
-def is_plain_file(path: Path) -> bool:
-    """Whether a path is a file and no link: dpkg makes none, and they may lead out of the root."""
-    return path.is_file() and not path.is_symlink()
-
-
-def known_packages(root: Path) -> Iterator[dict[str, str]]:
-    """What dpkg's status file says of each package, named as apt does, where it says what and how it is."""
-    foreign = foreign_architectures(root)
-    for package in paragraphs(database(root, "dpkg/status")):
-        if "Package" in package:
-            yield {"Status": "unknown damaged", "Version": "", **package, "Package": name_of(package, foreign)}
-
-
-def diversions(root: Path) -> dict[str, tuple[str, str]]:
-    """By path, where dpkg puts the files of packages instead, and the package to which that does not apply."""
-    path = database(root, "dpkg/diversions")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return {path: (target, keeper) for path, target, keeper in zip(lines[::3], lines[1::3], lines[2::3], strict=False)}
-
-
-def only_excluded(autoinstall: str) -> bool:
-    """Whether nothing failed but modules that say that they are not for the kernel, which dkms 3.0 fails over."""
-    known = r"BUILD_EXCLUSIVE|One or more modules failed to install during autoinstall"
-    errors = re.findall(r"Error! .*|^.* failed due to missing dependencies.*", autoinstall, re.MULTILINE)
-    return "BUILD_EXCLUSIVE" in autoinstall and all(re.search(known, error) for error in errors)
-
-
-def tell_failed_builds(root: Path) -> None:
-    """Say what compilers said of modules that dkms could not build: it only names a log, which goes with the rest."""
-    for log in sorted(database(root, "dkms").glob("*/*/build/make.log")):
-        module, version = log.parts[-4:-2]
-        said = read_text(path_inside(root, str(log.relative_to(root))))
-        lines = said.rstrip().splitlines()[-30:]  # what tells why
-        console.say("\n".join([f"Building {module} {version} failed:", *(f"  {line}" for line in lines)]))
-
-
-def archives_had(update: str) -> list[tuple[str, str]]:
-    """The archives (URL, suite) of which apt-get update had something, and that it did not refuse then."""
-    refused = "\n".join(re.findall(r"^E: (?:Release file for |Repository ').*", update, re.MULTILINE))
-
-    def is_refused(url: str, suite: str) -> bool:
-        return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
-
-    reached = re.findall(r"^(?:Hit|Get):\d+ (\S+) +(\S+)", update, re.MULTILINE)
-    return [archive for archive in reached if not is_refused(*archive)]
-
-
-def bytes_of(uris: str, without: Container[str] = ()) -> int:
-    """How much is to be fetched, by what apt-get --print-uris prints: lines such as `'URI' NAME_1_amd64.deb SIZE HASH`.
-
-    Args:
-        uris: the lines.
-        without: packages that do not count.
-    """
-    files = re.findall(r"^'\S+' ([^\s_]+)_\S*_([^\s_.]+)\.\w+ (\d+) ", uris, re.MULTILINE)
-    return sum(int(size) for name, of, size in files if name not in without and f"{name}:{of}" not in without)
-
-
-def planned(snapshot: int, simulation: str) -> Change:
-    """What apt-get's simulation says it would do: lines such as `Inst NAME [OLD] (NEW ...` and `Remv NAME [OLD]`."""
-    installed = re.findall(r"^Inst (\S+) (?:\[(\S+)\] )?\((\S+)", simulation, re.MULTILINE)
-    removed = dict(re.findall(r"^(?:Remv|Purg) (\S+) \[(\S+)\]", simulation, re.MULTILINE))
-    return Change(
-        snapshot,
-        changed=bool(installed or removed),
-        added={name: new for name, old, new in installed if not old},
-        removed=removed,
-        upgraded={name: (old, new) for name, old, new in installed if old},
-    )
-
-
-def apt_error(output: str) -> AshError:
-    """What apt's output says went wrong."""
-    errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
-    if missing := re.search(
-        r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate"
-        r"|(?:Version|Release) '([^']+)' for '([^']+)' was not found",
-        output,
-    ):
-        name = missing[1] or missing[2] or f"{missing[4]} {missing[3]}"
-        return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
-    if room := next((line for line in errors if "too little space" in line), ""):
-        return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)
-    return PackageError("; ".join(errors[:3]) or "apt-get failed")
+    id = "debian"
+    package_manager = Apt("debian-archive-keyring")
+    make_initramfs = ("update-initramfs", "-c", "-k")
+    admin_group = "sudo"
+    not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"

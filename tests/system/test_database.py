@@ -52,7 +52,7 @@ class Installed:
     def new_in_var(self) -> dict[str, Facts]:
         """The files in the shared /var that are new or changed, but for caches and logs that the module names."""
         after = everything_below(self.system.files.var)
-        expected = (*Debian.caches, *Debian.logs, "log/journal")
+        expected = (*Debian.package_manager.caches, *Debian.package_manager.logs, "log/journal")
         return {
             path: facts
             for path, facts in after.items()
@@ -97,7 +97,7 @@ def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: In
 
 def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> None:
     system = installed.system
-    for name in Debian.database:
+    for name in Debian.package_manager.database:
         link = system.files.var / name
         assert link.is_symlink(), f"a package has replaced the link /var/{name}"
         for snapshot in (installed.with_packages, installed.sibling, 0):

@@ -305,9 +305,9 @@ def half_put(machine: Machine, number: int, package: Path, step: str = "") -> No
 def test_sockets_are_started_before_services(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
     monkeypatch.setattr(ash, "run", lambda *_, **__: None)
-    monkeypatch.setattr(ash.Services, "has_systemd", True)
-    monkeypatch.setattr(ash.Services, "_is_active", lambda _, unit: unit.endswith(".target"))
-    monkeypatch.setattr(ash.Services, "_start", lambda _, unit: started.append(unit))
+    monkeypatch.setattr(ash.Systemd, "is_running", lambda _: True)
+    monkeypatch.setattr(ash.Systemd, "is_active", lambda _, unit: unit.endswith(".target"))
+    monkeypatch.setattr(ash.Systemd, "start", lambda _, unit: started.append(unit))
     units = ("a.service", "b.service", "b.socket", "c.timer")
     ash.Services(ash.LiveResult(), running=True).start({f"etc/systemd/system/x.target.wants/{u}": "added" for u in units})
     assert started == ["b.socket", "a.service", "b.service", "c.timer"]

@@ -176,13 +176,13 @@ def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
         original(source, target)
 
     monkeypatch.setattr(ash, "copy_file", watched)
-    merge = VarMerge(upper, origin, live, Debian(), tmp_path / "aside", delete=())
+    merge = VarMerge(upper, origin, live, Debian.package_manager, tmp_path / "aside", delete=())
     for entry in ("lib/new", "lib/old"):
         merge.merge(entry, "place")
     assert len(set(seen)) == 1, "one name that is its own"
     assert merge.token in seen[0], "and that nobody knows"
     assert len(seen) == 3
-    assert VarMerge(upper, origin, live, Debian(), tmp_path, delete=()).token != merge.token
+    assert VarMerge(upper, origin, live, Debian.package_manager, tmp_path, delete=()).token != merge.token
 
 
 def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snapshot: int) -> None:
@@ -351,7 +351,7 @@ def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System
     listing = root / "usr/share/ash/db/dpkg/info/less.list"
     up = "../" * 20
     listing.write_text(f"/usr/led\n/usr/led/secret\n/usr/{up}{outside}/secret\n{listing.read_text()}")
-    assert Debian().problems(root) == ["package less lacks /usr/led/secret (2 files)"]
+    assert Debian.package_manager.problems(root) == ["package less lacks /usr/led/secret (2 files)"]
 
 
 def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system: System, snapshot: int) -> None:

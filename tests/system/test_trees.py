@@ -142,7 +142,7 @@ def test_with_strict_only_what_has_a_dead_archive_fails(system: System, tree: li
         system.shell(number, use_only("http://127.0.0.1:9"))
     outcome = system.ash(command, tree[0], "--strict", status=FAILED)
     assert versions(system, tree) == ["2", "1", "2", "1", "2"]
-    failed = re.findall(r"^snapshot (\d+) failed: (no archive can be had: .*)$", outcome.stdout, re.MULTILINE)
+    failed = re.findall(r"^snapshot (\d+) failed: (no repository can be reached: .*)$", outcome.stdout, re.MULTILINE)
     assert [int(number) for number, _ in failed] == [tree[1], tree[3]]
     assert outcome.stdout.startswith(f"{'upgrading' if command == 'tree-upgrade' else 'synchronizing'} 5 snapshots: 3 ")
 
@@ -152,7 +152,7 @@ def test_lists_that_were_fetched_before_a_failure_are_no_change(system: System, 
     system.shell(good, "echo '# another' >> /etc/apt/sources.list; rm -r /var/lib/apt/lists/*")
     system.shell(dead, use_only("http://127.0.0.1:9"))
     outcome = system.ash("upgrade", "--strict", "--snapshots", good, dead, status=FAILED)
-    assert "no archive can be had" in outcome.stderr
+    assert "no repository can be reached" in outcome.stderr
     assert "changed" not in outcome.stderr
     assert versions(system, [good, dead]) == ["1", "1"]
 

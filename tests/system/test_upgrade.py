@@ -109,7 +109,7 @@ def test_an_archive_that_apt_refuses_is_as_a_dead_one(
         assert version(system, snapshot) == NEW
         system.shell(snapshot, use_only(odd_url))
         with system.nothing_changes():
-            assert "no archive can be had" in system.ash("refresh", snapshot, status=FAILED).error
+            assert "no repository can be reached" in system.ash("refresh", snapshot, status=FAILED).error
 
 
 # To generate a locale takes a package of the real archive. A copy of C.UTF-8 under another name does as well: it is by
@@ -192,7 +192,7 @@ def test_fixdb_mends_what_it_can_without_a_network(system: System, snapshot: int
     system.shell(snapshot, use_only("http://127.0.0.2:9"))
     system.shell(snapshot, "sed -i '/^Package: ash-test-tool$/,/^$/s/ok installed/ok unpacked/' /var/lib/dpkg/status")
     outcome = system.ash("fixdb", snapshot)
-    assert "ash: cannot fetch the package lists: no archive can be had" in outcome.stderr
+    assert "ash: cannot fetch the package lists: no repository can be reached" in outcome.stderr
     assert f"snapshot {snapshot} changed" in outcome.stdout
     assert system.ash("--json", "fsck").json["damage"] == []
     system.shell(snapshot, "rm /usr/share/tool /var/cache/apt/archives/ash-test*")

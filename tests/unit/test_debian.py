@@ -8,7 +8,9 @@ from typing import cast
 import pytest
 
 from ash import FAILED, MISSING, REFUSED, PackageError, Transaction
-from distros.debian.ashpk import Debian, apt_error, archives_had, bytes_of, only_excluded, planned
+from distros.debian.ashpk import Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
+
+APT = Debian.package_manager
 
 pytestmark = pytest.mark.budget(5)
 
@@ -59,7 +61,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_packages_are_those_that_are_installed(root: Path) -> None:
-    assert Debian().packages(root) == {"hello": "2.10-5", "libc6": "2:41-1"}
+    assert APT.installed(root) == {"hello": "2.10-5", "libc6": "2:41-1"}
 
 
 def test_packages_of_other_architectures_have_them_in_their_names(root: Path) -> None:
@@ -73,16 +75,15 @@ def test_packages_of_other_architectures_have_them_in_their_names(root: Path) ->
     (database / "dpkg/info").mkdir()
     for name, path in {"one:amd64": "a", "one:i386": "b", "two": "c", "three": "d", "four": "e"}.items():
         (database / f"dpkg/info/{name}.list").write_text(f"/usr/{path}\n/var/lib/{path}\n")
-    debian = Debian()
-    assert debian.packages(root).keys() == {"one", "one:i386", "two:i386", "three"}
-    assert debian.automatic(root) == {"one:i386", "two:i386"}
-    claims = {path: debian.claims(root, f"lib/{path}") for path in ("a", "b", "c", "d", "e")}
+    assert APT.installed(root).keys() == {"one", "one:i386", "two:i386", "three"}
+    assert APT.automatic(root) == {"one:i386", "two:i386"}
+    claims = {path: APT.claims(root, f"lib/{path}") for path in ("a", "b", "c", "d", "e")}
     assert claims == {"a": {"one"}, "b": {"one:i386"}, "c": {"two:i386"}, "d": {"three"}, "e": set()}
-    assert debian.claims(root, "lib/two") == {"two:i386"}
-    assert {line.split()[1] for line in debian.problems(root)} == {"one", "one:i386", "two:i386", "three"}
-    assert debian.has_state(root, "two:i386")
+    assert APT.claims(root, "lib/two") == {"two:i386"}
+    assert {line.split()[1] for line in APT.problems(root)} == {"one", "one:i386", "two:i386", "three"}
+    assert APT.has_state(root, "two:i386")
     (database / "dpkg/info/one:i386.list").write_text("")
-    assert not debian.has_state(root, "one:i386")
+    assert not APT.has_state(root, "one:i386")
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -92,22 +93,20 @@ def test_the_root_s_own_architecture_may_be_spelled_out(root: Path, noted: bool)
     else:
         with (root / "usr/share/ash/db/dpkg/status").open("a") as status:
             status.write("\nPackage: dpkg\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1\n")
-    debian = Debian()
     names = ["hello", "hello:amd64", "hello:i386"]
-    assert [debian.plain_name(root, name) for name in names] == ["hello", "hello", "hello:i386"]
-    assert debian.has_installed(root, ["hello:amd64"])
+    assert [APT.canonical_name(root, name) for name in names] == ["hello", "hello", "hello:i386"]
+    assert APT.has_installed(root, ["hello:amd64"])
 
 
 def test_a_root_without_dpkg_has_no_packages(tmp_path: Path) -> None:
-    assert Debian().packages(tmp_path) == {}
+    assert APT.installed(tmp_path) == {}
 
 
 def test_what_is_installed_by_hand_need_not_be_installed_again(root: Path) -> None:
-    debian = Debian()
-    assert debian.has_installed(root, ["hello"])
-    assert not debian.has_installed(root, ["hello", "libc6"]), "apt would mark it as installed by hand"
-    assert not debian.has_installed(root, ["gone"])
-    assert not debian.has_installed(root, ["broken"])
+    assert APT.has_installed(root, ["hello"])
+    assert not APT.has_installed(root, ["hello", "libc6"]), "apt would mark it as installed by hand"
+    assert not APT.has_installed(root, ["gone"])
+    assert not APT.has_installed(root, ["broken"])
 
 
 def test_a_simulation_says_what_would_change() -> None:
@@ -154,10 +153,10 @@ DEAD = "W: Failed to fetch http://c/./InRelease  Could not connect to c:80\n"
 
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED, EXPIRED + DEAD])
 def test_an_archive_that_apt_refuses_is_not_had(refused: str) -> None:
-    assert archives_had(HAD + OTHER + FLAT + refused) == [("http://a/debian", "trixie-updates"), ("http://b", "./")]
-    assert archives_had(HAD + refused) == []
-    assert archives_had(HAD + FLAT + FLAT_EXPIRED) == [("http://a/debian", "trixie")]
-    assert archives_had(HAD + DEAD) == [("http://a/debian", "trixie")]
+    assert usable_repositories(HAD + OTHER + FLAT + refused) == [("http://a/debian", "trixie-updates"), ("http://b", "./")]
+    assert usable_repositories(HAD + refused) == []
+    assert usable_repositories(HAD + FLAT + FLAT_EXPIRED) == [("http://a/debian", "trixie")]
+    assert usable_repositories(HAD + DEAD) == [("http://a/debian", "trixie")]
 
 
 class Updating:
@@ -173,11 +172,11 @@ class Updating:
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED])
 def test_others_are_refreshed_beside_an_archive_that_apt_refuses(refused: str) -> None:
     there = cast("Transaction", Updating(HAD + OTHER + refused))
-    assert Debian().refresh(there) == [refused.removeprefix("E: ").rstrip("\n")]
-    with pytest.raises(PackageError, match="no archive can be had"):
-        Debian().refresh(cast("Transaction", Updating(HAD + refused)))
+    assert APT.refresh(there) == [refused.removeprefix("E: ").rstrip("\n")]
+    with pytest.raises(PackageError, match="no repository can be reached"):
+        APT.refresh(cast("Transaction", Updating(HAD + refused)))
     with pytest.raises(PackageError, match="is malformed"):
-        Debian().refresh(cast("Transaction", Updating("E: Malformed entry 1 in list file x: it is malformed\n")))
+        APT.refresh(cast("Transaction", Updating("E: Malformed entry 1 in list file x: it is malformed\n")))
 
 
 EXCLUDED = """\
@@ -213,4 +212,4 @@ Refer to previous errors for more information.
     ],
 )
 def test_modules_that_are_not_for_a_kernel_are_no_failure(said: str, excluded: bool) -> None:
-    assert only_excluded(said) == excluded
+    assert only_excluded_failed(said) == excluded

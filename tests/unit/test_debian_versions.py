@@ -48,5 +48,5 @@ def test_known_versions_are_in_order() -> None:
 @example("1.0-0~", "1.0")
 @example("1.0", "1.00")
 def test_any_two_versions_compare_as_dpkg_has_it(one: str, other: str) -> None:
-    assert Debian().is_older(one, other) == dpkg_says_older(one, other)
-    assert Debian().is_older(other, one) == dpkg_says_older(other, one)
+    assert Debian.package_manager.is_older(one, other) == dpkg_says_older(one, other)
+    assert Debian.package_manager.is_older(other, one) == dpkg_says_older(other, one)

@@ -251,7 +251,7 @@ def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     place.merged.unlink(missing_ok=True)
     written(place.decisions, text)
-    merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian(), layout.conflicts(5), delete=())
+    merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian.package_manager, layout.conflicts(5), delete=())
     either(lambda: place._merge(merge, ["lib/x"]))
     assert {path.name for path in tmp_path.iterdir()} <= {"@.snapshots_debian", "@var_debian"}
     assert {path.name for path in layout.var.iterdir()} == {"lib"}
@@ -505,11 +505,11 @@ def test_a_package_database(text: str, tmp_path: Path) -> None:
     (dpkg / "info").mkdir(parents=True, exist_ok=True)
     for name in ("status", "diversions", "info/x.list"):
         ash.write_text(dpkg / name, text)
-    debian = Debian()
-    for question in (debian.packages, debian.problems, debian.config_files):
+    apt = Debian.package_manager
+    for question in (apt.installed, apt.problems, apt.config_files):
         either(lambda question=question: question(tmp_path))  # type: ignore[misc]
-    debian.has_installed(tmp_path, ["x"])
-    debian.claims(tmp_path, "lib/x")
+    apt.has_installed(tmp_path, ["x"])
+    apt.claims(tmp_path, "lib/x")
 
 
 @given(st.text(), st.text())
