@@ -66,10 +66,10 @@ def installed(system: System) -> Installed:
 
 
 def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: Installed) -> None:
-    system, distro = installed.system, Debian()
+    system, apt = installed.system, Debian.package_manager
     root = system.root(installed.with_packages)
-    there = distro.packages(root)
-    new = there.keys() - distro.packages(system.root(installed.sibling)).keys()
+    there = apt.installed(root)
+    new = there.keys() - apt.installed(system.root(installed.sibling)).keys()
     assert set(installed.packages) <= there.keys()
     # What is no word of English too; versions that are no small number.
     names = {name for name in new if "-" in name} | set(installed.packages)
