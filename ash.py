@@ -1359,8 +1359,8 @@ CONF_EXAMPLE = """\
 # Of this snapshot:
 # mutable_dirs::opt/games
 # mutable_dirs_shared::srv
-# Of the machine, as the running system's /etc has it; what `ash auto-upgrade` may do (systemctl enable --now
-# ash-upgrade.timer has it done every night): none, check, stage (not deploy), deploy, reboot (in the window).
+# Of the machine, read from the running system's /etc. What `ash auto-upgrade` does, every night if ash-upgrade.timer
+# is enabled: none, check, stage (upgrade but do not deploy), deploy, reboot (in the window).
 # auto_upgrade::deploy
 # auto_upgrade_window::02:00-05:00
 # auto_upgrade_base::True

@@ -153,7 +153,10 @@ DEAD = "W: Failed to fetch http://c/./InRelease  Could not connect to c:80\n"
 
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED, EXPIRED + DEAD])
 def test_an_archive_that_apt_refuses_is_not_had(refused: str) -> None:
-    assert usable_repositories(HAD + OTHER + FLAT + refused) == [("http://a/debian", "trixie-updates"), ("http://b", "./")]
+    assert usable_repositories(HAD + OTHER + FLAT + refused) == [
+        ("http://a/debian", "trixie-updates"),
+        ("http://b", "./"),
+    ]
     assert usable_repositories(HAD + refused) == []
     assert usable_repositories(HAD + FLAT + FLAT_EXPIRED) == [("http://a/debian", "trixie")]
     assert usable_repositories(HAD + DEAD) == [("http://a/debian", "trixie")]

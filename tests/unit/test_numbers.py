@@ -86,7 +86,10 @@ def test_after_any_sequence_no_two_names_share_a_number(
     for step, wanted in enumerate([first, *later]):
         # A package manager gives no number twice in one snapshot.
         accounts = {name: number for number, name in {number: name for name, number in wanted.items()}.items()}
-        old, new = etc_with(directory / f"{step}o", passwd=""), etc_with(directory / f"{step}n", passwd=passwd(accounts))
+        old, new = (
+            etc_with(directory / f"{step}o", passwd=""),
+            etc_with(directory / f"{step}n", passwd=passwd(accounts)),
+        )
         moves = numbers.settle(old, new).get("passwd", {})
         for name, number in accounts.items():
             settled_number = moves.get(number, number)

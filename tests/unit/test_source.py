@@ -3,6 +3,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,21 @@ def test_the_core_asks_no_distributions_name() -> None:
         if isinstance(node, ast.Compare):
             constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
             assert not constants & known, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+# What only some distributions have, and the sections that may name it.
+TOOLS = r"systemctl|grub-mkconfig|vmlinu|ldconfig|\bldd\b|x-systemd|\bapt\b|\bdpkg\b"
+ROOMS = ("Shared libraries", "The init system", "Kernels", "BootTools")
+
+
+def test_tools_of_some_distributions_are_named_in_their_sections_only() -> None:
+    section = ""
+    previous = ""
+    for number, line in enumerate((CHECKOUT / "ash.py").read_text().splitlines(), start=1):
+        if previous.startswith("# -----") and line.startswith("# "):
+            section = line.removeprefix("# ")
+        previous = line
+        assert section.startswith(ROOMS) or not re.search(TOOLS, line), f"line {number}, in {section!r}: {line}"
 
 
 def test_the_core_never_uses_a_shell() -> None:
