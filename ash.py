@@ -2406,6 +2406,10 @@ WantedBy=timers.target
 """
 
 
+# In a chroot: makes tools of the init system change files only, instead of failing to reach it.
+INIT_OFFLINE = {"SYSTEMD_OFFLINE": "1"}
+
+
 class Init:
     """An init system, as far as ash depends on it; this class stands for one that ash does not know."""
 
@@ -2934,10 +2938,10 @@ def load_distro(ident: str) -> Distro:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The chroot: programs of a snapshot run in namespaces of their own, and end with ash
+# The chroot: programs of a snapshot run in their own namespaces, and end with ash
 # ---------------------------------------------------------------------------------------------------------------
 
-# The nodes that programs need; no block devices, so that no package's script can write to a disk.
+# The device nodes that programs need. No block devices: a package's script must not write to a disk.
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 DEVICE_LINKS = {
     "ptmx": "pts/ptmx",
@@ -2947,36 +2951,36 @@ DEVICE_LINKS = {
     "stderr": "/proc/self/fd/2",
 }
 RESOLV_CONF = Path("/etc/resolv.conf")
-# The namespace's first process: outside of the chroot, so that Debian's `ischroot` says yes inside; it reaps.
+# PID 1 of the namespace reaps children. It stays outside of the chroot, so that `ischroot` inside says yes.
 FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
-STOP = signal.SIGUSR1  # has the supervisor of a chroot end what runs in there, and tidy up
+STOP = signal.SIGUSR1  # tells the supervisor of a chroot to kill what runs there, and to clean up
 FATAL_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGPIPE)
 
 
 class Overlay(NamedTuple):
-    """A writable view of a directory that leaves it as it is: what is written goes to `upper`."""
+    """A writable view of a directory: writes go to `upper`, and `lower` does not change."""
 
     lower: Path
     upper: Path
     work: Path
 
     def mount_on(self, target: Path) -> None:
-        """Mount it; plain copies only, so that `upper` alone tells what was changed."""
+        """Mount it without redirects and metadata copies, so that `upper` alone shows what was changed."""
         dirs = f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work}"
         mount("overlay", target, "overlay", data=f"{dirs},redirect_dir=off,metacopy=off,index=off")
 
 
 class Chroot(NamedTuple):
-    """A root in which programs run with mount, process, IPC and host name namespaces of their own.
+    """A root in which programs run with their own mount, PID, IPC and UTS namespaces.
 
     Args:
-        root: the root directory; it may be written to.
+        root: the root directory; programs may write to it.
         environment: added to the cleaned environment.
-        var: what /var is; None leaves the root's own.
-        binds: files and directories shown inside: (where they are, their path from the root).
-        transient: files that are there only meanwhile, by their path from the root.
-        disks: the machine's own /dev, for ash's own runs of GRUB's tools.
-        resolver: give it the running system's resolv.conf meanwhile.
+        var: mounted on /var; None leaves the root's own.
+        binds: files and directories to bind-mount: (source, path from the root).
+        transient: files that exist only while a program runs, by path from the root.
+        disks: bind-mount the machine's /dev, for GRUB's tools.
+        resolver: replace resolv.conf with the running system's while a program runs.
     """
 
     root: Path
@@ -2995,18 +2999,18 @@ class Chroot(NamedTuple):
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> int:
-        """Run a program inside and wait for it; nothing that it started, and no mount, outlives it.
+        """Run a program and wait for it; none of its children and no mount outlives it.
 
         Args:
-            argv: the program, as the root sees it, and its arguments.
-            hear: gets all that it prints, piece by piece; the program then has no input.
-            stdout, stderr: descriptors for its output; ash's own where they are None.
+            argv: the program, by its path in the root, and its arguments.
+            hear: receives the output in pieces; the program then has no input.
+            stdout, stderr: descriptors for its output; None for ash's own.
 
         Returns:
-            its exit status; 128 + the signal's number where it was killed.
+            its exit status; 128 + the signal number if it was killed.
 
         Raises:
-            AshError: the namespaces or mounts could not be made.
+            AshError: the namespaces or mounts could not be created.
         """
         if console.verbose:
             print(one_line(" ".join(["+", f"[{self.root.name}]", *argv])), file=sys.stderr)
@@ -3019,7 +3023,7 @@ class Chroot(NamedTuple):
         parent = os.getpid()
         supervisor = os.fork()
         if supervisor == 0:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD})  # _start() waits for them
+            signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD})  # for sigwait() in _start()
             self._supervise(argv, parent, problem_in, streams, has_input=not hear)
         os.close(problem_in)
         try:
@@ -3032,7 +3036,7 @@ class Chroot(NamedTuple):
             try:
                 os.kill(supervisor, STOP)
                 os.waitpid(supervisor, 0)
-            except BaseException:  # one more Ctrl-C
+            except BaseException:  # a second Ctrl-C
                 os.kill(supervisor, signal.SIGKILL)
                 os.waitpid(supervisor, 0)
                 raise
@@ -3049,7 +3053,7 @@ class Chroot(NamedTuple):
     def _supervise(
         self, argv: Sequence[str], parent: int, problem: int, streams: tuple[int | None, int | None], has_input: bool
     ) -> NoReturn:
-        """Make the namespaces, let the program run, tidy up: the child's side of run()."""
+        """The child's side of run(): create the namespaces, run the program, clean up."""
         status = OUR_FAILURE_IN_RUN
         try:
             die_with_parent(parent)
@@ -3067,22 +3071,22 @@ class Chroot(NamedTuple):
                 status = self._start(argv)
         except AshError as error:
             os.write(problem, error.message.encode(errors="replace"))
-        except BaseException as error:  # this process is a copy of ash: it must not go on as one
+        except BaseException as error:  # this is a fork of ash, which must not return into ash's code
             os.write(problem, f"cannot run {argv[0]} in {self.root.name}: {reason(error)}".encode(errors="replace"))
         os._exit(status)
 
     def _mount(self) -> None:
         root = self.root
         bind(root, root)
-        mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # nodes that are made in there are dead
-        # Any of these may be a link in there, and must lead to nothing outside.
+        mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # device nodes made inside do not work
+        # Any of these may be a symlink in the root, which must not lead out of it.
         dev, run_folder = path_inside(root, "dev"), path_inside(root, "run")
         if self.disks:
             mount("/dev", dev, flags=MS_BIND | MS_REC)
             mount("ash", run_folder, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755")
             private = path_inside(root, str(PRIVATE))
             private.mkdir()
-            bind(PRIVATE, private)  # has the node of an image's disk
+            bind(PRIVATE, private)  # contains the device node of an image's disk
         else:
             mount("ash", dev, "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=0755,size=1m")
             self._make_devices(dev)
@@ -3111,7 +3115,7 @@ class Chroot(NamedTuple):
         for name in ("pts", "shm"):
             (directory / name).mkdir()
         os.umask(0o022)
-        # gid 5 is tty's on every distribution that we know, as systemd assumes too.
+        # gid 5 is tty on all known distributions; systemd assumes it too.
         mount("devpts", directory / "pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")
         mount("ash", directory / "shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
 
@@ -3121,7 +3125,7 @@ class Chroot(NamedTuple):
         for name, file in self.transient.items():
             path = path_inside(self.root, name)
             if os.path.lexists(path):
-                continue  # the snapshot's own
+                continue  # the snapshot has its own
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(file.text)
             path.chmod(file.mode)
@@ -3129,24 +3133,24 @@ class Chroot(NamedTuple):
         yield
         for name, text in written:
             path = place_inside(self.root, name)
-            if not path.is_symlink() and read_text(path) == text:  # else it was replaced, and is the snapshot's now
+            if not path.is_symlink() and read_text(path) == text:  # else it was replaced, and stays
                 path.unlink()
 
     @contextmanager
     def _resolver(self) -> Iterator[None]:
-        """Let names be resolved inside. An edit made in there stays; else the file is as it was."""
+        """Make host names resolve inside. Restore the root's resolv.conf afterwards, unless a program edited it."""
         if not self.resolver:
             yield
             return
         path = path_inside(self.root, "etc/resolv.conf")
-        if os.path.lexists(path) and not path.is_file():  # a pipe, or the like: nothing is written to that
+        if os.path.lexists(path) and not path.is_file():  # do not write to a FIFO or device
             yield
             return
         before = path.read_bytes() if path.is_file() else None
         times = (path.stat().st_atime_ns, path.stat().st_mtime_ns) if before is not None else None
         shown = RESOLV_CONF.read_bytes() if RESOLV_CONF.is_file() else before
         if shown != before or self._is_of_running(path):
-            path.parent.mkdir(parents=True, exist_ok=True)  # so that it can be edited, also where none was shown
+            path.parent.mkdir(parents=True, exist_ok=True)  # so that programs can create it
         if shown is not None and shown != before:
             path.write_bytes(shown)
         yield
@@ -3165,11 +3169,11 @@ class Chroot(NamedTuple):
                 os.utime(after, ns=times)
 
     def _is_of_running(self, path: Path) -> bool:
-        """Whether a path is in /run, which a snapshot does not keep."""
+        """Whether a path is in /run, which is not part of a snapshot."""
         return path_inside(self.root, "run") in path.parents
 
     def _start(self, argv: Sequence[str]) -> int:
-        """Start the program in the new process namespace, wait for its end."""
+        """Start the program in the new PID namespace and wait for it."""
         alive, alive_in = os.pipe()
         first = os.fork()
         if first == 0:
@@ -3181,8 +3185,8 @@ class Chroot(NamedTuple):
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP, signal.SIGCHLD})
-            os.chdir("/")  # a shell tells what it starts where it is: not where the caller was
-            environment = {**clean_environment(), "container": "ash", "SYSTEMD_OFFLINE": "1", **self.environment}
+            os.chdir("/")  # a shell exports PWD: not the caller's directory
+            environment = {**clean_environment(), "container": "ash", **INIT_OFFLINE, **self.environment}
             os.execve(FIRST_PROCESS[0], [*FIRST_PROCESS, str(self.root), *argv], environment)
         os.close(alive)
         ended = 0
@@ -3202,24 +3206,24 @@ class Chroot(NamedTuple):
 def machine_chroot(
     root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None, tell: str = "(?!)"
 ) -> str:
-    """Run one of GRUB's tools, or the like, chrooted in a root and with the machine's own disks.
+    """Run one of GRUB's tools, or the like, chrooted in a root and with access to the machine's disks.
 
     Args:
         root: the root; it must be writable.
-        argv: program and arguments, as the root sees them.
-        binds: what is shown inside: {where it is: its path from the root}.
-        tell: how those of its messages begin that people are to see (a regular expression; none).
+        argv: the program, by its path in the root, and its arguments.
+        binds: files and directories to bind-mount: {source: path from the root}.
+        tell: a regular expression: lines on stderr that begin with a match are shown to the user.
 
     Returns:
-        what it printed on its standard output.
+        its standard output.
 
     Raises:
-        AshError: it failed, with its last words.
+        AshError: it failed; the message has its last lines.
     """
     import tempfile
 
     chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=list((binds or {}).items()), disks=True, resolver=False)
-    directory = PRIVATE if PRIVATE.is_mount() else None  # not where the caller's TMPDIR says
+    directory = PRIVATE if PRIVATE.is_mount() else None  # do not trust the caller's TMPDIR
     with tempfile.TemporaryFile(dir=directory) as stdout, tempfile.TemporaryFile(dir=directory) as stderr:
         status = chroot.run(argv, stdout=stdout.fileno(), stderr=stderr.fileno())
         stdout.seek(0)
@@ -3234,7 +3238,7 @@ def machine_chroot(
 
 
 def root_shell(root: Path) -> str:
-    """The login shell of a root's root, where it is there."""
+    """The login shell of a root's user root; /bin/sh if that is not installed."""
     passwd = path_inside(root, "etc/passwd")
     lines = passwd.read_text(errors="replace").splitlines() if passwd.is_file() else []
     shell = next((line.rsplit(":", 1)[1] for line in lines if line.startswith("root:")), "")
@@ -4381,17 +4385,17 @@ class Transaction:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# fstab: ash's own mounts beside the user's
+# fstab: ash's own mounts, and the user's lines
 # ---------------------------------------------------------------------------------------------------------------
 
 MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
 OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
-# /var/tmp is wanted by services that start before /var is mounted, in a mount namespace of their own.
+# Services with PrivateTmp= that start before /var is mounted need /var/tmp.
 MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
 
 
 def fstab_word(path: str) -> str:
-    """A path as a word of fstab(5), which has blanks and the like as octal numbers."""
+    """Escape a path for fstab(5), which writes blanks and the like as octal numbers."""
     return re.sub(r"[\s\\#]", lambda blank: f"\\{ord(blank[0]):03o}", path)
 
 
@@ -4402,20 +4406,20 @@ def fstab_mount_point(line: str) -> str:
 
 
 def fstab_of_user(text: str) -> list[str]:
-    """The lines of an fstab that are not ash's own."""
+    """The lines of an fstab that ash did not write."""
     others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
     return [line for line in others if not line.startswith(MUTABLE_DIRECTORIES)]
 
 
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
-    """The fstab of a snapshot or slot: ash's lines for its own mount points, all else as it was.
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines.
 
     Args:
         layout: the paths.
         uuid: of the root file system.
-        which: the snapshot's number or the slot's name.
-        old: the text so far.
-        mutable: whether the root is to be writable.
+        which: the number of the snapshot or the name of the slot.
+        old: the present text, with the user's lines.
+        mutable: mount the root writable.
     """
     options = "compress=zstd,noatime"
     bound = f"bind,{mount_option_after('/.snapshots')}"
@@ -4425,7 +4429,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
 
     own = [
         (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
-        # Old versions of setuid programs lie here: they must not be run.
+        # Contains old versions of setuid programs, which must not be run.
         (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
         (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
         (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
@@ -4694,7 +4698,7 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The boot menu
+# The boot menu: deployments, and the grub.cfg that boots them
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -4747,25 +4751,25 @@ class Deployment(NamedTuple):
     slot: str
     id: str
     snapshot: int
-    source: int  # subvolume id of the snapshot as it was then
+    source: int  # subvolume id of the snapshot when it was deployed
     name: str  # the distribution's, for the menu
-    inputs: str  # a digest of what its boot configuration was made from
+    inputs: str  # boot_inputs() when `config` was made
     config: BootConfig
     mutable: bool = False
-    etc_from: str = ""  # the slot whose changes of /etc were carried over
-    etc_state: str = ""  # a digest of that /etc as it was then
+    etc_from: str = ""  # the slot whose changes to /etc were carried over
+    etc_state: str = ""  # etc_state() of that /etc when they were
     carried: Sequence[str] = ()
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
 
     @property
     def entry(self) -> str:
-        """What GRUB knows it by: what begins with a digit is to GRUB a place in the menu ("1d2e" is the second)."""
+        """The id of its menu entry. Not just the hexadecimal id: GRUB reads "1d2e" as a number, the second entry."""
         return f"ash-{self.id}"
 
 
 class Menu:
-    """The deployments that the boot menu has; grub.cfg is made from it and from nothing else."""
+    """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
 
     SHAPE: ClassVar[Mapping[str, Any]] = {
         "default": is_text,
@@ -4787,7 +4791,11 @@ class Menu:
 
     @classmethod
     def load(cls, path: Path) -> Menu:
-        """The menu as its file has it; an empty one where there is none."""
+        """Load the menu file; a missing file is an empty menu.
+
+        Raises:
+            AshError: the file is damaged.
+        """
         if not path.exists():
             return cls()
         try:
@@ -4796,11 +4804,11 @@ class Menu:
             slots = {*SLOTS, *SECONDARY_SLOTS}
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
-                raise ValueError("it names what is not there")
+                raise ValueError("it names slots that do not exist")
             default, last = (data[key] if data[key] in deployments else "" for key in ("default", "last_booted"))
             return cls(default, last, deployments)
         except ValueError:
-            raise AshError(f"the menu file {path} is damaged", "ash fsck --repair makes it anew") from None
+            raise AshError(f"the menu file {path} is damaged", "ash fsck --repair rebuilds it") from None
 
     @staticmethod
     def _deployment(entry: Mapping[str, Any]) -> Deployment:
@@ -4808,7 +4816,7 @@ class Menu:
         return Deployment(**{**fields_of(Deployment, entry), "config": config})
 
     def dump(self) -> str:
-        """The menu as its file has it."""
+        """The text of the menu file."""
         entries = {
             slot: {**deployment._asdict(), "config": deployment.config._asdict()}
             for slot, deployment in self.deployments.items()
@@ -4821,7 +4829,7 @@ class Menu:
         Args:
             layout: the paths.
             uuid: of the root file system.
-            describe: gives a snapshot's description.
+            describe: returns a snapshot's description.
         """
         default = self.deployments[self.default]
         last = self.deployments.get(self.last_booted)
@@ -4867,7 +4875,7 @@ class Menu:
 
 
 def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[str, BootConfig]:
-    """The boot configuration of a root, and the digest of its inputs.
+    """The digest of a root's boot inputs, and its boot configuration.
 
     mkconfig only runs if no deployment has the same inputs, or if it may find other systems.
 
@@ -9287,7 +9295,7 @@ def cmd_fsck(system: System, request: Request) -> Reply:
 
 
 def require_sound(work: Transaction) -> None:
-    """Raise AshError where something is wrong with a transaction's root that was not wrong before."""
+    """Raise AshError if a transaction's root has problems that it did not have before."""
     now, before = ({*work.package_manager.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
     new = sorted(now - before) or sorted(missing_libraries(work))
     if new:

@@ -67,8 +67,8 @@ def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archi
     outcome = system.ash("upgrade", snapshot)
     assert "going on with what is known" in outcome.stderr
     assert version(system, snapshot) == NEW
-    assert "no archive" in system.ash("refresh", snapshot, status=FAILED).stderr
-    assert "no archive" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
+    assert "no repository" in system.ash("refresh", snapshot, status=FAILED).stderr
+    assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
 
 
 def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, snapshot: int, url: str) -> None:
@@ -124,8 +124,8 @@ def test_apt_is_understood_whatever_the_user_s_language(system: System, snapshot
     assert "kann nicht gefunden werden" in said.stderr, "what the user runs speaks German"
     with system.nothing_changes():
         assert "no-such" in system.ash("install", snapshot, "no-such", status=MISSING, environment=IN_GERMAN).error
-        assert "no archive" in system.ash("refresh", snapshot, status=FAILED, environment=IN_GERMAN).error
-    assert "no archive" in system.ash("auto-upgrade", snapshot, status=FAILED, environment=IN_GERMAN).error
+        assert "no repository" in system.ash("refresh", snapshot, status=FAILED, environment=IN_GERMAN).error
+    assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED, environment=IN_GERMAN).error
 
 
 def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
