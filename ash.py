@@ -5165,7 +5165,7 @@ class Deployments:
         try:
             self._write_grub_cfg()
         except (AshError, OSError) as error:
-            what = f"the boot menu is changed, but grub.cfg is not written yet: {reason(error)}"
+            what = f"the boot menu is changed, but grub.cfg is not finished: {reason(error)}"
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
     def _write_grub_cfg(self) -> None:
@@ -8542,29 +8542,29 @@ def cmd_force_sync(system: System, request: Request) -> Reply:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Finding problems
+# Problems and lost+found
 # ---------------------------------------------------------------------------------------------------------------
 
-FOUND = "found by fsck"  # the description of a snapshot of which nothing else is known
+FOUND = "found by fsck"  # the description of a snapshot that the history does not know
 
 
 class Problem:
-    """Something that fsck found.
+    """A problem that fsck found. Two are equal if they say the same of the same snapshot.
 
     Args:
         what: what is wrong.
-        snapshot: the one that it is about.
-        remedy: what mends it: what `mend` does, or where that is None what the user can do.
-        mend: mends it; called where `fsck --repair` was asked for.
+        snapshot: the snapshot concerned.
+        remedy: what `repair` does or, if that is None, what the user can do.
+        repair: repairs it, for `fsck --repair`.
     """
 
     def __init__(
-        self, what: str, snapshot: int | None = None, remedy: str = "", mend: Callable[[], None] | None = None
+        self, what: str, snapshot: int | None = None, remedy: str = "", repair: Callable[[], None] | None = None
     ) -> None:
         self.what = what
         self.snapshot = snapshot
         self.remedy = remedy
-        self.mend = mend
+        self.repair = repair
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Problem) and (self.what, self.snapshot) == (other.what, other.snapshot)
@@ -8577,35 +8577,35 @@ class Problem:
         return f"snapshot {self.snapshot}: {what}" if self.snapshot is not None else what
 
     def advice(self) -> str:
-        """What is wrong, and what mends it."""
+        """What is wrong, and the remedy."""
         return f"{self.text()} ({self.remedy})" if self.remedy else self.text()
 
 
 class LostFound:
-    """The directory for what one repair takes out: it may be the last copy, so nothing is deleted."""
+    """The directory in lost+found for what one repair removes. Nothing is deleted: it may be the last copy."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.directory = layout.lost_found / time.strftime("%Y-%m-%dT%H%M%S")
 
     @property
-    def seen(self) -> str:
-        """The directory as the running system sees it; empty where nothing was taken out."""
+    def shown(self) -> str:
+        """The directory's path in the running system; empty if nothing was removed."""
         return f"/.snapshots/{self.directory.relative_to(self.layout.snapshots)}" if self.directory.exists() else ""
 
     def take(self, path: Path) -> None:
-        """Move a subvolume, file or directory here, under its path from the snapshots' directory.
+        """Move a subvolume, file or directory here, keeping its path below /.snapshots.
 
         Raises:
             AshError: it is mounted (REFUSED).
         """
         is_sub = is_subvolume(path)
         if is_sub and subvolume_id(path) in subvolumes_in_use():
-            raise AshError(f"{path.name} is in use: it is not moved", "", REFUSED)
+            raise AshError(f"{path.name} is mounted: not moved", "", REFUSED)
         target = self._place_for(path)
         readonly = is_sub and Subvolume.at(path).readonly
         if readonly:
-            set_readonly(path, False)  # the kernel moves no read-only one to another directory
+            set_readonly(path, False)  # the kernel refuses to move a read-only subvolume to another directory
         try:
             rename(path, target)
         finally:
@@ -8613,10 +8613,7 @@ class LostFound:
                 set_readonly(target if target.exists() else path)
 
     def keep(self, path: Path) -> None:
-        """Keep a small file or a subvolume that is to be replaced; it stays where it is until then.
-
-        It is on the disk before what takes its place.
-        """
+        """Keep a copy of a small file or subvolume that is about to be replaced, on disk before its replacement."""
         if is_subvolume(path):
             snapshot_subvolume(path, self._place_for(path), readonly=True)
             sync_filesystem(self.layout.snapshots)
@@ -8661,12 +8658,12 @@ def description_in_history(system: System, number: int) -> str:
 
 
 def is_whole(root: Path) -> bool:
-    """Whether a root has all that makes it a snapshot."""
+    """Whether a root is a subvolume with /etc, /usr and a package database."""
     return is_subvolume(root) and all((root / directory).is_dir() for directory in ("etc", "usr", IN_ROOT_DB))
 
 
 def is_description(path: Path) -> bool:
-    """Whether a path is a file with something in it, and no link to one."""
+    """Whether a path is a regular file that is not empty."""
     return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
 
@@ -8676,13 +8673,13 @@ def is_description(path: Path) -> bool:
 
 
 class Repairer:
-    """Mends each kind of damage; what it takes out goes to lost+found.
+    """Repairs each kind of problem; anything removed moves to lost+found.
 
-    Each method takes the locks that commands take and looks again, since an ash may have been at work meanwhile. Cut
-    anywhere, it can be called again.
+    Each method takes the locks that commands take, and then checks again, since another ash may have been at work.
+    Each may be interrupted and repeated.
 
     Raises (all methods):
-        AshError: it cannot be mended, or an ash is at work there (LOCKED).
+        AshError: it cannot be repaired, or another ash is at work there (LOCKED).
     """
 
     def __init__(self, system: System) -> None:
@@ -8690,12 +8687,12 @@ class Repairer:
         self.layout = system.layout
         self.lost = LostFound(system.layout)
         self._repaired: set[int] = set()
-        self._original_kept: dict[int, bool] = {}  # of the snapshots that were changed
+        self._original_kept: dict[int, bool] = {}  # for each changed snapshot: whether it is in lost+found
 
-    # The tree and the numbers
+    # Tree, numbers, account ids
 
     def rebuild_tree(self) -> None:
-        """Make the tree anew from the history and the snapshots that are there."""
+        """Rebuild the tree from the history and the existing snapshots."""
         with self.system.lock("state"):
             with contextlib.suppress(AshError):
                 self.system.tree()
@@ -8704,11 +8701,13 @@ class Repairer:
             there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
             works = {number: self.layout.work(number) for number in there}
             busy = {n for n, work in works.items() if is_coming_or_going(work) and is_held(work / "lock")}
-            numbers = [n for n, path in there.items() if is_whole(path) and n not in busy]  # those write it themselves
+            numbers = [
+                n for n, path in there.items() if is_whole(path) and n not in busy
+            ]  # busy ones: an ash adds them
             write_file(self.layout.tree, tree_of_history(numbers, self.system.history()).dump())
 
     def adopt(self, number: int) -> None:
-        """Put a snapshot that no tree entry has into the tree, at the top."""
+        """Add a snapshot that is not in the tree, at the top level."""
         with self.system.lock(number):
             if number in self.system.tree() or not is_whole(self.layout.rootfs(number)):
                 return
@@ -8716,8 +8715,8 @@ class Repairer:
             with self.system.editing_tree() as tree:
                 tree.add(number)
 
-    def describe(self, number: int) -> None:
-        """Give a snapshot a description again."""
+    def restore_description(self, number: int) -> None:
+        """Restore a snapshot's description from the history."""
         with self.system.lock(number):
             self._describe(number)
 
@@ -8729,8 +8728,8 @@ class Repairer:
             known = description_in_history(self.system, number).encode("utf-8", "replace").decode()
             write_file(path, f"{known if known.strip() else FOUND}\n")
 
-    def raise_last(self) -> None:
-        """Have the highest number ever given be one that none exceeds."""
+    def raise_last_number(self) -> None:
+        """Raise the last snapshot number used to the highest one known."""
         with self.system.lock("state"):
             self.lost.keep(self.layout.last)
             known = to_number(read_text(self.layout.last)) or 0
@@ -8739,29 +8738,29 @@ class Repairer:
             highest = max([*there, *given, *self.system.tree().numbers()], default=0)
             write_file(self.layout.last, f"{max(highest, known)}\n")
 
-    def renew_ids(self) -> None:
-        """Make the file of users' numbers anew from all there are."""
+    def rebuild_ids(self) -> None:
+        """Rebuild the file of account ids from all snapshots and deployments."""
         with self.system.lock("state"):
             self.lost.keep(self.layout.ids)
-            numbers = AccountIds()
+            ids = AccountIds()
             for number in sorted(self.system.tree().numbers()):
-                numbers.learn(self.layout.rootfs(number) / "etc")
+                ids.learn(self.layout.rootfs(number) / "etc")
             for slot in (*SLOTS, *SECONDARY_SLOTS):
-                numbers.learn(self.layout.rootfs(slot) / "etc")
-            write_file(self.layout.ids, numbers.dump())
+                ids.learn(self.layout.rootfs(slot) / "etc")
+            write_file(self.layout.ids, ids.dump())
 
-    def settle_numbers(self, number: int) -> None:
-        """Give a snapshot's accounts numbers of their own: those that they have elsewhere."""
+    def reassign_ids(self, number: int) -> None:
+        """Give each account of a snapshot its own id, the one it has elsewhere."""
         with self._changing(number) as work:
             with self.system.lock("state"):
-                numbers = AccountIds.load(self.layout.ids)
-                wanted, moves = numbers.reconcile(work.root / "etc")
-                write_file(self.layout.ids, numbers.dump())
+                ids = AccountIds.load(self.layout.ids)
+                wanted, moves = ids.reconcile(work.root / "etc")
+                write_file(self.layout.ids, ids.dump())
             assign_ids(work.root, wanted, moves)
 
     @contextmanager
     def _changing(self, number: int) -> Iterator[Transaction]:
-        """A transaction of a repair; `undo` brings back what was before it: what was before the first is kept too."""
+        """A transaction. `undo` only reverts the last one: the state before the first is kept in lost+found."""
         if self._original_kept.get(number) is False:
             with self.system.lock(number):
                 self.lost.keep(self.layout.undo(number))
@@ -8771,36 +8770,35 @@ class Repairer:
         if work.change.changed:
             self._original_kept.setdefault(number, False)
 
-    # A snapshot's parts
+    # Snapshots
 
     def repair_packages(self, number: int) -> None:
-        """Have the package manager repair what it can of its database and its files, once."""
+        """Have the package manager repair its database and files; once for each snapshot."""
         if number not in self._repaired:
             self._repaired.add(number)
-            if not self.system.package_manager.installed(
-                self.layout.rootfs(number)
-            ):  # what is installed then is not what was
-                raise AshError("nobody knows what was installed", f"ash undo {number} brings back what was before")
+            if not self.system.package_manager.installed(self.layout.rootfs(number)):
+                # A repair would install a minimal system in the place of what was there.
+                raise AshError("the list of installed packages is lost", f"ash undo {number} restores the former state")
             with self._changing(number) as work:
                 self.system.package_manager.repair(work)
 
-    def replace_root(self, number: int) -> None:
-        """Put a snapshot's predecessor in its place, where it is gone itself; without one it leaves the tree."""
+    def restore_root(self, number: int) -> None:
+        """Replace a missing snapshot with `undo-N`; without one, remove it from the tree."""
         layout = self.layout
         with self.system.lock(number):
             if is_subvolume(layout.rootfs(number)):
                 return
             if not is_subvolume(layout.undo(number)):
-                self._give_up(number)
+                self._remove_from_tree(number)
                 return
             for part in (layout.rootfs(number), layout.etc(number), layout.boot(number)):
-                if os.path.lexists(part):  # the copies are of the state that is lost
+                if os.path.lexists(part):  # the copies are of the lost state
                     self.lost.take(part)
             rename(layout.undo(number), layout.rootfs(number))
             for directory in ("etc", "boot"):
                 renew_copy(layout, number, directory)
 
-    def _give_up(self, number: int) -> None:
+    def _remove_from_tree(self, number: int) -> None:
         with self.system.editing_tree() as tree:
             if number in tree:
                 tree.take_out(number)
@@ -8809,13 +8807,13 @@ class Repairer:
             self.lost.take(part)
         remove_work_directory(place.directory)
 
-    def protect(self, name: int | str, path: Path) -> None:
-        """Make a subvolume read-only, with a lock that who changes it takes; what was written to it stays."""
-        with self.system.lock(name):
+    def make_readonly(self, lock: int | str, path: Path) -> None:
+        """Make a subvolume read-only, as it is, while holding a lock."""
+        with self.system.lock(lock):
             set_readonly(path)
 
     def renew_copy(self, number: int, directory: str) -> None:
-        """Make a copy of a snapshot's directory anew; what it was may be all that is left of an edit."""
+        """Copy a snapshot's /etc or /boot again; the old copy is kept, since it may have the only edit of a file."""
         copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
         with self.system.lock(number):
             if is_subvolume(copy) and not first_difference(copy, original):
@@ -8824,21 +8822,21 @@ class Repairer:
                 self.lost.take(copy)
             renew_copy(self.layout, number, directory)
 
-    def set_aside(self, number: int, path: Path) -> None:
-        """Take out what belongs to no snapshot."""
+    def remove_stray(self, number: int, path: Path) -> None:
+        """Remove what belongs to no snapshot."""
         with self.system.lock(number):
             if number not in self.system.tree() and os.path.lexists(path):
                 self.lost.take(path)
                 remove_work_directory(self.layout.work(number))
 
-    def move_out(self, path: Path) -> None:
-        """Take out a subvolume that is nested in another."""
+    def remove_nested(self, path: Path) -> None:
+        """Remove a subvolume that is nested in another."""
         rootfs = self.layout.snapshots / "rootfs"
         holder = rootfs / path.relative_to(rootfs).parts[0]
         of_snapshot = re.fullmatch(r"(?:snapshot-(?:chr)?|undo-)(\d+)", holder.name)
         with self.system.lock(int(of_snapshot[1]) if of_snapshot else "deploy"):
             if not is_subvolume(path):
-                return  # it went with the one that it was nested in
+                return  # moved with the subvolume that it was nested in
             readonly = Subvolume.at(holder).readonly
             set_readonly(holder, False)
             try:
@@ -8846,8 +8844,8 @@ class Repairer:
             finally:
                 set_readonly(holder, readonly)
 
-    def finish(self, number: int) -> None:
-        """Finish or undo what was interrupted; where nobody knows what that was, set it aside."""
+    def recover(self, number: int) -> None:
+        """Finish or undo what was interrupted; without a valid intent file, remove what is left of it."""
         place, tree = self.system.workdir(number), self.system.tree()
         with self.system.lock(number):
             intent = None
@@ -8863,8 +8861,8 @@ class Repairer:
             else:
                 place.recover(tree)
 
-    def put_back(self) -> None:
-        """Put back what an interrupted change put into the running system; set it aside where there is no good note."""
+    def roll_back_live(self) -> None:
+        """Roll back an interrupted live change; without a valid intent file, remove what is left of it."""
         place = LiveWorkDir(self.system)
         with self.system.lock("live"):
             if state_of_work(place.directory):
@@ -8875,14 +8873,14 @@ class Repairer:
 
     @staticmethod
     def unmount(target: str) -> None:
-        """Unmount something for the whole system: ash itself has a mount namespace of its own."""
+        """Unmount something in the system's mount namespace: ash has its own."""
         run(["nsenter", "--mount", "--target", "1", "umount", target])
-        run(["umount", target], check=False)  # here it is gone already where mounts are shared, as they usually are
+        run(["umount", target], check=False)  # fails if mounts are shared, as they usually are: already unmounted here
 
-    # The boot menu
+    # Deployments and the boot menu
 
-    def renew_drift_base(self, slot: str, number: int) -> None:
-        """Make anew what a slot's /etc is compared with, from a snapshot's: more counts as changed than was."""
+    def restore_drift_base(self, slot: str, number: int) -> None:
+        """Copy a snapshot's /etc to a slot's missing drift base; more counts as drift than was changed."""
         with self.system.lock("deploy"):
             base, new = self.layout.etc(slot), self.layout.etc(f"new-{slot}")
             if is_subvolume(base):
@@ -8893,13 +8891,13 @@ class Repairer:
             copy_as_subvolume((source if is_subvolume(source) else self.layout.rootfs(BASE)) / "etc", new)
             rename(new, base)
 
-    def finish_deploy(self) -> None:
-        """Tidy up after a deploy that was interrupted."""
+    def recover_deploy(self) -> None:
+        """Clean up after an interrupted deploy."""
         with self.system.deploying() as deployments:
             deployments.recover()
 
     def rebuild_menu(self) -> None:
-        """Make the menu anew from the slots that are there and from grub.cfg."""
+        """Rebuild the menu from the existing slots and grub.cfg."""
         with self.system.lock("deploy"):
             try:
                 deployments = self.system.deployments()
@@ -8915,8 +8913,8 @@ class Repairer:
             if not deployments.is_grub_cfg_current():
                 deployments.write_menu()
 
-    def bring_boot_file(self, slot: str, name: str, source: Path) -> None:
-        """Copy a boot file that a deployment lacks."""
+    def copy_boot_file(self, slot: str, name: str, source: Path) -> None:
+        """Copy a kernel or initramfs that a deployment lacks."""
         target = self.layout.rootfs(slot) / "boot" / name
         with self.system.lock("deploy"):
             if not target.is_file():
@@ -8925,50 +8923,91 @@ class Repairer:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# fsck
+# Finding problems
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Fsck:
-    """Compares tree, subvolumes, deployments, boot files and package databases with each other; changes nothing."""
+    """Checks tree, subvolumes, deployments, boot files and package databases against each other. Changes nothing."""
 
-    LOOKS = 10  # at a snapshot that others change all the time, before it is theirs alone
+    LOOKS = 10  # at a snapshot that other processes keep changing
 
     def __init__(self, system: System) -> None:
         self.system = system
         self.layout = system.layout
-        self.mender = Repairer(system)
-        # What was found in contents: snapshots share them, and what looks again need not look at all of them again.
+        self.repairer = Repairer(system)
+        # Results by contents: many snapshots are identical, and a repair runs the checks several times.
         self._contents = Contents()
         self._known_problems: dict[int, list[str]] = {}
-        self._known_differences: dict[tuple[int, int], str] = {}  # of a copy, from its directory of a root
+        self._known_differences: dict[tuple[int, int], str] = {}  # between a copy and a root
 
     def run(self) -> Iterator[Problem]:
-        """All damage there is; what is interrupted comes first, since to finish it mends more."""
+        """All problems; interrupted work comes first, since finishing it may solve others."""
         try:
             numbers = self.system.tree().numbers()
         except AshError as error:
-            remedy = "make it anew from the history and the snapshots that are there"
-            yield Problem(error.message, None, remedy, self.mender.rebuild_tree)
+            remedy = "rebuild it from the history and the existing snapshots"
+            yield Problem(error.message, None, remedy, self.repairer.rebuild_tree)
             return
-        yield from self._leftovers()
+        yield from self._interrupted()
         yield from self._left_of_live()
         for number in numbers:
             yield from self._snapshot(number)
         yield from self._strays(numbers)
-        yield from self._last(numbers)
-        yield from self._numbers_of_users(numbers)
+        yield from self._last_number(numbers)
+        yield from self._account_ids(numbers)
         yield from self._nested()
         yield from self._mounts(numbers)
         yield from self._menu()
 
-    def _alone(self, lock: Lock) -> contextlib.AbstractContextManager[object]:
-        """A lock, to be held while looking; where nothing can be written nobody takes one that is not there."""
-        there = lock.path.exists() or not is_readonly(self.layout.snapshots)
-        return lock if there else contextlib.nullcontext()
+    def _holding(self, lock: Lock) -> contextlib.AbstractContextManager[object]:
+        """A lock to hold while checking; on a read-only file system, where nobody can create it, only if it exists."""
+        exists = lock.path.exists() or not is_readonly(self.layout.snapshots)
+        return lock if exists else contextlib.nullcontext()
+
+    # Interrupted work
+
+    def _interrupted(self) -> Iterator[Problem]:
+        for name, what, remedy, repair in (
+            ("deploy", "a deploy was interrupted", "clean up after it", self.repairer.recover_deploy),
+            ("live", "a live change was interrupted", "roll it back", self.repairer.roll_back_live),
+        ):
+            directory = self.layout.work(name)
+            if (directory / "intent").exists():
+                with contextlib.suppress(AshError), self._holding(Lock(directory / "lock", "")):
+                    if (directory / "intent").exists():
+                        yield Problem(what, None, remedy, repair)
+        for number, directory in numbered(self.layout.work(""), "").items():
+            if self.system.workdir(number).leftovers():
+                # Locked: the work of another ash is not a problem.
+                with contextlib.suppress(AshError), self._holding(Lock(directory / "lock", "")):
+                    yield from self._interrupted_change(number, directory)
+
+    def _interrupted_change(self, number: int, directory: Path) -> Iterator[Problem]:
+        repair = partial(self.repairer.recover, number)
+        try:
+            intent = Intent.load(directory)
+        except AshError as error:
+            yield Problem(error.message, number, "move what it left to lost+found", repair)
+            return
+        if intent is not None and intent.state != "kept":
+            yield Problem("a change was interrupted", number, "finish or undo it", repair)
+        elif intent is None and (left := self.system.workdir(number).leftovers()):
+            what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a transaction"
+            yield Problem(what, number, "move it to lost+found", repair)
+
+    def _left_of_live(self) -> Iterator[Problem]:
+        live = LiveWorkDir(self.system)
+        if live.leftovers() and not (live.directory / "intent").exists():
+            with contextlib.suppress(AshError), self._holding(Lock(live.directory / "lock", "")):
+                if left := live.leftovers():
+                    what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a live change"
+                    yield Problem(what, None, "move it to lost+found", self.repairer.roll_back_live)
+
+    # Snapshots
 
     def _snapshot(self, number: int) -> list[Problem]:
-        """The damage of a snapshot; one that another ash changes or deletes meanwhile is looked at again."""
+        """The problems of a snapshot; checked again if another ash changes or deletes it meanwhile."""
         for _ in range(self.LOOKS):
             before = self._version(number)
             try:
@@ -8982,52 +9021,51 @@ class Fsck:
         return []
 
     def _version(self, number: int) -> tuple[object, ...]:
-        """What is another when a snapshot has been changed."""
+        """A token that changes when the snapshot is changed."""
         layout = self.layout
         parts = map(subvolume_at, (layout.rootfs(number), layout.etc(number), layout.boot(number)))
         ids = [part and part.id for part in parts]
         return number in self.system.tree(), state_of_work(layout.work(number)), *ids
 
     def _look_at(self, number: int) -> Iterator[Problem]:
-        layout, mender = self.layout, self.mender
-        root = layout.rootfs(number)
+        layout, repairer = self.layout, self.repairer
+        root, undo = layout.rootfs(number), layout.undo(number)
         if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
-            return  # it has gone; or its copies are made anew by what finishes its change
+            return  # it was deleted, or recovery will copy its /etc and /boot again
         if not is_subvolume(root):
-            has_undo = is_subvolume(layout.undo(number))
-            gone = "take it out of the tree, what is below it moves up"
-            remedy = f"put {layout.undo(number).name} in its place" if has_undo else gone
-            yield Problem(f"{root.name} is missing", number, remedy, partial(mender.replace_root, number))
+            without_undo = "remove it from the tree; its children move up"
+            remedy = f"replace it with {undo.name}" if is_subvolume(undo) else without_undo
+            yield Problem(f"{root.name} is missing", number, remedy, partial(repairer.restore_root, number))
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
-            remedy = "make it read-only, as it is"
-            yield Problem(f"{root.name} is writable", number, remedy, partial(mender.protect, number, root))
-        if is_writable(undo := layout.undo(number)):
-            remedy = "make it read-only, as it is"
-            yield Problem(f"{undo.name} is writable", number, remedy, partial(mender.protect, number, undo))
+            yield self._is_writable(root, number)
+        if is_writable(undo):
+            yield self._is_writable(undo, number)
         if not is_description(layout.description(number)):
-            there = os.path.lexists(layout.description(number))
-            what = "its description is empty or no file" if there else "it has no description"
-            yield Problem(what, number, "take it from the history", partial(mender.describe, number))
+            exists = os.path.lexists(layout.description(number))
+            what = f"its description is {'empty or not a regular file' if exists else 'missing'}"
+            restore = partial(repairer.restore_description, number)
+            yield Problem(what, number, "restore it from the history", restore)
         for directory in ("etc", "boot"):
             yield from self._copy(number, directory)
-        audit = (
-            f" (ash run {number} {self.system.package_manager.audit} tells more)"
-            if self.system.package_manager.audit
-            else ""
-        )
-        for problem in self._problems(root):
-            remedy = f"repair it from its archives{audit}"
-            yield Problem(problem, number, remedy, partial(mender.repair_packages, number))
+        audit = self.system.package_manager.audit
+        remedy = "reinstall it from the repositories" + (f" (ash run {number} {audit} tells more)" if audit else "")
+        for problem in self._package_problems(root):
+            yield Problem(problem, number, remedy, partial(repairer.repair_packages, number))
 
-    def _problems(self, root: Path) -> list[str]:
+    def _is_writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
+        """The problem of a writable subvolume, which is repaired with a lock held: the snapshot's if it is None."""
+        repair = partial(self.repairer.make_readonly, number if lock is None else lock, path)
+        return Problem(f"{path.name} is writable", number, "make it read-only as it is", repair)
+
+    def _package_problems(self, root: Path) -> list[str]:
         content = self._contents.of(root)
         if content not in self._known_problems:
             self._known_problems[content] = self.system.package_manager.problems(root)
         return self._known_problems[content]
 
     def _difference(self, copy: Path, root: Path, directory: str) -> str:
-        """The first path at which a copy of a root's directory differs from it; empty where it does not."""
+        """The first path at which a copy of a root's directory differs from it; empty if there is none."""
         contents = self._contents.of(copy), self._contents.of(root)
         if contents not in self._known_differences:
             self._known_differences[contents] = first_difference(copy, root / directory)
@@ -9035,16 +9073,17 @@ class Fsck:
 
     def _copy(self, number: int, directory: str) -> Iterator[Problem]:
         copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
-        renew, remedy = partial(self.mender.renew_copy, number, directory), "make it anew"
+        repair, remedy = partial(self.repairer.renew_copy, number, directory), "copy it again"
         if not is_directory(original):
-            yield Problem(f"its /{directory} is no directory", number)
+            yield Problem(f"its /{directory} is not a directory", number)
         elif not is_subvolume(copy):
-            yield Problem(f"{copy.name} is missing", number, remedy, renew)
+            yield Problem(f"{copy.name} is missing", number, remedy, repair)
         elif different := self._difference(copy, self.layout.rootfs(number), directory):
-            yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, remedy, renew)
+            yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, remedy, repair)
         elif not Subvolume.at(copy).readonly:
-            protect = partial(self.mender.protect, number, copy)
-            yield Problem(f"{copy.name} is writable", number, "make it read-only", protect)
+            yield self._is_writable(copy, number)
+
+    # What belongs to no snapshot
 
     def _strays(self, numbers: Sequence[int]) -> Iterator[Problem]:
         directories = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
@@ -9052,112 +9091,41 @@ class Fsck:
             for number, path in numbered(self.layout.snapshots / directory, *affixes).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
-                if number in self.system.tree() or not os.path.lexists(path):  # it has come or gone meanwhile
+                if number in self.system.tree() or not os.path.lexists(path):  # created or deleted meanwhile
                     continue
-                what = f"{path.name} belongs to no snapshot of the tree"
+                what = f"{path.name} belongs to no snapshot in the tree"
                 if is_whole(self.layout.rootfs(number)):
-                    adopt = partial(self.mender.adopt, number)
-                    yield Problem(what, None, f"put snapshot {number} into the tree, at the top", adopt)
+                    adopt = partial(self.repairer.adopt, number)
+                    yield Problem(what, None, f"add snapshot {number} to the tree at the top level", adopt)
                 else:
-                    yield Problem(what, None, "take it out", partial(self.mender.set_aside, number, path))
-
-    def _last(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
-        if last is None or last < highest:
-            known = "not known" if last is None else last
-            what = f"the highest number ever given is {known}, the tree has {highest}"
-            yield Problem(what, None, "raise it", self.mender.raise_last)
-
-    def _leftovers(self) -> Iterator[Problem]:
-        for name, what, finish in (
-            ("deploy", "an interrupted deploy waits to be tidied up", self.mender.finish_deploy),
-            ("live", "an interrupted change of the running system waits to be put back", self.mender.put_back),
-        ):
-            directory = self.layout.work(name)
-            if (directory / "intent").exists():
-                with contextlib.suppress(AshError), self._alone(Lock(directory / "lock", "")):
-                    if (directory / "intent").exists():
-                        yield Problem(what, None, "do it", finish)
-        for number, directory in numbered(self.layout.work(""), "").items():
-            place = self.system.workdir(number)
-            if not place.leftovers():
-                continue
-            mend = partial(self.mender.finish, number)
-            with (
-                contextlib.suppress(AshError),
-                self._alone(Lock(directory / "lock", "")),
-            ):  # a living ash's work is no damage
-                try:
-                    intent = Intent.load(directory)
-                except AshError as error:
-                    yield Problem(error.message, number, "set aside what it was about", mend)
-                    continue
-                if intent is not None and intent.state != "kept":
-                    what = "an interrupted change waits to be finished or undone"
-                    yield Problem(what, number, "finish or undo it", mend)
-                elif intent is None and (left := place.leftovers()):
-                    what = f"{left[0].relative_to(self.layout.snapshots)} is left of a transaction"
-                    yield Problem(what, number, "set it aside", mend)
-
-    def _left_of_live(self) -> Iterator[Problem]:
-        live = LiveWorkDir(self.system)
-        if live.leftovers() and not (live.directory / "intent").exists():
-            with contextlib.suppress(AshError), self._alone(Lock(live.directory / "lock", "")):
-                if left := live.leftovers():
-                    what = f"{left[0].relative_to(self.layout.snapshots)} is left of a change of the running system"
-                    yield Problem(what, None, "set it aside", self.mender.put_back)
-
-    def _numbers_of_users(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        remedy = "make it anew from the snapshots"
-        if not self.layout.ids.exists():
-            yield Problem("the file of users' numbers is missing", None, remedy, self.mender.renew_ids)
-        try:
-            given = AccountIds.load(self.layout.ids).given
-        except AshError as error:
-            yield Problem(error.message, None, remedy, self.mender.renew_ids)
-            return
-        for number, name in itertools.product(numbers, ID_FILES):
-            for what in self._clashes(name, read_ids(self.layout.rootfs(number) / "etc" / name), given[name]):
-                remedy = (
-                    "give it the number that it has elsewhere, or a new one; files of a shared number stay as they are"
-                )
-                yield Problem(what, number, remedy, partial(self.mender.settle_numbers, number))
-
-    @staticmethod
-    def _clashes(name: str, accounts: Mapping[str, int], given: Mapping[str, int]) -> Iterator[str]:
-        owners: dict[int, str] = {}
-        for account, ident in accounts.items():
-            if ident in owners:
-                yield f"{account} and {owners[ident]} share the number {ident} in {name}"
-            owners[ident] = account
-            if given.get(account, ident) != ident:
-                yield f"{account} is {ident} in {name}, and {given[account]} elsewhere"
+                    remove = partial(self.repairer.remove_stray, number, path)
+                    yield Problem(what, None, "move it to lost+found", remove)
 
     def _nested(self) -> Iterator[Problem]:
         rootfs = self.layout.snapshots / "rootfs"
         todo = sorted((path for path in rootfs.iterdir() if is_subvolume(path)), reverse=True)
         while todo:
             for path in subvolumes_inside(todo.pop()):
-                what = f"{path.relative_to(rootfs)} is a subvolume nested in another"
-                yield Problem(what, None, "take it out", partial(self.mender.move_out, path))
+                what = f"{path.relative_to(rootfs)} is a nested subvolume"
+                yield Problem(what, None, "move it to lost+found", partial(self.repairer.remove_nested, path))
                 todo.append(path)
 
     def _mounts(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        layout, there = self.layout, mounts()
+        layout, mounted = self.layout, mounts()
         parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
         of_subvolume = {found.id: number for number, part in parts if (found := subvolume_at(part))}
-        root = next((m.subvolume for m in reversed(there) if m.target == "/"), None)  # it may be booted as it is
-        for one in there:
-            inside = self._subvolume_below(one, there)
+        root = next((m.subvolume for m in reversed(mounted) if m.target == "/"), None)  # a snapshot may be booted
+        for one in mounted:
+            inside = self._subvolume_below(one, mounted)
             if inside in of_subvolume and inside != root:
                 own = self.system.running and one.target.startswith("/.snapshots/")
-                mend = partial(self.mender.unmount, one.target) if own else None
-                what = f"{one.target} is a foreign mount inside it"
-                yield Problem(what, of_subvolume[inside], f"umount {one.target}", mend)
+                repair = partial(self.repairer.unmount, one.target) if own else None
+                what = f"{one.target} is mounted inside it"
+                yield Problem(what, of_subvolume[inside], f"umount {one.target}", repair)
 
-    def _subvolume_below(self, one: Mount, there: Sequence[Mount]) -> int | None:
-        """The id of the subvolume that a mount lies on, where that is of this file system."""
-        above = [m for m in reversed(there) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
+    def _subvolume_below(self, one: Mount, mounted: Sequence[Mount]) -> int | None:
+        """The id of the subvolume that contains a mount point, if that is on this file system."""
+        above = [m for m in reversed(mounted) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
         if above and max(above, key=lambda m: len(m.target)).kind == "btrfs":
             with contextlib.suppress(OSError):
                 directory = Path(one.target).parent
@@ -9165,16 +9133,49 @@ class Fsck:
                     return subvolume_id(directory)
         return None
 
+    # Numbers and account ids
+
+    def _last_number(self, numbers: Sequence[int]) -> Iterator[Problem]:
+        last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
+        if last is None or last < highest:
+            recorded = "not recorded" if last is None else f"recorded as {last}"
+            what = f"the last snapshot number used is {recorded}, the tree has {highest}"
+            yield Problem(what, None, "raise it", self.repairer.raise_last_number)
+
+    def _account_ids(self, numbers: Sequence[int]) -> Iterator[Problem]:
+        rebuild, remedy = self.repairer.rebuild_ids, "rebuild it from the snapshots"
+        if not self.layout.ids.exists():
+            yield Problem("the file of account ids is missing", None, remedy, rebuild)
+        try:
+            known = AccountIds.load(self.layout.ids).given
+        except AshError as error:
+            yield Problem(error.message, None, remedy, rebuild)
+            return
+        remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
+        for number, name in itertools.product(numbers, ID_FILES):
+            for what in self._id_clashes(name, read_ids(self.layout.rootfs(number) / "etc" / name), known[name]):
+                yield Problem(what, number, remedy, partial(self.repairer.reassign_ids, number))
+
+    @staticmethod
+    def _id_clashes(name: str, accounts: Mapping[str, int], known: Mapping[str, int]) -> Iterator[str]:
+        owners: dict[int, str] = {}
+        for account, ident in accounts.items():
+            if ident in owners:
+                yield f"{account} and {owners[ident]} share the id {ident} in {name}"
+            owners[ident] = account
+            if known.get(account, ident) != ident:
+                yield f"{account} has the id {ident} in {name}, but {known[account]} elsewhere"
+
+    # Deployments and the boot menu
+
     def _menu(self) -> Iterator[Problem]:
         if list(self._look_at_menu()):
-            with (
-                contextlib.suppress(AshError),
-                self._alone(self.system.lock("deploy")),
-            ):  # a living ash's work is no damage
+            # Locked: the work of another ash is not a problem.
+            with contextlib.suppress(AshError), self._holding(self.system.lock("deploy")):
                 yield from list(self._look_at_menu())
 
     def _look_at_menu(self) -> Iterator[Problem]:
-        rebuild, remedy = self.mender.rebuild_menu, "make the menu anew from the deployments that are there"
+        rebuild, remedy = self.repairer.rebuild_menu, "rebuild it from the existing deployments"
         try:
             deployments = self.system.deployments()
         except AshError as error:
@@ -9183,25 +9184,24 @@ class Fsck:
         menu = deployments.menu
         if menu.default not in menu.deployments:
             there = any((self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file() for slot in (*SLOTS, *SECONDARY_SLOTS))
-            what = "no deployment is chosen for the next boot"
+            what = "the boot menu has no default deployment"
             yield Problem(what, None, remedy, rebuild) if there else Problem(what, None, "ash deploy N")
             return
         for deployment in menu.deployments.values():
             yield from self._boot_files(deployment)
             yield from self._drift_base(deployment)
         if not deployments.is_grub_cfg_current():
-            yield Problem("grub.cfg is not what ash wrote last", None, "write it again", self.mender.write_menu)
+            yield Problem("grub.cfg differs from what ash wrote last", None, "write it again", self.repairer.write_menu)
 
     def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
         slot, number = deployment.slot, deployment.snapshot
         base = self.layout.etc(slot)
         if not is_subvolume(base):
-            renew, remedy = partial(self.mender.renew_drift_base, slot, number), "make it anew from the snapshot's /etc"
-            yield Problem(f"{base.name} is missing: nobody knows what was changed in /etc", number, remedy, renew)
+            restore = partial(self.repairer.restore_drift_base, slot, number)
+            what = f"{base.name} is missing: changes to the deployment's /etc are unknown"
+            yield Problem(what, number, "copy the snapshot's /etc", restore)
         elif not Subvolume.at(base).readonly:
-            yield Problem(
-                f"{base.name} is writable", number, "make it read-only", partial(self.mender.protect, "deploy", base)
-            )
+            yield self._is_writable(base, number, "deploy")
 
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
@@ -9209,29 +9209,29 @@ class Fsck:
         for name in (deployment.config.kernel, *deployment.config.initrds):
             if (root / "boot" / name).is_file():
                 continue
-            what = f"{root.name} lacks {name}, which the boot menu names"
+            what = f"{root.name} lacks {name}, which the boot menu uses"
             sources = [path / name for path in (*roots, self.layout.boot(number)) if (path / name).is_file()]
             if sources and is_subvolume(root):
-                bring = partial(self.mender.bring_boot_file, deployment.slot, name, sources[0])
-                yield Problem(what, number, "copy it from the snapshot", bring)
+                copy = partial(self.repairer.copy_boot_file, deployment.slot, name, sources[0])
+                yield Problem(what, number, "copy it from the snapshot", copy)
             else:
                 yield Problem(what, number, "ash deploy N, of a snapshot that has a kernel")
 
 
 class RepairResult(NamedTuple):
-    """What a repair did: the damage that it mended, and what is left with the reason, if one is known."""
+    """What a repair did: the repaired problems, and for each remaining one why, if that is known."""
 
-    mended: Sequence[Problem]
+    repaired: Sequence[Problem]
     left: Mapping[Problem, str]
     lost_found: str
 
 
-def attempt(damage: Problem) -> str | None:
-    """Mend a damage; returns why that was not possible, None where it was."""
-    if damage.mend is None:
+def attempt(problem: Problem) -> str | None:
+    """Repair a problem. Returns None if that succeeded, else the reason or, if there is no repair, an empty string."""
+    if problem.repair is None:
         return ""
     try:
-        damage.mend()
+        problem.repair()
     except AshError as error:
         return f"{error.message} ({error.hint})" if error.hint else error.message
     except OSError as error:
@@ -9240,52 +9240,58 @@ def attempt(damage: Problem) -> str | None:
 
 
 def repair(system: System) -> RepairResult:
-    """Mend all damage that can be mended. Only what a last look does not find any more counts as mended."""
-    check = Fsck(system)
-    tried: dict[Problem, str | None] = {}  # why it could not be mended; None where it was
-    seen = list(check.run())
-    while new := [damage for damage in seen if damage not in tried]:  # mending brings more to light
-        tried |= {damage: attempt(damage) for damage in new}
+    """Repair all problems that can be repaired. What a last check still finds does not count as repaired."""
+    fsck = Fsck(system)
+    tried: dict[Problem, str | None] = {}  # the results of attempt()
+    found = list(fsck.run())
+    while new := [problem for problem in found if problem not in tried]:  # a repair may reveal more
+        tried |= {problem: attempt(problem) for problem in new}
         sync_filesystem(system.layout.snapshots)
-        seen = list(check.run())
-    mended = [damage for damage, why in tried.items() if why is None and damage not in seen]
-    return RepairResult(mended, {damage: tried[damage] or "" for damage in seen}, check.mender.lost.seen)
+        found = list(fsck.run())
+    repaired = [problem for problem, why in tried.items() if why is None and problem not in found]
+    return RepairResult(repaired, {problem: tried[problem] or "" for problem in found}, fsck.repairer.lost.shown)
 
 
-def repaired_reply(result: RepairResult) -> Reply:
+def problem_data(problem: Problem, repaired: bool = False) -> dict[str, Any]:
+    """A problem as JSON has it."""
+    return {"what": problem.what, "snapshot": problem.snapshot, "mended": repaired}
+
+
+def repair_reply(result: RepairResult) -> Reply:
     """The answer of a repair."""
-    mended, left = result.mended, result.left
-    rows = [(one, one in mended) for one in (*mended, *left)]
+    repaired, left = result.repaired, result.left
     data = {
-        "damage": [{"what": one.what, "snapshot": one.snapshot, "mended": done} for one, done in rows],
-        "changed": bool(mended),
+        "damage": [*(problem_data(one, True) for one in repaired), *map(problem_data, left)],
+        "changed": bool(repaired),
         "lost_found": result.lost_found,
     }
-    lines = [f"mended: {one.text()}" for one in mended] or ([] if left else ["no damage"])
-    lines += [f"left: {one.text()}: {why}" if why else f"left: {one.advice()}" for one, why in left.items()]
-    lines += [f"what was taken out is in {result.lost_found}"] if result.lost_found else []
+    lines = [f"repaired: {one.text()}" for one in repaired] or ([] if left else ["no problems found"])
+    lines += [
+        f"not repaired: {one.text()}: {why}" if why else f"not repaired: {one.advice()}" for one, why in left.items()
+    ]
+    lines += [f"anything removed is in {result.lost_found}"] if result.lost_found else []
     return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
 @command(
-    "fsck", group=ITSELF, usage="fsck [--repair]", help="look for damage; exit status 1 where any is left",
+    "fsck", group=ITSELF, usage="fsck [--repair]", help="find problems; exit status 1 if any is left",
     wants_disk=True, changes_with="repair",
-    options=[flag("--repair", help="mend it; what is taken out is kept in /.snapshots/lost+found")],
+    options=[flag("--repair", help="repair them; anything removed is kept in /.snapshots/lost+found")],
     answer={"damage": [{"what": str, "snapshot": int | None, "mended": bool}], "changed": bool, "lost_found": str},
 )  # fmt: skip
 def cmd_fsck(system: System, request: Request) -> Reply:
-    require_root("checking everything")
+    require_root("checking the file system")
     if request.repair and not request.dry_run:
-        return repaired_reply(repair(system))
-    damage = list(Fsck(system).run())
-    mendable = [one.advice() for one in damage if one.mend]
-    status = FAILED if len(damage) > (len(mendable) if request.repair else 0) else 0
-    data = {"damage": [{"what": one.what, "snapshot": one.snapshot, "mended": False} for one in damage]}
+        return repair_reply(repair(system))
+    problems = list(Fsck(system).run())
+    repairable = [one.advice() for one in problems if one.repair]
+    status = FAILED if len(problems) > (len(repairable) if request.repair else 0) else 0
+    data = {"damage": list(map(problem_data, problems))}
     if request.repair:
-        reply = would("mend:\n" + "\n".join(mendable) if mendable else "mend nothing", **data)
-        return reply._replace(data={**reply.data, "would": mendable}, status=status)
-    lines = [one.text() if one.mend else one.advice() for one in damage] or ["no damage"]
-    lines += [f"ash fsck --repair mends {len(mendable)} of {len(damage)}"] if mendable else []
+        reply = would("repair:\n" + "\n".join(repairable) if repairable else "repair nothing", **data)
+        return reply._replace(data={**reply.data, "would": repairable}, status=status)
+    lines = [one.text() if one.repair else one.advice() for one in problems] or ["no problems found"]
+    lines += [f"ash fsck --repair can repair {len(repairable)} of {len(problems)}"] if repairable else []
     return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
 
 

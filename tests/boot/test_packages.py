@@ -119,7 +119,7 @@ def opens_itself(machine: Machine) -> None:
     said(machine, "printf 'setsid sleep 611 >/dev/null 2>&1 &\n' | ash live-chroot && ! pgrep -f 'sleep 61''1'")
 
     said(machine, "mount -t tmpfs foreign /.snapshots/rootfs/snapshot-2/mnt")
-    refused(machine, "ash fsck", "foreign mount")
+    refused(machine, "ash fsck", "is mounted inside it")
     said(machine, "ash fsck --repair && ! findmnt /.snapshots/rootfs/snapshot-2/mnt")
 
     menu = said(machine, "cat /.snapshots/ash/menu")

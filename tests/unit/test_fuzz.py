@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -334,9 +333,9 @@ def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert all(ash.moment_of(entry) <= 2**38 for entry in history)
         ash.PackageIntents.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
-        mender = ash.Repairer(system)
-        for mend in (partial(mender.describe, 7), mender.raise_last):
-            mend()
+        repairer = ash.Repairer(system)
+        repairer.restore_description(7)
+        repairer.raise_last_number()
     assert said.getvalue() == ""
     assert system.describe(7)
     assert ash.to_number(system.layout.last.read_text()) is not None
@@ -378,12 +377,12 @@ def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.last.write_bytes(content)
     number = either(system.new_number)
-    found = [damage.what for damage in ash.Fsck(system)._last([0])]
+    found = [problem.what for problem in ash.Fsck(system)._last_number([0])]
     if number is None:
         assert system.layout.last.read_bytes() == content, "what is damaged stays as it is"
         assert found, "fsck finds what nothing can be made with"
-        ash.Repairer(system).raise_last()
-        assert not list(ash.Fsck(system)._last([0]))
+        ash.Repairer(system).raise_last_number()
+        assert not list(ash.Fsck(system)._last_number([0]))
     else:
         assert system.layout.last.read_text() == f"{number}\n"
 
@@ -408,7 +407,7 @@ def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
     system.layout.last.write_text(f"{ash.U32_MAX}\n")
     with pytest.raises(AshError, match="no snapshot numbers are left"):
         system.new_number()
-    assert not list(ash.Fsck(system)._last([0]))
+    assert not list(ash.Fsck(system)._last_number([0]))
 
 
 @given(content=SMALL)

@@ -154,7 +154,7 @@ class Tried:
             assert view == self.after, where
             return False
         # What does several things goes on with the others, and says in its report why one could not be done.
-        told = said or [line for line in ended.stdout.splitlines() if re.match(r"left: |snapshot \d+ failed: ", line)]
+        told = said or [line for line in ended.stdout.splitlines() if re.match(r"not repaired: |snapshot \d+ failed: ", line)]
         assert told, (where, ended)
         assert not re.search("Traceback|an error in ash itself", ended.stderr), where
         assert not any("Errno" in line for line in told), (where, told)
@@ -490,7 +490,7 @@ def text(path: Path) -> str:
 
 
 def is_whole(image: Path) -> None:
-    """The file system of a disk has no damage, and GRUB itself can read what the boot menu names."""
+    """The file system of a disk is sound, and GRUB itself can read the files that the boot menu uses."""
     start, size = next(p for p in partitions(image) if p[1] > 1 << 30)
     with image.open("rb+") as disk:
         loop = open_new_loop(disk.fileno(), image, start, size)  # it goes when this process ends, however it does

@@ -62,7 +62,7 @@ def main() -> None:
     """Run the commands, with what is known."""
     file = Path(sys.argv[1])
     known = json.loads(file.read_text()) if file.exists() else {}
-    ash.Fsck._problems = remembered(ash.Fsck._problems, known)  # type: ignore[method-assign]
+    ash.Fsck._package_problems = remembered(ash.Fsck._package_problems, known)  # type: ignore[method-assign]
     ash.first_difference = remembered(ash.first_difference, known)
     try:
         print(json.dumps(answers(map(json.loads, sys.argv[2:]))))
