@@ -138,7 +138,7 @@ def test_problems_that_existed_before_do_not_count(system: System, snapshot: int
 def test_an_invalid_configuration_is_recorded(system: System, snapshot: int, archive: Archive) -> None:
     configure(system)
     upgrade(system, snapshot, archive)
-    for line, said in (("auto_upgrade::sometimes", "line 1"), ("auto_upgrade::reboot", "when")):
+    for line, said in (("auto_upgrade::sometimes", "line 1"), ("auto_upgrade::reboot", "needs a time window")):
         configure(system, line)
         assert said in system.ash("auto-upgrade", snapshot, status=USAGE).error
         assert said in system.ash("check", status=FAILED).stdout
