@@ -8038,20 +8038,20 @@ def cmd_list(system: System, request: Request) -> Reply:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Whole trees: a process for each snapshot, parents first
+# Whole trees: a process for each snapshot
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Job:
-    """A snapshot that a tree command works on, and what came of it."""
+    """The work on one snapshot of a tree: its process, and then its result."""
 
     def __init__(self, number: int, parent: int | None) -> None:
         self.number = number
         self.parent = parent
         self.process = 0
-        self.answer = -1  # the pipe on which the process says what it did
-        self.output: BinaryIO | None = None  # what is printed in it, where that is kept for the end
-        self.began = 0.0
+        self.result_pipe = -1
+        self.output: BinaryIO | None = None  # of the process, if it is kept until its end
+        self.started = 0.0
         self.change: Change | None = None
         self.error = ""
         self.hint = ""
@@ -8061,181 +8061,194 @@ class Job:
         return self.change is not None or bool(self.error)
 
     def state(self) -> str:
-        """How far it is, for people."""
+        """The progress, for people."""
         if self.error:
             return f"failed: {one_line(self.error)}"
         if self.change is not None:
             return "changed" if self.change.changed else "nothing to change"
-        return f"{time.monotonic() - self.began:.0f} s" if self.process else "waits"
+        return f"{time.monotonic() - self.started:.0f} s" if self.process else "waiting"
 
 
 class JobPool:
-    """Works on several snapshots, each by a process of its own; what fails in one does not stop the others.
+    """Works on several snapshots, each in a process of its own. A job that fails does not stop the others.
 
     Args:
-        system: the snapshots'.
+        system: the system of the snapshots.
         doing: what is done, for people: "upgrading".
-        jobs: how many at a time.
-        shown: whether what is printed in them is for the user; otherwise only errors are.
+        limit: the number of jobs that may run at the same time.
+        shown: whether the user wants to see the output of the jobs; otherwise only their errors are shown.
+        after_parents: whether a job needs its parent's result, and starts when the parent's job has ended.
     """
 
     REDRAW = 0.5  # seconds
 
-    def __init__(self, system: System, doing: str, jobs: int, shown: bool = False) -> None:
+    def __init__(
+        self, system: System, doing: str, limit: int, *, shown: bool = False, after_parents: bool = False
+    ) -> None:
         self.system = system
         self.doing = doing
-        self.jobs = jobs
+        self.limit = limit
         self.shown = shown
-        self.branches: list[Job] = []
-        self.drawn = 0
+        self.after_parents = after_parents
+        self.jobs: list[Job] = []
+        self.drawn = 0  # lines
 
-    def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> list[Job]:
-        """Have the work done in each snapshot, after its parent's; returns what came of it."""
-        self.branches = [Job(number, tree.parent(number)) for number in numbers]
+    def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> None:
+        """Do the work in each snapshot, given with parents first, and keep the results in `jobs`."""
+        self.jobs = [Job(number, tree.parent(number)) for number in numbers]
         try:
-            while not all(branch.is_done for branch in self.branches):
+            while not all(job.is_done for job in self.jobs):
                 self._start_more(work)
-                self._hear()
+                self._collect()
                 self._draw()
         except BaseException:
-            for branch in self._running():
-                os.kill(branch.process, signal.SIGTERM)
-                self._end(branch)
+            for job in self._running():
+                os.kill(job.process, signal.SIGTERM)
+                self._end(job)
             raise
-        return self.branches
+
+    @property
+    def changes(self) -> list[Change]:
+        """The results of the jobs that did not fail."""
+        return [job.change for job in self.jobs if job.change is not None]
+
+    @property
+    def failed(self) -> list[Job]:
+        """The jobs that failed."""
+        return [job for job in self.jobs if job.error]
 
     def _running(self) -> list[Job]:
-        return [branch for branch in self.branches if branch.process and not branch.is_done]
+        return [job for job in self.jobs if job.process and not job.is_done]
 
     def _start_more(self, work: Callable[[int], Change]) -> None:
-        unfinished = {branch.number for branch in self.branches if not branch.is_done}
-        ready = [b for b in self.branches if not b.process and b.parent not in unfinished]
-        for branch in ready[: self.jobs - len(self._running())]:
-            self._start(branch, work)
+        awaited = {job.number for job in self.jobs if not job.is_done} if self.after_parents else set()
+        ready = [job for job in self.jobs if not job.process and job.parent not in awaited]
+        for job in ready[: self.limit - len(self._running())]:
+            self._start(job, work)
 
-    def _start(self, branch: Job, work: Callable[[int], Change]) -> None:
+    def _start(self, job: Job, work: Callable[[int], Change]) -> None:
         import tempfile
 
-        branch.began = time.monotonic()
-        if self.jobs > 1:
-            branch.output = tempfile.TemporaryFile(dir=PRIVATE)  # noqa: SIM115 (closed where it is printed)
-        branch.answer, answer_in = os.pipe()
+        job.started = time.monotonic()
+        if self.limit > 1:
+            job.output = tempfile.TemporaryFile(dir=PRIVATE)  # noqa: SIM115 (closed when it is printed)
+        job.result_pipe, write_end = os.pipe()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
-        branch.process = os.fork()
-        if branch.process == 0:
-            self._work(branch, work, parent, answer_in)
-        os.close(answer_in)
+        job.process = os.fork()
+        if job.process == 0:
+            self._work(job, work, parent, write_end)
+        os.close(write_end)
 
-    def _work(self, branch: Job, work: Callable[[int], Change], parent: int, answer: int) -> NoReturn:
-        """The process of one snapshot: work, say what was done, end."""
-        said: dict[str, Any] = {"error": "it was interrupted"}
+    def _work(self, job: Job, work: Callable[[int], Change], parent: int, pipe: int) -> NoReturn:
+        """The process of a job: do the work, write the result to the pipe, exit."""
+        result: dict[str, Any] = {"error": "it was interrupted"}
         try:
             die_with_parent(parent)
-            if branch.output:
-                os.dup2(branch.output.fileno(), 1)
-                os.dup2(branch.output.fileno(), 2)
+            if job.output:
+                os.dup2(job.output.fileno(), 1)
+                os.dup2(job.output.fileno(), 2)
             with contextlib.nullcontext() if self.shown else quiet_progress():
-                said = {"change": work(branch.number)._asdict()}
+                result = {"change": work(job.number)._asdict()}
         except AshError as error:
-            said = {"error": error.message.strip(), "hint": error.hint}
+            result = {"error": error.message.strip(), "hint": error.hint}
         except OSError as error:
-            said = {"error": reason(error)}
+            result = {"error": reason(error)}
         except Exception as error:
-            said = {"error": f"an error in ash itself: {error!r}"}
+            result = {"error": f"an error in ash itself: {error!r}"}
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            with os.fdopen(answer, "w") as pipe:
-                json.dump(said, pipe)
+            with os.fdopen(pipe, "w") as file:
+                json.dump(result, file)
             os._exit(0)
 
-    def _hear(self) -> None:
-        """Wait for an answer, but not for long."""
+    def _collect(self) -> None:
+        """Wait for a result until it is time to redraw."""
         import select
 
-        running = {branch.answer: branch for branch in self._running()}
-        for answer in select.select([*running], [], [], self.REDRAW)[0]:
-            self._end(running[answer])
+        running = {job.result_pipe: job for job in self._running()}
+        for pipe in select.select([*running], [], [], self.REDRAW)[0]:
+            self._end(running[pipe])
 
-    def _end(self, branch: Job) -> None:
-        with os.fdopen(branch.answer, errors="surrogateescape") as pipe:
+    def _end(self, job: Job) -> None:
+        with os.fdopen(job.result_pipe, errors="surrogateescape") as pipe:
             text = pipe.read()
-        os.waitpid(branch.process, 0)
-        said: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
-        branch.error, branch.hint = said.get("error", ""), said.get("hint", "")
-        branch.change = Change(**said["change"]) if "change" in said else None
-        self.system.done += [branch.change] if branch.change and branch.change.changed else []
-        if branch.output:
-            branch.output.seek(0)
+        os.waitpid(job.process, 0)
+        result: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
+        job.error, job.hint = result.get("error", ""), result.get("hint", "")
+        job.change = Change(**result["change"]) if "change" in result else None
+        self.system.done += [job.change] if job.change and job.change.changed else []
+        if job.output:
+            job.output.seek(0)
             if self.shown or console.verbose:
                 stream = sys.stderr if console.json or not self.shown else sys.stdout
-                stream.buffer.write(branch.output.read())
+                stream.buffer.write(job.output.read())
                 stream.flush()
-            branch.output.close()
+            job.output.close()
 
     def _draw(self) -> None:
-        """On a terminal, a line for each snapshot, in the place of those that were drawn last.
+        """On a terminal, draw one line for each job over the lines drawn last.
 
-        Where it has too few rows, those that are at work come first, then those that wait.
+        If the terminal has too few rows, running jobs come first, then waiting ones.
         """
         if console.silent or self.shown or console.verbose or not sys.stderr.isatty():
             return
         import shutil
 
         width, height = shutil.get_terminal_size()
-        rows, branches = max(1, height - 1), self.branches  # what has gone up out of sight cannot be drawn over
-        if len(branches) > rows:
-            branches = sorted(branches, key=lambda branch: (branch.is_done, not branch.process))[: rows - 1]
-        lines = [f"{self.doing} snapshot {branch.number}: {branch.state()}" for branch in branches]
-        lines += [f"... {more} more"] if (more := len(self.branches) - len(branches)) else []
+        rows, jobs = max(1, height - 1), self.jobs  # lines that have scrolled away cannot be drawn over
+        if len(jobs) > rows:
+            jobs = sorted(jobs, key=lambda job: (job.is_done, not job.process))[: rows - 1]
+        lines = [f"{self.doing} snapshot {job.number}: {job.state()}" for job in jobs]
+        lines += [f"... {more} more"] if (more := len(self.jobs) - len(jobs)) else []
         up = f"\x1b[{min(self.drawn, rows)}A" if self.drawn else ""
         sys.stderr.write(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J")
         sys.stderr.flush()
         self.drawn = len(lines)
 
 
-def jobs_reply(crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None) -> Reply:
-    """The answer of a command that worked on a tree: what it did in each snapshot, and what failed where."""
-    changes = [branch.change for branch in branches if branch.change is not None]
-    failed = [branch for branch in branches if branch.error]
+def jobs_reply(pool: JobPool, live: LiveResult | None = None) -> Reply:
+    """The reply of a tree command: what it did in each snapshot, and what failed where."""
+    changed = [change for change in pool.changes if change.changed]
     counts = {
-        "changed": sum(done.changed for done in changes),
-        "as they should be": sum(not done.changed for done in changes),
-        "failed": len(failed),
+        "changed": len(changed),
+        "unchanged": len(pool.changes) - len(changed),
+        "failed": len(pool.failed),
     }
-    lines = [f"{crew.doing} {len(branches)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
-    lines += [done.summary() for done in changes if done.changed]
-    lines += [one_line(f"snapshot {b.number} failed: {b.error}{f' ({b.hint})' if b.hint else ''}") for b in failed]
+    lines = [f"{pool.doing} {len(pool.jobs)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
+    lines += [change.summary() for change in changed]
+    for job in pool.failed:
+        lines.append(one_line(f"snapshot {job.number} failed: {job.error}{f' ({job.hint})' if job.hint else ''}"))
     lines += [live.text()] if live else []
     data: dict[str, Any] = {
-        "changed": any(done.changed for done in changes),
-        "snapshots": [change_data(done) for done in changes],
-        "failed": {str(branch.number): branch.error for branch in failed},
+        "changed": bool(changed),
+        "snapshots": [change_data(change) for change in pool.changes],
+        "failed": {str(job.number): job.error for job in pool.failed},
     }
     if live:
         data["live"] = vars(live)
-    return Reply(data, "\n".join(lines), status=FAILED if failed or (live and live.error) else 0)
+    return Reply(data, "\n".join(lines), status=FAILED if pool.failed or (live and live.error) else 0)
 
 
 def share_blocks(system: System, changes: Iterable[Change]) -> int:
-    """Have files that several snapshots got in their last changes share their blocks. Returns the bytes saved.
+    """Deduplicate the files that several snapshots got from their last changes. Returns the bytes saved.
 
-    The kernel compares them itself, and does nothing where they differ. Where that fails, as another ash is at work
-    there or the disk is full, they take more room, and nothing else is wrong.
+    The kernel itself compares the files, and shares nothing where they differ. An error, such as a lock that is held
+    or a full disk, only means that they take more space.
     """
     known: dict[tuple[str, int], list[Path]] = {}
     saved = 0
-    for done in changes:
+    for change in changes:
         with contextlib.suppress(AshError, OSError):
-            if done.changed and system.layout.undo(done.snapshot).exists():
-                saved += share_changes(system.layout, done.snapshot, known)
+            if change.changed and system.layout.undo(change.snapshot).exists():
+                saved += share_changes(system.layout, change.snapshot, known)
     return saved
 
 
 def ask_each(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, Result]:
-    """What each of several snapshots answers; where that fails, what is done there fails too, and says why."""
+    """Map snapshots to answers, skipping those that fail: the command itself will report them."""
     answers = {}
     for number in numbers:
         with contextlib.suppress(AshError, OSError):
@@ -8244,30 +8257,31 @@ def ask_each(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, 
 
 
 def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
-    """Fetch packages for several snapshots one after the other: side by side, they would fetch the same ones.
+    """Fetch packages for several snapshots, one after the other: parallel jobs would fetch the same ones.
 
     Args:
-        system: the snapshots'.
-        works: by number, what fetches a snapshot's.
-        about: what these have to do with it, beside its archives and packages.
+        system: the system of the snapshots.
+        works: the work that fetches a snapshot's packages, by number.
+        about: what the packages to fetch depend on, besides the snapshot's repositories and packages. Of snapshots
+            that have all of these in common, only the first fetches.
     """
 
     def state(number: int) -> tuple[str, str]:
         root, manager = system.layout.rootfs(number), system.package_manager
-        return manager.repositories(root), json.dumps(
-            [manager.installed(root), sorted(manager.held(root)), about(number)]
-        )
+        packages = json.dumps([manager.installed(root), sorted(manager.held(root)), about(number)])
+        return manager.repositories(root), packages
 
     done = set()
     for number, known in ask_each(works if len(works) > 1 else (), state).items():
         if known not in done:
             done.add(known)
-            with quiet_progress(), unrecorded(system), contextlib.suppress(AshError, OSError):  # as ask_each() says
+            # If it fails, so will the command, which reports it.
+            with quiet_progress(), unrecorded(system), contextlib.suppress(AshError, OSError):
                 change_snapshot(system, number, "fetching for", works[number])
 
 
 def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
-    """Fetch the package lists for a tree, and what it upgrades. Returns as refresh_once() does."""
+    """Fetch the package lists of a tree, and the packages that it upgrades. Returns the same as refresh_once()."""
     with quiet_progress():
         failed = refresh_once(system, numbers, strict)
     works = {number: partial(upgrade, fetch=False, download_only=True) for number in numbers if number not in failed}
@@ -8278,15 +8292,13 @@ def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int
 TREE_SHAPE = {"changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}, "live?": LIVE_SHAPE}
 
 
-def tree_reply(
-    system: System, request: Request, crew: JobPool, branches: Sequence[Job], live: LiveResult | None = None
-) -> Reply:
-    """Have what the snapshots of a tree got in common share its blocks, and say what was done."""
+def tree_reply(system: System, request: Request, pool: JobPool, live: LiveResult | None = None) -> Reply:
+    """Make the snapshots of a tree share the blocks of equal files, and reply what the jobs did."""
     if not request.dry_run:
-        share_blocks(system, [branch.change for branch in branches if branch.change is not None])
-        return jobs_reply(crew, branches, live)
-    reply = would_change([branch.change for branch in branches if branch.change is not None])
-    failed = [one_line(f"snapshot {branch.number}: {branch.error}") for branch in branches if branch.error]
+        share_blocks(system, pool.changes)
+        return jobs_reply(pool, live)
+    reply = would_change(pool.changes)
+    failed = [one_line(f"snapshot {job.number}: {job.error}") for job in pool.failed]
     return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
 
 
@@ -8296,15 +8308,14 @@ def tree_reply(
     changes=True, numbers=1, required=1, words="command", rest=True, options=[*JOBS, COMMAND], answer=TREE_SHAPE,
 )  # fmt: skip
 def cmd_tree_run(system: System, request: Request) -> Plan:
-    tree = system.tree()
-    branch = tree.branch(request.snapshot)
+    tree, pool = system.tree(), JobPool(system, "ran in", request.jobs, shown=True)
+    numbers = tree.branch(request.snapshot)
     if request.dry_run:
-        for number in branch:
+        for number in numbers:
             system.require_changeable(number)
-    yield would(f"run in {', '.join(map(str, branch))}: {one_line(' '.join(request.command))}")
-    crew = JobPool(system, "ran in", request.jobs, shown=True)
-    done = crew.run(tree, branch, lambda number: run_in(system, number, request.command))
-    return tree_reply(system, request, crew, done)
+    yield would(f"run in {', '.join(map(str, numbers))}: {one_line(' '.join(request.command))}")
+    pool.run(tree, numbers, lambda number: run_in(system, number, request.command))
+    return tree_reply(system, request, pool)
 
 
 @command(
@@ -8313,7 +8324,7 @@ def cmd_tree_run(system: System, request: Request) -> Plan:
     changes=True, numbers=1, options=[DOWNLOAD_ONLY, STRICT, *JOBS], answer=TREE_SHAPE,
 )  # fmt: skip
 def cmd_tree_upgrade(system: System, request: Request) -> Reply:
-    tree, crew = system.tree(), JobPool(system, "upgrading", request.jobs)
+    tree, pool = system.tree(), JobPool(system, "upgrading", request.jobs)
     numbers = tree.branch(request.snapshot)
     failed = {} if request.dry_run else fetch_once(system, numbers, request.strict)
     work = partial(upgrade, fetch=request.dry_run, strict=request.strict, download_only=request.download_only)
@@ -8323,7 +8334,8 @@ def cmd_tree_upgrade(system: System, request: Request) -> Reply:
             raise failed[number]
         return change_snapshot(system, number, "upgrading", work, simulate=request.dry_run)
 
-    reply = tree_reply(system, request, crew, crew.run(tree, numbers, upgrade_there))
+    pool.run(tree, numbers, upgrade_there)
+    reply = tree_reply(system, request, pool)
     if request.download_only and not request.dry_run and not reply.status:
         return reply._replace(text="what the next upgrade needs is fetched")
     return reply
@@ -8336,7 +8348,7 @@ def cmd_tree_upgrade(system: System, request: Request) -> Reply:
 )  # fmt: skip
 def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
     packages = [name for names in packages_named(system, request) for name in names]
-    tree, crew = system.tree(), JobPool(system, "removing from", request.jobs)
+    tree, pool = system.tree(), JobPool(system, "removing from", request.jobs)
     numbers = tree.branch(request.snapshot)
 
     having = ask_each(numbers, lambda number: installed_of(system, number, packages))
@@ -8347,7 +8359,8 @@ def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
         there = installed_of(system, number, packages)
         return remove_packages(system, number, there, request) if there else Change(number)
 
-    return tree_reply(system, request, crew, crew.run(tree, numbers, remove_there))
+    pool.run(tree, numbers, remove_there)
+    return tree_reply(system, request, pool)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -8491,7 +8504,7 @@ class ParentSync:
 
 def sync_tree(system: System, request: Request, upgrades: bool) -> Reply:
     """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
-    tree, crew = system.tree(), JobPool(system, "synchronizing", request.jobs)
+    tree, pool = system.tree(), JobPool(system, "synchronizing", request.jobs, after_parents=True)
     numbers = tree.branch(request.snapshot)
     live = goes_live(system, request, numbers)
     above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
@@ -8514,12 +8527,12 @@ def sync_tree(system: System, request: Request, upgrades: bool) -> Reply:
             return Change(number)
         return change_snapshot(system, number, "synchronizing", work, simulate=request.dry_run)
 
-    branches = crew.run(tree, numbers, sync)
-    worked = {branch.number for branch in branches if not branch.error}
+    pool.run(tree, numbers, sync)
+    worked = {change.snapshot for change in pool.changes}
     done = None
     if live and system.current in worked and system.current in following:
         done = change_live(system, "synchronizing", following[system.current])
-    return tree_reply(system, request, crew, branches, done)
+    return tree_reply(system, request, pool, done)
 
 
 @command(

@@ -130,7 +130,7 @@ def test_a_branch_of_which_the_packages_cannot_be_told_does_not_stop_the_others(
     system.ash("-y", "del", tree[1])
     below = tree[3:] if "sync" in words[0] else []  # they cannot follow it
     assert answer["failed"].keys() == {str(number) for number in (tree[1], *below)}
-    assert re.search("circle|Too many levels of symbolic links", answer["failed"][str(tree[1])])
+    assert re.search("[Tt]oo many levels of sym", answer["failed"][str(tree[1])])
     assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {
         number for number in tree if number not in (tree[1], *below) and (number, words) != (tree[0], ["force-sync"])
     }
