@@ -5770,28 +5770,27 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
 
 
 class LiveResult:
-    """What a change did to the running system."""
+    """What a change did to the running deployment; `--json` prints it."""
 
     def __init__(self) -> None:
         self.changed = False
         self.started: list[str] = []
         self.stopped: list[str] = []
-        self.waiting: list[str] = []  # for the reboot
+        self.waiting: list[str] = []  # what needs a reboot
         self.conflicts: list[str] = []  # of /etc and /var
         self.conflicts_folders: list[str] = []
         self.error = ""
 
     def text(self) -> str:
-        """What the user is told."""
         if self.error:
-            return f"the running system is as it was: {one_line(self.error)}"
-        lines = ["the running system has it too" if self.changed else "the running system is as it was"]
+            return f"the running system is unchanged: {one_line(self.error)}"
+        lines = [f"the running system is {'changed too' if self.changed else 'unchanged'}"]
         lines += [f"  started: {listed(self.started)}"] if self.started else []
         lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
         if self.conflicts:
-            lines.append(f"  changed by others meanwhile, and left as it is there: {listed(self.conflicts)}")
-            lines += [f"  what the change made of it is in {directory}" for directory in self.conflicts_folders]
-        lines += [f"  waits for a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
+            lines.append(f"  changed meanwhile, left as it is: {listed(self.conflicts)}")
+            lines += [f"  the new version is in {directory}" for directory in self.conflicts_folders]
+        lines += [f"  needs a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
         return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Mutable snapshots and directories, and ash.conf, which names them."""
+"""Mutable snapshots, mutable directories, and ash.conf."""
 
 import os
 from pathlib import Path
@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 
 def mark(system: System, snapshot: int) -> str:
-    """What the tests write into a snapshot to know it again."""
+    """The text in a snapshot's /etc/mark."""
     path = system.root(snapshot) / "etc/mark"
     return path.read_text().strip() if path.exists() else ""
 
 
-def test_a_mutable_snapshot_its_children_and_back(system: System, snapshot: int) -> None:
+def test_a_mutable_snapshot_and_its_children(system: System, snapshot: int) -> None:
     assert system.ash("--json", "mutable", snapshot).json["mutable"] is True
     assert system.ash("--json", "mutable", snapshot).json["changed"] is False
     root = f"@.snapshots_debian/rootfs/snapshot-{snapshot}"
@@ -41,20 +41,20 @@ def test_a_mutable_snapshot_its_children_and_back(system: System, snapshot: int)
     system.is_sound()
 
 
-def test_immen_toggles_and_says_which_way(system: System, snapshot: int) -> None:
+def test_immen_toggles_and_reports_the_new_state(system: System, snapshot: int) -> None:
     assert "mutable" in system.ash("immen", snapshot).stdout
     assert system.ash("--json", "immen", snapshot).json["mutable"] is False
     assert f"@.snapshots_debian/rootfs/snapshot-{snapshot}" not in system.files.writable()
 
 
 @pytest.mark.parametrize("word", ["immdis", "immdisable", "disimm", "disableimm"])
-def test_every_other_name_is_literal(system: System, word: str, snapshot: int) -> None:
+def test_all_aliases(system: System, word: str, snapshot: int) -> None:
     back = {"immdis": "immutable", "immdisable": "immenable", "disimm": "enimm", "disableimm": "enableimm"}[word]
     assert system.ash("--json", word, snapshot).json["mutable"] is True
     assert system.ash("--json", back, snapshot).json["mutable"] is False
 
 
-def test_the_base_is_never_mutable_and_a_number_is_wanted(system: System) -> None:
+def test_the_base_cannot_be_mutable_and_a_number_is_required(system: System) -> None:
     for word in ("mutable", "immutable", "immen"):
         system.ash(word, 0, status=REFUSED)
         system.ash(word, status=USAGE)
@@ -76,7 +76,7 @@ def test_a_mutable_snapshot_is_deployed_writable(system: System, snapshot: int) 
     system.ash("deploy", 0)
 
 
-def test_a_mutable_snapshot_is_compared_and_nothing_is_left_of_that(system: System, snapshot: int) -> None:
+def test_comparing_mutable_snapshots_leaves_nothing(system: System, snapshot: int) -> None:
     system.ash("mutable", snapshot)
     (system.root(snapshot) / "usr/written").write_text("x")
     other = system.clone(snapshot)
@@ -100,7 +100,7 @@ def test_undo_of_a_mutable_snapshot(system: System, snapshot: int) -> None:
     system.ash("immutable", snapshot)
 
 
-def test_mutable_directories_are_outside_of_the_transaction_and_in_fstab(system: System, snapshot: int) -> None:
+def test_mutable_directories_are_not_in_the_transaction_but_in_fstab(system: System, snapshot: int) -> None:
     system.shell(snapshot, "printf 'mutable_dirs::opt/games\\nmutable_dirs_shared::srv\\n' > /etc/ash.conf")
     sibling = system.clone(snapshot)
     system.shell(snapshot, "echo mine > /opt/games/x; echo ours > /srv/x")
@@ -125,13 +125,13 @@ def test_mutable_directories_are_outside_of_the_transaction_and_in_fstab(system:
     system.ash("deploy", 0)
 
 
-def test_a_mutable_directory_cannot_lead_out(system: System, snapshot: int) -> None:
+def test_a_mutable_directory_cannot_lead_out_of_its_place(system: System, snapshot: int) -> None:
     system.shell(snapshot, "printf 'mutable_dirs::../../x,/opt//y/\\n' > /etc/ash.conf")
     system.shell(snapshot, "echo y > /opt/y/y")
     assert os.listdir(system.files.snapshots / "mutable_dirs" / f"snapshot-{snapshot}") == ["opt"]
 
 
-def test_a_bad_ash_conf_is_told_in_one_line(system: System, snapshot: int) -> None:
+def test_an_invalid_ash_conf_is_reported_in_one_line(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo nonsense > /etc/ash.conf")
     assert "line 1 of ash.conf" in system.ash("run", snapshot, "true", status=125).error
     assert "line 1 of ash.conf" in system.ash("deploy", snapshot, status=USAGE).error
@@ -139,7 +139,7 @@ def test_a_bad_ash_conf_is_told_in_one_line(system: System, snapshot: int) -> No
     system.ash("run", snapshot, "true")
 
 
-def test_ash_conf_is_edited_and_a_bad_line_is_refused(
+def test_edit_conf_refuses_invalid_lines(
     system: System, snapshot: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor = tmp_path / "my editor"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Disks that fail, are full or read-only: a clear error, and nothing is lost. tests/campaigns has more of it."""
+"""Disks that fail, are full or read-only: a clear error, and nothing is lost. See also tests/campaigns."""
 
 import subprocess
 from pathlib import Path
@@ -13,19 +13,19 @@ from tests.system.faults.crash_scene import Scene
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
-def test_a_disk_that_is_full_in_the_middle_loses_nothing(scene: Scene) -> None:
+def test_a_disk_that_fills_up_loses_nothing(scene: Scene) -> None:
     assert scene.fails("run", 2, broken=False)
 
 
-def test_a_disk_that_fails_in_the_middle_loses_nothing(scene: Scene) -> None:
+def test_a_disk_that_fails_loses_nothing(scene: Scene) -> None:
     assert scene.fails("deploy", 2, broken=True)
 
 
-def test_what_frees_space_works_where_there_is_none_at_all(scene: Scene) -> None:
+def test_commands_that_free_space_work_without_any(scene: Scene) -> None:
     scene.works_without_room("del", "undo", "tmp")
 
 
-def test_an_image_that_cannot_be_written_is_refused(disk: Disk) -> None:
+def test_a_read_only_image_is_refused(disk: Disk) -> None:
     content = disk.image.stat()
     mount(disk.image, disk.image, flags=MS_BIND)
     try:
@@ -38,7 +38,7 @@ def test_an_image_that_cannot_be_written_is_refused(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("how", [["-o", "remount,ro"], ["-o", "remount,bind,ro"]])
-def test_a_disk_that_is_mounted_read_only_is_read_and_not_changed(disk: Disk, how: list[str]) -> None:
+def test_a_read_only_mount_is_read_but_not_changed(disk: Disk, how: list[str]) -> None:
     with disk.files() as files:
         program("mount", *how, files.top)
         before = disk.image.stat().st_mtime_ns
@@ -61,7 +61,7 @@ def test_a_disk_that_is_mounted_read_only_is_read_and_not_changed(disk: Disk, ho
     assert disk.image.stat().st_mtime_ns != before
 
 
-def test_fsck_finds_damage_where_nothing_can_be_written(disk: Disk) -> None:
+def test_fsck_works_on_a_read_only_file_system(disk: Disk) -> None:
     with disk.files() as files:
         for name in ("work/0/intent", "menu"):
             (files.state / name).parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def test_fsck_finds_damage_where_nothing_can_be_written(disk: Disk) -> None:
         program("mount", "-o", "remount,rw", files.top)
 
 
-def test_a_recovery_that_fails_says_so(disk: Disk) -> None:
+def test_a_failed_recovery_says_so(disk: Disk) -> None:
     number, other = disk.clone(), disk.clone()
     with disk.files() as files:
         (files.state / f"work/{number}/intent").write_text("torn")
@@ -88,5 +88,5 @@ def test_a_recovery_that_fails_says_so(disk: Disk) -> None:
 
 
 def on(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run ash on what is mounted on a directory."""
+    """Run ash on the file system mounted at a directory."""
     return subprocess.run([*ASH, "--root", directory, *words], capture_output=True, text=True, check=False)

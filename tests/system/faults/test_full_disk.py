@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A full disk: refused in one line or dropped whole; reading and deleting always work."""
+"""A full disk: a change is refused or dropped as a whole; reading and deleting always work."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 @contextmanager
 def room(system: System, mib: int) -> Iterator[None]:
-    """Leave only so many MiB free on the disk, in this block."""
+    """Fill the disk except for some MiB in the block."""
     filler = system.home / "filler"
     with filler.open("wb") as file:
         taken = 0
@@ -37,7 +37,7 @@ def free(system: System) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def test_too_little_room_is_refused_with_the_figures(system: System, snapshot: int) -> None:
+def test_too_little_space_is_refused_with_figures(system: System, snapshot: int) -> None:
     with room(system, 200), system.nothing_changes():
         error = system.ash("install", snapshot, "hello", status=REFUSED).error
         assert "too little free space" in error
@@ -60,8 +60,8 @@ def test_a_transaction_that_fills_var_changes_nothing(system: System, snapshot: 
     assert not system.remains()
 
 
-def test_a_package_for_which_there_is_no_room_changes_nothing(system: System, snapshot: int) -> None:
-    system.ash("install", system.clone(), "hello")  # fetches the lists
+def test_a_package_that_does_not_fit_changes_nothing(system: System, snapshot: int) -> None:
+    system.ash("install", system.clone(), "hello")  # fetches the package lists
     with room(system, 300):
         before = system.id_of(snapshot)
         assert "too little space" in system.ash("install", snapshot, "gcc", status=REFUSED).error
@@ -69,7 +69,7 @@ def test_a_package_for_which_there_is_no_room_changes_nothing(system: System, sn
     assert not system.remains()
 
 
-def test_on_a_full_disk_reading_and_deleting_work_and_the_machine_boots(system: System, snapshot: int) -> None:
+def test_reading_and_deleting_work_on_a_full_disk_and_it_boots(system: System, snapshot: int) -> None:
     with room(system, 0):
         system.ash("tree")
         system.ash("--json", "list", 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The power goes at steps of commands: the file system is whole, GRUB finds what it boots, all is done or nothing.
+"""Power cuts during commands: the file system is sound, GRUB finds its files, a command did everything or nothing.
 
-At every other step of a transaction and of a deployment, at each of a transaction that changes /var alone; the
-campaign takes all of every command.
+At every other step of a transaction and a deploy, and at every step of a transaction that only changes /var.
+The campaign tries every step of every command.
 """
 
 import tempfile
@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
 
 @pytest.mark.parametrize(("name", "by"), [("run", 2), ("deploy", 2), ("refresh", 1)])
-def test_after_a_power_cut_a_command_has_done_all_or_nothing(
+def test_after_a_power_cut_a_command_did_everything_or_nothing(
     scene: Scene, name: str, by: int, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cuts", scene.check_power_cuts(name, by))
 
 
-def test_after_a_power_cut_the_work_that_a_hang_up_left_is_whole(scene: Scene) -> None:
+def test_after_a_power_cut_work_kept_by_a_hang_up_can_be_resumed(scene: Scene) -> None:
     words = ["chroot", "1"]
     with scene.copy(words) as copy, tempfile.TemporaryDirectory(dir=scene.directory) as copies:
         with Terminal(scene.argv(copy, words, copies=copies)) as terminal:
@@ -36,7 +36,7 @@ def test_after_a_power_cut_the_work_that_a_hang_up_left_is_whole(scene: Scene) -
         assert "9999\n" in resumed.stdout
 
 
-def test_after_a_power_cut_the_history_has_what_was_done(scene: Scene) -> None:
+def test_after_a_power_cut_the_history_is_complete(scene: Scene) -> None:
     with scene.copy(["clone"]) as copy, Disk(copy).files():
         number = Disk(copy).clone(1)
         program("cp", "--reflink=always", copy, copy.with_name("cut.img"))
