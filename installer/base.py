@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What is only made once, when ash is installed: its state on a new system, and snapshot 0 out of a plain root."""
+"""What is created once, at installation: ash's state, and snapshot 0 from a plain root."""
 
 from ash import (
     BASE,
@@ -19,11 +19,11 @@ from ash import (
 
 
 def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
-    """Make ash's own directory on a new system, with snapshot 0 alone in the tree.
+    """Create ash's state on a new system, with snapshot 0 alone in the tree.
 
     Args:
-        layout: the paths; the subvolumes and the directory `ash` are there.
-        distro: the module that serves the distribution.
+        layout: the paths; the subvolumes and the directory `ash` exist.
+        distro: the distribution.
         root_uuid: of the root file system.
     """
     for directory in (layout.ash / "snapshots", layout.ash / "work"):
@@ -37,30 +37,30 @@ def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
 
 
 def split_base(layout: Layout, distro: Distro) -> None:
-    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: what is shared moves out, the rest is read-only.
+    """Turn the plain root in `rootfs/snapshot-0` into snapshot 0: shared data moves out, the rest becomes read-only.
 
     Args:
-        layout: the paths; the subvolumes and the state are there.
-        distro: the module that serves the distribution.
+        layout: the paths; the subvolumes and the state exist.
+        distro: the distribution.
     """
     root = layout.rootfs(BASE)
     (root / IN_ROOT_DB).mkdir(parents=True, exist_ok=True)
     for name in distro.package_manager.database:
-        travels, shared = root / in_database(name), root / "var" / name
-        travels.parent.mkdir(parents=True, exist_ok=True)
+        own, shared = root / in_database(name), root / "var" / name
+        own.parent.mkdir(parents=True, exist_ok=True)
         if shared.is_dir():
-            shared.rename(travels)
+            shared.rename(own)
         else:
-            travels.mkdir()
+            own.mkdir()
             shared.parent.mkdir(parents=True, exist_ok=True)
         shared.symlink_to(f"/{in_database(name)}")
     for name in distro.package_manager.database_files:
         if (root / "var" / name).exists():
             (root / "var" / name).rename(root / in_database(name))
     distro.package_manager.prepare_base(root)
-    numbers = AccountIds()
-    numbers.learn(root / "etc")
-    write_file(layout.ids, numbers.dump())
+    ids = AccountIds()
+    ids.learn(root / "etc")
+    write_file(layout.ids, ids.dump())
     for directory, shared in (("var", layout.var), ("home", layout.home), ("root", layout.home_root)):
         run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
         remove_tree(root / directory)

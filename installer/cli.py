@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The installer's command line: make an image, boot it, try it."""
+"""The installer's command line: make an image, boot it, try it out."""
 
 import argparse
 import signal
@@ -17,8 +17,8 @@ EXAMPLES = """\
 examples:
   python3 init.py try                          make an image, boot it, and show what ash does
   python3 init.py --image ashos.img            make an image
-  python3 init.py boot ashos.img --uefi        start it in this terminal
-  python3 init.py --make-rootfs root.tar       make only the root, once ...
+  python3 init.py boot ashos.img --uefi        boot it in this terminal
+  python3 init.py --make-rootfs root.tar       make a root once ...
   python3 init.py --image a.img --rootfs root.tar    ... for any number of images, without a network
 """
 PROGRAM = "python3 init.py"
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asks to stop: everything is undone on the way out."""
+    """A signal asked to stop: context managers undo everything on the way out."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -36,18 +36,18 @@ class Interrupted(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as ash's are."""
+    """A parser that reports errors like ash does: one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it as AshError, with status USAGE."""
-        raise AshError(message, f"`{self.prog} --help` shows what there is", USAGE)
+        """Raise AshError (USAGE) instead of exiting."""
+        raise AshError(message, f"see `{self.prog} --help`", USAGE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Run a command line. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
         command = {"boot": _boot, "try": _try}.get(words[0] if words else "")
@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"init.py: {error}{f'; {error.hint}' if error.hint else ''}", file=sys.stderr)
         return error.status
     except Interrupted as error:
-        print(f"init.py: {error}; nothing half-made is left", file=sys.stderr)
+        print(f"init.py: {error}; no incomplete files are left", file=sys.stderr)
         return 128 + error.number
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:
-    """Stop once: a second signal must not disturb the tidying up after the first."""
+    """Stop once: a second signal must not interrupt the cleanup after the first."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(number)
@@ -73,7 +73,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 def _make(words: Sequence[str]) -> int:
     args = _make_parser().parse_args(words)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
-        raise AshError("a ready root has its release and packages already", "--make-rootfs takes these options", USAGE)
+        raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     source = Source(args.release or Source.release, args.mirror, tuple(args.package), args.rootfs)
     settings = _settings(args)
     if args.make_rootfs:
@@ -83,7 +83,7 @@ def _make(words: Sequence[str]) -> int:
         size = disk.parse_size(args.size)
         made = install.make_image(args.image, size, source, settings, force=args.force)
         taken = host.gibibytes(made.path.stat().st_blocks * 512)
-        what = f"a disk of {host.gibibytes(size)} ({taken} in use) that starts by BIOS and UEFI"
+        what = f"a disk of {host.gibibytes(size)} ({taken} in use) that boots with BIOS and UEFI"
         _report(made, what, [f"boot {made.path}", f"try {made.path}"])
     return 0
 
@@ -95,7 +95,7 @@ def _report(made: install.Made, what: str, next_commands: Sequence[str]) -> None
 
 def _settings(args: argparse.Namespace) -> Settings:
     if (args.user is None) != (args.password_file is None):
-        raise AshError("--user and --password-file go together", "the file's first line is the user's password", USAGE)
+        raise AshError("--user and --password-file go together", "the first line of the file is the password", USAGE)
     return Settings(
         hostname=args.hostname,
         user=args.user,
@@ -109,72 +109,72 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _password(path: Path | None) -> str | None:
-    """The first line of a file."""
+    """The first line of a file; None without a file."""
     if path is None:
         return None
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise AshError(f"the password file {path} cannot be read: {error}", status=USAGE) from error
+        raise AshError(f"cannot read the password file {path}: {error}", status=USAGE) from error
     if not lines or not lines[0]:
-        raise AshError(f"the password file {path} has no first line", status=USAGE)
+        raise AshError(f"the first line of the password file {path} is empty", status=USAGE)
     return lines[0]
 
 
 def _make_parser() -> Parser:
     parser = Parser(
         prog=PROGRAM,
-        description="Make a disk image with a Debian system that ash manages, boot it, try it.",
+        description="Make a disk image with a Debian system that ash manages, boot it, try it out.",
         usage=f"{PROGRAM} --image FILE [options]\n       {PROGRAM} boot FILE [--uefi] [--snapshot]"
         f"\n       {PROGRAM} try [FILE] [--tour] [--uefi]",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=ASH_VERSION)
-    result = parser.add_argument_group("what is made").add_mutually_exclusive_group(required=True)
+    result = parser.add_argument_group("what to make").add_mutually_exclusive_group(required=True)
     result.add_argument("--image", type=Path, metavar="FILE", help="a disk image")
-    result.add_argument("--make-rootfs", type=Path, metavar="TAR", help="only a root, for --rootfs")
+    result.add_argument("--make-rootfs", type=Path, metavar="TAR", help="a tar file of a root, for --rootfs")
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    _add_source(parser.add_argument_group("where the system comes from"))
-    _add_settings(parser.add_argument_group("how it is set up"))
+    _add_source(parser.add_argument_group("source of the system"))
+    _add_settings(parser.add_argument_group("configuration of the system"))
     return parser
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--release", metavar="NAME", help=f"Debian's release (default: {Source.release})")
-    group.add_argument("--mirror", metavar="URL", help="the archive to take it from (default: Debian's own)")
-    group.add_argument("--package", nargs="+", action="extend", default=[], metavar="NAME", help="more packages")
-    group.add_argument("--rootfs", type=Path, metavar="TAR", help="a ready root instead; needs no network")
+    group.add_argument("--release", metavar="NAME", help=f"release of Debian (default: {Source.release})")
+    group.add_argument("--mirror", metavar="URL", help="repository to use (default: Debian's own)")
+    group.add_argument("--package", nargs="+", action="extend", default=[], metavar="NAME", help="additional packages")
+    group.add_argument("--rootfs", type=Path, metavar="TAR", help="use this root; needs no network")
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hostname", default=Settings.hostname, metavar="NAME", help="default: %(default)s")
-    group.add_argument("--user", metavar="NAME", help="make a user who may use sudo; root then cannot log in")
-    group.add_argument("--password-file", type=Path, metavar="FILE", help="its first line is the user's password")
-    group.add_argument("--root-password-file", type=Path, metavar="FILE", help="its first line is root's password")
-    group.add_argument("--keyring", type=Path, metavar="FILE", help="of those from whom `ash upself` takes a newer ash")
+    group.add_argument("--user", metavar="NAME", help="create a user who may use sudo; root then cannot log in")
+    group.add_argument("--password-file", type=Path, metavar="FILE", help="the first line is the user's password")
+    group.add_argument("--root-password-file", type=Path, metavar="FILE", help="the first line is root's password")
+    group.add_argument("--keyring", type=Path, metavar="FILE", help="keys that `ash upself` trusts")
     group.add_argument("--timezone", default=Settings.timezone, metavar="ZONE", help="default: %(default)s")
     group.add_argument("--locale", default=Settings.locale, help="such as de_DE.UTF-8 (default: %(default)s)")
     group.add_argument("--keymap", default=Settings.keymap, help="such as de or de:nodeadkeys (default: %(default)s)")
 
 
 def _boot(words: Sequence[str]) -> int:
-    parser = Parser(prog=f"{PROGRAM} boot", description="Start an image in this terminal.")
+    parser = Parser(prog=f"{PROGRAM} boot", description="Boot an image in this terminal.")
     parser.add_argument("image", type=Path, metavar="FILE", help="the disk image")
-    parser.add_argument("--uefi", action="store_true", help="start it by UEFI, not by BIOS")
-    parser.add_argument("--snapshot", action="store_true", help="leave the image as it is")
+    parser.add_argument("--uefi", action="store_true", help="boot with UEFI instead of BIOS")
+    parser.add_argument("--snapshot", action="store_true", help="discard all changes to the image")
     args = parser.parse_args(words)
     if not args.image.is_file():
-        raise AshError(f"there is no image {args.image}", f"{PROGRAM} --image {args.image} makes one", MISSING)
+        raise AshError(f"{args.image} does not exist", f"{PROGRAM} --image {args.image} makes it", MISSING)
     return machine.boot_interactively(args.image, uefi=args.uefi, snapshot=args.snapshot)
 
 
 def _try(words: Sequence[str]) -> int:
     parser = Parser(prog=f"{PROGRAM} try", description="Show what ash does, in a virtual machine.")
-    parser.add_argument("image", type=Path, nargs="?", default=DEFAULT_IMAGE, metavar="FILE", help="made if need be")
-    parser.add_argument("--tour", action="store_true", help="go the way by itself; so it does without a terminal")
-    parser.add_argument("--uefi", action="store_true", help="start it by UEFI, not by BIOS")
+    parser.add_argument("image", type=Path, nargs="?", default=DEFAULT_IMAGE, metavar="FILE", help="created if missing")
+    parser.add_argument("--tour", action="store_true", help="run the commands by itself, as it does without a terminal")
+    parser.add_argument("--uefi", action="store_true", help="boot with UEFI instead of BIOS")
     args = parser.parse_args(words)
     if not args.image.exists():
         install.make_image(args.image, disk.parse_size(DEFAULT_SIZE), Source(), Settings())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The disk image: a file that appears whole or not at all, its partitions and file systems.
+"""The disk image: a file that appears complete or not at all, its partitions and file systems.
 
-Partitions are reached by their offsets, since not every machine scans the partitions of a loop device, and the EFI
-partition is filled by mtools, since not every kernel has vfat.
+Partitions are accessed by offset, because not every host scans the partitions of loop devices, and the EFI partition
+by mtools, because not every kernel has vfat.
 """
 
 import fcntl
@@ -22,23 +22,27 @@ MIB = 2**20
 SECTOR = 512
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# What GPT calls them: the BIOS boot partition (where GRUB's core goes), the EFI partition, a Linux file system.
+# GPT's partition types: BIOS boot (for GRUB's core image), EFI system, Linux file system.
 BIOS_BOOT_TYPE = "21686148-6449-6E6F-744E-656564454649"
 EFI_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 LINUX_TYPE = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 8G, 8GiB, 8192M or 8589934592; AshError (usage) where it is none."""
+    """Parse a size such as 8G, 8GiB, 8192M or 8589934592 into bytes.
+
+    Raises:
+        AshError: it is not a size (USAGE).
+    """
     found = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:iB|B)?", text, re.IGNORECASE)
     if found is None:
-        raise AshError(f"{text} is not a size", hint="such as 8G or 8192M", status=USAGE)
+        raise AshError(f"{text} is not a size", hint="use one such as 8G or 8192M", status=USAGE)
     return int(found[1]) * UNITS[found[2].upper()]
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition, by its place in the image, in bytes."""
+    """The offset and size of a partition in the image, in bytes."""
 
     start: int
     size: int
@@ -46,7 +50,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk image of `size` bytes with three partitions, and the identities that its file systems get."""
+    """A disk image of `size` bytes with three partitions, and the uuids of its file systems."""
 
     image: Path
     size: int
@@ -58,13 +62,13 @@ class Disk:
 
     @property
     def root(self) -> Partition:
-        """What is left for the root; the last MiB belongs to the second copy of the partition table."""
+        """The rest of the disk; the last MiB is for the backup of the partition table."""
         start = self.EFI.start + self.EFI.size
         return Partition(start, self.size // MIB * MIB - MIB - start)
 
     @property
     def efi_uuid(self) -> str:
-        """The EFI file system's serial number, as UUID= in fstab has it."""
+        """The serial number of the EFI file system as fstab's UUID= spells it."""
         return f"{self.efi_serial[:4]}-{self.efi_serial[4:]}"
 
     def format(self) -> None:
@@ -82,7 +86,7 @@ class Disk:
 
     def _format_efi(self) -> None:
         sectors, kibibytes = self.EFI.start // SECTOR, self.EFI.size // 1024
-        # With one sector a cluster it has enough of them to be FAT32 for every reader.
+        # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
         options = ["-F", "32", "-s", "1", "-n", "EFI", "-i", self.efi_serial]
         run(["mkfs.vfat", *options, "--offset", str(sectors), "-h", str(sectors), self.image, str(kibibytes)])
 
@@ -90,7 +94,7 @@ class Disk:
         """Copy files onto the EFI partition.
 
         Args:
-            files: {path on the partition: the file to copy}; directories are made as needed.
+            files: {path on the partition: the file to copy}; directories are created as needed.
         """
         drive = f"{self.image}@@{self.EFI.start}"
         directories = {str(directory) for name in files for directory in Path(name).parents if directory != Path()}
@@ -102,12 +106,12 @@ class Disk:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file that gets its name once it is whole: as `FILE.part` while it is made, gone where that fails.
+    """Create a file as `FILE.part`, rename it when the block ends, delete it when the block fails.
 
-    An older file of that name is replaced only then. The file is empty at first, and for its owner alone to read.
+    It is empty at first, and only its owner can read it.
 
     Raises (on entering):
-        AshError: another process is making it (status LOCKED).
+        AshError: another process is creating it (LOCKED).
     """
     part = path.with_name(f"{path.name}.part")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -115,8 +119,8 @@ def new_file(path: Path) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise AshError(f"{path} is being made by another process", status=LOCKED) from None
-        os.ftruncate(descriptor, 0)  # the remains of a process that was killed
+            raise AshError(f"another process is creating {path}", status=LOCKED) from None
+        os.ftruncate(descriptor, 0)  # left behind by a killed process
         try:
             yield part
             os.fsync(descriptor)
@@ -131,7 +135,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def loop_device(image: Path, partition: Partition | None = None) -> Iterator[Path]:
-    """A loop device of a whole image, or of one partition of it; it goes with this process at the latest."""
+    """A loop device of an image or of one of its partitions; the kernel detaches it when this process dies."""
     place = (partition.start, partition.size) if partition else (0, 0)
     with image.open("rb+") as disk:
         loop = open_new_loop(disk.fileno(), image, *place)

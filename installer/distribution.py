@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the new system is to be, and what its distribution must be able to do for that.
+"""What the new system will be, and the interface of the distributions that install it.
 
-The base class does what is the same everywhere with systemd; `distros/<id>/installer.py` has the rest.
+The base class does what all distributions with systemd have in common; the rest is in `distros/<id>/installer.py`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ash import USAGE, AshError, run
+from ash import USAGE, AshError, Distro, load_distro, run
 from installer import host
 
 NETWORK = """\
@@ -25,7 +25,7 @@ Kind=!*
 DHCP=yes
 """
 
-# A machine without a network is no failure: what wants to be online waits half a minute for any one, then goes on.
+# Without a network the boot continues: units that need one wait 30 seconds for any interface to come up.
 WAIT_ONLINE = """\
 [Service]
 ExecStart=
@@ -53,7 +53,7 @@ ff02::2		ip6-allrouters
 
 @dataclass(frozen=True)
 class Source:
-    """Where the new system comes from: an archive, or a ready root in a tar file."""
+    """Where the new system comes from: a repository, or a tar file of a root."""
 
     release: str = "stable"
     mirror: str | None = None
@@ -63,7 +63,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the new system is set up. Passwords are plain text; without one, root's is empty unless there is a user."""
+    """The configuration of the new system.
+
+    Passwords are plain text. If there is neither a user nor a root password, root logs in without one.
+    """
 
     DEFAULT_TIMEZONE: ClassVar[str] = "Etc/UTC"
     DEFAULT_LOCALE: ClassVar[str] = "C.UTF-8"
@@ -76,52 +79,56 @@ class Settings:
     timezone: str = DEFAULT_TIMEZONE
     locale: str = DEFAULT_LOCALE
     keymap: str = DEFAULT_KEYMAP
-    keyring: Path | None = None  # of those from whom it takes a newer ash
+    keyring: Path | None = None  # the keys that sign new releases of ash
 
 
 class DistroInstaller:
-    """How one distribution's root is made and set up."""
+    """Installs and configures the root of one distribution."""
 
     id: ClassVar[str]
-    tools: ClassVar[host.Tools]  # on the host, to bootstrap
-    admin_group: ClassVar[str]  # whose members may use sudo
-    reserved_names: ClassVar[str]  # users and groups that its own packages make, separated by blanks
+    tools: ClassVar[host.Tools]  # needed on the host to bootstrap
+    reserved_names: ClassVar[str]  # users and groups that its packages create, separated by blanks
     zsh_completions: ClassVar[str] = "usr/share/zsh/site-functions"
 
-    # Lists of what may be chosen, as files of the host: the new system's are not there yet.
+    # Files of the host that list the valid choices: the new system's own do not exist yet.
     timezones: ClassVar[host.Tools] = {"/usr/share/zoneinfo/Europe/Berlin": "tzdata"}
     locales: ClassVar[host.Tools] = {"/usr/share/i18n/SUPPORTED": "locales"}
     keymaps: ClassVar[host.Tools] = {"/usr/share/X11/xkb/rules/base.lst": "xkb-data"}
 
+    @property
+    def distro(self) -> Distro:
+        """What ash itself knows about the distribution."""
+        return load_distro(self.id)
+
     def resolve(self, source: Source) -> Source:
-        """The source with its release's code name, once it is sure that the archive has all of it.
+        """Check that the repository has everything; return the source with the code name of its release.
 
         Raises:
-            AshError: no such release or package, or the archive cannot be reached.
+            AshError: no such release or package, or the repository cannot be reached.
         """
         raise NotImplementedError
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
-        """Fill an empty directory with the distribution, a kernel and its initramfs; the same for every machine."""
+        """Install the distribution, a kernel and its initramfs into an empty directory; nothing machine-specific."""
         raise NotImplementedError
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
-        """What a ready root must have: {file, from the root: the package that has it}."""
+        """The files that a root in a tar file must contain: {path from the root: the package that has it}."""
         raise NotImplementedError
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
-        """Make a language and character set, and the system's default."""
+        """Generate a locale and make it the default."""
         raise NotImplementedError
 
     def set_keymap(self, root: Path, keymap: str, log: host.Log) -> None:
-        """Set the consoles' keyboard: an XKB layout, with LAYOUT:VARIANT also its variant."""
+        """Set the keyboard of the consoles: an XKB layout, LAYOUT or LAYOUT:VARIANT."""
         raise NotImplementedError
 
     def check(self, settings: Settings) -> None:
-        """Refuse settings that do not exist; may install lists of what does on the host.
+        """Reject invalid settings; this may install the lists of valid ones on the host.
 
         Raises:
-            AshError: with status USAGE, naming what comes near.
+            AshError: with close matches (USAGE).
         """
         self._check_names(settings)
         if settings.timezone != Settings.DEFAULT_TIMEZONE:
@@ -134,13 +141,13 @@ class DistroInstaller:
     def _check_names(self, settings: Settings) -> None:
         label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
         if not re.fullmatch(rf"{label}(\.{label})*", settings.hostname) or len(settings.hostname) > 64:
-            raise AshError(f"{settings.hostname!r} is no host name", "letters, digits and inner hyphens", USAGE)
+            raise AshError(f"{settings.hostname!r} is not a valid host name", "letters, digits, inner hyphens", USAGE)
         if settings.user is None:
             return
         if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.user):
-            raise AshError(f"{settings.user!r} is no user name", "small letters, digits, - and _", USAGE)
+            raise AshError(f"{settings.user!r} is not a valid user name", "lower-case letters, digits, - and _", USAGE)
         if settings.user in self.reserved_names.split():
-            raise AshError(f"the user name {settings.user} is the system's own", status=USAGE)
+            raise AshError(f"the user name {settings.user} is reserved for the system", status=USAGE)
 
     def _check_timezone(self, timezone: str) -> None:
         host.require(self.timezones)
@@ -149,13 +156,13 @@ class DistroInstaller:
         _require_one_of("timezone", timezone, (str(z) for z in zones if z.parts[0] not in ("posix", "right")))
 
     def configure(self, root: Path, settings: Settings, efi_uuid: str, log: host.Log) -> None:
-        """Make one machine's system of a bootstrapped root.
+        """Configure a bootstrapped root for one machine.
 
         Args:
             root: the root, writable.
-            settings: how it is to be; checked.
-            efi_uuid: the EFI partition's, for fstab.
-            log: gets what the programs say.
+            settings: checked.
+            efi_uuid: of the EFI partition, for fstab.
+            log: receives the output of programs.
         """
         etc = root / "etc"
         (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
@@ -172,7 +179,7 @@ class DistroInstaller:
         self._set_users(root, settings, log)
 
     def _set_network(self, root: Path, log: host.Log) -> None:
-        """A cable is enough: an address by DHCP, names by systemd-resolved."""
+        """Configure every Ethernet interface by DHCP."""
         (root / "etc/systemd/network/80-ash-dhcp.network").write_text(NETWORK)
         drop_in = root / "etc/systemd/system/systemd-networkd-wait-online.service.d"
         drop_in.mkdir(parents=True)
@@ -181,13 +188,13 @@ class DistroInstaller:
 
     def _set_timezone(self, root: Path, timezone: str) -> None:
         if not (root / "usr/share/zoneinfo" / timezone).is_file():
-            raise AshError(f"the new system does not know the timezone {timezone}", status=USAGE)
+            raise AshError(f"the new system has no timezone {timezone}", status=USAGE)
         (root / "etc/localtime").unlink(missing_ok=True)
         (root / "etc/localtime").symlink_to(f"/usr/share/zoneinfo/{timezone}")
 
     def _set_users(self, root: Path, settings: Settings, log: host.Log) -> None:
         if settings.user is not None:
-            options = ["--create-home", "--shell", "/bin/bash", "--groups", self.admin_group]
+            options = ["--create-home", "--shell", "/bin/bash", "--groups", self.distro.admin_group]
             log.run_inside(root, ["useradd", *options, settings.user])
             set_password(root, settings.user, settings.password or "")
         elif settings.root_password is None:
@@ -197,7 +204,7 @@ class DistroInstaller:
 
 
 def set_password(root: Path, user: str, password: str) -> None:
-    """Set a user's password in a root, with the root's own hash function."""
+    """Set a user's password in a root, hashed as the root's own PAM configuration says."""
     run(["chroot", root, "chpasswd"], input=f"{user}:{password}\n")
 
 
@@ -214,7 +221,7 @@ def _known_locales(lists: host.Tools) -> Iterable[str]:
 
 
 def _known_keymaps(lists: host.Tools) -> Iterable[str]:
-    """Layouts ("de") and their variants ("de:nodeadkeys") from XKB's list."""
+    """The layouts ("de") and variants ("de:nodeadkeys") in XKB's list."""
     host.require(lists)
     known, section = [], ""
     for line in (line for path in lists for line in Path(path).read_text().splitlines() if line.strip()):
@@ -232,4 +239,4 @@ def _require_one_of(what: str, value: str, known: Iterable[str]) -> None:
     choices = list(known)
     if value not in choices:
         near = difflib.get_close_matches(value, choices)
-        raise AshError(f"there is no {what} {value}", f"near it: {', '.join(near)}" if near else "", USAGE)
+        raise AshError(f"there is no {what} {value}", f"did you mean {' or '.join(near)}?" if near else "", USAGE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The one executable: the core, then the distribution's modules, parents first, then the start."""
+"""Concatenates the executable: the core, the modules of the distribution and its parents, the start guard."""
 
 import ast
 from pathlib import Path
@@ -44,17 +44,17 @@ START = ['if __name__ == "__main__":', "    sys.exit(main())"]
 
 
 def build(distro: str) -> str:
-    """The text of the executable that serves a distribution.
+    """The text of the executable for a distribution.
 
     Args:
-        distro: the id of one in `distros/`.
+        distro: its id, a directory in `distros/`.
 
     Raises:
-        AshError: a part of it is missing, does not end as it should, or the whole does not compile.
+        AshError: a part is missing or does not end with the start guard, or the result does not compile.
     """
     core = _lines(CHECKOUT / "ash.py")
     if core[-2:] != START:
-        raise AshError("ash.py does not end with its start", hint="its last two lines must be the start guard")
+        raise AshError("ash.py does not end with the start guard", hint="`if __name__` must be its last two lines")
     modules = [line for name in family(distro) for line in ["", "", *_module(name)]]
     docstring = next(number for number, line in enumerate(core) if line.startswith('"""'))
     text = LAUNCH + "\n".join([*core[docstring:-2], *modules, "", "", *START, ""])
@@ -67,7 +67,7 @@ def build(distro: str) -> str:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise AshError(f"{path} is missing", hint="use a whole checkout of ash")
+        raise AshError(f"{path} is missing", hint="use a complete checkout of ash")
     return path.read_text(encoding="utf-8").rstrip().splitlines()
 
 
@@ -82,7 +82,7 @@ def _imports_from(lines: list[str], package: str) -> list[ast.ImportFrom]:
 
 
 def family(distro: str) -> list[str]:
-    """A distribution's id with those of those that its module inherits from, parents first."""
+    """The ids of a distribution and of those that its module imports from, parents first."""
     parents = [str(node.module).split(".")[1] for node in _imports_from(_lines(_path(distro)), "distros")]
     names = [name for parent in parents for name in family(parent)]
     return [*dict.fromkeys(names), distro]

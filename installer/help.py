@@ -141,6 +141,7 @@ def bash_completion() -> str:
 
 def zsh_completion() -> str:
     """A completion for zsh, with what each word means."""
+
     def entries(named: Iterable[tuple[Sequence[str], str]]) -> str:
         """Words with a meaning, as _describe takes them."""
         pairs = [(word.replace(":", r"\:"), text) for words, text in named for word in words]
@@ -206,4 +207,3 @@ FORMATS: Mapping[str, Callable[[], str]] = {
     "zsh": zsh_completion,
     "fish": fish_completion,
 }
-

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The machine that an image is made on: its rights, packages, disk space and kernel, and the log of a build."""
+"""The host that builds an image: its privileges, packages, disk space and kernel, and the log of a build."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from typing import Self
 
 from ash import REFUSED, USAGE, AshError, Chroot, clean_environment, last_words, run, step
 
-# Programs (by name) or files (by path) that are needed, each with the package of Debian and Ubuntu that has it.
+# Required programs (by name) or files (by path), with the packages of Debian and Ubuntu that have them.
 Tools = Mapping[str, str]
 
 DISK: Tools = {
@@ -33,7 +33,7 @@ APT_INSTALL = ("apt-get", "install", "--yes", "--no-install-recommends")
 
 NOTHING_LEFT = 32 * 2**20  # bytes; with less than this a disk is called full
 
-# Before a program: it ends with this process, all that it starts ends with it, and its mounts go too.
+# Prefix of a command: it is killed when this process dies, its children are killed with it, and its mounts vanish.
 CONTAINED = (
     *("setpriv", "--pdeathsig", "KILL", "--"),
     *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
@@ -41,19 +41,19 @@ CONTAINED = (
 
 
 def require_root(purpose: str) -> None:
-    """Refuse, in one line, what only root can do."""
+    """Raise AshError unless run as root."""
     if os.geteuid() != 0:
-        raise AshError(f"only root can {purpose}", hint="run it with sudo, or as root", status=REFUSED)
+        raise AshError(f"only root can {purpose}", hint="run this with sudo, or as root", status=REFUSED)
 
 
 def require(tools: Tools) -> None:
-    """Install what is missing of the tools from the host's own packages, after saying what."""
+    """Install missing tools with the host's package manager, and say which."""
     packages = sorted({package for tool, package in tools.items() if not _have(tool)})
     if not packages:
         return
     if shutil.which("apt-get") is None:
         missing = ", ".join(tool for tool in tools if not _have(tool))
-        raise AshError(f"these are missing on this machine: {missing}", hint="install them, then try again")
+        raise AshError(f"this machine lacks {missing}", hint="install that, then try again")
     require_root(f"install {' '.join(packages)} on this machine")
     with step(f"Installing on this machine: {' '.join(packages)}"):
         _apt_install(packages)
@@ -64,7 +64,7 @@ def _have(tool: str) -> bool:
 
 
 def _apt_install(packages: Sequence[str]) -> None:
-    """Install host packages; the package lists are only renewed where they lack one or are out of date."""
+    """Install packages on the host; the package lists are refreshed only if the download fails."""
     environment = {**clean_environment(), "DEBIAN_FRONTEND": "noninteractive"}
     download = [*APT_INSTALL, "--download-only", *packages]
     try:
@@ -74,13 +74,13 @@ def _apt_install(packages: Sequence[str]) -> None:
         with _undisturbed():
             run([*APT_INSTALL, "--no-download", *packages], env=environment)
     except AshError as error:
-        hint = f"see whether `apt-get install {' '.join(packages)}` works on this machine"
-        raise AshError(f"this machine's packages could not be installed: {error}", hint) from error
+        hint = f"try `apt-get install {' '.join(packages)}` on this machine"
+        raise AshError(f"cannot install packages on this machine: {error}", hint) from error
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let signals that ask to stop wait: a package manager that is interrupted leaves half-installed packages."""
+    """Block termination signals: an interrupted package manager leaves half-installed packages."""
     waiting = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
     try:
@@ -90,18 +90,18 @@ def _undisturbed() -> Iterator[None]:
 
 
 def require_btrfs() -> None:
-    """Refuse a kernel that cannot mount btrfs."""
+    """Raise AshError if the host's kernel cannot mount btrfs."""
     if "btrfs" in Path("/proc/filesystems").read_text().split():
         return
     if shutil.which("modprobe") is not None and run(["modprobe", "btrfs"], check=False).returncode == 0:
         return
-    raise AshError("this machine's kernel has no btrfs", hint="use a kernel with it, or a virtual machine")
+    raise AshError("this machine's kernel has no btrfs", hint="use another kernel, or a virtual machine")
 
 
 def require_new_file(path: Path, force: bool) -> None:
-    """Refuse a file that cannot be made: it is there already (unless force), or its directory is no place for it."""
+    """Raise AshError if a file cannot be created, or exists already and `force` is not given."""
     if Path("/dev") in path.resolve().parents or (path.exists() and not path.is_file()):
-        raise AshError(f"{path} is not a file", hint="give the name of a file to make", status=USAGE)
+        raise AshError(f"{path} is not a regular file", hint="name a file to create", status=USAGE)
     if path.exists() and not force:
         raise AshError(f"{path} exists already", hint="--force replaces it", status=REFUSED)
     if not path.parent.is_dir():
@@ -111,51 +111,52 @@ def require_new_file(path: Path, force: bool) -> None:
 
 
 def _writable(directory: Path) -> bool:
-    """Whether files can be made in a directory; root may everywhere, but for file systems mounted read-only."""
+    """Whether files can be created in a directory; root always has permission, but not on a read-only file system."""
     return os.access(directory, os.W_OK) and not os.statvfs(directory).f_flag & os.ST_RDONLY
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """Refuse a directory with less than needed bytes free."""
+    """Raise AshError if fewer than `needed` bytes are free on a directory's file system."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise AshError(
             f"{directory} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
-            hint="make room, or use another disk",
+            hint="free some space, or use another disk",
             status=REFUSED,
         )
 
 
 @contextmanager
 def watched_space(directory: Path) -> Iterator[None]:
-    """Where what is done inside fails and the directory's disk turns out to be full, say that instead."""
+    """Report a full disk instead of the errors that it causes in the block."""
     try:
         yield
     except (AshError, OSError) as error:
         if shutil.disk_usage(directory).free > NOTHING_LEFT:
             raise
-        raise AshError(f"{directory} has become full", "make room, or use another disk") from error
+        raise AshError(f"the disk of {directory} is full", "free some space, or use another disk") from error
 
 
 def gibibytes(size: int) -> str:
-    """A number of bytes for people: "1.5 GiB"."""
+    """Format a number of bytes, such as "1.5 GiB"."""
     return f"{size / 2**30:.1f} GiB"
 
 
 def user_owned(path: Path) -> None:
-    """Give a file that sudo made to the user behind sudo."""
+    """Make the user who called sudo the owner of a file."""
     if "SUDO_UID" in os.environ and "SUDO_GID" in os.environ:
         os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"]))
 
 
 class Log:
-    """What the programs of a build say, in a file beside the result.
-
-    It stays when the build fails: that is when one looks into it.
-    """
+    """The output of the programs of a build, in a file beside the result; it is kept when the build fails."""
 
     def __init__(self, path: Path) -> None:
-        """Start a new log in the file of that path; OSError where it cannot be written."""
+        """Create or truncate the log.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self.path = path
         self._file = path.open("wb", buffering=0)
         user_owned(path)
@@ -169,7 +170,7 @@ class Log:
         if error is not None:
             self.write(f"failed: {error}")
         if isinstance(error, AshError) and not error.hint:
-            error.hint = f"all of it is in {self.path}"
+            error.hint = f"the full log is {self.path}"
         self._file.close()
 
     def write(self, text: str) -> None:
@@ -178,20 +179,20 @@ class Log:
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:
-        """Tell what is being done, on the terminal and in the log."""
+        """Report a step of the build on the terminal and in the log."""
         self.write(f"== {text}")
         with step(text):
             yield
 
     def run(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
-        """Run a program of the host; all that it starts and mounts ends with it, and with this process.
+        """Run a program of the host; its children and mounts do not outlive it or this process.
 
         Args:
             argv: the program and its arguments.
             env: added to the cleaned environment.
 
         Raises:
-            AshError: it failed; the message has its last words.
+            AshError: it failed; the message has its last lines.
         """
         begin = self._command(argv)
         with subprocess.Popen(
@@ -209,7 +210,7 @@ class Log:
         self._require_success(argv, status, begin)
 
     def run_inside(self, root: Path, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        """Run a program of a new system, chrooted in its root; otherwise as run()."""
+        """Like run(), but chrooted in the root of a new system."""
         begin = self._command(argv)
         status = Chroot(root, env or {}, resolver=False).run(argv, hear=self._hear)
         self._require_success(argv, status, begin)
@@ -218,7 +219,7 @@ class Log:
         self._file.write(output)
 
     def _command(self, argv: Sequence[str | Path]) -> int:
-        """Note that a program is started; returns where its output will begin."""
+        """Log the command line. Returns the offset at which its output will begin."""
         self.write(f"$ {' '.join(map(str, argv))}")
         return self._file.tell()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The way from nothing to a disk image that boots: all checks first, then the build, step by step."""
+"""Builds a bootable disk image: all checks first, then the build, step by step."""
 
 import os
 import re
@@ -16,12 +16,12 @@ from ash import (
     REFUSED,
     USAGE,
     AshError,
+    Distro,
     Layout,
     System,
     attach_disk,
     create_subvolume,
     deploy_snapshot,
-    load_distro,
     machine_chroot,
     os_release,
     private_mounts,
@@ -33,21 +33,21 @@ from installer import base, bootloader, disk, executable, host
 from installer.distribution import DistroInstaller, Settings, Source, load_installer
 from installer.help import FORMATS
 
-# A root, its deployment and one transaction's worth of packages fit into the one; the other is what a build of them
-# takes on the host (the root once, and the package archives that are downloaded for it).
+# The smallest disk for a root, its deployment and one transaction; the space that a build takes on the host, for one
+# root and the packages downloaded for it.
 MINIMUM_SIZE = 3 * 2**30
 HOST_SPACE = 2 * 2**30
 
 TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*", "--sparse")
 COMPRESSIONS = {".gz": "--gzip", ".tgz": "--gzip", ".xz": "--xz", ".zst": "--zstd"}
 
-# What ash imports beside the standard library; and what those import, in the versions that do.
+# What ash imports besides the standard library, and what some versions of these import.
 LIBRARIES = ("anytree", "tabulate")
 THEIR_LIBRARIES = ("six.py",)
 PIP: host.Tools = {"pip3": "python3-pip"}
 GPG: host.Tools = {"gpg": "gpg"}
 
-# Where programs look for help in the formats that ash has it in.
+# The files for each format of ash's help.
 HELP_FILES = {
     "man": "usr/share/man/man8/ash.8",
     "bash": "usr/share/bash-completion/completions/ash",
@@ -67,19 +67,18 @@ class Made:
 def make_image(
     image: Path, size: int, source: Source, settings: Settings, *, force: bool = False, distro: str = "debian"
 ) -> Made:
-    """Make a disk image with a system that ash manages; it boots by BIOS and by UEFI.
+    """Make a disk image with a system that ash manages; it boots with BIOS and UEFI.
 
     Args:
         image: the file to make.
         size: of the disk, in bytes.
         source: where the system comes from.
-        settings: how it is set up.
-        force: whether an existing file is replaced.
-        distro: the distribution's id.
+        settings: how to configure it.
+        force: replace an existing file.
+        distro: the id of the distribution.
 
     Raises:
-        AshError: one of the checks failed, and nothing was written; or the build did, and nothing of it is left but
-            its log.
+        AshError: a check failed, before anything was written; or the build failed, which leaves only its log.
     """
     installer = load_installer(distro)
     host.require_root("make an image")
@@ -102,7 +101,7 @@ def make_image(
 
 
 def make_rootfs(tar: Path, source: Source, settings: Settings, *, force: bool = False, distro: str = "debian") -> Made:
-    """Make a tar file of a root that any number of images can be made of; arguments and errors as make_image()."""
+    """Make a tar file of a root, for any number of images; arguments and errors as for make_image()."""
     installer = load_installer(distro)
     host.require_root("make a root")
     host.require_new_file(tar, force)
@@ -126,26 +125,26 @@ def make_rootfs(tar: Path, source: Source, settings: Settings, *, force: bool = 
 
 
 def _compression(tar: Path) -> list[str]:
-    """tar's option for what a file name's ending says."""
+    """The option of tar for the suffix of a file name."""
     return [COMPRESSIONS[tar.suffix]] if tar.suffix in COMPRESSIONS else []
 
 
 def _source_tools(installer: DistroInstaller, source: Source) -> host.Tools:
-    """What it takes to get a root from a source."""
+    """The tools needed on the host to get a root from a source."""
     if source.rootfs is None:
         return installer.tools
     return {"zstd": "zstd"} if source.rootfs.suffix == ".zst" else {}
 
 
 def _check_source(installer: DistroInstaller, source: Source, settings: Settings) -> Source:
-    """Refuse a source that lacks something."""
+    """Check that a source is complete. Returns it with the code name of its release."""
     if source.rootfs is None:
         return installer.resolve(source)
     if not source.rootfs.is_file():
-        raise AshError(f"{source.rootfs} is no file", "--make-rootfs makes one", USAGE)
+        raise AshError(f"{source.rootfs} is not a regular file", "--make-rootfs makes one", USAGE)
     listing = run(["tar", "--list", "--file", source.rootfs], check=False)
     if listing.returncode:
-        raise AshError(f"{source.rootfs} is no tar file of a root", "--make-rootfs makes one", USAGE)
+        raise AshError(f"{source.rootfs} is not a tar file of a root", "--make-rootfs makes one", USAGE)
     there = {name.removeprefix("./") for name in listing.stdout.splitlines()}
     for name, package in installer.needed_files(settings).items():
         if name not in there:
@@ -155,9 +154,9 @@ def _check_source(installer: DistroInstaller, source: Source, settings: Settings
 
 
 def _check_keyring(keyring: Path) -> None:
-    """Refuse keys that gpgv does not read; gpg would read more, but not in the place of its own keyring."""
+    """Check that gpgv can read a keyring; gpg accepts more formats, but not for --keyring."""
     host.require(GPG)
-    hint = "gpg --export KEY makes one (without --armor)"
+    hint = "make one with gpg --export KEY, without --armor"
     with tempfile.TemporaryDirectory(prefix="ash-keyring-") as home:
         try:
             copy = shutil.copyfile(keyring, Path(home, "keyring.gpg"))
@@ -166,11 +165,11 @@ def _check_keyring(keyring: Path) -> None:
         only_that = ("--homedir", home, "--no-default-keyring", "--keyring", str(copy))
         done = run(["gpg", "--batch", *only_that, "--with-colons", "--list-keys"], check=False)
     if done.returncode or not re.search(r"^pub:", done.stdout, re.MULTILINE):
-        raise AshError(f"{keyring} is no keyring that gpgv reads", hint, USAGE)
+        raise AshError(f"{keyring} is not a keyring that gpgv can read", hint, USAGE)
 
 
 def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settings: Settings, log: host.Log) -> str:
-    """Everything between the empty file and the whole image. Returns the system's name."""
+    """Build the system in the empty image. Returns its name."""
     with ExitStack() as stack:
         with log.step("Making partitions and file systems"):
             target.format()
@@ -179,33 +178,33 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
             layout = _make_subvolumes(top, installer.id)
         root = layout.rootfs(BASE)
         _fill_root(root, installer, source, settings, log)
-        with log.step("Setting it up"):
+        with log.step("Configuring the system"):
             installer.configure(root, settings, target.efi_uuid, log)
         with log.step("Installing the boot loaders"):
-            bootloader.install(layout, root, target, device)
+            bootloader.install(layout, root, target, device, installer.distro.boot_tools)
         with log.step("Installing ash"):
             _install_ash(layout, root, settings.keyring)
             _install_help(layout, root, installer.zsh_completions)
         with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
-            _make_base(layout, target.root_uuid)
+            _make_base(layout, installer.distro, target.root_uuid)
         system = os_release(root, "PRETTY_NAME")
-        with log.step("Writing it all to the disk"):
+        with log.step("Syncing the image"):
             _finish(top)
     return system
 
 
 def _finish(top: Path) -> None:
-    """Have the file system whole in the image, and no longer in use."""
-    run(["fstrim", top], check=False)  # only for the size of the file
+    """Sync and unmount the file system."""
+    run(["fstrim", top], check=False)  # only shrinks the sparse file
     sync_filesystem(top)
-    # What could not be written in the background is no error of any program, but it is counted.
+    # Errors of background writes reach no program, but btrfs counts them.
     if run(["btrfs", "device", "stats", "--check", top], check=False).returncode:
-        raise AshError("not all of the image could be written", "see what the kernel says of the disk: dmesg")
+        raise AshError("the image could not be written completely", "dmesg shows the errors of the disk")
     run(["umount", top])
 
 
 def _make_subvolumes(top: Path, distro: str) -> Layout:
-    """The layout's volumes, and snapshot 0 as an empty one."""
+    """Create the top-level subvolumes, and snapshot 0 as an empty one."""
     layout = Layout.at(top, distro)
     for prefix in Layout.SUBVOLUMES:
         create_subvolume(layout.volume(prefix))
@@ -216,7 +215,7 @@ def _make_subvolumes(top: Path, distro: str) -> Layout:
 
 
 def _fill_root(root: Path, installer: DistroInstaller, source: Source, settings: Settings, log: host.Log) -> None:
-    """The distribution's files, not yet set up for a machine."""
+    """Unpack or bootstrap the distribution; nothing machine-specific yet."""
     if source.rootfs is not None:
         with log.step(f"Unpacking {source.rootfs}"):
             log.run(["tar", "--extract", *TAR_OPTIONS, "-p", "--directory", root, "--file", source.rootfs])
@@ -226,12 +225,12 @@ def _fill_root(root: Path, installer: DistroInstaller, source: Source, settings:
 
 
 def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
-    """The executable, what it imports and whom it trusts; it must start with the new system's own Python."""
+    """Install the executable, its libraries, profiles and keyring; it must run with the new system's own Python."""
     if keyring is not None:
         shutil.copyfile(keyring, layout.keyring)
     _install_libraries(layout.lib, root / "usr/lib/python3/dist-packages")
     write_file(layout.executable, executable.build(layout.distro), mode=0o755)
-    (layout.lib / "ash.py").symlink_to("../ash")  # what the executable imports of itself
+    (layout.lib / "ash.py").symlink_to("../ash")  # the executable imports itself from here
     _install_profiles(layout)
     binds = {layout.ash: "mnt"}
     compile_all = ["python3", "-m", "compileall", "-q", "-s", "/mnt", "-p", "/.snapshots/ash", "/mnt/lib"]
@@ -240,7 +239,7 @@ def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
 
 
 def _install_profiles(layout: Layout) -> None:
-    """The profiles for the distribution, and for those that it is made from."""
+    """Copy the profiles of the distribution and of its parents."""
     for name in executable.family(layout.distro):
         for profile in (executable.CHECKOUT / "profiles").glob(f"*/{name}.conf"):
             target = layout.profiles / profile.parent.name / profile.name
@@ -249,7 +248,7 @@ def _install_profiles(layout: Layout) -> None:
 
 
 def _install_help(layout: Layout, root: Path, zsh_completions: str) -> None:
-    """The man page and the shells' completions: where programs look for them, and where `ash help --format` does."""
+    """Write the man page and completions to where programs look for them, and to where `ash help --format` does."""
     layout.help.mkdir()
     for kind, render in FORMATS.items():
         (layout.help / kind).write_text(f"{render()}\n", encoding="utf-8")
@@ -259,7 +258,7 @@ def _install_help(layout: Layout, root: Path, zsh_completions: str) -> None:
 
 
 def _install_libraries(lib: Path, packages: Path) -> None:
-    """Copy the libraries out of the new system's packages; from PyPI where its distribution has none."""
+    """Copy the libraries from the new system's packages; get them from PyPI if the distribution lacks some."""
     lib.mkdir()
     if not all((packages / name).exists() for name in LIBRARIES):
         host.require(PIP)
@@ -279,7 +278,7 @@ def _copy_library(source: Path, target: Path) -> None:
 
 @contextmanager
 def _libraries_of(layout: Layout) -> Iterator[None]:
-    """Let ash's own functions, which run in this process, use the new system's libraries: the host may have none."""
+    """Import libraries from the new system in the block: the host may not have them."""
     sys.path.insert(0, str(layout.lib))
     try:
         yield
@@ -287,9 +286,8 @@ def _libraries_of(layout: Layout) -> Iterator[None]:
         sys.path.remove(str(layout.lib))
 
 
-def _make_base(layout: Layout, root_uuid: str) -> None:
+def _make_base(layout: Layout, distro: Distro, root_uuid: str) -> None:
     """Turn the plain root into snapshot 0, and deploy it."""
-    distro = load_distro(layout.distro)
     base.create_state(layout, distro, root_uuid)
     base.split_base(layout, distro)
     deploy_snapshot(System(layout, distro), BASE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Virtual machines that start a disk image: in this terminal, or driven over their serial console."""
+"""Virtual machines that boot a disk image: in this terminal, or driven over their serial console."""
 
 import codecs
 import contextlib
@@ -42,13 +42,13 @@ KVM = ("-accel", "kvm", "-cpu", "host", "-smp", "2")
 # One boot takes 20 seconds on an idle machine; other work on the same cores makes it several times that.
 BOOT_SECONDS = 300.0
 COMMAND_SECONDS = 120.0
-# How long GRUB may take to move the highlight; where it does not move, that was the menu's end.
+# How long GRUB may take to move the highlight; if it does not move, the end of the menu is reached.
 MENU_SECONDS = 1.5
-# QEMU holds a key for a tenth of a second, and forgets what is pressed before that is over.
+# QEMU holds a key for a tenth of a second, and drops keys that are pressed meanwhile.
 KEY_SECONDS = 0.3
-# The kernel's line discipline cuts what is typed in one line after this many bytes.
+# The kernel's line discipline truncates longer lines.
 LINE_BYTES = 4000
-# Ctrl-], as in telnet: nothing in a shell or an editor wants it.
+# Ctrl-], as in telnet: no shell or editor uses it.
 LEAVE_KEY = b"\x1d"
 
 ESCAPE = re.compile(
@@ -65,12 +65,12 @@ DEAD_ENDS = r"Kernel panic - not syncing|\(initramfs\) |grub rescue> |grub> |eme
 
 
 class MachineError(AshError):
-    """A virtual machine did not do what was expected of it; the text ends with the console's last lines."""
+    """A virtual machine did not behave as expected; the message ends with the console's last lines."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command in the machine gave: its exit status, and its output and errors as one text."""
+    """The exit status of a command in the machine, and its output and errors as one text."""
 
     status: int
     output: str
@@ -78,7 +78,7 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a screen showed: three bytes, red, green and blue, for each dot, row by row."""
+    """A screenshot: three bytes, red, green and blue, for each pixel, row by row."""
 
     width: int
     height: int
@@ -86,18 +86,18 @@ class Picture:
 
     @classmethod
     def of_ppm(cls, content: bytes) -> Self:
-        """Read it as QEMU writes it: "P6", width and height, "255", each in a line, then the dots."""
+        """Parse QEMU's format: lines with "P6", width and height, and "255", then the pixels."""
         kind, size, depth, dots = content.split(b"\n", 3)
         width, height = map(int, size.split())
         assert (kind, depth, len(dots)) == (b"P6", b"255", 3 * width * height)
         return cls(width, height, dots)
 
     def colours(self) -> set[bytes]:
-        """The different colours in it."""
+        """The distinct colours."""
         return {self.dots[at : at + 3] for at in range(0, len(self.dots), 3)}
 
     def png(self) -> bytes:
-        """The picture in a form that all programs read."""
+        """The picture as a PNG file."""
         row = 3 * self.width
         rows = b"".join(b"\0" + self.dots[at : at + row] for at in range(0, len(self.dots), row))
 
@@ -136,7 +136,7 @@ def accelerator() -> tuple[str, ...]:
 
 
 def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_format: str, scratch: Path) -> list[str]:
-    """QEMU's command line without the console; scratch takes the machine's own UEFI variables."""
+    """QEMU's command line without the console; `scratch` receives the UEFI variables."""
     argv = [QEMU, *accelerator(), "-m", str(memory)]
     if uefi:
         variables = scratch / "uefi-variables"
@@ -144,7 +144,7 @@ def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_form
         argv += ["-machine", "q35"]
         argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}"]
         argv += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
-    # In a file name, QEMU's option parser takes two commas for one.
+    # QEMU's option parser reads two commas in a file name as one.
     disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=virtio"
     argv += ["-drive", f"{disk},snapshot=on,cache=unsafe" if snapshot else disk]
     argv += ["-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci"]
@@ -152,27 +152,38 @@ def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_form
 
 
 def _require_qemu() -> None:
-    """Install QEMU and the UEFI firmware where they are missing."""
+    """Install QEMU and the UEFI firmware if they are missing."""
     host.require(host.QEMU)
 
 
 def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = False, memory: int = 2048) -> int:
-    """Start an image in this terminal until it is powered off; returns QEMU's exit status.
+    """Boot an image in this terminal, until it is powered off. Returns QEMU's exit status.
 
-    memory is in MiB. With snapshot the image stays as it was.
+    Args:
+        image: the disk.
+        uefi: boot with UEFI instead of BIOS.
+        snapshot: discard all changes to the image.
+        memory: in MiB.
     """
     _require_qemu()
-    print(f"Starting {image}. Ctrl-A X ends the machine at once; `systemctl poweroff` inside ends it properly.")
+    print(f"Booting {image}. Ctrl-A X kills the machine; `systemctl poweroff` inside shuts it down.")
     with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
         argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, disk_format="raw", scratch=Path(scratch))
         return subprocess.run([*argv, "-nographic"], check=False).returncode
 
 
 class Machine:
-    """A virtual machine whose serial console is read and typed on by this process; a context manager.
+    """A virtual machine whose serial console this process reads and types on.
 
-    Entering it starts QEMU, leaving it ends QEMU, whatever happened. All that the machine prints is kept,
-    and written to the log as it comes.
+    The context manager starts QEMU, and ends it on exit. The output of the console is kept and logged.
+
+    Args:
+        image: the disk.
+        uefi: boot with UEFI instead of BIOS.
+        snapshot: discard all changes to the image.
+        memory: in MiB.
+        log: a file to which the output of the console is appended.
+        disk_format: of the image: raw or qcow2.
     """
 
     def __init__(
@@ -185,14 +196,6 @@ class Machine:
         log: Path | None = None,
         disk_format: str = "raw",
     ) -> None:
-        """Describe the machine.
-
-        image       the disk; with snapshot it stays as it was
-        uefi        start it by UEFI instead of BIOS
-        memory      in MiB
-        log         a file that takes all that comes from the console, as it comes
-        disk_format of the image: raw, qcow2
-        """
         self._image = image
         self._uefi = uefi
         self._snapshot = snapshot
@@ -221,7 +224,7 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the machine, as a power cut would if it still runs."""
+        """Kill the machine if it still runs, like a power cut."""
         self._leave.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -236,7 +239,7 @@ class Machine:
         argv += ["-display", "none", "-monitor", "none"]
         argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         argv += ["-qmp", f"unix:{self._monitor_path()},server=on,wait=off"]
-        # The kernel ends QEMU should this process be killed.
+        # The kernel kills QEMU if this process dies.
         argv = ["setpriv", "--pdeathsig", "KILL", *argv]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -254,7 +257,7 @@ class Machine:
                     pipe.close()
 
     def _keep_reading(self) -> None:
-        """Take all that the machine prints until QEMU ends: a full pipe would stop the machine."""
+        """Read the console until QEMU ends: a full pipe would stop the machine."""
         assert self._process.stdout
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         cut = ""
@@ -279,14 +282,19 @@ class Machine:
 
     def _error(self, message: str) -> MachineError:
         tail = "\n".join(f"  | {line}" for line in self._text.rstrip().splitlines()[-25:])
-        where = f" (all of it in {self._log})" if self._log else ""
+        where = f" (full log: {self._log})" if self._log else ""
         return MachineError(f"{message}; the console's last lines{where}:\n{tail}")
 
     def expect(self, pattern: str, timeout: float = COMMAND_SECONDS) -> re.Match[str]:
-        """Wait, for at most timeout seconds, until the console has printed a text that matches.
+        """Wait until the console has printed text that matches.
 
-        Only what came after the last match counts; escape sequences and carriage returns are left out,
-        and ^ and $ match at each line. Raises MachineError when the time is over or QEMU has ended.
+        Args:
+            pattern: a regular expression; ^ and $ match at each line. It is matched against the output since the last
+                match, without escape sequences and carriage returns.
+            timeout: in seconds.
+
+        Raises:
+            MachineError: the timeout expired, or QEMU ended.
         """
         regex = re.compile(pattern, re.MULTILINE)
         deadline = time.monotonic() + timeout
@@ -295,7 +303,7 @@ class Machine:
                 if self._ended:
                     raise self._error(f"the machine ended before it printed {pattern!r}")
                 if time.monotonic() >= deadline:
-                    raise self._error(f"nothing that matches {pattern!r} within {timeout:.0f} s")
+                    raise self._error(f"nothing matched {pattern!r} within {timeout:.0f} s")
                 self._arrived.wait(max(0.0, deadline - time.monotonic()))
             self._read = match.end()
         return match
@@ -310,20 +318,25 @@ class Machine:
             raise self._error("the machine has ended") from None
 
     def login(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
-        """Wait for the login prompt (timeout in seconds), log in, and make the shell ready for command().
+        """Wait for the login prompt, log in, and prepare the shell for command().
 
-        Raises MachineError, at once when the boot ended elsewhere: a panic, a rescue shell.
+        Args:
+            user, password: of the account.
+            timeout: in seconds.
+
+        Raises:
+            MachineError: there was no prompt; at once if the boot ended in a panic or rescue shell.
         """
         self.enter_shell(user, password, timeout)
         token = secrets.token_hex(4)
         shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
         self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
         self.expect(f"<{token}>", 60)
-        # Neither the kernel nor systemd (its signal for that) prints between what commands print.
+        # Keep messages of the kernel and of systemd (by its signal for that) out of the output of commands.
         self.command("dmesg --console-level emerg 2>/dev/null; kill -s RTMIN+21 1 2>/dev/null || true")
 
     def enter_shell(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
-        """Wait for the login prompt (timeout in seconds) and log in, to the shell as a user meets it."""
+        """Wait for the login prompt (timeout in seconds) and log in to the user's own shell."""
         self.await_login(timeout)
         self.send(f"{user}\n")
         if self.expect(r"Password: |[#$] ", 60).group() == "Password: ":
@@ -337,14 +350,20 @@ class Machine:
             raise self._error(f"the boot ended at {match.group().strip()!r}")
 
     def command(self, line: str, *, timeout: float = COMMAND_SECONDS, ok: int | None = 0) -> CommandResult:
-        """Run a line of shell in the machine, once logged in, and wait for its end.
+        """Run a line of shell after login() and wait for it.
 
-        timeout is in seconds. Raises MachineError when the exit status is not ok (None takes any).
+        Args:
+            line: the command.
+            timeout: in seconds.
+            ok: the expected exit status; None for any.
+
+        Raises:
+            MachineError: the exit status was another one, or the timeout expired.
         """
         token = secrets.token_hex(4)
         typed = f"printf '<%s>\\n' {token}; eval {shlex.quote(line)}; printf '\\n<%s %s>\\n' {token} $?\n"
         if any(len(part.encode()) > LINE_BYTES for part in typed.splitlines()):
-            raise MachineError(f"a line of more than {LINE_BYTES} bytes cannot be typed: {line[:60]}...")
+            raise MachineError(f"cannot type a line of more than {LINE_BYTES} bytes: {line[:60]}...")
         self.send(typed)
         begin = self.expect(f"<{token}>\n").end()
         end = self.expect(rf"\n<{token} (\d+)>\n", timeout)
@@ -354,10 +373,14 @@ class Machine:
         return result
 
     def choose(self, title: str | int, timeout: float = BOOT_SECONDS) -> str:
-        """Wait for GRUB's menu (timeout in seconds) and start an entry of it, or open a submenu.
+        """Wait for GRUB's menu and choose an entry or submenu. Returns its title.
 
-        title is a regular expression that the entry's title must match, or its number from the top, 0
-        being the first. Returns the title. Raises MachineError, with the titles there are, if none fits.
+        Args:
+            title: a regular expression for the title, or the number of the entry, from 0.
+            timeout: in seconds.
+
+        Raises:
+            MachineError: no entry matches; the message lists the titles.
         """
         self.expect("which entry is highlighted", timeout)
         seen = [self._press("\x01")]
@@ -371,10 +394,10 @@ class Machine:
         return seen[-1]
 
     def _press(self, key: str) -> str:
-        """Press a key in GRUB's menu; returns the title that is highlighted afterwards.
+        """Press a key in GRUB's menu. Returns the title that is highlighted afterwards.
 
-        Keys are single bytes, Ctrl-A and Ctrl-N instead of Home and Down: where the firmware has a console
-        of its own on the line, two readers take turns, and would tear a longer sequence apart.
+        Keys are single bytes, Ctrl-A and Ctrl-N instead of Home and Down: if the firmware reads the serial line too,
+        the two readers would split an escape sequence between them.
         """
         before = self._highlighted()
         self.send(key)
@@ -384,18 +407,18 @@ class Machine:
         return self._highlighted()
 
     def _highlighted(self) -> str:
-        """The title that GRUB highlighted last: it puts a star before it, after moving the cursor there."""
+        """The title that GRUB highlighted last, by the star in front of it."""
         with self._arrived:
             titles = HIGHLIGHTED.findall(self._raw)
         return titles[-1].rstrip() if titles else ""
 
     def _skip_output(self) -> None:
-        """Let expect() see only what comes from now on."""
+        """Have expect() ignore the output so far."""
         with self._arrived:
             self._read = len(self._text)
 
     def reboot(self) -> None:
-        """Restart the machine from its shell, and return when its kernel has ended."""
+        """Reboot the machine from its shell, and wait until its kernel restarts."""
         self.send("systemctl reboot\n")
         self.expect("reboot: Restarting system", 180)
 
@@ -405,7 +428,7 @@ class Machine:
         self._monitor("system_reset")
 
     def poweroff(self) -> None:
-        """Switch the machine off from its shell, and wait for QEMU's end."""
+        """Power the machine off from its shell, and wait until QEMU ends."""
         self.send("systemctl poweroff\n")
         try:
             self._process.wait(timeout=180)
@@ -416,22 +439,23 @@ class Machine:
         return self._scratch / "monitor"
 
     def press(self, *keys: str) -> None:
-        """Press keys of the machine's own keyboard, one after the other.
+        """Press keys of the machine's keyboard, one after the other.
 
-        keys are QEMU's names for them: "a", "spc", "ret"; "meta_l-ret" is two at once.
+        Args:
+            keys: QEMU's names, such as "a", "spc", "ret"; "meta_l-ret" is two at once.
         """
         for key in keys:
             self._monitor("send-key", keys=[{"type": "qcode", "data": name} for name in key.split("-")])
             time.sleep(KEY_SECONDS)
 
     def screenshot(self) -> Picture:
-        """What the machine's screen shows."""
+        """Take a screenshot."""
         path = self._scratch / "screen.ppm"
         self._monitor("screendump", filename=str(path))
         return Picture.of_ppm(path.read_bytes())
 
     def _monitor(self, command: str, **arguments: object) -> None:
-        """Have QEMU itself do something (a command of its machine protocol)."""
+        """Run a command of QEMU's machine protocol."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(30)
             connection.connect(str(self._monitor_path()))
@@ -451,12 +475,12 @@ class Machine:
             yield json.loads(line)
 
     def hand_over(self) -> None:
-        """Connect the console to this process's terminal until the machine ends or Ctrl-] is typed."""
+        """Connect the console to this process's terminal, until the machine ends or Ctrl-] is typed."""
         keyboard = sys.stdin.fileno()
         before = termios.tcgetattr(keyboard)
         self._mirror = sys.stdout.buffer
         try:
-            tty.setraw(keyboard, termios.TCSADRAIN)  # what was typed meanwhile is not thrown away
+            tty.setraw(keyboard, termios.TCSADRAIN)  # keep what was typed meanwhile
             while not self._ended:
                 if keyboard in select.select([keyboard], [], [], 0.2)[0]:
                     typed = os.read(keyboard, 1024)
@@ -469,7 +493,7 @@ class Machine:
 
 
 def _without_cut_escape(text: str) -> str:
-    """The text up to an escape sequence at its end that has not wholly arrived."""
+    """The text without an incomplete escape sequence at its end."""
     start = text.rfind("\x1b", max(0, len(text) - 64))
     return text if start < 0 or ESCAPE.match(text, start) else text[:start]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Debian's root for a new system: bootstrapped by mmdebstrap, with what a machine needs to start and ash to run."""
+"""Installs Debian with mmdebstrap: the packages that a machine needs to boot and ash needs to run."""
 
 import dataclasses
 import re
@@ -19,20 +19,20 @@ TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", 
 ASH = ("python3", "python3-tabulate", "gpgv")
 ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 
-RELEASES = "give stable or a code name, such as trixie"
+RELEASES = "use stable or a code name such as trixie"
 COMPONENTS = "main,non-free-firmware"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-# What the host's apt is told about the way to the archive holds for the bootstrap too; none of it stays in the new
-# system. (On a frozen archive, whose files have expired, the first must be off.)
+# The host's apt settings for reaching the repository apply to the bootstrap too, but not to the new system. (A frozen
+# repository, whose Release file has expired, needs the first one.)
 HOST_APT_OPTIONS = ("Acquire::Check-Valid-Until", "Acquire::http::Proxy", "Acquire::https::Proxy")
 
-# The build needs no fsync, since a crash leaves no image; and no kernel's or subvolume's own ideas: the initramfs
-# is made once, at the end, and a snapshot holds no nested subvolume.
+# The initramfs is generated once, at the end. systemd-tmpfiles must not create nested subvolumes: a snapshot would not
+# contain them. dpkg need not sync: a crash leaves no image.
 BUILD_ENVIRONMENT = {"INITRD": "No", "SYSTEMD_TMPFILES_FORCE_SUBVOL": "0", "DEBIAN_FRONTEND": "noninteractive"}
 BUILD_OPTIONS = ('--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io")
 
-# What mmdebstrap leaves of the host and of the build.
+# Files that mmdebstrap leaves behind.
 LEFT_OVER = (
     "etc/apt/apt.conf.d/99mmdebstrap",
     "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
@@ -46,13 +46,12 @@ NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '?(\S+?)'? has 
 
 
 class DebianInstaller(DistroInstaller):
-    """Debian stable, or another of its releases from 12 on."""
+    """Debian stable, or another release since 12."""
 
     id = "debian"
     tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
-    admin_group = "sudo"
     zsh_completions = "usr/share/zsh/vendor-completions"
-    # Those of base-passwd's passwd.master and group.master, and of the packages above.
+    # From passwd.master and group.master of base-passwd, and from the packages above.
     reserved_names = (
         "root daemon bin sys sync games man lp mail news uucp proxy www-data backup list irc _apt nobody adm tty disk"
         " kmem dialout fax voice cdrom floppy tape sudo audio dip operator src shadow utmp video sasl plugdev staff"
@@ -61,29 +60,29 @@ class DebianInstaller(DistroInstaller):
     )
 
     def resolve(self, source: Source) -> Source:
-        """Let mmdebstrap and apt try it out with the archive's own lists; this downloads and installs no package."""
+        """Simulate the bootstrap with the repository's package lists; no package is downloaded."""
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", source.release):
             raise AshError(f"there is no Debian release {source.release}", RELEASES, USAGE)
         for name in source.packages:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
-                raise AshError(f"{name!r} is no package name", status=USAGE)
+                raise AshError(f"{name!r} is not a valid package name", status=USAGE)
         with_anytree = dataclasses.replace(source, packages=(*source.packages, ANYTREE))
         try:
-            return _try_archive(with_anytree)
+            return _try_repository(with_anytree)
         except AshError as error:
             if ANYTREE not in error.message:
                 raise
-            return _try_archive(source)
+            return _try_repository(source)
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
-        """Bootstrap with mmdebstrap, which starts no service; then make the initramfs."""
+        """Bootstrap with mmdebstrap, which starts no services, then generate the initramfs."""
         packages = dataclasses.replace(source, packages=(*source.packages, *self._packages_for(settings)))
         log.run([*_mmdebstrap(packages), "--verbose", *_where(source, root)], env=BUILD_ENVIRONMENT)
         _write_sources(root)
         for name in LEFT_OVER:
             (root / name).unlink(missing_ok=True)
         for kernel in (root / "usr/lib/modules").iterdir():
-            log.run_inside(root, ["update-initramfs", "-c", "-k", kernel.name])
+            log.run_inside(root, [*self.distro.make_initramfs, kernel.name])
 
     def _packages_for(self, settings: Settings) -> Iterator[str]:
         if settings.locale != Settings.DEFAULT_LOCALE:
@@ -92,7 +91,7 @@ class DebianInstaller(DistroInstaller):
             yield "console-setup"
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
-        """A file of each package stands for the package."""
+        """One file of each package."""
         files = {
             "usr/bin/dpkg": "dpkg",
             "usr/bin/python3": "python3",
@@ -109,7 +108,7 @@ class DebianInstaller(DistroInstaller):
         return files
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
-        """By /etc/locale.gen; C.UTF-8 is always there."""
+        """Use /etc/locale.gen; C.UTF-8 always exists."""
         (root / "etc/default/locale").write_text(f"LANG={locale}\n")
         if locale != Settings.DEFAULT_LOCALE:
             supported = (root / "usr/share/i18n/SUPPORTED").read_text().splitlines()
@@ -118,7 +117,7 @@ class DebianInstaller(DistroInstaller):
             log.run_inside(root, ["locale-gen"])
 
     def set_keymap(self, root: Path, keymap: str, log: host.Log) -> None:
-        """By /etc/default/keyboard; the console's own map is made now, since it takes Perl a while."""
+        """Use /etc/default/keyboard, and compile the console's keymap now: it takes setupcon several seconds."""
         layout, _, variant = keymap.partition(":")
         lines = ['XKBMODEL="pc105"', f'XKBLAYOUT="{layout}"', f'XKBVARIANT="{variant}"', 'XKBOPTIONS=""', ""]
         (root / "etc/default/keyboard").write_text("\n".join(lines))
@@ -126,21 +125,21 @@ class DebianInstaller(DistroInstaller):
             log.run_inside(root, ["setupcon", "--save-only"])
 
 
-def _try_archive(source: Source) -> Source:
-    """The source with its code name; AshError where a bootstrap from it would fail."""
+def _try_repository(source: Source) -> Source:
+    """The source with its code name; raises AshError if a bootstrap from it would fail."""
     with tempfile.TemporaryDirectory(prefix="ash-archive-") as directory:
         argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(directory))]
         done = run(argv, check=False)
         if done.returncode:
-            raise _archive_error(source, done.stderr)
+            raise _repository_error(source, done.stderr)
         release = _release_file(Path(directory), source.release)
     if release.get("Origin") != "Debian":
-        raise AshError(f"{source.release} is no release of Debian", RELEASES, USAGE)
+        raise AshError(f"{source.release} is not a release of Debian", RELEASES, USAGE)
     return dataclasses.replace(source, release=release["Codename"])
 
 
 def _mmdebstrap(source: Source) -> list[str]:
-    """mmdebstrap with all its options but those that differ between trying and doing."""
+    """The command line of mmdebstrap, without what differs between a simulation and a bootstrap."""
     packages = [*BOOT, *GRUB, *SYSTEM, *TOOLS, *ASH, *source.packages]
     argv = ["mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"]
     argv += [f"--components={COMPONENTS}", f"--include={','.join(packages)}", "--skip=cleanup/apt/lists"]
@@ -152,7 +151,7 @@ def _where(source: Source, root: Path) -> list[str]:
 
 
 def _host_apt_options() -> list[str]:
-    """The host's own settings for reaching the archive, as mmdebstrap's options."""
+    """The host's apt settings for reaching the repository, as options of mmdebstrap."""
     found = []
     for name in HOST_APT_OPTIONS:
         value = run(["apt-config", "shell", "VALUE", name]).stdout.strip().removeprefix("VALUE=").strip("'")
@@ -161,8 +160,8 @@ def _host_apt_options() -> list[str]:
     return found
 
 
-def _archive_error(source: Source, output: str) -> AshError:
-    """What mmdebstrap's and apt's many lines mean, in one."""
+def _repository_error(source: Source, output: str) -> AshError:
+    """The error for failed output of mmdebstrap and apt."""
     detail = last_words("\n".join(line for line in output.splitlines() if line.startswith("E: ")) or output, 1)
     if found := NO_PACKAGE.search(output):
         return AshError(f"Debian {source.release} has no package {found[1] or found[2]}", status=MISSING)
@@ -171,18 +170,18 @@ def _archive_error(source: Source, output: str) -> AshError:
         return AshError(f"there is no Debian release {source.release}{at}", RELEASES, USAGE)
     if found := UNREACHABLE.search(output):
         line = next(line.strip() for line in output.splitlines() if UNREACHABLE.search(line))
-        return AshError(f"the package archive cannot be reached: {line}", "see whether the network works")
-    return AshError(f"the package archive cannot be used: {detail}")
+        return AshError(f"the repository cannot be reached: {line}", "check the network connection")
+    return AshError(f"the repository cannot be used: {detail}")
 
 
 def _release_file(root: Path, suite: str) -> dict[str, str]:
-    """The fields of a suite's Release file, from apt's lists in a root."""
+    """The fields of the Release file of a suite, from apt's lists in a root."""
     file = next((root / "var/lib/apt/lists").glob(f"*_dists_{suite}_*Release"))
     return dict(re.findall(r"^(\w+): (.*)$", file.read_text(), re.MULTILINE))
 
 
 def _write_sources(root: Path) -> None:
-    """Write mmdebstrap's one-line sources in the format of today's Debian, naming the archive's key."""
+    """Convert mmdebstrap's one-line sources to deb822 format, with Signed-By."""
     lines = [line.split() for line in (root / "etc/apt/sources.list").read_text().splitlines()]
     suites: dict[str, list[str]] = {}
     for line in lines:
