@@ -33,6 +33,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from types import UnionType
 
 # Importing typing, and its NamedTuple, which compiles each annotation, would take a tenth of a short command's time.
 TYPE_CHECKING = False
@@ -1018,7 +1019,9 @@ def mark_variant(root: Path) -> None:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type, a function that says so, a list or dict of shapes ("*" is any key).
+    """Whether a value has a shape: a type, a union of types, `object` for any value, a function, a list or dict of shapes.
+
+    The key "*" of a dict is any key.
 
     A key that ends in "?" may be missing; other keys may not, and those that are not in the shape do not matter.
     """
@@ -1031,7 +1034,9 @@ def has_shape(value: Any, shape: Any) -> bool:
             has_shape(value[name], of) if (name := key.rstrip("?")) in value else name != key
             for key, of in shape.items()
         )
-    return type(value) is shape if isinstance(shape, type) else bool(shape(value))
+    if isinstance(shape, UnionType):
+        return type(value) in shape.__args__
+    return shape in (type(value), object) if isinstance(shape, type) else bool(shape(value))
 
 
 def from_json(text: str, shape: Any) -> Any:
@@ -6114,7 +6119,7 @@ class Request(NamedTuple):
 
     @property
     def snapshot(self) -> int:
-        """The snapshot that a command for one snapshot is about."""
+        """The first snapshot, for commands that take one."""
         return self.snapshots[0]
 
 
@@ -6127,8 +6132,8 @@ class Reply(NamedTuple):
     status: int = 0
 
 
-# A command that changes something first makes its checks, then yields what it would do, the whole answer of --dry-run;
-# it is resumed, and changes something, only without that option.
+# The function of a command that changes something is a generator: it makes its checks, then yields what it would do.
+# With --dry-run that is the answer; otherwise the function is resumed, makes the change, and returns the answer.
 Plan = Generator[Reply, None, Reply]
 
 
@@ -6222,7 +6227,7 @@ def flag(*flags: str, help: str) -> Option:
 
 
 def snapshot_number(text: str) -> int:
-    """Read a snapshot number; ValueError if it is none, AshError (MISSING) if it is too large for one."""
+    """Read a snapshot number; ValueError if it is not a number, AshError (MISSING) if it is too large."""
     if not (text.isascii() and text.isdecimal()):
         raise ValueError
     number = to_number(text)
@@ -6332,8 +6337,8 @@ def find_command(word: str) -> Command:
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------
-# ash reads its command line itself: argparse takes 3 of the 35 ms of `ash tree`, and has no options between words or
-# a number that may be left out.
+# Not argparse: its import and a parser take 2 to 3 ms, a tenth of a short command, and most of the grammar (an optional
+# number, options between words, `-c` that takes the rest of the line) would have to be worked around it.
 
 
 def seconds(text: str) -> float:
@@ -6356,22 +6361,22 @@ GLOBAL_OPTIONS = (
     Option(("--root",), "work on a mounted system", "DIR", read=Path),
     Option(("--image",), "work on a disk image", "FILE", read=Path),
     Option(("--distro",), "which distribution, if the disk has several", "ID"),
-    flag("--chroot", help="run although ash finds itself inside a chroot"),
+    flag("--chroot", help="run even inside a chroot"),
     flag("--dry-run", help="print what would be done, change nothing"),
     flag("--json", help="answer in JSON"),
     Option(("--wait",), "how long to wait for a lock", "SECONDS", read=seconds),
-    flag("-y", "--yes", help="answer yes"),
-    flag("-v", "--verbose", help="show the programs as they run"),
-    flag("-q", "--quiet", help="only errors, and new numbers"),
+    flag("-y", "--yes", help="answer yes to all questions"),
+    flag("-v", "--verbose", help="show the output of programs that ash runs"),
+    flag("-q", "--quiet", help="print only errors and new snapshot numbers"),
     flag("-h", "--help", help="explain the command"),
 )
 PARALLEL = flag("-j", "--parallel", help="work on as many snapshots at a time as there are processors")
 JOBS = (PARALLEL, Option(("--jobs",), "number of snapshots to work on at a time", "COUNT", read=count))
 STRICT = flag("--strict", help="fail if a repository cannot be reached")
 DOWNLOAD_ONLY = flag("--download-only", help="only fetch the packages, for a later upgrade")
-PROFILE = Option(("-P", "--profile", "--prof"), "the packages of a profile", "NAME")
-NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before a profile is installed")
-RESUME = flag("--resume", help="resume a session that was cut off")
+PROFILE = Option(("-P", "--profile", "--prof"), "use the packages of a profile", "NAME")
+NO_UPGRADE = flag("--no-upgrade", help="do not upgrade before installing a profile")
+RESUME = flag("--resume", help="resume a session that a hangup interrupted")
 DESCRIPTION = Option(("-d", "--desc", "--description"), "its description, several words", "WORD...", "description")
 COMMAND = Option(("-c", "--cmd", "--command"), "the command", "WORD...", "command")
 LIVE = (
@@ -6383,7 +6388,7 @@ PURGE = (
     flag("--delete-data", help="also delete their data in /var, unless another snapshot's package claims it"),
 )
 SYNC = (flag("--keep", help="keep packages that the parent no longer has"), STRICT, *JOBS, *LIVE)
-PACKAGE = Option(("-p", "--pkg", "--package"), "packages (also those with a number for a name)", "PKG...", "packages")
+PACKAGE = Option(("-p", "--pkg", "--package"), "packages (needed if the name of one is a number)", "PKG...", "packages")
 
 
 class Arguments:
@@ -6626,7 +6631,7 @@ def with_snapshots(command: Command, system: System, request: Request) -> Reques
     if command.numbers and not request.snapshots and not command.snapshot_optional:
         current = system.current
         if current is None:
-            raise AshError("which snapshot? nothing of this system is running", f"ash {command.usage}", USAGE)
+            raise AshError("which snapshot? none of this system is running", f"ash {command.usage}", USAGE)
         request = request._replace(snapshots=[current])
     if command.require is not None:
         for number in request.snapshots:
@@ -6768,7 +6773,7 @@ MUTABLE_SHAPE = {"snapshot": int, "changed": bool, "mutable": bool}
 
 
 def tree_columns(system: System, number: int) -> dict[str, Any]:
-    """When a snapshot's state was made, and how many packages it has."""
+    """When a snapshot was last changed, and its number of packages."""
     root = system.layout.rootfs(number)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
     return {"date": made, "packages": len(system.package_manager.installed(root))}
@@ -6825,7 +6830,7 @@ def cmd_tree(system: System, request: Request) -> Reply:
 def cmd_current(system: System, request: Request) -> Reply:
     current = system.current
     if current is None:
-        raise AshError("nothing of this system is running", "", FAILED)
+        raise AshError("no snapshot of this system is running", "", FAILED)
     return Reply({"snapshot": current}, str(current), str(current))
 
 
@@ -6930,24 +6935,24 @@ def cmd_new(system: System, request: Request) -> Plan:
     return copy_below(system, request, BASE, None, plan="make a new snapshot from the base", what=f"a clone of {BASE}")
 
 
-def user_name(number: int) -> str:
-    """A user's name, or its number where it has none here."""
+def user_name(uid: int) -> str:
+    """The name of a user, or the uid if this system has no name for it."""
     import pwd
 
     try:
-        return pwd.getpwuid(number).pw_name
+        return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
-        return str(number)
+        return str(uid)
 
 
 def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
-    """Changed packages in a few words."""
+    """Summarize changed packages: `+added -removed ^upgraded`."""
     signs = {"added": "+", "removed": "-", "upgraded": "^"}
     return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
 
 
 @command(
-    "log", "history", group=TREE, usage="log [N]", help="show what was done, when, by whom, with what result",
+    "log", "history", group=TREE, usage="log [N]", help="show the history: what was done, when, by whom, with what result",
     numbers=1, snapshot_optional=True,
     answer={
         "history": [
@@ -6997,7 +7002,7 @@ def set_mutable(system: System, number: int, mutable: bool) -> Plan:
     now = "mutable" if mutable else "read-only"
     yield would(f"make snapshot {number} {now}")
     changed = make_mutable(system, number, mutable)
-    text = f"snapshot {number} is {now}" + (f": ash deploy {number} makes it run so" if changed else " already")
+    text = f"snapshot {number} is {now}" + (f"; ash deploy {number} puts that into effect" if changed else " already")
     return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
 
 
@@ -7027,7 +7032,7 @@ def cmd_immen(system: System, request: Request) -> Plan:
 
 
 def own_subvolumes(layout: Layout) -> list[Path]:
-    """The distribution's subvolumes: those at the top, where the top level is mounted, and those of snapshots."""
+    """The distribution's subvolumes: those of snapshots, and the top-level ones if the top level is mounted."""
     top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
     inside = [
         path for directory in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / directory).iterdir())
@@ -7065,14 +7070,14 @@ DEPLOYED_SHAPE = {
 
 
 def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
-    """The answer of a command that deployed."""
+    """The answer of a command that deploys."""
     number = deployment.snapshot
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
-    text = f"snapshot {number} {where}" if changed else f"snapshot {number} is deployed already"
+    text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
         text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
     if changed and deployment.conflicts:
-        text += f"\n  left behind, the running versions are in {deployment.conflicts_folder}: "
+        text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
         text += listed(deployment.conflicts)
     data = {
         "snapshot": number,
@@ -7115,15 +7120,15 @@ def cmd_undo(system: System, request: Request) -> Plan:
     change = undo_change(system, number)
     newer = newer_state(system, change)
     text = [change.summary("is as it was before its last change")]
-    text += [f"  /var has the state of a newer {name}" for name in newer]
+    text += [f"  /var still has the state of the newer {name}" for name in newer]
     return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
 
 
 def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
-    """Deploy a snapshot; unless the menu file has it then, what led to it is undone when the block of `undo` ends."""
+    """Deploy a snapshot; once it is the default in the boot menu, cancel `undo`, even if a later step fails."""
     try:
         return deploy_snapshot(system, number)
-    finally:  # whatever came after that was decided, Ctrl-C too
+    finally:  # also after Ctrl-C
         menu = system.menu()
         there = menu.deployments.get(menu.default)
         if there and (there.snapshot, there.source) == (number, subvolume_id(system.layout.rootfs(number))):
@@ -7131,7 +7136,7 @@ def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deploy
 
 
 def keep_deployment(system: System, slot: str, description: str) -> int:
-    """Make a new top-level snapshot of a deployment as it is now. Returns its number."""
+    """Copy a deployment in its current state to a new top-level snapshot. Returns the snapshot's number."""
     layout = system.layout
     roll_back_live(system)
     with system.lock("deploy"), ExitStack() as stack:
@@ -7156,10 +7161,10 @@ def cmd_rollback(system: System, request: Request) -> Plan:
     slot = system.last_booted_slot()
     if not slot:
         raise AshError(
-            "no deployment is booted that could be made permanent", "ash deploy N deploys a snapshot", REFUSED
+            "no deployment is booted: there is nothing to make permanent", "ash deploy N deploys a snapshot", REFUSED
         )
     of = system.snapshot_of(slot)
-    yield would(f"keep the booted deployment (of snapshot {of}) as a new snapshot and deploy that")
+    yield would(f"keep the booted deployment (of snapshot {of}) as a new snapshot, and deploy that")
     with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
         number = keep_deployment(system, slot, f"rollback to {of}")
         undo.callback(system.with_reserve, partial(delete_snapshots, system, [number]))
@@ -7202,7 +7207,7 @@ def cmd_carry(system: System, request: Request) -> Plan:
 def cmd_whichtmp(system: System, request: Request) -> Reply:
     booted = system.booted
     if booted is None:
-        raise AshError("nothing of this system is running", "", FAILED)
+        raise AshError("no snapshot of this system is running", "", FAILED)
     return Reply({"slot": booted}, str(booted), str(booted))
 
 
@@ -7215,14 +7220,14 @@ RUNNING_INSIDE = "run/ash/running"
 
 
 def refuse_json() -> None:
-    """Raise AshError where a shell's answer is wanted in JSON: it has none."""
+    """Raise AshError with --json: a shell has no answer."""
     if console.json:
         raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
 
 
 @contextmanager
 def hang_ups_raise() -> Iterator[None]:
-    """Have SIGHUP raise HangUp in this block; it comes twice, and the second must not end what keeps the work."""
+    """Raise HangUp on SIGHUP inside the block. It comes twice: the second must not interrupt the saving of the work."""
 
     def raise_hang_up(*_: object) -> NoReturn:
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -7237,7 +7242,7 @@ def hang_ups_raise() -> Iterator[None]:
 
 
 def take_terminal_back() -> None:
-    """Become the terminal's foreground again: an interactive shell leaves that to its own process group."""
+    """Make ash the terminal's foreground process group again: an interactive shell leaves its own there."""
     before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.tcsetpgrp(sys.stdin.fileno(), os.getpgrp())
@@ -7245,19 +7250,22 @@ def take_terminal_back() -> None:
 
 
 def ask_whether_to_keep(status: int) -> str:
-    """What to do after a shell that did not end with 0: y, n or back."""
-    answer = input(f"the shell ended with status {status}: keep the changes? [y/N/back] ").strip().lower()
+    """Ask what to do after a shell that failed. Returns "y", "n" or "back"."""
+    answer = input(f"the shell exited with status {status}: keep the changes? [y/N/back] ").strip().lower()
     return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
 
 
 def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
-    """Open a root shell in a snapshot; its changes are kept if it ends with 0, or if the user says so.
+    """Open a root shell in a snapshot; commit its changes if it exits with 0, or if the user says so.
 
     Args:
-        system: the snapshot's.
-        number: of the snapshot, which may be the base.
-        resume: go on with what a hang-up left.
-        binds: what is shown inside: where it is, and its path in there.
+        system: the system.
+        number: the snapshot, which may be the base.
+        resume: resume a session that a hangup interrupted.
+        binds: bind mounts for the shell: source, and path inside the snapshot.
+
+    Raises:
+        CommandFailed: the shell failed, and the changes were dropped.
     """
     refuse_json()
     with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
@@ -7273,7 +7281,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
             if answer == "y":
                 break
             if answer == "n":
-                raise CommandFailed(status, f"snapshot {number} is as it was: the shell ended with {status}")
+                raise CommandFailed(status, f"snapshot {number} is unchanged: the shell exited with status {status}")
     return Reply(change_data(work.change), work.change.summary())
 
 
@@ -7294,7 +7302,7 @@ def run_in(system: System, number: int, argv: Sequence[str]) -> Change:
     with Transaction(system, number) as work:
         status = work.chroot().run(argv, stdout=2 if console.json else None)
         if status:
-            raise CommandFailed(status, f"snapshot {number} is as it was: the command ended with {status}")
+            raise CommandFailed(status, f"snapshot {number} is unchanged: the command exited with status {status}")
     return work.change
 
 
@@ -7310,11 +7318,11 @@ def cmd_run(system: System, request: Request) -> Plan:
 
 
 def end_children() -> None:
-    """Kill this process's children, those of children that have ended as well, until there are none."""
+    """Kill this process's children, including adopted orphans, until none is left."""
     with contextlib.suppress(ChildProcessError):
         while True:
             for process in Path("/proc").glob("[0-9]*"):
-                with contextlib.suppress(OSError):  # it has ended
+                with contextlib.suppress(OSError):  # it has exited
                     _, parent = (process / "stat").read_bytes().rpartition(b")")[2].split()[:2]
                     if int(parent) == os.getpid():
                         os.kill(int(process.name), signal.SIGKILL)
@@ -7322,12 +7330,12 @@ def end_children() -> None:
 
 
 def run_unlocked(root: Path, argv: Sequence[str]) -> int:
-    """Run a program in the running system, with its root writable, and return its exit status.
+    """Run a program in the running system with a writable root, and return its exit status.
 
-    What it leaves running ends with it: it would go on to have a writable root.
+    Processes that it leaves behind are killed: they would keep the writable root.
 
     Args:
-        root: the running root, on a mount that is writable.
+        root: the running root, on a writable mount.
         argv: program and arguments.
     """
     unlocked = PRIVATE / "unlocked"
@@ -7342,9 +7350,9 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
             libc("unshare", CLONE_NEWNS)
             bind(root, unlocked)
             bound: list[str] = ["/run/"]
-            bind(Path("/run"), unlocked / "run")  # without ash's own, which is mounted there
+            bind(Path("/run"), unlocked / "run")  # without ash's private mounts in there
             for one in sorted({m.target for m in mounts()} - {"/"}, key=len):
-                if not f"{one}/".startswith(tuple(bound)):  # what is mounted below goes along
+                if not f"{one}/".startswith(tuple(bound)):  # its parent's recursive bind mount has it already
                     mount(one, unlocked / one.lstrip("/"), flags=MS_BIND | MS_REC)
                     bound.append(f"{one}/")
             os.chroot(unlocked)
@@ -7369,17 +7377,17 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
 def cmd_live_chroot(system: System, request: Request) -> Plan:
     slot = system.booted
     if not isinstance(slot, str):
-        raise AshError("no deployment runs here that could be opened", "ash chroot N opens a snapshot", REFUSED)
+        raise AshError("no deployment of this system is running", "ash chroot N opens a shell in a snapshot", REFUSED)
     refuse_json()
     yield would("open a writable shell in the running system")
     with system.lock("live"):
         LiveWorkDir(system).recover(system.tree())
         write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
-        console.say("ash: a shell in the running system, writable; the next deployment does not have what you change")
+        console.say("ash: a writable shell in the running system; the next deployment will not have its changes")
         status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
     sync_filesystem(system.layout.snapshots)
     if status:
-        raise CommandFailed(status, f"the shell ended with {status}; what was changed stays")
+        raise CommandFailed(status, f"the shell exited with status {status}; its changes stay")
     return Reply({"changed": True}, "")
 
 
@@ -7391,7 +7399,9 @@ def cmd_live_chroot(system: System, request: Request) -> Plan:
 def cmd_hollow(system: System, request: Request) -> Plan:
     number = request.snapshot
     if not system.running:
-        raise AshError("nothing of this system runs that could be shown in there", "ash chroot N", REFUSED)
+        raise AshError(
+            "no snapshot of this system is running: there is nothing to show inside", "ash chroot N", REFUSED
+        )
     yield would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
     console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
     reply = shell_in(system, number, resume=request.resume, binds=[(Path("/"), RUNNING_INSIDE)])
@@ -7402,7 +7412,7 @@ def cmd_hollow(system: System, request: Request) -> Plan:
 
 
 def edited(text: str) -> str:
-    """A text after the user has edited it; the editor is the one thing that ash takes from the caller's environment."""
+    """Let the user edit a text, and return it. The editor is all that ash takes from the caller's environment."""
     import shlex
     import shutil
     import subprocess
@@ -7418,7 +7428,7 @@ def edited(text: str) -> str:
         except OSError as error:
             raise AshError(f"the editor {editor[0]} cannot be started: {error.strerror}") from error
         if status:
-            raise AshError(f"the editor ended with {status}: nothing is changed")
+            raise AshError(f"the editor exited with status {status}: nothing was changed")
         return read_text(Path(file.name))
 
 
@@ -7430,11 +7440,13 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
     number = request.snapshot
     yield would(f"edit /etc/ash.conf of snapshot {number}")
     if not sys.stdin.isatty():
-        raise AshError("there is no terminal to edit on", "ash run N changes a file without one", USAGE)
+        raise AshError(
+            "there is no terminal for the editor", "without one, ash run N COMMAND can change the file", USAGE
+        )
     with Transaction(system, number) as work:
         path = path_inside(work.root, "etc/ash.conf")
         if os.path.lexists(path) and not path.is_file():
-            raise AshError(f"/etc/ash.conf of snapshot {number} is no file")
+            raise AshError(f"/etc/ash.conf of snapshot {number} is not a regular file")
         path.parent.mkdir(exist_ok=True)
         text = edited(read_text(path) or CONF_EXAMPLE)
         Configuration.parse(text)
@@ -7451,41 +7463,41 @@ def cmd_etc_update(system: System, request: Request) -> Plan:
     yield would("save into the booted snapshot: " + listed(running_drift(system)[1]))
     change, merge = save_drift(system)
     data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
-    lines = [f"snapshot {change.snapshot} has now: {listed(merge.carried)}" if merge.carried else "nothing to save"]
+    lines = [f"saved into snapshot {change.snapshot}: {listed(merge.carried)}" if merge.carried else "nothing to save"]
     if merge.in_conflict:
-        lines.append(f"  changed in both, left as it is in the snapshot: {listed(merge.in_conflict)}")
+        lines.append(f"  not saved, since the snapshot changed them too: {listed(merge.in_conflict)}")
     return Reply(data, "\n".join(lines))
 
 
 @command(
-    "unlock", "ul", group=INSIDE, usage="unlock [N]", help="drop what a dead transaction left on N",
+    "unlock", "ul", group=INSIDE, usage="unlock [N]", help="discard what an interrupted transaction left on N",
     changes=True, numbers=1, require=System.require, frees_space=True, answer={"snapshot": int, "changed": bool},
 )  # fmt: skip
 def cmd_unlock(system: System, request: Request) -> Plan:
     number = request.snapshot
-    yield would(f"drop what a dead transaction left on snapshot {number}")
+    yield would(f"discard what an interrupted transaction left on snapshot {number}")
     directory = system.layout.work(number)
     with system.lock(number):
         changed = (directory / "intent").exists() or system.layout.working_copy(number).exists()
         system.workdir(number).recover(system.tree(), drop_kept=True)
-    text = f"snapshot {number} is free" + ("" if changed else ": nothing was left")
+    text = f"snapshot {number} is unlocked" if changed else f"snapshot {number} has nothing to unlock"
     return Reply({"snapshot": number, "changed": changed}, text)
 
 
 def recovered_reply(found: Sequence[int | str]) -> Reply:
-    """The answer of a command that recovers."""
+    """The answer of a command that recovers from interruptions."""
     snapshots = [one for one in found if isinstance(one, int)]
     lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
-    lines += ["the running system is as it was before an interrupted change"] if "live" in found else []
-    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was left")
+    lines += ["rolled back an interrupted change of the running system"] if "live" in found else []
+    return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was interrupted")
 
 
 @command(
-    "tmp", "tmpclear", group=INSIDE, usage="tmp", help="drop what dead transactions left on any snapshot",
+    "tmp", "tmpclear", group=INSIDE, usage="tmp", help="discard what interrupted transactions left on all snapshots",
     changes=True, frees_space=True, answer=RECOVERED_SHAPE,
 )  # fmt: skip
 def cmd_tmp(system: System, request: Request) -> Plan:
-    yield would("drop what dead transactions left")
+    yield would("discard what interrupted transactions left")
     return recovered_reply(recover_all(system, drop_kept=True))
 
 
@@ -7511,13 +7523,13 @@ CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 
 
 def changes_reply(changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
-    """The answer of a command that changed one or several snapshots, and perhaps the running system."""
+    """The answer of a command that changes one or several snapshots, and possibly the running system."""
     lines = [done.summary() for done in changes]
     waiting = [str(done.snapshot) for done in changes if done.changed]
     if live:
         lines.append(live.text())
     elif waiting:
-        lines.append(f"ash deploy {waiting[0]} and a reboot make it run")
+        lines.append(f"to run it: ash deploy {waiting[0]}, then reboot")
     data: dict[str, Any] = {"changed": any(c.changed for c in changes), "snapshots": [change_data(c) for c in changes]}
     if len(changes) == 1:
         data = change_data(changes[0])
@@ -7527,7 +7539,7 @@ def changes_reply(changes: Sequence[Change], live: LiveResult | None = None) -> 
 
 
 def would_change(changes: Sequence[Change]) -> Reply:
-    """The answer of --dry-run for packages: what the package manager's own simulation said."""
+    """The answer of a package command with --dry-run: the result of the package manager's simulation."""
     planned = [{**change_data(change), "download": change.download} for change in changes]
     data = {"changed": False, "dry_run": True, "would": planned}
     return Reply(data, "\n".join(change.summary("would change") for change in changes))
@@ -7539,15 +7551,15 @@ Work = Callable[[Transaction], None]
 def change_snapshot(
     system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
 ) -> Change:
-    """Do something in a snapshot, in a transaction.
+    """Change a snapshot in a transaction.
 
     Args:
-        system: the snapshot's.
-        number: of the snapshot.
-        doing: what is done, for people: "installing into".
-        work: does it.
-        simulate: drop it in the end.
-        base: whether it may be the base.
+        system: the system.
+        number: the snapshot.
+        doing: tells the user what happens: "installing into".
+        work: makes the change.
+        simulate: discard the change at the end.
+        base: allow the base.
     """
     with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
         work(transaction)
@@ -7555,7 +7567,7 @@ def change_snapshot(
 
 
 def change_live(system: System, doing: str, work: Work) -> LiveResult:
-    """Do the same in the running deployment; where that fails, it is as it was, and `error` says why."""
+    """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why."""
     transaction = LiveTransaction(system)
     try:
         with step(f"{doing} the running system"), transaction:
@@ -7567,7 +7579,7 @@ def change_live(system: System, doing: str, work: Work) -> LiveResult:
 
 
 def goes_live(system: System, request: Request, snapshots: Sequence[int], by_default: bool = True) -> bool:
-    """Whether the running system is changed too: if the user says so, else if its own snapshot is changed.
+    """Whether to change the running system too: if the user says so, by default if its own snapshot is changed.
 
     Raises:
         AshError: the user says so, and no deployment of the system runs here (REFUSED).
@@ -7580,21 +7592,21 @@ def goes_live(system: System, request: Request, snapshots: Sequence[int], by_def
 
 
 def require_package_files(packages: Sequence[str]) -> None:
-    """Raise AshError where one of the packages is the name of a file (it has a slash) and there is none."""
+    """Raise AshError (MISSING) if a package is the path of a file (it has a slash) that does not exist."""
     for path in [Path(name) for name in packages if "/" in name]:
         if not path.is_file():
             raise AshError(f"there is no package file {path}", "", MISSING)
 
 
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
-    """Those of the packages that a snapshot or slot has."""
+    """Those of the packages that are installed in a snapshot or slot."""
     root = system.layout.rootfs(which)
     there = system.package_manager.installed(root)
     return [name for name in packages if system.package_manager.canonical_name(root, name) in there]
 
 
 def remove_packages(system: System, number: int, packages: Sequence[str], request: Request) -> Change:
-    """Remove packages from a snapshot; nothing has changed if any of it fails."""
+    """Remove packages from a snapshot, all or none; AshError (MISSING) if none of them is installed."""
     if not installed_of(system, number, packages) and not (request.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
     work = partial(system.package_manager.remove, packages=packages, purge=request.purge)
@@ -7603,27 +7615,27 @@ def remove_packages(system: System, number: int, packages: Sequence[str], reques
 
 
 def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
-    """Tell of archives that could not be had; AshError where that is not to be borne."""
+    """Warn about unreachable repositories; raise RepositoryError if `strict`."""
     if missing and strict:
-        hint = "leave out --strict to do without them"
-        raise RepositoryError(f"not all archives can be had: {'; '.join(missing)}", hint)
+        hint = "leave out --strict to continue without them"
+        raise RepositoryError(f"some repositories cannot be reached: {'; '.join(missing)}", hint)
     for one in missing:
-        console.say(f"ash: {one_line(one).rstrip('.')}; going on without it")
+        console.say(f"ash: {one_line(one).rstrip('.')}; continuing without it")
 
 
 def refresh(work: Transaction, strict: bool = False) -> None:
-    """Fetch the package lists of a transaction's root."""
+    """Fetch the package lists in a transaction."""
     warn_of_repositories(work.package_manager.refresh(work), strict)
 
 
 def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
-    """Upgrade the packages of a transaction's root.
+    """Upgrade all packages in a transaction.
 
     Args:
         work: the transaction.
-        fetch: fetch the package lists first; without any archive, those that are known serve.
-        strict: whether an archive that cannot be had is an error.
-        download_only: fetch the packages, for later.
+        fetch: fetch the package lists first; if no repository can be reached, use the present lists.
+        strict: fail if a repository cannot be reached.
+        download_only: only fetch the packages, for a later upgrade.
     """
     try:
         if fetch:
@@ -7631,13 +7643,13 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
     except PackageError as error:
         if strict:
             raise
-        console.say(one_line(f"ash: {error.message}; going on with what is known"))
+        console.say(one_line(f"ash: {error.message}; continuing with the present package lists"))
     work.package_manager.upgrade(work, download_only)
 
 
 @contextmanager
 def unrecorded(system: System) -> Iterator[None]:
-    """What is committed in the block only fetches something for what is to be done: nobody is told of it."""
+    """Commits in this block only prefetch; keep them out of the history."""
     before = [*system.done]
     try:
         yield
@@ -7646,10 +7658,10 @@ def unrecorded(system: System) -> Iterator[None]:
 
 
 def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
-    """Fetch the package lists for snapshots: those that have the same archives share them, or do without.
+    """Fetch the package lists for several snapshots, once for all that have the same repositories.
 
     Returns:
-        by number, why a snapshot cannot be gone on with.
+        the snapshots that cannot be upgraded, and why.
     """
     failed: dict[int, AshError | OSError] = {}
     done: set[str] = set()
@@ -7678,7 +7690,7 @@ def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict
 
 
 def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
-    """Raise AshError where a snapshot does not have one of the packages."""
+    """Raise AshError (MISSING) unless a snapshot has all of the packages."""
     if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
         raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
 
@@ -7689,9 +7701,9 @@ def require_installed(system: System, number: int, packages: Sequence[str]) -> N
 
 
 class Profile:
-    """What a profile file says; each section of it is a list of lines."""
+    """A profile: packages, services and commands to install together. Each of its sections is a list of lines."""
 
-    # Sections with packages: what must be there, what is taken where the archives have it.
+    # The sections with packages: those that are required, and those that are installed if the repositories have them.
     WANTED = ("packages", "generic", "init", "greeter")
     OPTIONAL = "packages::optional"
     SERVICES: ClassVar[Sequence[str]] = [f"services::{init.name}" for init in INIT_SYSTEMS]
@@ -7703,10 +7715,10 @@ class Profile:
 
     @classmethod
     def parse(cls, name: str, text: str) -> Profile:
-        """Read a profile: sections in brackets, a line for each thing in them; `#` begins a comment.
+        """Parse a profile: section names in brackets, one entry a line, `#` begins a comment.
 
         Raises:
-            AshError: a line is in no section, or its section is not known (USAGE).
+            AshError: a line stands before the first section, or its section is unknown (USAGE).
         """
         sections: dict[str, list[str]] = {}
         section = ""
@@ -7718,31 +7730,31 @@ class Profile:
             if section in cls.SECTIONS:
                 sections.setdefault(section, []).extend([] if heading else [line])
             else:
-                hint = f"sections are {', '.join(sorted(cls.SECTIONS))}"
+                hint = f"the sections are {', '.join(sorted(cls.SECTIONS))}"
                 raise AshError(f"line {number} of profile {name} is wrong: {line!r}", hint, USAGE)
         return cls(name, sections)
 
     def lines(self, section: str) -> Sequence[str]:
-        """What a section has; nothing where there is none."""
+        """The lines of a section; none if the profile does not have it."""
         return self.sections.get(section, ())
 
     @property
     def packages(self) -> list[str]:
-        """The packages that must be there; several may be on one line."""
+        """The required packages; a line may have several."""
         return [name for section in self.WANTED for line in self.lines(section) for name in line.split()]
 
     @property
     def optional(self) -> list[str]:
-        """The packages that are taken where the archives have them."""
+        """The packages that are installed if the repositories have them."""
         return [name for line in self.lines(self.OPTIONAL) for name in line.split()]
 
     @property
     def everything(self) -> list[str]:
-        """All its packages."""
+        """All packages of the profile."""
         return [*self.packages, *self.optional]
 
     def install(self, work: Transaction, user: str) -> None:
-        """Install it: packages, services, then its commands, in which $USER is who called ash."""
+        """Install packages, enable services, then run the commands, with $USER set to the user who called ash."""
         self._require_presets(work)
         there = work.package_manager.available(work, self.optional) if self.optional else set()
         work.package_manager.install(work, [*self.packages, *(name for name in self.optional if name in there)])
@@ -7757,10 +7769,10 @@ class Profile:
     def _require_presets(self, work: Transaction) -> None:
         for preset in self.lines("presets"):
             if preset != "enable_aur":
-                raise AshError(f"profile {self.name} wants {preset!r}, which this ash does not know", "", USAGE)
+                raise AshError(f"profile {self.name} has an unknown preset: {preset}", "", USAGE)
             if not Configuration.parse(read_text(path_inside(work.root, "etc/ash.conf"))).is_on("aur"):
                 hint = f"ash edit-conf {work.snapshot}: a line aur::True"
-                raise AshError(f"profile {self.name} wants packages of the AUR", hint, REFUSED)
+                raise AshError(f"profile {self.name} needs packages from the AUR", hint, REFUSED)
 
     def _run(self, work: Transaction, argv: Sequence[str]) -> None:
         try:
@@ -7771,17 +7783,17 @@ class Profile:
 
 
 def profile_files(system: System) -> dict[str, Path]:
-    """The profiles that there are for a system's distribution, by name: those that came with this ash, else its own."""
+    """The profile files for a system's distribution, by name. Those beside this ash override those on the system."""
     found: dict[str, Path] = {}
     family = [kind.id for kind in reversed(type(system.distro).mro()) if issubclass(kind, Distro)]
     for directory in (system.layout.profiles, HERE / "profiles"):
-        for ident in (*family, system.layout.distro):  # a derivative's own is better
+        for ident in (*family, system.layout.distro):  # a derivative's own profile overrides its parent's
             found |= {path.parent.name: path for path in sorted(directory.glob(f"*/{ident}.conf"))}
     return dict(sorted(found.items()))
 
 
 def find_profile(system: System, name: str) -> Profile:
-    """A profile by its name, or by the path of its file (it has a slash); AshError where there is none (MISSING)."""
+    """Find a profile by its name or by the path of its file (with a slash); AshError (MISSING) if it does not exist."""
     if "/" in name:
         if not Path(name).is_file():
             raise AshError(f"there is no profile {name}", "", MISSING)
@@ -7835,7 +7847,7 @@ def install_profile(system: System, request: Request) -> Reply:
     options=[
         PACKAGE, Option(("--remove",), "remove these in the same transaction", "PKG..."),
         PROFILE, NO_UPGRADE, STRICT, *LIVE,
-        flag("-f", "--force", help="of the old ash, for scripts that have it: has no effect"),
+        flag("-f", "--force", help="has no effect; accepted for old scripts"),
     ],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
@@ -7889,7 +7901,7 @@ def cmd_profiles(system: System, request: Request) -> Reply:
 
 @command(
     "remove", "uninstall", "uninst", "unins", "unin", "un", group=PACKAGES, usage="remove [N] PKG...",
-    help="remove packages and what nothing needs any more",
+    help="remove packages, and dependencies that are no longer needed",
     changes=True, numbers=1, several=True, require=System.require_changeable, words="packages",
     hint="ash remove N PKG removes a package, ash del N deletes a snapshot",
     options=[PACKAGE, PROFILE, *LIVE, *PURGE], answer=CHANGES_SHAPE,
@@ -7925,7 +7937,7 @@ def cmd_upgrade(system: System, request: Request) -> Reply:
     if request.dry_run:
         return would_change(changes)
     if request.download_only:
-        return changes_reply(changes)._replace(text="what the next upgrade needs is fetched")
+        return changes_reply(changes)._replace(text="fetched the packages for the next upgrade")
     return changes_reply(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
 
 
@@ -7933,17 +7945,19 @@ def hold(system: System, request: Request, held: bool) -> Plan:
     """Hold packages of a snapshot at their versions, or unhold them."""
     number, packages = request.snapshot, request.packages
     require_installed(system, number, packages)
-    what = "kept at their versions" if held else "upgraded again"
-    yield would(f"have these of snapshot {number} {what}: {listed(packages)}")
+    doing, done_so = ("hold", "held") if held else ("unhold", "no longer held")
+    yield would(f"{doing} in snapshot {number}: {listed(packages)}")
     done = change_snapshot(
         system, number, "holding packages of", partial(system.package_manager.hold, packages=packages, held=held)
     )
-    text = f"snapshot {number}: {listed(packages)}: {what}" if done.changed else f"snapshot {number}: nothing to change"
+    text = (
+        f"snapshot {number}: {listed(packages)} {done_so}" if done.changed else f"snapshot {number}: nothing to change"
+    )
     return changes_reply([done])._replace(text=text)
 
 
 @command(
-    "hold", group=PACKAGES, usage="hold N PKG...", help="keep packages at their versions",
+    "hold", group=PACKAGES, usage="hold N PKG...", help="hold packages at their versions",
     changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
@@ -7952,7 +7966,7 @@ def cmd_hold(system: System, request: Request) -> Plan:
 
 
 @command(
-    "unhold", group=PACKAGES, usage="unhold N PKG...", help="let them be upgraded again",
+    "unhold", group=PACKAGES, usage="unhold N PKG...", help="no longer hold packages",
     changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
@@ -7974,23 +7988,27 @@ def cmd_base_update(system: System, request: Request) -> Plan:
 
 
 @command(
-    "refresh", "ref", group=PACKAGES, usage="refresh [N...]", help="fetch the package lists",
+    "refresh", "ref", group=PACKAGES, usage="refresh [N...]", help="update the package lists",
     changes=True, numbers=MANY, several=True, require=partial(System.require_changeable, base=True), options=[STRICT],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_refresh(system: System, request: Request) -> Plan:
     snapshots = request.snapshots
-    yield would(f"fetch the package lists of {listed(snapshots)}")
+    yield would(f"update the package lists of {listed(snapshots)}")
     work = partial(refresh, strict=request.strict)
     changes = [
         change_snapshot(system, number, "fetching the package lists of", work, base=True) for number in snapshots
     ]
-    text = f"the package lists of {listed(snapshots)} are new" if any(c.changed for c in changes) else "nothing is new"
+    text = (
+        f"updated the package lists of {listed(snapshots)}"
+        if any(c.changed for c in changes)
+        else "no new package lists"
+    )
     return changes_reply(changes)._replace(text=text)
 
 
 @command(
-    "fixdb", "fix", group=PACKAGES, usage="fixdb [N...]", help="repair the package database, renew the keyring",
+    "fixdb", "fix", group=PACKAGES, usage="fixdb [N...]", help="repair the package database, renew the package manager's keyring",
     changes=True, numbers=MANY, several=True, require=System.require_changeable, answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_fixdb(system: System, request: Request) -> Plan:
@@ -8006,7 +8024,7 @@ def cmd_fixdb(system: System, request: Request) -> Plan:
 
 
 @command(
-    "whichsnap", "ws", group=PACKAGES, usage="whichsnap PKG...", help="list the snapshots that have packages",
+    "whichsnap", "ws", group=PACKAGES, usage="whichsnap PKG...", help="list the snapshots that have all of these packages",
     words="packages", options=[PACKAGE], answer={"snapshots": {"*": {"*": str}}},
 )  # fmt: skip
 def cmd_whichsnap(system: System, request: Request) -> Reply:
@@ -8336,7 +8354,7 @@ def cmd_tree_upgrade(system: System, request: Request) -> Reply:
     pool.run(tree, numbers, upgrade_there)
     reply = tree_reply(system, request, pool)
     if request.download_only and not request.dry_run and not reply.status:
-        return reply._replace(text="what the next upgrade needs is fetched")
+        return reply._replace(text="fetched the packages for the next upgrade")
     return reply
 
 
@@ -9558,7 +9576,9 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
         return upgrading.reboot(reply)
 
 
-@command("check", group=PACKAGES, usage="check", help="say how the last automatic upgrade ended", answer=UPGRADE_SHAPE)
+@command(
+    "check", group=PACKAGES, usage="check", help="show the result of the last automatic upgrade", answer=UPGRADE_SHAPE
+)
 def cmd_check(system: System, request: Request) -> Reply:
     last = last_upgrade(system)
     if last is None:
@@ -9690,45 +9710,45 @@ def cmd_diff(system: System, request: Request) -> Reply:
 # A newer ash
 # ---------------------------------------------------------------------------------------------------------------
 
-EXECUTABLE_LIMIT = 16 << 20  # bytes; fifty times what ash has
+EXECUTABLE_LIMIT = 16 << 20  # bytes; ash has a fortieth of that
 SIGNATURE_LIMIT = 64 << 10
-ANSWER_SECONDS = 30  # within which a server must say something, and then something more
-FETCH_SECONDS = 600  # for all of it
+ANSWER_SECONDS = 30  # timeout for the connection and for each part of the answer
+FETCH_SECONDS = 600  # timeout for the whole download
 RELEASE_SHAPE = {"ash": str, "distro": str}
 
 
 def url_of_ash(system: System) -> str:
-    """Where the running /etc/ash.conf says that a newer ash is; else the last booted slot's."""
+    """The URL of the newest ash, from the running /etc/ash.conf; on another system, from the last booted slot's."""
     url = system.configuration().values.get("upself", "")
     if not url:
-        hint = "a line upself::https://SERVER/ash there says it; ash edit-conf N writes it into a snapshot's"
-        raise AshError("/etc/ash.conf does not say where to fetch ash from", hint, USAGE)
+        hint = "add a line upself::https://SERVER/ash; ash edit-conf N adds it to a snapshot's"
+        raise AshError("/etc/ash.conf has no URL to fetch ash from", hint, USAGE)
     if not re.match(r"(https?|file)://", url):
-        raise AshError(f"ash is not fetched from {url}", "upself::URL takes https, http and file", USAGE)
+        raise AshError(f"cannot fetch ash from {url}", "upself::URL takes https, http and file", USAGE)
     return url
 
 
 def require_keyring(layout: Layout) -> None:
-    """Raise AshError where there are no keys to check a newer ash with."""
+    """Raise AshError (REFUSED) if there is no keyring to verify a newer ash with."""
     if not layout.keyring.is_file():
         shown = f"/.snapshots/ash/{layout.keyring.name}"
-        hint = f"gpg --export KEY > {shown} trusts whom you name"
-        raise AshError(f"there is no keyring to check a newer ash with: {shown}", hint, REFUSED)
+        hint = f"gpg --export KEY > {shown}"
+        raise AshError(f"there is no keyring to verify a newer ash with: {shown}", hint, REFUSED)
 
 
 def received(response: Any, limit: int) -> bytes:
-    """What a server sends; OSError where that is not all of it, AshError where it is more than the limit."""
+    """Read a server's answer; OSError if it is cut off or too slow, AshError if it is larger than `limit` bytes."""
     give_up = time.monotonic() + FETCH_SECONDS
     content = bytearray()
     while part := response.read1(1 << 16):
         content += part
         if len(content) > limit:
-            raise AshError(f"{response.url} is no ash: it has more than {limit >> 10} KiB", "nothing is changed")
+            raise AshError(f"{response.url} is too large for ash: more than {limit >> 10} KiB", "nothing was changed")
         if time.monotonic() > give_up:
-            raise TimeoutError("it takes too long")
+            raise TimeoutError("the download takes too long")
     whole = response.headers.get("Content-Length", str(len(content)))
     if whole != str(len(content)):
-        raise OSError(f"it was cut off after {len(content)} of {whole} bytes")
+        raise OSError(f"the connection was cut off after {len(content)} of {whole} bytes")
     return bytes(content)
 
 
@@ -9746,39 +9766,39 @@ def download(url: str, limit: int) -> bytes:
             return received(response, limit)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
-        raise AshError(f"{url} cannot be fetched: {reason or type(error).__name__}", "nothing is changed") from None
+        raise AshError(f"cannot fetch {url}: {reason or type(error).__name__}", "nothing was changed") from None
 
 
 def fetch_signed(url: str, keyring: Path, directory: Path) -> Path:
-    """Fetch a file and URL.sig into a directory; AshError where that is no good signature by a key of the keyring."""
+    """Fetch a file and its signature (URL.sig) into a directory; AshError unless a key of the keyring signed it."""
     new, signature = directory / "ash", directory / "ash.sig"
     new.write_bytes(download(url, EXECUTABLE_LIMIT))
     signature.write_bytes(download(f"{url}.sig", SIGNATURE_LIMIT))
     strict = ["--status-fd", "1", "--weak-digest", "SHA1"]
     done = run(["gpgv", *strict, "--keyring", keyring, signature, new], check=False)
-    # An expired or revoked key's signature is good to gpgv as well, and has another word.
+    # gpgv also accepts signatures by expired or revoked keys, but reports another word than GOODSIG.
     if done.returncode or not re.search(r"^\[GNUPG:\] GOODSIG ", done.stdout, re.MULTILINE):
         why = last_words(done.stderr.replace("gpgv: ", ""), 1)
-        raise AshError(f"{url} is not signed by a key that this system trusts: {why}", "nothing is changed")
+        raise AshError(f"{url} is not signed by a key that this system trusts: {why}", "nothing was changed")
     return new
 
 
-LAST_LINE = "    sys.exit(main())\n"  # of every executable
+LAST_LINE = "    sys.exit(main())\n"  # of each executable
 
 
 def try_out(system: System, new: Path, where: Sequence[str]) -> str:
-    """Start a new executable, away from the old one, with the libraries that it would have; returns its version.
+    """Start a new executable outside of its place, with the libraries that it would have. Returns its version.
 
     Args:
-        system: the one that it must serve.
+        system: the system that it must serve.
         new: the executable, in a directory of its own.
-        where: the options that name the system.
+        where: the options that select the system.
 
     Raises:
         AshError: it does not start, or serves another distribution.
     """
-    if not read_text(new).endswith(LAST_LINE):  # what is cut where a function ends would start all the same
-        raise AshError("the new ash does not start: it lacks its end", "nothing is changed")
+    if not read_text(new).endswith(LAST_LINE):  # if it is cut off after a function, it starts all the same
+        raise AshError("the new ash does not start: its end is missing", "nothing was changed")
     lib = new.with_name("lib")
     lib.mkdir()
     for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:
@@ -9790,48 +9810,48 @@ def try_out(system: System, new: Path, where: Sequence[str]) -> str:
     except ValueError:
         answer = None
     if answer is None:
-        words = last_words(done.stderr or done.stdout, 1) or f"it ended with {done.returncode}"
-        raise AshError(f"the new ash does not start: {words}", "nothing is changed")
+        words = last_words(done.stderr or done.stdout, 1) or f"it exited with status {done.returncode}"
+        raise AshError(f"the new ash does not start: {words}", "nothing was changed")
     if answer["distro"] != system.layout.distro:
-        hint = f"upself::URL must name the one for {system.layout.distro}"
+        hint = f"upself::URL must be that of an ash for {system.layout.distro}"
         raise AshError(f"the new ash is for {answer['distro']}", hint, REFUSED)
     return str(answer["ash"])
 
 
 def version_in(text: str) -> str:
-    """The version that the text of an executable has; empty where it is none."""
+    """The version in the text of an executable; empty if it has none."""
     found = re.search(r'^ASH_VERSION = "([^"]*)"$', text, re.MULTILINE)
     return found[1] if found else ""
 
 
 def version_order(version: str) -> list[int]:
-    """What versions are compared by; one that is none comes first."""
+    """The sort key of a version; an invalid one sorts first."""
     return [int(part) for part in version.split(".")] if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})*", version) else []
 
 
 def swap_executable(layout: Layout) -> None:
-    """Put the new executable in the old one's place, and keep that: at any time one of them is there, whole."""
+    """Replace the executable by the new one and keep a copy of the old one; a complete executable is always in place."""
     if layout.executable.is_file():
         write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
     rename(layout.new_executable, layout.executable)
     sync_directory(layout.ash)
-    # Python goes by a file's second and size: a compiled text of the old one could be taken for the new one's.
+    # Python tells stale bytecode by mtime (in seconds) and size: it could take the old executable's for the new one's.
     compile_it = [sys.executable, "-I", "-m", "compileall", "-q", "-f", "-p", "/.snapshots/ash", "-s"]
     run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
 
 
 def where_it_is(request: Request) -> list[str]:
-    """The options that name the system, for another ash."""
+    """The options that select the system, for another ash."""
     options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
     return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
 
 
 @command(
     "upself", "upme", "ash-update", "ast-sync", group=ITSELF, usage="upself [--download-only] [--force]",
-    help="fetch the newest ash from where /etc/ash.conf says, check its signature, and put it in place", changes=True,
+    help="fetch the newest ash from the URL in /etc/ash.conf, verify its signature, and install it", changes=True,
     options=[
-        flag("--download-only", "-d", "-t", help="leave it beside, as ash.new"),
-        flag("-f", "--force", help="also the same version again, or an older one"),
+        flag("--download-only", "-d", "-t", help="do not install it, leave it as ash.new"),
+        flag("-f", "--force", help="also install the same version again, or an older one"),
     ],
     answer={"changed": bool, "from": str, "to": str},
 )  # fmt: skip
@@ -9841,19 +9861,19 @@ def cmd_upself(system: System, request: Request) -> Plan:
     layout, url = system.layout, url_of_ash(system)
     require_keyring(layout)
     what = "leave it as /.snapshots/ash/ash.new" if request.download_only else "replace /.snapshots/ash/ash"
-    yield would(f"fetch {url} and {url}.sig, check the signature and {what}")
+    yield would(f"fetch {url} and {url}.sig, verify the signature and {what}")
     with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as directory:
         with step(f"Fetching {url}"):
             new = fetch_signed(url, layout.keyring, Path(directory))
-        with step("Starting it to see whether it works"):
+        with step("Testing whether it starts"):
             version = try_out(system, new, where_it_is(request))
         was, text = read_text(layout.executable), read_text(new)
         here = version_in(was)
         if text == was or (version == here and not request.force):
             return Reply({"changed": False, "from": here, "to": version}, f"ash is up to date ({version})")
         if version_order(version) < version_order(here) and not request.force:
-            hint = "--force takes it all the same"
-            raise AshError(f"ash {version} at {url} is older than the {here} here", hint, REFUSED)
+            hint = "--force installs it anyway"
+            raise AshError(f"ash {version} at {url} is older than the installed {here}", hint, REFUSED)
         write_file(layout.new_executable, text, mode=0o755)
         changed = {"changed": True, "from": here, "to": version}
         if request.download_only:
@@ -9869,7 +9889,7 @@ def cmd_upself(system: System, request: Request) -> Plan:
 
 
 def running_transactions(system: System) -> dict[str, str]:
-    """The snapshots that an ash works on, with who does."""
+    """The snapshots that a process is working on, and a description of the process."""
     found = {}
     for directory in sorted(system.layout.work("").iterdir()):
         if (directory / "intent").exists() and is_held(directory / "lock"):
@@ -9878,10 +9898,10 @@ def running_transactions(system: System) -> dict[str, str]:
 
 
 def waiting_work(system: System) -> list[int]:
-    """The snapshots with work that a hang-up left behind."""
+    """The snapshots with a session that a hangup interrupted."""
     found = []
     for number, directory in numbered(system.layout.work(""), "").items():
-        with contextlib.suppress(AshError):  # damaged: fsck tells
+        with contextlib.suppress(AshError):  # damaged: fsck reports it
             intent = Intent.load(directory)
             if intent is not None and intent.state == "kept":
                 found.append(number)
@@ -9889,7 +9909,7 @@ def waiting_work(system: System) -> list[int]:
 
 
 @command(
-    "status", group=BOOT, usage="status", help="show what is booted, what is next, what is under way",
+    "status", group=BOOT, usage="status", help="show what is booted, what boots next, and what is running",
     answer={
         "booted": {"snapshot": int | None, "slot": str | int | None},
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
@@ -9963,7 +9983,7 @@ def overview() -> str:
         lines += ["", f"{group}:", *(f"  {c.usage:38} {c.help}" for c in commands_of(group))]
     lines += ["", "Options of every command:"]
     lines += [f"  {', '.join(option.flags):38} {option.help}" for option in GLOBAL_OPTIONS]
-    lines += ["", "Where SNAPSHOT is left out it is the booted one. `ash help COMMAND` explains one command."]
+    lines += ["", "Without SNAPSHOT, a command works on the booted one. `ash help COMMAND` explains a command."]
     return "\n".join(lines)
 
 
@@ -9982,7 +10002,9 @@ def shape_for_people(shape: Any) -> Any:
     if isinstance(shape, list):
         return [shape_for_people(one) for one in shape]
     names = {type(None): "null", object: "any"}
-    return " ".join(names.get(one, one.__name__) for one in getattr(shape, "__args__", (shape,)))
+    return " ".join(
+        names.get(one, one.__name__) for one in (shape.__args__ if isinstance(shape, UnionType) else (shape,))
+    )
 
 
 def json_shapes() -> str:
@@ -10020,7 +10042,8 @@ def help_format(text: str) -> str:
 
 
 @command(
-    "help", group=ITSELF, usage="help [COMMAND]", help="print this help", needs_system=False, words="words",
+    "help", group=ITSELF, usage="help [COMMAND]", help="print this help, or explain a command",
+    needs_system=False, words="words",
     options=[
         Option(
             ("--format",), "of the whole table; bash, zsh and fish are their completions",

@@ -56,7 +56,7 @@ ash \- keeps the system as a tree of read\-only btrfs snapshots
 .SH DESCRIPTION
 A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager.
 It takes effect whole or not at all.
-Where SNAPSHOT is left out it is the booted one.
+Without SNAPSHOT, a command works on the booted one.
 .SH COMMANDS""".removeprefix("\n")
 
 

@@ -226,7 +226,7 @@ def test_on_an_image_the_number_is_never_left_out(system: System, command: str) 
 
 @pytest.mark.parametrize("command", ["current", "whichtmp"])
 def test_nothing_of_an_image_is_booted(system: System, command: str) -> None:
-    assert "nothing of this system is running" in system.ash(command, status=FAILED).error
+    assert "no snapshot of this system is running" in system.ash(command, status=FAILED).error
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archi
         system.ash("upgrade", snapshot, "--download-only")
         assert version(system, snapshot) == OLD
     outcome = system.ash("upgrade", snapshot)
-    assert "going on with what is known" in outcome.stderr
+    assert "continuing with the present package lists" in outcome.stderr
     assert version(system, snapshot) == NEW
     assert "no repository" in system.ash("refresh", snapshot, status=FAILED).stderr
     assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr

@@ -247,7 +247,7 @@ def test_the_same_version_is_up_to_date(place: Place) -> None:
 
 def test_an_older_one_wants_force(place: Place) -> None:
     place.publish(executable(OLD))
-    with place.refused(f"ash {OLD} at .* is older than the {ash.ASH_VERSION} here .--force", REFUSED):
+    with place.refused(f"ash {OLD} at .* is older than the installed {ash.ASH_VERSION} .--force", REFUSED):
         pass
     assert place.upself("-f").json["to"] == OLD
     assert started(place.state / "ash") == OLD
@@ -320,7 +320,7 @@ def test_the_server_must_be_whom_it_says(place: Place, monkeypatch: pytest.Monke
     place.publish(executable(NEW))
     place.set_url(place.url.replace("http:", "https:"))
     place.server.encrypt(key, certificate)
-    with place.refused("/ash cannot be fetched: .*certificate verify failed"):
+    with place.refused("cannot fetch .*/ash: .*certificate verify failed"):
         pass
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     assert place.upself().json["to"] == NEW
@@ -345,7 +345,7 @@ def test_redirections_to_nowhere_are_refused(place: Place, target: str) -> None:
         handler.send_header("Location", target)
         handler.end_headers()
 
-    with place.refused("/ash cannot be fetched: "):
+    with place.refused("cannot fetch .*/ash: "):
         place.server.files["/ash"] = elsewhere
 
 
@@ -365,7 +365,7 @@ def test_one_signed_by_somebody_else_is_refused(place: Place, other: Signer) -> 
 
 
 def test_an_unsigned_one_is_refused(place: Place) -> None:
-    with place.refused(r"/ash.sig cannot be fetched: HTTP Error 404"):
+    with place.refused(r"cannot fetch .*/ash.sig: HTTP Error 404"):
         place.publish(executable(NEW))
         del place.server.files["/ash.sig"]
 
@@ -430,7 +430,7 @@ def test_one_that_is_cut_off_is_refused(place: Place) -> None:
         handler.end_headers()
         handler.wfile.write(executable(NEW).encode()[:100_000])
 
-    with place.refused("/ash cannot be fetched: it was cut off after 100000 of "):
+    with place.refused("cannot fetch .*/ash: the connection was cut off after 100000 of "):
         place.publish(executable(NEW))
         place.server.files["/ash"] = half
 
@@ -454,7 +454,7 @@ def test_one_that_never_ends_is_refused(place: Place, path: str) -> None:
         while True:
             handler.wfile.write(b"#" * (1 << 16))
 
-    with place.refused(f"{path} is no ash: it has more than "):
+    with place.refused(f"{path} is too large for ash: more than "):
         place.publish(executable(NEW))
         place.server.files[path] = endless
 
@@ -471,7 +471,7 @@ def test_a_server_that_falls_silent_is_waited_for_only_so_long(place: Place, mon
 
     place.server.files["/ash"] = silent
     monkeypatch.setattr(ash, "ANSWER_SECONDS", 0.2)
-    with pytest.raises(ash.AshError, match="/ash cannot be fetched: timed out"):
+    with pytest.raises(ash.AshError, match=r"cannot fetch .*/ash: timed out"):
         ash.download(place.url, 1000)
     done.set()
 
@@ -486,19 +486,19 @@ def test_a_server_that_drips_is_waited_for_only_so_long(place: Place, monkeypatc
 
     place.server.files["/ash"] = drip
     monkeypatch.setattr(ash, "FETCH_SECONDS", 0.3)
-    with pytest.raises(ash.AshError, match="/ash cannot be fetched: it takes too long"):
+    with pytest.raises(ash.AshError, match=r"cannot fetch .*/ash: the download takes too long"):
         ash.download(place.url, 1000)
 
 
 def test_a_server_that_says_nothing_sensible_is_refused(place: Place) -> None:
-    with place.refused("/ash cannot be fetched: "):
+    with place.refused("cannot fetch .*/ash: "):
         place.server.files["/ash"] = lambda handler: handler.connection.sendall(b"\x1b[2Jno HTTP at all\r\n\r\n")
 
 
 def test_a_server_that_is_not_there_is_an_error(place: Place) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        with place.refused("cannot be fetched: .*Connection refused"):
+        with place.refused("cannot fetch .*: .*Connection refused"):
             place.set_url(f"http://127.0.0.1:{unused.getsockname()[1]}/ash")
 
 
@@ -506,19 +506,19 @@ def test_a_server_that_is_not_there_is_an_error(place: Place) -> None:
     "url", ["http://user:word@127.0.0.1/ash", "http://127.0.0.1:x/", "http:///ash", "file:///nowhere"]
 )
 def test_a_url_that_leads_nowhere_is_an_error(place: Place, url: str) -> None:
-    with place.refused("cannot be fetched: "):
+    with place.refused("cannot fetch .*: "):
         place.set_url(url)
 
 
 @pytest.mark.parametrize("url", ["ftp://localhost/ash", "/usr/bin/ash", "data:,x", "--help"])
 def test_only_some_schemes_are_fetched_from(place: Place, url: str) -> None:
-    with place.refused(f"ash is not fetched from {url}", USAGE):
+    with place.refused(f"cannot fetch ash from {url}", USAGE):
         place.set_url(url)
 
 
 @pytest.mark.parametrize("text", [None, "", "upself::\n", "# upself::http://127.0.0.1/ash\n"])
 def test_without_a_url_it_says_how_to_set_one(place: Place, text: str | None) -> None:
-    with place.refused(r"/etc/ash.conf does not say where .*upself::https://.*ash edit-conf", USAGE):
+    with place.refused(r"/etc/ash.conf has no URL .*upself::https://.*ash edit-conf", USAGE):
         place.conf.unlink()
         if text is not None:
             place.conf.write_text(text)

@@ -540,6 +540,32 @@ def test_every_command_explains_itself(name: str) -> None:
     assert outcome(name, "-h") == outcome("-q", name, "--help") == (0, out, "")
 
 
+# They pass --dry-run to the package manager, which simulates the change.
+SIMULATING = {"install", "install-profile", "remove", "upgrade", "tree-upgrade", "tree-rmpkg", "sync", "force-sync"}
+
+
+def test_a_command_that_changes_something_yields_a_plan_first() -> None:
+    changing = {command.name: command.function for command in ash.COMMANDS if command.changes}
+    plans = {name for name, function in changing.items() if function.__annotations__["return"] == "Plan"}
+    assert plans == changing.keys() - SIMULATING
+
+
+def test_a_dry_run_ends_at_the_plan() -> None:
+    done: list[str] = []
+
+    def change(system: ash.System, request: ash.Request) -> ash.Plan:
+        yield ash.would("do it")
+        done.append("it")
+        return ash.Reply(text="done")
+
+    command = ash.find_command("new")._replace(function=change)
+    system = ash.System(ash.Layout(Path("/nowhere"), "none"), ash.Distro())
+    assert ash.carry_out(command, system, ash.Request(dry_run=True)) == ash.would("do it")
+    assert done == []
+    assert ash.carry_out(command, system, ash.Request()).text == "done"
+    assert done == ["it"]
+
+
 def test_an_error_is_one_line_on_stderr_with_what_to_do() -> None:
     status, out, err = outcome("frobnicate")
     assert status == USAGE
