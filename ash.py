@@ -9830,7 +9830,7 @@ def version_order(version: str) -> list[int]:
 
 
 def swap_executable(layout: Layout) -> None:
-    """Replace the executable by the new one and keep a copy of the old one; a complete executable is always in place."""
+    """Replace the executable, keeping a copy of the old one; at any time a complete executable is in place."""
     if layout.executable.is_file():
         write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
     rename(layout.new_executable, layout.executable)
