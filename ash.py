@@ -1019,7 +1019,7 @@ def mark_variant(root: Path) -> None:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type, a union of types, `object` for any value, a function, a list or dict of shapes.
+    """Whether a value has a shape: a type, a union of types, `object` (any value), a function, a list or dict of shapes.
 
     The key "*" of a dict is any key.
 
@@ -6952,7 +6952,8 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 @command(
-    "log", "history", group=TREE, usage="log [N]", help="show the history: what was done, when, by whom, with what result",
+    "log", "history", group=TREE, usage="log [N]",
+    help="show the history: what was done, when, by whom, with what result",
     numbers=1, snapshot_optional=True,
     answer={
         "history": [
