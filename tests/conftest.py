@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Fixtures of all tests, and the report of what each module was allowed to take and what it took."""
+"""Fixtures for all tests, and a report of the time that each module took and was allowed to take."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from hypothesis import settings
@@ -18,9 +19,20 @@ BUDGETS: dict[str, float] = {}
 TIMES: defaultdict[str, float] = defaultdict(float)
 CUTS: defaultdict[str, int] = defaultdict(int)
 
-# A shell that starts the tests in the background has Ctrl-C ignored, and nohup hang-ups: and so it would be in all that
-# they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    """Let pytest tear down its fixtures. Later signals do nothing: the cleanup must not be interrupted."""
+    for other in SIGNALS:
+        signal.signal(other, lambda *_: None)
+    raise KeyboardInterrupt
+
+
+# A shell that starts the tests in the background ignores Ctrl-C, and nohup ignores hang-ups: all processes started by
+# the tests would inherit that.
+for stopped_by in SIGNALS:
+    signal.signal(stopped_by, _interrupt)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long an example takes says more of the machine than of ash.
@@ -30,7 +42,7 @@ settings.load_profile("ash")
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disk image as the installer makes it; no test changes it. tests/run makes one for all processes."""
+    """A disk image as the installer makes it; tests change only copies of it. tests/run makes one for all processes."""
     if ready := os.environ.get("ASH_TEST_IMAGE"):
         return Path(ready)
     made = tmp_path_factory.mktemp("image") / "debian.img"
@@ -42,7 +54,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(image: Path, tmp_path: Path) -> Iterator[Disk]:
-    """A disk of the test's own, with snapshot 0 deployed; nothing of it may stay mounted."""
+    """A private copy of the image, with snapshot 0 deployed. It must not stay mounted."""
     copy = tmp_path / "disk.img"
     subprocess.run(["cp", "--sparse=always", "--reflink=auto", image, copy], check=True)
     disk = Disk(copy)
@@ -52,20 +64,29 @@ def disk(image: Path, tmp_path: Path) -> Iterator[Disk]:
     assert not left, f"still attached: {left}"
 
 
+def _budget(item: pytest.Item) -> float:
+    """The seconds that the tests of an item's module may take."""
+    budget = item.get_closest_marker("budget")
+    return float(budget.args[0]) if budget else 0.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest modules, so that all processes end at about the same time."""
+    items.sort(key=_budget, reverse=True)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tell the process that prints the report, which may be another, of the module's budget."""
+    """Pass the module's budget to the process that prints the report."""
     report = yield
-    budget = item.get_closest_marker("budget")
-    if budget:
-        report.user_properties.append(("budget", budget.args[0]))
+    report.user_properties.append(("budget", _budget(item)))
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add up what each module takes, with its fixtures."""
+    """Add up the time of each module, including its fixtures."""
     module = report.nodeid.split("::")[0]
     TIMES[module] += report.duration
     for name, value in report.user_properties:
@@ -76,7 +97,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the budgets beside the times."""
+    """Print each module's budget and time."""
     terminalreporter.section("seconds: budget, taken")
     for module in sorted(TIMES):
         budget, taken = BUDGETS.get(module, 0.0), TIMES[module]
