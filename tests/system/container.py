@@ -85,5 +85,7 @@ class Container:
                 continue  # the EFI partition
             known = {f"UUID={uuid}": DISK, "tmpfs": "tmpfs"}
             how = ["--bind"] if kind == "none" else ["-t", kind, "-o", options]
-            commands.append(shlex.join(["mount", *how, known.get(source, f"{directory}{source}"), f"{directory}{target}"]))
+            commands.append(
+                shlex.join(["mount", *how, known.get(source, f"{directory}{source}"), f"{directory}{target}"])
+            )
         return "\n".join(commands)

@@ -56,7 +56,8 @@ class Installed:
         return {
             path: facts
             for path, facts in after.items()
-            if self.before.get(path) != facts and not any(f"{path}/".startswith(f"{directory}/") for directory in expected)
+            if self.before.get(path) != facts
+            and not any(f"{path}/".startswith(f"{directory}/") for directory in expected)
         }
 
 

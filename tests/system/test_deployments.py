@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Deployments hold what they say: the tenth like the first."""
+"""Deployments, from the first to the tenth."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def menu_titles(system: System) -> list[str]:
     return re.findall(r"^menuentry '(.*)' --id", system.files.grub_cfg.read_text(), re.MULTILINE)
 
 
-def test_ten_deploys_in_a_row_hold_what_they_say(system: System, snapshot: int) -> None:
+def test_ten_deploys_in_a_row_work_like_the_first(system: System, snapshot: int) -> None:
     last_booted = system.id_of("deploy")
     ids = set()
     for time in range(10):
@@ -65,7 +65,7 @@ def test_fstab_of_the_user_is_kept(system: System, snapshot: int) -> None:
     assert len(re.findall(r" / btrfs ", text)) == 1
 
 
-def test_deploying_what_is_deployed_changes_nothing(system: System, snapshot: int) -> None:
+def test_deploying_an_unchanged_snapshot_again_changes_nothing(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot)
     with system.nothing_changes():
         answer = system.ash("--json", "deploy", snapshot).json
@@ -74,12 +74,12 @@ def test_deploying_what_is_deployed_changes_nothing(system: System, snapshot: in
     assert system.ash("--json", "deploy", snapshot).json["changed"] is True
 
 
-def test_deploy_says_that_a_reboot_is_needed_and_with_q_the_number(system: System, snapshot: int) -> None:
+def test_deploy_asks_for_a_reboot_and_prints_the_number_with_q(system: System, snapshot: int) -> None:
     assert "reboot" in system.ash("deploy", snapshot).stdout
     assert system.ash("-q", "deploy", 0).stdout == "0\n"
 
 
-def test_a_secondary_deployment_is_one_more_entry(system: System, snapshot: int) -> None:
+def test_a_secondary_deployment_adds_an_entry(system: System, snapshot: int) -> None:
     system.ash("deploy", 0)
     first = menu_titles(system)[0]
     system.shell(snapshot, "echo second > /etc/which")
@@ -104,13 +104,13 @@ def test_a_secondary_deployment_that_was_booted_stays(system: System, snapshot: 
     system.ash("recover")
 
 
-def test_a_snapshot_without_a_kernel_is_not_deployed(system: System, snapshot: int) -> None:
+def test_a_snapshot_without_a_kernel_cannot_be_deployed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "rm -f /boot/vmlinuz* /boot/initrd*")
     with system.nothing_changes():
         assert "no kernel" in system.ash("deploy", snapshot, status=FAILED).error
 
 
-def test_a_snapshot_whose_grub_configuration_is_broken_is_not_deployed(system: System, snapshot: int) -> None:
+def test_a_snapshot_with_broken_grub_settings_cannot_be_deployed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo 'exit 7' >> /etc/default/grub")
     with system.nothing_changes():
         assert f"snapshot {snapshot} cannot be booted" in system.ash("deploy", snapshot, status=FAILED).error
@@ -145,7 +145,7 @@ def test_hostile_descriptions_do_not_break_the_menu(system: System, snapshot: in
     system.boots()
 
 
-def test_nested_subvolumes_in_a_slot_break_no_deploy(system: System, snapshot: int) -> None:
+def test_nested_subvolumes_in_a_slot_do_not_break_a_deploy(system: System, snapshot: int) -> None:
     for time in range(4):
         for slot in ("deploy-aux", "deploy-spare"):
             if system.root(slot).exists():
@@ -171,7 +171,7 @@ def test_a_snapshot_with_a_nested_subvolume_is_deployed_and_copied(system: Syste
     system.is_sound()
 
 
-def test_what_somebody_wrote_into_a_slot_is_gone_with_the_next_deploy(system: System, snapshot: int) -> None:
+def test_foreign_files_in_a_slot_vanish_with_the_next_deploy(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot)
     (system.root("deploy-aux") / "usr/foreign").touch()
     system.shell(snapshot, "touch /etc/mark")
@@ -188,7 +188,7 @@ def test_the_last_menus_are_kept(system: System, snapshot: int) -> None:
     assert len(kept) <= 5
 
 
-def test_a_grub_cfg_that_somebody_broke_is_made_again(system: System, snapshot: int) -> None:
+def test_a_broken_grub_cfg_is_rewritten(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot)
     system.files.grub_cfg.write_text("broken")
     system.ash("recover")
@@ -220,7 +220,7 @@ def test_the_menu_file_and_grub_cfg_agree(system: System, snapshot: int) -> None
     assert Path(system.files.grub_cfg).stat().st_mode & 0o077 == 0
 
 
-def test_a_default_subvolume_set_on_a_slot_breaks_no_deploy(system: System, snapshot: int) -> None:
+def test_a_slot_as_default_subvolume_does_not_break_a_deploy(system: System, snapshot: int) -> None:
     for time in range(3):
         program("btrfs", "subvolume", "set-default", str(system.id_of("deploy-aux")), system.files.top)
         system.shell(snapshot, f"echo {time} > /etc/time")

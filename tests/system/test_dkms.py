@@ -46,7 +46,8 @@ def beside_the_running_kernel(system: System, snapshot: int) -> int:
     """
     directory = f"/lib/modules/{platform.release()}"
     system.shell(
-        snapshot, f"rm -f /etc/dkms/framework.conf.d/autoinstall*; mkdir {directory}; ln -s /usr/src/gone {directory}/build"
+        snapshot,
+        f"rm -f /etc/dkms/framework.conf.d/autoinstall*; mkdir {directory}; ln -s /usr/src/gone {directory}/build",
     )
     return snapshot
 

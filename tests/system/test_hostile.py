@@ -117,7 +117,12 @@ def in_all_folders(system: System, snapshot: int) -> None:
 
 def test_files_of_a_snapshot_may_have_any_name(system: System, snapshot: int) -> None:
     in_all_folders(system, snapshot)
-    for directory in (system.files.var / "lib", system.files.var / "cache/man", system.files.etc(snapshot), system.home):
+    for directory in (
+        system.files.var / "lib",
+        system.files.var / "cache/man",
+        system.files.etc(snapshot),
+        system.home,
+    ):
         assert set(TEXTS) <= set(os.listdir(directory)), directory
     answer = shown(system, "--json", "diff", 0, snapshot, "--files").json
     assert {f"etc/{text}" for text in TEXTS} | {f"boot/{text}" for text in TEXTS} <= set(answer["files"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What runs in a transaction sees a system of its own: no disks, no other processes, no services."""
+"""Programs in a transaction are isolated: no disks, no other processes, no services."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 @pytest.fixture(scope="module")
 def inside(system: System) -> dict[str, str]:
-    """What a program sees in a transaction, by the name of the question."""
+    """What a program sees in a transaction, by aspect."""
     questions = {
         "block devices": "find / -xdev -type b; find /dev -type b",
         "devices": "ls /dev",
@@ -52,40 +52,40 @@ def test_there_are_no_block_devices(inside: dict[str, str]) -> None:
     assert {"null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm"} <= set(inside["devices"].split())
 
 
-def test_the_devices_that_are_there_work(inside: dict[str, str]) -> None:
+def test_the_devices_work(inside: dict[str, str]) -> None:
     assert inside["links"].split() == ["/proc/self/fd", "/proc/self/fd/0", "pts/ptmx", "4"]
     assert inside["pty"].startswith("/dev/pts/")
 
 
-def test_debians_ischroot_says_yes(inside: dict[str, str]) -> None:
+def test_ischroot_says_yes(inside: dict[str, str]) -> None:
     assert inside["ischroot"] == "0"
 
 
-def test_systemd_says_that_it_is_a_container(inside: dict[str, str]) -> None:
+def test_systemd_detects_a_container(inside: dict[str, str]) -> None:
     assert inside["virtualisation"].split()[-1] == "0"
     assert inside["virtualisation"].split()[0] not in ("none", "kvm", "qemu")
 
 
-def test_the_first_process_says_whose_container_it_is(inside: dict[str, str]) -> None:
+def test_pid_1_names_the_container(inside: dict[str, str]) -> None:
     assert {"container=ash", "SYSTEMD_OFFLINE=1"} <= set(inside["first process"].splitlines())
 
 
-def test_the_callers_environment_stays_outside(inside: dict[str, str]) -> None:
+def test_the_callers_environment_is_not_inherited(inside: dict[str, str]) -> None:
     lines = inside["environment"].splitlines()
     assert "evil" not in inside["environment"]
     assert {"https_proxy=http://proxy:1", "TERM=vt220", "HOME=/root", "USER=root"} <= set(lines)
 
 
-def test_there_are_few_processes(inside: dict[str, str]) -> None:
+def test_the_hosts_processes_are_invisible(inside: dict[str, str]) -> None:
     assert int(inside["processes"]) < 10
 
 
-def test_namespaces_are_its_own(inside: dict[str, str]) -> None:
+def test_namespaces_are_private(inside: dict[str, str]) -> None:
     ours = {os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "pid", "ipc", "uts")}
     assert not ours & set(inside["namespaces"].split())
 
 
-def test_the_hostname_outside_stays(inside: dict[str, str]) -> None:
+def test_the_hosts_hostname_does_not_change(inside: dict[str, str]) -> None:
     assert inside["hostname"] == "inside-of-it"
     assert socket.gethostname() != "inside-of-it"
 
@@ -111,7 +111,7 @@ def test_it_runs_as_root_in_the_root_directory(inside: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("inside")
-def test_nothing_of_all_that_is_in_the_snapshot(system: System) -> None:
+def test_none_of_this_ends_up_in_the_snapshot(system: System) -> None:
     number = max(system.files.tree())
     root = system.root(number)
     assert not (root / "usr/sbin/policy-rc.d").exists()
@@ -120,7 +120,7 @@ def test_nothing_of_all_that_is_in_the_snapshot(system: System) -> None:
     assert not system.files.undo(number).exists(), "nothing was to be committed"
 
 
-def test_a_policy_of_the_snapshots_own_is_kept(system: System, snapshot: int) -> None:
+def test_the_snapshots_own_policy_is_kept(system: System, snapshot: int) -> None:
     system.shell(snapshot, "printf '#!/bin/sh\\nexit 104\\n' > /usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d")
     system.shell(snapshot, "touch /etc/mark; policy-rc.d && exit 1; test $? = 104")
     assert "104" in (system.root(snapshot) / "usr/sbin/policy-rc.d").read_text()
@@ -134,11 +134,11 @@ def test_one_transaction_does_not_see_anothers_processes(system: System, snapsho
         ).stdout.replace("4714 &", "")
 
 
-# Scripts that would write to a disk on real hardware
+# Scripts that write to a disk on real hardware
 
 
 def disks() -> dict[str, str]:
-    """The first MiB of every disk of this machine, as a digest."""
+    """A digest of the first MiB of each disk of this machine."""
     found = {}
     for block in sorted(Path("/sys/block").iterdir()):
         node = Path("/dev", block.name)

@@ -28,7 +28,7 @@ def deb(directory: Path, version: str = "1", **parts: str) -> Path:
     return make_deb(directory, "ash-test-live", version, files=files, **parts)
 
 
-def test_a_package_is_in_the_snapshot_and_in_the_running_system(machine: Machine, tmp_path: Path) -> None:
+def test_a_package_is_installed_into_the_snapshot_and_the_running_system(machine: Machine, tmp_path: Path) -> None:
     postinst = "ln -s file /usr/share/ash-test/link; mkdir -p /var/lib/ash-test; echo data > /var/lib/ash-test/data"
     number = machine.system.ash("--json", "status").json["next"]["snapshot"]
     answer = machine.running("install", number, deb(tmp_path, postinst=postinst))
@@ -95,7 +95,7 @@ def install_while(
 
 
 def usr(root: Path) -> dict[str, tuple[object, ...]]:
-    """All that is in the /usr of a root but for ash's own, with what the files of the tests have in them."""
+    """Everything in the /usr of a root except ash's own files, with the content of the tests' files."""
     found: dict[str, tuple[object, ...]] = {}
     for path, facts in names_below(root / "usr").items():
         file = root / "usr" / path
@@ -105,7 +105,7 @@ def usr(root: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def test_whole_folders_come_go_and_move(machine: Machine, tmp_path: Path) -> None:
+def test_whole_directories_appear_vanish_and_move(machine: Machine, tmp_path: Path) -> None:
     number, root = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.root
     machine.running("install", number, shapes(tmp_path, "1"))
     assert usr(root(machine.slot)) == usr(root(number))
@@ -118,13 +118,13 @@ def test_whole_folders_come_go_and_move(machine: Machine, tmp_path: Path) -> Non
     assert not (root(machine.slot) / "usr/share/ash-test/elsewhere").exists()
 
 
-def test_what_was_put_in_place_is_put_back(machine: Machine, tmp_path: Path) -> None:
+def test_a_failed_change_is_rolled_back(machine: Machine, tmp_path: Path) -> None:
     number, slot = machine.system.clone(), machine.system.root(machine.slot)
     machine.running("install", number, shapes(tmp_path, "1"), "--live")
     before, etc = usr(slot), names_below(slot / "etc")
     package = shapes(tmp_path, "2", after=f"{WAITS}\n[ ! -e /usr/share/ash/snap ] || mkdir /var/lib/ash-test-late")
     lib = machine.files.var / "lib"
-    try:  # what comes after /usr cannot be done
+    try:  # fail after /usr
         answer = install_while(machine, number, package, lambda: program("chattr", "+i", lib), status=FAILED)
     finally:
         program("chattr", "-i", lib)
@@ -133,7 +133,7 @@ def test_what_was_put_in_place_is_put_back(machine: Machine, tmp_path: Path) -> 
     assert not machine.system.remains()
 
 
-def test_what_others_changed_meanwhile_is_told(machine: Machine, tmp_path: Path) -> None:
+def test_files_changed_meanwhile_are_reported(machine: Machine, tmp_path: Path) -> None:
     edit = "echo package > /etc/issue; mkdir -p /var/lib/ash-test-told; echo package >> /var/lib/ash-test-told/data"
     edited = (machine.etc / "issue", machine.files.var / "lib/ash-test-told/data")
 
@@ -144,12 +144,14 @@ def test_what_others_changed_meanwhile_is_told(machine: Machine, tmp_path: Path)
     answer = install_while(machine, machine.system.clone(), deb(tmp_path, postinst=f"{edit}\n{WAITS}"), others)
     assert answer["live"]["conflicts"] == ["/etc/issue", "/var/lib/ash-test-told"]
     assert [path.read_text() for path in edited] == ["mine\n", "mine\n"]
-    directories = [machine.files.var / directory.removeprefix("/var/") for directory in answer["live"]["conflicts_folders"]]
+    directories = [
+        machine.files.var / directory.removeprefix("/var/") for directory in answer["live"]["conflicts_folders"]
+    ]
     aside = {str(path.relative_to(f)): path.read_text() for f in directories for path in f.rglob("*") if path.is_file()}
     assert aside == {"etc/issue": "package\n", "lib/ash-test-told/data": "package\n" * 2}
 
 
-def test_edits_of_the_running_etc_stay(machine: Machine, tmp_path: Path) -> None:
+def test_edits_of_the_running_etc_are_kept(machine: Machine, tmp_path: Path) -> None:
     (machine.etc / "issue").write_text("mine\n")
     answer = machine.running("install", machine.system.clone(), deb(tmp_path, postinst="useradd fresh"), "--live")
     assert (machine.etc / "issue").read_text() == "mine\n"
@@ -159,7 +161,7 @@ def test_edits_of_the_running_etc_stay(machine: Machine, tmp_path: Path) -> None
     assert set(drift) == {"issue"}
 
 
-def test_another_snapshot_and_the_running_one_if_that_is_said(machine: Machine, tmp_path: Path) -> None:
+def test_live_changes_another_snapshot_and_the_running_system(machine: Machine, tmp_path: Path) -> None:
     other = machine.system.clone()
     package = deb(tmp_path)
     assert "live" not in machine.running("install", other, package)
@@ -189,21 +191,21 @@ def test_the_next_deployment_has_only_what_its_snapshot_has(machine: Machine, tm
     assert machine.running("deploy", kept)["changed"] is False
 
 
-def test_what_failed_in_the_running_system_wants_no_other_deployment(machine: Machine, tmp_path: Path) -> None:
+def test_a_failed_live_change_needs_no_new_deployment(machine: Machine, tmp_path: Path) -> None:
     number, other = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.clone()
     script = "[ -e /usr/share/ash/snap ] && exit 1 || exit 0"
     machine.running("install", other, deb(tmp_path, postinst=script), "--live", status=FAILED)
     assert machine.running("deploy", number)["changed"] is False
 
 
-def test_not_live_is_for_the_next_boot(machine: Machine, tmp_path: Path) -> None:
+def test_without_live_a_change_waits_for_the_next_boot(machine: Machine, tmp_path: Path) -> None:
     number = machine.system.ash("--json", "status").json["next"]["snapshot"]
     assert "live" not in machine.running("install", number, deb(tmp_path), "-nl")
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test").exists()
     machine.running("install", number, "hello", "-l", "-nl", status=USAGE)
 
 
-def test_where_nothing_runs_nothing_can_be_live(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_live_needs_a_running_system(system: System, snapshot: int, tmp_path: Path) -> None:
     with system.nothing_changes():
         assert "--live" in system.ash("install", snapshot, deb(tmp_path), "--live", status=REFUSED).error
 
@@ -225,12 +227,14 @@ def test_a_branch_that_runs_follows_its_parent_at_once(machine: Machine, tmp_pat
     assert (machine.system.root(branch) / "usr/share/ash-test/new").exists()
 
 
-def test_the_running_system_gets_nothing_that_its_snapshot_did_not_get(machine: Machine, tmp_path: Path) -> None:
+def test_the_running_system_does_not_change_if_its_snapshot_did_not(machine: Machine, tmp_path: Path) -> None:
     parent = machine.system.clone()
     branch = machine.system.branch(parent)
     machine.system.shell(parent, "touch /usr/share/is-parent")
     archive = Archive(tmp_path / "archive")
-    not_in_branch = "[ -e /usr/share/is-parent ] || [ -e /usr/share/ash/snap ] || exit 1"  # but where it runs
+    not_in_branch = (
+        "[ -e /usr/share/is-parent ] || [ -e /usr/share/ash/snap ] || exit 1"  # except in the running system
+    )
     archive.add("ash-test-odd", files={"usr/share/ash-test/odd": "new"}, postinst=not_in_branch)
     with archive.served() as url:
         for number in (parent, branch):
@@ -245,10 +249,10 @@ def test_the_running_system_gets_nothing_that_its_snapshot_did_not_get(machine: 
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test/odd").exists()
 
 
-def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path: Path) -> None:
+def test_a_script_that_fails_in_the_running_system_is_rolled_back(machine: Machine, tmp_path: Path) -> None:
     slot, number = machine.system.root(machine.slot), machine.system.clone()
     before = everything_below(slot / "usr")
-    script = "[ -e /usr/share/ash/snap ] && exit 1 || exit 0"  # it is there in deployments alone
+    script = "[ -e /usr/share/ash/snap ] && exit 1 || exit 0"  # exists only in deployments
     answer = machine.running("install", number, deb(tmp_path, postinst=script), "--live", status=FAILED)
     assert answer["live"]["error"]
     assert answer["packages"]["added"], "the snapshot has it"
@@ -257,7 +261,7 @@ def test_what_fails_in_the_running_system_is_put_back(machine: Machine, tmp_path
 
 
 @pytest.mark.parametrize("then", [["deploy"], ["rollback"], ["etc-update"], ["carry"]])
-def test_what_was_put_in_place_by_halves_is_nobodys_edit(machine: Machine, tmp_path: Path, then: list[str]) -> None:
+def test_a_half_applied_change_is_not_drift(machine: Machine, tmp_path: Path, then: list[str]) -> None:
     system, slot, number = machine.system, machine.slot, machine.system.clone()
     if then == ["carry"]:
         system.ash("deploy", number)
@@ -272,14 +276,14 @@ def test_what_was_put_in_place_by_halves_is_nobodys_edit(machine: Machine, tmp_p
     assert not system.remains()
 
 
-def test_recover_tells_that_the_running_system_is_as_it_was(machine: Machine, tmp_path: Path) -> None:
+def test_recover_reports_that_the_running_system_was_rolled_back(machine: Machine, tmp_path: Path) -> None:
     half_put(machine, machine.system.clone(), deb(tmp_path))
     answer = machine.running("recover")
     assert (answer["snapshots"], answer["changed"]) == ([], True)
     assert machine.system.ash("--json", "log").json["history"][-1]["command"] == "recover"
 
 
-def test_nothing_is_left_of_what_was_being_written_to_var(machine: Machine, tmp_path: Path) -> None:
+def test_no_temporary_file_is_left_in_var(machine: Machine, tmp_path: Path) -> None:
     files = {"usr/share/ash-test-var": "x", "var/lib/ash-test-var/deep/file": "x"}
     package = make_deb(
         tmp_path,
@@ -296,7 +300,7 @@ def test_nothing_is_left_of_what_was_being_written_to_var(machine: Machine, tmp_
 
 
 def half_put(machine: Machine, number: int, package: Path, step: str = "") -> None:
-    """Kill a change of the running system when some of it is in place."""
+    """Kill a change of the running system when part of it is applied."""
     options = {"booted": machine.slot, "kill": step or f"exchange etc-new-{machine.slot}"}
     killed = machine.system.with_hooks(options, "install", number, str(package), "--live")
     assert killed.returncode == -signal.SIGKILL, killed
@@ -309,11 +313,13 @@ def test_sockets_are_started_before_services(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ash.Systemd, "is_active", lambda _, unit: unit.endswith(".target"))
     monkeypatch.setattr(ash.Systemd, "start", lambda _, unit: started.append(unit))
     units = ("a.service", "b.service", "b.socket", "c.timer")
-    ash.Services(ash.LiveResult(), running=True).start({f"etc/systemd/system/x.target.wants/{u}": "added" for u in units})
+    ash.Services(ash.LiveResult(), running=True).start(
+        {f"etc/systemd/system/x.target.wants/{u}": "added" for u in units}
+    )
     assert started == ["b.socket", "a.service", "b.service", "c.timer"]
 
 
-# What takes the place of the start of services, of which this machine must not start any.
+# Replaces the start of services, which must not happen on this machine.
 STARTS = """
 def start(self, paths):
     self.live.started.append("ash-test.service")
@@ -326,7 +332,7 @@ ash.Services.start = start
     ("end", "status"),
     [("KeyboardInterrupt", 130), ("SystemExit(143)", 143), ("OSError(5, 'broken')", FAILED)],
 )
-def test_what_services_did_before_an_interruption_is_told_of(
+def test_services_started_before_an_interruption_are_reported(
     machine: Machine, tmp_path: Path, end: str, status: int
 ) -> None:
     before = usr(machine.system.root(machine.slot))
@@ -337,7 +343,7 @@ def test_what_services_did_before_an_interruption_is_told_of(
     assert not machine.system.remains()
 
 
-def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp_path: Path) -> None:
+def test_waiting_for_a_deploy_can_be_interrupted(machine: Machine, tmp_path: Path) -> None:
     number, package = machine.system.clone(), deb(tmp_path)
     machine.system.ash("install", number, package)
     lock, before = machine.files.state / "work/deploy/lock", usr(machine.system.root(machine.slot))
@@ -350,7 +356,7 @@ def test_it_can_be_interrupted_while_it_waits_for_a_deploy(machine: Machine, tmp
         process = subprocess.Popen([*argv, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         made = "@.snapshots_debian/rootfs/snapshot-chrlive"
         wait_until(lambda: made in machine.system.subvolumes().keys() - machine.files.writable())
-        time.sleep(1)  # nothing is to be seen of it when it waits
+        time.sleep(1)  # waiting shows no sign
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         try:
@@ -380,7 +386,7 @@ def test_a_kernel_waits_for_the_reboot(machine: Machine, tmp_path: Path) -> None
     assert not (root / "usr/lib/modules/9/x.ko").exists()
 
 
-def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: Machine, tmp_path: Path) -> None:
+def test_a_kill_at_any_step_leaves_the_running_system_unchanged_or_complete(machine: Machine, tmp_path: Path) -> None:
     number = machine.system.clone()
     machine.running("install", number, shapes(tmp_path, "1"), "--live")
     packages = [deb(tmp_path), shapes(tmp_path, "2")]
@@ -415,6 +421,6 @@ def test_killed_anywhere_the_running_system_is_as_it_was_or_has_it_all(machine: 
         assert not machine.system.remains(), (steps[step - 1], said)
         assert state() in ((False,) * 3, (True,) * 3), steps[step - 1]
         if state()[0]:
-            break  # it was done already
+            break  # the change was complete
         assert usr(slot) == before, steps[step - 1]
     assert step > 60

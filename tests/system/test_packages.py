@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Packages of the real archive in real snapshots: what one has, its siblings do not."""
+"""Real packages of Debian in real snapshots: what one has, its siblings do not have."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def packages(system: System, snapshot: int) -> dict[str, str]:
 
 
 def is_consistent(system: System, snapshot: int) -> None:
-    """Assert what apt and dpkg themselves say of a snapshot."""
+    """Assert that apt and dpkg find no problem in a snapshot."""
     outcome = system.shell(snapshot, "apt-get check >/dev/null; dpkg --audit")
     assert outcome.stdout == ""
 
@@ -28,7 +28,7 @@ def automatic(system: System, snapshot: int) -> set[str]:
     return set(system.ash("run", snapshot, "apt-mark", "showauto").stdout.split())
 
 
-def test_a_package_of_the_archive_is_installed_and_runs(system: System, snapshot: int) -> None:
+def test_a_package_of_debian_is_installed_and_runs(system: System, snapshot: int) -> None:
     answer = system.ash("--json", "install", snapshot, "hello").json
     assert answer["changed"] is True
     assert list(answer["packages"]["added"]) == ["hello"]
@@ -38,7 +38,7 @@ def test_a_package_of_the_archive_is_installed_and_runs(system: System, snapshot
     is_consistent(system, snapshot)
 
 
-def test_what_is_installed_is_not_installed_again(system: System, snapshot: int) -> None:
+def test_installing_an_installed_package_changes_nothing(system: System, snapshot: int) -> None:
     system.ash("install", snapshot, "hello")
     with system.nothing_changes():
         answer = system.ash("--json", "install", snapshot, "hello").json
@@ -51,7 +51,7 @@ def test_install_says_what_to_do_next(system: System, snapshot: int) -> None:
     assert f"ash deploy {snapshot}" in out
 
 
-def test_a_dry_run_says_what_apt_would_do_and_does_nothing(system: System, snapshot: int) -> None:
+def test_a_dry_run_reports_apts_plan_and_changes_nothing(system: System, snapshot: int) -> None:
     system.ash("install", system.clone(), "hello")  # fetches the lists
     with system.nothing_changes():
         answer = system.ash("--json", "--dry-run", "install", snapshot, "lighttpd").json
@@ -79,7 +79,7 @@ def test_siblings_have_their_own_packages(system: System, snapshot: int) -> None
         is_consistent(system, number)
 
 
-def test_nothing_of_a_package_shows_in_the_shared_var(system: System, snapshot: int) -> None:
+def test_a_package_leaves_no_trace_in_the_shared_var(system: System, snapshot: int) -> None:
     system.ash("install", snapshot, "libjs-bootstrap4")
     places = [system.files.var / name for name in ("lib", "log", "backups", "cache/debconf")]
     named = program(
@@ -127,7 +127,7 @@ def test_a_package_file_on_disk_is_installed_with_its_dependencies(
         (["install", "N", "hello", "--live"], REFUSED),
     ],
 )
-def test_what_cannot_be_installed_changes_nothing(system: System, snapshot: int, words: list[str], status: int) -> None:
+def test_a_failed_installation_changes_nothing(system: System, snapshot: int, words: list[str], status: int) -> None:
     with system.nothing_changes():
         system.ash(*(str(snapshot) if word == "N" else word for word in words), status=status)
     assert not system.remains()
@@ -154,7 +154,7 @@ def test_a_package_whose_removal_fails_stays(system: System, snapshot: int, tmp_
     assert "ash-stays" in packages(system, snapshot)
 
 
-def test_a_package_of_another_architecture_has_it_in_its_name(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_a_foreign_package_has_its_architecture_in_its_name(system: System, snapshot: int, tmp_path: Path) -> None:
     name = "ash-foreign:i386"
     system.shell(snapshot, "dpkg --add-architecture i386")
     package = make_deb(tmp_path, "ash-foreign", architecture="i386", files={"usr/share/foreign": "x\n"})
@@ -171,7 +171,7 @@ def test_a_package_of_another_architecture_has_it_in_its_name(system: System, sn
     assert system.ash("--json", "remove", snapshot, name).json["packages"]["removed"] == {name: "1"}
 
 
-def test_edited_configuration_stays_at_an_upgrade(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_an_upgrade_keeps_edited_configuration(system: System, snapshot: int, tmp_path: Path) -> None:
     for version in ("1", "2"):
         package = make_deb(
             tmp_path,
@@ -208,7 +208,7 @@ def test_a_service_of_a_package_is_enabled_and_not_started(system: System, snaps
     assert "ash-test" not in program("find", system.files.var / "lib/systemd", "-name", "*ash-test*")
 
 
-def test_the_archive_that_cannot_be_reached_is_an_error_that_changes_nothing(system: System, snapshot: int) -> None:
+def test_an_unreachable_repository_is_an_error_that_changes_nothing(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
         system.ash("install", snapshot, "lighttpd", status=FAILED, environment=nowhere)
@@ -221,7 +221,7 @@ def test_the_history_names_the_packages(system: System, snapshot: int) -> None:
     assert "hello" in line["packages"]["added"]
 
 
-def test_the_file_ash_of_a_package_does_not_hide_ours(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_the_package_ash_does_not_replace_our_executable(system: System, snapshot: int, tmp_path: Path) -> None:
     system.ash("install", snapshot, make_deb(tmp_path, "ash", files={"usr/bin/ash": "another\n"}))
     assert (system.root(snapshot) / "usr/bin/ash").readlink() == Path("/.snapshots/ash/ash")
     is_consistent(system, snapshot)

@@ -29,7 +29,13 @@ KEY = "k3y-of-the-machine"
 def copies_in(system: System, text: str = SECRET) -> list[str]:
     """The files with the secret in them, wherever ash may have written to; history and locks have what was typed."""
     files = system.files
-    directories = [files.state, files.var / "lib", files.grub_cfg.parent, files.snapshots / "etc", files.snapshots / "boot"]
+    directories = [
+        files.state,
+        files.var / "lib",
+        files.grub_cfg.parent,
+        files.snapshots / "etc",
+        files.snapshots / "boot",
+    ]
     for name in ("etc", "boot", "usr/share/ash", "usr/lib/systemd/system"):
         directories += (files.snapshots / "rootfs").glob(f"*/{name}")
     argv = [

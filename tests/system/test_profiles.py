@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Profiles: what they say is done, in one transaction, and each that comes along can be installed."""
+"""Profiles are installed in one transaction, and Debian has the packages of each."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def profile(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_profile_is_installed_whole(system: System, snapshot: int, profile: Path) -> None:
+def test_a_profile_is_installed_completely(system: System, snapshot: int, profile: Path) -> None:
     outcome = system.ash("install", snapshot, "--profile", profile, environment={"SUDO_USER": "human"})
     root = system.root(snapshot)
     packages = system.ash("--json", "list", snapshot).json["packages"]
@@ -75,13 +75,13 @@ def test_a_profile_is_installed_whole(system: System, snapshot: int, profile: Pa
         ["install", "--force", "-P", "FILE", "-s", "N"],
     ],
 )
-def test_every_way_to_say_it_works(system: System, snapshot: int, profile: Path, words: list[str]) -> None:
+def test_every_spelling_of_the_command_works(system: System, snapshot: int, profile: Path, words: list[str]) -> None:
     given = [{"N": str(snapshot), "FILE": str(profile)}.get(word, word) for word in words]
     answer = system.ash("--json", "--dry-run", *given, "--no-upgrade").json
     assert set(answer["would"][0]["packages"]["added"]) == {"ash-test-one", "ash-test-two", "ash-test-extra"}
 
 
-def test_what_stands_beside_a_profile_is_not_passed_over(system: System, snapshot: int, profile: Path) -> None:
+def test_packages_beside_a_profile_are_an_error(system: System, snapshot: int, profile: Path) -> None:
     with system.nothing_changes():
         outcome = system.ash("install", snapshot, "--profile", profile, "-p", "ash-test-extra", status=USAGE)
     assert "ash-test-extra" in outcome.error
@@ -102,13 +102,13 @@ def test_a_command_that_fails_leaves_nothing(system: System, snapshot: int, prof
 
 
 @pytest.mark.parametrize("text", ["hello\n", "[pakages]\nhello\n", "[packages\nhello\n"])
-def test_a_wrong_profile_is_refused_by_its_line(system: System, snapshot: int, profile: Path, text: str) -> None:
+def test_a_wrong_profile_is_reported_with_its_line(system: System, snapshot: int, profile: Path, text: str) -> None:
     profile.write_text(text)
     with system.nothing_changes():
         assert "line 1" in system.ash("install", snapshot, "--profile", profile, status=USAGE).error
 
 
-def test_a_profile_that_is_not_there_is_told(system: System, snapshot: int) -> None:
+def test_a_missing_profile_is_reported(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         system.ash("install", snapshot, "--profile", "no-such", status=MISSING)
         system.ash("install", snapshot, "--profile", "./no-such", status=MISSING)
@@ -126,7 +126,7 @@ def test_profiles_are_listed(system: System) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_real_archive_has_what_each_profile_wants(system: System, name: str) -> None:
+def test_debian_has_the_packages_of_each_profile(system: System, name: str) -> None:
     snapshot = system.clone()
     answer = system.ash("--json", "--dry-run", "install", snapshot, "--profile", name, "--no-upgrade").json
     wanted = system.ash("--json", "profiles").json["profiles"][name]["packages"]

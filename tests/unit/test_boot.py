@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""fstab, what ash takes of grub-mkconfig, and the boot menu."""
+"""fstab, the parser of grub-mkconfig's output, and the boot menu."""
 
 import errno
 import re
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.budget(10)
 
 UUID = "3eefd2c3-9db2-4392-ba3e-719c1dda63a2"
 LAYOUT = Layout(Path("/.snapshots"), "debian")
-# What grub-mkconfig printed in a snapshot with two kernels and an entry of the user's own.
+# Recorded output of grub-mkconfig in a snapshot with two kernels and a custom entry.
 MKCONFIG = (Path(__file__).parent / "data/grub-mkconfig.txt").read_text()
 
 
@@ -26,13 +26,13 @@ MKCONFIG = (Path(__file__).parent / "data/grub-mkconfig.txt").read_text()
 
 
 def entries(text: str) -> dict[str, list[str]]:
-    """The lines of an fstab by their mount points; each may be there only once."""
+    """The lines of an fstab by mount point, each of which may occur once."""
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     assert len({line[1] for line in lines}) == len(lines)
     return {line[1]: line for line in lines}
 
 
-def test_fstab_has_ashs_own_lines_by_uuid() -> None:
+def test_fstab_mounts_ashs_volumes_by_uuid() -> None:
     found = entries(render_fstab(LAYOUT, UUID, "deploy-aux", ""))
     assert tuple(found) == OWN_MOUNT_POINTS
     assert all(len(line) == 6 for line in found.values())
@@ -48,11 +48,11 @@ def test_fstab_mounts_the_slots_root_read_only_and_its_etc_over_it() -> None:
     assert "bind" in found["/etc"][3].split(",")
 
 
-def test_old_setuid_programs_in_snapshots_cannot_be_run() -> None:
+def test_setuid_programs_in_snapshots_do_not_run() -> None:
     assert {"nosuid", "nodev"} <= set(entries(render_fstab(LAYOUT, UUID, 0, ""))["/.snapshots"][3].split(","))
 
 
-def test_all_other_lines_of_fstab_stay_and_keep_their_order() -> None:
+def test_the_users_lines_of_fstab_keep_their_order() -> None:
     theirs = ["# a comment", "UUID=0DBA-1B0F /boot/efi vfat umask=0077 0 2", "", "LABEL=data /srv ext4 defaults 0 2"]
     old = "\n".join(["UUID=old / ext4 defaults 0 1", *theirs, "tmpfs /tmp tmpfs size=1g 0 0"])
     lines = render_fstab(LAYOUT, UUID, 3, old).splitlines()
@@ -60,7 +60,7 @@ def test_all_other_lines_of_fstab_stay_and_keep_their_order() -> None:
 
 
 @given(st.sampled_from(["deploy", "deploy-aux", 7]), st.sampled_from(["deploy-spare", 0]))
-def test_fstab_is_rendered_again_for_another_slot(first: str | int, second: str | int) -> None:
+def test_rendering_fstab_for_another_slot_keeps_nothing_of_the_first(first: str | int, second: str | int) -> None:
     theirs = "# mine\nUUID=0DBA-1B0F /boot/efi vfat umask=0077 0 2\n"
     once = render_fstab(LAYOUT, UUID, second, theirs)
     assert render_fstab(LAYOUT, UUID, second, render_fstab(LAYOUT, UUID, first, theirs)) == once
@@ -69,17 +69,17 @@ def test_fstab_is_rendered_again_for_another_slot(first: str | int, second: str 
 # grub-mkconfig
 
 
-def test_the_newest_kernel_and_its_initramfs_are_taken() -> None:
+def test_the_newest_kernel_and_its_initramfs_are_used() -> None:
     config = BootConfig.parse(MKCONFIG)
     assert config.kernel == "vmlinuz-6.12.117+deb13-amd64"
     assert list(config.initrds) == ["initrd.img-6.12.117+deb13-amd64"]
 
 
-def test_of_the_options_those_are_taken_that_ash_does_not_set() -> None:
+def test_options_that_ash_sets_itself_are_dropped() -> None:
     assert BootConfig.parse(MKCONFIG).options == "console=tty0 console=ttyS0,115200"
 
 
-def test_flags_of_the_root_file_system_stay_beside_ashs_own() -> None:
+def test_rootflags_of_the_user_are_kept() -> None:
     with_flag = MKCONFIG.replace("rootflags=subvol=", "rootflags=degraded,subvol=")
     config = BootConfig.parse(with_flag)
     assert (
@@ -89,7 +89,7 @@ def test_flags_of_the_root_file_system_stay_beside_ashs_own() -> None:
     assert "subvol=@.snapshots_debian/rootfs/snapshot-mk" not in config.options
 
 
-def test_terminals_and_timeout_are_taken() -> None:
+def test_terminals_and_timeout_are_kept() -> None:
     header = list(BootConfig.parse(MKCONFIG).header)
     assert "serial --unit=0 --speed=115200" in header
     assert "terminal_input console serial" in header
@@ -97,7 +97,7 @@ def test_terminals_and_timeout_are_taken() -> None:
     assert [line for line in header if line.startswith("set timeout=")][-1] == "set timeout=5"
 
 
-def test_entries_of_the_user_and_of_the_firmware_are_kept_and_linuxs_are_not() -> None:
+def test_foreign_entries_are_kept_and_linux_entries_dropped() -> None:
     foreign = BootConfig.parse(MKCONFIG).foreign
     assert "menuentry 'Memory test {really}' {\n    linux16 /memtest.bin\n}" in foreign
     assert "UEFI Firmware Settings" in foreign
@@ -106,7 +106,7 @@ def test_entries_of_the_user_and_of_the_firmware_are_kept_and_linuxs_are_not() -
     assert "menu_color" not in foreign
 
 
-def test_several_initramfs_are_all_loaded_in_their_order() -> None:
+def test_several_initramfs_are_loaded_in_order() -> None:
     text = MKCONFIG.replace("initrd\t/@", "initrd\t/@.snapshots_debian/rootfs/snapshot-mk/boot/intel-ucode.img /@")
     config = BootConfig.parse(text)
     assert list(config.initrds) == ["intel-ucode.img", "initrd.img-6.12.117+deb13-amd64"]
@@ -122,7 +122,7 @@ def test_a_kernel_without_initramfs_boots_too() -> None:
     assert "initrd" not in rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)}))
 
 
-def test_without_a_kernel_there_is_nothing_to_boot() -> None:
+def test_a_grub_cfg_without_a_kernel_is_an_error() -> None:
     with pytest.raises(AshError, match="no kernel"):
         BootConfig.parse(re.sub(r"^\s*linux\s.*\n", "", MKCONFIG, flags=re.MULTILINE))
 
@@ -156,13 +156,13 @@ def test_the_menu_begins_with_the_default_then_the_last_booted_one() -> None:
     ]
 
 
-def test_a_secondary_deployment_has_an_entry_after_them() -> None:
+def test_a_secondary_deployment_has_the_last_entry() -> None:
     slots = ["deploy", "deploy-aux", "deploy-secondary"]
     menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, n) for n, slot in enumerate(slots)})
     assert titles(rendered(menu))[2] == "Debian, snapshot 2: a web server (secondary)"
 
 
-def test_a_slot_that_is_neither_is_not_in_the_menu() -> None:
+def test_other_slots_are_not_in_the_menu() -> None:
     menu = Menu(
         "deploy-aux", "deploy", {slot: deployment(slot, 1) for slot in ("deploy", "deploy-aux", "deploy-spare")}
     )
@@ -183,7 +183,7 @@ def test_an_entry_boots_its_slot_by_uuid_and_carries_its_id() -> None:
 
 
 @pytest.mark.parametrize("ident", ["1d1dca0b4db0ba0e", "0b1", "2", "c0ffee"])
-def test_grub_takes_no_id_for_a_place_in_the_menu(ident: str) -> None:
+def test_grub_does_not_read_an_id_as_a_number(ident: str) -> None:
     """GRUB reads "1d1d" as entry 1: the second one, which is the old deployment."""
     slots = {
         "deploy": deployment("deploy", 0, ident=f"9{ident}"),
@@ -195,7 +195,7 @@ def test_grub_takes_no_id_for_a_place_in_the_menu(ident: str) -> None:
     assert not [name for name in named if name[0].isdecimal()]
 
 
-def test_the_menu_file_reads_as_it_was_written(tmp_path: Path) -> None:
+def test_the_menu_file_is_read_as_written(tmp_path: Path) -> None:
     config = BootConfig.parse(MKCONFIG)
     menu = Menu("deploy-aux", "deploy", {slot: deployment(slot, 1, config) for slot in ("deploy", "deploy-aux")})
     (tmp_path / "menu").write_text(menu.dump())
@@ -211,7 +211,7 @@ def test_a_damaged_menu_file_is_an_error(tmp_path: Path, text: str) -> None:
         Menu.load(tmp_path / "menu")
 
 
-def test_no_menu_file_is_an_empty_menu(tmp_path: Path) -> None:
+def test_a_missing_menu_file_is_an_empty_menu(tmp_path: Path) -> None:
     assert vars(Menu.load(tmp_path / "menu")) == vars(Menu())
 
 
@@ -279,10 +279,10 @@ def test_the_graphical_terminal_gets_its_font_first() -> None:
 
 
 @pytest.mark.parametrize(("refusals", "mounted"), [(3, True), (10**6, False)])
-def test_a_copy_that_is_mounted_just_then_is_waited_for(
+def test_mounting_waits_for_a_copy_of_the_file_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusals: int, mounted: bool
 ) -> None:
-    # The kernel refuses now and then only: here something else does.
+    # The kernel refuses only sometimes: simulate it.
     answers = iter(range(refusals))
 
     def refuse(*_: object) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the module for Debian makes of apt's and dpkg's words."""
+"""Parsing the output and files of apt and dpkg."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,11 +60,11 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_packages_are_those_that_are_installed(root: Path) -> None:
+def test_only_installed_packages_are_listed(root: Path) -> None:
     assert APT.installed(root) == {"hello": "2.10-5", "libc6": "2:41-1"}
 
 
-def test_packages_of_other_architectures_have_them_in_their_names(root: Path) -> None:
+def test_names_of_foreign_packages_contain_their_architecture(root: Path) -> None:
     database = root / "usr/share/ash/db"
     (database / "dpkg/arch").write_text("amd64\ni386\n")
     names = [("one", "amd64"), ("one", "i386"), ("two", "i386"), ("three", "all")]
@@ -87,7 +87,7 @@ def test_packages_of_other_architectures_have_them_in_their_names(root: Path) ->
 
 
 @pytest.mark.parametrize("noted", [True, False])
-def test_the_root_s_own_architecture_may_be_spelled_out(root: Path, noted: bool) -> None:
+def test_the_native_architecture_may_be_spelled_out(root: Path, noted: bool) -> None:
     if noted:
         (root / "usr/share/ash/db/dpkg/arch").write_text("amd64\ni386\n")
     else:
@@ -102,14 +102,14 @@ def test_a_root_without_dpkg_has_no_packages(tmp_path: Path) -> None:
     assert APT.installed(tmp_path) == {}
 
 
-def test_what_is_installed_by_hand_need_not_be_installed_again(root: Path) -> None:
+def test_manually_installed_packages_need_no_installation(root: Path) -> None:
     assert APT.has_installed(root, ["hello"])
     assert not APT.has_installed(root, ["hello", "libc6"]), "apt would mark it as installed by hand"
     assert not APT.has_installed(root, ["gone"])
     assert not APT.has_installed(root, ["broken"])
 
 
-def test_a_simulation_says_what_would_change() -> None:
+def test_a_simulation_is_parsed_into_a_change() -> None:
     change = planned(7, SIMULATION)
     assert change.changed
     assert change.added == {"hello": "2.10-5"}
@@ -119,7 +119,7 @@ def test_a_simulation_says_what_would_change() -> None:
     assert bytes_of(URIS, {"hello"}) == bytes_of(URIS, {"hello:amd64"}) == 2000
 
 
-def test_a_simulation_that_does_nothing_is_no_change() -> None:
+def test_an_empty_simulation_changes_nothing() -> None:
     assert not planned(7, "0 upgraded, 0 newly installed, 0 to remove and 0 not upgraded.\n").changed
 
 
@@ -135,7 +135,7 @@ def test_a_simulation_that_does_nothing_is_no_change() -> None:
         ("nothing said\n", FAILED, "apt-get failed"),
     ],
 )
-def test_apts_errors_are_told_in_one_line(output: str, status: int, words: str) -> None:
+def test_apts_errors_become_one_line(output: str, status: int, words: str) -> None:
     error = apt_error(output)
     assert error.status == status
     assert words in error.message
@@ -152,7 +152,7 @@ DEAD = "W: Failed to fetch http://c/./InRelease  Could not connect to c:80\n"
 
 
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED, EXPIRED + DEAD])
-def test_an_archive_that_apt_refuses_is_not_had(refused: str) -> None:
+def test_a_repository_that_apt_refuses_is_not_usable(refused: str) -> None:
     assert usable_repositories(HAD + OTHER + FLAT + refused) == [
         ("http://a/debian", "trixie-updates"),
         ("http://b", "./"),
@@ -173,7 +173,7 @@ class Updating:
 
 
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED])
-def test_others_are_refreshed_beside_an_archive_that_apt_refuses(refused: str) -> None:
+def test_other_repositories_are_refreshed_when_apt_refuses_one(refused: str) -> None:
     there = cast("Transaction", Updating(HAD + OTHER + refused))
     assert APT.refresh(there) == [refused.removeprefix("E: ").rstrip("\n")]
     with pytest.raises(PackageError, match="no repository can be reached"):
@@ -214,5 +214,5 @@ Refer to previous errors for more information.
         ("", False),
     ],
 )
-def test_modules_that_are_not_for_a_kernel_are_no_failure(said: str, excluded: bool) -> None:
+def test_modules_that_exclude_a_kernel_do_not_fail(said: str, excluded: bool) -> None:
     assert only_excluded_failed(said) == excluded

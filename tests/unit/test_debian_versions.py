@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Debian's versions sort as dpkg itself sorts them."""
+"""Debian versions sort as in dpkg."""
 
 import itertools
 import subprocess
@@ -47,6 +47,6 @@ def test_known_versions_are_in_order() -> None:
 @example("1:1:2", "1:1:10")
 @example("1.0-0~", "1.0")
 @example("1.0", "1.00")
-def test_any_two_versions_compare_as_dpkg_has_it(one: str, other: str) -> None:
+def test_versions_compare_as_in_dpkg(one: str, other: str) -> None:
     assert Debian.package_manager.is_older(one, other) == dpkg_says_older(one, other)
     assert Debian.package_manager.is_older(other, one) == dpkg_says_older(other, one)

@@ -154,7 +154,9 @@ class Tried:
             assert view == self.after, where
             return False
         # What does several things goes on with the others, and says in its report why one could not be done.
-        told = said or [line for line in ended.stdout.splitlines() if re.match(r"not repaired: |snapshot \d+ failed: ", line)]
+        told = said or [
+            line for line in ended.stdout.splitlines() if re.match(r"not repaired: |snapshot \d+ failed: ", line)
+        ]
         assert told, (where, ended)
         assert not re.search("Traceback|an error in ash itself", ended.stderr), where
         assert not any("Errno" in line for line in told), (where, told)

@@ -225,7 +225,9 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
 def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
     with disk.files() if attached else contextlib.nullcontext():
         for step in range(1, 20):
-            subprocess.run([*RUN_AND_KILL, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True)
+            subprocess.run(
+                [*RUN_AND_KILL, str(step), "--image", str(disk.image), "tree"], check=False, capture_output=True
+            )
             if not attached:
                 wait_until(lambda: not disk.attached(), 5)
     wait_until(lambda: not disk.attached(), 5)

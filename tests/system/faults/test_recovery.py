@@ -91,7 +91,9 @@ def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -
     (entry / "goes").mkdir()
     for name in ("one", "two", "gone", "directory/deep/file", "directory/file", "goes/one", "goes/two"):
         (entry / name).write_text("old\n")
-    script = f"cd /var/lib/{entry.name}; rm -r directory gone goes; echo new | tee one two new > directory; touch /etc/mark"
+    script = (
+        f"cd /var/lib/{entry.name}; rm -r directory gone goes; echo new | tee one two new > directory; touch /etc/mark"
+    )
     killed_in_the_merge(system, snapshot, script, r"rename \S+ to two")
     for name in ("directory/file", "goes/two"):  # as if it had come so far with these
         (entry / name).unlink(missing_ok=True)

@@ -429,7 +429,10 @@ def test_the_state_before_several_changes_to_a_snapshot_is_kept(system: System) 
     number = system.clone()
     copyright_file = "usr/share/doc/less/copyright"
     for directory in (system.root(number) / "etc", system.files.etc(number)):
-        with opened(system.root(number) if directory.name == "etc" else directory), (directory / "passwd").open("a") as passwd:
+        with (
+            opened(system.root(number) if directory.name == "etc" else directory),
+            (directory / "passwd").open("a") as passwd,
+        ):
             passwd.write("six:x:880:880::/:\nseven:x:880:880::/:\n")
     with opened(system.root(number)):
         (system.root(number) / copyright_file).unlink()
