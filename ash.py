@@ -1019,11 +1019,9 @@ def mark_variant(root: Path) -> None:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type, a union of types, `object` (any value), a function, a list or dict of shapes.
+    """Whether a value has a shape: a type, `object` (any value), a union of types, a predicate, a list or dict of shapes.
 
-    The key "*" of a dict is any key.
-
-    A key that ends in "?" may be missing; other keys may not, and those that are not in the shape do not matter.
+    The key "*" stands for any key. A key that ends in "?" may be missing; keys that are not in the shape are ignored.
     """
     if isinstance(shape, list):
         return isinstance(value, list) and all(has_shape(one, shape[0]) for one in value)
@@ -8009,7 +8007,8 @@ def cmd_refresh(system: System, request: Request) -> Plan:
 
 
 @command(
-    "fixdb", "fix", group=PACKAGES, usage="fixdb [N...]", help="repair the package database, renew the package manager's keyring",
+    "fixdb", "fix", group=PACKAGES, usage="fixdb [N...]",
+    help="repair the package database, renew the package manager's keyring",
     changes=True, numbers=MANY, several=True, require=System.require_changeable, answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_fixdb(system: System, request: Request) -> Plan:
@@ -8025,7 +8024,8 @@ def cmd_fixdb(system: System, request: Request) -> Plan:
 
 
 @command(
-    "whichsnap", "ws", group=PACKAGES, usage="whichsnap PKG...", help="list the snapshots that have all of these packages",
+    "whichsnap", "ws", group=PACKAGES, usage="whichsnap PKG...",
+    help="list the snapshots that have all of these packages",
     words="packages", options=[PACKAGE], answer={"snapshots": {"*": {"*": str}}},
 )  # fmt: skip
 def cmd_whichsnap(system: System, request: Request) -> Reply:
