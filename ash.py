@@ -1019,7 +1019,7 @@ def mark_variant(root: Path) -> None:
 
 
 def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value has a shape: a type, `object` (any value), a union of types, a predicate, a list or dict of shapes.
+    """Whether a value has a shape: type, `object` (any value), union of types, predicate, list or dict of shapes.
 
     The key "*" stands for any key. A key that ends in "?" may be missing; keys that are not in the shape are ignored.
     """
