@@ -772,6 +772,23 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
         sync_directory(path.parent)
 
 
+def replace_by_copy(source: Path, target: Path, token: str = "") -> None:
+    """Replace a path atomically by a copy of a file, or of a directory without its contents.
+
+    If both are directories, only the attributes are copied. `token` is that of replace().
+    """
+    if is_directory(source) and is_directory(target):
+        remove_tree(temporary_name(target, token))  # of an interrupted call
+        copy_directory_attributes(source, target)
+        return
+    with replace(target, token=token, directories=True) as new:
+        if is_directory(source):
+            new.mkdir(mode=0o700)
+            copy_directory_attributes(source, new)
+        else:
+            copy_file(source, new)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text from read_text() in place; AshError if the path is not a regular file."""
     about_to(f"write {path.name}")
@@ -3240,52 +3257,142 @@ def machine_chroot(
     return output
 
 
-def root_shell(root: Path) -> str:
-    """The login shell of a root's user root; /bin/sh if that is not installed."""
-    passwd = path_inside(root, "etc/passwd")
-    lines = passwd.read_text(errors="replace").splitlines() if passwd.is_file() else []
-    shell = next((line.rsplit(":", 1)[1] for line in lines if line.startswith("root:")), "")
-    return shell if shell and path_inside(root, shell).is_file() else "/bin/sh"
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Accounts: the same name has the same uid or gid in all snapshots
 # ---------------------------------------------------------------------------------------------------------------
 
 ID_FILES = ("passwd", "group", "subuid", "subgid")
-FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # as Debian, Arch and Fedora have it in login.defs
-SUBORDINATES = 65536  # how many subordinate numbers useradd gives a user
+FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # login.defs of Debian, Arch and Fedora
+SUBORDINATES = 65536  # the size of the range that useradd gives a user
 
 
-def read_ids(path: Path) -> dict[str, int]:
-    """Names and numbers of passwd, group, subuid or subgid."""
-    column = 1 if path.name.startswith("sub") else 2
-    found: dict[str, int] = {}
-    if path.is_symlink():  # an absolute one would lead to the file of the system that runs
+class AccountFile:
+    """A passwd, group, shadow, gshadow, subuid or subgid file, as rows of fields.
+
+    Lines that are no accounts, such as comments and NIS entries, are rows too, so that str() restores the text.
+
+    Args:
+        name: the file's name.
+        text: its content.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name = name
+        self.rows = [line.split(":") for line in lines_of(text)]
+        self.has_ranges = name in ("subuid", "subgid")
+        self.id_column = 1 if self.has_ranges else 2
+
+    @classmethod
+    def read(cls, path: Path) -> AccountFile:
+        """Read a file; a symlink counts as empty, as an absolute one leads to the file of the running system."""
+        return cls(path.name, "" if path.is_symlink() else read_text(path))
+
+    def __str__(self) -> str:
+        return "".join(f"{':'.join(row)}\n" for row in self.rows)
+
+    def id_of(self, row: Sequence[str]) -> int | None:
+        """The uid, gid or start of the range in a row; None if it has no valid one."""
+        return to_number(row[self.id_column]) if len(row) > self.id_column else None
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The id of each account, by name; an account's first row counts."""
+        found: dict[str, int] = {}
+        for row in self.rows:
+            number = self.id_of(row)
+            if number is not None:
+                found.setdefault(row[0], number)
         return found
-    for row in (line.split(":") for line in lines_of(read_text(path))):
-        number = to_number(row[column]) if len(row) > column else None
-        if number is not None:
-            found.setdefault(row[0], number)
-    return found
+
+    @property
+    def accounts(self) -> dict[str, list[str]]:
+        """The row of each account, by name; by the whole line where an account may have several ranges."""
+        return {":".join(row) if self.has_ranges else row[0]: row for row in self.rows}
+
+
+def root_shell(root: Path) -> str:
+    """The login shell of a root's root user; /bin/sh if that is not installed."""
+    rows = AccountFile.read(path_inside(root, "etc/passwd")).rows
+    shell = next((row[-1] for row in rows if row[0] == "root"), "")
+    return shell if shell and path_inside(root, shell).is_file() else "/bin/sh"
 
 
 def free_id(name: str, like: int, taken: Container[int]) -> int:
-    """A number of the same kind as another (system or human, or a range's start) that is not taken."""
+    """Find an id that is not taken, of the same kind as `like`: system or human, or the start of a range.
+
+    Raises:
+        AshError: there is none.
+    """
     if name in ("subuid", "subgid"):
         candidates = range(like, 1 << 31, SUBORDINATES)
     else:
         candidates = range(LAST_SYSTEM, 0, -1) if like < FIRST_HUMAN else range(FIRST_HUMAN, LAST_HUMAN + 1)
     number = next((n for n in candidates if n not in taken), None)
     if number is None:
-        raise AshError(f"all numbers for {name} are given", "take out names that nobody needs any more")
+        raise AshError(f"no free id is left for {name}", "delete accounts that are no longer used")
     return number
 
 
-class AccountIds:
-    """The names and numbers that were ever given, for each of ID_FILES.
+def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
+    """Map a file's uid and gid to new ones, except for those that `original` has too; keep its mode."""
+    now, was = path.lstat(), status_of(original) if original else None
+    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
+    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
+    if (user, group) == (-1, -1):
+        return
+    if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
+        os.chown(path, user, group, follow_symlinks=False)
+        return
+    with open_nofollow(path) as file:  # after fchown its new owner may put a symlink in its place
+        capabilities = None
+        with contextlib.suppress(OSError):
+            capabilities = os.getxattr(file, "security.capability")
+        os.fchown(file, user, group)
+        os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown clears setuid bits, and capabilities
+        if capabilities is not None:
+            os.setxattr(file, "security.capability", capabilities)
 
-    In subuid and subgid a name's number is where its range begins.
+
+class Renumbering(NamedTuple):
+    """New ids for accounts of a root."""
+
+    accounts: Mapping[str, Mapping[str, int]]  # for each of ID_FILES, the new ids by account
+    moves: Mapping[str, Mapping[int, int]]  # for each of ID_FILES, the new ids by old one: files follow
+    unchanged: Container[str] = ()  # the users who keep their primary group
+
+    def apply(self, root: Path, directories: Mapping[Path, Path | None]) -> None:
+        """Rewrite the account files of a root, and re-own files.
+
+        Args:
+            root: the root.
+            directories: whose files to re-own, each with its original: files that had the same owner there keep it.
+        """
+        users, groups = self.moves.get("passwd", {}), self.moves.get("group", {})
+        for name in ID_FILES:
+            file, wanted = AccountFile.read(root / "etc" / name), self.accounts.get(name, {})
+            before, ids = str(file), file.ids
+            for row in file.rows:
+                number = file.id_of(row)
+                if row[0] in wanted and number is not None and number == ids[row[0]]:
+                    row[file.id_column] = str(wanted[row[0]])
+                group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
+                if group is not None and group in groups and row[0] not in self.unchanged:
+                    row[3] = str(groups[group])
+            if str(file) != before:
+                write_text(root / "etc" / name, str(file))
+        done = set()
+        for directory, original in directories.items() if users or groups else ():
+            for inside in ("", *paths_below(directory)):
+                inode = inode_of(directory / inside)
+                if inode is not None and inode not in done:  # not deleted meanwhile, nor another link to the same file
+                    done.add(inode)
+                    chown_by_map(directory / inside, original / inside if original else None, users, groups)
+
+
+class AccountIds:
+    """The registry of ids ever given to an account, by name, for each of ID_FILES.
+
+    In subuid and subgid, an account's id is the start of its range.
     """
 
     def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
@@ -3293,35 +3400,36 @@ class AccountIds:
 
     @classmethod
     def load(cls, path: Path) -> AccountIds:
-        """The numbers as their file has them; none where there is no file."""
+        """Load the registry; empty if the file is missing."""
         if not path.exists():
             return cls()
         try:
             data = from_json(read_text(path), {f"{name}?": {"*": is_u32} for name in ID_FILES})
             return cls({name: data.get(name, {}) for name in ID_FILES})
         except ValueError:
-            raise AshError(f"the file of users' numbers {path} is damaged", "ash fsck --repair makes it anew") from None
+            raise AshError(
+                f"the registry of uids and gids {path} is damaged", "ash fsck --repair rebuilds it"
+            ) from None
 
     def dump(self) -> str:
-        """The numbers as their file has them."""
+        """The registry as its file has it."""
         return json.dumps(self.given) + "\n"
 
     def learn(self, etc: Path) -> None:
-        """Take note of the names in an /etc that are not known yet."""
+        """Record the accounts of an /etc that are not known yet."""
         for name in ID_FILES:
-            for account, number in read_ids(etc / name).items():
+            for account, number in AccountFile.read(etc / name).ids.items():
                 self.given[name].setdefault(account, number)
 
-    def reconcile(self, etc: Path) -> tuple[dict[str, dict[str, int]], dict[str, dict[int, int]]]:
-        """Find numbers for the names of an /etc that share one, or that have another one elsewhere, and note them.
+    def reconcile(self, etc: Path) -> Renumbering:
+        """Find and record ids for accounts of an /etc that share one, or that have another one elsewhere.
 
-        Returns:
-            for each file, the new numbers by name; and which old number becomes which, where it had one name only.
+        Files move along only where the old id belonged to one account.
         """
         wanted: dict[str, dict[str, int]] = {}
         moves: dict[str, dict[int, int]] = {}
         for name in ID_FILES:
-            there, given = read_ids(etc / name), self.given[name]
+            there, given = AccountFile.read(etc / name).ids, self.given[name]
             for number in sorted(set(there.values())):
                 accounts = [account for account, its in there.items() if its == number]
                 keeper = next((account for account in accounts if given.get(account, number) == number), None)
@@ -3332,23 +3440,23 @@ class AccountIds:
                     there[account] = given[account] = wanted.setdefault(name, {})[account] = new
                     if len(accounts) == 1:
                         moves.setdefault(name, {})[number] = new
-        return wanted, moves
+        return Renumbering(wanted, moves)
 
-    def settle(self, before: Path, after: Path) -> dict[str, dict[int, int]]:
-        """Find the numbers for names that are new or changed in an /etc, and take note of them.
+    def settle(self, before: Path, after: Path) -> Renumbering:
+        """Find and record ids for accounts that a transaction created or changed.
 
         Args:
-            before, after: the /etc that a transaction started with, and what it made of it.
-
-        Returns:
-            for each file, which numbers are to become which.
+            before, after: /etc at the start of the transaction, and now.
         """
+        wanted: dict[str, dict[str, int]] = {}
         moves: dict[str, dict[int, int]] = {}
+        unchanged = set()
         for name in ID_FILES:
-            old, new = read_ids(before / name), read_ids(after / name)
+            old, new = AccountFile.read(before / name).ids, AccountFile.read(after / name).ids
             given = self.given[name]
+            unchanged |= {user for user, uid in new.items() if old.get(user) == uid} if name == "passwd" else set()
             for account, number in new.items():
-                shared = list(new.values()).count(number) > 1  # on purpose: no tool gives a number twice by itself
+                shared = list(new.values()).count(number) > 1  # on purpose: no tool gives an id twice by itself
                 if old.get(account) == number or shared:
                     given.setdefault(account, number)
                     continue
@@ -3356,94 +3464,8 @@ class AccountIds:
                     taken = {*given.values(), *(n for other, n in new.items() if other != account)}
                     given[account] = number if number not in given.values() else free_id(name, number, taken)
                 if given[account] != number:
-                    moves.setdefault(name, {})[number] = given[account]
-        return moves
-
-
-def chown_by_map(path: Path, original: Path, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
-    """Change a file's owner and group by a map of numbers, unless it had that owner before."""
-    now = path.lstat()
-    was = original.lstat() if os.path.lexists(original) else None
-    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
-    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
-    if (user, group) == (-1, -1):
-        return
-    if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
-        os.chown(path, user, group, follow_symlinks=False)
-        return
-    with open_nofollow(path) as file:  # once it is its new owner's, that one can put a link in its place
-        capabilities = None
-        with contextlib.suppress(OSError):
-            capabilities = os.getxattr(file, "security.capability")
-        os.fchown(file, user, group)
-        os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown takes the setuid bit, and capabilities, away
-        if capabilities is not None:
-            os.setxattr(file, "security.capability", capabilities)
-
-
-def assign_ids(root: Path, wanted: Mapping[str, Mapping[str, int]], moves: Mapping[str, Mapping[int, int]]) -> None:
-    """Give accounts of a root other numbers.
-
-    Args:
-        root: the root.
-        wanted: for each of ID_FILES, the new numbers by name.
-        moves: the old numbers that become new ones, where no other account has the old one: files go along.
-    """
-    users, groups = moves.get("passwd", {}), moves.get("group", {})
-    for name in ID_FILES:
-        path, column = root / "etc" / name, 1 if name.startswith("sub") else 2
-        if path.is_symlink():  # an absolute one would lead to the file of the system that runs
-            continue
-        text = read_text(path)
-        rows = [line.split(":") for line in lines_of(text)]
-        for row in rows:
-            if row[0] in wanted.get(name, {}):
-                row[column] = str(wanted[name][row[0]])
-            group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
-            if group is not None and group in groups:
-                row[3] = str(groups[group])
-        renewed = "".join(f"{':'.join(row)}\n" for row in rows)
-        if renewed != text:
-            write_text(path, renewed)
-    for inside in paths_below(root) if users or groups else ():
-        chown_by_map(root / inside, root / "nothing", users, groups)
-
-
-def change_ids(
-    root: Path, moves: Mapping[str, Mapping[int, int]], before: Path, directories: Mapping[Path, Path]
-) -> None:
-    """Give accounts of a root their settled numbers, and their files with them.
-
-    Args:
-        root: the root; its passwd and kin are rewritten.
-        moves: which numbers become which, as Numbers.settle() says.
-        before: the /etc that the transaction started with: accounts that it had keep theirs.
-        directories: where files of these accounts may be, each with what was there before: those keep their owners.
-    """
-    users, groups = moves.get("passwd", {}), moves.get("group", {})
-    for name in ID_FILES:
-        path = root / "etc" / name
-        if not path.is_file() or path.is_symlink():
-            continue
-        old = read_ids(before / name)
-        lines = []
-        for line in lines_of(read_text(path)):
-            row, column = line.split(":"), 1 if name.startswith("sub") else 2
-            number = to_number(row[column]) if len(row) > column else None
-            if number is not None and old.get(row[0]) != number:
-                row[column] = str(moves.get(name, {}).get(number, row[column]))
-                group = to_number(row[3]) if name == "passwd" and len(row) > 3 else None
-                if group is not None:
-                    row[3] = str(groups.get(group, row[3]))
-            lines.append(":".join(row))
-        write_text(path, "".join(f"{text}\n" for text in lines))
-    done = set()
-    for directory, original in directories.items():
-        for path in [directory, *(directory / inside for inside in paths_below(directory))]:
-            inode = inode_of(path)
-            if inode is not None and inode not in done:  # it may have several names; in /home, it may have gone
-                chown_by_map(path, original / path.relative_to(directory), users, groups)
-                done.add(inode)
+                    wanted.setdefault(name, {})[account] = moves.setdefault(name, {})[number] = given[account]
+        return Renumbering(wanted, moves, unchanged)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3645,8 +3667,7 @@ class VarMerge:
         if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > status.st_mtime_ns:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replace(target, token=self.token, directories=True) as new:
-            copy_file(changed, new)
+        replace_by_copy(changed, target, self.token)
 
     @staticmethod
     def _place_directory(changed: Path, target: Path) -> None:
@@ -4298,18 +4319,18 @@ class Transaction:
             return
         with self.system.lock("state"):
             numbers = AccountIds.load(self.layout.ids)
-            moves = numbers.settle(before, self.root / "etc")
+            renumbering = numbers.settle(before, self.root / "etc")
             write_file(self.layout.ids, numbers.dump())
-        if moves:
-            directories = {self.root: self.original, self.place.upper: self.var}
-            directories |= dict.fromkeys(self._new_homes(before), self.root / "nothing")
+        if renumbering.accounts:
+            directories: dict[Path, Path | None] = {self.root: self.original, self.place.upper: self.var}
+            directories |= dict.fromkeys(self._new_homes(before))
             with nosymfollow(self.layout.home):
-                change_ids(self.root, moves, before, directories)
+                renumbering.apply(self.root, directories)
 
     def _new_homes(self, before: Path) -> list[Path]:
         """Home directories that the transaction has made in the shared /home, with their accounts."""
-        known = read_ids(before / "passwd")
-        rows = [line.split(":") for line in lines_of(read_text(self.root / "etc/passwd"))]
+        known = AccountFile.read(before / "passwd").ids
+        rows = AccountFile.read(self.root / "etc/passwd").rows
         names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
         there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
         return [self.layout.home / name for name in sorted(names & there) if is_directory(self.layout.home / name)]
@@ -4448,29 +4469,30 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
 # The merge of /etc: three-way
 # ---------------------------------------------------------------------------------------------------------------
 
-# What programs make anew by themselves, or keep beside what they edit.
+# Files that programs regenerate, or keep as backups of what they edit.
 NOT_DRIFT = r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-"
-# The machine's own, whatever snapshot it runs.
+# Files that belong to the machine, whichever snapshot it runs.
 IDENTITY = r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?"
-# A line for each name; the columns are merged one by one, those with lists of members by member.
+# These are merged by account and field, and fields that list members by member.
 ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "subgid"})
 MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
+MOST_PARENTS = 100  # of a path in /etc that is carried over: more than any program creates
 
 
 def etc_state(etc: Path) -> str:
-    """A digest of an /etc that changes when anything in it does."""
+    """A digest of an /etc that changes with anything in it."""
     import hashlib
 
     return hashlib.sha256(repr(change_token(etc)).encode(errors="replace")).hexdigest()
 
 
 def etc_drift(base: Path, running: Path) -> dict[str, str]:
-    """What was changed in a running /etc: "added", "removed" or "changed" for each path, parents first."""
+    """The changes made to a running /etc: "added", "removed" or "changed" by path, parents first."""
     drift = {}
     for path in sorted(paths_below(base) | paths_below(running)):
         if re.fullmatch(NOT_DRIFT, path):
             continue
-        with contextlib.suppress(PermissionError):  # what cannot be read, and has another time, has changed
+        with contextlib.suppress(PermissionError):  # not readable and of another mtime: counts as changed
             if is_same(base / path, running / path) or is_special(running / path):
                 continue
         before, now = os.path.lexists(base / path), os.path.lexists(running / path)
@@ -4478,18 +4500,24 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     return drift
 
 
-def number_is_taken(line: str, others: Iterable[str]) -> bool:
-    """Whether a line of passwd or group has a number that another line has too."""
-    return line.split(":")[2:3] in [other.split(":")[2:3] for other in others]
+def is_too_deep(path: str) -> bool:
+    """Whether a path in /etc is too deep to carry: the owner of a directory could keep root busy without end."""
+    return path.count("/") >= MOST_PARENTS or len(os.fsencode(path)) > DEEPEST
 
 
-def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | None:
-    """Merge a line of three columns by column; None where both changed the same one."""
-    rows = [line.split(":") for line in (was, now, theirs)]
-    if len({len(row) for row in rows}) != 1:
+def merge_row(
+    was: Sequence[str], now: Sequence[str], theirs: Sequence[str], members: Container[int]
+) -> list[str] | None:
+    """Merge an account's three rows field by field; None if both sides changed the same field.
+
+    Args:
+        was, now, theirs: the row in the base, in the running /etc, in the target.
+        members: the columns that are lists of names, merged name by name.
+    """
+    if len({len(row) for row in (was, now, theirs)}) != 1:
         return None
     merged = []
-    for column, (a, b, c) in enumerate(zip(*rows, strict=True)):
+    for column, (a, b, c) in enumerate(zip(was, now, theirs, strict=True)):
         if column in members:
             before, live, own = (dict.fromkeys(filter(None, text.split(","))) for text in (a, b, c))
             kept = [name for name in own if name not in before or name in live]
@@ -4498,21 +4526,21 @@ def merge_columns(was: str, now: str, theirs: str, members: set[int]) -> str | N
             return None
         else:
             merged.append(b if b != a else c)
-    return ":".join(merged)
+    return merged
 
 
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
-    """Merge passwd or one of its kin by the names in it.
+    """Merge one of ACCOUNT_FILES account by account.
 
     Args:
-        name: the file's name, one of ACCOUNT_FILES.
-        base, running, own: what the deployment started with, what it has now, what the new one has.
+        name: the file's name.
+        base, running, own: its text at the start of the running deployment, now, and in the target.
 
     Returns:
-        the new text, and the names of which both sides changed the same.
+        the merged text, and the accounts in conflict, which stay as in the target.
     """
-    separator = "\n" if name in ("subuid", "subgid") else ":"  # a user may have several ranges: each is for itself
-    old, live, new = ({line.partition(separator)[0]: line for line in lines_of(text)} for text in (base, running, own))
+    result = AccountFile(name, own)
+    old, live, new = AccountFile(name, base).accounts, AccountFile(name, running).accounts, result.accounts
     conflicts = []
     for account in dict.fromkeys([*old, *live]):
         was, now, theirs = old.get(account), live.get(account), new.get(account)
@@ -4521,33 +4549,32 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
         if theirs == was:
             if now is None:
                 del new[account]
-            elif was is None and name in ("passwd", "group") and number_is_taken(now, new.values()):
-                conflicts.append(account)
+            elif was is None and name in ("passwd", "group") and now[2:3] in [row[2:3] for row in new.values()]:
+                conflicts.append(account)  # its id belongs to another account
             else:
                 new[account] = now
         elif was is None or now is None or theirs is None:
             conflicts.append(account)
         else:
-            merged = merge_columns(was, now, theirs, MEMBER_COLUMNS.get(name, set()))
+            merged = merge_row(was, now, theirs, MEMBER_COLUMNS.get(name, ()))
             conflicts += [account] if merged is None else []
             new[account] = merged or theirs
-    return "".join(f"{text}\n" for text in new.values()), conflicts
+    result.rows = list(new.values())
+    return str(result), conflicts
 
 
 class EtcMerge:
-    """Carries what was changed in a running /etc over into another one.
+    """Carries changes made to a running /etc over into another one.
 
     Args:
         base: the /etc that the running deployment started with.
-        running: its /etc as it is now.
-        target: the /etc to be changed, which still has its own.
-        conflicts: where the running version of a file goes that both sides changed.
-        own_fstab: makes the target's fstab from the lines of another.
-        identity: whether the machine's id and host keys are carried too.
-        keeps: whether anything is put into the conflicts directory.
+        running: its /etc now.
+        target: the /etc to carry the changes into.
+        conflicts: the directory for running versions of files that both sides changed.
+        own_fstab: renders the target's fstab with the user's lines of the given text.
+        identity: whether to carry the machine id and the host keys too.
+        keep_conflicts: whether to write anything to `conflicts`.
     """
-
-    DEPTH: ClassVar = 100  # of directories in directories, more than any program makes
 
     def __init__(
         self,
@@ -4558,7 +4585,7 @@ class EtcMerge:
         own_fstab: Callable[[str], str],
         *,
         identity: bool = True,
-        keeps: bool = True,
+        keep_conflicts: bool = True,
     ) -> None:
         self.base = base
         self.running = running
@@ -4566,18 +4593,18 @@ class EtcMerge:
         self.conflicts = conflicts
         self.own_fstab = own_fstab
         self.identity = identity
-        self.keeps = keeps
+        self.keep_conflicts = keep_conflicts
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
 
     def merge(self, fresh: bool = False) -> None:
-        """Carry it all over; with `fresh` only the machine's identity, and the rest into the conflicts directory."""
-        drift = self._near(etc_drift(self.base, self.running))
+        """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
+        drift = self._without_deep_paths(etc_drift(self.base, self.running))
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
             elif fresh:
-                self._keep_aside(path)
+                self._set_aside(path)
             else:
                 self._carry(path)
         for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
@@ -4586,34 +4613,29 @@ class EtcMerge:
             for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
                 self._carry_identity(path)
 
-    def _near(self, drift: Mapping[str, str]) -> dict[str, str]:
-        """The drift without what lies too deep: whoever owns a directory in /etc could hold up root with that."""
-        far = set(filter(self.is_far, drift))
-        self.in_conflict += [path for path in drift if path in far and path.rpartition("/")[0] not in far]
-        return {path: kind for path, kind in drift.items() if path not in far}
-
-    @classmethod
-    def is_far(cls, path: str) -> bool:
-        """Whether a path lies too deep to be carried."""
-        return path.count("/") >= cls.DEPTH or len(os.fsencode(path)) > DEEPEST
+    def _without_deep_paths(self, drift: Mapping[str, str]) -> dict[str, str]:
+        """Leave out paths that are too deep, and record the topmost ones as conflicts."""
+        deep = set(filter(is_too_deep, drift))
+        self.in_conflict += [path for path in drift if path in deep and path.rpartition("/")[0] not in deep]
+        return {path: kind for path, kind in drift.items() if path not in deep}
 
     def _carry(self, path: str) -> None:
         own, now, was = self.target / path, self.running / path, self.base / path
-        plain = has_real_parents(self.target, path)
+        reachable = has_real_parents(self.target, path)
         if path == "fstab" and not any(one.is_symlink() for one in (own, now, was)):
             self._carry_fstab(own, now, was)
-        elif plain and is_same(own, now):
+        elif reachable and is_same(own, now):
             pass
-        elif plain and is_same(own, was) and not self._hides_something_new(path):
-            self.place(now, own)
+        elif reachable and is_same(own, was) and not self._would_hide_changes(path):
+            replace_by_copy(now, own)
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
         elif not (is_directory(now) and is_directory(own)):
-            self._keep_aside(path)
+            self._set_aside(path)
 
-    def _hides_something_new(self, path: str) -> bool:
-        """Whether the target has a directory, with something of its own in it, where the running /etc has none."""
+    def _would_hide_changes(self, path: str) -> bool:
+        """Whether a directory that the running /etc replaced by something else has changes of the target in it."""
         own, now = self.target / path, self.running / path
         return is_directory(own) and not is_directory(now) and bool(first_difference(own, self.base / path))
 
@@ -4627,7 +4649,7 @@ class EtcMerge:
             rewrite(own, self.own_fstab(texts[1]) + "".join(mutable))
             self.carried.append("fstab")
         else:
-            self._keep_aside("fstab")
+            self._set_aside("fstab")
 
     def _carry_accounts(self, path: str) -> None:
         was, now, own = (read_text(directory / path) for directory in (self.base, self.running, self.target))
@@ -4636,7 +4658,7 @@ class EtcMerge:
             rewrite(self.target / path, merged)
             self.carried.append(path)
         if conflicts:
-            self._keep_aside(path)
+            self._set_aside(path)
 
     def _carry_removal(self, path: str) -> None:
         own = self.target / path
@@ -4657,40 +4679,26 @@ class EtcMerge:
             if not os.path.lexists(own.parent):
                 own.parent.mkdir()
             if has_real_parents(self.target, path):
-                self.place(self.running / path, own)
+                replace_by_copy(self.running / path, own)
 
-    def _keep_aside(self, path: str) -> None:
-        """Put the running version into the conflicts directory."""
+    def _set_aside(self, path: str) -> None:
+        """Record a conflict, and copy the running version to the conflicts directory."""
         now = self.running / path
         self.in_conflict.append(path)
-        if self.keeps and not is_directory(now):
+        if self.keep_conflicts and not is_directory(now):
             make_private_directory(self.conflicts)
             aside = self.conflicts / "etc" / path
             aside.parent.mkdir(parents=True, exist_ok=True)
             copy_file(now, aside)
 
-    @staticmethod
-    def place(source: Path, target: Path) -> None:
-        """Replace a file, or create a directory or copy its attributes, without what is in it."""
-        if is_directory(source) and is_directory(target):
-            remove_tree(temporary_name(target))  # of an interrupted call
-            copy_directory_attributes(source, target)
-            return
-        with replace(target, directories=True) as new:
-            if is_directory(source):
-                new.mkdir(mode=0o700)
-                copy_directory_attributes(source, new)
-            else:
-                copy_file(source, new)
-
 
 def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
-    """Make paths of a root what they are in another one, each file in one step; done again it changes nothing."""
-    there = {path: has_real_parents(source, path) and os.path.lexists(source / path) for path in paths}
-    for path in sorted(path for path, is_there in there.items() if is_there):
+    """Make paths of a root what they are in another, each file atomically; safe to repeat after an interruption."""
+    exists = {path: has_real_parents(source, path) and os.path.lexists(source / path) for path in paths}
+    for path in sorted(path for path in exists if exists[path]):
         if has_real_parents(target, path) and not is_special(source / path):
-            EtcMerge.place(source / path, target / path)
-    for path in sorted((path for path, is_there in there.items() if not is_there), reverse=True):
+            replace_by_copy(source / path, target / path)
+    for path in sorted((path for path in exists if not exists[path]), reverse=True):
         if not has_real_parents(target, path):
             continue
         remove_tree(temporary_name(target / path))
@@ -5147,10 +5155,10 @@ class Deployments:
         snapshot_subvolume(layout.etc(slot), new)
         with nosymfollow(new):
             for path, kind in etc_drift(layout.etc(slot), saved).items():
-                if path in but or EtcMerge.is_far(path) or not has_real_parents(new, path):
+                if path in but or is_too_deep(path) or not has_real_parents(new, path):
                     continue
                 if kind != "removed":
-                    EtcMerge.place(saved / path, new / path)
+                    replace_by_copy(saved / path, new / path)
                 else:
                     remove_tree(new / path)
         set_readonly(new)
@@ -5882,7 +5890,7 @@ class LiveWorkDir(WorkDir):
         merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
         with nosymfollow(root), nosymfollow(beside):
             apply_paths(self.paths(), new, root)
-            merge(target=beside, keeps=False).merge()  # the drift base, so that this change is not drift
+            merge(target=beside, keep_conflicts=False).merge()  # the drift base, so that this change is not drift
             running = merge(target=root / "etc")
             running.merge()
         set_readonly(beside)
@@ -8509,7 +8517,7 @@ class ParentSync:
             own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
             if is_new and not own_business and has_real_parents(ours, path) and not self._dangles(work.root, path):
-                EtcMerge.place(theirs / path, ours / path)
+                replace_by_copy(theirs / path, ours / path)
 
     def _dangles(self, root: Path, path: str) -> bool:
         """Whether a path of the parent's /etc is a link to what the parent has, and another root has not."""
@@ -8785,9 +8793,9 @@ class Repairer:
         with self._changing(number) as work:
             with self.system.lock("state"):
                 ids = AccountIds.load(self.layout.ids)
-                wanted, moves = ids.reconcile(work.root / "etc")
+                renumbering = ids.reconcile(work.root / "etc")
                 write_file(self.layout.ids, ids.dump())
-            assign_ids(work.root, wanted, moves)
+            renumbering.apply(work.root, {work.root: None})
 
     @contextmanager
     def _changing(self, number: int) -> Iterator[Transaction]:
@@ -9184,7 +9192,8 @@ class Fsck:
             return
         remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
         for number, name in itertools.product(numbers, ID_FILES):
-            for what in self._id_clashes(name, read_ids(self.layout.rootfs(number) / "etc" / name), known[name]):
+            ids = AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids
+            for what in self._id_clashes(name, ids, known[name]):
                 yield Problem(what, number, remedy, partial(self.repairer.reassign_ids, number))
 
     @staticmethod

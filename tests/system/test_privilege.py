@@ -381,7 +381,7 @@ def test_accounts_that_get_other_numbers_are_those_of_the_snapshot(tmp_path: Pat
     (tmp_path / "host").write_text(line)
     (tmp_path / "root/etc").mkdir(parents=True)
     (tmp_path / "root/etc" / name).symlink_to(tmp_path / "host")
-    ash.assign_ids(tmp_path / "root", {name: {"ada": 1001}}, {})
+    ash.Renumbering({name: {"ada": 1001}}, {}).apply(tmp_path / "root", {})
     assert (tmp_path / "host").read_text() == line
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ash
-from ash import ACCOUNT_FILES, EtcMerge, etc_drift, merge_accounts, merge_columns
+from ash import ACCOUNT_FILES, EtcMerge, etc_drift, merge_accounts, merge_row
 
 pytestmark = pytest.mark.budget(20)
 
@@ -132,7 +132,7 @@ def test_all_ranges_of_a_user_are_kept() -> None:
 
 
 def test_lines_of_another_shape_are_not_mixed() -> None:
-    assert merge_columns("a:b:c", "a:x:c:d", "a:b:y", set()) is None
+    assert merge_row(["a", "b", "c"], ["a", "x", "c", "d"], ["a", "b", "y"], ()) is None
 
 
 # Files

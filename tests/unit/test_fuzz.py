@@ -456,7 +456,7 @@ ACCOUNTS = st.lists(
 def test_accounts(text: str, tmp_path: Path) -> None:
     for name in ash.ID_FILES:
         ash.write_text(tmp_path / name, text)
-        assert all(0 <= number < 2**32 for number in ash.read_ids(tmp_path / name).values())
+        assert all(0 <= number < 2**32 for number in ash.AccountFile.read(tmp_path / name).ids.values())
     numbers = AccountIds()
     either(lambda: numbers.settle(tmp_path / "none", tmp_path))
 
@@ -468,7 +468,7 @@ def test_only_a_line_feed_ends_a_line(separator: str, tmp_path: Path) -> None:
     merged, conflicts = merge_accounts("passwd", "", f"{line}\n", "root:x:0:0::/root:/bin/sh\n")
     assert (merged.split("\n")[1:], conflicts) == ([line, ""], [])
     ash.write_text(tmp_path / "passwd", f"{line}\n")
-    assert ash.read_ids(tmp_path / "passwd") == {"eve": 1001}
+    assert ash.AccountFile.read(tmp_path / "passwd").ids == {"eve": 1001}
     assert ash.fstab_of_user(f"# a{separator}/dev/sdz / ext4") == [f"# a{separator}/dev/sdz / ext4"]
 
 

@@ -177,6 +177,71 @@ def test_what_a_crash_left_beside_it_does_no_harm(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
+def test_what_an_interrupted_replacement_left_is_deleted(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old\n")
+    with pytest.raises(FileNotFoundError), ash.replace(target, token="x") as new:
+        shutil.copytree(tmp_path / "nowhere", new)
+    (tmp_path / ".ash-new-x").mkdir()
+    assert target.read_text() == "old\n"
+    with ash.replace(target, token="x") as new:
+        new.write_text("new\n")
+    assert (target.read_text(), os.listdir(tmp_path)) == ("new\n", ["file"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("file", "directory"), ("directory", "file"), ("directory", "directory")])
+def test_a_directory_is_only_replaced_on_request(tmp_path: Path, old: str, new: str) -> None:
+    def make(path: Path, kind: str) -> None:
+        if kind == "file":
+            path.touch()
+        else:
+            path.mkdir()
+            (path / kind).touch()
+
+    make(tmp_path / "x", old)
+    with pytest.raises(OSError), ash.replace(tmp_path / "x") as beside:  # noqa: PT011
+        make(beside, new)
+    with ash.replace(tmp_path / "x", directories=True) as beside:
+        make(beside, new)
+        (beside if new == "file" else beside / "new").write_text("new")
+    assert ((tmp_path / "x").is_dir(), os.listdir(tmp_path)) == (new == "directory", ["x"])
+    assert (tmp_path / "x" if new == "file" else tmp_path / "x/new").read_text() == "new"
+
+
+# Comparing, walking
+
+
+def test_extended_attributes_are_compared_on_request(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.write_text("x")
+    assert ash.is_same(one, other, xattrs=True)
+    os.setxattr(other, "user.note", b"n")
+    assert ash.is_same(one, other)
+    assert not ash.is_same(one, other, xattrs=True)
+
+
+def test_an_equal_mtime_stands_for_equal_content_unless_told_otherwise(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path, text in ((one, "1"), (other, "2")):
+        path.write_text(text)
+        os.utime(path, (1, 1))
+    assert ash.is_same(one, other)
+    assert not ash.is_same(one, other, trust_mtime=False)
+
+
+def test_directories_are_walked_in_parallel_and_symlinks_are_not_followed(tmp_path: Path) -> None:
+    for path in ("a/skip/deep", "a/sub/deep", "b"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "a/link").symlink_to("sub")
+    seen = []
+    for (one, other), names in ash.walk(tmp_path / "a", tmp_path / "b"):
+        assert one.relative_to(tmp_path / "a") == other.relative_to(tmp_path / "b")
+        seen.append(str(one.relative_to(tmp_path)))
+        names[:] = [name for name in names if name != "skip"]
+    assert sorted(seen) == ["a", "a/link", "a/sub", "a/sub/deep"]
+
+
 # Locks
 
 

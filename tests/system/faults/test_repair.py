@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ash import read_ids
+from ash import AccountFile
 from tests.support import FAILED, make_deb, program
 from tests.system.disk_system import System
 
@@ -403,7 +403,7 @@ def test_two_users_with_one_uid_get_two(system: System) -> None:
         with opened(top), (directory / "passwd").open("a") as passwd:
             passwd.write("four:x:860:860::/:\n")
     repairs(system, "four and three share the id 860 in passwd", number)
-    users = read_ids(system.root(number) / "etc/passwd")
+    users = AccountFile.read(system.root(number) / "etc/passwd").ids
     assert users["three"] == 860
     assert users["four"] != 860
     assert (system.root(number) / "usr/of-three").stat().st_uid == 860
@@ -418,7 +418,7 @@ def test_a_user_with_a_different_uid_elsewhere_gets_that_and_its_files_too(syste
     known["passwd"]["five"] = 871
     ids.write_text(json.dumps(known))
     repairs(system, "five has the id 870 in passwd, but 871 elsewhere", number)
-    assert read_ids(system.root(number) / "etc/passwd")["five"] == 871
+    assert AccountFile.read(system.root(number) / "etc/passwd").ids["five"] == 871
     assert (system.root(number) / "usr/of-five").stat().st_uid == 871
     system.ash("undo", number)
     assert (system.root(number) / "usr/of-five").stat().st_uid == 870

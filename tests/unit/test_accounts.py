@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The numbers of users and groups: a name keeps its own everywhere, and none gets another's."""
+"""Accounts: a name has the same uid or gid in all snapshots, and no two names share one."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash import ID_FILES, AccountIds, AshError, change_ids, free_id, read_ids
+from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, free_id
 
 pytestmark = pytest.mark.budget(15)
 
@@ -31,12 +31,11 @@ def passwd(accounts: dict[str, int]) -> str:
 def settled(
     given_before: dict[str, int], before: dict[str, int], after: dict[str, int], directory: Path
 ) -> tuple[AccountIds, dict[int, int]]:
-    numbers = AccountIds()
-    numbers.given["passwd"].update(given_before)
+    ids = AccountIds()
+    ids.given["passwd"].update(given_before)
     old = etc_with(directory / "before", passwd=passwd(before))
     new = etc_with(directory / "after", passwd=passwd(after))
-    moves = numbers.settle(old, new)
-    return numbers, moves.get("passwd", {})
+    return ids, dict(ids.settle(old, new).moves.get("passwd", {}))
 
 
 def test_a_new_name_keeps_a_number_that_was_never_given(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_after_any_sequence_no_two_names_share_a_number(
             etc_with(directory / f"{step}o", passwd=""),
             etc_with(directory / f"{step}n", passwd=passwd(accounts)),
         )
-        moves = numbers.settle(old, new).get("passwd", {})
+        moves = numbers.settle(old, new).moves.get("passwd", {})
         for name, number in accounts.items():
             settled_number = moves.get(number, number)
             assert seen.setdefault(name, settled_number) == settled_number, f"{name} has another number than before"
@@ -120,11 +119,26 @@ def test_where_no_number_is_left_it_is_an_error_of_ash() -> None:
         free_id("passwd", 100, set(range(1, 1000)))
 
 
-def test_lines_that_are_no_accounts_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_are_not_accounts_are_skipped_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "passwd"
-    path.write_bytes(b"# comment\n\n+::::::\nroot:x:0:0::/:\nbroken:x\nno:x:number:1::/:\nlat\xe9n:x:7:7::/:\n")
-    assert list(read_ids(path).values()) == [0, 7]
-    assert read_ids(tmp_path / "nowhere") == {}
+    text = b"# comment\n\n+::::::\nroot:x:0:0::/:\nbroken:x\nno:x:number:1::/:\nlat\xe9n:x:7:7::/:\n"
+    path.write_bytes(text)
+    file = AccountFile.read(path)
+    assert list(file.ids.values()) == [0, 7]
+    assert str(file).encode(errors="surrogateescape") == text
+    assert AccountFile.read(tmp_path / "nowhere").ids == {}
+
+
+def test_a_symlink_counts_as_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "host").write_text("ada:x:1000:1000::/:\n")
+    (tmp_path / "passwd").symlink_to("host")
+    assert AccountFile.read(tmp_path / "passwd").rows == []
+
+
+def test_the_first_range_of_an_account_is_its_id() -> None:
+    file = AccountFile("subuid", "ada:100000:65536\nada:300000:65536\n")
+    assert file.ids == {"ada": 100000}
+    assert list(file.accounts) == ["ada:100000:65536", "ada:300000:65536"]
 
 
 def test_the_file_reads_as_it_was_written_and_damage_is_an_error(tmp_path: Path) -> None:
@@ -160,12 +174,13 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-MOVES = {"passwd": {100: 999}, "group": {100: 998}, "subuid": {100000: 165536}}
+IDS = {"passwd": {"new": 999}, "group": {"new": 998}, "subuid": {"new": 165536}}
+NEW = Renumbering(IDS, {"passwd": {100: 999}, "group": {100: 998}, "subuid": {100000: 165536}}, {"root", "old"})
 
 
 @needs_root
 def test_the_lines_of_new_accounts_get_their_numbers_and_others_keep_theirs(root: Path) -> None:
-    change_ids(root, MOVES, root.parent / "before/etc", {})
+    NEW.apply(root, {})
     assert (root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\nnew:x:999:998::/:\n"
     assert (root / "etc/group").read_text() == "root:x:0:\nold:x:100:\nnew:x:998:ada\n"
     assert (root / "etc/subuid").read_text() == "ada:100000:65536\nnew:165536:65536\n"
@@ -185,7 +200,7 @@ def test_files_of_new_accounts_go_along_and_files_of_old_ones_stay(root: Path) -
     (root / "usr/new/link").symlink_to("/nowhere")
     for path in (root / "usr/new", root / "usr/new/link"):
         os.chown(path, 100, 100, follow_symlinks=False)
-    change_ids(root, MOVES, before / "etc", {root: before})
+    NEW.apply(root, {root: before})
     owners = {str(p.relative_to(root / "usr")): (p.lstat().st_uid, p.lstat().st_gid) for p in (root / "usr").rglob("*")}
     assert owners == {"old": (100, 100), "given-away": (999, 0), "new": (999, 998), "new/link": (999, 998)}
 
@@ -204,7 +219,7 @@ def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
     directory.mkdir()
     os.chown(directory, 100, 100)
     directory.chmod(0o3775)
-    change_ids(root, MOVES, root.parent / "before/etc", {root: root.parent / "before"})
+    NEW.apply(root, {root: root.parent / "before"})
     status = program.stat()
     assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (999, 998, 0o6755)
     assert os.getxattr(program, "security.capability") == capability
@@ -216,18 +231,17 @@ def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
 def test_a_file_with_two_names_moves_once(root: Path) -> None:
     """Numbers that change places: a file that is met twice would get its old owner back."""
     etc_with(root / "etc", passwd="a:x:101:101::/:\nb:x:100:100::/:\n", group="", subuid="")
-    etc_with(root.parent / "before/etc", passwd="", group="", subuid="")
     (root / "one").touch()
     os.chown(root / "one", 100, 0)
     os.link(root / "one", root / "two")
-    change_ids(root, {"passwd": {100: 101, 101: 100}}, root.parent / "before/etc", {root: root.parent / "before"})
+    Renumbering({}, {"passwd": {100: 101, 101: 100}}).apply(root, {root: None})
     assert (root / "one").stat().st_uid == 101
 
 
 @needs_root
 def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
     (root / "etc/passwd").write_bytes(b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:100:100::/:\n")
-    change_ids(root, MOVES, root.parent / "before/etc", {})
+    NEW.apply(root, {})
     assert (root / "etc/passwd").read_bytes() == b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:999:998::/:\n"
 
 
@@ -235,6 +249,6 @@ def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
 def test_modes_of_passwd_and_its_kin_stay(root: Path) -> None:
     (root / "etc/passwd").chmod(0o640)
     os.chown(root / "etc/passwd", 0, 42)
-    change_ids(root, MOVES, root.parent / "before/etc", {})
+    NEW.apply(root, {})
     status = (root / "etc/passwd").stat()
     assert (status.st_gid, status.st_mode & 0o777) == (42, 0o640)
