@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import ash
 from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, REFUSED, RUN_WITH_HOOKS, USAGE, make_deb, program, wait_until
 from tests.system.disk_system import Machine, System, everything_below, names_below
@@ -304,19 +303,6 @@ def half_put(machine: Machine, number: int, package: Path, step: str = "") -> No
     options = {"booted": machine.slot, "kill": step or f"exchange etc-new-{machine.slot}"}
     killed = machine.system.with_hooks(options, "install", number, str(package), "--live")
     assert killed.returncode == -signal.SIGKILL, killed
-
-
-def test_sockets_are_started_before_services(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
-    monkeypatch.setattr(ash, "run", lambda *_, **__: None)
-    monkeypatch.setattr(ash.Systemd, "is_running", lambda _: True)
-    monkeypatch.setattr(ash.Systemd, "is_active", lambda _, unit: unit.endswith(".target"))
-    monkeypatch.setattr(ash.Systemd, "start", lambda _, unit: started.append(unit))
-    units = ("a.service", "b.service", "b.socket", "c.timer")
-    ash.Services(ash.LiveResult(), running=True).start(
-        {f"etc/systemd/system/x.target.wants/{u}": "added" for u in units}
-    )
-    assert started == ["b.socket", "a.service", "b.service", "c.timer"]
 
 
 # Replaces the start of services, which must not happen on this machine.
