@@ -127,7 +127,7 @@ class DebianInstaller(DistroInstaller):
 
 def _try_repository(source: Source) -> Source:
     """The source with its code name; raises AshError if a bootstrap from it would fail."""
-    with tempfile.TemporaryDirectory(prefix="ash-archive-") as directory:
+    with tempfile.TemporaryDirectory(prefix="ash-repository-") as directory:
         argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(directory))]
         done = run(argv, check=False)
         if done.returncode:

@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from ash import FAILED, MISSING, REFUSED, PackageError, Transaction
-from distros.debian.ashpk import Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
+from ash import FAILED, MISSING, REFUSED, Distro, PackageError, Transaction, load_distro
+from distros.debian.ashpk import Apt, Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
 
 APT = Debian.package_manager
 
@@ -216,3 +216,17 @@ Refer to previous errors for more information.
 )
 def test_modules_that_exclude_a_kernel_do_not_fail(said: str, excluded: bool) -> None:
     assert only_excluded_failed(said) == excluded
+
+
+def test_a_derivative_changes_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Distro, "registry", {})
+
+    class Derivative(Debian):
+        id = "derivative"
+        package_manager = Apt("derivative-keyring")
+
+    distro = load_distro("derivative")
+    assert isinstance(distro, Derivative)
+    assert isinstance(distro.package_manager, Apt)
+    assert distro.package_manager.keyring == "derivative-keyring"
+    assert (distro.admin_group, distro.not_live) == (Debian.admin_group, Debian.not_live)
