@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the tests speak of: a disk with a Debian that ash manages, packages, a terminal."""
+"""What the tests work with: a disk with a system that ash manages, packages, a terminal."""
 
 import contextlib
 import json
@@ -25,6 +25,9 @@ PYTHON = [sys.executable, "-I", "-X", f"pycache_prefix={COMPILED}"]
 ASH = [*PYTHON, str(CHECKOUT / "tests/start_ash.py")]
 RUN_WITH_HOOKS = [*PYTHON, str(CHECKOUT / "tests/system/faults/run_with_hooks.py")]
 RUN_AND_KILL = [*PYTHON, str(CHECKOUT / "tests/system/faults/run_and_kill.py")]
+# The distribution under test, and the subvolumes that it has on a disk.
+DISTRIBUTION = os.environ.get("ASH_TEST_DISTRIBUTION", "debian")
+SNAPSHOTS, BOOT, VAR, HOME = (f"@{name}_{DISTRIBUTION}" for name in (".snapshots", "boot", "var", "home"))
 # Exit statuses, as the command reference has them.
 DONE, FAILED, USAGE, MISSING, LOCKED, REFUSED, OURS_IN_RUN = 0, 1, 2, 3, 4, 5, 125
 SECONDS = 300
@@ -62,14 +65,15 @@ class Outcome:
 
 
 class Files:
-    """The file system of a disk, mounted: the paths that DESIGN gives to what is on it."""
+    """The mounted file system of a disk: the paths of what ash keeps on it."""
 
-    def __init__(self, top: Path, distro: str = "debian") -> None:
+    def __init__(self, top: Path) -> None:
         self.top = top
-        self.snapshots = top / f"@.snapshots_{distro}"
-        self.var = top / f"@var_{distro}"
+        self.snapshots = top / SNAPSHOTS
+        self.var = top / VAR
+        self.home = top / HOME
         self.state = self.snapshots / "ash"
-        self.grub_cfg = top / f"@boot_{distro}" / "grub/grub.cfg"
+        self.grub_cfg = top / BOOT / "grub/grub.cfg"
 
     def root(self, which: int | str) -> Path:
         return self.snapshots / "rootfs" / f"snapshot-{which}"
@@ -112,7 +116,7 @@ class Files:
 
 
 class Disk:
-    """A disk image with a Debian that ash manages; ash works on it as a program of its own."""
+    """A disk image with a system that ash manages; each call of ash is a process of its own."""
 
     def __init__(self, image: Path) -> None:
         self.image = image

@@ -6,7 +6,7 @@ import pytest
 from installer.machine import DEAD_ENDS, Machine
 from tests.boot.checks import is_healthy, is_immutable, new_snapshot, online, runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
-from tests.support import Disk
+from tests.support import SNAPSHOTS, Disk
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(760)]
 
@@ -131,6 +131,6 @@ def ash_agrees_from_outside(disk: Disk) -> None:
     rows = {row["snapshot"]: row for row in disk.ash("--json", "tree").json["tree"]}
     assert {number: row["deployed"] for number, row in rows.items()} == {0: False, 1: False, 2: False, 3: True}
     with disk.files() as files:
-        assert not {f"@.snapshots_debian/rootfs/snapshot-{number}" for number in rows} & files.writable()
+        assert not {f"{SNAPSHOTS}/rootfs/snapshot-{number}" for number in rows} & files.writable()
         assert (files.root(0) / "usr/lib/systemd/systemd").exists()
         assert not (files.root(0) / "usr/bin/hello").exists()

@@ -64,8 +64,8 @@ def prepare(disk: Disk, directory: Path) -> None:
     archives(directory)
     with disk.files() as files:
         for state in ("1", "2", "3", "4"):
-            shutil.copytree(directory / state, files.top / "@home_debian" / state)
-        (files.top / "@home_debian/archive").symlink_to("1")
+            shutil.copytree(directory / state, files.home / state)
+        (files.home / "archive").symlink_to("1")
     disk.clone()
     disk.ash("install", 1, "cron")
     disk.shell(1, use_only("file:/home/archive"))

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from installer.executable import build
-from tests.support import DONE, SECONDS, Outcome, Terminal
+from tests.support import DISTRIBUTION, DONE, SECONDS, Outcome, Terminal
 from tests.system.disk_system import System
 
 # The deployment's root becomes that of the namespaces' first process: to ash this is no chroot. The disk has the name
@@ -44,7 +44,7 @@ class Container:
 
     def __init__(self, system: System) -> None:
         self.system = system
-        (system.files.state / "ash").write_text(build("debian"))
+        (system.files.state / "ash").write_text(build(DISTRIBUTION))
         self.boot()
 
     def boot(self) -> None:

@@ -20,10 +20,12 @@ from ash import RECOVER_UNIT, btrfs_partition
 from installer import executable
 from tests.support import (
     CHECKOUT,
+    DISTRIBUTION,
     DONE,
     PYTHON,
     RUN_AND_KILL,
     RUN_WITH_HOOKS,
+    SNAPSHOTS,
     Disk,
     Files,
     Outcome,
@@ -79,7 +81,7 @@ class System(Disk):
     def __init__(self, image: Path, files: Files) -> None:
         super().__init__(image)
         self.files = files
-        self.home = files.top / "@home_debian"
+        self.home = files.home
 
     # What is there
 
@@ -93,7 +95,7 @@ class System(Disk):
 
     def id_of(self, which: int | str) -> int:
         """The subvolume id of a snapshot or slot."""
-        return self.subvolumes()[f"@.snapshots_debian/rootfs/snapshot-{which}"]
+        return self.subvolumes()[f"{SNAPSHOTS}/rootfs/snapshot-{which}"]
 
     def mounts(self) -> list[str]:
         """The mounts of this file system, and what lies on them, as this process sees them."""
@@ -168,12 +170,12 @@ class System(Disk):
         of_tree = set()
         for number in tree:
             parts = {f"rootfs/snapshot-{number}", f"etc/etc-{number}", f"boot/boot-{number}"}
-            of_tree |= {f"@.snapshots_debian/{part}" for part in parts}
+            of_tree |= {f"{SNAPSHOTS}/{part}" for part in parts}
             assert (self.files.state / f"snapshots/{number}-desc").is_file(), f"{number} has no description"
         assert of_tree <= subvolumes, f"missing: {of_tree - subvolumes}"
         assert not of_tree & writable, f"writable: {of_tree & writable}"
         numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}
-        undo = {f"@.snapshots_debian/rootfs/undo-{n}" for n in tree}
+        undo = {f"{SNAPSHOTS}/rootfs/undo-{n}" for n in tree}
         assert numbered <= of_tree | undo, f"of no snapshot: {numbered - of_tree - undo}"
         left, seen = self.remains(), self.wants_recovery()
         assert bool(left) == bool(seen), f"left is {left}, and ash recover would run at the next start for {seen}"
@@ -199,9 +201,9 @@ class System(Disk):
             slot = root.name.removeprefix("snapshot-")
             assert (self.files.top / kernel.lstrip("/")).stat().st_size > 1 << 20, kernel
             fstab = (root / "etc/fstab").read_text()
-            assert f"subvol=@.snapshots_debian/rootfs/snapshot-{slot}," in fstab
+            assert f"subvol={SNAPSHOTS}/rootfs/snapshot-{slot}," in fstab
             assert f"/.snapshots/rootfs/snapshot-{slot}/etc /etc none bind" in fstab
-            assert f"@.snapshots_debian/etc/etc-{slot}" in self.subvolumes()
+            assert f"{SNAPSHOTS}/etc/etc-{slot}" in self.subvolumes()
             assert (root / "usr/share/ash/snap").read_text().strip().isdecimal()
         for initrd in re.findall(r"^ *initrd (\S+)$", self.files.grub_cfg.read_text(), re.MULTILINE):
             assert (self.files.top / initrd.lstrip("/")).stat().st_size > 1 << 20, initrd
@@ -317,7 +319,7 @@ def names_below(directory: Path) -> dict[str, tuple[int, int, int, int]]:
 def installed_ash(files: Files, directory: Path) -> Path:
     """ash as it is installed, in a directory of its own: the executable, with a system's libraries beside it."""
     own = directory / "ash"
-    own.write_text(executable.build("debian"))
+    own.write_text(executable.build(DISTRIBUTION))
     own.chmod(0o755)
     shutil.copytree(files.state / "lib", directory / "lib", symlinks=True)
     return own

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, MISSING, OURS_IN_RUN, REFUSED, USAGE, Outcome, program
+from tests.support import DISTRIBUTION, FAILED, MISSING, OURS_IN_RUN, REFUSED, USAGE, Outcome, program
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
@@ -322,8 +322,8 @@ def test_list_names_packages_with_their_versions(system: System) -> None:
 
 def test_version_names_version_and_distribution(system: System) -> None:
     answer = system.ash("--json", "version").json
-    assert answer["distro"] == "debian"
-    assert system.ash("version").stdout == f"ash {answer['ash']} (debian)\n"
+    assert answer["distro"] == DISTRIBUTION
+    assert system.ash("version").stdout == f"ash {answer['ash']} ({DISTRIBUTION})\n"
 
 
 def test_unlock_and_tmp_say_where_nothing_was_left(system: System, snapshot: int) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from distros.debian.ashpk import Debian
+from ash import load_distro
+from tests.support import DISTRIBUTION
 from tests.system.disk_system import Facts, System, everything_below
+
+DISTRO = load_distro(DISTRIBUTION)
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
@@ -52,7 +55,7 @@ class Installed:
     def new_in_var(self) -> dict[str, Facts]:
         """The files in the shared /var that are new or changed, but for caches and logs that the module names."""
         after = everything_below(self.system.files.var)
-        expected = (*Debian.package_manager.caches, *Debian.package_manager.logs, "log/journal")
+        expected = (*DISTRO.package_manager.caches, *DISTRO.package_manager.logs, "log/journal")
         return {
             path: facts
             for path, facts in after.items()
@@ -67,7 +70,7 @@ def installed(system: System) -> Installed:
 
 
 def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: Installed) -> None:
-    system, apt = installed.system, Debian.package_manager
+    system, apt = installed.system, DISTRO.package_manager
     root = system.root(installed.with_packages)
     there = apt.installed(root)
     new = there.keys() - apt.installed(system.root(installed.sibling)).keys()
@@ -98,7 +101,7 @@ def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: In
 
 def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> None:
     system = installed.system
-    for name in Debian.package_manager.database:
+    for name in DISTRO.package_manager.database:
         link = system.files.var / name
         assert link.is_symlink(), f"a package has replaced the link /var/{name}"
         for snapshot in (installed.with_packages, installed.sibling, 0):

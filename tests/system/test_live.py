@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, REFUSED, RUN_WITH_HOOKS, USAGE, make_deb, program, wait_until
+from tests.support import DONE, FAILED, REFUSED, RUN_WITH_HOOKS, SNAPSHOTS, USAGE, make_deb, program, wait_until
 from tests.system.disk_system import Machine, System, everything_below, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -340,7 +340,7 @@ def test_waiting_for_a_deploy_can_be_interrupted(machine: Machine, tmp_path: Pat
         held.write(f"pid {os.getpid()} (a test)\n".encode())
         held.flush()
         process = subprocess.Popen([*argv, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        made = "@.snapshots_debian/rootfs/snapshot-chrlive"
+        made = f"{SNAPSHOTS}/rootfs/snapshot-chrlive"
         wait_until(lambda: made in machine.system.subvolumes().keys() - machine.files.writable())
         time.sleep(1)  # waiting shows no sign
         assert process.poll() is None

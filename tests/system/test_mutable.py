@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DONE, FAILED, REFUSED, USAGE
+from tests.support import DONE, FAILED, REFUSED, SNAPSHOTS, USAGE
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -21,7 +21,7 @@ def mark(system: System, snapshot: int) -> str:
 def test_a_mutable_snapshot_and_its_children(system: System, snapshot: int) -> None:
     assert system.ash("--json", "mutable", snapshot).json["mutable"] is True
     assert system.ash("--json", "mutable", snapshot).json["changed"] is False
-    root = f"@.snapshots_debian/rootfs/snapshot-{snapshot}"
+    root = f"{SNAPSHOTS}/rootfs/snapshot-{snapshot}"
     assert root in system.files.writable()
     branch, clone = system.branch(snapshot), system.clone(snapshot)
     rows = {row["snapshot"]: row["mutable"] for row in system.ash("--json", "tree").json["tree"]}
@@ -44,7 +44,7 @@ def test_a_mutable_snapshot_and_its_children(system: System, snapshot: int) -> N
 def test_immen_toggles_and_reports_the_new_state(system: System, snapshot: int) -> None:
     assert "mutable" in system.ash("immen", snapshot).stdout
     assert system.ash("--json", "immen", snapshot).json["mutable"] is False
-    assert f"@.snapshots_debian/rootfs/snapshot-{snapshot}" not in system.files.writable()
+    assert f"{SNAPSHOTS}/rootfs/snapshot-{snapshot}" not in system.files.writable()
 
 
 @pytest.mark.parametrize("word", ["immdis", "immdisable", "disimm", "disableimm"])
@@ -58,7 +58,7 @@ def test_the_base_cannot_be_mutable_and_a_number_is_required(system: System) -> 
     for word in ("mutable", "immutable", "immen"):
         system.ash(word, 0, status=REFUSED)
         system.ash(word, status=USAGE)
-    assert system.files.writable() & {"@.snapshots_debian/rootfs/snapshot-0"} == set()
+    assert system.files.writable() & {f"{SNAPSHOTS}/rootfs/snapshot-0"} == set()
 
 
 def test_a_mutable_snapshot_is_deployed_writable(system: System, snapshot: int) -> None:
@@ -96,7 +96,7 @@ def test_undo_of_a_mutable_snapshot(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo one > /etc/mark")
     system.ash("undo", snapshot)
     assert mark(system, snapshot) == ""
-    assert f"@.snapshots_debian/rootfs/snapshot-{snapshot}" in system.files.writable()
+    assert f"{SNAPSHOTS}/rootfs/snapshot-{snapshot}" in system.files.writable()
     system.ash("immutable", snapshot)
 
 

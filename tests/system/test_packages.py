@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, MISSING, REFUSED, USAGE, make_deb, program
+from tests.support import FAILED, MISSING, REFUSED, SNAPSHOTS, USAGE, make_deb, program
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -94,7 +94,7 @@ def test_installing_and_removing_in_one_transaction(system: System, snapshot: in
     before = system.id_of(snapshot)
     answer = system.ash("--json", "install", snapshot, "hello", "--remove", "less").json
     assert (list(answer["packages"]["added"]), list(answer["packages"]["removed"])) == (["hello"], ["less"])
-    assert system.subvolumes()[f"@.snapshots_debian/rootfs/undo-{snapshot}"] == before
+    assert system.subvolumes()[f"{SNAPSHOTS}/rootfs/undo-{snapshot}"] == before
 
 
 def test_several_snapshots_one_after_the_other(system: System, snapshot: int) -> None:

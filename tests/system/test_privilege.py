@@ -16,9 +16,10 @@ import pytest
 
 import ash
 from ash import Layout, VarMerge, copy_file, make_private_directory
-from distros.debian.ashpk import Debian
-from tests.support import ASH, CHECKOUT, FAILED, OURS_IN_RUN, program
+from tests.support import ASH, CHECKOUT, DISTRIBUTION, FAILED, OURS_IN_RUN, SNAPSHOTS, VAR, program
 from tests.system.disk_system import Machine, System, everything_below, installed_ash
+
+DISTRO = ash.load_distro(DISTRIBUTION)
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
@@ -182,13 +183,13 @@ def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
         original(source, target)
 
     monkeypatch.setattr(ash, "copy_file", watched)
-    merge = VarMerge(upper, origin, live, Debian.package_manager, tmp_path / "aside", delete=())
+    merge = VarMerge(upper, origin, live, DISTRO.package_manager, tmp_path / "aside", delete=())
     for entry in ("lib/new", "lib/old"):
         merge.merge(entry, "place")
     assert len(set(seen)) == 1, "one name that is its own"
     assert merge.token in seen[0], "and that nobody knows"
     assert len(seen) == 3
-    assert VarMerge(upper, origin, live, Debian.package_manager, tmp_path, delete=()).token != merge.token
+    assert VarMerge(upper, origin, live, DISTRO.package_manager, tmp_path, delete=()).token != merge.token
 
 
 def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snapshot: int) -> None:
@@ -357,7 +358,7 @@ def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System
     listing = root / "usr/share/ash/db/dpkg/info/less.list"
     up = "../" * 20
     listing.write_text(f"/usr/led\n/usr/led/secret\n/usr/{up}{outside}/secret\n{listing.read_text()}")
-    assert Debian.package_manager.problems(root) == ["package less lacks /usr/led/secret (2 files)"]
+    assert DISTRO.package_manager.problems(root) == ["package less lacks /usr/led/secret (2 files)"]
 
 
 def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system: System, snapshot: int) -> None:
@@ -517,7 +518,7 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
 ) -> None:
     victim = system.files.var / "lib/victim/inner"
     victim.mkdir(parents=True)
-    options = {"link": ["copy .ash-new", "/run/ash/top/@var_debian/lib/victim/inner", str(tmp_path)]}
+    options = {"link": ["copy .ash-new", f"/run/ash/top/{VAR}/lib/victim/inner", str(tmp_path)]}
     ended = system.with_hooks(options, "run", snapshot, "sh", "-c", "echo x > /var/lib/victim/inner/file")
     assert "is not finished" in ended.stderr
     assert victim.is_symlink()
@@ -672,7 +673,7 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
     other = system.clone()
     for number in (snapshot, other):
         system.killed_before("exchange ", "run", number, "touch", "/etc/x")
-    layout = Layout.at(system.files.top, "debian")
+    layout = Layout.at(system.files.top, DISTRIBUTION)
     recover = ash.WorkDir.recover
 
     def failing(place: ash.WorkDir, tree: ash.Tree, drop_kept: bool = False) -> None:
@@ -682,7 +683,7 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
 
     monkeypatch.setattr(ash.WorkDir, "recover", failing)
     with pytest.raises(RecursionError):
-        ash.recover_all(ash.System(layout, Debian()), drop_kept=False)
+        ash.recover_all(ash.System(layout, DISTRO), drop_kept=False)
     monkeypatch.undo()
     assert system.remains()
     assert not list((system.files.state / f"work/{other}").glob("intent"))
@@ -702,7 +703,7 @@ def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
     (tmp_path / "outside/file").write_text(SECRET)
     own.mkdir()
     (own / "file").write_text("mine\n")
-    top = "/run/ash/top/@.snapshots_debian/rootfs"
+    top = f"/run/ash/top/{SNAPSHOTS}/rootfs"
     options = {
         "link": ["copy .ash-new", f"{top}/snapshot-{machine.slot}/etc/own", str(tmp_path / "outside")],
         "booted": machine.slot,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, FAILED, MISSING, USAGE
+from tests.support import CHECKOUT, DISTRIBUTION, FAILED, MISSING, USAGE
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(70)]
@@ -116,7 +116,7 @@ def test_a_missing_profile_is_reported(system: System, snapshot: int) -> None:
         assert "snapshot" in system.ash("install-profile", "i3", status=USAGE).error
 
 
-NAMES = sorted(path.parent.name for path in (CHECKOUT / "profiles").glob("*/debian.conf"))
+NAMES = sorted(path.parent.name for path in (CHECKOUT / "profiles").glob(f"*/{DISTRIBUTION}.conf"))
 
 
 def test_profiles_are_listed(system: System) -> None:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.support import FAILED, kill_hard, processes_with, program, wait_until
+from tests.support import DISTRIBUTION, FAILED, SNAPSHOTS, kill_hard, processes_with, program, wait_until
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
@@ -47,9 +47,9 @@ def test_the_predecessor_is_kept_as_it_was(system: System, snapshot: int) -> Non
     before = system.id_of(snapshot)
     system.shell(snapshot, "echo one > /etc/mark")
     between = system.id_of(snapshot)
-    assert system.subvolumes()[f"@.snapshots_debian/rootfs/undo-{snapshot}"] == before
+    assert system.subvolumes()[f"{SNAPSHOTS}/rootfs/undo-{snapshot}"] == before
     system.shell(snapshot, "echo two > /etc/mark")
-    assert system.subvolumes()[f"@.snapshots_debian/rootfs/undo-{snapshot}"] == between
+    assert system.subvolumes()[f"{SNAPSHOTS}/rootfs/undo-{snapshot}"] == between
     assert (system.files.undo(snapshot) / "etc/mark").read_text() == "one\n"
     assert before not in system.subvolumes().values()
 
@@ -76,7 +76,7 @@ def test_copies_of_etc_and_boot_are_only_renewed_where_they_changed(system: Syst
     before = system.subvolumes()
     system.shell(snapshot, "echo x > /usr/mark")
     after = system.subvolumes()
-    for copy in (f"@.snapshots_debian/etc/etc-{snapshot}", f"@.snapshots_debian/boot/boot-{snapshot}"):
+    for copy in (f"{SNAPSHOTS}/etc/etc-{snapshot}", f"{SNAPSHOTS}/boot/boot-{snapshot}"):
         assert after[copy] == before[copy]
 
 
@@ -92,7 +92,7 @@ def test_os_release_says_again_that_this_is_managed_by_ash(system: System, snaps
     )
     text = (system.root(snapshot) / "etc/os-release").read_text()
     assert "VARIANT_ID=ashos" in text
-    assert "ID=debian" in text.splitlines()
+    assert f"ID={DISTRIBUTION}" in text.splitlines()
 
 
 def test_files_keep_owner_mode_links_and_attributes(system: System, snapshot: int) -> None:
@@ -170,7 +170,7 @@ def test_kill_9_leaves_all_as_it_was_and_the_next_command_works(system: System, 
     wait_until(lambda: not processes_with("4711"), 5)
     wait_until(lambda: not system.processes(), 5)
     assert (system.mounts(), system.attached()) == (before.mounts, before.loops)
-    assert system.id_of(snapshot) == before.subvolumes[f"@.snapshots_debian/rootfs/snapshot-{snapshot}"]
+    assert system.id_of(snapshot) == before.subvolumes[f"{SNAPSHOTS}/rootfs/snapshot-{snapshot}"]
     system.shell(snapshot, "test ! -e /etc/mark; test ! -e /var/mark")
     after = system.state()
     assert after == before

@@ -20,7 +20,7 @@ import pytest
 
 import ash
 from installer.executable import build
-from tests.support import DONE, FAILED, LOCKED, REFUSED, RUN_WITH_HOOKS, USAGE, Disk, Outcome, program
+from tests.support import DISTRIBUTION, DONE, FAILED, LOCKED, REFUSED, RUN_WITH_HOOKS, USAGE, Disk, Outcome, program
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -33,7 +33,7 @@ SAYS_NOTHING = "#!/bin/sh\nexit 0\n"
 @functools.cache
 def executable(version: str) -> str:
     """An ash of some version."""
-    return build("debian").replace(f'ASH_VERSION = "{ash.ASH_VERSION}"', f'ASH_VERSION = "{version}"')
+    return build(DISTRIBUTION).replace(f'ASH_VERSION = "{ash.ASH_VERSION}"', f'ASH_VERSION = "{version}"')
 
 
 class Signer:
@@ -552,8 +552,8 @@ def test_the_old_one_is_not_taken_for_the_new(place: Place) -> None:
 
 
 def test_one_for_another_distribution_is_refused(place: Place) -> None:
-    with place.refused("the new ash does not start: .*does not know the distribution debian"):
-        place.publish(executable(NEW).replace('id = "debian"', 'id = "arch"'))
+    with place.refused(f"the new ash does not start: .*does not know the distribution {DISTRIBUTION}"):
+        place.publish(executable(NEW).replace(f'id = "{DISTRIBUTION}"', 'id = "another"'))
 
 
 def test_it_starts_in_a_clean_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,20 @@ from typing import Any
 
 from ash import PRIVATE, open_new_loop
 from tests.archive import Archive, use_only
-from tests.support import CHECKOUT, DONE, FAILED, PYTHON, RUN_WITH_HOOKS, Disk, Files, fill, make_deb, program
+from tests.support import (
+    BOOT,
+    CHECKOUT,
+    DONE,
+    FAILED,
+    HOME,
+    PYTHON,
+    RUN_WITH_HOOKS,
+    Disk,
+    Files,
+    fill,
+    make_deb,
+    program,
+)
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
@@ -93,7 +106,7 @@ NO_SPACE = (os.strerror(errno.ENOSPC), "too little free space")
 ELSEWHERE = {"upself"}
 
 # Where ash itself has the disk image's file system mounted; in /home, where nobody looks at a test's disk.
-FILLER = PRIVATE / "top/@home_debian/filler"
+FILLER = PRIVATE / "top" / HOME / "filler"
 
 
 @dataclass
@@ -225,7 +238,7 @@ class Scene:
         shutil.copy(self.deb, archive.directory)
         archive.index()
         with disk.files() as files:
-            shutil.copytree(archive.directory, files.top / "@home_debian/archive")
+            shutil.copytree(archive.directory, files.home / "archive")
         disk.ash("refresh", 1)
 
     @staticmethod
@@ -500,7 +513,7 @@ def is_whole(image: Path) -> None:
         program("btrfs", "check", "--readonly", os.readlink(f"/proc/self/fd/{loop}"))
     finally:
         os.close(loop)
-    menu = grub(image, "cat", "/@boot_debian/grub/grub.cfg")
+    menu = grub(image, "cat", f"/{BOOT}/grub/grub.cfg")
     named = {word for line in re.findall(r"^ *(?:linux|initrd) (.*)$", menu, re.MULTILINE) for word in line.split()}
     files = [word for word in named if word.startswith("/")]
     assert len(files) >= 2

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ASH, DONE, FAILED, LOCKED, MISSING, OURS_IN_RUN, REFUSED, make_deb, wait_until
+from tests.support import ASH, DISTRIBUTION, DONE, FAILED, LOCKED, MISSING, OURS_IN_RUN, REFUSED, make_deb, wait_until
 from tests.system.disk_system import System
 
 SECONDS = int(os.environ.get("ASH_TEST_SECONDS", "60"))
@@ -167,7 +167,7 @@ class Worker(threading.Thread):
         """A lock's holder was at work meanwhile, on that, with that command."""
         self.seen.locked += 1
         self.seen.nameless += "locked by another ash" in error
-        found = re.match(r"ash: (snapshot (\d+)|(?:deploy|state) of debian|merging into /var) is locked by (.*)", error)
+        found = re.match(rf"ash: (snapshot (\d+)|(?:deploy|state) of {DISTRIBUTION}|merging into /var) is locked by (.*)", error)
         if not found:
             return ["locked, and by nobody"]
         holder = re.match(r"pid (\d+) \(ash --image \S+ (.*)\) \(--wait", found[3])

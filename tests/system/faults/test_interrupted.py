@@ -4,6 +4,7 @@
 import pytest
 
 from ash import SLOTS
+from tests.support import SNAPSHOTS
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
@@ -61,7 +62,7 @@ def test_a_snapshot_that_was_exchanged_keeps_its_predecessor(system: System, sna
     interrupt(system, f"exchange snapshot-{snapshot} and {other}", words, snapshot)
     assert system.id_of(snapshot) != known
     assert not system.remains()
-    assert system.subvolumes()[f"@.snapshots_debian/rootfs/undo-{snapshot}"] == known
+    assert system.subvolumes()[f"{SNAPSHOTS}/rootfs/undo-{snapshot}"] == known
     if words == "mutable":
         system.ash("immutable", snapshot)
     system.is_sound()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ash import Layout, delete_subvolume, readonly_view
-from tests.support import ASH, DONE, FAILED, REFUSED, program, wait_until
+from tests.support import ASH, DISTRIBUTION, DONE, FAILED, REFUSED, SNAPSHOTS, program, wait_until
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -171,7 +171,7 @@ def test_a_snapshot_is_mutable_or_read_only_wherever_that_is_cut(system: System,
     for step in system.each_step_of("immen", snapshot):
         system.ash("recover")
         mutable = (system.root(snapshot) / "usr/share/ash/mutable").exists()
-        writable = f"@.snapshots_debian/rootfs/snapshot-{snapshot}" in system.files.writable()
+        writable = f"{SNAPSHOTS}/rootfs/snapshot-{snapshot}" in system.files.writable()
         assert writable == mutable, f"step {step}"
         assert not system.remains(), f"step {step}"
         outcomes.add(mutable)
@@ -256,7 +256,7 @@ def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: Syste
 
 def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
     system.ash("mutable", snapshot)
-    layout = Layout.at(system.files.top, "debian")
+    layout = Layout.at(system.files.top, DISTRIBUTION)
     with readonly_view(layout, system.root(snapshot)) as view, readonly_view(layout, system.root(snapshot)) as other:
         assert view != other
         delete_subvolume(other)
