@@ -6238,7 +6238,7 @@ def snapshot_number(text: str) -> int:
         raise ValueError
     number = to_number(text)
     if number is None:
-        raise AshError("no snapshot has a number so large", "ash tree lists the snapshots", MISSING)
+        raise AshError("there is no snapshot with such a large number", "ash tree lists the snapshots", MISSING)
     return number
 
 
@@ -6485,7 +6485,7 @@ def require_no_count(given: Sequence[str]) -> None:
     for words in (*given, *map(" ".join, itertools.pairwise(given))):
         if found := re.fullmatch(r"(-j|--parallel)[ =]?([0-9]+)", words):
             option, number = found.groups()
-            hint = f"--jobs {number} does; the snapshot stands before {option}"
+            hint = f"use --jobs {number}; a snapshot number goes before {option}"
             raise AshError(f"{option} takes no number", hint, USAGE)
 
 
@@ -6534,13 +6534,8 @@ def described(words: Iterable[str]) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-# What a command asks for when its words are missing, by the field of the request that takes them.
-MISSING_WORDS = {
-    "packages": "which package?",
-    "profile": "which profile?",
-    "command": "which command?",
-    "description": "what is its description?",
-}
+# What a command needs, by the field of the request that takes its words.
+NEEDED_WORDS = {"packages": "a package", "profile": "a profile", "command": "a command", "description": "a description"}
 
 
 def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -> Request:
@@ -6557,23 +6552,24 @@ def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -
         "words": words if command.words == "words" else [],
     }
     if words and command.words in ("", "profile"):
-        raise AshError(f"what is {words[0]!r}?", f"ash {command.usage}", USAGE)
+        raise AshError(f"unexpected argument {words[0]!r}", f"ash {command.usage}", USAGE)
     if len(snapshots) < command.required:
         wanted = "a snapshot number" if command.required == 1 else f"{command.required} snapshot numbers"
         raise AshError(f"{command.name} needs {wanted}", f"ash {command.usage}", USAGE)
     instead = profile or values.get("remove")
-    if command.words in MISSING_WORDS and not taken[command.words] and not instead:
-        raise AshError(MISSING_WORDS[command.words], command.hint or f"ash {command.usage}", USAGE)
+    if command.words in NEEDED_WORDS and not taken[command.words] and not instead:
+        missing = f"{command.name} needs {NEEDED_WORDS[command.words]}"
+        raise AshError(missing, command.hint or f"ash {command.usage}", USAGE)
     if values.get("live") and values.get("not_live"):
-        raise AshError("--live or --not-live?", "leave out one of them", USAGE)
+        raise AshError("--live and --not-live contradict each other", "leave out one of them", USAGE)
     live = False if values.pop("not_live", False) else values.pop("live", None)
     every = len(os.sched_getaffinity(0)) if values.pop("parallel", False) else 1
     jobs = values.pop("jobs", 0) or every
     request = Request(**values, **taken, snapshots=snapshots, live=live, jobs=jobs)
     if request.root and request.image:
-        raise AshError("--root and --image name different systems", "leave one of them out", USAGE)
+        raise AshError("--root and --image select different systems", "leave out one of them", USAGE)
     if (request.root or request.image) and command.numbers and not (snapshots or command.snapshot_optional):
-        raise AshError("with --root or --image the snapshot must be named", f"ash {command.usage}", USAGE)
+        raise AshError("with --root or --image, name the snapshot", f"ash {command.usage}", USAGE)
     return request
 
 
@@ -6633,11 +6629,12 @@ def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, A
 
 
 def with_snapshots(command: Command, system: System, request: Request) -> Request:
-    """Fill in the booted snapshot if the request names none, and make the command's check of each."""
+    """Fill in the booted snapshot if the request names none, and check each snapshot as the command requires."""
     if command.numbers and not request.snapshots and not command.snapshot_optional:
         current = system.current
         if current is None:
-            raise AshError("which snapshot? none of this system is running", f"ash {command.usage}", USAGE)
+            why = f"{command.name} needs a snapshot number: no snapshot of this system is running"
+            raise AshError(why, f"ash {command.usage}", USAGE)
         request = request._replace(snapshots=[current])
     if command.require is not None:
         for number in request.snapshots:
@@ -6696,7 +6693,7 @@ def execute(command: Command, request: Request) -> Reply:
 
 
 def print_reply(command: Command, reply: Reply) -> None:
-    """Print a command's answer in the form that was asked for."""
+    """Print a command's answer: JSON, brief, or text."""
     if console.json:
         print(as_json({"version": JSON_VERSION, "command": command.name, **reply.data}))
     elif console.quiet and reply.brief:
@@ -7552,6 +7549,11 @@ def would_change(changes: Sequence[Change]) -> Reply:
     return Reply(data, "\n".join(change.summary("would change") for change in changes))
 
 
+def package_reply(request: Request, changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
+    """The answer of a package command, which with --dry-run has only simulated its changes."""
+    return would_change(changes) if request.dry_run else changes_reply(changes, live)
+
+
 Work = Callable[[Transaction], None]
 
 
@@ -7828,7 +7830,7 @@ def install_profile(system: System, request: Request) -> Reply:
     """Upgrade (as the old ash did), then install a profile's packages and services and run its commands."""
     profile = find_profile(system, request.profile)
     if beside := [*request.packages, *request.remove]:
-        raise AshError(f"what is {beside[0]!r}?", "ash install N --profile NAME", USAGE)
+        raise AshError(f"unexpected argument {beside[0]!r}", "ash install N --profile NAME", USAGE)
     live = goes_live(system, request, request.snapshots, by_default=False)
     user = os.environ.get("SUDO_USER", "root")
 
@@ -7841,10 +7843,9 @@ def install_profile(system: System, request: Request) -> Reply:
     changes = [
         change_snapshot(system, number, doing, install, simulate=request.dry_run) for number in request.snapshots
     ]
-    if request.dry_run:
-        return would_change(changes)
-    reply = changes_reply(changes, change_live(system, doing, install) if live else None)
-    return reply._replace(text="\n".join([reply.text, *profile.lines("notes")]))
+    reply = package_reply(request, changes, change_live(system, doing, install) if live else None)
+    notes = [] if request.dry_run else profile.lines("notes")
+    return reply._replace(text="\n".join([reply.text, *notes]))
 
 
 @command(
@@ -7878,10 +7879,8 @@ def cmd_install(system: System, request: Request) -> Reply:
         else change_snapshot(system, number, "installing into", install, simulate=request.dry_run)
         for number in request.snapshots
     ]
-    if request.dry_run:
-        return would_change(changes)
     live = live and not is_there(system.layout.rootfs(str(system.booted)))
-    return changes_reply(changes, change_live(system, "installing into", install) if live else None)
+    return package_reply(request, changes, change_live(system, "installing into", install) if live else None)
 
 
 @command(
@@ -7920,11 +7919,9 @@ def cmd_remove(system: System, request: Request) -> Reply:
     for number in request.snapshots:
         there = installed_of(system, number, of_profile)
         changes.append(remove_packages(system, number, [*packages, *there], request))
-    if request.dry_run:
-        return would_change(changes)
     here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
     work = partial(system.package_manager.remove, packages=here, purge=request.purge)
-    return changes_reply(changes, change_live(system, "removing from", work) if here else None)
+    return package_reply(request, changes, change_live(system, "removing from", work) if here else None)
 
 
 @command(
@@ -7941,11 +7938,10 @@ def cmd_upgrade(system: System, request: Request) -> Reply:
             raise error
     work = partial(upgrade, fetch=not once, strict=request.strict, download_only=request.download_only)
     changes = [change_snapshot(system, number, "upgrading", work, simulate=request.dry_run) for number in snapshots]
-    if request.dry_run:
-        return would_change(changes)
-    if request.download_only:
+    if request.download_only and not request.dry_run:
         return changes_reply(changes)._replace(text="fetched the packages for the next upgrade")
-    return changes_reply(changes, change_live(system, "upgrading", partial(upgrade, fetch=False)) if live else None)
+    again = partial(upgrade, fetch=False)
+    return package_reply(request, changes, change_live(system, "upgrading", again) if live else None)
 
 
 def hold(system: System, request: Request, held: bool) -> Plan:
