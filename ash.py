@@ -2476,7 +2476,6 @@ class Init:
 
 
 class Systemd(Init):
-    """systemd, without assumptions about its version."""
 
     name = "systemd"
     enable = ("systemctl", "enable")
