@@ -2476,6 +2476,7 @@ class Init:
 
 
 class Systemd(Init):
+    """systemd: units in the root, services by its own tool."""
 
     name = "systemd"
     enable = ("systemctl", "enable")
