@@ -252,3 +252,55 @@ def test_modes_of_passwd_and_its_kin_stay(root: Path) -> None:
     NEW.apply(root, {})
     status = (root / "etc/passwd").stat()
     assert (status.st_gid, status.st_mode & 0o777) == (42, 0o640)
+
+
+def reconciled(
+    given_before: dict[str, int], there: dict[str, int], directory: Path
+) -> tuple[AccountIds, dict[str, int], dict[int, int]]:
+    """The registry, the ids that accounts of an /etc must get, and how files move, after reconcile()."""
+    ids = AccountIds()
+    ids.given["passwd"].update(given_before)
+    renumbering = ids.reconcile(etc_with(directory, passwd=passwd(there)))
+    return ids, dict(renumbering.accounts.get("passwd", {})), dict(renumbering.moves.get("passwd", {}))
+
+
+def test_reconcile_changes_nothing_where_all_agree(tmp_path: Path) -> None:
+    known = {"root": 0, "_chrony": 100}
+    ids, wanted, moves = reconciled(known, known, tmp_path)
+    assert (ids.given["passwd"], wanted, moves) == (known, {}, {})
+
+
+def test_reconcile_gives_an_account_the_id_that_it_has_elsewhere_and_moves_its_files(tmp_path: Path) -> None:
+    _, wanted, moves = reconciled({"_chrony": 100}, {"_chrony": 105}, tmp_path)
+    assert (wanted, moves) == ({"_chrony": 100}, {105: 100})
+
+
+def test_reconcile_lets_the_known_account_keep_a_shared_id_and_moves_no_files(tmp_path: Path) -> None:
+    """Nobody knows to which of the two a file belongs."""
+    ids, wanted, moves = reconciled({"_chrony": 100}, {"_chrony": 100, "tor": 100}, tmp_path)
+    assert wanted.keys() == {"tor"}
+    assert wanted["tor"] == ids.given["passwd"]["tor"] not in {0, 100}
+    assert moves == {}
+
+
+def test_reconcile_finds_a_free_id_if_another_account_has_the_known_one(tmp_path: Path) -> None:
+    _, wanted, moves = reconciled({"_chrony": 100, "tor": 101}, {"_chrony": 101, "tor": 101}, tmp_path)
+    assert (wanted, moves) == ({"_chrony": 100}, {})
+    _, wanted, moves = reconciled({"_chrony": 100}, {"_chrony": 105, "tor": 100}, tmp_path)
+    assert wanted["_chrony"] not in {100, 105}
+    assert moves == {105: wanted["_chrony"]}
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105)),
+    st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105), min_size=1),
+)
+def test_after_reconcile_no_two_accounts_share_an_id(
+    tmp_path_factory: pytest.TempPathFactory, known: dict[str, int], there: dict[str, int]
+) -> None:
+    known = {name: number for name, number in known.items() if list(known.values()).count(number) == 1}
+    ids, wanted, _ = reconciled(known, there, tmp_path_factory.mktemp("etc"))
+    after = {**there, **wanted}
+    assert len(set(after.values())) == len(after)
+    given_ids = ids.given["passwd"]
+    assert all(given_ids[name] == number for name, number in wanted.items())
