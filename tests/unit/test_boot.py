@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ash
-from ash import OWN_MOUNT_POINTS, AshError, BootConfig, Deployment, Layout, Menu, grub_quoted, render_fstab
+from ash import OWN_MOUNT_POINTS, AshError, BootConfig, Deployment, Layout, Menu, render_fstab
 
 pytestmark = pytest.mark.budget(10)
 
@@ -66,17 +66,7 @@ def test_rendering_fstab_for_another_slot_keeps_nothing_of_the_first(first: str 
     assert render_fstab(LAYOUT, UUID, second, render_fstab(LAYOUT, UUID, first, theirs)) == once
 
 
-# grub-mkconfig
-
-
-def test_the_newest_kernel_and_its_initramfs_are_used() -> None:
-    config = BootConfig.parse(MKCONFIG)
-    assert config.kernel == "vmlinuz-6.12.117+deb13-amd64"
-    assert list(config.initrds) == ["initrd.img-6.12.117+deb13-amd64"]
-
-
-def test_options_that_ash_sets_itself_are_dropped() -> None:
-    assert BootConfig.parse(MKCONFIG).options == "console=tty0 console=ttyS0,115200"
+# From grub-mkconfig into the menu
 
 
 def test_rootflags_of_the_user_are_kept() -> None:
@@ -87,23 +77,6 @@ def test_rootflags_of_the_user_are_kept() -> None:
         in rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)})).split("rootflags=")[1]
     )
     assert "subvol=@.snapshots_debian/rootfs/snapshot-mk" not in config.options
-
-
-def test_terminals_and_timeout_are_kept() -> None:
-    header = list(BootConfig.parse(MKCONFIG).header)
-    assert "serial --unit=0 --speed=115200" in header
-    assert "terminal_input console serial" in header
-    assert header.index("serial --unit=0 --speed=115200") < header.index("terminal_input console serial")
-    assert [line for line in header if line.startswith("set timeout=")][-1] == "set timeout=5"
-
-
-def test_foreign_entries_are_kept_and_linux_entries_dropped() -> None:
-    foreign = BootConfig.parse(MKCONFIG).foreign
-    assert "menuentry 'Memory test {really}' {\n    linux16 /memtest.bin\n}" in foreign
-    assert "UEFI Firmware Settings" in foreign
-    assert "vmlinuz" not in foreign
-    assert "custom.cfg" not in foreign
-    assert "menu_color" not in foreign
 
 
 def test_several_initramfs_are_loaded_in_order() -> None:
@@ -120,11 +93,6 @@ def test_a_kernel_without_initramfs_boots_too() -> None:
     config = BootConfig.parse(text)
     assert list(config.initrds) == []
     assert "initrd" not in rendered(Menu("deploy", "", {"deploy": deployment("deploy", 1, config=config)}))
-
-
-def test_a_grub_cfg_without_a_kernel_is_an_error() -> None:
-    with pytest.raises(AshError, match="no kernel"):
-        BootConfig.parse(re.sub(r"^\s*linux\s.*\n", "", MKCONFIG, flags=re.MULTILINE))
 
 
 # The menu
@@ -244,16 +212,6 @@ def test_a_description_is_data_in_the_menu(description: str) -> None:
     assert "/evil" not in re.sub(r"^menuentry '.*' --id", "", text, flags=re.MULTILINE)
     if description.isprintable():
         assert titles(text) == [f"Debian, snapshot 1: {description}"]
-
-
-@given(st.text())
-def test_any_text_is_one_word_of_grubs_language(text: str) -> None:
-    quoted = grub_quoted(text)
-    inside = quoted[1:-1].replace("'\\''", "")
-    assert quoted[0] == quoted[-1] == "'"
-    assert "'" not in inside
-    assert "\n" not in quoted
-    assert all(c.isprintable() for c in quoted)
 
 
 @pytest.mark.skipif(not shutil.which("grub-script-check"), reason="grub-script-check is not installed")

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What ash takes from GRUB's tools and from entries of the Boot Loader Specification."""
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ash import AshError, BootConfig, BootTools, boot_inputs, grub_preamble, specified_entries
+from ash import AshError, BootConfig, BootTools, boot_inputs, grub_preamble, grub_quoted, specified_entries
 from tests.unit.boot_layouts import LISTINGS, make_root
 
 pytestmark = pytest.mark.budget(5)
 
+# Recorded output of grub-mkconfig in a snapshot of Debian with two kernels and a custom entry.
+MKCONFIG = (LISTINGS.parent / "grub-mkconfig.txt").read_text()
 FEDORA_CFG = (LISTINGS / "fedora-grub.cfg").read_text()
 FEDORA_ENTRY = (LISTINGS / "fedora-6.11.10.conf").read_text()
 
@@ -20,6 +25,38 @@ def test_tools_and_directory_have_the_distributions_prefix() -> None:
         ("grub-mkconfig", "grub-install", "boot/grub"),
         ("grub2-mkconfig", "grub2-install", "boot/grub2"),
     ]
+
+
+def test_the_newest_kernel_and_its_initramfs_are_used() -> None:
+    config = BootConfig.parse(MKCONFIG)
+    assert config.kernel == "vmlinuz-6.12.117+deb13-amd64"
+    assert list(config.initrds) == ["initrd.img-6.12.117+deb13-amd64"]
+
+
+def test_options_that_ash_sets_itself_are_dropped() -> None:
+    assert BootConfig.parse(MKCONFIG).options == "console=tty0 console=ttyS0,115200"
+
+
+def test_terminals_and_timeout_are_kept() -> None:
+    header = list(BootConfig.parse(MKCONFIG).header)
+    assert "serial --unit=0 --speed=115200" in header
+    assert "terminal_input console serial" in header
+    assert header.index("serial --unit=0 --speed=115200") < header.index("terminal_input console serial")
+    assert [line for line in header if line.startswith("set timeout=")][-1] == "set timeout=5"
+
+
+def test_foreign_entries_are_kept_and_linux_entries_dropped() -> None:
+    foreign = BootConfig.parse(MKCONFIG).foreign
+    assert "menuentry 'Memory test {really}' {\n    linux16 /memtest.bin\n}" in foreign
+    assert "UEFI Firmware Settings" in foreign
+    assert "vmlinuz" not in foreign
+    assert "custom.cfg" not in foreign
+    assert "menu_color" not in foreign
+
+
+def test_a_grub_cfg_without_a_kernel_is_an_error() -> None:
+    with pytest.raises(AshError, match="no kernel"):
+        BootConfig.parse(re.sub(r"^\s*linux\s.*\n", "", MKCONFIG, flags=re.MULTILINE))
 
 
 def test_fedoras_kernel_is_taken_from_its_entry() -> None:
@@ -86,3 +123,13 @@ def test_the_digest_of_inputs_changes_with_an_entry_and_with_the_settings(tmp_pa
 
 def test_the_preamble_finds_the_root_file_system_by_uuid() -> None:
     assert grub_preamble("c0ffee")[-1] == "search --no-floppy --fs-uuid --set=root c0ffee"
+
+
+@given(st.text())
+def test_any_text_is_one_word_of_grubs_language(text: str) -> None:
+    quoted = grub_quoted(text)
+    inside = quoted[1:-1].replace("'\\''", "")
+    assert quoted[0] == quoted[-1] == "'"
+    assert "'" not in inside
+    assert "\n" not in quoted
+    assert all(c.isprintable() for c in quoted)
