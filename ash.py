@@ -1935,21 +1935,20 @@ def share_file(source: Path, target: Path, size: int) -> int:
     return done
 
 
-def share_changes(layout: Layout, number: int, known: dict[tuple[str, int], list[Path]]) -> int:
-    """Make the files that a snapshot's last change wrote share blocks with equal files of other snapshots.
+def share_written(layout: Layout, number: int, written: Iterable[str], known: dict[tuple[str, int], list[Path]]) -> int:
+    """Make the files that a change of a snapshot wrote share blocks with equal files of other snapshots.
 
     Args:
         layout: where they are.
         number: the snapshot.
+        written: the paths of the files in it.
         known: the files of others by path and size; those of this one are added.
 
     Returns:
         The bytes saved.
     """
     saved = 0
-    with readonly_view(layout, layout.rootfs(number)) as root:
-        paths = changed_paths(layout.undo(number), root)
-    for path in paths:
+    for path in written:
         directory, _, inside = path.partition("/")
         copies = [layout.copy(directory, number) / inside] if directory in ("etc", "boot") else []
         for file in (layout.rootfs(number) / path, *copies):
@@ -3733,6 +3732,7 @@ class Change(NamedTuple):
     conflicts_folder: str = ""
     kept: Sequence[str] = ()
     download: int = 0  # bytes that a simulated change would fetch
+    written: Sequence[str] = ()  # paths in the root that were added or changed; not printed
 
     @classmethod
     def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str], **more: Any) -> Change:
@@ -4301,6 +4301,7 @@ class Transaction:
             conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
             conflicts_folder=f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else "",
             kept=merge.kept,
+            written=[path for path, kind in found.paths.items() if kind != "removed"],
         )
 
     def _require_folders_of_var(self) -> None:
@@ -8255,17 +8256,16 @@ def jobs_reply(pool: JobPool, live: LiveResult | None = None) -> Reply:
 
 
 def share_blocks(system: System, changes: Iterable[Change]) -> int:
-    """Deduplicate the files that several snapshots got from their last changes. Returns the bytes saved.
+    """Deduplicate the files that several snapshots got from changes. Returns the bytes saved.
 
-    The kernel itself compares the files, and shares nothing where they differ. An error, such as a lock that is held
-    or a full disk, only means that they take more space.
+    The kernel itself compares the files, and shares nothing where they differ. An error, such as a full disk, only
+    means that they take more space.
     """
     known: dict[tuple[str, int], list[Path]] = {}
     saved = 0
     for change in changes:
         with contextlib.suppress(AshError, OSError):
-            if change.changed and system.layout.undo(change.snapshot).exists():
-                saved += share_changes(system.layout, change.snapshot, known)
+            saved += share_written(system.layout, change.snapshot, change.written, known)
     return saved
 
 

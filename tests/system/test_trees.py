@@ -245,7 +245,7 @@ def test_without_a_terminal_there_is_only_a_summary(system: System, tree: list[i
     assert outcome.stderr == ""
     assert outcome.stdout.count("ash-test-tool 1 -> 2") == 5
     assert "\x1b" not in outcome.stdout
-    assert system.ash("tree-upgrade", tree[0]).stdout == "upgrading 5 snapshots: 5 as they should be\n"
+    assert system.ash("tree-upgrade", tree[0]).stdout == "upgrading 5 snapshots: 5 unchanged\n"
 
 
 def test_on_a_terminal_each_branch_has_a_line(system: System, tree: list[int]) -> None:
