@@ -32,19 +32,19 @@ def markdown_table() -> str:
 
 EXIT_STATUSES = {
     0: "done",
-    FAILED: "failed; what failed is as it was",
-    USAGE: "the command line, or a configuration, is wrong",
+    FAILED: "failed; nothing was changed, unless the message says otherwise",
+    USAGE: "the command line or a configuration file is wrong",
     MISSING: "there is no such snapshot or package",
-    LOCKED: "another ash is at work on it; --wait SECONDS waits",
-    REFUSED: "refused: the base, what runs or is deployed, not root, inside a chroot, too little space",
-    OUR_FAILURE_IN_RUN: "ash itself failed in run or chroot, which else give the command's own status",
+    LOCKED: "another ash is working on it; --wait SECONDS waits",
+    REFUSED: "refused: the base, a running or deployed snapshot, not root, inside a chroot, not enough space",
+    OUR_FAILURE_IN_RUN: "ash itself failed in run or a shell, which otherwise exit with the program's status",
 }
 FILES = {
     "/.snapshots/rootfs/snapshot-N": "snapshot N",
-    "/.snapshots/ash/history": "what was done; ash log shows it",
-    "/.snapshots/ash/keyring.gpg": "whose signature a newer ash must have",
+    "/.snapshots/ash/history": "the history; ash log shows it",
+    "/.snapshots/ash/keyring.gpg": "the keys that may sign a newer ash",
     "/etc/ash.conf": "configuration: KEY::VALUE lines",
-    "/var/lib/ash/conflicts": "what could not be merged into /var or /etc",
+    "/var/lib/ash/conflicts": "conflicts of merges into /var and /etc",
 }
 MANUAL_HEAD = rf"""
 .TH ASH 8 "" "ash {ASH_VERSION}" "System Administration"
@@ -54,21 +54,21 @@ ash \- keeps the system as a tree of read\-only btrfs snapshots
 .B ash
 [\fIOPTIONS\fR] \fICOMMAND\fR [\fISNAPSHOT\fR] ...
 .SH DESCRIPTION
-A change is made in a private copy of a snapshot, with the distribution\(aqs own package manager.
-It takes effect whole or not at all.
+Changes are made in a private copy of a snapshot, with the distribution\(aqs own package manager.
+A change takes effect completely or not at all.
 Without SNAPSHOT, a command works on the booted one.
 .SH COMMANDS""".removeprefix("\n")
 
 
 def roff(text: str) -> str:
-    """Text as a part of a man page's line."""
+    """Escape text for a man page."""
     for character, name in (("\\", "e"), ("-", "-"), ("'", "(aq"), ("`", "(ga")):
         text = text.replace(character, f"\\{name}")
     return text
 
 
 def manual_entry(term: str, text: str) -> list[str]:
-    """A term and what it means, in a man page."""
+    """A term and its explanation in a man page."""
     return [".TP", rf"\fB{roff(term)}\fR", rf"\&{roff(text)}"]
 
 
@@ -89,23 +89,23 @@ def manual() -> str:
     return "\n".join([*lines, '.SH "SEE ALSO"', ".BR btrfs (8)"])
 
 
-# What the completions have in common: the numbers of the snapshots, and the command, which stands behind options.
+# Shared by the completions: how to list snapshot numbers, and the options to skip before the command.
 LIST_NUMBERS = """ash --json tree 2>/dev/null | grep -o '"snapshot": [0-9]*' | grep -o '[0-9]*$'"""
 WITH_VALUE = "|".join(flag for option in GLOBAL_OPTIONS if option.value for flag in option.flags)
 
 
 def command_words(command: Command) -> list[str]:
-    """All words that call a command."""
+    """The name and aliases of a command."""
     return [command.name, *command.aliases]
 
 
 def all_flags(options: Iterable[Option]) -> list[str]:
-    """Options as they are written, without what they mean."""
+    """All spellings of options."""
     return [flag for option in options for flag in option.flags]
 
 
 def bash_completion() -> str:
-    """A completion for bash; where nothing fits, bash completes files."""
+    """The completion for bash, which completes file names if nothing else matches."""
     first = [word for command in COMMANDS for word in command_words(command)]
     cases = [f"        '') words='{' '.join([*first, *all_flags(GLOBAL_OPTIONS)])}' ;;"]
     for command in COMMANDS:
@@ -140,10 +140,10 @@ def bash_completion() -> str:
 
 
 def zsh_completion() -> str:
-    """A completion for zsh, with what each word means."""
+    """The completion for zsh, with explanations."""
 
     def entries(named: Iterable[tuple[Sequence[str], str]]) -> str:
-        """Words with a meaning, as _describe takes them."""
+        """Words with explanations, in the format of _describe."""
         pairs = [(word.replace(":", r"\:"), text) for words, text in named for word in words]
         return " ".join(shlex.quote(f"{word}:{text}") for word, text in pairs)
 
@@ -178,7 +178,7 @@ def zsh_completion() -> str:
 
 
 def fish_option(option: Option) -> str:
-    """An option, as fish's `complete` takes it: `-x` short, `-xy` old, `--xy` long."""
+    """An option for fish's `complete`: -s for `-x`, -o for `-xy`, -l for `--xy`."""
     kinds = [
         ("-l", flag[2:]) if flag.startswith("--") else ("-s" if len(flag) == 2 else "-o", flag[1:])
         for flag in option.flags
@@ -188,7 +188,7 @@ def fish_option(option: Option) -> str:
 
 
 def fish_completion() -> str:
-    """A completion for fish, with what each word means."""
+    """The completion for fish, with explanations."""
     lines = ["# Made by `ash help --format fish`.", "function __ash_snapshots", f"    {LIST_NUMBERS}", "end"]
     first = "complete -c ash -n __fish_use_subcommand -f"
     for command in COMMANDS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Every command that needs no package archive: what it does, its errors, exit statuses, --json, --dry-run, -q."""
+"""Commands that need no package repository: effects, errors, exit statuses, --json, --dry-run, -q."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ ASH = Path(__file__).resolve().parents[2] / "ash.py"
 
 
 def number_in(outcome: Outcome) -> int:
-    """A new number, which must be alone on stdout."""
+    """Run a command that prints only a new number, and return the number."""
     assert outcome.stdout.strip().isdecimal(), outcome.stdout
     assert outcome.stdout.count("\n") == 1
     return int(outcome.stdout)
@@ -29,7 +29,7 @@ def number_in(outcome: Outcome) -> int:
 
 
 @pytest.mark.parametrize(("command", "parent"), [("clone", None), ("branch", 0)])
-def test_a_copy_of_a_snapshot_is_a_new_number_in_its_place(system: System, command: str, parent: int | None) -> None:
+def test_a_copy_gets_a_new_number_and_the_right_parent(system: System, command: str, parent: int | None) -> None:
     new = number_in(system.ash("-q", command, 0, "-d", "a", "web", "server"))
     rows = {row["snapshot"]: row for row in system.ash("--json", "tree").json["tree"]}
     assert (rows[new]["parent"], rows[new]["description"]) == (parent, "a web server")
@@ -37,19 +37,19 @@ def test_a_copy_of_a_snapshot_is_a_new_number_in_its_place(system: System, comma
     system.is_sound()
 
 
-def test_a_new_tree_comes_from_the_base(system: System) -> None:
+def test_new_copies_the_base(system: System) -> None:
     new = number_in(system.ash("-q", "new", "-d", "fresh"))
     row = next(r for r in system.ash("--json", "tree").json["tree"] if r["snapshot"] == new)
     assert (row["parent"], row["description"]) == (None, "fresh")
     assert (system.root(new) / "etc/os-release").read_text() == (system.root(0) / "etc/os-release").read_text()
 
 
-def test_a_copy_without_a_description_says_what_it_is_a_copy_of(system: System, snapshot: int) -> None:
+def test_the_default_description_names_the_original(system: System, snapshot: int) -> None:
     copy = system.clone(snapshot)
     assert (system.files.state / f"snapshots/{copy}-desc").read_text() == f"clone of {snapshot}\n"
 
 
-def test_a_copy_has_what_its_origin_has_and_goes_its_own_way(system: System, snapshot: int) -> None:
+def test_a_copy_has_the_content_of_the_original_and_is_independent(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo one > /etc/mine")
     branch = system.branch(snapshot)
     system.shell(branch, "echo two > /etc/mine")
@@ -58,19 +58,19 @@ def test_a_copy_has_what_its_origin_has_and_goes_its_own_way(system: System, sna
 
 
 @pytest.mark.parametrize("command", ["clone", "branch", "new"])
-def test_json_of_what_makes_a_snapshot(system: System, command: str) -> None:
+def test_json_of_commands_that_make_a_snapshot(system: System, command: str) -> None:
     answer = system.ash("--json", command, *([] if command == "new" else [0])).json
     assert (answer["command"], answer["changed"]) == (command, True)
     assert answer["snapshot"] in system.files.tree()
 
 
-def test_a_number_is_never_given_twice(system: System) -> None:
+def test_a_number_is_never_reused(system: System) -> None:
     first = system.clone()
     system.ash("-y", "del", first)
     assert system.clone() > first
 
 
-def test_the_tree_is_drawn_with_descriptions_and_the_deployed_one_marked(system: System, snapshot: int) -> None:
+def test_tree_shows_descriptions_and_marks_the_deployed_snapshot(system: System, snapshot: int) -> None:
     branch = system.branch(snapshot)
     system.ash("desc", branch, "it's $HOME")
     lines = system.ash("tree", environment={"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}).stdout.splitlines()
@@ -80,7 +80,7 @@ def test_the_tree_is_drawn_with_descriptions_and_the_deployed_one_marked(system:
     assert below.index(str(branch)) > next(line for line in lines if f" {snapshot} - " in line).index(str(snapshot))
 
 
-def test_the_long_tree_has_date_and_number_of_packages(system: System) -> None:
+def test_the_long_tree_has_dates_and_package_counts(system: System) -> None:
     rows = system.ash("--json", "tree", "-l").json["tree"]
     packages = system.ash("--json", "list", 0).json["packages"]
     base = next(row for row in rows if row["snapshot"] == 0)
@@ -90,18 +90,18 @@ def test_the_long_tree_has_date_and_number_of_packages(system: System) -> None:
 
 
 @pytest.mark.parametrize("text", ["a web server", 'it\'s "quoted" $HOME {x}', "Umlaut ä 日本", "7", "-dash"])
-def test_a_description_is_kept_as_it_is(system: System, snapshot: int, text: str) -> None:
+def test_a_description_is_stored_unchanged(system: System, snapshot: int, text: str) -> None:
     system.ash("desc", snapshot, *([] if not text.startswith("-") else ["--"]), text)
     row = next(r for r in system.ash("--json", "tree").json["tree"] if r["snapshot"] == snapshot)
     assert row["description"] == text
 
 
-def test_a_description_that_is_there_already_changes_nothing(system: System, snapshot: int) -> None:
+def test_the_same_description_again_is_no_change(system: System, snapshot: int) -> None:
     assert system.ash("--json", "desc", snapshot, "the same").json["changed"] is True
     assert system.ash("--json", "desc", snapshot, "the same").json["changed"] is False
 
 
-def test_a_description_does_not_speak_to_the_terminal(system: System, snapshot: int) -> None:
+def test_control_characters_in_a_description_do_not_reach_the_terminal(system: System, snapshot: int) -> None:
     system.ash("desc", snapshot, "red \x1b[31m\x07")
     assert "\x1b" not in system.ash("tree").stdout
 
@@ -125,18 +125,18 @@ def test_del_deletes_a_snapshot_with_its_branches(system: System, snapshot: int)
     system.is_sound()
 
 
-def test_several_are_deleted_at_once(system: System) -> None:
+def test_del_takes_several_numbers(system: System) -> None:
     one, two = system.clone(), system.clone()
     system.ash("-y", "del", one, two)
     assert not {one, two} & system.files.tree()
 
 
-def test_del_asks_and_where_nobody_can_answer_names_the_option(system: System, snapshot: int) -> None:
+def test_del_without_a_terminal_names_the_option(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         assert "-y answers yes" in system.ash("del", snapshot, status=USAGE).error
 
 
-def test_del_with_q_does_not_ask_as_of_old(system: System, snapshot: int) -> None:
+def test_del_with_q_does_not_ask_as_in_the_old_ash(system: System, snapshot: int) -> None:
     assert system.ash("-q", "del", snapshot).stdout == ""
     assert snapshot not in system.files.tree()
 
@@ -150,7 +150,7 @@ def test_del_asks_on_a_terminal(system: System, snapshot: int, typed: str, delet
     assert (snapshot not in system.files.tree()) == deleted
 
 
-def test_del_refuses_all_where_one_is_the_base_or_deployed(system: System, snapshot: int) -> None:
+def test_del_refuses_all_if_one_is_the_base_or_deployed(system: System, snapshot: int) -> None:
     deployed = system.clone()
     system.ash("deploy", deployed)
     with system.nothing_changes():
@@ -160,7 +160,7 @@ def test_del_refuses_all_where_one_is_the_base_or_deployed(system: System, snaps
     system.ash("deploy", 0)
 
 
-def test_del_refuses_where_a_branch_is_deployed(system: System, snapshot: int) -> None:
+def test_del_refuses_if_a_branch_is_deployed(system: System, snapshot: int) -> None:
     branch = system.branch(snapshot)
     system.ash("deploy", branch)
     with system.nothing_changes():
@@ -168,7 +168,7 @@ def test_del_refuses_where_a_branch_is_deployed(system: System, snapshot: int) -
     system.ash("deploy", 0)
 
 
-def test_del_deletes_what_a_package_nested_in_a_snapshot(system: System, snapshot: int) -> None:
+def test_del_deletes_subvolumes_nested_in_a_snapshot(system: System, snapshot: int) -> None:
     system.shell(
         snapshot, "btrfs subvolume create /opt/nested; btrfs subvolume create /opt/nested/deep; touch /opt/nested/x"
     )
@@ -177,7 +177,7 @@ def test_del_deletes_what_a_package_nested_in_a_snapshot(system: System, snapsho
     system.is_sound()
 
 
-# What every command has in common
+# Common to all commands
 
 
 ON_ONE = ["clone", "branch", "desc", "deploy", "unlock", "list"]
@@ -191,25 +191,25 @@ def test_a_snapshot_that_does_not_exist_is_status_3(system: System, command: str
 
 
 @pytest.mark.parametrize("words", [["run", NOWHERE, "true"], ["chroot", NOWHERE]])
-def test_in_run_and_chroot_ashs_own_failure_is_125(system: System, words: list[str | int]) -> None:
+def test_run_and_chroot_exit_with_125_if_ash_fails(system: System, words: list[str | int]) -> None:
     system.ash(*words, status=OURS_IN_RUN)
 
 
-def test_json_has_the_particular_status_of_a_failed_run(system: System) -> None:
+def test_json_has_the_specific_status_of_a_failed_run(system: System) -> None:
     error = system.ash("--json", "run", NOWHERE, "true", status=OURS_IN_RUN).json["error"]
     assert error["status"] == MISSING
     assert f"{NOWHERE} does not exist" in error["message"]
 
 
 @pytest.mark.parametrize("words", [["install", 0, "hello"], ["remove", 0, "less"]])
-def test_the_base_is_not_changed(system: System, words: list[str | int]) -> None:
+def test_the_base_cannot_be_changed(system: System, words: list[str | int]) -> None:
     with system.nothing_changes():
         assert "ash clone 0" in system.ash(*words, status=REFUSED).error
         assert "ash clone 0" in system.ash("run", 0, "touch", "/x", status=OURS_IN_RUN).error
         assert "ash clone 0" in system.ash("chroot", 0, status=OURS_IN_RUN, input="touch /usr/x\n").error
 
 
-def test_resuming_the_base_s_shell_is_no_upgrade(system: System) -> None:
+def test_resuming_the_shell_in_the_base_does_not_upgrade_it(system: System) -> None:
     with system.nothing_changes():
         assert "no unfinished work" in system.ash("base-update", "--resume", status=REFUSED).error
         assert "no unfinished work" in system.ash("chroot", 0, "--resume", status=OURS_IN_RUN).error
@@ -219,13 +219,13 @@ WANT_A_NUMBER = ["clone", "branch", "desc", "del", "deploy", "chroot", "run", "u
 
 
 @pytest.mark.parametrize("command", WANT_A_NUMBER)
-def test_on_an_image_the_number_is_never_left_out(system: System, command: str) -> None:
+def test_on_an_image_the_number_is_required(system: System, command: str) -> None:
     status = OURS_IN_RUN if command in ("run", "chroot") else USAGE
     system.ash(command, status=status)
 
 
 @pytest.mark.parametrize("command", ["current", "whichtmp"])
-def test_nothing_of_an_image_is_booted(system: System, command: str) -> None:
+def test_no_snapshot_of_an_image_is_booted(system: System, command: str) -> None:
     assert "no snapshot of this system is running" in system.ash(command, status=FAILED).error
 
 
@@ -270,7 +270,7 @@ def test_a_dry_run_changes_nothing(system: System, snapshot: int, words: list[st
         (["tree-run", "0", "true"], REFUSED),
     ],
 )
-def test_a_dry_run_fails_where_the_command_would(system: System, words: list[str | int], status: int) -> None:
+def test_a_dry_run_fails_if_the_command_would(system: System, words: list[str | int], status: int) -> None:
     system.ash("--dry-run", *words, status=status)
 
 
@@ -278,7 +278,7 @@ READING = [["tree"], ["list", 0], ["version"], ["tree", "-l"], ["help"]]
 
 
 @pytest.mark.parametrize("words", READING, ids=lambda words: " ".join(map(str, words)))
-def test_what_only_reads_changes_nothing(system: System, words: list[str | int]) -> None:
+def test_commands_that_only_read_change_nothing(system: System, words: list[str | int]) -> None:
     with system.nothing_changes():
         answer = system.ash("--json", *words).json
         system.ash(*words)
@@ -326,12 +326,12 @@ def test_version_names_version_and_distribution(system: System) -> None:
     assert system.ash("version").stdout == f"ash {answer['ash']} ({DISTRIBUTION})\n"
 
 
-def test_unlock_and_tmp_say_where_nothing_was_left(system: System, snapshot: int) -> None:
+def test_unlock_and_tmp_say_if_nothing_was_left(system: System, snapshot: int) -> None:
     assert system.ash("--json", "unlock", snapshot).json["changed"] is False
     assert system.ash("--json", "tmp").json == {"version": 1, "command": "tmp", "snapshots": [], "changed": False}
 
 
-def test_the_history_has_a_line_for_what_was_done_and_what_failed(system: System, snapshot: int) -> None:
+def test_the_history_records_changes_and_failures(system: System, snapshot: int) -> None:
     system.shell(snapshot, "touch /etc/x")
     system.shell(snapshot, "exit 7", status=7)
     lines = [json.loads(line) for line in (system.files.state / "history").read_text().splitlines()]
@@ -341,7 +341,7 @@ def test_the_history_has_a_line_for_what_was_done_and_what_failed(system: System
     assert "7" in failed["result"]
 
 
-def test_snapshots_stay_read_only_whatever_was_done(system: System, snapshot: int) -> None:
+def test_snapshots_stay_read_only(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo x > /etc/x; echo y > /boot/y")
     branch = system.branch(snapshot)
     system.ash("deploy", branch)
@@ -352,7 +352,7 @@ def test_snapshots_stay_read_only_whatever_was_done(system: System, snapshot: in
     system.is_sound()
 
 
-# Which system
+# Selecting a system
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_snapshots_stay_read_only_whatever_was_done(system: System, snapshot: in
         (["--root", "/", "--image", "/x", "tree"], USAGE),
     ],
 )
-def test_a_system_that_is_not_there_is_an_error_of_one_line(words: list[str], status: int) -> None:
+def test_a_missing_system_is_an_error_of_one_line(words: list[str], status: int) -> None:
     program("python3", "-I", ASH, *words, status=status)
 
 
@@ -378,7 +378,7 @@ def for_all() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_a_distribution_that_is_not_there_is_named(system: System) -> None:
+def test_a_missing_distribution_is_named_in_the_error(system: System) -> None:
     assert "arch" in system.ash("--distro", "arch", "tree", status=MISSING).error
 
 
@@ -391,7 +391,7 @@ def test_without_root_ash_says_so_in_one_line(system: System, for_all: Path) -> 
     program(*argv, "help", status=0)
 
 
-def test_a_tree_file_that_is_damaged_is_told_in_one_line(system: System) -> None:
+def test_a_damaged_tree_file_is_reported_in_one_line(system: System) -> None:
     fstree = system.files.state / "fstree"
     good = fstree.read_text()
     fstree.write_text("{'name': 'root', ")
@@ -402,7 +402,7 @@ def test_a_tree_file_that_is_damaged_is_told_in_one_line(system: System) -> None
         fstree.write_text(good)
 
 
-def test_the_old_ashs_tree_file_is_read(system: System) -> None:
+def test_the_tree_file_of_the_old_ash_is_read(system: System) -> None:
     fstree = system.files.state / "fstree"
     good = fstree.read_text()
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the documents of ash and its forerunner show: each command line, typed as it stands there, keeps its promise.
+"""Each command line in the documents of AshOS and astOS, typed as it is written, does what the document says.
 
 `ash upself` has tests of its own, in test_upself.py. What needs a kernel of its own is for the boot tests: `reboot`,
 choosing the last booted deployment in GRUB's menu before `ash rollback`, and services that `ash install` starts.
@@ -38,7 +38,7 @@ OLD, NEW = "1", "2"  # the versions of gimp: the first is installed, the second 
 
 
 class World:
-    """The running system, and the snapshots that a line of a document speaks of."""
+    """The running system, and the snapshots that a command line of a document refers to."""
 
     def __init__(self, running: Container, prepared: int, here: int) -> None:
         self.running = running
@@ -48,7 +48,7 @@ class World:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the numbers of the line before."""
+        """Forget the snapshot numbers of the previous line."""
         self.numbers = {"here": self.here}
         self.said: list[Outcome] = []
 
@@ -408,7 +408,7 @@ LWN = [
 ]
 
 
-# What the documents say of no command by name, but of the running system's own snapshot and of all snapshots.
+# Statements about the booted snapshot and about all snapshots, rather than about one command.
 WITHOUT_A_NUMBER = [
     Row("ash chroot", [("ash chroot", "touch /etc/chrooted\nexit\n")], lambda w: "chrooted" in etc_of(w, "here")),
     Row("ash branch", ["ash branch"], lambda w: w.parent("M") == w.here),
@@ -442,18 +442,18 @@ def is_mutable(world: World, number: int) -> bool:
 
 
 @pytest.mark.parametrize("row", [*ASHOS, *ASTOS, *LWN, *WITHOUT_A_NUMBER], ids=lambda row: row.words)
-def test_a_line_does_what_its_document_says(world: World, row: Row) -> None:
+def test_a_command_line_does_what_its_document_says(world: World, row: Row) -> None:
     for line in row.typed:
         typed, keys = (line, "") if isinstance(line, str) else line
         world.type(typed, keys=keys)
     assert row.holds(world), world.said
 
 
-# What a table cannot say: what is typed on a terminal, refused, or goes on for longer
+# Beyond the table: terminals, refusals, longer sequences
 
 
-def test_the_tree_has_the_documents_picture(world: World, system: System) -> None:
-    """Its numbers are others; the branches, the descriptions and the asterisk are those of the picture."""
+def test_tree_prints_the_picture_of_the_documents(world: World, system: System) -> None:
+    """The numbers differ; branches, descriptions and the asterisk are those of the picture."""
     lines = (
         "ash desc {N} multi-user system",
         "ash desc {below} applications",
@@ -493,7 +493,7 @@ WANT_A_NUMBER = ["run true", "tree-run true", "-y del", "undo", "mutable", "immu
 
 
 @pytest.mark.parametrize("line", WANT_A_NUMBER)
-def test_what_would_harm_the_booted_snapshot_wants_its_number(world: World, line: str) -> None:
+def test_commands_that_could_harm_the_booted_snapshot_need_a_number(world: World, line: str) -> None:
     error = world.type(f"ash {line}", status=OURS_IN_RUN if line.startswith("run") else USAGE).error
     assert re.search(r"number|which snapshot", error)
 
@@ -512,7 +512,7 @@ def test_without_a_clean_exit_nothing_is_saved_and_tmp_clears_it(world: World, t
     assert not world.system.remains()
 
 
-def test_a_chroot_is_no_place_for_ash(world: World) -> None:
+def test_ash_refuses_to_run_in_a_chroot(world: World) -> None:
     place = (
         "cd /tmp; mkdir it; mount --bind /.snapshots/rootfs/snapshot-{N} it; mount -t proc proc it/proc;"
         "mount --rbind /.snapshots it/.snapshots; chroot it ash"
@@ -559,20 +559,20 @@ READ_WRITE = {
 
 
 @pytest.mark.parametrize(("directory", "writable"), READ_WRITE.items())
-def test_not_even_root_writes_where_a_system_is_read_only(world: World, directory: str, writable: bool) -> None:
+def test_even_root_cannot_write_to_read_only_directories(world: World, directory: str, writable: bool) -> None:
     outcome = world.type(f"touch {directory}/it", status=DONE if writable else FAILED)
     assert writable or "Read-only file system" in outcome.stderr
 
 
-def test_without_root_there_are_not_a_lot_of_errors(world: World) -> None:
+def test_without_root_errors_are_short(world: World) -> None:
     nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups"
     assert "base snapshot" in world.type(f"{nobody} ast tree").stdout
     assert world.type(f"{nobody} ast current").stdout == f"{world.here}\n"
     assert "root" in world.type(f"{nobody} ast clone 0", status=REFUSED).error
 
 
-def test_a_script_upgrades_and_deploys_and_does_not_deploy_what_fails(world: World) -> None:
-    """As cron would do it; this is the last test, since it changes what is booted."""
+def test_a_script_upgrades_and_deploys_unless_the_upgrade_fails(world: World) -> None:
+    """As from cron. Must be the last test: it changes the booted snapshot."""
     assert world.version("here", "gimp") == OLD
     world.type("ast auto-upgrade")
     assert world.version("here", "gimp") == NEW

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What each command answers in JSON has the shape that is written down for it, and nothing else."""
+"""Each command's JSON answer has exactly the shape that the command declares."""
 
 import os
 from collections.abc import Mapping
@@ -16,8 +16,7 @@ from tests.system.disk_system import System
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 ANSWERS = {command.name: command.answer for command in COMMANDS if command.answer is not None}
-# Those that answer only where a system runs, or on a terminal, or never in JSON: tests of the boot see them; and what
-# wants a server, which has tests of its own.
+# Commands that need a running system, a terminal or a server (other modules test them), or never answer in JSON.
 SHELLS = {"chroot", "live-chroot", "hollow"}
 NOT_HERE = {"current", "whichtmp", "edit-conf", "help", "upself", *SHELLS}
 asked: set[str] = set()
@@ -32,12 +31,12 @@ def assert_shape(value: Any, shape: Any, at: str) -> None:
     elif isinstance(shape, Mapping):
         known = {key.rstrip("?"): part for key, part in shape.items()}
         for key, one in value.items():
-            assert key in known or "*" in known, f"{at}: {key} is not written down"
+            assert key in known or "*" in known, f"{at}: {key} is not declared"
             assert_shape(one, known.get(key, known.get("*")), f"{at}.{key}")
 
 
 def check(system: System, *words: str | int | Path, status: int = 0) -> dict[str, Any]:
-    """Run a command with --json and look at its answer's shape; returns the answer."""
+    """Run a command with --json, check the shape of its answer, and return the answer."""
     answer = system.ash("--json", *words, status=status).json
     asked.add(answer["command"])
     assert_shape(
@@ -46,7 +45,7 @@ def check(system: System, *words: str | int | Path, status: int = 0) -> dict[str
     return answer
 
 
-def test_each_command_has_a_shape() -> None:
+def test_each_command_declares_the_shape_of_its_answer() -> None:
     assert set(ANSWERS) | {"help", *SHELLS} == {command.name for command in COMMANDS}
 
 
@@ -132,7 +131,7 @@ def test_booting(system: System, snapshot: int) -> None:
     check(system, "deploy", 0)
 
 
-def test_looking_for_damage(system: System, snapshot: int) -> None:
+def test_fsck(system: System, snapshot: int) -> None:
     check(system, "version")
     check(system, "fsck")
     os.rename(system.files.state / f"snapshots/{snapshot}-desc", system.files.state / "aside")
@@ -172,7 +171,7 @@ def test_an_error(system: System) -> None:
         assert_shape(answer["error"], ERROR_SHAPE, str(words[0]))
 
 
-def test_all_of_them_were_asked() -> None:
-    """The last test of this module, which runs as a whole."""
+def test_every_command_was_tested() -> None:
+    """Must be the last test of this module."""
     if len(asked) > 3:
         assert set(ANSWERS) - NOT_HERE == asked

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""`ash chroot` as a person uses it: on a terminal, and when that goes away."""
+"""`ash chroot` on a terminal, and when the terminal hangs up."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 
 def prompt(terminal: Terminal) -> None:
-    """Wait until the shell takes commands."""
+    """Wait for the shell's prompt."""
     terminal.type("echo ready-$((6 * 7))\n")
     terminal.expect("ready-42")
 
@@ -27,7 +27,7 @@ def test_exit_keeps_the_changes(system: System, snapshot: int) -> None:
     assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
 
 
-def test_lwns_example_an_edit_of_resolv_conf(system: System, snapshot: int) -> None:
+def test_editing_resolv_conf_in_the_example_of_lwn(system: System, snapshot: int) -> None:
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
         terminal.type("echo nameserver 192.0.2.1 > /etc/resolv.conf\nexit\n")
@@ -38,7 +38,7 @@ def test_lwns_example_an_edit_of_resolv_conf(system: System, snapshot: int) -> N
 
 
 @pytest.mark.parametrize(("answer", "kept"), [("y", True), ("n", False), ("", False), ("N", False)])
-def test_another_status_asks_whether_to_keep(system: System, snapshot: int, answer: str, kept: bool) -> None:
+def test_a_failed_shell_asks_whether_to_keep_the_changes(system: System, snapshot: int, answer: str, kept: bool) -> None:
     before = system.id_of(snapshot)
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
@@ -51,7 +51,7 @@ def test_another_status_asks_whether_to_keep(system: System, snapshot: int, answ
     assert not system.remains()
 
 
-def test_back_goes_on_where_the_shell_was_left(system: System, snapshot: int) -> None:
+def test_back_reopens_the_shell_with_its_changes(system: System, snapshot: int) -> None:
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
         terminal.type("echo one > /etc/one; exit 1\n")
@@ -63,7 +63,7 @@ def test_back_goes_on_where_the_shell_was_left(system: System, snapshot: int) ->
     assert (system.root(snapshot) / "etc/two").read_text() == "one\n"
 
 
-def test_control_c_interrupts_what_runs_and_not_the_transaction(system: System, snapshot: int) -> None:
+def test_control_c_interrupts_the_program_not_the_transaction(system: System, snapshot: int) -> None:
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
         terminal.type("sleep 4730\n")
@@ -76,7 +76,7 @@ def test_control_c_interrupts_what_runs_and_not_the_transaction(system: System, 
     assert not processes_with("4730")
 
 
-def test_control_c_ends_a_run_and_changes_nothing(system: System, snapshot: int) -> None:
+def test_control_c_ends_run_without_changes(system: System, snapshot: int) -> None:
     with (
         system.nothing_changes(),
         system.terminal("run", snapshot, "sh", "-c", "touch /etc/mark; echo begun; sleep 4731") as terminal,
@@ -88,7 +88,7 @@ def test_control_c_ends_a_run_and_changes_nothing(system: System, snapshot: int)
     system.shell(snapshot, "true")
 
 
-def test_without_a_terminal_another_status_drops_the_changes(system: System, snapshot: int) -> None:
+def test_without_a_terminal_a_failed_shell_drops_the_changes(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         system.ash("chroot", snapshot, input="touch /etc/mark\nfalse\n", status=1)
     system.ash("chroot", snapshot, input="touch /etc/mark\n")
@@ -96,7 +96,7 @@ def test_without_a_terminal_another_status_drops_the_changes(system: System, sna
 
 
 def hung_up(system: System, snapshot: int, signals: int = 0) -> None:
-    """A shell that wrote something and then lost its terminal; ash gets that many signals more at the same time."""
+    """Write something in a shell, then close its terminal; ash gets additional signals at the same time."""
     terminal = system.terminal("chroot", snapshot)
     with terminal:
         prompt(terminal)
@@ -108,7 +108,7 @@ def hung_up(system: System, snapshot: int, signals: int = 0) -> None:
     wait_until(lambda: not processes_with("4732") and not system.processes())
 
 
-def test_after_a_hang_up_the_work_waits_and_is_gone_on_with(system: System, snapshot: int) -> None:
+def test_after_a_hangup_the_session_can_be_resumed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo nameserver 192.0.2.7 > /etc/resolv.conf")
     before = system.id_of(snapshot)
     hung_up(system, snapshot)
@@ -134,14 +134,14 @@ def test_after_a_hang_up_the_work_waits_and_is_gone_on_with(system: System, snap
     (system.files.var / "lib/kept").unlink()
 
 
-def test_a_hang_up_that_is_told_many_times_keeps_the_work(system: System, snapshot: int) -> None:
+def test_repeated_hangups_keep_the_session(system: System, snapshot: int) -> None:
     hung_up(system, snapshot, signals=200)
     system.ash("chroot", snapshot, "--resume", input="test -e /etc/mark\n")
     assert (system.root(snapshot) / "etc/mark").read_text() == "kept\n"
 
 
 @pytest.mark.parametrize("words", [["unlock"], ["tmp"]])
-def test_after_a_hang_up_the_work_can_be_dropped(system: System, snapshot: int, words: list[str]) -> None:
+def test_after_a_hangup_the_session_can_be_dropped(system: System, snapshot: int, words: list[str]) -> None:
     before = system.id_of(snapshot)
     hung_up(system, snapshot)
     named = [*words, snapshot] if words == ["unlock"] else words
@@ -151,19 +151,19 @@ def test_after_a_hang_up_the_work_can_be_dropped(system: System, snapshot: int, 
     system.shell(snapshot, "test ! -e /etc/mark")
 
 
-def test_resume_where_nothing_waits_is_refused(system: System, snapshot: int) -> None:
+def test_resume_without_a_session_is_refused(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         system.ash("chroot", snapshot, "--resume", status=OURS_IN_RUN)
 
 
-def test_unlock_refuses_while_its_process_lives(system: System, snapshot: int) -> None:
+def test_unlock_refuses_while_the_process_is_alive(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "touch /etc/mark") as work:
         assert f"pid {work.process.pid}" in system.ash("unlock", snapshot, status=4).error
         assert system.ash("--json", "tmp").json["snapshots"] == []
     assert (system.root(snapshot) / "etc/mark").exists()
 
 
-def test_the_shell_is_that_of_the_snapshots_root(system: System, snapshot: int) -> None:
+def test_the_shell_is_the_root_shell_of_the_snapshot(system: System, snapshot: int) -> None:
     system.shell(snapshot, "sed -i 's|^\\(root:.*\\):/bin/bash$|\\1:/bin/sh|' /etc/passwd")
     assert "shell-/bin/sh\n" in system.ash("chroot", snapshot, input="echo shell-$0\n").stdout
     system.shell(snapshot, "sed -i 's|^\\(root:.*\\):/bin/sh$|\\1:/no/such/shell|' /etc/passwd")

@@ -61,7 +61,7 @@ def test_every_way_to_name_a_snapshot_works(disk: Disk, words: list[str]) -> Non
     assert disk.ash("--json", *words).json["snapshot"] == 2
 
 
-def test_a_number_is_never_given_twice(disk: Disk) -> None:
+def test_a_number_is_never_reused(disk: Disk) -> None:
     disk.clone()
     disk.ash("-y", "del", 1)
     assert disk.clone() == 2
@@ -183,7 +183,7 @@ def test_reading_changes_nothing(disk: Disk) -> None:
     assert after == before
 
 
-def test_nothing_of_an_image_is_booted(disk: Disk) -> None:
+def test_no_snapshot_of_an_image_is_booted(disk: Disk) -> None:
     assert "nothing" in disk.ash("current", status=1).error
     assert "nothing" in disk.ash("whichtmp", status=1).error
 

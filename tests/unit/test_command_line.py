@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The grammar of the command line, as the command reference has it, with all that the old ash took."""
+"""The grammar of the command line, including the forms that the old ash took."""
 
 import contextlib
 import io
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.budget(5)
 
 
 def parsed(line: str) -> ash.Request:
-    """What ash makes of a command line."""
+    """The request that a command line is parsed into."""
     return ash.parse(line.split())[1]
 
 
 def refused(line: str) -> AshError:
-    """The error that a command line is answered with; it must be one of usage."""
+    """The usage error that a command line raises."""
     with pytest.raises(AshError) as caught:
         ash.parse(line.split())
     assert caught.value.status == USAGE
@@ -37,7 +37,7 @@ def outcome(*argv: str) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-# Every name and alias of the command reference; those of TO_COME are not there yet.
+# All names and aliases; the commands in TO_COME do not exist yet.
 ALIASES = """
 tree t; current c; status; desc description; clone cl tree-clone; clone-tree ct; branch add-branch
 cbranch clone-branch cb; ubranch clone-under cu; new new-tree; log history; del delete rm rem rm-snapshot
@@ -66,12 +66,12 @@ def test_no_word_calls_two_commands() -> None:
     assert len(words) == len(set(words))
 
 
-def test_an_unknown_word_is_answered_with_the_nearest_one() -> None:
+def test_an_unknown_command_gets_a_suggestion() -> None:
     assert "deploy" in refused("deplyo 1").hint
     assert "install" in refused("instal 1 hello").hint
 
 
-def test_a_word_that_is_like_no_command_is_pointed_to_the_help() -> None:
+def test_without_a_similar_command_the_hint_is_the_help() -> None:
     assert refused("qqqqqq").hint == "ash help"
 
 
@@ -87,12 +87,12 @@ def test_the_snapshot_can_be_left_out(line: str) -> None:
     assert parsed(line).snapshots == []
 
 
-def test_a_leading_integer_is_the_snapshot_and_later_ones_are_packages() -> None:
+def test_a_leading_integer_is_the_snapshot_later_ones_are_packages() -> None:
     args = parsed("install 1 2048 hello")
     assert (args.snapshots, args.packages) == ([1], ["2048", "hello"])
 
 
-def test_a_package_with_a_number_for_a_name_comes_with_its_option() -> None:
+def test_a_package_whose_name_is_a_number_needs_the_option() -> None:
     args = parsed("install -p 2048")
     assert (args.snapshots, args.packages) == ([], ["2048"])
     args = parsed("install 3 -p 2048 hello")
@@ -109,19 +109,19 @@ def test_a_package_with_a_number_for_a_name_comes_with_its_option() -> None:
         "in -s 3 hello",
     ],
 )
-def test_packages_are_words_or_an_option(line: str) -> None:
+def test_packages_are_arguments_or_an_option(line: str) -> None:
     args = parsed(line)
     assert (args.snapshots, args.packages) == ([3], ["hello"])
 
 
 @pytest.mark.parametrize("option", ["--snapshots", "--snaps"])
 @pytest.mark.parametrize("command", ["install", "remove"])
-def test_several_snapshots_are_named_with_one_option(command: str, option: str) -> None:
+def test_one_option_names_several_snapshots(command: str, option: str) -> None:
     args = parsed(f"{command} {option} 1 2 3 -p hello")
     assert (args.snapshots, args.packages) == ([1, 2, 3], ["hello"])
 
 
-def test_what_follows_the_numbers_of_several_snapshots_are_packages() -> None:
+def test_words_after_the_numbers_of_several_snapshots_are_packages() -> None:
     args = parsed("install --snapshots 1 2 hello sl")
     assert (args.snapshots, args.packages) == ([1, 2], ["hello", "sl"])
 
@@ -152,7 +152,7 @@ def test_a_description_is_several_words(line: str) -> None:
 
 @pytest.mark.parametrize("command", ["clone 3", "branch 3", "new"])
 @pytest.mark.parametrize("option", ["-d", "--desc", "--description"])
-def test_what_makes_a_snapshot_takes_a_description(command: str, option: str) -> None:
+def test_commands_that_make_a_snapshot_take_a_description(command: str, option: str) -> None:
     assert parsed(f"{command} {option} two words").description == "two words"
 
 
@@ -168,19 +168,19 @@ def test_live_has_two_spellings(option: str) -> None:
 
 @pytest.mark.parametrize("option", ["-nl", "--not-live"])
 @pytest.mark.parametrize("command", ["install", "remove"])
-def test_not_live_is_taken_by_what_changes_packages(command: str, option: str) -> None:
+def test_package_commands_take_not_live(command: str, option: str) -> None:
     assert parsed(f"{command} 3 {option} -p hello").snapshots == [3]
 
 
 @pytest.mark.parametrize("option", ["-c", "--cmd", "--command"])
-def test_the_old_ash_named_a_command_by_an_option(option: str) -> None:
+def test_the_command_to_run_can_be_an_option_as_in_the_old_ash(option: str) -> None:
     args = parsed(f"run -s 3 {option} ls -l --all")
     assert (args.snapshots, args.command) == ([3], ["ls", "-l", "--all"])
 
 
 @pytest.mark.parametrize("option", ["-s", "--snap", "--snapshot"])
 @pytest.mark.parametrize("command", ["run", "trun"])
-def test_the_old_ash_took_the_number_after_the_command(command: str, option: str) -> None:
+def test_the_number_can_follow_the_command_to_run_as_in_the_old_ash(command: str, option: str) -> None:
     _, args = ash.parse([command, "-c", "ls -s 4", option, "3"])
     assert (args.snapshots, args.command) == ([3], ["/bin/sh", "-c", "ls -s 4"])
     args = parsed(f"--image a.img {command} -c ls -l {option} 3")
@@ -190,14 +190,14 @@ def test_the_old_ash_took_the_number_after_the_command(command: str, option: str
     assert "snapshot number" in refused(f"{command} -c ls {option} x").message
 
 
-def test_all_words_after_the_number_belong_to_the_command_that_is_run() -> None:
+def test_everything_after_the_number_belongs_to_the_command_to_run() -> None:
     args = parsed("run 3 ls --json -q -s 4 --help")
     assert (args.snapshots, args.command) == ([3], ["ls", "--json", "-q", "-s", "4", "--help"])
     assert not args.json
 
 
 @pytest.mark.parametrize("line", ["--json run 3 true", "run --json 3 true", "run --json -s 3 true"])
-def test_options_before_the_number_are_those_of_ash(line: str) -> None:
+def test_options_before_the_number_belong_to_ash(line: str) -> None:
     args = parsed(line)
     assert args.json
     assert (args.snapshots, args.command) == ([3], ["true"])
@@ -207,7 +207,7 @@ def test_options_before_the_number_are_those_of_ash(line: str) -> None:
 @pytest.mark.parametrize(
     "option", ["--json", "--dry-run", "-v", "-q", "-y", "--yes", "--chroot", "--wait 5", "--distro debian"]
 )
-def test_options_of_all_commands_stand_anywhere(place: str, option: str) -> None:
+def test_global_options_can_stand_anywhere(place: str, option: str) -> None:
     assert parsed(place.format(option)).snapshots == [3]
     args = parsed(f"install 3 {option} hello")
     assert (args.snapshots, args.packages) == ([3], ["hello"])
@@ -224,18 +224,18 @@ def test_options_of_all_commands_stand_anywhere(place: str, option: str) -> None
         ("install 3 --remove gimp --live hello", [3], ["hello"]),
     ],
 )
-def test_an_option_may_stand_between_the_words(line: str, numbers: list[int], words: list[str]) -> None:
+def test_options_can_stand_between_arguments(line: str, numbers: list[int], words: list[str]) -> None:
     args = parsed(line)
     assert (args.snapshots, args.packages) == (numbers, words)
 
 
-def test_what_follows_two_dashes_is_no_option() -> None:
+def test_words_after_two_dashes_are_not_options() -> None:
     assert parsed("desc 3 -q -- -dash").description == "-dash"
     assert parsed("desc 3 - -5 -- --json").description == "- -5 --json"
 
 
 @pytest.mark.parametrize(("option", "dest"), [("-p", "packages"), ("--remove", "remove"), ("--snapshots", "snapshots")])
-def test_an_option_that_is_given_twice_counts_twice(option: str, dest: str) -> None:
+def test_an_option_with_several_words_can_be_repeated(option: str, dest: str) -> None:
     for _ in range(2):  # what one line gave is not there with the next
         assert list(map(str, getattr(parsed(f"install {option} 3 {option} 4 5 -p x"), dest)))[:3] == ["3", "4", "5"]
     assert parsed("install -s 3 -s 4 hello").snapshots == [3, 4]
@@ -250,7 +250,7 @@ def test_too_many_snapshots_are_refused(line: str) -> None:
     assert "snapshots" in refused(line).message
 
 
-# Commands on packages, on trees, and with a shell: the forms of the documents, and the old ones
+# Commands on packages and trees, and shells: the documented forms and the old ones
 
 
 @pytest.mark.parametrize(
@@ -303,14 +303,14 @@ def test_every_form_names_the_same_profile_and_snapshot(line: str, profile: str,
 
 
 @pytest.mark.parametrize("option", ["-f", "--force"])
-def test_install_takes_an_old_option_that_has_nothing_to_do_any_more(option: str) -> None:
+def test_install_accepts_force_which_has_no_effect(option: str) -> None:
     args = parsed(f"install {option} 3 hello")
     assert (args.snapshots, args.packages) == ([3], ["hello"])
     assert "no effect" in outcome("help", "install")[1]
 
 
 @pytest.mark.parametrize("line", ["1 -P {0} -p sl", "1 -P {0} --remove sl", "1 -P {0} sl"])
-def test_what_stands_beside_a_profile_is_refused(line: str, tmp_path: Path) -> None:
+def test_install_takes_no_packages_beside_a_profile(line: str, tmp_path: Path) -> None:
     profile = tmp_path / "x.conf"
     profile.write_text("[packages]\nhello\n")
     system = ash.System(ash.Layout(Path("/nowhere"), "none"), ash.Distro())
@@ -323,7 +323,7 @@ ON_A_TREE = ["tree-upgrade", "tupgrade", "tup", "tree-update", "sync", "tree-syn
 
 
 @pytest.mark.parametrize("command", [*ON_A_TREE, "tree-rmpkg", "tremove", "tree-run", "trun"])
-def test_what_works_on_a_tree_takes_a_number_and_jobs(command: str) -> None:
+def test_tree_commands_take_a_number_and_jobs(command: str) -> None:
     words = {"tree-rmpkg": " hello", "tremove": " hello", "tree-run": " true", "trun": " true"}.get(command, "")
     every = len(os.sched_getaffinity(0))
     first = f"{command} -j 3{words}" if command in ("tree-run", "trun") else f"{command} 3{words} -j"
@@ -336,7 +336,7 @@ def test_what_works_on_a_tree_takes_a_number_and_jobs(command: str) -> None:
 
 @pytest.mark.parametrize("command", [*ON_A_TREE, "tree-rmpkg", "tremove"])
 @pytest.mark.parametrize("option", ["-j 4", "-j4", "--parallel 4", "--parallel=4"])
-def test_a_count_of_jobs_is_not_taken_for_a_snapshot(command: str, option: str) -> None:
+def test_a_number_after_j_is_not_taken_for_a_snapshot(command: str, option: str) -> None:
     for line in (f"{command} {option}", f"{command} 3 {option}", f"{command} {option} 3"):
         error = refused(line)
         assert "takes no number" in error.message
@@ -346,20 +346,20 @@ def test_a_count_of_jobs_is_not_taken_for_a_snapshot(command: str, option: str) 
 @pytest.mark.parametrize(
     "line", ["tree-rmpkg 3 firefox paru", "tremove -s 3 -p firefox paru", "tremove 3 --pkg firefox paru"]
 )
-def test_packages_of_a_tree_are_words_or_an_option(line: str) -> None:
+def test_packages_of_a_tree_are_arguments_or_an_option(line: str) -> None:
     args = parsed(line)
     assert (args.snapshots, args.packages) == ([3], ["firefox", "paru"])
 
 
 @pytest.mark.parametrize("command", ["hold", "unhold"])
 @pytest.mark.parametrize("how", ["3 hello", "-s 3 hello", "-s 3 -p hello", "3 --package hello"])
-def test_what_is_held_is_named_as_what_is_installed(command: str, how: str) -> None:
+def test_hold_takes_packages_as_install_does(command: str, how: str) -> None:
     args = parsed(f"{command} {how}")
     assert (args.snapshots, args.packages) == ([3], ["hello"])
 
 
 @pytest.mark.parametrize("command", ["upgrade", "up", "refresh", "ref", "fixdb", "fix"])
-def test_what_the_documents_show_for_snapshots_takes_several(command: str) -> None:
+def test_upgrade_refresh_and_fixdb_take_several_snapshots(command: str) -> None:
     assert parsed(command).snapshots == []
     for numbers in ("1 2 3", "--snapshots 1 2 3", "--snaps 1 2 3", "-s 1 2 3"):
         assert parsed(f"{command} {numbers}").snapshots == [1, 2, 3]
@@ -367,7 +367,7 @@ def test_what_the_documents_show_for_snapshots_takes_several(command: str) -> No
 
 
 @pytest.mark.parametrize("line", ["whichsnap firefox paru", "ws -p firefox paru", "ws firefox --pkg paru"])
-def test_whichsnap_takes_packages_alone(line: str) -> None:
+def test_whichsnap_takes_packages_only(line: str) -> None:
     args = parsed(line)
     assert args.packages == ["firefox", "paru"]
 
@@ -377,7 +377,7 @@ def test_a_number_is_a_package_to_whichsnap() -> None:
 
 
 @pytest.mark.parametrize("command", ["install", "remove", "install-profile", "upgrade", "sync", "force-sync"])
-def test_what_can_be_done_live_says_so_by_the_same_options(command: str) -> None:
+def test_live_commands_share_their_options(command: str) -> None:
     words = {"install": "hello", "remove": "hello", "install-profile": "gnome"}.get(command, "")
     live, not_live = ((f"{command} 3 {words} {option}" for option in pair) for pair in (LIVE, NOT_LIVE))
     assert all(parsed(line).live is True for line in live)
@@ -390,13 +390,13 @@ LIVE, NOT_LIVE = ("-l", "--live"), ("-nl", "--not-live")
 
 
 @pytest.mark.parametrize("line", ["install --live 3 hello", "install -l 3 hello", "install 3 hello --live"])
-def test_live_stands_before_the_number_or_behind_the_package(line: str) -> None:
+def test_live_stands_before_the_number_or_after_the_package(line: str) -> None:
     args = parsed(line)
     assert (args.snapshots, args.packages, args.live) == ([3], ["hello"], True)
 
 
 @pytest.mark.parametrize("option", ["-f", "--force", "--force-offline"])
-def test_a_sync_by_force_does_not_upgrade(option: str) -> None:
+def test_sync_takes_force(option: str) -> None:
     for line in (f"sync {option} 3", f"tsync -s 3 {option}"):
         args = parsed(line)
         assert (args.snapshots, args.force) == ([3], True)
@@ -445,7 +445,7 @@ def test_each_command_has_its_options(line: str, option: str) -> None:
     assert getattr(parsed(others), option) is False
 
 
-def test_adding_and_removing_are_one_transaction() -> None:
+def test_install_takes_packages_to_remove() -> None:
     args = parsed("install 3 firefox --remove paru gimp")
     assert (args.snapshots, args.packages, args.remove) == ([3], ["firefox"], ["paru", "gimp"])
 
@@ -455,7 +455,7 @@ def test_adding_and_removing_are_one_transaction() -> None:
     ["live-chroot", "lchroot", "lc", "check", "profiles", "base-update", "bu", "ub", "upself", "rollback", "current",
      "etc-update", "etc", "tmp", "tmpclear", "whichtmp", "new", "new-tree", "sub", "status", "recover"],
 )  # fmt: skip
-def test_what_is_about_no_snapshot_takes_none(command: str) -> None:
+def test_commands_without_a_snapshot_take_no_number(command: str) -> None:
     parsed(command)
     refused(f"{command} 3")
 
@@ -463,7 +463,7 @@ def test_what_is_about_no_snapshot_takes_none(command: str) -> None:
 @pytest.mark.parametrize(
     "command", ["hollow", "auto-upgrade", "autoup", "au", "edit-conf", "edit", "unlock", "ul", "boot", "chroot", "lc"]
 )
-def test_what_is_about_one_snapshot_takes_one(command: str) -> None:
+def test_commands_for_one_snapshot_take_one_number(command: str) -> None:
     assert command == "lc" or parsed(f"{command} 3").snapshots == [3]
     assert command == "lc" or parsed(command).snapshots == []
     refused(f"{command} 3 4")
@@ -475,7 +475,7 @@ def test_the_parent_comes_first(line: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["immen", "immenable", "enimm", "immdis", "disableimm", "mutable", "immutable"])
-def test_mutability_wants_a_number(command: str) -> None:
+def test_mutability_commands_take_a_number(command: str) -> None:
     for line in (f"{command} 9", f"{command} -s 9"):
         assert parsed(line).snapshots == [9]
 
@@ -504,12 +504,12 @@ def test_a_wrong_command_line_is_refused(line: str) -> None:
     refused(line)
 
 
-def test_a_long_option_is_never_guessed() -> None:
+def test_options_cannot_be_abbreviated() -> None:
     refused("clone 3 --desc-ription x")
     refused("deploy 3 --second")
 
 
-def test_remove_of_a_number_alone_names_both_commands_that_it_could_mean() -> None:
+def test_remove_with_only_a_number_hints_at_del() -> None:
     hint = refused("remove 5").hint
     assert "ash del N" in hint
     assert "ash remove N PKG" in hint
@@ -526,12 +526,12 @@ def test_help_names_every_command(line: str) -> None:
     assert outcome(line) == outcome()
 
 
-def test_the_version_is_told_as_other_programs_do() -> None:
+def test_version_is_also_an_option() -> None:
     assert outcome("--version") == outcome("version")
 
 
 @pytest.mark.parametrize("name", [command.name for command in ash.COMMANDS])
-def test_every_command_explains_itself(name: str) -> None:
+def test_help_explains_every_command(name: str) -> None:
     status, out, _ = outcome("help", name)
     command = ash.find_command(name)
     assert status == 0
@@ -566,7 +566,7 @@ def test_a_dry_run_ends_at_the_plan() -> None:
     assert done == ["it"]
 
 
-def test_an_error_is_one_line_on_stderr_with_what_to_do() -> None:
+def test_an_error_is_one_line_on_stderr_with_a_hint() -> None:
     status, out, err = outcome("frobnicate")
     assert status == USAGE
     assert out == ""
@@ -574,7 +574,7 @@ def test_an_error_is_one_line_on_stderr_with_what_to_do() -> None:
     assert err.count("\n") == 1
 
 
-def test_an_error_in_json_has_its_status_and_shape() -> None:
+def test_an_error_in_json_has_its_status() -> None:
     status, out, _ = outcome("--json", "tree", "5")
     answer = json.loads(out)
     assert status == USAGE
@@ -600,7 +600,7 @@ def test_exit_statuses(line: str, status: int, monkeypatch: pytest.MonkeyPatch) 
     assert outcome(*line.split())[0] in expected
 
 
-def test_a_failure_of_ash_itself_in_run_is_125_and_json_has_the_particular_one() -> None:
+def test_run_exits_with_125_if_ash_fails_and_json_has_the_specific_status() -> None:
     status, out, _ = outcome("--json", "--image", "/nowhere/at.all", "run", "1", "true")
     assert status == ash.OUR_FAILURE_IN_RUN
     assert json.loads(out)["error"]["status"] in (MISSING, REFUSED)
@@ -643,7 +643,7 @@ def partition_table(table: int = 2, count: int = 4, size: int = 128, first: int 
         partition_table().ljust(2 << 20, b"\xff"),
     ],
 )
-def test_a_partition_table_that_is_torn_or_odd_is_none(content: bytes, tmp_path: Path) -> None:
+def test_a_torn_or_odd_partition_table_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.img").write_bytes(content)
     with pytest.raises(AshError, match=r"not a disk image"):
         ash.btrfs_partition(tmp_path / "x.img")
@@ -662,7 +662,7 @@ def test_a_partition_table_that_is_torn_or_odd_is_none(content: bytes, tmp_path:
         ("clone", AshError("No space left on device"), 1),  # does not free any
     ],
 )
-def test_what_frees_space_is_tried_again_with_the_reserve(
+def test_commands_that_free_space_retry_with_the_reserve(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: AshError, calls: int
 ) -> None:
     called = []
@@ -680,7 +680,7 @@ def test_what_frees_space_is_tried_again_with_the_reserve(
     assert len(called) == calls
 
 
-def test_an_error_in_ash_itself_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_ash_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ash.console, "verbose", False)
     for error in (RecursionError("too deep"), ValueError("a\nb"), KeyError("x")):
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Damaged and hostile small files and command lines: read as they should be, or one clear line; never a traceback."""
+"""Damaged and hostile state files and command lines: parsed correctly or refused in one line, never a traceback."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=100
 )
 
-# Values that programs stumble over where they expect another.
+# Values that break programs that expect another type or range.
 ODD: list[Any] = [
     None,
     True,
@@ -107,7 +107,7 @@ def texts_like(document: Any) -> st.SearchStrategy[str]:
 
 
 def either(function: Callable[[], Found]) -> Found | None:
-    """What a function returns; None where it raises one clear error, and nothing else is to be raised."""
+    """The result of a function, or None if it raises AshError; other exceptions are failures."""
     try:
         return function()
     except AshError:
@@ -158,7 +158,7 @@ def test_a_tree_file(text: str) -> None:
         "{'name': 'root', [0]: 1}",
     ],
 )
-def test_what_only_looks_like_a_tree_is_none(text: str) -> None:
+def test_an_invalid_tree_file_is_refused(text: str) -> None:
     with pytest.raises(AshError, match="the tree file cannot be read"):
         Tree.parse(text)
 
@@ -214,7 +214,7 @@ def test_a_profile(text: str) -> None:
 
 @given(text=texts_like(NUMBERS))
 @FUZZ
-def test_a_file_of_users_numbers(text: str, tmp_path: Path) -> None:
+def test_a_file_of_account_ids(text: str, tmp_path: Path) -> None:
     numbers = either(lambda: AccountIds.load(written(tmp_path / "ids", text)))
     if numbers is not None:
         assert all(0 <= number < 2**32 for given in numbers.given.values() for number in given.values())
@@ -242,8 +242,8 @@ DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib
 
 @given(text=texts_like(DECISIONS))
 @FUZZ
-def test_a_file_of_decisions(text: str, tmp_path: Path) -> None:
-    """Where it cannot be read it is decided anew: what was merged already is as the transaction has it."""
+def test_a_file_of_merge_decisions(text: str, tmp_path: Path) -> None:
+    """If it cannot be read, the merge decides again: entries already merged equal those of the transaction."""
     layout = Layout.at(tmp_path, "debian")
     place = WorkDir(System(layout, Debian()), 5)
     for directory in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
@@ -325,7 +325,7 @@ SAID = {"command": "desc", "result": "done", "snapshot": 7, "snapshots": [7], "d
 @example(lines=[json.dumps({**BIRTH, "copies": {"5": 1e999}})])
 @example(lines=[json.dumps({**SAID, "description": "\ud800"})])
 @FUZZ
-def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
+def test_uses_of_a_history(lines: list[str], tmp_path: Path) -> None:
     system, said = system_in(tmp_path), io.StringIO()
     written(system.layout.history, "\n".join(lines) + "\n")
     system.layout.description(7).unlink(missing_ok=True)
@@ -343,7 +343,7 @@ def test_what_is_taken_from_a_history(lines: list[str], tmp_path: Path) -> None:
 
 
 def system_in(directory: Path) -> System:
-    """A system of which only ash's own directory is there."""
+    """A system that has only ash's own directory."""
     layout = Layout.at(directory, "debian")
     for place in (layout.ash / "snapshots", layout.snapshots / "rootfs"):
         place.mkdir(parents=True, exist_ok=True)
@@ -387,14 +387,14 @@ def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
         assert system.layout.last.read_text() == f"{number}\n"
 
 
-def test_folders_with_numbers_that_no_snapshot_can_have_are_none(tmp_path: Path) -> None:
+def test_directories_with_impossible_numbers_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "snapshot-99999999999").mkdir()
     (tmp_path / f"snapshot-{'9' * 200}").mkdir()
     (tmp_path / "snapshot-7").mkdir()
     assert ash.numbered(tmp_path, "snapshot-") == {7: tmp_path / "snapshot-7"}
 
 
-def test_work_folders_of_other_names_are_nobodys(tmp_path: Path) -> None:
+def test_work_directories_with_other_names_are_ignored(tmp_path: Path) -> None:
     system = system_in(tmp_path)
     for name in ("1.old", "2", "3x"):
         system.layout.work(name).mkdir(parents=True)
@@ -402,7 +402,7 @@ def test_work_folders_of_other_names_are_nobodys(tmp_path: Path) -> None:
     assert ash.waiting_work(system) == [2]
 
 
-def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
+def test_the_highest_possible_number_is_the_last(tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.last.write_text(f"{ash.U32_MAX}\n")
     with pytest.raises(AshError, match="no snapshot numbers are left"):
@@ -412,7 +412,7 @@ def test_the_last_of_all_numbers_is_the_last(tmp_path: Path) -> None:
 
 @given(content=SMALL)
 @FUZZ
-def test_the_partitions_uuid(content: bytes, tmp_path: Path) -> None:
+def test_the_uuid_of_the_partition(content: bytes, tmp_path: Path) -> None:
     system = system_in(tmp_path)
     system.layout.part.write_bytes(content)
     uuid = either(lambda: system.uuid)
@@ -421,7 +421,7 @@ def test_the_partitions_uuid(content: bytes, tmp_path: Path) -> None:
 
 @given(content=SMALL)
 @FUZZ
-def test_the_distributions_name(content: bytes, tmp_path: Path) -> None:
+def test_the_name_of_the_distribution(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "distro"
     path.write_bytes(content)
     words = either(lambda: ash.read_distro(path))
@@ -463,7 +463,7 @@ def test_accounts(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\x1c", "\x0b", "\r"])
 def test_only_a_line_feed_ends_a_line(separator: str, tmp_path: Path) -> None:
-    """A user may put some of these into the name that passwd has of him: it must not become a line of its own."""
+    """Users can put some of these into their name in passwd (chfn): it must not become a line of its own."""
     line = f"eve:x:1001:1001:{separator}root::0:0:/home/eve:/bin/sh"
     merged, conflicts = merge_accounts("passwd", "", f"{line}\n", "root:x:0:0::/root:/bin/sh\n")
     assert (merged.split("\n")[1:], conflicts) == ([line, ""], [])
@@ -512,7 +512,7 @@ def test_a_package_database(text: str, tmp_path: Path) -> None:
 
 
 @given(st.text(), st.text())
-def test_versions_that_are_none_are_in_some_order(one: str, other: str) -> None:
+def test_invalid_versions_can_be_compared(one: str, other: str) -> None:
     assert (version_key(one) < version_key(other)) in (True, False)
 
 
@@ -544,7 +544,7 @@ ARGUMENTS = st.lists(st.sampled_from(WORDS) | st.sampled_from(OPTIONS) | st.samp
 
 @st.composite
 def likely_lines(draw: st.DrawFn) -> list[str]:
-    """A command with what it takes, more or less: most of those that are about nothing but looking are done."""
+    """A command that only reads, with roughly valid arguments: most of these lines succeed."""
     command = draw(st.sampled_from([command for command in ash.COMMANDS if not command.changes]))
     own = [option for argument in (*command.options, *ash.GLOBAL_OPTIONS) for option in argument.flags]
     return [command.name, *draw(st.lists(st.sampled_from(["0", "0", "5", "x"]) | st.sampled_from(own), max_size=2))]
@@ -567,7 +567,7 @@ def ended(argv: list[str]) -> tuple[int, str, str]:
 
 @pytest.fixture
 def nothing_is_managed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No line comes as far as a system, whatever this machine is."""
+    """System.open() refuses, whatever machine this is."""
 
     def refuse(*_: object) -> System:
         raise AshError("this system is not managed by ash")
@@ -580,7 +580,7 @@ def nothing_is_managed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A directory with a small system, which each line finds that says that it changes nothing."""
+    """A directory with a small system that System.open() returns to commands that change nothing."""
     system = system_in(tmp_path)
     system.layout.description(0).write_text("base\n")
     system.layout.last.write_text("0\n")
@@ -615,7 +615,7 @@ def test_a_command_line(argv: list[str], only_looked_at: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "-1", "x"])
-def test_a_time_to_wait_is_one(value: str, nothing_is_managed: None) -> None:
+def test_an_invalid_time_to_wait_is_refused(value: str, nothing_is_managed: None) -> None:
     status, _, err = ended(["--wait", value, "tree"])
     assert (status, "wait" in err) == (ash.USAGE, True)
 

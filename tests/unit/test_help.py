@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The manual and the shells' completions: all of the command table is in them, and the programs take them."""
+"""Man page and completions: they contain the whole command table, and groff and the shells accept them."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ FLAGS |= {flag for option in GLOBAL_OPTIONS for flag in option.flags}
 
 
 def output(*argv: str | Path, input: str = "", path: str = os.defpath) -> str:
-    """What a program prints; it must print no warning."""
+    """The stdout of a program, which must succeed and print nothing to stderr."""
     ended = subprocess.run(
         argv,
         input=input,
@@ -42,7 +42,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def fake_ash(tmp_path: Path) -> str:
-    """A PATH with an ash that has the snapshots 0, 7 and 12."""
+    """A PATH with a fake ash that lists the snapshots 0, 7 and 12."""
     (tmp_path / "ash").write_text(
         """#!/bin/sh\necho '{"tree": [{"snapshot": 0}, {"snapshot": 7}, {"snapshot": 12}]}'\n"""
     )
@@ -54,7 +54,7 @@ def fake_ash(tmp_path: Path) -> str:
 
 
 @needs("groff")
-def test_groff_shows_the_manual_without_a_warning() -> None:
+def test_groff_formats_the_manual_without_warnings() -> None:
     page = " ".join(output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=help.manual()).split())
     for command in COMMANDS:
         assert f" {command.usage} " in page
@@ -64,7 +64,7 @@ def test_groff_shows_the_manual_without_a_warning() -> None:
 
 
 @needs("groff")
-def test_the_manual_shows_its_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manual_escapes_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ".TH 'x' \\n(.s `-y` -- \\fB"
     monkeypatch.setattr(help, "FILES", {hostile: hostile})
     page = output("groff", "-man", "-Tutf8", "-ww", "-P-cbou", "-rLL=999n", input=help.manual())
@@ -75,19 +75,19 @@ def test_the_manual_shows_its_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_ash_prints_them(kind: str) -> None:
+def test_help_prints_each_format(kind: str) -> None:
     printed = output(sys.executable, "-I", ash.__file__, "help", "--format", kind)
     assert printed == f"{FORMATS[kind]()}\n"
 
 
-def test_an_installed_ash_prints_what_was_installed_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_installed_ash_prints_the_rendered_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ash, "HERE", tmp_path)
     (tmp_path / "help").mkdir()
     (tmp_path / "help/man").write_text(".TH ASH 8\n")
     assert ash.rendered_help("man") == ".TH ASH 8"
 
 
-def test_an_ash_that_was_copied_alone_says_that_it_has_no_manual(tmp_path: Path) -> None:
+def test_an_ash_without_rendered_files_and_installer_has_no_manual(tmp_path: Path) -> None:
     shutil.copyfile(ash.__file__, tmp_path / "ash")
     argv = [sys.executable, "-I", str(tmp_path / "ash"), "help", "--format", "man"]
     ended = subprocess.run(argv, capture_output=True, text=True, check=False)
@@ -96,7 +96,7 @@ def test_an_ash_that_was_copied_alone_says_that_it_has_no_manual(tmp_path: Path)
 
 
 def bash(line: str, path: str = os.defpath) -> set[str]:
-    """What bash offers for the last word of a line."""
+    """The completions of bash for the last word of a line."""
     words = line.split(" ")
     script = f'{help.bash_completion()}\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ash; printf \'%s\\n\' "${{COMPREPLY[@]}}"'
     return set(output("bash", "-euc", script, "bash", *words, path=path).split())
@@ -111,19 +111,19 @@ def test_bash_completes_commands_and_options() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_bash_knows_each_option_of_a_command(command: ash.Command, fake_ash: str) -> None:
+def test_bash_completes_the_options_of_each_command(command: ash.Command, fake_ash: str) -> None:
     own = {flag for option in command.all_options() for flag in option.flags}
     for word in (command.name, *command.aliases):
         assert own <= bash(f"ash {word} -", fake_ash)
 
 
-def test_bash_completes_numbers_where_a_command_takes_them(fake_ash: str) -> None:
+def test_bash_completes_snapshot_numbers(fake_ash: str) -> None:
     assert bash("ash deploy ", fake_ash) == {"0", "7", "12"}
     assert bash("ash deploy 1", fake_ash) == {"12"}
     assert "7" not in bash("ash status ", fake_ash)
 
 
-def test_bash_leaves_files_to_itself() -> None:
+def test_bash_falls_back_to_file_names() -> None:
     assert bash("ash --image ") == set()
     assert "complete -o default -F _ash ash" in help.bash_completion()
 
@@ -137,7 +137,7 @@ words=("$@"); CURRENT=$#
 
 
 def zsh(line: str, path: str) -> set[str]:
-    """What zsh offers, by a stand-in for what shows it."""
+    """The completions of zsh, collected by stubs of its functions."""
     script = f"{ZSH}\n_ash() {{\n{help.zsh_completion()}\n}}\n_ash"
     return set(output("zsh", "-fc", script, "zsh", *line.split(" "), path=path).split())
 
@@ -153,7 +153,7 @@ def test_zsh_completes(fake_ash: str) -> None:
 
 
 def fish(line: str, path: str) -> set[str]:
-    """What fish offers for the end of a line."""
+    """The completions of fish for the end of a line."""
     script = f"{help.fish_completion()}\ncomplete -C $argv[1]"
     offered = output("fish", "--no-config", "-c", script, line, path=path)
     return {entry.split("\t")[0] for entry in offered.splitlines()}
@@ -169,10 +169,10 @@ def test_fish_completes(fake_ash: str) -> None:
         assert own <= fish(f"ash {command.name} -", fake_ash) | fish(f"ash {command.name} --", fake_ash)
 
 
-# What the installer makes of them
+# The installer
 
 
-def test_the_installer_puts_them_where_programs_look(tmp_path: Path) -> None:
+def test_the_installer_puts_help_where_programs_look(tmp_path: Path) -> None:
     layout, root = ash.Layout(tmp_path, "debian"), tmp_path / "root"
     layout.ash.mkdir()
     install._install_help(layout, root, DebianInstaller.zsh_completions)
