@@ -986,6 +986,10 @@ class Layout:
     def description(self, snapshot: int) -> Path:
         return self.ash / f"snapshots/{snapshot}-desc"
 
+    def packages(self, snapshot: int) -> Path:
+        """The record of a snapshot's packages."""
+        return self.ash / f"packages/{snapshot}"
+
     def conflicts(self, snapshot: int) -> Path:
         """A new name for the directory that keeps what a merge did not apply."""
         directory = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
@@ -1462,46 +1466,72 @@ def make_mutable_directory(layout: Layout, kept: str) -> Path:
 # History
 # ---------------------------------------------------------------------------------------------------------------
 
-TIME_OF_HISTORY = "%Y-%m-%dT%H:%M:%S%z"
-# What the table of the history is made from.
-PACKAGES_OF_HISTORY = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
-HISTORY_SHAPE = {
-    "time?": str,
-    "user?": is_u32,
-    "command?": str,
-    "arguments?": list,
-    "snapshots?": [is_u32],
-    "result?": str,
-    "packages?": PACKAGES_OF_HISTORY,
-    "changes?": [{"packages?": PACKAGES_OF_HISTORY}],
-}
+
+class History:
+    """The log of what was done: a line of JSON for each commit, and for each command that failed or did something else.
+
+    Commits are recorded by whoever finishes them, the command itself or recovery: see WorkDir.record().
+    """
+
+    TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+    PACKAGE_KEYS: ClassVar[Mapping[str, Any]] = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
+    # The keys that `ash log` shows; a line may lack any of them, and has others.
+    SHAPE: ClassVar[Mapping[str, Any]] = {
+        "time?": str,
+        "user?": is_u32,
+        "command?": str,
+        "arguments?": list,
+        "snapshots?": [is_u32],
+        "result?": str,
+        "packages?": PACKAGE_KEYS,
+        "changes?": [{"packages?": PACKAGE_KEYS}],  # of several snapshots: an older ash wrote one line for all
+    }
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def append(self, entry: Mapping[str, Any], again: bool = False) -> None:
+        """Append a line and sync it. On a full disk, or if another ash holds the lock for too long, the line is lost.
+
+        Args:
+            entry: the line, to which the time is added.
+            again: whether it may be there already, as recovery does not know; its "id" tells.
+        """
+        line = json.dumps({"time": time.strftime(self.TIME_FORMAT), **entry}).encode() + b"\n"
+        with contextlib.suppress(OSError, AshError), state_lock(self.layout), self.layout.history.open("ab+") as file:
+            if again and entry["id"] and any(known.get("id") == entry["id"] for known in self.read()):
+                return
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
+            about_to("write the history")
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, oldest first, without those that a crash has torn."""
+        entries = []
+        for line in lines_of(read_text(self.layout.history)):
+            with contextlib.suppress(ValueError):
+                entries.append(from_json(line, self.SHAPE))
+        return entries
 
 
-def remember(layout: Layout, entry: Mapping[str, Any]) -> None:
-    """Append a line to the history."""
-    line = json.dumps({"time": time.strftime(TIME_OF_HISTORY), **entry}).encode() + b"\n"
-    # The command's own result matters more than its line: on a full disk, and where another ash holds the lock.
-    with contextlib.suppress(OSError, AshError), state_lock(layout), layout.history.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
-        about_to("write the history")
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def moment_of(entry: Mapping[str, Any]) -> float:
-    """When a line of the history was written, in seconds since 1970; 0 where it does not say."""
+def timestamp_of(entry: Mapping[str, Any]) -> float:
+    """When a line of the history was written, in seconds since 1970; 0 if the line does not say."""
     from datetime import datetime
 
-    with contextlib.suppress(ValueError, OverflowError):  # such as a year that is none elsewhere
-        return datetime.strptime(entry.get("time", ""), TIME_OF_HISTORY).astimezone().timestamp()
+    with contextlib.suppress(ValueError, OverflowError):  # a year out of range, for one
+        return datetime.strptime(entry.get("time", ""), History.TIME_FORMAT).astimezone().timestamp()
     return 0
 
 
-def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """The lines of the history that tell how a snapshot was made: its number, the original's, the line."""
+def births(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+    """Each snapshot's creation that the history records: its number, the original's, the line.
+
+    An older ash wrote a single line when it copied a branch, with all copies in it.
+    """
     for entry in history:
         if entry.get("result") == "done" and is_u32(entry.get("from")):
             copies = entry.get("copies", {str(entry["from"]): entry.get("snapshot")})
@@ -1511,24 +1541,24 @@ def lines_of_birth(history: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, 
                     yield new, original, entry
 
 
-def parents_in_history(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-    """The number below which each snapshot was made, also of those that were deleted since; none is at the top."""
+def recorded_parents(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """The parent that each snapshot was created below, deleted snapshots included; top-level ones are left out."""
     parents: dict[int, int] = {}
-    for number, original, entry in lines_of_birth(history):
+    for number, original, entry in births(history):
         above = entry.get("parent")
-        if original != entry["from"]:  # copied with the branch that it is in
+        if original != entry["from"]:  # copied together with its branch
             above, copies = parents.get(original), entry["copies"]
             while above is not None and str(above) not in copies:  # that one was taken out meanwhile
                 above = parents.get(above)
             above = copies.get(str(above))
-        if isinstance(above, int) and 0 <= above < number:  # numbers only rise: what leads elsewhere is not ash's
+        if isinstance(above, int) and 0 <= above < number:  # parents are older: anything else is not from ash
             parents[number] = above
     return parents
 
 
-def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
-    """The tree of some snapshots: each below the nearest one that it was made below and that is there."""
-    tree, parents = Tree.empty(), parents_in_history(history)
+def tree_from_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
+    """The tree of these snapshots, each below its nearest recorded ancestor that is among them."""
+    tree, parents = Tree.empty(), recorded_parents(history)
     for number in sorted(numbers):
         above = parents.get(number)
         while above is not None and above not in tree:
@@ -1537,15 +1567,26 @@ def tree_of_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]
     return tree
 
 
-def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """What a snapshot was before it had its number, nearest first, and the line of the history at which that ended.
+def recorded_description(number: int, history: Sequence[Mapping[str, Any]]) -> str:
+    """The last description of a snapshot that the history has; empty if the history does not know the snapshot.
 
-    The first is the snapshot itself, which goes on; then what it was copied from, what that was copied from, and so on.
+    An older ash recorded the descriptions that `desc` gave, but not those that snapshots were created with.
     """
-    births = {new: (line, old) for line, entry in enumerate(history) for new, old, _ in lines_of_birth([entry])}
+    own = [entry for entry in history if entry.get("result") == "done" and entry.get("snapshot") == number]
+    if given := [entry["description"] for entry in own if is_line(entry.get("description"))]:
+        return str(given[-1])
+    return next((f"copy of {original}" for new, original, _ in births(history) if new == number), "")
+
+
+def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """A snapshot and its originals, nearest first: the snapshot, what it was copied from, what that was copied from...
+
+    The values say up to which line of the history each counts: the copying of it; for the snapshot itself, the end.
+    """
+    born = {new: (line, old) for line, entry in enumerate(history) for new, old, _ in births([entry])}
     found = {number: len(history)}
-    while number in births and births[number][1] < number:  # numbers only rise: what leads elsewhere is not ash's
-        line, number = births[number]
+    while number in born and born[number][1] < number:  # originals are older: anything else is not from ash
+        line, number = born[number]
         found[number] = line
     return found
 
@@ -3716,12 +3757,12 @@ class VarMerge:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Changes, intents, work directories
+# Changes
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Change(NamedTuple):
-    """What a command did to a snapshot; `--json` prints it, the history keeps it."""
+    """What a command did to a snapshot, for the user, for `--json` and for the history."""
 
     snapshot: int
     changed: bool = False
@@ -3736,7 +3777,7 @@ class Change(NamedTuple):
 
     @classmethod
     def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str], **more: Any) -> Change:
-        """The change that leads from some packages, with their versions, to others."""
+        """The change from one set of packages (names and versions) to another."""
         return cls(
             snapshot,
             changed=more.pop("changed", True),
@@ -3747,7 +3788,7 @@ class Change(NamedTuple):
         )
 
     def then(self, later: Change) -> Change:
-        """It and a later one, as one: of a package that is in both, the later says what becomes of it."""
+        """The sum of two changes. Where both concern a package, the later one wins."""
         names = later.packages_changed()
 
         def both(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -3762,15 +3803,15 @@ class Change(NamedTuple):
         )
 
     def packages_changed(self) -> set[str]:
-        """The names of all packages that it is about."""
+        """The names of all packages concerned."""
         return {*self.added, *self.removed, *self.upgraded}
 
     def packages(self) -> dict[str, Any]:
-        """The packages alone, as JSON has them."""
+        """The changed packages, as JSON."""
         return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}
 
     def summary(self, verb: str = "changed") -> str:
-        """What the user is told."""
+        """The text for the user."""
         if not self.changed:
             return f"snapshot {self.snapshot}: nothing to change"
         lines = [f"snapshot {self.snapshot} {verb}"]
@@ -3780,89 +3821,251 @@ class Change(NamedTuple):
         lines += [f"  left in place: {one_line(path)} (--delete-data deletes it)" for path in self.kept]
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
         if self.conflicts:
-            lines.append(f"  changed outside meanwhile, and left as it is there: {listed(self.conflicts)}")
-            lines.append(f"  what the transaction made of it is in {self.conflicts_folder}")
+            lines.append(f"  changed by others meanwhile, and left as they changed it: {listed(self.conflicts)}")
+            lines.append(f"  the transaction's version is in {self.conflicts_folder}")
         return "\n".join(lines)
 
 
+def write_packages(layout: Layout, snapshot: int, packages: Mapping[str, str]) -> None:
+    """Record the packages of a snapshot (names and versions), readable by all.
+
+    It is not synced here, but together with the commit. Readers take a record that a power cut has torn for missing.
+    """
+    record = layout.packages(snapshot)
+    about_to(f"write packages of {snapshot}")
+    record.parent.mkdir(exist_ok=True)
+    with replace(record, token=str(snapshot)) as temporary:
+        temporary.write_text(json.dumps(packages))
+        temporary.chmod(0o644)
+
+
+def read_packages(layout: Layout, snapshot: int) -> dict[str, str] | None:
+    """The recorded packages of a snapshot; None if there is no record (an older ash wrote none), or it is torn."""
+    try:
+        packages: dict[str, str] = from_json(read_text(layout.packages(snapshot)), {"*": str})
+    except (AshError, ValueError):
+        return None
+    return packages
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Intents: work under way, and what recovery does with it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Open(NamedTuple):
+    """A transaction runs."""
+
+    homes: Sequence[str] = ()  # the home directories that existed when it began
+    caller: Mapping[str, Any] | None = None
+    state: str = "open"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
+        """Drop it."""
+        place.drop()
+
+
+class Kept(NamedTuple):
+    """A transaction whose terminal hung up; its working copy waits for `chroot --resume` or `unlock`."""
+
+    homes: Sequence[str] = ()
+    caller: Mapping[str, Any] | None = None
+    state: str = "kept"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
+        """Refuse: this is the user's to decide."""
+        n = place.snapshot
+        raise AshError(
+            f"snapshot {n} has unfinished work from a session that hung up",
+            f"ash chroot {n} --resume continues it, ash unlock {n} drops it",
+            REFUSED,
+        )
+
+
+class LiveChange(NamedTuple):
+    """A transaction's result is being put into the running deployment."""
+
+    slot: str = ""
+    old: int = 0  # the subvolume id of the slot: another deployment in it has nothing of this change
+    entries: Sequence[str] = ()  # the entries of /var that are being merged
+    state: str = "live"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
+        """Drop it; LiveWorkDir first puts back what was replaced."""
+        place.drop()
+
+
+class Commit(NamedTuple):
+    """A snapshot is exchanged for a new state, then /var is merged."""
+
+    old: int = 0  # subvolume ids before and after
+    new: int = 0
+    entries: Sequence[str] = ()  # the entries of /var to merge
+    delete: Sequence[str] = ()  # those of them in which deletions are applied
+    copies: Sequence[str] = ()  # which of "etc" and "boot" to copy again
+    facts: Mapping[str, Any] = {}  # what the history says of it: "packages", as Change.packages() gives them
+    caller: Mapping[str, Any] | None = None  # user and command, for the history; None keeps it out
+    id: str = ""  # of its line in the history
+    state: str = "commit"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
+        """Finish it if the exchange has happened, else drop it."""
+        if subvolume_id(place.layout.rootfs(place.snapshot)) == self.new:
+            place.finish(self, again=True)
+        else:
+            place.drop()
+
+
+class Merge(NamedTuple):
+    """A transaction that changed nothing but /var is being merged; fields as in Commit."""
+
+    entries: Sequence[str] = ()
+    delete: Sequence[str] = ()
+    facts: Mapping[str, Any] = {}
+    caller: Mapping[str, Any] | None = None
+    id: str = ""
+    state: str = "merge"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
+        """Finish it."""
+        place.finish(self, again=True)
+
+
+class Birth(NamedTuple):
+    """A snapshot is being created. Adding it to the tree is the commit."""
+
+    source: int  # the snapshot that it is a copy of
+    parent: int | None = None
+    description: str = ""
+    caller: Mapping[str, Any] | None = None
+    id: str = ""
+    state: str = "number"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:
+        """Finish it if it is in the tree, else delete what there is of the snapshot."""
+        n = place.snapshot
+        if n in tree:
+            description = self.description or place.system.describe(n)
+            self._replace(parent=tree.parent(n), description=description).record(place, again=True)
+        else:
+            place.delete_snapshot()
+            sync_filesystem(place.layout.snapshots)
+        place.drop()
+
+    def record(self, place: WorkDir, again: bool = False) -> None:
+        """Write the history's line."""
+        facts = {"from": self.source, "parent": self.parent, "description": self.description}
+        place.record(self.caller, {"id": self.id, **facts}, {self.source, place.snapshot}, again)
+
+
+class Deletion(NamedTuple):
+    """A snapshot is being deleted, perhaps along with others. Removing it from the tree is the commit."""
+
+    snapshots: Sequence[int] = ()  # all that are deleted with it
+    caller: Mapping[str, Any] | None = None
+    id: str = ""
+    state: str = "number"
+
+    def recover(self, place: WorkDir, tree: Tree) -> None:
+        """Finish it if the snapshot has left the tree, else forget about it."""
+        if place.snapshot not in tree:
+            place.delete_snapshot()
+            sync_filesystem(place.layout.snapshots)
+            self.record(place, again=True)
+        place.drop()
+
+    def record(self, place: WorkDir, again: bool = False) -> None:
+        """Write the history's line, which is one for all."""
+        place.record(self.caller, {"id": self.id, "deleted": list(self.snapshots)}, self.snapshots, again)
+
+
+Intent = Open | Kept | LiveChange | Commit | Merge | Birth | Deletion
+INTENTS: Mapping[str, type[Intent]] = {
+    "open": Open,
+    "kept": Kept,
+    "live": LiveChange,
+    "commit": Commit,
+    "merge": Merge,
+    "number": Deletion,  # or Birth: that one has a source
+}
+CALLER_SHAPE = {"user": is_u32, "command": str, "arguments": [str]}
 INTENT_SHAPE = {
-    "state": lambda state: state in ("open", "kept", "live", "commit", "merge", "number"),
+    "state": lambda state: state in tuple(INTENTS),
     "old?": is_u32,
     "new?": is_u32,
     "entries?": [is_inner_path],
     "copies?": [lambda directory: directory in ("etc", "boot")],
     "delete?": [is_inner_path],
     "homes?": [str],
-    "caller?": {"user": is_u32, "command": str, "arguments": [str]},
+    "caller?": lambda caller: caller is None or has_shape(caller, CALLER_SHAPE),
     "source?": is_u32,
     "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
+    "parent?": lambda parent: parent is None or is_u32(parent),
+    "description?": str,
+    "snapshots?": [is_u32],
+    "facts?": lambda facts: has_shape(facts, {"packages?": History.PACKAGE_KEYS}),
+    "id?": str,
 }
 
 
-class Intent(NamedTuple):
-    """What is under way on a snapshot, so that it can be finished or undone after a crash.
+def load_intent(directory: Path) -> Intent | None:
+    """The intent in a work directory; None if no work is under way.
 
-    `state` is one of
-        open: a transaction runs; dropped by recovery.
-        kept: its terminal hung up; waits for `chroot --resume` or `unlock`.
-        live: it is being put into the running deployment, `slot`; what was put there is put back.
-        commit: it is being exchanged; finished where the exchange has happened, else dropped.
-        merge: only /var is to be merged; finished.
-        number: the snapshot is being made or deleted; without its place in the tree it is deleted.
+    Raises:
+        AshError: the file is damaged.
     """
+    if not os.path.lexists(directory / "intent"):
+        return None
+    try:
+        data = from_json(read_text(directory / "intent"), INTENT_SHAPE)
+        kind = Birth if "source" in data else INTENTS[data["state"]]
+        return kind(**{name: data[name] for name in kind._fields if name in data})
+    except ValueError:
+        about = f"snapshot {directory.name}" if directory.name.isdecimal() else directory.name
+        hint = f"ash unlock {directory.name} drops it" if directory.name.isdecimal() else "ash tmp drops it"
+        raise AshError(f"the intent file of {about} is damaged", hint) from None
 
-    state: str
-    old: int = 0  # subvolume ids, before and after
-    new: int = 0
-    entries: Sequence[str] = ()  # of /var
-    copies: Sequence[str] = ()  # of "etc" and "boot": to be renewed
-    delete: Sequence[str] = ()  # entries in which deletions are applied
-    homes: Sequence[str] = ()  # home directories that were there when it began
-    slot: str = ""
-    caller: Mapping[str, Any] | None = None  # who does it, for the history, where another ash finishes it
-    source: int | None = None  # of a snapshot that is being made: what it is a copy of
 
-    @classmethod
-    def load(cls, directory: Path) -> Intent | None:
-        """The intent in a work directory; AshError where its file is damaged."""
-        if not os.path.lexists(directory / "intent"):
-            return None
-        try:
-            return cls(**fields_of(cls, from_json(read_text(directory / "intent"), INTENT_SHAPE)))
-        except ValueError:
-            about = f"snapshot {directory.name}" if directory.name.isdecimal() else directory.name
-            hint = f"ash unlock {directory.name} drops it" if directory.name.isdecimal() else "ash tmp drops it"
-            raise AshError(f"the intent file of {about} is damaged", hint) from None
+def save_intent(directory: Path, intent: Intent) -> None:
+    """Write the intent file, and sync it."""
+    write_file(directory / "intent", json.dumps(intent._asdict()))
 
-    def save(self, directory: Path) -> None:
-        write_file(directory / "intent", json.dumps({k: v for k, v in self._asdict().items() if v is not None}))
+
+def new_id() -> str:
+    """A new id for a commit's line in the history."""
+    return os.urandom(8).hex()
 
 
 def state_of_work(directory: Path) -> str:
-    """The state of the intent in a work directory; empty where there is none, or a damaged one."""
+    """The state of the intent in a work directory; empty if there is none, or a damaged one."""
     with contextlib.suppress(AshError):
-        intent = Intent.load(directory)
+        intent = load_intent(directory)
         return intent.state if intent else ""
     return ""
 
 
 def is_coming_or_going(directory: Path) -> bool:
-    """Whether the snapshot of a work directory was being made or deleted by the last that worked on it."""
+    """Whether the work directory is that of a snapshot that is being created or deleted."""
     return state_of_work(directory) == "number"
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Work directories
+# ---------------------------------------------------------------------------------------------------------------
+
+
 def remove_work_directory(directory: Path) -> None:
-    """Delete the work directory of a snapshot that is none any more, where nothing but its lock is in it."""
+    """Delete the work directory of a snapshot that no longer exists, if nothing but its lock is in it."""
     if os.listdir(directory) == ["lock"]:
         remove_tree(directory)
 
 
 class CommittedButUnfinished(AshError):
-    """A change was committed, and what comes after that has failed."""
+    """The commit succeeded; a follow-up step failed and recovery will finish it."""
 
 
 class WorkDir:
-    """The work directory of a snapshot: what a transaction has there, how it is finished or dropped.
+    """The work directory of a snapshot: what its transaction keeps there, and how that is finished or dropped.
 
     Its methods need the snapshot's lock.
     """
@@ -3881,9 +4084,9 @@ class WorkDir:
         self.name = name or snapshot  # of its lock
         self.directory = self.layout.work(self.name)
         self.root = self.layout.working_copy(self.name)
-        self.before = self.directory / "before"  # a copy of what is changed, where one is needed
+        self.before = self.directory / "before"  # a copy of the old state, where one is needed
         self.origin = self.directory / "var"
-        # Some directories of /var are everybody's to write in: nobody is to find them here too.
+        # Some directories of /var are writable by everybody: their copies here must not be reachable.
         self.private = self.directory / "private"
         self.upper = self.private / "upper"
         self.overlay_work = self.private / "overlay"
@@ -3891,71 +4094,48 @@ class WorkDir:
         self.merged = self.directory / "merged"
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:
-        """Finish or undo what was interrupted.
+        """Finish or undo interrupted work.
+
+        Args:
+            tree: the present tree, which tells whether a snapshot's creation or deletion was committed.
+            drop_kept: drop work that waits for its user, and work whose intent file is damaged.
 
         Raises:
-            AshError: work waits here that a hang-up left behind (REFUSED), or the intent file is damaged, and
-                `drop_kept` is not given.
+            AshError: there is such work (REFUSED, if it waits), and `drop_kept` is not given.
         """
-        self.close_off()
         try:
-            intent = Intent.load(self.directory)
+            intent = load_intent(self.directory)
         except AshError:
             if not drop_kept:
                 raise
             self.drop()
             return
         if intent is None:
-            if self.leftovers():  # a power cut brought back what was deleted, and not the intent file
+            if self.leftovers():  # a power cut brought back what was deleted, without the intent file
                 self.drop()
-        elif intent.state == "kept" and not drop_kept:
-            n = self.snapshot
-            raise AshError(
-                f"snapshot {n} has unfinished work that a hang-up left behind",
-                f"ash chroot {n} --resume goes on with it, ash unlock {n} drops it",
-                REFUSED,
-            )
-        elif intent.state == "number":
-            if self.snapshot not in tree:
-                self.delete_snapshot()
-                sync_filesystem(self.layout.snapshots)
-            elif intent.source is not None:
-                self._note(intent, {"from": intent.source, "parent": tree.parent(self.snapshot)})
+        elif drop_kept and isinstance(intent, Kept):
             self.drop()
-        elif intent.state == "merge" or (
-            intent.state == "commit" and subvolume_id(self.layout.rootfs(self.snapshot)) == intent.new
-        ):
-            change = self._committed(intent)
-            self.finish(intent)
-            self._note(intent, {"packages": change.packages()})
         else:
-            self.drop()
+            intent.recover(self, tree)
 
-    def close_off(self) -> None:
-        """Move what an ash before 0.1 has left of /var, where everybody finds it, to where nobody does."""
-        for old, new in zip(self._of_older, (self.upper, self.overlay_work), strict=True):
-            if os.path.lexists(old) and not os.path.lexists(new):
-                self.private.mkdir(mode=0o700, exist_ok=True)
-                rename(old, new)
+    def record(
+        self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
+    ) -> None:
+        """Write a commit's line to the history; none if nobody called for it.
 
-    @property
-    def _of_older(self) -> tuple[Path, Path]:
-        return self.directory / self.upper.name, self.directory / self.overlay_work.name
-
-    def _committed(self, intent: Intent) -> Change:
-        """What a commit has done that is to be finished: the packages, as far as they are known."""
-        before = self.root if self.root.exists() else self.layout.undo(self.snapshot)
-        roots = (before, self.layout.rootfs(self.snapshot)) if intent.state == "commit" and before.exists() else ()
-        return Change.between(self.snapshot, *([self.package_manager.installed(root) for root in roots] or ({}, {})))
-
-    def _note(self, intent: Intent, what: Mapping[str, Any]) -> None:
-        """Write into the history what was done by an ash that could not do so any more."""
-        if intent.caller is not None:
-            done = {"snapshot": self.snapshot, "snapshots": [self.snapshot], "changed": True, "result": "done"}
-            remember(self.layout, {**done, **what, **intent.caller})
+        Args:
+            caller: user and command.
+            facts: what was done.
+            snapshots: the snapshots concerned.
+            again: whether another process may have written it already.
+        """
+        if caller is not None:
+            done = {"snapshot": self.snapshot, "changed": True, **facts, **caller}
+            self.system.history.append({**done, "snapshots": sorted(snapshots), "result": "done"}, again)
+            self.system.recorded |= caller is self.system.caller
 
     def drop(self) -> None:
-        """Delete all that a transaction left; the intent file last, so that this can be interrupted too."""
+        """Delete everything that a transaction left. The intent file goes last, so that this can be interrupted too."""
         delete_subvolume(self.root)
         self._clear()
 
@@ -3969,19 +4149,19 @@ class WorkDir:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that a transaction has in the work directory beside the copy of /var, the intent file last."""
+        """What a transaction has in the work directory besides the subvolumes, the intent file last."""
         torn = temporary_name(self.decisions, self.decisions.name)
-        return self.private, *self._of_older, self.decisions, torn, self.merged, self.directory / "intent"
+        return self.private, self.decisions, torn, self.merged, self.directory / "intent"
 
     def leftovers(self) -> list[Path]:
-        """What a transaction has left, the intent file last."""
+        """Everything that a transaction left, the intent file last."""
         return [path for path in (self.root, self.before, self.origin, *self.files) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
-        """The parts of the snapshot itself that are there."""
+        """The parts of the snapshot itself that exist."""
         layout, n = self.layout, self.snapshot
         parts = (layout.rootfs(n), layout.undo(n), layout.etc(n), layout.boot(n), layout.description(n))
-        return [part for part in parts if os.path.lexists(part)]
+        return [part for part in (*parts, layout.packages(n)) if os.path.lexists(part)]
 
     def delete_snapshot(self) -> None:
         """Delete all parts of the snapshot itself."""
@@ -3991,79 +4171,94 @@ class WorkDir:
             else:
                 remove_tree(part)
 
-    def swap(self, new: Path, intent: Intent) -> Intent:
-        """Exchange the snapshot with another subvolume: this is the commit. Returns the intent, to be finished."""
+    def swap(self, new: Path, intent: Commit) -> Commit:
+        """Exchange the snapshot for another subvolume: this is the commit. Returns the intent for finish()."""
         rootfs = self.layout.rootfs(self.snapshot)
-        intent = intent._replace(state="commit", old=subvolume_id(rootfs), new=subvolume_id(new))
-        intent.save(self.directory)
+        intent = intent._replace(old=subvolume_id(rootfs), new=subvolume_id(new), id=new_id())
+        save_intent(self.directory, intent)
         sync_filesystem(self.layout.snapshots)
         exchange(rootfs, new)
         return intent
 
-    def finish(self, intent: Intent) -> VarMerge:
-        """The second half of a commit: it has happened, and whatever interrupts this is gone on with.
+    def finish(self, intent: Commit | Merge, again: bool = False) -> VarMerge:
+        """Everything after the exchange. Safe to interrupt: recovery resumes here.
+
+        Args:
+            intent: the commit.
+            again: whether an earlier attempt was interrupted.
 
         Raises:
-            Unfinished: nobody must take this for a change that did not happen.
+            CommittedButUnfinished: a step failed.
         """
         try:
-            return self._finish(intent)
+            return self._finish(intent, again)
         except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
-            raise CommittedButUnfinished(what, "ash recover goes on with it") from error
+            raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
-    def _finish(self, intent: Intent) -> VarMerge:
+    def _finish(self, intent: Commit | Merge, again: bool) -> VarMerge:
         layout, n = self.layout, self.snapshot
-        merge = self.merge_into_var(intent)
-        for directory in intent.copies:
+        merge = self.merge_into_var(intent.entries, intent.delete)
+        for directory in intent.copies if isinstance(intent, Commit) else ():
             renew_copy(layout, n, directory)
+        changed = intent.facts.get("packages")
+        if changed is None or any(changed.values()) or not layout.packages(n).exists():
+            write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
-        if intent.state == "commit" and self.root.exists():
+        var = {"conflicts": [f"/var/{entry}" for entry in merge.in_conflict], "kept": list(merge.kept)}
+        self.record(intent.caller, {"id": intent.id, **intent.facts, **var}, [n], again)
+        if isinstance(intent, Commit) and self.root.exists():
             delete_subvolume(layout.undo(n))
             rename(self.root, layout.undo(n))
-        if is_writable(layout.undo(n)):  # of a mutable one
+        if is_writable(layout.undo(n)):  # that of a mutable snapshot
             set_readonly(layout.undo(n))
-        delete_subvolume(self.root)  # where only /var was changed, a power cut may have brought it back
+        delete_subvolume(self.root)  # a power cut may have brought it back, if only /var was changed
         self._clear()
         return merge
 
-    def merge_into_var(self, intent: Intent) -> VarMerge:
-        """Merge what was written to /var, as far as that has not been done."""
+    def merge_into_var(self, entries: Sequence[str], delete: Sequence[str]) -> VarMerge:
+        """Merge what was written to /var, as far as that has not been done yet.
+
+        Args:
+            entries: those to merge.
+            delete: those of them in which deletions are applied.
+        """
         layout = self.layout
-        conflicts = layout.conflicts(self.snapshot)
-        merge = VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=intent.delete)
-        if intent.entries and self.upper.exists():  # it is the first to go when all is done
-            # Who ran in the transaction may have kept a directory of it open: nothing there is to become a link either.
+        merge = VarMerge(
+            self.upper, self.origin, layout.var, self.package_manager, layout.conflicts(self.snapshot), delete=delete
+        )
+        if entries and self.upper.exists():  # it is the first to go when all is done
+            # A process of the transaction may still have a directory here open: it must not plant symlinks.
             with (
                 Lock(layout.work("merge") / "lock", "merging into /var", wait=600),
                 nosymfollow(layout.var),
                 nosymfollow(self.upper),
             ):
-                self._merge(merge, intent.entries)
+                self._merge(merge, entries)
         return merge
 
     def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
-        """Merge the entries; what to do with each is on the disk before the first is touched.
+        """Merge the entries. What to do with each is on the disk before the first is touched.
 
-        So a merge that was interrupted is gone on with, and its own traces are not taken for another's changes.
+        So an interrupted merge can be resumed, and its own traces are not taken for somebody else's changes.
         """
         done = lines_of(read_text(self.merged))
-        goes_on = True
+        resumes = True
         try:
             decisions = from_json(read_text(self.decisions), self.DECISIONS)
-        except ValueError:  # none yet; or damaged, and what has been merged already will be found so
-            goes_on = False
+        except ValueError:  # none yet; or damaged, and what was merged is found to be in place
+            resumes = False
             decided = {entry: merge.decide(entry) for entry in entries}
             decisions = {"aside": merge.conflicts.name, "token": merge.token, "decided": decided}
-            write_file(self.decisions, json.dumps(decisions), mode=0o600)  # nobody knows the token
+            write_file(self.decisions, json.dumps(decisions), mode=0o600)  # the token is a secret
         merge.token = decisions["token"]
         merge.conflicts = merge.conflicts.with_name(decisions["aside"])
         for entry in entries:
             if json.dumps(entry) not in done:
                 decision = decisions["decided"].get(entry, "aside")
-                # Who knows how long ago that was, and who has changed it since.
-                merge.merge(entry, merge.redecide(entry) if goes_on and decision == "place" else decision)
+                # That may have been long ago, and others may have changed the entry since.
+                merge.merge(entry, merge.redecide(entry) if resumes and decision == "place" else decision)
                 about_to(f"note that {entry} is merged")
                 with self.merged.open("a") as file:
                     file.write(f"{json.dumps(entry)}\n")
@@ -4075,34 +4270,35 @@ class WorkDir:
 
 
 class Delta(NamedTuple):
-    """What a transaction has changed: paths, packages (before and after), and in `intent` entries of /var."""
+    """What a transaction changed."""
 
     paths: Mapping[str, str]  # "added", "removed" or "changed"
-    before: Mapping[str, str]
+    before: Mapping[str, str]  # packages
     after: Mapping[str, str]
-    intent: Intent
+    entries: Sequence[str]  # of /var
+    delete: Sequence[str]  # those of them in which deletions are applied
 
     @property
     def directories(self) -> set[str]:
-        """The directories of the root in which something was changed."""
+        """The top-level directories of the root with changes in them."""
         return {path.partition("/")[0] for path in self.paths}
 
 
 class Transaction:
-    """A change of one snapshot: committed whole when its block ends, dropped whole when it raises.
+    """A change of one snapshot: committed as a whole when its block ends, dropped as a whole when it raises.
 
     Nothing outside ever sees it half done: not after an error, not after `kill -9`, not after a power cut. When the
-    block has ended, `change` says what was done, and it is on the disk.
+    block has ended, the change is on the disk, and `change` describes it.
 
     Args:
-        system: the system that the snapshot belongs to.
+        system: the system of the snapshot.
         snapshot: its number.
-        resume: go on with what a hang-up left.
-        simulate: drop it in the end in any case.
-        base: whether it may be the base.
+        resume: continue the work of a session that hung up.
+        simulate: drop the transaction in the end.
+        base: allow the base.
 
     Raises (on entering):
-        AshError: no such snapshot, the base, one that runs, locked, or too little space.
+        AshError: there is no such snapshot, it is the base, in use or locked, or there is too little space.
     """
 
     def __init__(
@@ -4119,7 +4315,7 @@ class Transaction:
         self.original = self.layout.rootfs(snapshot)
         self.root = self.place.root
         self.var = self.place.origin
-        self.intent = Intent("open")
+        self.intent = Open()
         self.change = Change(snapshot)
         self.binds: list[tuple[Path, str]] = []
         self._stack = ExitStack()
@@ -4131,7 +4327,7 @@ class Transaction:
             os.set_inheritable(lock.descriptor, True)
             self.system.require_changeable(self.snapshot, self.base)
             if self.resume:
-                self._require_kept()
+                self._resume()
             else:
                 self.place.recover(self.system.tree())
                 self._require_space()
@@ -4144,8 +4340,8 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         with self._stack:
             if isinstance(error, HangUp):
-                sync_filesystem(self.layout.snapshots)  # what ran in there has synced nothing
-                self.intent._replace(state="kept").save(self.place.directory)
+                sync_filesystem(self.layout.snapshots)  # the programs inside have synced nothing
+                save_intent(self.place.directory, Kept(self.intent.homes, self.intent.caller))
             elif error is not None or self.simulate:
                 try:
                     self._keep_downloads()
@@ -4155,13 +4351,12 @@ class Transaction:
                 with signals_held():
                     self._commit()
 
-    def _require_kept(self) -> None:
-        intent = Intent.load(self.place.directory)
-        if intent is None or intent.state != "kept":
+    def _resume(self) -> None:
+        kept = load_intent(self.place.directory)
+        if not isinstance(kept, Kept):
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
-        self.place.close_off()
-        self.intent = intent._replace(state="open")
-        self.intent.save(self.place.directory)
+        self.intent = Open(kept.homes, kept.caller)
+        save_intent(self.place.directory, self.intent)
 
     def _require_space(self) -> None:
         self.system.keep_reserve()
@@ -4175,9 +4370,8 @@ class Transaction:
 
     def _begin(self) -> None:
         self.place.directory.mkdir(parents=True, exist_ok=True)
-        homes = sorted(os.listdir(self.layout.home))
-        self.intent = self.intent._replace(homes=homes, caller=self.system.caller)
-        self.intent.save(self.place.directory)
+        self.intent = Open(sorted(os.listdir(self.layout.home)), self.system.caller)
+        save_intent(self.place.directory, self.intent)
         self.place.private.mkdir(mode=0o700)
         for directory in (self.place.upper, self.place.overlay_work):
             directory.mkdir()
@@ -4192,14 +4386,14 @@ class Transaction:
         self._lay_out_database_files()
 
     def show(self, path: Path) -> str:
-        """Let what runs in the transaction see a file of outside; returns its path in there."""
-        # Its name in there is one that every program reads as a name, and no other file's.
+        """Make a file of the outside visible to the programs in the transaction; returns its path there."""
+        # The name is one that no program mistakes for an option or a pattern, and that no other file has.
         inside = f"/run/ash/files/{len(self.binds)}/{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
         self.binds.append((path.resolve(), inside))
         return inside
 
     def chroot(self) -> Chroot:
-        """The working copy, as what runs in it sees it."""
+        """The environment in which programs run on the working copy."""
         mutable = []
         for kept, seen in mutable_directories(self.root, self.snapshot):
             mutable.append((make_mutable_directory(self.layout, kept), seen))
@@ -4212,10 +4406,10 @@ class Transaction:
         )
 
     def run(self, argv: Sequence[str]) -> str:
-        """Run a program of the distribution without input; its output goes to stderr as it comes.
+        """Run a program of the distribution without input; its output is shown on stderr as it comes.
 
         Returns:
-            what it printed.
+            its output.
 
         Raises:
             PackageError: it failed.
@@ -4229,7 +4423,7 @@ class Transaction:
                 sys.stderr.flush()
 
         chroot = self.chroot()
-        ours = {**chroot.environment, "LC_ALL": "C.UTF-8"}  # what it says is read, not only shown
+        ours = {**chroot.environment, "LC_ALL": "C.UTF-8"}  # the output is parsed, not only shown
         status = chroot._replace(environment=ours).run(argv, hear=hear)
         output = b"".join(said).decode(errors="replace")
         if status:
@@ -4237,31 +4431,50 @@ class Transaction:
         return output
 
     def _commit(self) -> None:
-        """Steps (a) to (g) of DESIGN: the exchange is the commit; all after it is finished by recovery if need be."""
+        """Conclude the working copy, then exchange it for the snapshot.
+
+        The exchange is the commit: what is interrupted before it is dropped, what is interrupted after it is finished
+        by recovery. If only /var was changed there is no exchange; the intent file is the commit then.
+        """
+        place = self.place
+        intent: Commit | Merge
         try:
             found = self._conclude()
-            intent = found.intent._replace(state="merge", copies=sorted(found.directories & {"etc", "boot"}))
+            change = self._change_of(found)
+            facts = {"packages": change.packages()}
+            caller = self.system.caller if change.changed else None
             if found.paths:
-                intent = self.place.swap(self.root, intent)
+                copies = sorted(found.directories & {"etc", "boot"})
+                commit = Commit(entries=found.entries, delete=found.delete, copies=copies, facts=facts, caller=caller)
+                intent = place.swap(self.root, commit)
             else:
                 delete_subvolume(self.root)
-                intent.save(self.place.directory)
+                intent = Merge(found.entries, found.delete, facts, caller, new_id())
+                save_intent(place.directory, intent)
                 sync_filesystem(self.layout.snapshots)
         except BaseException:
             with contextlib.suppress(AshError, OSError):
-                self.intent.save(
-                    self.place.directory
-                )  # whatever interrupts the dropping, nothing of it is to be finished
-            self.place.drop()
+                save_intent(place.directory, self.intent)  # if dropping is interrupted, recovery must not finish it
+            place.drop()
             raise
-        merge = self.place.finish(intent)
-        self.change = self._made(found, merge)
+        merge = place.finish(intent)
+        conflicts = merge.in_conflict
+        self.change = change._replace(
+            conflicts=[f"/var/{entry}" for entry in conflicts],
+            conflicts_folder=f"/var/{merge.conflicts.relative_to(self.layout.var)}" if conflicts else "",
+            kept=merge.kept,
+            written=[path for path, kind in found.paths.items() if kind != "removed"],
+        )
         self.system.done += [self.change] if self.change.changed else []
 
+    def _change_of(self, found: Delta) -> Change:
+        changed = bool(found.paths) or bool(found.entries)
+        return Change.between(self.snapshot, found.before, found.after, changed=changed)
+
     def _keep_downloads(self) -> None:
-        """Bring the packages that were fetched into the live /var, where there is room: the next try has them then."""
+        """Move the downloaded packages into the live /var, if there is room: the next attempt has them then."""
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
-            with contextlib.suppress(AshError, OSError):  # it is not worth another error
+            with contextlib.suppress(AshError, OSError):  # not worth a second error
                 merge = VarMerge(
                     self.place.upper, self.var, self.layout.var, self.package_manager, self.place.upper, delete=()
                 )
@@ -4274,13 +4487,13 @@ class Transaction:
                         merge.add_files(pattern)
 
     def _conclude(self) -> Delta:
-        """Make the working copy what it is to be, for good, and find out what was changed."""
+        """Give the working copy its final state, and find out what was changed."""
         layout, place = self.layout, self.place
         require_directories(self.root)
-        self._require_folders_of_var()
+        self._require_entry_directories()
         mark_variant(self.root)
         self._refuse_foreign_writes()
-        self._settle_numbers()
+        self._settle_accounts()
         self._take_database_files()
         set_readonly(self.root)
         paths = self._changed_paths()
@@ -4290,22 +4503,10 @@ class Transaction:
         entries = merge.entries()
         before, after = self._packages(paths)
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
-        return Delta(paths, before, after, self.intent._replace(entries=entries, delete=delete))
+        return Delta(paths, before, after, entries, delete)
 
-    def _made(self, found: Delta, merge: VarMerge) -> Change:
-        return Change.between(
-            self.snapshot,
-            found.before,
-            found.after,
-            changed=bool(found.paths) or bool(found.intent.entries),
-            conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
-            conflicts_folder=f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else "",
-            kept=merge.kept,
-            written=[path for path, kind in found.paths.items() if kind != "removed"],
-        )
-
-    def _require_folders_of_var(self) -> None:
-        """Whoever makes a link of one of these has all that ash puts there, and what others have there, elsewhere."""
+    def _require_entry_directories(self) -> None:
+        """Refuse a symlink in the place of /var/lib and the like: what others have there would be elsewhere."""
         for name in ENTRY_DIRECTORIES:
             there = self.place.upper / name
             if os.path.lexists(there) and not is_directory(there):
@@ -4313,8 +4514,8 @@ class Transaction:
                     f"/var/{name} must stay a directory", "make links in it, or mount something there", REFUSED
                 )
 
-    def _settle_numbers(self) -> None:
-        """See that no name that the transaction brought has another's number, or another number than elsewhere."""
+    def _settle_accounts(self) -> None:
+        """Give new accounts their system-wide uid and gid, and re-own their files."""
         before = self.original / "etc"
         if all(is_same(before / name, self.root / "etc" / name) for name in ID_FILES):
             return
@@ -4329,7 +4530,7 @@ class Transaction:
                 renumbering.apply(self.root, directories)
 
     def _new_homes(self, before: Path) -> list[Path]:
-        """Home directories that the transaction has made in the shared /home, with their accounts."""
+        """The home directories in the shared /home that the transaction created along with their accounts."""
         known = AccountFile.read(before / "passwd").ids
         rows = AccountFile.read(self.root / "etc/passwd").rows
         names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
@@ -4337,7 +4538,7 @@ class Transaction:
         return [self.layout.home / name for name in sorted(names & there) if is_directory(self.layout.home / name)]
 
     def _lay_out_database_files(self) -> None:
-        """Show the snapshot's own single files of the package database in its /var."""
+        """Put the snapshot's own single files of the package database into its /var."""
         for name in self.package_manager.database_files:
             own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
             if own.is_file() and not own.is_symlink() and has_real_parents(self.var, name):
@@ -4362,13 +4563,13 @@ class Transaction:
     def _changed_paths(self) -> dict[str, str]:
         with readonly_view(self.layout, self.original) as before:
             paths = changed_paths(before, self.root)
-        resolver = "etc/resolv.conf"  # was another one meanwhile
+        resolver = "etc/resolv.conf"  # was replaced for the time of the transaction
         if paths.keys() == {resolver} and is_same(self.original / resolver, self.root / resolver):
             return {}
         return paths
 
     def _entries_to_delete_in(self, entries: Sequence[str], removed: Container[str]) -> list[str]:
-        """The entries whose deletions are the doing of an upgrade, or of the user, and not of a package's removal."""
+        """The entries in which an upgrade or the user deleted something. The data of removed packages stays."""
         if not removed:
             return list(entries)
         before, after = self.original, self.root
@@ -4380,13 +4581,13 @@ class Transaction:
         ]
 
     def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The packages before and after, where the database has changed."""
+        """The packages before and after, if the database was changed."""
         if not any(path.startswith(IN_ROOT_DB) for path in paths):
             return {}, {}
         return self.package_manager.installed(self.original), self.package_manager.installed(self.root)
 
     def _refuse_foreign_writes(self) -> None:
-        """What lies on other mounts or nested subvolumes of /var is not in the transaction: it must not seem so."""
+        """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
         foreign = {str(Path(m.target).relative_to("/var")) for m in mounts() if m.target.startswith("/var/")}
         paths = paths_below(self.place.upper)
         self._refuse_too_deep(paths)
@@ -4402,11 +4603,11 @@ class Transaction:
 
     @staticmethod
     def _refuse_too_deep(paths: Iterable[str]) -> None:
-        """Raise AshError where a path below /var is one that could not be put in place."""
+        """Refuse paths below /var that are too long to be merged."""
         for path in paths:
-            if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first is quick to know
+            if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first test is the cheap one
                 entry = "/".join(path.split("/")[:2])
-                raise AshError(f"/var/{entry} has directories in directories, too deep to be put in place", "", REFUSED)
+                raise AshError(f"the directories below /var/{entry} are nested too deeply to be merged", "", REFUSED)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5291,8 +5492,10 @@ class System:
         self.package_manager = distro.package_manager
         self.running = running
         self.wait = wait
+        self.history = History(layout)
         self.caller: Mapping[str, Any] | None = None  # recorded in the history
         self.done: list[Change] = []  # committed changes
+        self.recorded = False  # whether a commit of this command is in the history
 
     @classmethod
     def open(cls, request: Request, changes: bool) -> System:
@@ -5522,27 +5725,30 @@ class System:
                 for number in range(attributes):
                     os.setxattr(reserve, f"user.{number}", bytes(ATTRIBUTE))
 
-    def history(self) -> list[dict[str, Any]]:
-        """The entries of the history, oldest first; a line cut short by a crash is skipped."""
-        entries = []
-        for line in lines_of(read_text(self.layout.history)):
-            with contextlib.suppress(ValueError):
-                entries.append(from_json(line, HISTORY_SHAPE))
-        return entries
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Snapshots: copy, undo, delete
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def packages_of(system: System, snapshot: int) -> dict[str, str]:
+    """The packages of a snapshot, with their versions: those recorded, else (an older ash's) from its database."""
+    recorded = read_packages(system.layout, snapshot)
+    return system.package_manager.installed(system.layout.rootfs(snapshot)) if recorded is None else recorded
+
+
 def is_used(path: Path, in_use: Container[int]) -> bool:
+    """Whether a path is one of these subvolumes."""
     found = subvolume_at(path)
     return found is not None and found.id in in_use
 
 
 def require_replaceable(system: System, snapshots: Sequence[int], so: str) -> None:
-    """Raise AshError, which says so ("not deleted"), where any of these is the base, booted or deployed."""
+    """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed.
+
+    Args:
+        so: what therefore does not happen to it: "not deleted".
+    """
     menu = system.menu()
     deployed = {deployment.snapshot for deployment in menu.deployments.values()}
     in_use = subvolumes_in_use()
@@ -5552,89 +5758,100 @@ def require_replaceable(system: System, snapshots: Sequence[int], so: str) -> No
         if number == system.current or is_used(system.layout.rootfs(number), in_use):
             raise AshError(f"snapshot {number} is booted: it is {so}", "", REFUSED)
         if number in deployed:
-            hint = "deploy another one, restart, try again"
+            hint = "deploy another one, reboot, try again"
             raise AshError(f"snapshot {number} is deployed: it is {so}", hint, REFUSED)
 
 
 @contextmanager
 def new_snapshot(
-    system: System, source: Path, description: str, of: int, copies_of: int | None = None
+    system: System, source: Path, description: str, of: int, parent: int | None, *, copies_of: int | None = None
 ) -> Iterator[int]:
-    """Make a new snapshot, which the block puts into the tree: else it is gone again when the block has ended.
+    """Create a snapshot, which the block must add to the tree; otherwise it is deleted when the block ends.
 
     Args:
         source: the root to copy.
-        description: what it is.
-        of: the snapshot that it is a copy of, as it is, was, or runs.
-        copies_of: the snapshot whose `etc-N` and `boot-N` belong to `source`; made anew where it is None.
+        description: its description.
+        of: the snapshot of which `source` is the present, an earlier, or the running state.
+        parent: the snapshot below which the block adds it; None for the top level.
+        copies_of: the snapshot whose `etc-N`, `boot-N` and list of packages fit `source`; None if there is none.
 
     Yields:
         its number.
     """
     number = system.new_number()
     layout, place = system.layout, system.workdir(number)
+    birth = Birth(of, parent, description, system.caller, new_id())
     with system.lock(number), ExitStack() as undo:
-        undo.callback(lambda: place.recover(system.tree()))  # what came between may have come after the tree's change
-        Intent("number", caller=system.caller, source=of).save(place.directory)
+        undo.callback(lambda: place.recover(system.tree()))  # an error may have come after the tree was written
+        save_intent(place.directory, birth)
         snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
         for directory in ("etc", "boot"):
             if copies_of is not None and layout.copy(directory, copies_of).exists():
                 snapshot_subvolume(layout.copy(directory, copies_of), layout.copy(directory, number), readonly=True)
             else:
                 renew_copy(layout, number, directory)
+        packages = None if copies_of is None else read_packages(layout, copies_of)
+        write_packages(layout, number, system.package_manager.installed(source) if packages is None else packages)
         write_file(layout.description(number), f"{description}\n")
         yield number
+        birth.record(place)
         undo.pop_all()
         remove_tree(place.directory / "intent")
 
 
 @contextmanager
-def new_copy(system: System, snapshot: int, description: str) -> Iterator[int]:
-    """The same of another snapshot; one that is being changed is copied as it was before."""
+def new_copy(system: System, snapshot: int, description: str, parent: int | None) -> Iterator[int]:
+    """new_snapshot() of another snapshot; one that is being changed is copied as it was before."""
     system.require(snapshot)
     root = system.layout.rootfs(snapshot)
     with ExitStack() as stack:
         try:
             with system.lock(snapshot):
                 system.workdir(snapshot).recover(system.tree(), drop_kept=False)
-                number = stack.enter_context(new_snapshot(system, root, description, snapshot, snapshot))
+                number = stack.enter_context(
+                    new_snapshot(system, root, description, snapshot, parent, copies_of=snapshot)
+                )
         except AshError as error:
             if error.status not in (LOCKED, REFUSED):
                 raise
-            number = stack.enter_context(new_snapshot(system, root, description, snapshot))
+            number = stack.enter_context(new_snapshot(system, root, description, snapshot, parent))
         yield number
 
 
 def copy_snapshot(system: System, snapshot: int, parent: int | None, description: str) -> int:
-    """Copy a snapshot, below another or (None) at the top. Returns the new number."""
-    with new_copy(system, snapshot, description) as number, system.editing_tree() as tree:
+    """Copy a snapshot, below another or (None) to the top level. Returns the new number."""
+    with new_copy(system, snapshot, description, parent) as number, system.editing_tree() as tree:
         tree.add(number, parent)
     return number
 
 
 def copy_branch(system: System, snapshot: int, description: str) -> dict[int, int]:
-    """Copy a snapshot with all its branches, next to it. Returns the copies by the originals' numbers."""
-    branch, copies = system.tree().branch(snapshot), dict[int, int]()
+    """Copy a snapshot with all its descendants, next to it. Returns the copies by the originals' numbers."""
+    tree, copies = system.tree(), dict[int, int]()
+    parents: dict[int, int | None] = {}  # of the copies
     with ExitStack() as stack:
-        for number in branch:
+        for number in tree.branch(snapshot):
+            above = tree.parent(number)
+            parent = above if above is None else copies.get(above, above)
             text = description if number == snapshot else system.describe(number)
-            copies[number] = stack.enter_context(new_copy(system, number, text))
+            copies[number] = stack.enter_context(new_copy(system, number, text, parent))
+            parents[copies[number]] = parent
         with system.editing_tree() as tree:
-            for number, copy in copies.items():
-                parent = tree.parent(number)
-                tree.add(copy, parent if parent is None else copies.get(parent, parent))
+            for copy, parent in parents.items():
+                tree.add(copy, parent)
     return copies
 
 
 def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Change:
-    """Put a snapshot's predecessor in its place, and it in its predecessor's: twice is redo.
+    """Exchange a snapshot and its predecessor. Doing it twice is a redo.
 
     Args:
         snapshot: its number.
-        just_changed: nobody has seen what is taken back: it may be booted or deployed, since that is not this.
+        just_changed: the change is this command's own: that the snapshot is booted or deployed does not matter, since
+            what runs is an older state.
 
     Raises:
-        AshError: it has none, or it is the base, booted or deployed (REFUSED).
+        AshError: there is no predecessor, or the snapshot is the base, booted or deployed (REFUSED).
     """
     system.require_changeable(snapshot)
     layout, place = system.layout, system.workdir(snapshot)
@@ -5645,22 +5862,24 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
             require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
             raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
-        packages = system.package_manager.installed(now), system.package_manager.installed(before)
-        intent = place.swap(before, Intent("commit", copies=["boot", "etc"], caller=system.caller))
+        change = Change.between(
+            snapshot, system.package_manager.installed(now), system.package_manager.installed(before)
+        )
+        facts = {"packages": change.packages()}
+        intent = place.swap(before, Commit(copies=["boot", "etc"], facts=facts, caller=system.caller))
         try:
             place.finish(intent)
         except CommittedButUnfinished as error:
             if not is_out_of_space(error):
                 raise
             system.free_reserve()
-            place.finish(intent)
-        change = Change.between(snapshot, *packages)
+            place.finish(intent, again=True)
         system.done = [c for c in system.done if c.snapshot != snapshot] if just_changed else [*system.done, change]
     return change
 
 
 def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
-    """Make a snapshot mutable or read-only again, with all that was changed in it. Returns whether it was not."""
+    """Make a snapshot mutable, or read-only again with all changes made to it. Returns False if it was so already."""
     system.require_changeable(snapshot)
     root = system.layout.rootfs(snapshot)
     with system.lock(snapshot), signals_held():
@@ -5669,7 +5888,7 @@ def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
         if is_mutable(root) == mutable:
             return False
         require_directories(root)
-        Intent("open").save(place.directory)
+        save_intent(place.directory, Open())
         try:
             snapshot_subvolume(root, place.root)
             mark = place_inside(place.root, IN_ROOT_MUTABLE)
@@ -5679,7 +5898,8 @@ def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
             else:
                 mark.unlink()
                 set_readonly(place.root)
-            intent = place.swap(place.root, Intent("commit", copies=["boot", "etc"], caller=system.caller))
+            commit = Commit(copies=["boot", "etc"], facts={"mutable": mutable}, caller=system.caller)
+            intent = place.swap(place.root, commit)
         except BaseException:
             place.drop()
             raise
@@ -5688,10 +5908,10 @@ def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
 
 
 def delete_data(system: System, change: Change) -> Change:
-    """Delete what a removal left in /var, where no other snapshot's package claims it.
+    """Delete what removed packages left in /var, unless a package of another snapshot claims it.
 
     Returns:
-        the change, whose `kept` is what is still there.
+        the change, with what is still there as `kept`.
     """
     others = [system.layout.rootfs(n) for n in system.tree().numbers() if n != change.snapshot]
     kept = []
@@ -5708,18 +5928,18 @@ def delete_data(system: System, change: Change) -> Change:
 
 
 def newer_state(system: System, change: Change) -> list[str]:
-    """Packages whose version an undo has taken back or out, and that keep state in /var/lib, which stays."""
+    """The packages that an undo downgraded or removed and whose state in /var/lib stays that of the newer version."""
     older = [name for name, (old, new) in change.upgraded.items() if system.package_manager.is_older(new, old)]
     root = system.layout.undo(change.snapshot)
     return [name for name in (*older, *change.removed) if system.package_manager.has_state(root, name)]
 
 
 def numbers_to_delete(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-    """What goes when snapshots are deleted: they and their branches.
+    """What is deleted along with snapshots: they and their descendants.
 
     Args:
         snapshots: their numbers.
-        remains: also numbers that are not in the tree, where something of them is on the disk.
+        remains: allow numbers that are not in the tree, if parts of them are on the disk.
     """
     tree = system.tree()
     lost = [n for n in snapshots if remains and n not in tree and system.workdir(n).remains()]
@@ -5728,52 +5948,52 @@ def numbers_to_delete(system: System, snapshots: Sequence[int], remains: bool = 
 
 
 def delete_parts(system: System, snapshots: Sequence[int]) -> None:
-    """Delete what is on the disk of snapshots that are not in the tree any more."""
+    """Delete all parts of snapshots that have been removed from the tree."""
     for number in snapshots:
         system.workdir(number).delete_snapshot()
-    # Else btrfs could have the small files' end on the disk (they are in its log) and not that of the subvolumes.
+    # Otherwise a power cut could keep the small files deleted (btrfs logs those) but not the subvolumes.
     sync_filesystem(system.layout.snapshots)
-    for number in snapshots:
-        work = system.layout.work(number)
+
+
+def delete_work_directories(system: System, snapshots: Sequence[int]) -> None:
+    """Delete the work directories of snapshots, the intents with them."""
+    for work in filter(Path.exists, map(system.layout.work, snapshots)):
         for left in sorted(work.iterdir()):
             remove_tree(left)
         try:
             work.rmdir()
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # who waits for the lock has just made it anew
+            if error.errno != errno.ENOTEMPTY:  # a process that waits for the lock has created it again
                 raise
 
 
 def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-    """Delete snapshots with their branches, all or none of them. Returns their numbers.
+    """Delete snapshots with their descendants, all or none of them. Returns their numbers.
 
     Raises:
         AshError: one of them is the base, booted, deployed or locked.
     """
-    tree, doomed = system.tree(), numbers_to_delete(system, snapshots, remains)
+    tree, numbers = system.tree(), numbers_to_delete(system, snapshots, remains)
+    deletion = Deletion(numbers, system.caller, new_id())
     with ExitStack() as stack:
-        for number in doomed:
+        for number in numbers:
             stack.enter_context(system.lock(number))
             system.workdir(number).recover(tree)
         stack.enter_context(system.lock("deploy"))
-        require_replaceable(system, doomed, "not deleted")
+        require_replaceable(system, numbers, "not deleted")
         with system.editing_tree() as tree:
-            if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*doomed}):
-                what = f"{listed(late)} was made below what is to be deleted meanwhile"
-                raise AshError(what, "try again: it goes too then", LOCKED)
-            for number in doomed:
-                Intent("number").save(system.layout.work(number))
+            if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*numbers}):
+                what = f"{listed(late)} was created below it meanwhile: nothing is deleted"
+                raise AshError(what, "repeat the command to delete that too", LOCKED)
+            for number in numbers:
+                save_intent(system.layout.work(number), deletion)
             for snapshot in snapshots:
                 if snapshot in tree:
                     tree.remove(snapshot)
-        try:
-            delete_parts(system, doomed)
-        except (AshError, OSError) as error:
-            if not is_out_of_space(error):
-                raise
-            system.free_reserve()
-            delete_parts(system, doomed)
-    return doomed
+        system.with_reserve(partial(delete_parts, system, numbers))
+        deletion.record(system.workdir(numbers[0]))
+        system.with_reserve(partial(delete_work_directories, system, numbers))
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5826,16 +6046,16 @@ class LiveWorkDir(WorkDir):
         """recover() for callers that hold the lock "deploy", or have applied nothing."""
         intent = None
         try:
-            intent = Intent.load(self.directory)
+            intent = load_intent(self.directory)
         except AshError:
             if not drop_kept:
                 raise
-        if intent is not None and intent.state == "live":
+        if isinstance(intent, LiveChange):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.apply(intent.slot, self.root, self.before)
             self._delete_unfinished_in_var(intent.entries)
-            self.mark_done(intent)
+            self.mark_done()
         self.drop()
 
     def _delete_unfinished_in_var(self, entries: Iterable[str]) -> None:
@@ -5855,9 +6075,9 @@ class LiveWorkDir(WorkDir):
         """The lock "deploy"; a live change waits for it."""
         return Lock(self.layout.work("deploy") / "lock", "deploying", wait=600)
 
-    def mark_done(self, intent: Intent) -> None:
+    def mark_done(self) -> None:
         """Record that the slot is consistent: from now on an interruption only drops the leftovers."""
-        intent._replace(state="open").save(self.directory)
+        save_intent(self.directory, Open())
 
     def paths(self) -> set[str]:
         """The changed paths that are applied: not /etc, which is merged, and no kernels with their modules."""
@@ -5919,7 +6139,7 @@ class LiveTransaction(Transaction):
 
     def _begin(self) -> None:
         self.place.directory.mkdir(parents=True, exist_ok=True)
-        self.intent.save(self.place.directory)
+        save_intent(self.place.directory, self.intent)
         snapshot_subvolume(self.layout.rootfs(self.slot), self.place.before, readonly=True)
         super()._begin()
 
@@ -5941,17 +6161,16 @@ class LiveTransaction(Transaction):
             with signals_heard():
                 stack.enter_context(place.deploy_lock())
             slot = self.layout.rootfs(self.slot)
-            intent = found.intent._replace(state="live", slot=self.slot, old=subvolume_id(slot))
-            intent.save(place.directory)
+            save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries))
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
             etc = place.apply(self.slot, place.before, self.root)
-            merge = place.merge_into_var(intent)
+            merge = place.merge_into_var(found.entries, found.delete)
             services.start(found.paths)
             if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
             sync_filesystem(self.layout.snapshots)
-            place.mark_done(intent)
+            place.mark_done()
         except BaseException as error:
             place.roll_back()
             services.put_back()
@@ -6618,15 +6837,15 @@ def caller_of(command: Command) -> dict[str, Any]:
 def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, Any]) -> dict[str, Any]:
     """The history entry of a command: who did what to which snapshots, with its JSON answer.
 
-    An answer's list of changes, one for each snapshot, is "changes" here; "snapshots" are numbers.
+    What was committed to a snapshot is left out: the commit has an entry of its own.
     """
     several = data.get("snapshots", [])
-    changes = [one for one in several if isinstance(one, dict)]
-    numbers = [change["snapshot"] for change in changes] or several
+    numbers = [one["snapshot"] if isinstance(one, dict) else one for one in several]
     damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
     own = [data["snapshot"]] if "snapshot" in data else []
     touched = {*request.snapshots, *numbers, *own, *damaged}
-    return {**data, **({"changes": changes} if changes else {}), **caller, "snapshots": sorted(touched)}
+    answer = {key: data[key] for key in data if key not in ("packages", "conflicts", "kept")}
+    return {**answer, **caller, "snapshots": sorted(touched)}
 
 
 def with_snapshots(command: Command, system: System, request: Request) -> Request:
@@ -6667,14 +6886,15 @@ def change_system(command: Command, system: System, request: Request) -> Reply:
     except BaseException as error:
         for change in system.done:  # committed before the failure
             console.say(change.summary())
-        done = {"snapshots": [change_data(change) for change in system.done]}
+        done = {"snapshots": [change.snapshot for change in system.done]}
         failure = failure_for_history(error) or (reason(error) if system.done else "")
         if failure:
-            remember(system.layout, {**history_of(system.caller, request, done), "result": failure})
+            system.history.append({**history_of(system.caller, request, done), "result": failure})
         raise
-    if reply.data.get("changed") or reply.status:
+    is_recorded = (system.recorded or system.done) and "damage" not in reply.data
+    if reply.status or (reply.data.get("changed") and not is_recorded):
         result = reply.text if reply.status else "done"
-        remember(system.layout, {**history_of(system.caller, request, reply.data), "result": result})
+        system.history.append({**history_of(system.caller, request, reply.data), "result": result})
     return reply
 
 
@@ -6778,9 +6998,8 @@ MUTABLE_SHAPE = {"snapshot": int, "changed": bool, "mutable": bool}
 
 def tree_columns(system: System, number: int) -> dict[str, Any]:
     """When a snapshot was last changed, and its number of packages."""
-    root = system.layout.rootfs(number)
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(root).made))
-    return {"date": made, "packages": len(system.package_manager.installed(root))}
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(system.layout.rootfs(number)).made))
+    return {"date": made, "packages": len(packages_of(system, number))}
 
 
 @command(
@@ -6969,7 +7188,7 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
     },
 )  # fmt: skip
 def cmd_log(system: System, request: Request) -> Reply:
-    entries = [e for e in system.history() if {*request.snapshots} <= {*e.get("snapshots", [])}]
+    entries = [e for e in system.history.read() if {*request.snapshots} <= {*e.get("snapshots", [])}]
     rows = [
         [
             entry.get("time", ""),
@@ -7152,7 +7371,7 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
             place_inside(copy, mark).unlink(missing_ok=True)
         of = system.snapshot_of(slot)
-        with new_snapshot(system, copy, description, of) as number, system.editing_tree() as tree:
+        with new_snapshot(system, copy, description, of, None) as number, system.editing_tree() as tree:
             tree.add(number, None)
         return number
 
@@ -7660,11 +7879,12 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
 @contextmanager
 def unrecorded(system: System) -> Iterator[None]:
     """Commits in this block only prefetch; keep them out of the history."""
-    before = [*system.done]
+    caller, done = system.caller, [*system.done]
+    system.caller = None
     try:
         yield
     finally:
-        system.done = before
+        system.caller, system.done = caller, done
 
 
 def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
@@ -8038,7 +8258,7 @@ def cmd_whichsnap(system: System, request: Request) -> Reply:
     having = {
         number: {name: packages[name] for name in wanted}
         for number in system.tree().numbers()
-        if {*wanted} <= (packages := system.package_manager.installed(system.layout.rootfs(number))).keys()
+        if {*wanted} <= (packages := packages_of(system, number)).keys()
     }
     if not having:
         raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
@@ -8054,7 +8274,7 @@ def cmd_whichsnap(system: System, request: Request) -> Reply:
 )  # fmt: skip
 def cmd_list(system: System, request: Request) -> Reply:
     number = request.snapshot
-    packages = system.package_manager.installed(system.layout.rootfs(number))
+    packages = packages_of(system, number)
     names = "\n".join(packages)
     text = names if console.quiet else text_table(list(packages.items()), ["package", "version"])
     return Reply({"snapshot": number, "packages": packages}, text, names)
@@ -8389,12 +8609,13 @@ def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
 # A branch follows its parent
 # ---------------------------------------------------------------------------------------------------------------
 
-# What these bring is nobody's wish for one snapshot.
+
+# Package changes by these commands say nothing about what the user wants on this snapshot.
 FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
 
 
 class PackageIntents:
-    """What was done to the packages of a snapshot since some time, by their names."""
+    """The packages that were added to and removed from a snapshot since some time, by name."""
 
     def __init__(self) -> None:
         self.added: set[str] = set()
@@ -8408,40 +8629,40 @@ class PackageIntents:
         since: int,
         without: Container[str] = (),
     ) -> PackageIntents:
-        """Read them from the lines of the history from one on; the last word on a package counts.
+        """Read them from the history. What was done to a package last counts.
 
         Args:
-            origins: of the snapshot, as origins() gives them.
+            origins: of the snapshot, from origins().
             history: all of it.
             since: the first line that counts.
             without: commands whose lines do not count.
         """
-        wishes = cls()
+        intents = cls()
         for line, entry in enumerate(history):
             numbers = [number for number, end in origins.items() if since <= line < end]
             for done in entry.get("changes", [entry]):
                 if done.get("snapshot") in numbers and entry.get("command") not in without:
                     packages = done.get("packages", {})
-                    wishes._note(wishes.added, wishes.removed, packages.get("added", {}))
-                    wishes._note(wishes.removed, wishes.added, packages.get("removed", {}))
-        return wishes
+                    intents._note(intents.added, intents.removed, packages.get("added", {}))
+                    intents._note(intents.removed, intents.added, packages.get("removed", {}))
+        return intents
 
     @staticmethod
-    def _note(wish: set[str], opposite: set[str], names: Iterable[str]) -> None:
-        wish.update(names)
+    def _note(wanted: set[str], opposite: set[str], names: Iterable[str]) -> None:
+        wanted.update(names)
         opposite.difference_update(names)
 
 
 class ParentSync:
-    """What a branch is to take over from its parent, to be done in a transaction.
+    """What a branch takes over from its parent, to be applied in a transaction on the branch.
 
-    All that counts is what happened since the two parted: since the branch was made or, where it is a copy of another
-    branch or was put below a stranger, since what they come from was one.
+    Only changes since the two parted count: since the branch was created or, if it is a copy of another branch or was
+    put below another parent, since the state that both come from.
 
     Args:
-        system: theirs.
-        parent, number: the two.
-        keep: whether what the parent removed stays in the branch.
+        system: the system of both.
+        parent, number: the two snapshots.
+        keep: keep in the branch what the parent removed.
     """
 
     def __init__(self, system: System, parent: int, number: int, keep: bool = False) -> None:
@@ -8452,24 +8673,25 @@ class ParentSync:
         self.root = system.layout.rootfs(parent)
 
     def __call__(self, work: Transaction) -> None:
-        """Give a transaction on the branch the packages and the new configuration of the parent."""
+        """Apply the parent's packages and new configuration to a transaction on the branch."""
         self._follow_packages(work)
-        # The history knows seconds: what came in the very second of the birth may have been there before it.
-        self._follow_configuration(work, 0 if self._parted is None else moment_of(self._history[self._parted]) + 1)
+        # The history's times are in seconds: a file of that very second may be older than the branch.
+        since = 0 if self._parted is None else timestamp_of(self._history[self._parted]) + 1
+        self._follow_configuration(work, since)
 
     def fetch(self, work: Transaction) -> None:
-        """Fetch the packages that a transaction on the branch is to get."""
+        """Download the packages that the branch is to get."""
         self.system.package_manager.download(work, self.missing(work.root))
 
     def missing(self, root: Path) -> list[str]:
-        """The packages that the parent has and a root of the branch has not, but those that it has taken out itself."""
-        own, manager = self._wishes[0], self.system.package_manager
+        """The parent's packages that a root of the branch lacks, except those removed from the branch itself."""
+        own, manager = self._intents[0], self.system.package_manager
         known = {*manager.installed(root), *own.removed}
         return [name for name in manager.installed(self.root) if name not in known]
 
     @cached_property
     def _history(self) -> list[dict[str, Any]]:
-        return self.system.history()
+        return self.system.history.read()
 
     @cached_property
     def _origins(self) -> tuple[dict[int, int], dict[int, int]]:
@@ -8477,47 +8699,47 @@ class ParentSync:
 
     @cached_property
     def _parted(self) -> int | None:
-        """Where in the history the two were one for the last time."""
+        """The last line of the history up to which the two were one."""
         ours, theirs = self._origins
         return next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
 
     @cached_property
-    def _wishes(self) -> tuple[PackageIntents, PackageIntents]:
-        """What was asked for since then, of the branch and of the parent."""
+    def _intents(self) -> tuple[PackageIntents, PackageIntents]:
+        """What was done to the packages of the branch and of the parent since then."""
         since = 0 if self._parted is None else self._parted + 1
         ours, theirs = self._origins
         return PackageIntents.of(ours, self._history, since, FOLLOWS), PackageIntents.of(theirs, self._history, since)
 
     def _follow_packages(self, work: Transaction) -> None:
-        manager, (own, dropped) = self.system.package_manager, self._wishes
+        manager, (own, dropped) = self.system.package_manager, self._intents
         theirs, ours = manager.installed(self.root), manager.installed(work.root)
         automatic = manager.automatic(self.root)
         missing = {name: name in automatic for name in self.missing(work.root)}
         unwanted = [name for name in dropped.removed if name in ours and name not in theirs and name not in own.added]
         asked_for = (own.added & ours.keys()) - manager.automatic(work.root)
         manager.reconcile(work, missing, [] if self.keep else sorted(unwanted))
-        there = manager.installed(work.root).keys() - work.change.removed.keys()  # the latter where it only simulates
+        there = manager.installed(work.root).keys() - work.change.removed.keys()  # the latter if it only simulates
         if pushed_out := sorted(asked_for - there):
-            hint = f"ash remove {self.number} {' '.join(pushed_out)}, where that may go"
-            raise AshError(f"what the parent has would push out {listed(pushed_out)}", hint)
+            hint = f"ash remove {self.number} {' '.join(pushed_out)} allows it"
+            raise AshError(f"the parent's packages conflict with {listed(pushed_out)}", hint)
 
     def _follow_configuration(self, work: Transaction, parted: float) -> None:
-        """Take over the files of the parent's /etc that are newer than that and that the branch has not.
+        """Copy the files of the parent's /etc that are newer than `parted` and that the branch lacks.
 
-        What packages brought comes with them alone, and so do links to it. A file of no package that the branch has
-        deleted comes again where the parent has changed it since: nothing tells it from a new one.
+        Files of packages come with their packages only, and so do symlinks to them. A file of no package that was
+        deleted in the branch comes back if the parent has changed it since: it cannot be told from a new one.
         """
         theirs, ours = self.root / "etc", work.root / "etc"
         of_packages = self.system.package_manager.files(self.root, "etc")
         for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
-            own_business = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
+            excluded = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
-            if is_new and not own_business and has_real_parents(ours, path) and not self._dangles(work.root, path):
+            if is_new and not excluded and has_real_parents(ours, path) and not self._dangles(work.root, path):
                 replace_by_copy(theirs / path, ours / path)
 
     def _dangles(self, root: Path, path: str) -> bool:
-        """Whether a path of the parent's /etc is a link to what the parent has, and another root has not."""
-        with contextlib.suppress(AshError):  # a circle leads nowhere in both
+        """Whether a path of the parent's /etc is a symlink that would dangle in another root, and does not here."""
+        with contextlib.suppress(AshError):  # a loop dangles in both
             target = path_inside(self.root, f"etc/{path}")
             here = path_inside(root, str(target.relative_to(self.root)))
             return (self.root / "etc" / path).is_symlink() and target.exists() and not here.exists()
@@ -8669,29 +8891,6 @@ class LostFound:
         return next(wanted.with_name(name) for name in names if not os.path.lexists(wanted.with_name(name)))
 
 
-def first_description(entry: Mapping[str, Any]) -> str:
-    """The description that the command of a line of the history gave."""
-    command = entry.get("command", "")
-    kind = {"branch": "branch of", "rollback": "rollback to"}.get(command, "clone of")
-    # Another ash's command line; and what asks for help is answered with that, and the end.
-    with contextlib.suppress(AshError, SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        given = parse(list(map(str, entry.get("arguments", []))))[1]
-        return " ".join(getattr(given, "desc", [])) or f"{kind} {entry['from']}"
-    return f"{kind} {entry['from']}"
-
-
-def description_in_history(system: System, number: int) -> str:
-    """The description that a snapshot had, or was given by itself when it was made; empty where nothing is known."""
-    history = [entry for entry in system.history() if entry.get("result") == "done"]
-    said = [entry for entry in history if entry.get("command") == "desc" and entry.get("snapshot") == number]
-    if said:
-        return str(said[-1].get("description", ""))
-    for made, original, entry in lines_of_birth(history):
-        if made == number:
-            return first_description(entry) if original == entry["from"] else system.describe(original)
-    return ""
-
-
 def is_whole(root: Path) -> bool:
     """Whether a root is a subvolume with /etc, /usr and a package database."""
     return is_subvolume(root) and all((root / directory).is_dir() for directory in ("etc", "usr", IN_ROOT_DB))
@@ -8739,7 +8938,7 @@ class Repairer:
             numbers = [
                 n for n, path in there.items() if is_whole(path) and n not in busy
             ]  # busy ones: an ash adds them
-            write_file(self.layout.tree, tree_of_history(numbers, self.system.history()).dump())
+            write_file(self.layout.tree, tree_from_history(numbers, self.system.history.read()).dump())
 
     def adopt(self, number: int) -> None:
         """Add a snapshot that is not in the tree, at the top level."""
@@ -8760,7 +8959,7 @@ class Repairer:
         if not is_description(path):
             self.lost.keep(path)
             path.parent.mkdir(exist_ok=True)
-            known = description_in_history(self.system, number).encode("utf-8", "replace").decode()
+            known = recorded_description(number, self.system.history.read()).encode("utf-8", "replace").decode()
             write_file(path, f"{known if known.strip() else FOUND}\n")
 
     def raise_last_number(self) -> None:
@@ -8769,7 +8968,7 @@ class Repairer:
             self.lost.keep(self.layout.last)
             known = to_number(read_text(self.layout.last)) or 0
             there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
-            given = [entry[0] for entry in lines_of_birth(self.system.history())]
+            given = [entry[0] for entry in births(self.system.history.read())]
             highest = max([*there, *given, *self.system.tree().numbers()], default=0)
             write_file(self.layout.last, f"{max(highest, known)}\n")
 
@@ -8885,8 +9084,8 @@ class Repairer:
         with self.system.lock(number):
             intent = None
             with contextlib.suppress(AshError):
-                intent = Intent.load(place.directory)
-            if intent is not None and intent.state == "number" and number not in tree:
+                intent = load_intent(place.directory)
+            if isinstance(intent, Birth | Deletion) and number not in tree:
                 for part in (*place.remains(), *place.leftovers()):
                     self.lost.take(part)
                 remove_work_directory(place.directory)
@@ -9021,11 +9220,11 @@ class Fsck:
     def _interrupted_change(self, number: int, directory: Path) -> Iterator[Problem]:
         repair = partial(self.repairer.recover, number)
         try:
-            intent = Intent.load(directory)
+            intent = load_intent(directory)
         except AshError as error:
             yield Problem(error.message, number, "move what it left to lost+found", repair)
             return
-        if intent is not None and intent.state != "kept":
+        if intent is not None and not isinstance(intent, Kept):
             yield Problem("a change was interrupted", number, "finish or undo it", repair)
         elif intent is None and (left := self.system.workdir(number).leftovers()):
             what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a transaction"
@@ -9483,13 +9682,13 @@ class AutoUpgrade:
     def _keep(self, original: Path) -> None:
         """Copy the snapshot to a sibling. Right before the commit: until then nobody needs a copy."""
         system, description = self.system, f"{self.number} before {time.strftime('%Y-%m-%d')}"
+        number, parent = self.number, system.tree().parent(self.number)
         with (
-            new_snapshot(system, original, description, self.number, self.number) as kept,
+            new_snapshot(system, original, description, number, parent, copies_of=number) as kept,
             system.editing_tree() as tree,
         ):
-            self.parent = tree.parent(self.number)
-            tree.add(kept, self.parent)
-        self.kept = kept
+            tree.add(kept, parent)
+        self.kept, self.parent = kept, parent
 
     def _summary(self, done: Change) -> str:
         if self.policy == "check":
@@ -9631,7 +9830,7 @@ def kind_of_change(old: Path, new: Path) -> str:
 def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
     """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
     roots = system.layout.rootfs(old), system.layout.rootfs(new)
-    before, after = map(system.package_manager.installed, roots)
+    before, after = packages_of(system, old), packages_of(system, new)
     listed = set().union(*map(system.package_manager.config_files, roots))
     if os.geteuid() == 0 and system.layout.top is not None:
         with ExitStack() as stack:
@@ -9908,8 +10107,7 @@ def waiting_work(system: System) -> list[int]:
     found = []
     for number, directory in numbered(system.layout.work(""), "").items():
         with contextlib.suppress(AshError):  # damaged: fsck reports it
-            intent = Intent.load(directory)
-            if intent is not None and intent.state == "kept":
+            if isinstance(load_intent(directory), Kept):
                 found.append(number)
     return found
 

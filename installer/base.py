@@ -15,6 +15,7 @@ from ash import (
     run,
     set_readonly,
     write_file,
+    write_packages,
 )
 
 
@@ -68,4 +69,5 @@ def split_base(layout: Layout, distro: Distro) -> None:
     make_bootable(layout, distro, root, BASE, layout.part.read_text().strip())
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)
+    write_packages(layout, BASE, distro.package_manager.installed(root))
     set_readonly(root)

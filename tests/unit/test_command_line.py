@@ -672,7 +672,7 @@ def test_commands_that_free_space_retry_with_the_reserve(
         raise error
 
     monkeypatch.setattr(ash.System, "free_reserve", lambda _: None)
-    monkeypatch.setattr(ash, "remember", lambda *_: None)
+    monkeypatch.setattr(ash.History, "append", lambda *_: None)
     command = ash.find_command(name)._replace(function=fails)
     system = ash.System(ash.Layout(tmp_path, "debian"), ash.Distro())
     with pytest.raises(AshError):

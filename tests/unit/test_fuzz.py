@@ -22,7 +22,6 @@ from ash import (
     Configuration,
     Deployment,
     EtcMerge,
-    Intent,
     Layout,
     Menu,
     System,
@@ -222,19 +221,32 @@ def test_a_file_of_account_ids(text: str, tmp_path: Path) -> None:
         json.loads(numbers.dump())
 
 
-INTENT = Intent("commit", 5, 6, ["lib/x"], ["etc"], ["lib/x"], ["ada"])._asdict()
+CALLER = {"user": 0, "command": "run", "arguments": ["run", "5", "true"]}
+INTENTS: list[dict[str, object]] = [
+    ash.Open(["ada"], CALLER)._asdict(),
+    ash.Kept(["ada"])._asdict(),
+    ash.LiveChange("deploy", 5, ["lib/x"])._asdict(),
+    ash.Commit(5, 6, ["lib/x"], ["lib/x"], ["etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee")._asdict(),
+    ash.Merge(["lib/x"], ["lib/x"])._asdict(),
+    ash.Birth(5, 0, "a branch", CALLER, "c0ffee")._asdict(),
+    ash.Deletion([5, 6], CALLER, "c0ffee")._asdict(),
+]
 
 
-@given(text=texts_like(INTENT))
+@given(text=st.one_of(list(map(texts_like, INTENTS))))
 @FUZZ
 def test_an_intent_file(text: str, tmp_path: Path) -> None:
     written(tmp_path / "intent", text)
-    intent = either(lambda: Intent.load(tmp_path))
-    if intent is not None:
-        assert set(intent.copies) <= {"etc", "boot"}
+    intent = either(lambda: ash.load_intent(tmp_path))
+    if isinstance(intent, ash.Commit | ash.Merge):
         assert not any(part in ("", ".", "..") for entry in intent.entries for part in entry.split("/"))
-        assert type(intent.old) is type(intent.new) is int
         assert all(os.fsencode(entry) for entry in (*intent.entries, *intent.delete))
+    if isinstance(intent, ash.Commit):
+        assert set(intent.copies) <= {"etc", "boot"}
+        assert type(intent.old) is type(intent.new) is int
+    if intent is not None:
+        ash.save_intent(tmp_path, intent)
+        assert type(ash.load_intent(tmp_path)) is type(intent)
 
 
 DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib/x": "place", "log/y": "append"}}
@@ -329,9 +341,9 @@ def test_uses_of_a_history(lines: list[str], tmp_path: Path) -> None:
     system, said = system_in(tmp_path), io.StringIO()
     written(system.layout.history, "\n".join(lines) + "\n")
     system.layout.description(7).unlink(missing_ok=True)
-    history = system.history()
+    history = system.history.read()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        assert all(ash.moment_of(entry) <= 2**38 for entry in history)
+        assert all(ash.timestamp_of(entry) <= 2**38 for entry in history)
         ash.PackageIntents.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
         repairer = ash.Repairer(system)
         repairer.restore_description(7)
@@ -339,7 +351,7 @@ def test_uses_of_a_history(lines: list[str], tmp_path: Path) -> None:
     assert said.getvalue() == ""
     assert system.describe(7)
     assert ash.to_number(system.layout.last.read_text()) is not None
-    assert sorted(Tree.parse(ash.tree_of_history([0, 5, 7, 8], history).dump()).numbers()) == [0, 5, 7, 8]
+    assert sorted(Tree.parse(ash.tree_from_history([0, 5, 7, 8], history).dump()).numbers()) == [0, 5, 7, 8]
 
 
 def system_in(directory: Path) -> System:
@@ -398,7 +410,7 @@ def test_work_directories_with_other_names_are_ignored(tmp_path: Path) -> None:
     system = system_in(tmp_path)
     for name in ("1.old", "2", "3x"):
         system.layout.work(name).mkdir(parents=True)
-        Intent("kept").save(system.layout.work(name))
+        ash.save_intent(system.layout.work(name), ash.Kept())
     assert ash.waiting_work(system) == [2]
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ash import MISSING, AshError, Tree, tree_of_history
+from ash import MISSING, AshError, Tree, tree_from_history
 
 pytestmark = pytest.mark.budget(10)
 
@@ -172,7 +172,7 @@ def test_the_history_tells_the_tree() -> None:
         made(4, 1, None, copies={"1": 4, "3": 5}),  # 2 was taken out, and 3 moved up
         {**made(6, 0, 1), "result": "failed"},
     ]
-    tree = tree_of_history([0, 1, 3, 4, 5, 6, 7], history)
+    tree = tree_from_history([0, 1, 3, 4, 5, 6, 7], history)
     assert {n: tree.parent(n) for n in tree.numbers()} == {0: None, 1: None, 3: 1, 4: None, 5: 4, 6: None, 7: None}
 
 
@@ -186,5 +186,5 @@ def test_a_history_that_is_wrong_makes_no_wrong_tree() -> None:
         {"from": 1},
     ]
     odd += [{"result": "done", "from": 1}, {"result": "done", "from": 0, "copies": 5}]
-    tree = tree_of_history([1, 2, 3], odd)
+    tree = tree_from_history([1, 2, 3], odd)
     assert {n: tree.parent(n) for n in tree.numbers()} == {1: None, 2: 1, 3: None}
