@@ -117,7 +117,7 @@ def test_files_keep_owner_mode_links_and_attributes(system: System, snapshot: in
 def test_a_command_that_fails_changes_nothing(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         outcome = system.shell(snapshot, f"{WRITES_EVERYWHERE} exit 7", status=7)
-    assert outcome.error == f"ash: snapshot {snapshot} is as it was: the command ended with 7"
+    assert outcome.error == f"ash: snapshot {snapshot} is unchanged: the command exited with status 7"
     assert not system.remains()
     system.shell(snapshot, "echo works > /etc/mark")
 

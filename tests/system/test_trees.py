@@ -73,7 +73,7 @@ def test_what_a_tree_will_need_can_be_fetched_before(system: System, old: int, a
     program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
     archive.fetched("")
     outcome = system.ash("tree-upgrade", root, "--download-only")
-    assert outcome.stdout == "what the next upgrade needs is fetched\n"
+    assert outcome.stdout == "fetched the packages for the next upgrade\n"
     assert len(archive.fetched("deb$")) == 1
     assert versions(system, [root, below]) == ["1", "1"]
     assert "upgraded" in system.ash("--json", "--dry-run", "tree-upgrade", root, "--download-only").stdout
