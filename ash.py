@@ -9800,14 +9800,14 @@ def cmd_check(system: System, request: Request) -> Reply:
 
 
 class Difference(NamedTuple):
-    """What leads from one snapshot to another: packages, and paths as "added", "removed" or "changed"."""
+    """How two snapshots differ: in packages, and in paths that are "added", "removed" or "changed"."""
 
     packages: Change
-    config: Mapping[str, str]
-    files: Mapping[str, str]
+    config: Mapping[str, str]  # paths of configuration files
+    files: Mapping[str, str]  # paths of all files, if these were compared
 
     def data(self) -> dict[str, Any]:
-        """The difference as JSON has it."""
+        """The difference for --json."""
         return {"packages": self.packages.packages(), "config": dict(self.config), "files": dict(self.files)}
 
     def text(self) -> str:
@@ -9819,7 +9819,7 @@ class Difference(NamedTuple):
 
 
 def kind_of_change(old: Path, new: Path) -> str:
-    """How a path differs: "added", "removed", "changed", or "" where it does not, or cannot be read."""
+    """How a path differs: "added", "removed", "changed", or "" if it does not or we may not read it."""
     with contextlib.suppress(PermissionError):
         if is_same(old, new):
             return ""
@@ -9828,7 +9828,10 @@ def kind_of_change(old: Path, new: Path) -> str:
 
 
 def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
-    """Compare two snapshots: packages by version, configuration files, and with `all_files` every path."""
+    """Compare two snapshots: versions of packages, configuration files and, with `all_files`, every path.
+
+    Without root's privileges only the configuration files of packages are compared.
+    """
     roots = system.layout.rootfs(old), system.layout.rootfs(new)
     before, after = packages_of(system, old), packages_of(system, new)
     listed = set().union(*map(system.package_manager.config_files, roots))
@@ -9845,7 +9848,7 @@ def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
 
 
 def patch(old: Path, new: Path, path: str) -> str:
-    """The differences of a text file as `diff -u` writes them; one line where it is no text."""
+    """The differences of a text file as `diff -u` prints them; a single line for a binary file."""
     import difflib
 
     texts = []
@@ -9853,8 +9856,8 @@ def patch(old: Path, new: Path, path: str) -> str:
         file = root / path
         if not has_real_parents(root, path) or not os.path.lexists(file):
             texts.append("")
-        elif file.is_symlink():  # what it leads to is not the snapshot's, or has a difference of its own
-            texts.append(f"link to {os.readlink(file)}\n")
+        elif file.is_symlink():  # the target is outside the snapshot, or is compared under its own path
+            texts.append(f"symlink to {os.readlink(file)}\n")
         else:
             texts.append(read_text(file))
     path = one_line(path)
@@ -9865,7 +9868,7 @@ def patch(old: Path, new: Path, path: str) -> str:
 
 
 def drift_reply(system: System, request: Request) -> Reply:
-    """What was changed in the running /etc."""
+    """The reply to `diff` without snapshots: what was changed in the running /etc."""
     slot, drift = running_drift(system)
     text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
     if request.patch:
@@ -9874,21 +9877,21 @@ def drift_reply(system: System, request: Request) -> Reply:
     return Reply({"slot": slot, "drift": drift}, text)
 
 
-def the_booted(system: System) -> int:
-    """The booted snapshot's number; AshError where nothing of the system runs."""
+def booted_snapshot(system: System) -> int:
+    """The number of the booted snapshot; AshError if this system is not the running one."""
     current = system.current
     if current is None:
-        raise AshError("compared with which snapshot? nothing of this system is running", "ash diff A B", USAGE)
+        raise AshError("diff needs two snapshots: this system is not running", "ash diff A B", USAGE)
     return current
 
 
 @command(
     "diff", "dif", group=PACKAGES, usage="diff [A [B]] [--files] [--patch]",
-    help="compare snapshots: packages and configuration; without any: what was changed in the running /etc",
+    help="compare the packages and configuration of snapshots; without any, show what was changed in the running /etc",
     numbers=2, snapshot_optional=True, require=System.require, wants_disk=True,
     options=[
-        flag("--files", help="all files that differ"),
-        flag("--patch", help="the differing text of configuration files"),
+        flag("--files", help="list all files that differ"),
+        flag("--patch", help="show the differences of text files"),
     ],
     answer={
         "from?": int, "to?": int, "packages?": PACKAGES_SHAPE, "config?": {"*": str}, "files?": {"*": str},
@@ -9898,7 +9901,7 @@ def the_booted(system: System) -> int:
 def cmd_diff(system: System, request: Request) -> Reply:
     if not request.snapshots:
         return drift_reply(system, request)
-    old, new = request.snapshots if len(request.snapshots) == 2 else (the_booted(system), request.snapshot)
+    old, new = request.snapshots if len(request.snapshots) == 2 else (booted_snapshot(system), request.snapshot)
     system.require(old)
     system.require(new)
     if request.files:

@@ -337,7 +337,7 @@ room=$(df --output=avail -k / | tail -n 1)
         """The conffiles in dpkg's status file, and the files that ucf manages."""
         status = database(root, "dpkg/status")
         text = status.read_text(encoding="utf-8", errors="replace") if status.is_file() else ""
-        blocks = re.findall(r"^Conffiles:\n((?: .*\n)*)", text, re.MULTILINE)
+        blocks = (re.findall(r"\A(?: .*\n)*", rest)[0] for rest in text.split("\nConffiles:\n")[1:])
         own = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
         registry = database(root, "ucf/registry")
         lines = registry.read_text(errors="replace").splitlines() if registry.is_file() else []
