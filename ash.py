@@ -7450,7 +7450,7 @@ def refuse_json() -> None:
 
 
 @contextmanager
-def hang_ups_raise() -> Iterator[None]:
+def raise_on_hangup() -> Iterator[None]:
     """Raise HangUp on SIGHUP inside the block. It comes twice: the second must not interrupt the saving of the work."""
 
     def raise_hang_up(*_: object) -> NoReturn:
@@ -7465,7 +7465,7 @@ def hang_ups_raise() -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def take_terminal_back() -> None:
+def reclaim_terminal() -> None:
     """Make ash the terminal's foreground process group again: an interactive shell leaves its own there."""
     before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     with contextlib.suppress(OSError):
@@ -7492,7 +7492,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
         CommandFailed: the shell failed, and the changes were dropped.
     """
     refuse_json()
-    with hang_ups_raise(), Transaction(system, number, resume=resume, base=number == BASE) as work:
+    with raise_on_hangup(), Transaction(system, number, resume=resume, base=number == BASE) as work:
         work.binds += binds
         shell = root_shell(work.root)
         console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
@@ -7500,7 +7500,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
         while True:
             status = work.chroot().run([shell])
             if terminal:
-                take_terminal_back()
+                reclaim_terminal()
             answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
             if answer == "y":
                 break
@@ -7541,7 +7541,7 @@ def cmd_run(system: System, request: Request) -> Plan:
     return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
 
 
-def end_children() -> None:
+def kill_children() -> None:
     """Kill this process's children, including adopted orphans, until none is left."""
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -7586,9 +7586,9 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
             print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
         os._exit(status)
     _, status = os.waitpid(child, 0)
-    end_children()
+    kill_children()
     if sys.stdin.isatty():
-        take_terminal_back()
+        reclaim_terminal()
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
 
@@ -7635,7 +7635,7 @@ def cmd_hollow(system: System, request: Request) -> Plan:
     )
 
 
-def edited(text: str) -> str:
+def edit_text(text: str) -> str:
     """Let the user edit a text, and return it. The editor is all that ash takes from the caller's environment."""
     import shlex
     import shutil
@@ -7672,7 +7672,7 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
         if os.path.lexists(path) and not path.is_file():
             raise AshError(f"/etc/ash.conf of snapshot {number} is not a regular file")
         path.parent.mkdir(exist_ok=True)
-        text = edited(read_text(path) or CONF_EXAMPLE)
+        text = edit_text(read_text(path) or CONF_EXAMPLE)
         Configuration.parse(text)
         if text != read_text(path):
             write_text(path, text)
@@ -9925,7 +9925,7 @@ FETCH_SECONDS = 600  # timeout for the whole download
 RELEASE_SHAPE = {"ash": str, "distro": str}
 
 
-def url_of_ash(system: System) -> str:
+def upself_url(system: System) -> str:
     """The URL of the newest ash, from the running /etc/ash.conf; on another system, from the last booted slot's."""
     url = system.configuration().values.get("upself", "")
     if not url:
@@ -9944,7 +9944,7 @@ def require_keyring(layout: Layout) -> None:
         raise AshError(f"there is no keyring to verify a newer ash with: {shown}", hint, REFUSED)
 
 
-def received(response: Any, limit: int) -> bytes:
+def read_response(response: Any, limit: int) -> bytes:
     """Read a server's answer; OSError if it is cut off or too slow, AshError if it is larger than `limit` bytes."""
     give_up = time.monotonic() + FETCH_SECONDS
     content = bytearray()
@@ -9970,8 +9970,8 @@ def download(url: str, limit: int) -> bytes:
     import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:  # noqa: S310 (see url_of_ash)
-            return received(response, limit)
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as response:  # noqa: S310 (see upself_url)
+            return read_response(response, limit)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
         raise AshError(f"cannot fetch {url}: {reason or type(error).__name__}", "nothing was changed") from None
@@ -9994,7 +9994,7 @@ def fetch_signed(url: str, keyring: Path, directory: Path) -> Path:
 LAST_LINE = "    sys.exit(main())\n"  # of each executable
 
 
-def try_out(system: System, new: Path, where: Sequence[str]) -> str:
+def check_starts(system: System, new: Path, where: Sequence[str]) -> str:
     """Start a new executable outside of its place, with the libraries that it would have. Returns its version.
 
     Args:
@@ -10048,7 +10048,7 @@ def swap_executable(layout: Layout) -> None:
     run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
 
 
-def where_it_is(request: Request) -> list[str]:
+def system_options(request: Request) -> list[str]:
     """The options that select the system, for another ash."""
     options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
     return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
@@ -10066,7 +10066,7 @@ def where_it_is(request: Request) -> list[str]:
 def cmd_upself(system: System, request: Request) -> Plan:
     import tempfile
 
-    layout, url = system.layout, url_of_ash(system)
+    layout, url = system.layout, upself_url(system)
     require_keyring(layout)
     what = "leave it as /.snapshots/ash/ash.new" if request.download_only else "replace /.snapshots/ash/ash"
     yield would(f"fetch {url} and {url}.sig, verify the signature and {what}")
@@ -10074,7 +10074,7 @@ def cmd_upself(system: System, request: Request) -> Plan:
         with step(f"Fetching {url}"):
             new = fetch_signed(url, layout.keyring, Path(directory))
         with step("Testing whether it starts"):
-            version = try_out(system, new, where_it_is(request))
+            version = check_starts(system, new, system_options(request))
         was, text = read_text(layout.executable), read_text(new)
         here = version_in(was)
         if text == was or (version == here and not request.force):
@@ -10105,7 +10105,7 @@ def running_transactions(system: System) -> dict[str, str]:
     return found
 
 
-def waiting_work(system: System) -> list[int]:
+def interrupted_sessions(system: System) -> list[int]:
     """The snapshots with a session that a hangup interrupted."""
     found = []
     for number, directory in numbered(system.layout.work(""), "").items():
@@ -10138,7 +10138,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "last_booted": menu.last_booted,
         "running": running_transactions(system),
-        "waiting": waiting_work(system),
+        "waiting": interrupted_sessions(system),
         "drift": drift,
         **({"upgrade": upgraded} if upgraded else {}),
         "free_bytes": free,
@@ -10151,7 +10151,7 @@ def cmd_status(system: System, request: Request) -> Reply:
             f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"
             for number, holder in running_transactions(system).items()
         ),
-        *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in waiting_work(system)),
+        *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in interrupted_sessions(system)),
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",

@@ -411,7 +411,7 @@ def test_work_directories_with_other_names_are_ignored(tmp_path: Path) -> None:
     for name in ("1.old", "2", "3x"):
         system.layout.work(name).mkdir(parents=True)
         ash.save_intent(system.layout.work(name), ash.Kept())
-    assert ash.waiting_work(system) == [2]
+    assert ash.interrupted_sessions(system) == [2]
 
 
 def test_the_highest_possible_number_is_the_last(tmp_path: Path) -> None:
