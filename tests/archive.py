@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A package archive of the tests' own: real packages, a real index, served over HTTP on this machine."""
+"""A package repository for the tests: real packages, a real index, served over HTTP on this machine."""
 
 import contextlib
 import hashlib
@@ -16,28 +16,28 @@ from tests.support import make_deb, program
 
 
 class Archive:
-    """A flat archive, as `deb [trusted=yes] URL ./` names it.
+    """A flat repository, for a line `deb [trusted=yes] URL ./` in sources.list.
 
     Args:
-        directory: where its files are; another archive that is there is gone on with.
+        directory: where its files are; an existing repository there is extended.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(exist_ok=True)
-        self.asked: list[str] = []  # the files that were fetched from it
+        self.asked: list[str] = []  # the paths that clients have requested
         self._build = directory.with_name(f"{directory.name}-build")
         self.index()
 
     def add(self, name: str, version: str = "1", **parts: Any) -> None:
-        """Put a package into it; what make_deb() takes."""
+        """Add a package; takes the arguments of make_deb()."""
         self._build.mkdir(exist_ok=True)
         package = make_deb(self._build, name, version, **parts)
         package.rename(self.directory / package.name)
         self.index()
 
     def index(self) -> None:
-        """Write down what there is, as apt reads it."""
+        """Write the index of all packages (Packages)."""
         entries = []
         for package in sorted(self.directory.glob("*.deb")):
             control = program("dpkg-deb", "--field", package).strip()
@@ -47,14 +47,14 @@ class Archive:
         self._publish("Packages", "\n".join(entries))
 
     def release(self, **fields: str) -> None:
-        """Write a Release file, which nobody signed; `_` in the name of a field is `-`: Suite=, Valid_Until=."""
+        """Write an unsigned Release file with some fields; `_` stands for `-` in their names: Suite=, Valid_Until=."""
         packages = (self.directory / "Packages").read_bytes()
         lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
         lines += ["SHA256:", f" {hashlib.sha256(packages).hexdigest()} {len(packages)} Packages"]
         self._publish("Release", "\n".join([*lines, ""]))
 
     def _publish(self, name: str, text: str) -> None:
-        """Write an index, newer than the one before: HTTP asks whether it is by whole seconds."""
+        """Write an index with a newer mtime than before, in whole seconds: If-Modified-Since has no finer resolution."""
         path = self.directory / name
         before = path.stat().st_mtime if path.exists() else 0
         path.write_text(text)
@@ -63,7 +63,7 @@ class Archive:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[str]:
-        """Serve it, for as long as the block lasts; gives its URL."""
+        """Serve the repository inside the block; yields its URL."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -75,7 +75,7 @@ class Archive:
             thread.join()
 
     def fetched(self, pattern: str) -> list[str]:
-        """The files that were fetched and that match a pattern; forgets all."""
+        """The requested paths that match a pattern; then forget all requests."""
         asked, self.asked = self.asked, []
         return [path for path in asked if re.search(pattern, path)]
 
@@ -86,7 +86,7 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*arguments, directory=str(archive.directory))
 
     def log_message(self, *_: object) -> None:
-        """Keep no log, but of what was fetched."""
+        """Log nothing; requests are kept in `asked`."""
 
     def do_GET(self) -> None:
         self.archive.asked.append(self.path)
@@ -94,6 +94,6 @@ class _Handler(SimpleHTTPRequestHandler):
 
 
 def use_only(*urls: str) -> str:
-    """A script that has a root take its packages from these archives alone."""
+    """A shell script that makes these repositories the only ones of a root."""
     lines = "\\n".join(f"deb [trusted=yes] {url} ./" for url in urls)
     return f"rm -f /etc/apt/sources.list.d/*; printf '{lines}\\n' > /etc/apt/sources.list"

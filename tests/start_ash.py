@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""ash.py of this checkout as a program: `start_ash.py ARGUMENTS`, which Python need not compile at each start.
+"""Run the ash.py of this checkout from its cached bytecode: `start_ash.py ARGUMENTS`.
 
-Run it as `tests.support.ASH` does: -X pycache_prefix keeps the compiled text out of the checkout.
+Python compiles a program at each start, but not a module that it imports. `tests.support.ASH` is the whole command line:
+it keeps the bytecode out of the checkout by -X pycache_prefix.
 """
 
 import sys

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# Python keeps the compiled text of what our programs import here, not in the checkout: compiling ash.py takes three
-# times as long as a short command.
+# Where Python caches the bytecode of what our programs import, instead of in the checkout. Compiling ash.py takes three
+# times as long as running a short command.
 COMPILED = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ash-tests/compiled"
 PYTHON = [sys.executable, "-I", "-X", f"pycache_prefix={COMPILED}"]
 ASH = [*PYTHON, str(CHECKOUT / "tests/start_ash.py")]
@@ -28,13 +28,13 @@ RUN_AND_KILL = [*PYTHON, str(CHECKOUT / "tests/system/faults/run_and_kill.py")]
 # The distribution under test, and the subvolumes that it has on a disk.
 DISTRIBUTION = os.environ.get("ASH_TEST_DISTRIBUTION", "debian")
 SNAPSHOTS, BOOT, VAR, HOME = (f"@{name}_{DISTRIBUTION}" for name in (".snapshots", "boot", "var", "home"))
-# Exit statuses, as the command reference has them.
+# Exit statuses, from the command reference.
 DONE, FAILED, USAGE, MISSING, LOCKED, REFUSED, OURS_IN_RUN = 0, 1, 2, 3, 4, 5, 125
 SECONDS = 300
 
 
 def program(*argv: str | Path, status: int = 0, input: str | None = None) -> str:
-    """Run a program of the host that must end with a status; returns its output."""
+    """Run a program of the host, assert its exit status, and return its output."""
     ended = subprocess.run(argv, input=input, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ended.returncode == status, f"{argv}: {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
     return ended.stdout
@@ -42,7 +42,7 @@ def program(*argv: str | Path, status: int = 0, input: str | None = None) -> str
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """The exit status and output of a program."""
 
     status: int
     stdout: str
@@ -50,14 +50,14 @@ class Outcome:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The answer in the form that --json gives."""
+        """The answer of --json, parsed."""
         answer: dict[str, Any] = json.loads(self.stdout)
         assert answer["version"] == 1
         return answer
 
     @property
     def error(self) -> str:
-        """The error, which must be one line, and ash's."""
+        """The error message, which must be exactly one line from ash."""
         lines = [line for line in self.stderr.splitlines() if line.startswith("ash: ")]
         assert len(lines) == 1, self.stderr
         assert not re.search("Traceback|an error in ash itself", self.stderr), self.stderr
@@ -98,17 +98,17 @@ class Files:
         return self.subvolumes() - {line.split(" path ", 1)[1] for line in readonly.splitlines()}
 
     def tree(self) -> set[int]:
-        """The numbers in the tree file."""
+        """The snapshot numbers in the tree file."""
         return set(map(int, re.findall(r'"name": (\d+)', (self.state / "fstree").read_text())))
 
     def default_slot(self) -> str:
-        """The slot that the boot menu starts by itself: that of its first entry."""
+        """The slot of the first menu entry, which is booted by default."""
         slot = re.search(r"^ *linux \S*/rootfs/snapshot-([a-z-]+)/boot/", self.grub_cfg.read_text(), re.MULTILINE)
         assert slot
         return slot[1]
 
     def in_root(self, which: int | str, *argv: str, status: int = 0) -> str:
-        """Run a program of a snapshot, chrooted in it as it is, with /var as all snapshots share it."""
+        """Run a program chrooted into a read-only snapshot, with the shared /var mounted."""
         root = self.root(which)
         script = 'mount --bind "$1" "$1/var" -o ro 2>/dev/null; mount --bind "$2" "$1/var"; root=$1; shift 2; '
         script += 'mount -t proc proc "$root/proc"; mount -t tmpfs tmp "$root/tmp"; exec chroot "$root" "$@"'
@@ -132,7 +132,7 @@ class Disk:
         environment: Mapping[str, str] | None = None,
         seconds: float = SECONDS,
     ) -> Outcome:
-        """Run ash on the image; it must end with that status."""
+        """Run ash on the image and assert its exit status."""
         ended = subprocess.run(
             self._argv(words),
             input=input,
@@ -147,14 +147,14 @@ class Disk:
         return outcome
 
     def start(self, *words: str | int | Path, log: Path | None = None) -> subprocess.Popen[bytes]:
-        """Start ash on the image, and go on; its output goes to the log."""
+        """Start ash on the image in the background; its output goes to the log."""
         with (log or Path(os.devnull)).open("wb") as output:
             return subprocess.Popen(
                 self._argv(words), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 
     def terminal(self, *words: str | int | Path) -> "Terminal":
-        """Start ash on the image in a terminal of its own."""
+        """Start ash on the image, on a new terminal."""
         return Terminal(self._argv(words))
 
     def clone(self, of: int = 0) -> int:
@@ -162,7 +162,7 @@ class Disk:
         return int(self.ash("-q", "clone", of).stdout)
 
     def branch(self, of: int) -> int:
-        """Make a branch of a snapshot; returns the new number."""
+        """Branch from a snapshot; returns the new number."""
         return int(self.ash("-q", "branch", of).stdout)
 
     def shell(self, snapshot: int, script: str, **options: Any) -> Outcome:
@@ -170,17 +170,17 @@ class Disk:
         return self.ash("run", snapshot, "sh", "-ec", script, **options)
 
     def attached(self) -> str:
-        """The loop devices of the image: empty when nothing on this machine has it mounted."""
+        """The loop devices of the image; empty if nothing on this machine has it mounted."""
         return program("losetup", "--noheadings", "--list", "--output", "NAME", "--associated", self.image).strip()
 
     @contextlib.contextmanager
     def files(self) -> Iterator[Files]:
-        """Mount the image's file system, beside ash if that is at work."""
+        """Mount the image's file system for the block; ash may work on it at the same time."""
         start, size = _root_partition(self.image)
         where = ["--offset", str(start), "--sizelimit", str(size)]
         loop = program("losetup", "--nooverlap", "--find", "--show", *where, self.image).strip()
         with contextlib.ExitStack() as stack:
-            # Detached by name, a loop device in use goes with its last mount.
+            # A loop device that is detached while in use disappears with its last mount.
             stack.callback(program, "losetup", "--detach", loop)
             top = stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-test-"))
             program("mount", "-t", "btrfs", "-o", "subvolid=5", loop, top)
@@ -188,7 +188,7 @@ class Disk:
             yield Files(Path(top))
 
     def outside_of_btrfs(self) -> bytes:
-        """All of the disk but the root partition: partition table, boot loader, EFI partition."""
+        """The bytes outside of the root partition: partition table, boot loader, EFI partition."""
         start, size = _root_partition(self.image)
         with self.image.open("rb") as image:
             before = image.read(start)
@@ -197,14 +197,14 @@ class Disk:
 
 
 def _root_partition(image: Path) -> tuple[int, int]:
-    """Where the Linux partition of a GPT image begins, and its size, in bytes."""
+    """The start and size of the Linux partition of a GPT image, in bytes."""
     table = json.loads(program("sfdisk", "--json", image))["partitiontable"]["partitions"]
     root = next(p for p in table if p["type"] == "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
     return root["start"] * 512, root["size"] * 512
 
 
 class Terminal:
-    """A program with a terminal of its own, as a person would use it; a context manager."""
+    """A program on a pseudo-terminal, typed into as a person would; a context manager."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         self._argv = argv
@@ -212,7 +212,7 @@ class Terminal:
 
     def __enter__(self) -> Self:
         self._master, slave = pty.openpty()
-        # setsid makes the terminal the controlling one, so that its end is a hang-up.
+        # setsid makes it the controlling terminal, so that closing it sends SIGHUP.
         argv = ["setsid", "--ctty", *self._argv]
         self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave)
         os.close(slave)
@@ -227,27 +227,27 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def expect(self, pattern: str, seconds: float = 60) -> str:
-        """Wait for a text that matches; returns what came up to its end."""
+        """Wait for output that matches; returns the output up to the end of the match."""
         deadline = time.monotonic() + seconds
         while not (match := re.search(pattern, self._text)):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self._text!r}"
             if select.select([self._master], [], [], 0.5)[0]:
                 try:
                     self._text += os.read(self._master, 65536).decode(errors="replace")
-                except OSError:  # EIO: all that used the terminal have closed it
+                except OSError:  # EIO: every process has closed the terminal
                     assert re.search(pattern, self._text), f"it ended without {pattern!r}: {self._text!r}"
         found = self._text[: match.end()]
         self._text = self._text[match.end() :]
         return found
 
     def hang_up(self) -> None:
-        """Take the terminal away, as a lost connection does."""
+        """Close the terminal, like a lost connection."""
         if self._master >= 0:
             os.close(self._master)
             self._master = -1
 
     def wait(self, seconds: float = 60) -> int:
-        """Wait for the program's end; returns its exit status."""
+        """Wait for the program to exit; returns its exit status."""
         try:
             return self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -267,7 +267,7 @@ def make_deb(
     files: Mapping[str, str] | None = None,
     **scripts: str,
 ) -> Path:
-    """Build a Debian package; scripts are postinst=, prerm= and so on, in sh. Returns the package file."""
+    """Build a Debian package and return its file. Maintainer scripts, in sh, are passed as postinst=, prerm= and so on."""
     source = directory / f"{name}_{version}_{architecture}"
     control = source / "DEBIAN"
     control.mkdir(parents=True)
@@ -275,7 +275,7 @@ def make_deb(
     fields += "Maintainer: Nobody <nobody@localhost>\n"
     fields += f"Depends: {depends}\n" if depends else ""
     fields += f"Conflicts: {conflicts}\n" if conflicts else ""
-    (control / "control").write_text(f"{fields}Description: made by a test\n")
+    (control / "control").write_text(f"{fields}Description: built by a test\n")
     for script, text in scripts.items():
         (control / script).write_text(f"#!/bin/sh\nset -e\n{text}\n")
         (control / script).chmod(0o755)
@@ -288,7 +288,7 @@ def make_deb(
 
 
 def processes_with(marker: str) -> list[int]:
-    """The processes that have a text in their command lines, whatever they call themselves."""
+    """The processes whose command lines contain a text, by pid."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -298,7 +298,7 @@ def processes_with(marker: str) -> list[int]:
 
 
 def wait_until(holds: Any, seconds: float = 30) -> None:
-    """Wait until a function returns something true."""
+    """Wait until a function returns a true value."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -306,13 +306,13 @@ def wait_until(holds: Any, seconds: float = 30) -> None:
 
 
 def kill_hard(process: subprocess.Popen[bytes]) -> None:
-    """`kill -9` of one process, and wait for its end."""
+    """Send SIGKILL to a process, and wait for it to exit."""
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
 
 
 def fill(filler: Path) -> None:
-    """Leave no room for data on a file system."""
+    """Use up the free data space of a file system."""
     with filler.open("xb") as file:
         size, piece = 0, 1 << 36
         while piece >= 4096:

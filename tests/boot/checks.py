@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What a running system must be like, asked of it by its own programs."""
+"""Assertions about a running system, made with its own programs."""
 
 import re
 import shlex
@@ -8,29 +8,29 @@ import time
 from installer.machine import Machine
 
 READ_ONLY = "Read-only file system"
-# A clock that was set wrong is hours off; a machine under emulation lags by seconds.
+# A wrong clock is hours off; an emulated machine lags by seconds.
 CLOCK_SECONDS = 120
 
 
 def said(machine: Machine, line: str) -> str:
-    """What a command that must succeed printed."""
+    """Run a command that must succeed; returns its output."""
     return machine.command(line, timeout=300).output.strip()
 
 
 def refused(machine: Machine, line: str, words: str) -> None:
-    """A command fails, and says why."""
+    """Assert that a command fails with a message."""
     result = machine.command(line, ok=None)
     assert result.status != 0
     assert words in result.output
 
 
 def new_snapshot(machine: Machine, command: str) -> int:
-    """Run an ash command that makes a snapshot; returns its number."""
+    """Run an ash command that creates a snapshot; returns its number."""
     return int(said(machine, f"ash -q {command}"))
 
 
 def runs_snapshot(machine: Machine, number: int) -> None:
-    """The snapshot is the one that runs, by what ash says and by the kernel's own options."""
+    """Assert that a snapshot is booted, as ash and the kernel command line say."""
     current = said(machine, "ash current")
     assert current == str(number), current
     assert said(machine, "cat /usr/share/ash/snap") == str(number)
@@ -41,13 +41,13 @@ def runs_snapshot(machine: Machine, number: int) -> None:
 
 
 def starts_next(machine: Machine, number: int) -> None:
-    """The tree marks the snapshot, and only that, as the one for the next start."""
+    """Assert that the tree marks this snapshot, and only this one, for the next boot."""
     (line,) = [line for line in said(machine, "ash tree").splitlines() if "*" in line]
     assert re.search(rf"\b{number}\*", line)
 
 
 def is_healthy(machine: Machine) -> None:
-    """No unit has failed, now or when the distribution's own timers have run; clock, name and logins are right."""
+    """Assert that no unit has failed, even after all timers have run, and that clock, hostname and logins are right."""
     assert said(machine, "systemctl is-system-running --wait || true") == "running"
     units = said(machine, "systemctl list-timers --all --plain --no-legend | grep -o '[^ ]*$'")
     for unit in units.split():
@@ -60,7 +60,7 @@ def is_healthy(machine: Machine) -> None:
 
 
 def is_immutable(machine: Machine) -> None:
-    """What belongs to a snapshot cannot be written, by any way; what is shared, or the deployment's own, can."""
+    """Assert that nothing of a snapshot is writable by any path; shared directories and the deployment's /etc are."""
     slot = said(machine, "ash whichtmp")
     for place in ("/", "/usr", "/boot", f"/.snapshots/rootfs/snapshot-{slot}/usr", "/.snapshots/rootfs/snapshot-0/usr"):
         refused(machine, f"touch {place}/written", READ_ONLY)
@@ -70,5 +70,5 @@ def is_immutable(machine: Machine) -> None:
 
 
 def online(machine: Machine) -> None:
-    """Wait for the network, which comes up beside the login prompt."""
+    """Wait for the network, which may come up after the login prompt."""
     said(machine, "/usr/lib/systemd/systemd-networkd-wait-online --any --timeout=120")

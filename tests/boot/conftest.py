@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Fixtures of the tests that start virtual machines."""
+"""Fixtures for tests that boot virtual machines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ Boot = Callable[..., Machine]
 
 @pytest.fixture
 def boot(tmp_path: Path) -> Boot:
-    """Starts a machine from a disk: `with boot(disk) as machine:`."""
+    """Boots a machine from a disk: `with boot(disk) as machine:`."""
 
     def start(disk: Disk, *, uefi: bool = False) -> Machine:
         return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log")

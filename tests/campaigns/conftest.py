@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Fixtures of the campaigns, which are longer than a run of all tests may be: `tests/run tests/campaigns`."""
+"""Fixtures of the campaigns, which take too long for a normal run: `tests/run tests/campaigns`."""
 
 from tests.boot.conftest import boot
 from tests.system.conftest import _own_mounts, reflinks

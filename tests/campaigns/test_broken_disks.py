@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The disk fails or is full in the middle of each command: a clear error, and then all is as it was, or done.
+"""The disk fails or fills up in the middle of each command: a clear error, and the change is done or not.
 
-With ASH_TEST_CUTS=all at every step of every command, else at a few.
+ASH_TEST_CUTS=all tests every step of every command, instead of a few.
 """
 
 import os

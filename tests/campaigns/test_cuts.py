@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Every command is killed at each of its steps and at any time, and the power is cut at each of its steps.
+"""Every command is killed at each step and at random times, and the power is cut at each step.
 
-ASH_TEST_INSTANTS says how often a command is killed at a random time by each signal.
+ASH_TEST_INSTANTS is the number of random times at which each signal is sent to a command.
 """
 
 import os
@@ -53,7 +53,7 @@ def seconds(scene: Scene, name: str) -> float:
 
 
 def kill_after(scene: Scene, tried: Tried, name: str, kind: signal.Signals, after: float) -> None:
-    """Send a signal to a command after some time: it says nothing odd, and has done all or nothing."""
+    """Send a signal to a command after some time; assert that it has done all or nothing, and prints no traceback."""
     where = f"{kind.name} after {after:.3f} s"
     with scene.copy(COMMANDS[name]) as copy:
         began = copy.with_name("began")
@@ -64,7 +64,7 @@ def kill_after(scene: Scene, tried: Tried, name: str, kind: signal.Signals, afte
             stderr=subprocess.PIPE,
             text=True,
         )
-        wait_until(began.exists)  # what comes before is Python's own beginning
+        wait_until(began.exists)  # before that, Python itself starts
         time.sleep(after)
         process.send_signal(kind)
         _, said = process.communicate(timeout=120)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The power goes, and the disk has what it was told to flush, and of all else any part: all is done or nothing.
+"""Power cuts with a disk that reorders writes: it keeps all flushed writes and any subset of later ones.
 
-ASH_TEST_PARTS says how many random parts are tried after each flush of a command.
+ASH_TEST_PARTS is the number of random subsets that are tried after each flush of a command.
 """
 
 import os
@@ -21,9 +21,9 @@ PARTS = int(os.environ.get("ASH_TEST_PARTS", "1"))
 
 
 def record(scene: Scene, name: str, directory: Path) -> tuple[Log, int]:
-    """Run a command on a recorded disk; returns the log, and the epoch in which the command ended.
+    """Record the writes of a command; returns the log, and the epoch in which the command ended.
 
-    The disk is mounted beside it: as on a running system no unmounting flushes anything.
+    The disk stays mounted, as on a running system: otherwise ash would flush everything by unmounting it.
     """
     with scene.copy(COMMANDS[name]) as image:
         with recorded(image, directory / "log") as shown, Disk(shown).files():
@@ -40,9 +40,9 @@ def record(scene: Scene, name: str, directory: Path) -> tuple[Log, int]:
 
 
 def disks(log: Log, disk: Path, directory: Path, chance: random.Random) -> Iterator[tuple[int, str, Path]]:
-    """The disks that a power cut may leave, in the order in which time would have it, with the epoch of the cut.
+    """The disks that a power cut may leave, in the order of time, with the epoch of the cut.
 
-    After each flush: what was flushed alone, and with random parts of what comes before the next flush.
+    For each flush: with nothing but flushed writes, and with random subsets of the writes before the next flush.
     """
     copy = directory / "cut.img"
     for epoch, writes in enumerate(log.epochs):

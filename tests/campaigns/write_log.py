@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What is written to a disk, and when it is told to have it all on the medium: recorded, and done again in part.
+"""Record the writes and flushes of a disk, and replay a part of them.
 
-QEMU's storage daemon shows an image as a file (by FUSE), to which a loop device can be attached, and logs every write
-and flush in the form of Linux's dm-log-writes: a superblock, then an entry of a sector for each, followed by its data.
+QEMU's storage daemon exports an image as a file (by FUSE), to which a loop device can be attached, and logs every write
+and flush in the format of dm-log-writes: a superblock, then for each an entry of one sector, followed by its data.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from pathlib import Path
 from tests.support import Disk, wait_until
 
 SECTOR = 512
-BLOCK = 4096  # what a disk writes whole
-# From drivers/md/dm-log-writes.c: sector, number of sectors, flags, length of the data of a mark.
+BLOCK = 4096  # what a disk writes atomically
+# From drivers/md/dm-log-writes.c: sector, number of sectors, flags, length of a mark's data.
 ENTRY = struct.Struct("<4Q")
 FLUSH, FUA, DISCARD = 1, 2, 4
 LOG_SIZE = 1 << 32
@@ -27,14 +27,14 @@ LOG_SIZE = 1 << 32
 
 @dataclass(frozen=True)
 class Write:
-    """A write: where on the disk (in bytes), how much, and where its data is in the log; None where it is zeros."""
+    """A write: its offset on the disk and size in bytes, and the offset of its data in the log (None for zeros)."""
 
     offset: int
     size: int
     data: int | None
 
     def blocks(self) -> Iterator["Write"]:
-        """What a disk may have of it or not."""
+        """The blocks of which a disk may keep any subset."""
         for begin in range(0, self.size, BLOCK):
             data = None if self.data is None else self.data + begin
             yield Write(self.offset + begin, min(BLOCK, self.size - begin), data)
@@ -42,14 +42,14 @@ class Write:
 
 @dataclass(frozen=True)
 class Log:
-    """All that was written, as lists between flushes: what is in the first is on the medium with the first flush."""
+    """All writes in epochs: lists of the writes between two flushes."""
 
     path: Path
     epochs: list[list[Write]]
 
     @classmethod
     def load(cls, path: Path) -> "Log":
-        """Read a log, which may be written on meanwhile."""
+        """Read a log; it may be growing meanwhile."""
         epochs: list[list[Write]] = [[]]
         place = SECTOR
         with path.open("rb") as log:
@@ -72,7 +72,7 @@ class Log:
         return [write for epoch in self.epochs for write in epoch]
 
     def content(self, image: Path) -> str:
-        """What names the content of all that was written to, as it is on an image."""
+        """A hash of an image at all places that the log writes to."""
         digest = hashlib.sha256()
         with image.open("rb") as disk:
             for place in sorted({(write.offset, write.size) for write in self.writes}):
@@ -80,7 +80,7 @@ class Log:
         return digest.hexdigest()
 
     def apply(self, writes: Iterable[Write], image: Path) -> None:
-        """Do some writes once more, to another image."""
+        """Replay some writes on another image."""
         with self.path.open("rb") as log, image.open("rb+") as disk:
             for write in writes:
                 disk.seek(write.offset)
@@ -92,14 +92,14 @@ class Log:
 
 
 def some_of(writes: Iterable[Write], chance: random.Random) -> list[Write]:
-    """What a disk may have of writes that it was not told to keep yet: any blocks of them."""
+    """A random subset of the blocks of some writes."""
     share = chance.random()
     return [block for write in writes for block in write.blocks() if chance.random() < share]
 
 
 @contextlib.contextmanager
 def recorded(image: Path, log: Path) -> Iterator[Path]:
-    """An image as another file, whose writes go to the image and to the log, as long as the block lasts."""
+    """Export an image as another file inside the block; writes to it go to the image and to the log."""
     with log.open("wb") as file:
         file.truncate(LOG_SIZE)
     shown = image.with_name("shown.img")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Fixtures of the tests on a real file system: a system for each module, a fresh snapshot for each test."""
+"""Fixtures for tests on a real file system: a system for each module, a fresh snapshot for each test."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,21 +14,21 @@ from tests.system.disk_system import Machine, System, open_system
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_mounts() -> None:
-    """A mount namespace of the tests' own: no other program on this machine keeps their disks mounted."""
+    """A private mount namespace: no other program on this machine keeps our disks mounted."""
     libc("unshare", CLONE_NEWNS)
     mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
 
 
 @pytest.fixture(scope="module")
 def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory on a btrfs of its own, where copies of disk images cost nothing."""
+    """A directory on a btrfs of its own, where reflink copies of disk images cost nothing."""
     directory = tmp_path_factory.mktemp("reflinks")
     disk, top = directory / "disk", directory / "top"
     top.mkdir()
     with disk.open("wb") as file:
         file.truncate(1 << 36)
     program("mkfs.btrfs", "--quiet", disk)
-    program("mount", "-o", "loop,nobarrier", disk, top)  # this machine is not what loses its power
+    program("mount", "-o", "loop,nobarrier", disk, top)  # it need not survive a power cut
     try:
         yield top
     finally:
@@ -38,7 +38,7 @@ def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def system(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A system for the tests of one module."""
+    """A system that all tests of a module share."""
     with open_system(image, tmp_path_factory.mktemp("system")) as system:
         yield system
 
@@ -51,7 +51,7 @@ def snapshot(system: System) -> int:
 
 @pytest.fixture
 def machine(system: System, snapshot: int) -> Machine:
-    """A machine that runs a deployment of the test's snapshot."""
+    """A system whose booted deployment is of the test's snapshot."""
     system.ash("deploy", snapshot, "--fresh-etc")
     machine = Machine(system)
     machine.boot()
@@ -60,12 +60,12 @@ def machine(system: System, snapshot: int) -> Machine:
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    """A package archive of a module's own, without packages."""
+    """An empty package repository that all tests of a module share."""
     return Archive(tmp_path_factory.mktemp("archive") / "files")
 
 
 @pytest.fixture(scope="module")
 def url(archive: Archive) -> Iterator[str]:
-    """Where it is served."""
+    """The URL of that repository."""
     with archive.served() as url:
         yield url

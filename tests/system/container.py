@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A deployment that runs in namespaces of its own: its root is `/`, mounted by its own fstab; no kernel is booted."""
+"""A deployment as a container: its root is `/`, mounted as its fstab says, but no kernel is booted."""
 
 import shlex
 import subprocess
@@ -10,8 +10,8 @@ from installer.executable import build
 from tests.support import DISTRIBUTION, DONE, SECONDS, Outcome, Terminal
 from tests.system.disk_system import System
 
-# The deployment's root becomes that of the namespaces' first process: to ash this is no chroot. The disk has the name
-# of a real one there, since GRUB passes over a root on a file that is mounted as a loop device.
+# pivot_root, because ash must not find itself in a chroot. The disk gets the name of a real one: GRUB ignores a root on
+# a file-backed loop device.
 DISK = "/dev/vda"
 START = """\
 mount -t tmpfs tmpfs {root}
@@ -36,10 +36,10 @@ exec env -i PATH=/usr/sbin:/usr/bin HOME=/root TERM=xterm LANG=C.UTF-8 sh -c "$1
 
 
 class Container:
-    """A system of which a deployment runs; what is typed there are command lines as people write them down.
+    """A system with a running deployment, in which command lines are typed as users type them.
 
     Args:
-        system: the system; its ash becomes the one of this checkout.
+        system: the system; the ash of this checkout is installed in it.
     """
 
     def __init__(self, system: System) -> None:
@@ -48,17 +48,17 @@ class Container:
         self.boot()
 
     def boot(self) -> None:
-        """Run the deployment for the next boot from now on, with what ash does when a system starts."""
+        """Switch to the deployment for the next boot, and run the recovery that runs at boot."""
         self.slot = self.system.files.default_slot()
         self.type("ash recover")
 
     def type(self, line: str, status: int = DONE, keys: str = "") -> Outcome:
-        """Run a command line, without a terminal; it must end with that status.
+        """Run a command line without a terminal, and assert its exit status.
 
         Args:
-            line: for the shell.
+            line: a line of shell.
             status: its exit status.
-            keys: what comes from its standard input.
+            keys: its standard input.
         """
         with tempfile.TemporaryDirectory(prefix="ash-test-") as directory:
             argv = self._argv(line, Path(directory))
@@ -67,7 +67,7 @@ class Container:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     def terminal(self, line: str, directory: Path) -> Terminal:
-        """Start a command line on a terminal; the directory is where its root is mounted, for it alone."""
+        """Start a command line on a terminal; the directory is a private mount point for its root."""
         return Terminal(self._argv(line, directory))
 
     def _argv(self, line: str, directory: Path) -> list[str]:
@@ -76,7 +76,7 @@ class Container:
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script, "sh", line]
 
     def _mounts(self, directory: Path) -> str:
-        """The lines of the deployment's fstab that are ash's own, as commands."""
+        """mount commands for the lines of the deployment's fstab that ash wrote."""
         uuid = (self.system.files.state / "part").read_text().strip()
         commands = []
         for line in (self.system.root(self.slot) / "etc/fstab").read_text().splitlines():

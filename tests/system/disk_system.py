@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A system on a disk image that tests look at while ash works on it: its state, what is left, what is running."""
+"""A system on a mounted disk image: tests inspect its state while ash works on it."""
 
 import contextlib
 import json
@@ -33,18 +33,18 @@ from tests.support import (
     wait_until,
 )
 
-# What a file is to a test: its mode, owner, size and content's place and time. All change when it is written to.
+# A fingerprint of a file: mode, owner, size, inode and ctime. Any write changes it.
 Facts = tuple[int, int, int, int, int, int]
 
 
 def facts(path: Path) -> Facts:
-    """What changes when a file does."""
+    """The fingerprint of a file."""
     status = path.lstat()
     return (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_ino, status.st_ctime_ns)
 
 
 def everything_below(directory: Path) -> dict[str, Facts]:
-    """The facts of all files below a directory, and of itself."""
+    """The fingerprints of a directory and of everything below it."""
     found = {".": facts(directory)}
     for place, directories, names in os.walk(directory):
         for name in (*directories, *names):
@@ -55,21 +55,21 @@ def everything_below(directory: Path) -> dict[str, Facts]:
 
 @dataclass(frozen=True)
 class State:
-    """All that a change that did not happen leaves as it was."""
+    """What a command that changes nothing must leave untouched."""
 
     subvolumes: dict[str, int]  # ids by path
     readonly: set[str]
     var: dict[str, Facts]
     home: dict[str, Facts]
     boot: dict[str, Facts]
-    small_files: dict[str, str]  # of ash, but for locks and the history
+    small_files: dict[str, str]  # of ash, except locks and the history
     mounts: list[str]
     loops: str
     processes: list[int]
 
 
 class System(Disk):
-    """A disk with its file system mounted for the tests to look at.
+    """A disk whose file system is mounted, so that tests can inspect it.
 
     Args:
         image: the disk image.
@@ -89,7 +89,7 @@ class System(Disk):
         return self.files.root(which)
 
     def subvolumes(self) -> dict[str, int]:
-        """The ids of all subvolumes by their paths from the top level."""
+        """The subvolume ids by path from the top level."""
         listing = program("btrfs", "subvolume", "list", self.files.top)
         return {line.split(" path ", 1)[1]: int(line.split()[1]) for line in listing.splitlines()}
 
@@ -98,17 +98,17 @@ class System(Disk):
         return self.subvolumes()[f"{SNAPSHOTS}/rootfs/snapshot-{which}"]
 
     def mounts(self) -> list[str]:
-        """The mounts of this file system, and what lies on them, as this process sees them."""
+        """The mounts of this file system in this process's mount namespace."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return sorted(line.split(" ", 2)[2] for line in lines if line.split()[2] == self._device())
 
     def _device(self) -> str:
-        """The number that mountinfo has for this file system, whatever of it is mounted where."""
+        """The device number of this file system in mountinfo."""
         lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
         return next(line[2] for line in lines if line[4] == str(self.files.top))
 
     def processes(self) -> list[int]:
-        """The processes of other mount namespaces that have something of this file system mounted."""
+        """The processes in other mount namespaces that have this file system mounted."""
         found, ours, device = [], os.readlink("/proc/self/ns/mnt"), self._device()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -118,14 +118,14 @@ class System(Disk):
         return sorted(found)
 
     def small_files(self) -> dict[str, str]:
-        """The contents of ash's own files, but for what tells of the past: locks and the history."""
+        """The contents of ash's own files, except locks and the history."""
         state = self.files.state
         paths = [p for p in state.rglob("*") if p.is_file() and p.name not in ("lock", "history", "ash")]
         paths = [p for p in paths if p.relative_to(state).parts[0] not in ("lib", "root")]
         return {str(p.relative_to(state)): p.read_text(errors="replace") for p in paths}
 
     def state(self) -> State:
-        """All that must be as it was where nothing happened."""
+        """The state to compare before and after."""
         subvolumes = self.subvolumes()
         return State(
             subvolumes=subvolumes,
@@ -141,7 +141,7 @@ class System(Disk):
 
     @contextlib.contextmanager
     def nothing_changes(self, but: str = "/") -> Iterator[None]:
-        """Whatever happens in the block, in the end all is as it was, but for a directory of /var where one is given."""
+        """Assert that the block leaves no change, except below the path `but` in /var or /home."""
         before = self.state()
         yield
         wait_until(lambda: set(self.processes()) <= set(before.processes))
@@ -156,15 +156,15 @@ class System(Disk):
             assert was == now, f"{name}: {sorted(map(str, difference))[:20]}"
 
     def remains(self) -> set[str]:
-        """What an unfinished change has left: working copies, half-made deployments, intents, overlays."""
+        """What an unfinished change has left behind: working copies, half-made deployments, intents, overlays."""
         listed = {path.rpartition("/")[2]: path for path in self.subvolumes() if "/lost+found/" not in path}
         odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
         files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
-        # A small file that was being written when its ash was killed is written over by the next.
+        # The temporary file of a killed ash is overwritten by the next one.
         return odd | {name for name in files if not name.endswith(("/lock", "/.ash-new-intent"))}
 
     def is_sound(self) -> None:
-        """Assert what holds when no ash is at work: each number of the tree is whole, and nothing else is there."""
+        """Assert that all snapshots of the tree are complete and nothing else is there. No ash may be running."""
         tree = self.files.tree()
         subvolumes, writable = set(self.subvolumes()), self.files.writable()
         of_tree = set()
@@ -187,13 +187,13 @@ class System(Disk):
                 assert names_below(root / directory) == names_below(copy), f"{copy.name} is not {directory} of {number}"
 
     def wants_recovery(self) -> list[str]:
-        """What would let the service that recovers run at the next start."""
+        """The paths because of which ash-recover.service would run at the next boot."""
         patterns = re.findall(r"^ConditionPathExistsGlob=\|/.snapshots/(.*)", RECOVER_UNIT, re.MULTILINE)
-        # As glob(3), and unlike Path.glob(), this finds no hidden files.
+        # Like glob(3), and unlike Path.glob(), this skips hidden files.
         return [path for pattern in patterns for path in glob(pattern, root_dir=self.files.snapshots)]  # noqa: PTH207
 
     def boots(self) -> str:
-        """Assert that what the menu starts is whole; returns its slot."""
+        """Assert that every menu entry can boot; returns the slot of the first one."""
         slots = re.findall(r"linux (/\S+) root=UUID=\S+ rootflags=subvol=(\S+)", self.files.grub_cfg.read_text())
         assert slots, "the menu is empty"
         for kernel, subvolume in slots:
@@ -216,13 +216,13 @@ class System(Disk):
 
     @contextlib.contextmanager
     def at_work(self, snapshot: int, script: str, status: int = DONE, after: str = "") -> Iterator["AtWork"]:
-        """A transaction that has run a script and waits, until the block ends; then it must end with that status.
+        """A transaction that runs a script and then waits for the end of the block.
 
         Args:
             snapshot: its number.
-            script: what it runs first.
-            status: with which the script's end must make ash end.
-            after: what it runs when the block has ended.
+            script: what it runs before the block.
+            status: the exit status that ash must have.
+            after: what it runs after the block.
         """
         mark = uuid.uuid4().hex
         wait = f"touch /home/started-{mark}; while [ ! -e /home/go-{mark} ]; do sleep 0.02; done"
@@ -252,14 +252,14 @@ class System(Disk):
                 (self.home / f"{name}-{mark}").unlink(missing_ok=True)
 
     def killed_before(self, step: str, *words: str | int) -> None:
-        """Kill a command before the first of its steps whose name begins so."""
+        """Kill a command before its first step whose name starts like this."""
         killed = self.with_hooks({"kill": step}, *words)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     def killed_at(self, step: int, *words: str | int) -> subprocess.CompletedProcess[str]:
-        """Run ash, and kill it by `kill -9` before the given step of what it does to the disk (the first is 1).
+        """Run ash and kill it with SIGKILL before its N-th change on the disk (the first is 1).
 
-        It ends by itself where it has fewer steps.
+        It exits by itself if it makes fewer changes.
         """
         argv = [*RUN_AND_KILL, str(step)]
         words = ("--image", str(self.image), *words)
@@ -273,13 +273,13 @@ class System(Disk):
         )
 
     def with_hooks(self, options: dict[str, Any], *words: str | int) -> subprocess.CompletedProcess[str]:
-        """Run ash by run_with_hooks.py, with these options."""
+        """Run ash by run_with_hooks.py with these options."""
         argv = [*RUN_WITH_HOOKS, json.dumps(options)]
         argv += ["--image", str(self.image), *map(str, words)]
         return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
 
     def each_step_of(self, *words: str | int, by: int = 1) -> Iterator[int]:
-        """Cut a command at its first step, at the next, and so on, until it comes to its end."""
+        """Run a command again and again, killed at its first step, then at the next, until it runs to its end."""
         for step in range(1, 300, by):
             ended = self.killed_at(step, *words)
             if ended.returncode != -signal.SIGKILL:
@@ -287,12 +287,12 @@ class System(Disk):
                 return
             wait_until(lambda: not self.processes())
             yield step
-        raise AssertionError("it never ends")
+        raise AssertionError("it never runs to its end")
 
 
 @dataclass
 class AtWork:
-    """A transaction that is going on; `outcome` is there when it has ended."""
+    """A running transaction; `outcome` is set when it has ended."""
 
     process: subprocess.Popen[str]
     mark: str
@@ -305,7 +305,7 @@ class AtWork:
 
 
 def names_below(directory: Path) -> dict[str, tuple[int, int, int, int]]:
-    """The files below a directory with their type, mode, owner and size."""
+    """The files below a directory, with mode, owner and size."""
     found = {}
     for place, directories, names in os.walk(directory):
         for name in (*directories, *names):
@@ -317,7 +317,7 @@ def names_below(directory: Path) -> dict[str, tuple[int, int, int, int]]:
 
 
 def installed_ash(files: Files, directory: Path) -> Path:
-    """ash as it is installed, in a directory of its own: the executable, with a system's libraries beside it."""
+    """Install ash into a directory: the executable, and a system's libraries beside it."""
     own = directory / "ash"
     own.write_text(executable.build(DISTRIBUTION))
     own.chmod(0o755)
@@ -327,7 +327,7 @@ def installed_ash(files: Files, directory: Path) -> Path:
 
 @contextlib.contextmanager
 def open_system(image: Path, directory: Path) -> Iterator[System]:
-    """A system on a copy of a disk image, which is deleted in the end; nothing of it may stay mounted."""
+    """A system on a copy of a disk image. The copy is deleted afterwards, and must not stay mounted."""
     copy, top = directory / "disk.img", directory / "top"
     program("cp", "--sparse=always", "--reflink=auto", image, copy)
     top.mkdir()
@@ -341,7 +341,7 @@ def open_system(image: Path, directory: Path) -> Iterator[System]:
     copy.unlink()
 
 
-# ash on the image as if the slot that is named first were what runs on this machine.
+# Run ash as if the slot in the first argument were booted on this machine.
 AS_BOOTED = """\
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -354,7 +354,7 @@ sys.exit(ash.main())
 
 
 class Machine:
-    """A system of which a deployment runs, as far as ash's own notes say so."""
+    """A system with a booted deployment, as far as ash's own state says so."""
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -362,7 +362,7 @@ class Machine:
         self._menu = system.files.state / "menu"
 
     def boot(self) -> str:
-        """Note that the deployment for the next boot was booted; returns its slot."""
+        """Record that the deployment for the next boot was booted; returns its slot."""
         menu = json.loads(self._menu.read_text())
         menu["last_booted"] = menu["default"]
         self._menu.write_text(json.dumps(menu))
@@ -389,11 +389,11 @@ class Machine:
         return self.system.root(self.system.files.default_slot()) / "etc"
 
     def running(self, *words: str | int | Path, status: int = DONE) -> dict[str, Any]:
-        """Run ash as the running system would, with the deployment as what is booted; returns its answer."""
+        """Run ash as on the running system; returns its JSON answer."""
         return self.run("--json", *words, status=status).json
 
     def run(self, *words: str | int | Path, status: int = DONE, patch: str = "") -> Outcome:
-        """Run ash as the running system would; it must end with that status. A patch is Python that comes first."""
+        """Run ash as on the running system, and assert its exit status. `patch` is Python code to execute first."""
         script = AS_BOOTED.replace("sys.exit", f"{patch}\nsys.exit")
         words = ("-c", script, CHECKOUT, self.slot, "--image", self.system.image, *words)
         argv = [*PYTHON, *map(str, words)]
@@ -402,7 +402,7 @@ class Machine:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     def aside(self, answer: dict[str, Any]) -> Path:
-        """Where the running versions of what was not carried are."""
+        """The directory with the running versions of files in conflict."""
         directory: Path = self.files.var / answer["conflicts_folder"].removeprefix("/var/")
         assert directory.parent.stat().st_mode & 0o777 == 0o700
         return directory / "etc"

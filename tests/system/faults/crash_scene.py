@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Commands cut off at their steps: on copies of one disk, which are made in no time since they share their blocks."""
+"""Commands that are killed, or lose their power or disk, at their steps: on reflink copies of one prepared disk."""
 
 import contextlib
 import errno
@@ -42,11 +42,11 @@ OF_DEB = {"usr/mark": "new\n", "etc/mark-deb": "new\n", "var/lib/mark-deb/x": "n
 IN_RUNNING = ("usr/mark", "etc/mark-deb", "usr/share/ash-test-gone")
 IN_DEPLOYMENT = "[ ! -e /usr/share/ash/snap ] || echo new > /var/lib/mark-deb/live"
 
-# Each command that changes something, as it is cut: its arguments (DEB is a package file). A name may have a number
-# after it, where a command is cut in several ways.
+# The arguments of each command that changes something (DEB is a package file). A number in the name tells several variants
+# of a command apart.
 COMMANDS: dict[str, list[str]] = {
     "run": ["run", "1", *SHELL],
-    "run 2": ["run", "3", *SHELL],  # it is mutable
+    "run 2": ["run", "3", *SHELL],  # a mutable snapshot
     "install": ["install", "1", "DEB"],
     "install 2": ["install", "1", "DEB", "--live"],
     "remove": ["remove", "2", "ash-test-there"],
@@ -89,37 +89,37 @@ COMMANDS: dict[str, list[str]] = {
     "force-sync": ["force-sync", "1"],
     "fsck": ["fsck", "--repair"],
 }
-# What must be called once more before all is well again, where that is not `recover`: as users do.
+# What a user runs after a crash: the recovery, or the same command again.
 RECOVER = ["recover"]
 GOES_ON = {"fsck": ["fsck", "--repair"]}
-# These do several things one after the other, each all or nothing.
+# These make several changes, each of which is atomic.
 SEVERAL = ("auto-upgrade", "tree-run 1", "tree-upgrade 1")
-# Commands that end when what they did is on the disk.
+# Commands whose changes are on the disk when they end.
 DURABLE = {
     *("run", "install", "install 2", "remove", "remove 2", "tree-run", "carry", "deploy", "deploy 2", "rollback"),
     *("undo", "mutable", "etc-update", "fsck", "upgrade", "tree-upgrade", "auto-upgrade", "base-update"),
 }
-# Shells and an editor are transactions like `run`, and want a terminal; what `hollow` does in the end is a `deploy`.
+# Shells and an editor are transactions like `run`, but need a terminal; `hollow` ends in a `deploy`.
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
 NO_SPACE = (os.strerror(errno.ENOSPC), "too little free space")
-# It changes nothing but the executable, and its own tests kill it.
+# It only changes the executable; test_upself.py kills it.
 ELSEWHERE = {"upself"}
 
-# Where ash itself has the disk image's file system mounted; in /home, where nobody looks at a test's disk.
+# A path as ash has the disk image mounted; in /home, which the tests do not compare.
 FILLER = PRIVATE / "top" / HOME / "filler"
 
 
 @dataclass
 class View:
-    """What a user sees of a system: all that a cut may leave as it was, or as it was to be, and nothing between."""
+    """What a user sees of a system. After a crash it is as before the command or as after it, never in between."""
 
     snapshots: dict[int, Any]
     undo: dict[str, str]
     var: dict[str, str]
     secondary: list[str]
-    running: list[str]  # what the tests have written in the deployment that runs
-    lost_found: set[str]  # the texts of all that was taken out
-    boots: str = field(compare=False)  # may also be the last booted deployment meanwhile
+    running: list[str]  # the files of the tests in the running deployment
+    lost_found: set[str]  # the contents of what was moved there
+    boots: str = field(compare=False)  # after a crash, this may be the deployment that was booted last
 
 
 Ended = subprocess.CompletedProcess[str]
@@ -127,12 +127,12 @@ Ended = subprocess.CompletedProcess[str]
 
 @dataclass(frozen=True)
 class Tried:
-    """What a command does when nothing comes between: its steps, how the scene is without it, and with it.
+    """What a command does if nothing interrupts it.
 
     Args:
-        steps: their names.
-        before, after: what is seen.
-        boots: what may start at the next boot.
+        steps: the names of its steps.
+        before, after: the view without and with the command.
+        boots: what may be booted next.
     """
 
     steps: list[str]
@@ -140,33 +140,33 @@ class Tried:
     after: View
     boots: set[str]
 
-    several: bool = False  # whether it does several things one after the other, each all or nothing
+    several: bool = False  # whether it makes several changes, each of which is atomic
 
     def allows(self, view: View, where: str) -> None:
-        """Assert that a cut may leave this: all is done or nothing, and a deployment starts that is whole."""
+        """Assert that a crash may leave this: all is done or nothing, and the next boot is possible."""
         if self.several:
             for number, snapshot in view.snapshots.items():
                 assert snapshot in (self.before.snapshots.get(number), self.after.snapshots.get(number)), where
             for path in self.before.var.keys() | self.after.var.keys() | view.var.keys():
                 assert view.var.get(path) in (self.before.var.get(path), self.after.var.get(path)), where
             assert view.running in (self.before.running, self.after.running), where
-            assert view.running == self.before.running or view.var == self.after.var, where  # it has its data
+            assert view.running == self.before.running or view.var == self.after.var, where  # the running files have their data
         else:
             assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
 
     def fails_well(self, ended: Ended, view: View, where: str, *, broken: bool = False) -> bool:
-        """Assert that a command on a disk that is full, or broken, loses nothing and says why it fails, if it does.
+        """Assert that a command on a full or broken disk loses nothing and, if it fails, says why.
 
         Returns:
-            whether it failed.
+            whether the command failed.
         """
         said = [line for line in ended.stderr.splitlines() if line.startswith("ash: ")]
         self.allows(view, where)
         if ended.returncode == DONE:
             assert view == self.after, where
             return False
-        # What does several things goes on with the others, and says in its report why one could not be done.
+        # A command that makes several changes continues with the others, and reports why one failed.
         told = said or [
             line for line in ended.stdout.splitlines() if re.match(r"not repaired: |snapshot \d+ failed: ", line)
         ]
@@ -179,18 +179,18 @@ class Tried:
         return True
 
     def is_done(self, view: View, where: str) -> None:
-        """Assert that the command has done all."""
+        """Assert that the command has done everything."""
         assert (view, view.boots) == (self.after, self.after.boots), where
 
 
 class Scene:
-    """A disk in a state in which each of COMMANDS has something to do, and copies of it.
+    """A disk on which each of COMMANDS has something to do, and copies of it.
 
-    `fsck --repair` has its own, on which much is damaged.
+    `fsck --repair` has a disk of its own, with much damage.
 
     Args:
-        directory: on a file system with reflinks.
-        image: a new system.
+        directory: on a file system that supports reflinks.
+        image: a newly installed system.
     """
 
     def __init__(self, directory: Path, image: Path) -> None:
@@ -208,7 +208,7 @@ class Scene:
         )
         disk.ash("install", 1, make_deb(directory, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
         disk.ash("install", disk.branch(1), there)
-        disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # later than the branch, by the history
+        disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # after the branch was created, by the history's clock
         disk.ash("-q", "clone", 1, "-d", "third")
         disk.ash("mutable", 3)
         disk.ash("deploy", 1)
@@ -230,7 +230,7 @@ class Scene:
             damage(files)
 
     def _offer(self, disk: Disk) -> None:
-        """Give the disk an archive with a new version of what it has, and the package for the profile."""
+        """Put a repository on the disk, with a newer version of its package, and the package of the profile."""
         archive = Archive(self.directory / "archive")
         for version in ("2", "3"):
             archive.add("ash-test-there", version, files={"usr/share/ash-test-there": f"{version}\n"})
@@ -243,14 +243,14 @@ class Scene:
 
     @staticmethod
     def _boot(disk: Disk) -> None:
-        """Note that the deployment for the next boot was booted."""
+        """Record that the deployment for the next boot was booted."""
         with disk.files() as files:
             menu = json.loads((files.state / "menu").read_text())
             (files.state / "menu").write_text(json.dumps({**menu, "last_booted": menu["default"]}))
         disk.ash("recover")
 
     def _interrupt(self, number: int) -> None:
-        """Leave a change of a snapshot half done: committed, and not merged into /var."""
+        """Leave a change half done: committed, but not merged into /var."""
         words = ["run", str(number), *SHELL]
         with self.copy(words) as copy:
             names = self._steps_on(copy, words)
@@ -259,7 +259,7 @@ class Scene:
 
     @contextlib.contextmanager
     def copy(self, words: Sequence[str]) -> Iterator[Path]:
-        """A copy of the disk that a command works on, for as long as the block lasts."""
+        """A temporary copy of the disk for a command."""
         with tempfile.TemporaryDirectory(dir=self.directory) as directory:
             copy = Path(directory, "disk.img")
             program("cp", "--reflink=always", self.damaged if words[0] in GOES_ON else self.image, copy)
@@ -284,16 +284,16 @@ class Scene:
         return names.read_text().splitlines()
 
     def _booted(self, words: Sequence[str]) -> str | None:
-        """Shutting down, rolling back, saving /etc and changing itself are things of a running system."""
+        """The slot that counts as booted, for commands of a running system; otherwise None."""
         return self.booted if {"carry", "rollback", "etc-update", "--live"} & {*words} else None
 
     def look(self, image: Path, cut: Sequence[str] = ()) -> View:
-        """Do what makes all well again, after a command that was cut or one that was not, and look at what there is."""
+        """Recover as a user would, after the command `cut` crashed if one is given; returns the view."""
         go_on = GOES_ON.get(cut[0], RECOVER) if cut else RECOVER
         return look(Disk(image), self.known, go_on)
 
     def tried(self, words: Sequence[str]) -> Tried:
-        """What a command does."""
+        """Run a command without a crash; returns what it does."""
         with self.copy(words) as copy:
             names = self._steps_on(copy, words)
             after = self.look(copy)
@@ -303,7 +303,7 @@ class Scene:
         return Tried(names, before, after, boots, several)
 
     def check_kills(self, name: str, few: bool = False) -> int:
-        """Kill a command at each step, or in its middle and at its end, and look what it leaves; returns how often."""
+        """Kill a command at each step, or only at its middle and end, and check the result; returns the number of kills."""
         tried = self.tried(COMMANDS[name])
         by = max(1, len(tried.steps) // 2) if few else 1
         steps = range(by, len(tried.steps) + 1, by)
@@ -312,30 +312,30 @@ class Scene:
         return len(steps)
 
     def check_power_cuts(self, name: str, by: int = 1) -> int:
-        """Cut the power at each step of a command, or at each so many, and after it; returns how often."""
+        """Cut the power at every step of a command (or every `by` steps), and after it; returns the number of cuts."""
         tried = self.tried(COMMANDS[name])
         steps = ["after it", *tried.steps]
         wanted = range(0, len(steps), by)
         for step, view in self.cut(COMMANDS[name], wanted):
             tried.allows(view, f"at step {step}, {steps[step]}")
             if step == 0 and name in DURABLE:
-                tried.is_done(view, "what was done is not on the disk")
+                tried.is_done(view, "the change is not on the disk")
         return len(wanted)
 
     def killed(self, words: Sequence[str], step: int) -> View:
-        """What the scene is like when the command was killed before a step, and the next command has run."""
+        """The view after the command was killed before a step and the system was recovered."""
         with self.copy(words) as copy:
             ended = self.run_on(copy, words, kill=step)
             assert ended.returncode == -signal.SIGKILL, (step, ended)
             return self.look(copy, words)
 
     def fails(self, name: str, steps: int, *, broken: bool) -> int:
-        """Let a command's disk fail before some of its steps: it says so, and nothing is lost or between.
+        """Let the disk fail before some steps of a command, and check that it says so and loses nothing.
 
         Args:
             name: which of COMMANDS.
-            steps: how many of its steps.
-            broken: nothing can be written to the disk any more; else it is full, for data.
+            steps: at how many of its steps.
+            broken: whether no write succeeds any more; otherwise the disk is full of data.
 
         Returns:
             how many times the command failed.
@@ -349,7 +349,7 @@ class Scene:
         return failed
 
     def fails_without_any_room(self, name: str) -> bool:
-        """Let a command run on a disk that is full to the last block: nothing is lost. Returns whether it failed."""
+        """Run a command on a disk without a free block, and check that nothing is lost; returns whether it failed."""
         words = COMMANDS[name]
         tried = self.tried(words)
         with self._full(words) as full:
@@ -358,7 +358,7 @@ class Scene:
             return tried.fails_well(ended, self.look(full, words), f"{name} on a full disk")
 
     def works_without_room(self, *names: str) -> None:
-        """See that commands do what they should on a disk that is full to the last block."""
+        """Assert that commands work on a disk without a free block."""
         after = {name: self.tried(COMMANDS[name]).after for name in names}
         with self._full() as full:
             for name in names:
@@ -370,11 +370,11 @@ class Scene:
                 self._make_room(copy)
                 assert self.look(copy) == after[name], name
             ended = self.run_on(full, COMMANDS["clone"])
-            assert os.strerror(errno.ENOSPC) in ended.stderr, ended  # it was full
+            assert os.strerror(errno.ENOSPC) in ended.stderr, ended  # the disk was really full
 
     @contextlib.contextmanager
     def _full(self, words: Sequence[str] = RECOVER) -> Iterator[Path]:
-        """A copy of the disk for a command with no room at all, neither for data nor in btrfs's own trees."""
+        """A copy of the disk without free space, neither for data nor for metadata."""
         with self.copy(words) as copy:
             with Disk(copy).files() as files:
                 filler = files.top / FILLER.relative_to(PRIVATE / "top")
@@ -390,14 +390,14 @@ class Scene:
 
     @staticmethod
     def _make_room(image: Path) -> None:
-        """Take away what fills a disk."""
+        """Delete the file that fills a disk."""
         with Disk(image).files() as files:
             (files.top / FILLER.relative_to(PRIVATE / "top")).unlink(missing_ok=True)
 
     def _without_room(self, words: Sequence[str], step: int, broken: bool) -> tuple[Ended, View]:
-        """How a command ends on a disk that fails from a step on, and what the scene is like when it is well again."""
+        """Run a command on a disk that fails from a step on; returns its end, and the view when the disk works again."""
         with self.copy(words) as copy:
-            # Where the image's copies lie there is no room for a block more: writing to the image fails.
+            # If the file system below the image has no free block, writes to the image fail.
             filler = self.directory / "filler" if broken else FILLER
             ended = self.run_on(copy, words, fill=step, filler=str(filler))
             if broken:
@@ -407,9 +407,9 @@ class Scene:
             return ended, self.look(copy, words)
 
     def cut(self, words: Sequence[str], wanted: Sequence[int]) -> Iterator[tuple[int, View]]:
-        """What the scene is like after power cuts before these steps, by the step; 0 is right after the command."""
+        """Yield the view after a power cut before each of these steps; step 0 is right after the command."""
         with self.copy(words) as copy, tempfile.TemporaryDirectory(dir=self.directory) as copies:
-            with Disk(copy).files():  # else the command's end would unmount it, and so write all that is left
+            with Disk(copy).files():  # otherwise ash would unmount it at its end, which writes everything
                 self._steps_on(copy, words, copies=copies)
                 program("cp", "--reflink=always", copy, Path(copies, "0.img"))
             for step in wanted:
@@ -420,7 +420,7 @@ class Scene:
 
 
 def damage(files: Files) -> None:
-    """Break much of what `fsck --repair` mends."""
+    """Damage much of what `fsck --repair` repairs."""
     for path in (files.root(2), files.etc(4), files.boot(1)):
         program("btrfs", "subvolume", "delete", path)
     for path in (files.root(4), files.root(3), files.etc(1)):
@@ -439,19 +439,19 @@ def damage(files: Files) -> None:
 
 
 def ask(known: Path, disk: Disk, *commands: Sequence[str], status: int = DONE) -> list[str]:
-    """What some commands print, one after the other in one process; the last must end with that status."""
+    """Run commands in one process; returns their output. The last must have this exit status."""
     lines = [json.dumps(["--image", str(disk.image), *words]) for words in commands]
     printed = program(*PYTHON, CHECKOUT / "tests/system/faults/run_many.py", known, *lines, status=status)
     return [] if status else list(map(str, json.loads(printed)))
 
 
 def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
-    """See to it that all is tidied up and nothing damaged, and look at what there is.
+    """Recover a disk, assert that nothing is left behind or damaged, and return the view.
 
     Args:
         disk: the disk.
-        known: the file of what fsck has looked at before (run_many.py).
-        go_on: the command that makes all well.
+        known: the cache file of run_many.py.
+        go_on: the command that recovers.
     """
     rows = json.loads(ask(known, disk, go_on, ["fsck"], ["--json", "tree"])[-1])["tree"]
     with disk.files() as files:
@@ -481,12 +481,12 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
 
 
 def without_boot(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the tree without the mark that `boots` stands for."""
+    """A row of the tree without the marks for deployments, which View.boots covers."""
     return {key: value for key, value in row.items() if key not in ("deployed", "booted")}
 
 
 def marks(files: Files, number: int) -> list[str]:
-    """What the tests have written in a snapshot, with its copies."""
+    """The files of the tests in a snapshot and in its copies of /etc and /boot."""
     root = files.root(number)
     places = (
         root / "etc/mark",
@@ -500,7 +500,7 @@ def marks(files: Files, number: int) -> list[str]:
 
 
 def text(path: Path) -> str:
-    """A file's text; empty where there is none."""
+    """A file's text; empty if it is missing."""
     return path.read_text() if path.is_file() else ""
 
 
@@ -508,7 +508,7 @@ def is_whole(image: Path) -> None:
     """The file system of a disk is sound, and GRUB itself can read the files that the boot menu uses."""
     start, size = next(p for p in partitions(image) if p[1] > 1 << 30)
     with image.open("rb+") as disk:
-        loop = open_new_loop(disk.fileno(), image, start, size)  # it goes when this process ends, however it does
+        loop = open_new_loop(disk.fileno(), image, start, size)  # it disappears with this process, however that ends
     try:
         program("btrfs", "check", "--readonly", os.readlink(f"/proc/self/fd/{loop}"))
     finally:
@@ -522,11 +522,11 @@ def is_whole(image: Path) -> None:
 
 
 def grub(image: Path, command: str, path: str) -> str:
-    """What GRUB's own code for btrfs makes of a file on a disk."""
+    """Read a file from a disk with GRUB's own btrfs code."""
     return program("grub-fstest", image, "--root=loop0,gpt3", command, f"(loop0,gpt3){path}")
 
 
 def partitions(image: Path) -> list[tuple[int, int]]:
-    """Where the partitions of an image begin, and their sizes, in bytes."""
+    """The start and size of each partition of an image, in bytes."""
     table = json.loads(program("sfdisk", "--json", image))["partitiontable"]["partitions"]
     return [(p["start"] * 512, p["size"] * 512) for p in table]

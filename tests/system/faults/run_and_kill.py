@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run ash until its n-th step that changes something on the disk, and kill it there: `run_and_kill.py N ASH-ARGUMENTS`.
+"""Run ash, and kill it before the N-th thing that may change the disk: `run_and_kill.py N ASH-ARGUMENTS`.
 
-Steps are seen by Python's audit events: renaming, deleting and making files, running programs, system calls by
-ctypes, requests to btrfs that tell it something. So this knows nothing of how ash does things, and a new step is cut like the old ones.
+Python's audit events report them: renaming, deleting and creating files, running programs, system calls by ctypes, ioctls
+that write. This does not depend on the names of ash's steps, so that no new code can be forgotten.
 """
 
 import os
@@ -22,11 +22,11 @@ EVENTS = {
     "subprocess.Popen",
 }
 CALLS = {"renameat2"}
-IOC_WRITE = 1  # <asm-generic/ioctl.h>: the direction is in a request's highest two bits
+IOC_WRITE = 1  # <asm-generic/ioctl.h>: the direction is in the two highest bits of a request
 
 
 class Cutter:
-    """Counts the steps of this process, and kills it before the n-th."""
+    """Counts the changes of this process, and kills it before the N-th."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -36,7 +36,7 @@ class Cutter:
         is_call = event == "ctypes.dlsym" and arguments[1] in CALLS
         tells = event == "fcntl.ioctl" and isinstance(arguments[1], int) and arguments[1] >> 30 == IOC_WRITE
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        compiled = sys.pycache_prefix and str(arguments[:1]).find(sys.pycache_prefix) >= 0  # Python's own doing
+        compiled = sys.pycache_prefix and str(arguments[:1]).find(sys.pycache_prefix) >= 0  # bytecode, which Python writes
         if os.getpid() == self.process and not compiled and (event in EVENTS or is_call or tells or writes):
             self.left -= 1
             if self.left == 0:
@@ -44,7 +44,7 @@ class Cutter:
 
 
 def main() -> int:
-    """Run ash with what follows the number on the command line."""
+    """Run ash with the rest of the command line."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
     import ash
 

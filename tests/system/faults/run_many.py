@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run several commands of ash on a disk, one after the other in one process: `run_many.py KNOWN COMMAND...`.
+"""Run several ash commands in one process: `run_many.py KNOWN COMMAND...`.
 
-Each COMMAND is a command line, as a JSON list. Printed is what each of them printed, as a JSON list; the first that
-fails ends it, with its status, and what it printed.
+Each COMMAND is a command line as a JSON list. The outputs are printed as a JSON list; a command that fails ends the
+process with its exit status and its output.
 
-KNOWN is a file of what fsck has found in subvolumes, by their generations: what it has looked at on one disk need not
-be looked at once more on each of its copies. It is written where it does not exist.
+KNOWN is a file that caches what fsck found in each subvolume, by uuid and generation: what was checked on one disk need not
+be checked again on its copies. It is written if it does not exist.
 """
 
 import contextlib
@@ -26,14 +26,14 @@ INFO = struct.Struct("=280xQ8x16s")  # btrfs_ioctl_get_subvol_info_args: generat
 
 
 def state_of(path: Path) -> str:
-    """What names the content of the subvolume that a directory lies in: it has another name when it has changed."""
-    ash.ask_btrfs(path, ash.BTRFS_IOC_SYNC)  # until then the generation is the old one
+    """A key for the content of a directory's subvolume, which changes with the content."""
+    ash.ask_btrfs(path, ash.BTRFS_IOC_SYNC)  # the generation changes when the transaction is committed
     generation, uuid = INFO.unpack_from(ash.ask_btrfs(path, ash.BTRFS_IOC_GET_SUBVOL_INFO, bytes(504)))
     return f"{uuid.hex()} {generation}"
 
 
-def remembered(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
-    """A function of directories that is only called where its answer is not known."""
+def cached(function: Callable[..., Any], known: dict[str, Any]) -> Callable[..., Any]:
+    """Wrap a function of directories so that it is only called for content that is not in the cache."""
 
     def ask(*arguments: object) -> Any:
         directories = [argument for argument in arguments if isinstance(argument, Path)]
@@ -46,7 +46,7 @@ def remembered(function: Callable[..., Any], known: dict[str, Any]) -> Callable[
 
 
 def answers(commands: Iterable[Sequence[str]]) -> list[str]:
-    """What each command printed; the first that fails ends this process."""
+    """The output of each command; the first one that fails ends this process."""
     said = []
     for words in commands:
         with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -59,11 +59,11 @@ def answers(commands: Iterable[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Run the commands, with what is known."""
+    """Run the commands with the cache."""
     file = Path(sys.argv[1])
     known = json.loads(file.read_text()) if file.exists() else {}
-    ash.Fsck._package_problems = remembered(ash.Fsck._package_problems, known)  # type: ignore[method-assign]
-    ash.first_difference = remembered(ash.first_difference, known)
+    ash.Fsck._package_problems = cached(ash.Fsck._package_problems, known)  # type: ignore[method-assign]
+    ash.first_difference = cached(ash.first_difference, known)
     try:
         print(json.dumps(answers(map(json.loads, sys.argv[2:]))))
     finally:

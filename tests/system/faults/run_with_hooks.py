@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Run ash with something done at each named step of what it does to the disk: `run_with_hooks.py OPTIONS ASH-ARGUMENTS`.
+"""Run ash, and act at the named steps that change the disk: `run_with_hooks.py OPTIONS ASH-ARGUMENTS`.
 
-OPTIONS is a JSON object with any of
-    "names": a file, to which the names of the steps are written;
-    "interrupt": the name of a step; when it is done, Ctrl-C is pressed;
-    "kill": the number of the step (the first is 1), or a regular expression, before which ash is killed;
-    "after": what the name of the step begins with from which on "kill" counts, where that is a name;
-    "copies": a directory, in which the disk image is copied (by reflink) before each step, as `NUMBER.img`: a copy has
-        what was written to the disk by then, as after a power cut;
-    "fill": the number of the step before which a file system is filled;
-    "filler": the file that fills it, which may lie on the disk image as ash has it mounted;
-    "fail": the name of a step, at which the disk fails, once;
-    "link": what the name of a step begins with, a directory, and what is to be a link in its place from that step on;
-    "do": a regular expression, and a program with its arguments, which runs once, before the step whose name begins so
-        (or "rmdir PATH", of a directory);
-    "booted": the slot that ash is to believe to be booted;
-    "began": a file that is made when ash itself begins.
+ash announces each step by the audit event `ash.step`. OPTIONS is a JSON object with any of
+    "names": a file; the name of each step is appended to it;
+    "interrupt": the name of a step; SIGINT is sent right after it;
+    "kill": the number of a step (the first is 1), or a regular expression for its name; ash is killed before it;
+    "after": a prefix of a step's name; "kill" by name ignores all steps before that one;
+    "copies": a directory; before each step the disk image is copied to it (by reflink) as `NUMBER.img`. A copy has what
+        was written to the disk by then, as after a power cut;
+    "fill": the number of a step; before it, a file system is filled;
+    "filler": the file that fills it; it may be on the disk image, as ash has it mounted;
+    "fail": the name of a step; it fails with EIO, once;
+    "link": a prefix of a step's name, a directory, and a symlink target; at that step the symlink replaces the directory;
+    "do": a regular expression for a step's name (or for "rmdir PATH"), and a program with its arguments to run before
+        that step, once;
+    "booted": the slot that ash takes for booted;
+    "began": a file that is created when ash itself starts.
 """
 
 import errno
@@ -32,26 +32,26 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(CHECKOUT))
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has begun
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until ash has started
 
 import ash  # noqa: E402
 
 
 def copy_disk(image: Path, copy: Path) -> None:
-    """Copy an image by reflink, which takes what has reached it so far."""
+    """Copy an image by reflink: what has been written to it so far."""
     with image.open("rb") as old, copy.open("xb") as new:
         fcntl.ioctl(new, ash.FICLONE, old.fileno())
 
 
-class Stepper:
-    """Gets ash's audit events, and does at its steps what the options say."""
+class Hooks:
+    """An audit hook that acts at ash's steps as the options say."""
 
     def __init__(self, options: dict[str, Any], image: Path) -> None:
         self.options = options
         self.image = image
         self.process = os.getpid()
         self.interrupts = False
-        self.steps = mmap.mmap(-1, mmap.PAGESIZE)  # shared with the processes that work on branches of a tree
+        self.steps = mmap.mmap(-1, mmap.PAGESIZE)  # a counter, shared with the jobs of a tree command
 
     def __call__(self, event: str, arguments: tuple[object, ...]) -> None:
         if self.interrupts and event in ("open", "ash.step"):
@@ -72,7 +72,7 @@ class Stepper:
         if copies := self.options.get("copies"):
             copy_disk(self.image, Path(copies, f"{step}.img"))
         if step == self.options.get("fill"):
-            from tests.support import fill  # what it imports takes as long as all the rest
+            from tests.support import fill  # importing it takes as long as the rest of a short command
 
             fill(Path(self.options["filler"]))
         if self.options.get("fail") == name:
@@ -98,7 +98,7 @@ class Stepper:
                 os.kill(process, signal.SIGKILL)
 
     def _do(self, what: str) -> None:
-        """Run the program that is to run now, if any is."""
+        """Run the program of the option "do", if its time has come."""
         before, *argv = self.options.get("do", [None])
         if before and re.match(before, what):
             self.options["do"] = [None]
@@ -106,11 +106,11 @@ class Stepper:
 
 
 def main() -> int:
-    """Run ash with what follows the options on the command line."""
+    """Run ash with the rest of the command line."""
     options, sys.argv[1:] = json.loads(sys.argv[1]), sys.argv[2:]
     if slot := options.get("booted"):
         ash.System.booted_slot = property(lambda _: slot)  # type: ignore[method-assign,assignment]
-    sys.addaudithook(Stepper(options, Path(sys.argv[sys.argv.index("--image") + 1])))
+    sys.addaudithook(Hooks(options, Path(sys.argv[sys.argv.index("--image") + 1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if began := options.get("began"):
         Path(began).touch()
