@@ -10125,8 +10125,9 @@ def interrupted_sessions(system: System) -> list[int]:
     },
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
-    menu, current = system.menu(), system.current
+    menu, current, booted = system.menu(), system.current, system.booted
     default = menu.deployments.get(menu.default)
+    running, waiting = running_transactions(system), interrupted_sessions(system)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     upgraded = last_upgrade(system)
@@ -10134,24 +10135,24 @@ def cmd_status(system: System, request: Request) -> Reply:
     with contextlib.suppress(AshError, PermissionError):
         drift = running_drift(system)[1]
     data = {
-        "booted": {"snapshot": current, "slot": system.booted},
+        "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "last_booted": menu.last_booted,
-        "running": running_transactions(system),
-        "waiting": interrupted_sessions(system),
+        "running": running,
+        "waiting": waiting,
         "drift": drift,
         **({"upgrade": upgraded} if upgraded else {}),
         "free_bytes": free,
         "size_bytes": size,
     }
     lines = [
-        f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({system.booted})'}",
+        f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
         *(
             f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"
-            for number, holder in running_transactions(system).items()
+            for number, holder in running.items()
         ),
-        *(f"unfinished:   snapshot {number}: ash chroot {number} --resume" for number in interrupted_sessions(system)),
+        *(f"interrupted:  snapshot {number}: ash chroot {number} --resume" for number in waiting),
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
