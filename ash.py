@@ -833,11 +833,11 @@ def make_private_directory(directory: Path) -> None:
     Raises:
         AshError: /var/lib itself is a symlink.
     """
-    parents = [directory.parent.parent, directory.parent]
-    if parents[0].parent.is_symlink():
-        raise AshError(f"{parents[0].parent} is a symlink", "replace it by a real directory", REFUSED)
-    parents[0].parent.mkdir(parents=True, exist_ok=True)
-    for parent, mode in zip(parents, (0o755, 0o700), strict=True):
+    conflicts, ash, lib = list(directory.parents)[:3]
+    if lib.is_symlink():
+        raise AshError(f"{lib} is a symlink", "replace it by a real directory", REFUSED)
+    lib.mkdir(parents=True, exist_ok=True)
+    for parent, mode in ((ash, 0o755), (conflicts, 0o700)):
         if not is_directory(parent):
             remove_tree(parent)
         parent.mkdir(mode=0o700, exist_ok=True)
@@ -3603,7 +3603,6 @@ class VarMerge:
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
         self.in_conflict: list[str] = []
         self.kept: list[str] = []
-        self._opened: set[tuple[int, int]] | None = None
 
     def entries(self) -> list[str]:
         """The entries that the transaction changed, relative to /var."""
@@ -3626,7 +3625,7 @@ class VarMerge:
             return "newest"
         if entry in self.package_manager.logs and os.path.lexists(live):
             return "append"
-        if change_token(live) != change_token(self.origin / entry) or self._is_open(live):
+        if change_token(live) != change_token(self.origin / entry) or is_open(live, self._opened):
             return "aside"
         return "place"
 
@@ -3679,10 +3678,9 @@ class VarMerge:
             if is_safe and has_real_parents(self.upper, str(path)):
                 self._place(changed, live)
 
-    def _is_open(self, live: Path) -> bool:
-        if self._opened is None:
-            self._opened = open_inodes()
-        return is_open(live, self._opened)
+    @cached_property
+    def _opened(self) -> set[tuple[int, int]]:
+        return open_inodes()
 
     def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
         """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically."""

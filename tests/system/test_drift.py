@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The running /etc is never lost: what deploy, the shutdown and etc-update make of what was changed in it."""
+"""Changes to the running /etc are never lost: deploy, carry at shutdown, etc-update."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
 def add_user(etc: Path, name: str, number: int) -> None:
-    """Add a user with a group, as useradd does."""
+    """Add a user and its group, like useradd."""
     for file, line in {
         "passwd": f"{name}:x:{number}:{number}::/home/{name}:/bin/sh",
         "shadow": f"{name}:!:20000:0:99999:7:::",
@@ -27,8 +27,8 @@ def add_user(etc: Path, name: str, number: int) -> None:
         path.write_text((path.read_text() if path.exists() else "") + line + "\n")
 
 
-def test_a_user_a_password_a_file_and_a_group_are_where_they_belong(machine: Machine, snapshot: int) -> None:
-    """While the running system is edited, the snapshot gets a user and edits of the same files."""
+def test_users_passwords_files_and_groups_are_merged(machine: Machine, snapshot: int) -> None:
+    """The running system and the snapshot both get users, and edits of the same files."""
     system, etc = machine.system, machine.etc
     system.shell(
         snapshot,
@@ -58,10 +58,10 @@ def test_a_user_a_password_a_file_and_a_group_are_where_they_belong(machine: Mac
     assert {"issue", "passwd", "shadow", "group", "gshadow"} <= set(answer["carried"])
     assert (machine.aside(answer) / "motd").read_text() == "mine\n"
     ids = json.loads((machine.files.state / "ids").read_text())
-    assert ids["passwd"]["ada"] == 1000, "no snapshot may give the number to another"
+    assert ids["passwd"]["ada"] == 1000, "no snapshot may allocate the uid again"
 
 
-def test_deploy_says_what_it_carried_and_what_not(machine: Machine, snapshot: int) -> None:
+def test_deploy_reports_what_it_carried_and_what_not(machine: Machine, snapshot: int) -> None:
     machine.system.shell(snapshot, "echo theirs > /etc/motd")
     (machine.etc / "motd").write_text("mine\n")
     (machine.etc / "own").touch()
@@ -71,7 +71,7 @@ def test_deploy_says_what_it_carried_and_what_not(machine: Machine, snapshot: in
     assert "/var/lib/ash/conflicts/" in text
 
 
-def test_drift_goes_on_from_deployment_to_deployment(machine: Machine, snapshot: int) -> None:
+def test_drift_is_carried_from_deployment_to_deployment(machine: Machine, snapshot: int) -> None:
     (machine.etc / "own").write_text("1\n")
     machine.deploy(snapshot)
     machine.boot()
@@ -85,8 +85,8 @@ def test_drift_goes_on_from_deployment_to_deployment(machine: Machine, snapshot:
     assert not (machine.next_etc / "own").exists()
 
 
-def test_what_was_edited_is_deployed_again_and_what_was_not_is_not(machine: Machine, snapshot: int) -> None:
-    assert machine.deploy(snapshot)["changed"] is False, "it runs"
+def test_a_snapshot_is_deployed_again_only_after_an_edit(machine: Machine, snapshot: int) -> None:
+    assert machine.deploy(snapshot)["changed"] is False, "it is booted"
     other = machine.system.clone(snapshot)
     assert machine.deploy(other)["changed"] is True
     assert machine.deploy(other)["changed"] is False
@@ -117,7 +117,7 @@ def test_a_fresh_etc_is_the_snapshots_with_the_machines_identity(machine: Machin
     assert "/srv" in (aside / "fstab").read_text()
 
 
-def test_the_identity_goes_into_every_deployment(machine: Machine, snapshot: int) -> None:
+def test_every_deployment_gets_the_machines_identity(machine: Machine, snapshot: int) -> None:
     (machine.etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
     other = machine.system.clone()
     machine.system.shell(other, "echo ffffffffffffffffffffffffffffffff > /etc/machine-id")
@@ -125,7 +125,7 @@ def test_the_identity_goes_into_every_deployment(machine: Machine, snapshot: int
     assert (machine.next_etc / "machine-id").read_text().startswith("0123456789abcdef")
 
 
-def test_the_users_lines_of_fstab_are_carried_and_ashs_are_the_slots(machine: Machine, snapshot: int) -> None:
+def test_the_users_lines_of_fstab_are_carried_and_ashs_are_rendered(machine: Machine, snapshot: int) -> None:
     with (machine.etc / "fstab").open("a") as fstab:
         fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
     answer = machine.deploy(machine.system.clone(snapshot))
@@ -138,7 +138,7 @@ def test_the_users_lines_of_fstab_are_carried_and_ashs_are_the_slots(machine: Ma
     assert all(f"snapshot-{slot}" in line for line in lines if "/rootfs/snapshot-" in line)
 
 
-def test_a_mutable_directory_does_not_hinder_the_users_lines(machine: Machine, snapshot: int) -> None:
+def test_a_mutable_directory_does_not_conflict_with_the_users_lines(machine: Machine, snapshot: int) -> None:
     system = machine.system
     system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")
     machine.deploy(snapshot)
@@ -155,7 +155,7 @@ def test_a_mutable_directory_does_not_hinder_the_users_lines(machine: Machine, s
     ]
 
 
-def test_a_mutable_directory_is_not_saved_as_the_users_own_line(machine: Machine, snapshot: int) -> None:
+def test_a_mutable_directory_is_not_saved_as_a_users_line(machine: Machine, snapshot: int) -> None:
     system = machine.system
     system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")
     machine.deploy(snapshot)
@@ -191,7 +191,7 @@ def test_diff_without_arguments_shows_the_drift(machine: Machine, snapshot: int)
     assert "+mine" in system.ash("diff", "--patch").stdout
 
 
-def test_etc_update_saves_the_drift_into_the_booted_snapshot(machine: Machine, snapshot: int) -> None:
+def test_etc_update_saves_the_drift_to_the_booted_snapshot(machine: Machine, snapshot: int) -> None:
     system, etc = machine.system, machine.etc
     (etc / "own").write_text("mine\n")
     (etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
@@ -230,12 +230,12 @@ def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
     assert (answer["carried"], answer["conflicts"]) == (["own"], ["motd"])
     saved = system.root(snapshot) / "etc"
     assert ((saved / "motd").read_text(), (saved / "from-snapshot").exists()) == ("theirs\n", True)
-    assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved is drift still"
+    assert "motd" in system.ash("--json", "diff").json["drift"], "what was not saved must still be drift"
     directory = max((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
     assert (directory / "etc/motd").read_text() == "mine\n"
 
 
-def test_what_is_edited_while_it_is_saved_counts_as_changed(machine: Machine, snapshot: int) -> None:
+def test_an_edit_during_etc_update_is_still_drift(machine: Machine, snapshot: int) -> None:
     (machine.etc / "saved").write_text("one\n")
     edits = f"echo two > {machine.etc}/saved; echo late > {machine.etc}/late"
     step = f"exchange snapshot-{snapshot} and"
@@ -245,7 +245,7 @@ def test_what_is_edited_while_it_is_saved_counts_as_changed(machine: Machine, sn
     assert machine.system.ash("--json", "diff").json["drift"] == {"saved": "changed", "late": "added"}
 
 
-def test_what_is_edited_while_it_is_carried_is_carried_at_shutdown(machine: Machine) -> None:
+def test_an_edit_during_a_deploy_is_carried_at_shutdown(machine: Machine) -> None:
     other = machine.system.clone()
     (machine.etc / "early").write_text("early\n")
     edit = ["sh", "-c", f"echo late > {machine.etc}/late"]
@@ -255,7 +255,7 @@ def test_what_is_edited_while_it_is_carried_is_carried_at_shutdown(machine: Mach
     assert [(machine.next_etc / name).read_text() for name in ("early", "late")] == ["early\n", "late\n"]
 
 
-def test_without_knowing_what_was_changed_nothing_is_deployed(machine: Machine) -> None:
+def test_nothing_is_deployed_without_the_drift_base(machine: Machine) -> None:
     other = machine.system.clone()
     (machine.etc / "mine").write_text("mine\n")
     base = machine.files.etc(machine.slot)
@@ -268,7 +268,7 @@ def test_without_knowing_what_was_changed_nothing_is_deployed(machine: Machine) 
     assert (machine.next_etc / "mine").read_text() == "mine\n"
 
 
-def test_etc_update_is_refused_where_the_base_runs(system: System) -> None:
+def test_etc_update_is_refused_if_the_base_snapshot_is_booted(system: System) -> None:
     system.ash("deploy", 0)
     Machine(system).boot()
     (Machine(system).etc / "own").touch()
@@ -277,7 +277,7 @@ def test_etc_update_is_refused_where_the_base_runs(system: System) -> None:
     (Machine(system).etc / "own").unlink()
 
 
-def test_what_changes_after_the_deploy_is_carried_at_shutdown(machine: Machine, snapshot: int) -> None:
+def test_an_edit_after_the_deploy_is_carried_at_shutdown(machine: Machine, snapshot: int) -> None:
     (machine.etc / "before").write_text("1\n")
     answer = machine.running("deploy", machine.system.clone(snapshot))
     assert answer["carried"] == ["before"]
@@ -302,7 +302,7 @@ def test_what_changes_after_the_deploy_is_carried_at_shutdown(machine: Machine, 
     assert not [name for name in os.listdir(new.parent) if "ash-new" in name]
     (machine.etc / "after").unlink()
     machine.running("carry")
-    assert not (new / "after").exists(), "what was carried once and then taken back is not there"
+    assert not (new / "after").exists(), "a carried file that was deleted must be deleted in the target"
 
 
 def test_at_shutdown_nothing_is_carried_into_a_fresh_etc(machine: Machine, snapshot: int) -> None:
@@ -318,7 +318,7 @@ def test_at_shutdown_without_a_new_deployment_nothing_happens(machine: Machine) 
     assert (machine.etc / "own").exists()
 
 
-def test_rollback_keeps_what_runs_with_its_etc(machine: Machine) -> None:
+def test_rollback_keeps_the_running_system_with_its_etc(machine: Machine) -> None:
     (machine.etc / "own").write_text("mine\n")
     answer = machine.system.ash("--json", "rollback").json
     assert (machine.system.root(answer["snapshot"]) / "etc/own").read_text() == "mine\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A user has one number in all snapshots, and no two users share one, whatever was installed where first."""
+"""A user has one uid in all snapshots, and no two users share one, in whatever order they were created."""
 
 import itertools
 import json
@@ -14,18 +14,18 @@ from tests.system.disk_system import System
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
-def numbers(system: System, snapshot: int, file: str = "passwd") -> dict[str, int]:
-    """Names and numbers in a snapshot's passwd or group."""
+def ids_of(system: System, snapshot: int, file: str = "passwd") -> dict[str, int]:
+    """The ids in a snapshot's passwd or group, by name."""
     rows = [line.split(":") for line in (system.root(snapshot) / "etc" / file).read_text().splitlines()]
     return {row[0]: int(row[2]) for row in rows}
 
 
 def agree(system: System) -> None:
-    """Assert that all snapshots agree on the numbers of all users and groups."""
+    """Assert that all snapshots agree on the ids of all users and groups."""
     for file in ("passwd", "group"):
         given: dict[str, int] = {}
         for snapshot in system.files.tree():
-            for name, number in numbers(system, snapshot, file).items():
+            for name, number in ids_of(system, snapshot, file).items():
                 assert given.setdefault(name, number) == number, f"{name} of {snapshot} has another number in {file}"
         names = {number: name for name, number in given.items()}
         assert len(names) == len(given), f"two names share a number in {file}: {given}"
@@ -33,7 +33,7 @@ def agree(system: System) -> None:
 
 
 def with_user(directory: Path, name: str, user: str, *, more: str = "") -> Path:
-    """A package that makes a system user, as Debian's do, with files of its own in /usr, /etc and /var."""
+    """A package that creates a system user, as Debian's do, with files in /usr, /etc and /var."""
     return make_deb(
         directory,
         name,
@@ -58,17 +58,17 @@ def test_two_siblings_that_install_in_opposite_order_agree(system: System, snaps
     agree(system)
     for number in (snapshot, sibling):
         for name in ("one", "two"):
-            user, group = numbers(system, number)[f"_{name}"], numbers(system, number, "group")[f"_{name}"]
+            user, group = ids_of(system, number)[f"_{name}"], ids_of(system, number, "group")[f"_{name}"]
             assert owner(system.root(number) / f"etc/ash-test-{name}.conf") == (0, group)
             assert owner(system.files.etc(number) / f"ash-test-{name}.conf") == (0, group)
             assert owner(system.files.var / f"lib/ash-test-{name}/db") == (user, group)
             assert owner(system.files.var / f"lib/ash-test-{name}") == (user, group)
     assert not list((system.files.var / "lib/ash/conflicts").glob(f"{sibling}-*")), (
-        "the second finds what the first left"
+        "the second must find the data of the first"
     )
 
 
-def test_packages_of_debian_that_make_users_agree(system: System, snapshot: int) -> None:
+def test_debian_packages_that_create_users_agree(system: System, snapshot: int) -> None:
     sibling = system.clone()
     quick = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update; apt-get -qq -y --no-install-recommends install"
     system.shell(snapshot, f"{quick} chrony; {quick} tor")
@@ -76,7 +76,7 @@ def test_packages_of_debian_that_make_users_agree(system: System, snapshot: int)
     system.shell(sibling, f"{quick} chrony")
     agree(system)
     for name, user in (("chrony", "_chrony"), ("tor", "debian-tor")):
-        assert owner(system.files.var / "lib" / name)[0] == numbers(system, sibling)[user]
+        assert owner(system.files.var / "lib" / name)[0] == ids_of(system, sibling)[user]
 
 
 def test_setuid_bits_and_capabilities_survive_a_renumbering(system: System, snapshot: int) -> None:
@@ -91,8 +91,8 @@ def test_setuid_bits_and_capabilities_survive_a_renumbering(system: System, snap
         "mkdir -p /var/lib/ash-test-setgid; chgrp _second /var/lib/ash-test-setgid; chmod 2775 /var/lib/ash-test-setgid",
     )
     agree(system)
-    user, group = numbers(system, sibling)["_second"], numbers(system, sibling, "group")["_second"]
-    assert group != numbers(system, snapshot, "group")["_first"]
+    user, group = ids_of(system, sibling)["_second"], ids_of(system, sibling, "group")["_second"]
+    assert group != ids_of(system, snapshot, "group")["_first"]
     suid, capable = system.root(sibling) / "usr/lib/ash-test-suid", system.root(sibling) / "usr/lib/ash-test-cap"
     assert (owner(suid), suid.stat().st_mode & 0o7777) == ((user, group), 0o6755)
     assert (owner(capable), capable.stat().st_mode & 0o7777) == ((0, group), 0o750)
@@ -101,7 +101,7 @@ def test_setuid_bits_and_capabilities_survive_a_renumbering(system: System, snap
     assert (setgid.stat().st_gid, setgid.stat().st_mode & 0o7777) == (group, 0o2775)
 
 
-def test_people_have_one_number_and_their_homes_are_theirs(system: System, snapshot: int) -> None:
+def test_human_users_have_one_uid_and_own_their_homes(system: System, snapshot: int) -> None:
     sibling = system.clone()
     system.shell(snapshot, "useradd --create-home ada")
     system.shell(
@@ -110,10 +110,10 @@ def test_people_have_one_number_and_their_homes_are_theirs(system: System, snaps
     )
     agree(system)
     for name in ("ada", "bob"):
-        user = numbers(system, sibling)[name]
+        user = ids_of(system, sibling)[name]
         assert user >= 1000
-        assert owner(system.home / name) == (user, numbers(system, sibling, "group")[name])
-    assert owner(system.home / "bob/file")[0] == numbers(system, sibling)["bob"]
+        assert owner(system.home / name) == (user, ids_of(system, sibling, "group")[name])
+    assert owner(system.home / "bob/file")[0] == ids_of(system, sibling)["bob"]
     ranges: dict[str, tuple[int, int]] = {}
     for number in (snapshot, sibling):
         for line in (system.root(number) / "etc/subuid").read_text().splitlines():
@@ -123,39 +123,39 @@ def test_people_have_one_number_and_their_homes_are_theirs(system: System, snaps
     assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(by_start)), "ranges overlap"
 
 
-def test_a_user_that_comes_again_has_the_number_it_had(system: System, snapshot: int) -> None:
+def test_a_user_that_is_created_again_gets_its_old_uid(system: System, snapshot: int) -> None:
     system.shell(snapshot, "useradd --system _comes")
-    first = numbers(system, snapshot)["_comes"]
+    first = ids_of(system, snapshot)["_comes"]
     system.shell(snapshot, "userdel _comes; useradd --system _other")
-    assert numbers(system, snapshot)["_other"] != first, "its files in /var may be there still"
+    assert ids_of(system, snapshot)["_other"] != first, "it may still have files in /var"
     system.shell(snapshot, "useradd --system _comes")
-    assert numbers(system, snapshot)["_comes"] == first
+    assert ids_of(system, snapshot)["_comes"] == first
     agree(system)
 
 
-def test_a_failed_transaction_gives_no_number(system: System, snapshot: int) -> None:
+def test_a_failed_transaction_allocates_no_uid(system: System, snapshot: int) -> None:
     before = (system.files.state / "ids").read_text()
     system.shell(snapshot, "useradd --system _failed; exit 1", status=1)
     assert (system.files.state / "ids").read_text() == before
 
 
-def test_fsck_sees_no_clash(system: System) -> None:
+def test_fsck_finds_no_clash(system: System) -> None:
     agree(system)
     assert system.ash("--json", "fsck").json["damage"] == []
 
 
-def test_two_transactions_at_once_give_different_numbers(system: System, snapshot: int) -> None:
+def test_concurrent_transactions_allocate_different_uids(system: System, snapshot: int) -> None:
     sibling = system.clone()
     with system.at_work(snapshot, "useradd --system _left"):
         system.shell(sibling, "useradd --system _right")
     agree(system)
 
 
-def test_a_second_name_for_root_takes_nothing_from_root(system: System, snapshot: int) -> None:
+def test_a_second_name_for_root_takes_no_files_from_root(system: System, snapshot: int) -> None:
     system.shell(
         snapshot,
         "useradd --non-unique --uid 0 --no-create-home toor; mkdir -p /usr/lib/ash-test-root; touch /usr/lib/ash-test-root/x /var/lib/ash-test-root",
     )
     assert owner(system.root(snapshot) / "usr/lib/ash-test-root/x") == (0, 0)
     assert owner(system.files.var / "lib/ash-test-root") == (0, 0)
-    assert numbers(system, snapshot)["root"] == 0
+    assert ids_of(system, snapshot)["root"] == 0

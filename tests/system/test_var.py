@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""/var is shared and alive: what a transaction brings into it, and what it leaves alone."""
+"""/var is shared and in use: what a transaction changes there, and what it leaves alone."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 def conflicts(system: System, snapshot: int) -> Path:
     """The newest conflicts directory of a snapshot."""
     directories = sorted((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
-    assert directories, "nothing was in conflict"
+    assert directories, "there was no conflict"
     return directories[-1]
 
 
@@ -28,7 +28,7 @@ def no_conflicts(system: System, snapshot: int) -> bool:
 
 
 @pytest.mark.parametrize("entry", ["lib/new", "spool/new", "www/new", "cache/new", "log/new", "new"])
-def test_a_new_entry_is_there_afterwards_with_all_that_it_is(system: System, snapshot: int, entry: str) -> None:
+def test_a_new_entry_is_added_with_its_metadata(system: System, snapshot: int, entry: str) -> None:
     system.shell(
         snapshot,
         f"mkdir -p /var/{entry}/deep; cd /var/{entry}; echo x > deep/file; chown 7:8 deep deep/file; chmod 2710 deep; "
@@ -48,7 +48,7 @@ def test_a_new_entry_is_there_afterwards_with_all_that_it_is(system: System, sna
     assert no_conflicts(system, snapshot)
 
 
-def test_an_entry_that_nobody_changed_takes_the_transactions_files(system: System, snapshot: int) -> None:
+def test_an_entry_without_live_changes_gets_the_transactions_changes(system: System, snapshot: int) -> None:
     system.shell(
         snapshot, "mkdir /var/lib/app; echo one > /var/lib/app/a; echo one > /var/lib/app/b; echo c > /var/lib/app/c"
     )
@@ -61,7 +61,7 @@ def test_an_entry_that_nobody_changed_takes_the_transactions_files(system: Syste
     assert no_conflicts(system, snapshot)
 
 
-def test_an_entry_that_was_changed_meanwhile_stays_and_the_other_goes_aside(system: System, snapshot: int) -> None:
+def test_an_entry_with_live_changes_is_kept_and_the_transactions_is_set_aside(system: System, snapshot: int) -> None:
     system.shell(snapshot, "mkdir -p /var/lib/shared; echo one > /var/lib/shared/a")
     with system.at_work(
         snapshot, "echo transaction > /var/lib/shared/a; echo new > /var/lib/shared/b; touch /etc/mark"
@@ -73,7 +73,7 @@ def test_an_entry_that_was_changed_meanwhile_stays_and_the_other_goes_aside(syst
     aside = conflicts(system, snapshot) / "lib/shared"
     assert (aside / "a").read_text() == "transaction\n"
     assert (aside / "b").read_text() == "new\n"
-    assert (system.root(snapshot) / "etc/mark").exists(), "the snapshot has changed all the same"
+    assert (system.root(snapshot) / "etc/mark").exists(), "the snapshot must have changed all the same"
     assert "/var/lib/shared" in work.ended.stdout + work.ended.stderr
     assert f"/var/lib/ash/conflicts/{snapshot}-" in work.ended.stdout + work.ended.stderr
 
@@ -98,7 +98,7 @@ def test_every_kind_of_live_change_counts(system: System, snapshot: int, change:
     assert (conflicts(system, snapshot) / "lib" / entry / "deep/file").read_text() == "two\n"
 
 
-def test_an_entry_with_an_open_file_stays_and_the_other_goes_aside(system: System, snapshot: int) -> None:
+def test_an_entry_with_an_open_file_is_kept_and_the_transactions_is_set_aside(system: System, snapshot: int) -> None:
     system.shell(snapshot, "mkdir -p /var/lib/opened; echo one > /var/lib/opened/db")
     with (system.files.var / "lib/opened/db").open() as reader:
         system.shell(snapshot, "echo two > /var/lib/opened/db")
@@ -107,7 +107,7 @@ def test_an_entry_with_an_open_file_stays_and_the_other_goes_aside(system: Syste
     assert (conflicts(system, snapshot) / "lib/opened/db").read_text() == "two\n"
 
 
-def test_a_database_that_is_in_use_is_never_torn(system: System, snapshot: int) -> None:
+def test_a_database_in_use_is_never_torn(system: System, snapshot: int) -> None:
     directory = system.files.var / "lib/database"
     directory.mkdir()
     with contextlib.closing(sqlite3.connect(directory / "data.db")) as live:
@@ -121,7 +121,7 @@ def test_a_database_that_is_in_use_is_never_torn(system: System, snapshot: int) 
         assert live.execute("select x from t").fetchall() == [(7,)]
 
 
-def test_a_conflict_of_one_entry_does_not_hold_back_another(system: System, snapshot: int) -> None:
+def test_a_conflict_in_one_entry_does_not_affect_another(system: System, snapshot: int) -> None:
     (system.files.var / "lib/held").mkdir()
     with system.at_work(snapshot, "echo x > /var/lib/held/x; echo x > /var/lib/free"):
         (system.files.var / "lib/held/live").touch()
@@ -129,7 +129,7 @@ def test_a_conflict_of_one_entry_does_not_hold_back_another(system: System, snap
     assert not (system.files.var / "lib/held/x").exists()
 
 
-def test_what_a_sibling_did_just_the_same_is_no_conflict(system: System, snapshot: int) -> None:
+def test_the_same_change_by_a_sibling_is_not_a_conflict(system: System, snapshot: int) -> None:
     other = system.clone()
     script = "mkdir -p /var/lib/same; echo same > /var/lib/same/x; chown 7 /var/lib/same/x"
     with system.at_work(snapshot, script):
@@ -157,7 +157,7 @@ def test_in_a_cache_the_newest_file_wins(system: System, snapshot: int) -> None:
     assert no_conflicts(system, snapshot)
 
 
-def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snapshot: int) -> None:
+def test_what_a_transaction_appended_to_a_log_is_appended(system: System, snapshot: int) -> None:
     log, directory = system.files.var / "log/dpkg.log", system.files.var / "log/apt"
     log.write_text("before\n")
     (directory / "history.log").write_text("before\n")
@@ -176,13 +176,13 @@ def test_to_a_log_is_appended_what_the_transaction_appended(system: System, snap
 
 
 @pytest.mark.parametrize("end", ["exit 1", "kill -9 $$"])
-def test_nothing_of_a_failed_transaction_is_in_var(system: System, snapshot: int, end: str) -> None:
+def test_a_failed_transaction_leaves_nothing_in_var(system: System, snapshot: int, end: str) -> None:
     script = "cd /var; echo x > lib/failed; echo x >> log/dpkg.log; echo x > cache/apt/failed; rm -rf lib/misc backups"
     with system.nothing_changes():
         system.shell(snapshot, f"{script}; {end}", status=1 if "exit" in end else 137)
 
 
-def test_live_changes_during_a_failed_transaction_stay(system: System, snapshot: int) -> None:
+def test_live_changes_during_a_failed_transaction_are_kept(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "rm -rf /var/lib/misc; echo x > /var/lib/mine", status=FAILED, after="exit 1"):
         (system.files.var / "lib/mine").write_text("live\n")
     assert (system.files.var / "lib/mine").read_text() == "live\n"
@@ -200,7 +200,7 @@ def test_live_changes_during_a_failed_transaction_stay(system: System, snapshot:
         ("rm /var/lib/dir/old; mkdir /var/lib/dir/old", {"old", "keep"}),
     ],
 )
-def test_deleting_and_replacing_without_removing_a_package(
+def test_deletions_and_replacements_without_a_removed_package_are_applied(
     system: System, snapshot: int, script: str, left: set[str] | str | None
 ) -> None:
     live = system.files.var / "lib/dir"
@@ -223,7 +223,7 @@ def test_deleting_and_replacing_without_removing_a_package(
     assert no_conflicts(system, snapshot)
 
 
-def test_data_of_a_removed_package_stays(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_data_of_a_removed_package_are_kept(system: System, snapshot: int, tmp_path: Path) -> None:
     package = make_deb(
         tmp_path,
         "ash-test-data",
@@ -248,7 +248,7 @@ def test_sockets_of_a_transaction_are_dropped(system: System, snapshot: int) -> 
     assert os.listdir(system.files.var / "lib/sock") == ["file"]
 
 
-def test_a_subvolume_in_var_is_not_written_to_unseen(system: System, snapshot: int) -> None:
+def test_writing_to_a_subvolume_in_var_is_an_error(system: System, snapshot: int) -> None:
     subprocess.run(["btrfs", "subvolume", "create", system.files.var / "lib/volume"], check=True, capture_output=True)
     (system.files.var / "lib/volume/live").touch()
     before = system.id_of(snapshot)
@@ -259,7 +259,7 @@ def test_a_subvolume_in_var_is_not_written_to_unseen(system: System, snapshot: i
     system.shell(snapshot, "touch /etc/mark")
 
 
-def test_a_transaction_sees_var_as_it_was_when_it_began(system: System, snapshot: int) -> None:
+def test_a_transaction_sees_var_as_of_its_start(system: System, snapshot: int) -> None:
     (system.files.var / "lib/seen").write_text("before\n")
     with system.at_work(snapshot, "true", after="cat /var/lib/seen") as work:
         time.sleep(0.1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""/var while real programs go on writing to it: databases that are in use, logs that grow, siblings, upgrades, purges."""
+"""/var while real programs write to it: databases in use, growing logs, siblings, upgrades, purges."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
-# Writes one row after another into a database in WAL mode, until it is killed.
+# Inserts rows into a database in WAL mode until it is killed.
 WRITER = """\
 import sqlite3, sys
 with sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60) as db:
@@ -40,7 +40,7 @@ def writing(script: str, *argv: str | Path) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout
         assert process.stdout.readline()
         yield process
-        assert process.poll() is None, "it ended by itself"
+        assert process.poll() is None, "it must run until it is killed"
     finally:
         process.kill()
         process.wait()
@@ -60,7 +60,7 @@ def conflicts(system: System, snapshot: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["rewrites it", "deletes it", "replaces its directory"])
-def test_sqlite_goes_on_committing(system: System, snapshot: int, kind: str) -> None:
+def test_a_running_sqlite_keeps_committing(system: System, snapshot: int, kind: str) -> None:
     name = kind.split(maxsplit=1)[0]
     directory = system.files.var / f"lib/{name}"
     directory.mkdir()
@@ -82,7 +82,7 @@ def test_sqlite_goes_on_committing(system: System, snapshot: int, kind: str) -> 
     assert conflicts(system, snapshot) or name == "deletes"
 
 
-def test_sqlite_that_was_closed_takes_the_transactions_version(system: System, snapshot: int) -> None:
+def test_a_closed_sqlite_database_gets_the_transactions_version(system: System, snapshot: int) -> None:
     directory = system.files.var / "lib/closed"
     directory.mkdir()
     with writing(WRITER, directory / "live.db"):
@@ -178,7 +178,7 @@ with open(sys.argv[1], "a", buffering=1) as log:
 """
 
 
-def test_of_a_log_that_grows_no_line_is_lost(system: System, snapshot: int) -> None:
+def test_a_growing_log_loses_no_line(system: System, snapshot: int) -> None:
     log = system.files.var / "log/dpkg.log"
     with writing(LOGGER, log):
         system.shell(snapshot, "for i in 1 2 3; do echo transaction $i >> /var/log/dpkg.log; done")
@@ -191,7 +191,7 @@ def test_of_a_log_that_grows_no_line_is_lost(system: System, snapshot: int) -> N
     assert not conflicts(system, snapshot)
 
 
-def test_a_log_that_the_module_does_not_know_stays_the_live_one(system: System, snapshot: int) -> None:
+def test_a_log_unknown_to_the_distribution_is_kept(system: System, snapshot: int) -> None:
     log = system.files.var / "log/own.log"
     with writing(LOGGER, log):
         system.shell(snapshot, "echo transaction >> /var/log/own.log")
@@ -200,7 +200,7 @@ def test_a_log_that_the_module_does_not_know_stays_the_live_one(system: System, 
 
 
 class Package:
-    """A package that makes data of its own, whichever snapshot it is installed in, and deletes them when purged."""
+    """A package that creates data in /var, and deletes them on purge."""
 
     def __init__(self, system: System, directory: Path) -> None:
         self.name = f"ash-test-{directory.name.replace('_', '-').rstrip('-0123456789')}"
@@ -225,7 +225,7 @@ def package(system: System, tmp_path: Path) -> Package:
     return Package(system, tmp_path)
 
 
-def test_two_siblings_that_install_the_same_at_once_are_no_conflict(
+def test_two_siblings_that_install_the_same_package_do_not_conflict(
     system: System, snapshot: int, package: Package
 ) -> None:
     sibling = system.clone()
@@ -237,7 +237,7 @@ def test_two_siblings_that_install_the_same_at_once_are_no_conflict(
     assert (package.data / "db").read_text() == "data\n"
 
 
-def test_a_purge_leaves_what_a_sibling_uses(system: System, snapshot: int, package: Package) -> None:
+def test_a_purge_keeps_data_that_a_sibling_uses(system: System, snapshot: int, package: Package) -> None:
     sibling = system.clone()
     for number in (snapshot, sibling):
         system.ash("install", number, package.file)
@@ -252,7 +252,7 @@ def test_a_purge_leaves_what_a_sibling_uses(system: System, snapshot: int, packa
     assert (system.root(sibling) / f"etc/{package.name}.conf").exists()
 
 
-def test_delete_data_deletes_only_what_no_other_snapshot_claims(
+def test_delete_data_deletes_only_data_that_no_other_snapshot_claims(
     system: System, snapshot: int, package: Package
 ) -> None:
     sibling = system.clone()
@@ -266,14 +266,14 @@ def test_delete_data_deletes_only_what_no_other_snapshot_claims(
     assert not package.data.exists()
 
 
-def test_without_purge_data_and_configuration_stay(system: System, snapshot: int, package: Package) -> None:
+def test_without_purge_data_and_configuration_are_kept(system: System, snapshot: int, package: Package) -> None:
     system.ash("install", snapshot, package.file)
     system.ash("remove", snapshot, package.name)
     assert (system.root(snapshot) / f"etc/{package.name}.conf").exists()
     assert (package.data / "db").exists()
 
 
-def test_what_an_upgrade_deletes_is_deleted(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_deletions_by_an_upgrade_are_applied(system: System, snapshot: int, tmp_path: Path) -> None:
     old = make_deb(
         tmp_path, "ash-test-up", "1", postinst="mkdir -p /var/lib/ash-test-up; echo 1 > /var/lib/ash-test-up/db.v1"
     )
@@ -285,7 +285,7 @@ def test_what_an_upgrade_deletes_is_deleted(system: System, snapshot: int, tmp_p
     assert os.listdir(system.files.var / "lib/ash-test-up") == ["db.v2"]
 
 
-def test_an_upgrade_beside_a_removal_of_another_deletes_too(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_deletions_by_an_upgrade_are_applied_beside_a_removal(system: System, snapshot: int, tmp_path: Path) -> None:
     old = make_deb(
         tmp_path, "ash-test-one", "1", postinst="mkdir -p /var/lib/ash-test-one; echo 1 > /var/lib/ash-test-one/db.v1"
     )
@@ -301,7 +301,7 @@ def test_an_upgrade_beside_a_removal_of_another_deletes_too(system: System, snap
     assert answer["kept"] == ["/var/lib/ash-test-two"]
 
 
-def test_an_upgrade_while_its_daemon_runs_is_told_and_changes_no_live_file(
+def test_an_upgrade_reports_conflicts_with_its_running_daemon(
     system: System, snapshot: int, tmp_path: Path
 ) -> None:
     directory = "/var/lib/ash-test-daemon"
@@ -329,7 +329,7 @@ time.sleep(600)
 """
 
 
-def test_a_file_that_is_mapped_into_memory_is_open_too(system: System, snapshot: int) -> None:
+def test_a_mapped_file_counts_as_open(system: System, snapshot: int) -> None:
     directory = system.files.var / "lib/mapped"
     directory.mkdir()
     (directory / "db").write_text("live\n" * 1000)
@@ -338,8 +338,8 @@ def test_a_file_that_is_mapped_into_memory_is_open_too(system: System, snapshot:
     assert (directory / "db").read_text().startswith("live\n")
 
 
-def test_a_package_whose_data_exist_already_finds_them(system: System, snapshot: int, package: Package) -> None:
-    """A package that was purged in one snapshot, or comes from another system, meets the data that stayed."""
+def test_a_package_finds_its_existing_data(system: System, snapshot: int, package: Package) -> None:
+    """The data were kept when the package was purged in another snapshot, or come from another system."""
     package.data.mkdir()
     (package.data / "db").write_text("old data\n")
     system.ash("install", snapshot, package.file)
@@ -347,7 +347,7 @@ def test_a_package_whose_data_exist_already_finds_them(system: System, snapshot:
     assert not conflicts(system, snapshot)
 
 
-def test_the_conflicts_folder_is_for_root_alone(system: System, snapshot: int) -> None:
+def test_the_conflicts_directory_is_for_root_alone(system: System, snapshot: int) -> None:
     secret = system.files.var / "lib/secret"
     secret.mkdir(mode=0o700)
     with system.at_work(snapshot, "echo s > /var/lib/secret/key; chmod 600 /var/lib/secret/key"):

@@ -14,7 +14,7 @@ from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, free_i
 
 pytestmark = pytest.mark.budget(15)
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can chown")
 
 
 def etc_with(directory: Path, **files: str) -> Path:
@@ -38,37 +38,37 @@ def settled(
     return ids, dict(ids.settle(old, new).moves.get("passwd", {}))
 
 
-def test_a_new_name_keeps_a_number_that_was_never_given(tmp_path: Path) -> None:
-    numbers, moves = settled({"root": 0}, {"root": 0}, {"root": 0, "_chrony": 100}, tmp_path)
+def test_a_new_account_keeps_an_unused_id(tmp_path: Path) -> None:
+    ids, moves = settled({"root": 0}, {"root": 0}, {"root": 0, "_chrony": 100}, tmp_path)
     assert moves == {}
-    assert numbers.given["passwd"] == {"root": 0, "_chrony": 100}
+    assert ids.given["passwd"] == {"root": 0, "_chrony": 100}
 
 
-def test_a_new_name_with_anothers_number_gets_one_of_its_kind(tmp_path: Path) -> None:
-    numbers, moves = settled({"_chrony": 100}, {}, {"debian-tor": 100}, tmp_path)
-    assert moves == {100: numbers.given["passwd"]["debian-tor"]}
-    assert 100 < numbers.given["passwd"]["debian-tor"] < 1000
-    numbers, moves = settled({"ada": 1000}, {}, {"bob": 1000}, tmp_path)
-    assert numbers.given["passwd"]["bob"] == 1001
+def test_a_new_account_with_a_taken_id_gets_another_of_its_kind(tmp_path: Path) -> None:
+    ids, moves = settled({"_chrony": 100}, {}, {"debian-tor": 100}, tmp_path)
+    assert moves == {100: ids.given["passwd"]["debian-tor"]}
+    assert 100 < ids.given["passwd"]["debian-tor"] < 1000
+    ids, moves = settled({"ada": 1000}, {}, {"bob": 1000}, tmp_path)
+    assert ids.given["passwd"]["bob"] == 1001
 
 
-def test_a_known_name_gets_its_number_again(tmp_path: Path) -> None:
+def test_a_known_account_gets_its_id_back(tmp_path: Path) -> None:
     _, moves = settled({"_chrony": 100, "debian-tor": 101}, {}, {"debian-tor": 100, "_chrony": 101}, tmp_path)
     assert moves == {100: 101, 101: 100}
 
 
-def test_names_that_were_there_before_are_left_alone(tmp_path: Path) -> None:
+def test_accounts_from_before_the_transaction_are_left_alone(tmp_path: Path) -> None:
     _, moves = settled({"ada": 1000}, {"ada": 1005}, {"ada": 1005}, tmp_path)
     assert moves == {}
 
 
-def test_roots_number_is_never_taken_away(tmp_path: Path) -> None:
-    """As `useradd -o -u 0 toor` makes it: a second name for root, on purpose."""
+def test_root_keeps_uid_0(tmp_path: Path) -> None:
+    """`useradd -o -u 0 toor` creates a second name for root on purpose."""
     _, moves = settled({"root": 0}, {"root": 0}, {"root": 0, "toor": 0}, tmp_path)
     assert 0 not in moves
 
 
-def test_a_number_that_two_names_share_on_purpose_takes_no_files_from_the_first(tmp_path: Path) -> None:
+def test_an_id_shared_on_purpose_moves_no_files(tmp_path: Path) -> None:
     _, moves = settled({"ada": 1000}, {"ada": 1000}, {"ada": 1000, "ada-too": 1000}, tmp_path)
     assert 1000 not in moves
 
@@ -77,29 +77,29 @@ def test_a_number_that_two_names_share_on_purpose_takes_no_files_from_the_first(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(100, 106), max_size=6),
     st.lists(st.dictionaries(st.sampled_from("abcdef"), st.integers(100, 106), max_size=6), max_size=5),
 )
-def test_after_any_sequence_no_two_names_share_a_number(
+def test_no_two_accounts_share_an_id_after_any_sequence(
     tmp_path_factory: pytest.TempPathFactory, first: dict[str, int], later: list[dict[str, int]]
 ) -> None:
-    directory = tmp_path_factory.mktemp("numbers")
-    numbers, seen = AccountIds(), dict[str, int]()
+    directory = tmp_path_factory.mktemp("ids")
+    ids, seen = AccountIds(), dict[str, int]()
     for step, wanted in enumerate([first, *later]):
-        # A package manager gives no number twice in one snapshot.
+        # No package manager allocates an id twice in one snapshot.
         accounts = {name: number for number, name in {number: name for name, number in wanted.items()}.items()}
         old, new = (
             etc_with(directory / f"{step}o", passwd=""),
             etc_with(directory / f"{step}n", passwd=passwd(accounts)),
         )
-        moves = numbers.settle(old, new).moves.get("passwd", {})
+        moves = ids.settle(old, new).moves.get("passwd", {})
         for name, number in accounts.items():
-            settled_number = moves.get(number, number)
-            assert seen.setdefault(name, settled_number) == settled_number, f"{name} has another number than before"
-    given_numbers = list(numbers.given["passwd"].values())
-    assert len(set(given_numbers)) == len(given_numbers)
+            settled_id = moves.get(number, number)
+            assert seen.setdefault(name, settled_id) == settled_id, f"{name} has another id than before"
+    given_ids = list(ids.given["passwd"].values())
+    assert len(set(given_ids)) == len(given_ids)
     shutil.rmtree(directory)
 
 
 @given(st.sampled_from(ID_FILES), st.integers(1, 59999), st.sets(st.integers(1, 1200)))
-def test_a_free_number_is_free_and_of_the_same_kind(name: str, like: int, taken: set[int]) -> None:
+def test_a_free_id_is_unused_and_of_the_same_kind(name: str, like: int, taken: set[int]) -> None:
     if len(taken & set(range(1, 1000))) == 999:
         return
     number = free_id(name, like, taken)
@@ -109,12 +109,12 @@ def test_a_free_number_is_free_and_of_the_same_kind(name: str, like: int, taken:
         assert number > 0
 
 
-def test_ranges_of_subordinate_numbers_do_not_overlap() -> None:
+def test_subordinate_ranges_do_not_overlap() -> None:
     taken = {100000, 165536}
     assert free_id("subuid", 100000, taken) == 231072
 
 
-def test_where_no_number_is_left_it_is_an_error_of_ash() -> None:
+def test_running_out_of_ids_is_an_error() -> None:
     with pytest.raises(AshError):
         free_id("passwd", 100, set(range(1, 1000)))
 
@@ -141,14 +141,14 @@ def test_the_first_range_of_an_account_is_its_id() -> None:
     assert list(file.accounts) == ["ada:100000:65536", "ada:300000:65536"]
 
 
-def test_the_file_reads_as_it_was_written_and_damage_is_an_error(tmp_path: Path) -> None:
+def test_the_registry_survives_a_round_trip_and_damage_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "ids"
     assert AccountIds.load(path).given == AccountIds().given
-    numbers = AccountIds()
-    numbers.learn(etc_with(tmp_path / "etc", passwd=passwd({"ada": 1000}), subuid="ada:100000:65536\n"))
-    path.write_text(numbers.dump())
-    assert AccountIds.load(path).given == numbers.given
-    assert numbers.given["subuid"] == {"ada": 100000}
+    ids = AccountIds()
+    ids.learn(etc_with(tmp_path / "etc", passwd=passwd({"ada": 1000}), subuid="ada:100000:65536\n"))
+    path.write_text(ids.dump())
+    assert AccountIds.load(path).given == ids.given
+    assert ids.given["subuid"] == {"ada": 100000}
     for text in ("", "{", "[]", '{"passwd": {"a": "x"}}', '{"passwd": 7}'):
         path.write_text(text)
         with pytest.raises(AshError, match="damaged"):
@@ -157,7 +157,7 @@ def test_the_file_reads_as_it_was_written_and_damage_is_an_error(tmp_path: Path)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root to which a transaction has brought the user and group `new`, both with number 100."""
+    """A root in which a transaction created the user and group `new`, both with id 100."""
     root = tmp_path / "root"
     etc_with(
         root / "etc",
@@ -179,7 +179,7 @@ NEW = Renumbering(IDS, {"passwd": {100: 999}, "group": {100: 998}, "subuid": {10
 
 
 @needs_root
-def test_the_lines_of_new_accounts_get_their_numbers_and_others_keep_theirs(root: Path) -> None:
+def test_only_rows_of_new_accounts_are_renumbered(root: Path) -> None:
     NEW.apply(root, {})
     assert (root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/sh\nold:x:100:100::/:\nnew:x:999:998::/:\n"
     assert (root / "etc/group").read_text() == "root:x:0:\nold:x:100:\nnew:x:998:ada\n"
@@ -187,7 +187,7 @@ def test_the_lines_of_new_accounts_get_their_numbers_and_others_keep_theirs(root
 
 
 @needs_root
-def test_files_of_new_accounts_go_along_and_files_of_old_ones_stay(root: Path) -> None:
+def test_only_files_of_new_accounts_are_re_owned(root: Path) -> None:
     before = root.parent / "before"
     for name in ("usr/old", "usr/given-away"):
         for top in (root, before):
@@ -206,7 +206,7 @@ def test_files_of_new_accounts_go_along_and_files_of_old_ones_stay(root: Path) -
 
 
 @needs_root
-def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
+def test_renumbering_keeps_setuid_bits_capabilities_and_xattrs(root: Path) -> None:
     program = root / "program"
     program.write_text("x")
     os.chown(program, 100, 100)
@@ -228,8 +228,8 @@ def test_setuid_bits_capabilities_and_attributes_stay(root: Path) -> None:
 
 
 @needs_root
-def test_a_file_with_two_names_moves_once(root: Path) -> None:
-    """Numbers that change places: a file that is met twice would get its old owner back."""
+def test_a_hard_linked_file_is_re_owned_once(root: Path) -> None:
+    """Ids are swapped: a file that is visited twice would get its old owner back."""
     etc_with(root / "etc", passwd="a:x:101:101::/:\nb:x:100:100::/:\n", group="", subuid="")
     (root / "one").touch()
     os.chown(root / "one", 100, 0)
@@ -239,14 +239,14 @@ def test_a_file_with_two_names_moves_once(root: Path) -> None:
 
 
 @needs_root
-def test_accounts_that_are_no_utf_8_are_renumbered(root: Path) -> None:
+def test_accounts_that_are_not_utf_8_are_renumbered(root: Path) -> None:
     (root / "etc/passwd").write_bytes(b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:100:100::/:\n")
     NEW.apply(root, {})
     assert (root / "etc/passwd").read_bytes() == b"root:x:0:0:Sup\xe9r:/:/bin/sh\nnew:x:999:998::/:\n"
 
 
 @needs_root
-def test_modes_of_passwd_and_its_kin_stay(root: Path) -> None:
+def test_account_files_keep_owner_and_mode(root: Path) -> None:
     (root / "etc/passwd").chmod(0o640)
     os.chown(root / "etc/passwd", 0, 42)
     NEW.apply(root, {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The three-way merge of /etc: whatever either side did is in the result, or is named as a conflict."""
+"""The three-way merge of /etc: each side's changes are in the result, or reported as conflicts."""
 
 import errno
 import os
@@ -18,11 +18,11 @@ from ash import ACCOUNT_FILES, EtcMerge, etc_drift, merge_accounts, merge_row
 pytestmark = pytest.mark.budget(20)
 
 
-# passwd and its kin
+# Account files
 
 
 NAMES = st.sampled_from(["root", "ada", "bob", "cy", "_chrony", "dee"])
-# Few numbers, so that they meet.
+# Few ids, so that they clash.
 LINES = {
     "passwd": st.tuples(
         st.just("x"), st.sampled_from(["0", "100", "101", "1000", "1001"]), st.sampled_from(["A", "B"])
@@ -44,7 +44,7 @@ def text_of(accounts: Accounts) -> str:
 
 def read(text: str) -> Accounts:
     rows = [line.split(":") for line in text.splitlines()]
-    assert len({row[0] for row in rows}) == len(rows), f"a name stands twice: {text}"
+    assert len({row[0] for row in rows}) == len(rows), f"duplicate account: {text}"
     return {row[0]: tuple(row[1:]) for row in rows}
 
 
@@ -52,7 +52,7 @@ three_way = st.sampled_from(sorted(LINES)).flatmap(lambda name: st.tuples(st.jus
 
 
 @given(three_way)
-def test_no_name_of_either_side_is_lost_silently(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
+def test_no_account_of_either_side_is_lost_silently(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
     name, base, running, own = sides
     merged, conflicts = merge_accounts(name, *map(text_of, (base, running, own)))
     result = read(merged)
@@ -61,15 +61,15 @@ def test_no_name_of_either_side_is_lost_silently(sides: tuple[str, Accounts, Acc
         if now == was:
             assert result.get(account) == theirs, f"{account}: only the new side changed it"
         elif account in conflicts:
-            assert result.get(account) == theirs, f"{account}: a conflict leaves the new side's line"
+            assert result.get(account) == theirs, f"{account}: a conflict must keep the target's row"
         elif theirs in (was, now):
             assert result.get(account) == now, f"{account}: only the running side changed it, or both did the same"
         else:
-            assert account in result, f"{account} is gone, and nobody was told"
+            assert account in result, f"{account} was dropped without a conflict"
 
 
 @given(three_way)
-def test_nobody_gets_anothers_number(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
+def test_no_account_gets_the_id_of_another(sides: tuple[str, Accounts, Accounts, Accounts]) -> None:
     name, base, running, own = sides
     merged, _ = merge_accounts(name, *map(text_of, (base, running, own)))
     if name == "shadow":
@@ -90,35 +90,35 @@ def test_a_second_merge_changes_nothing(sides: tuple[str, Accounts, Accounts, Ac
     assert conflicts or read(merge_accounts(name, text_of(base), text_of(running), merged)[0]) == read(merged)
 
 
-def test_a_password_and_a_shell_that_were_changed_on_different_sides_both_hold() -> None:
+def test_changes_to_different_fields_are_both_kept() -> None:
     base = "ada:x:1000:1000:Ada:/home/ada:/bin/sh\n"
     running, own = base.replace("Ada", "Ada L"), base.replace("/bin/sh", "/bin/bash")
     assert merge_accounts("passwd", base, running, own) == ("ada:x:1000:1000:Ada L:/home/ada:/bin/bash\n", [])
 
 
-def test_two_passwords_are_a_conflict_and_the_new_sides_holds() -> None:
+def test_two_new_passwords_conflict_and_the_targets_is_kept() -> None:
     base, running, own = "ada:a:1:::::\n", "ada:b:2:::::\nbob:x:1:::::\n", "ada:c:3:::::\n"
     assert merge_accounts("shadow", base, running, own) == ("ada:c:3:::::\nbob:x:1:::::\n", ["ada"])
 
 
-def test_members_are_merged_one_by_one() -> None:
+def test_group_members_are_merged_one_by_one() -> None:
     base, running, own = "sudo:x:27:ada,bob\n", "sudo:x:27:ada,cy\n", "sudo:x:27:ada,bob,dee\n"
     assert merge_accounts("group", base, running, own) == ("sudo:x:27:ada,dee,cy\n", [])
 
 
-def test_administrators_and_members_of_gshadow_are_merged_each_by_themselves() -> None:
+def test_administrators_and_members_in_gshadow_are_merged_separately() -> None:
     base, running, own = "sudo:*:ada:bob\n", "sudo:*:ada,cy:bob\n", "sudo:*:ada:bob,dee\n"
     assert merge_accounts("gshadow", base, running, own) == ("sudo:*:ada,cy:bob,dee\n", [])
 
 
-def test_a_deleted_user_is_deleted_and_one_that_was_changed_meanwhile_stays() -> None:
+def test_a_deleted_account_is_deleted_unless_the_other_side_changed_it() -> None:
     base = "ada:x:1000:\nbob:x:1001:\n"
     assert merge_accounts("group", base, "ada:x:1000:\n", base) == ("ada:x:1000:\n", [])
     changed = base.replace("1001:", "1001:ada")
     assert merge_accounts("group", base, "ada:x:1000:\n", changed) == (changed, ["bob"])
 
 
-def test_a_new_user_whose_number_is_taken_is_a_conflict() -> None:
+def test_a_new_user_with_a_taken_uid_is_a_conflict() -> None:
     own = "root:x:0:0::/:\nbob:x:1000:1000::/home/bob:\n"
     running = "root:x:0:0::/:\nada:x:1000:1000::/home/ada:\n"
     assert merge_accounts("passwd", "root:x:0:0::/:\n", running, own) == (own, ["ada"])
@@ -131,7 +131,7 @@ def test_all_ranges_of_a_user_are_kept() -> None:
     assert not conflicts
 
 
-def test_lines_of_another_shape_are_not_mixed() -> None:
+def test_rows_of_different_length_are_not_merged() -> None:
     assert merge_row(["a", "b", "c"], ["a", "x", "c", "d"], ["a", "b", "y"], ()) is None
 
 
@@ -140,7 +140,7 @@ def test_lines_of_another_shape_are_not_mixed() -> None:
 
 @pytest.fixture
 def merge(tmp_path: Path) -> EtcMerge:
-    """A merge of three directories, each with the same few files; what is to happen is done to them by the test."""
+    """A merge of three directories with the same few files, for a test to change."""
     base = tmp_path / "base"
     for name in ("file", "other", "dir/one", "dir/two", "ssh/ssh_host_ed25519_key", "machine-id"):
         (base / name).parent.mkdir(parents=True, exist_ok=True)
@@ -158,13 +158,13 @@ def set_aside(merge: EtcMerge, path: str) -> str:
     return (merge.conflicts / "etc" / path).read_text()
 
 
-def test_nothing_changed_is_no_drift(merge: EtcMerge) -> None:
+def test_without_changes_there_is_no_drift(merge: EtcMerge) -> None:
     merge.merge()
     assert (merge.carried, merge.in_conflict) == ([], [])
     assert not merge.conflicts.exists()
 
 
-def test_what_only_the_running_side_changed_is_carried_with_all_that_it_is(merge: EtcMerge) -> None:
+def test_a_change_to_the_running_etc_is_carried_with_its_metadata(merge: EtcMerge) -> None:
     running = merge.running
     (running / "file").write_text("edited\n")
     (running / "file").chmod(0o600)
@@ -189,7 +189,7 @@ def test_what_only_the_running_side_changed_is_carried_with_all_that_it_is(merge
     assert merge.in_conflict == []
 
 
-def test_what_only_the_new_side_changed_stays(merge: EtcMerge) -> None:
+def test_a_change_to_the_target_is_kept(merge: EtcMerge) -> None:
     (merge.target / "file").write_text("newer\n")
     (merge.target / "other").unlink()
     (merge.target / "dir/three").touch()
@@ -200,7 +200,7 @@ def test_what_only_the_new_side_changed_stays(merge: EtcMerge) -> None:
     assert (merge.carried, merge.in_conflict) == ([], [])
 
 
-def test_a_file_that_both_changed_stays_as_in_the_new_side_and_the_other_is_kept(merge: EtcMerge) -> None:
+def test_a_file_that_both_changed_is_kept_and_the_running_version_is_set_aside(merge: EtcMerge) -> None:
     (merge.running / "file").write_text("mine\n")
     (merge.running / "file").chmod(0o600)
     (merge.target / "file").write_text("theirs\n")
@@ -210,10 +210,10 @@ def test_a_file_that_both_changed_stays_as_in_the_new_side_and_the_other_is_kept
     assert set_aside(merge, "file") == "mine\n"
     assert (merge.conflicts / "etc/file").stat().st_mode & 0o777 == 0o600
     assert merge.conflicts.parent.stat().st_mode & 0o777 == 0o700
-    assert os.listdir(merge.target) == os.listdir(merge.running), "nothing lies beside it that its program would read"
+    assert os.listdir(merge.target) == os.listdir(merge.running), "no leftovers for programs to read"
 
 
-def test_the_same_change_on_both_sides_is_no_conflict(merge: EtcMerge) -> None:
+def test_the_same_change_on_both_sides_is_not_a_conflict(merge: EtcMerge) -> None:
     for side in (merge.running, merge.target):
         (side / "file").write_text("same\n")
         (side / "both").write_text("new\n")
@@ -222,7 +222,7 @@ def test_the_same_change_on_both_sides_is_no_conflict(merge: EtcMerge) -> None:
     assert merge.in_conflict == []
 
 
-def test_a_file_that_one_side_deleted_and_the_other_changed_is_a_conflict(merge: EtcMerge) -> None:
+def test_deleting_and_changing_a_file_is_a_conflict(merge: EtcMerge) -> None:
     (merge.running / "file").unlink()
     (merge.target / "file").write_text("theirs\n")
     (merge.running / "other").write_text("mine\n")
@@ -234,7 +234,7 @@ def test_a_file_that_one_side_deleted_and_the_other_changed_is_a_conflict(merge:
     assert set_aside(merge, "other") == "mine\n"
 
 
-def test_a_folder_that_was_deleted_stays_where_the_new_side_has_more_in_it(merge: EtcMerge) -> None:
+def test_a_deleted_directory_is_kept_if_the_target_added_to_it(merge: EtcMerge) -> None:
     shutil.rmtree(merge.running / "dir")
     (merge.target / "dir/three").touch()
     merge.merge()
@@ -242,7 +242,7 @@ def test_a_folder_that_was_deleted_stays_where_the_new_side_has_more_in_it(merge
     assert merge.in_conflict == ["dir"]
 
 
-def test_a_file_became_a_folder(merge: EtcMerge) -> None:
+def test_a_file_becomes_a_directory(merge: EtcMerge) -> None:
     (merge.running / "file").unlink()
     (merge.running / "file").mkdir()
     (merge.running / "file/inside").write_text("i\n")
@@ -251,14 +251,14 @@ def test_a_file_became_a_folder(merge: EtcMerge) -> None:
     assert sorted(merge.carried) == ["file", "file/inside"]
 
 
-def test_a_folder_became_a_file(merge: EtcMerge) -> None:
+def test_a_directory_becomes_a_file(merge: EtcMerge) -> None:
     shutil.rmtree(merge.running / "dir")
     (merge.running / "dir").write_text("file now\n")
     merge.merge()
     assert (merge.target / "dir").read_text() == "file now\n"
 
 
-def test_a_folder_that_became_a_link_takes_nothing_of_the_new_side_away(merge: EtcMerge) -> None:
+def test_a_directory_that_becomes_a_symlink_hides_no_changes_of_the_target(merge: EtcMerge) -> None:
     shutil.rmtree(merge.running / "dir")
     (merge.running / "dir").symlink_to("ssh")
     (merge.target / "dir/one").write_text("theirs\n")
@@ -270,7 +270,7 @@ def test_a_folder_that_became_a_link_takes_nothing_of_the_new_side_away(merge: E
 
 
 @pytest.mark.parametrize("depth", ["new", "sub/new"])
-def test_nothing_is_written_through_a_link_out_of_the_new_side(merge: EtcMerge, tmp_path: Path, depth: str) -> None:
+def test_nothing_is_written_through_a_symlink_out_of_the_target(merge: EtcMerge, tmp_path: Path, depth: str) -> None:
     outside = tmp_path / "outside"
     (outside / "sub").mkdir(parents=True)
     for side in (merge.base, merge.running, merge.target):
@@ -283,7 +283,7 @@ def test_nothing_is_written_through_a_link_out_of_the_new_side(merge: EtcMerge, 
     assert set_aside(merge, f"dir/{depth}") == "secret\n"
 
 
-def test_a_link_is_carried_as_a_link_and_never_followed(merge: EtcMerge, tmp_path: Path) -> None:
+def test_a_symlink_is_carried_as_such_and_never_followed(merge: EtcMerge, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("outside\n")
     for side in (merge.base, merge.target):
@@ -296,7 +296,7 @@ def test_a_link_is_carried_as_a_link_and_never_followed(merge: EtcMerge, tmp_pat
     assert outside.read_text() == "outside\n"
 
 
-def test_pipes_and_sockets_stop_nothing(merge: EtcMerge) -> None:
+def test_fifos_and_sockets_do_not_block(merge: EtcMerge) -> None:
     os.mkfifo(merge.running / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(merge.running / "socket"))
@@ -307,7 +307,7 @@ def test_pipes_and_sockets_stop_nothing(merge: EtcMerge) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ACCOUNT_FILES))
-def test_account_files_that_are_no_utf_8_are_merged(merge: EtcMerge, name: str) -> None:
+def test_account_files_that_are_not_utf_8_are_merged(merge: EtcMerge, name: str) -> None:
     (merge.base / name).write_bytes(b"root:x:0:0\n")
     (merge.running / name).write_bytes(b"root:x:0:0\nada:x:1:Ad\xe9\n")
     (merge.target / name).write_bytes(b"root:x:0:0\nbob:x:2:B\xf6b\n")
@@ -315,13 +315,13 @@ def test_account_files_that_are_no_utf_8_are_merged(merge: EtcMerge, name: str) 
     assert (merge.target / name).read_bytes() == b"root:x:0:0\nbob:x:2:B\xf6b\nada:x:1:Ad\xe9\n"
 
 
-def test_an_fstab_that_is_no_utf_8_is_merged(merge: EtcMerge) -> None:
+def test_an_fstab_that_is_not_utf_8_is_merged(merge: EtcMerge) -> None:
     (merge.running / "fstab").write_bytes(b"UUID=3 /srv ext4 x 0 0 # M\xfcll\n")
     merge.merge()
     assert b"/srv" in (merge.target / "fstab").read_bytes()
 
 
-def test_of_fstab_only_the_users_lines_are_compared(merge: EtcMerge) -> None:
+def test_only_the_users_lines_of_fstab_are_compared(merge: EtcMerge) -> None:
     (merge.running / "fstab").write_text("UUID=1 / btrfs subvol=other 0 0\nUUID=2 /boot/efi vfat x 0 0\n")
     merge.merge()
     assert merge.carried == []
@@ -336,7 +336,7 @@ def test_the_users_lines_of_fstab_are_carried(merge: EtcMerge) -> None:
     assert (merge.target / "fstab").read_text().endswith("UUID=3 /srv ext4 defaults 0 2\n")
 
 
-def test_lines_of_fstab_that_both_changed_are_a_conflict(merge: EtcMerge) -> None:
+def test_an_fstab_that_both_changed_is_a_conflict(merge: EtcMerge) -> None:
     for side, device in ((merge.running, "mine"), (merge.target, "theirs")):
         with (side / "fstab").open("a") as fstab:
             fstab.write(f"{device} /srv ext4 defaults 0 2\n")
@@ -345,7 +345,7 @@ def test_lines_of_fstab_that_both_changed_are_a_conflict(merge: EtcMerge) -> Non
     assert "mine" in set_aside(merge, "fstab")
 
 
-def test_the_machines_identity_goes_along_whatever_the_new_side_has(merge: EtcMerge) -> None:
+def test_the_machines_identity_replaces_the_targets(merge: EtcMerge) -> None:
     (merge.running / "machine-id").write_text("mine\n")
     (merge.target / "machine-id").write_text("theirs\n")
     (merge.target / "ssh/ssh_host_ed25519_key").write_text("theirs\n")
@@ -357,7 +357,7 @@ def test_the_machines_identity_goes_along_whatever_the_new_side_has(merge: EtcMe
     assert merge.in_conflict == []
 
 
-def test_the_identity_is_not_saved_into_a_snapshot(merge: EtcMerge) -> None:
+def test_the_identity_is_not_saved_to_a_snapshot(merge: EtcMerge) -> None:
     (merge.running / "machine-id").write_text("mine\n")
     (merge.running / "ssh/ssh_host_rsa_key").write_text("mine\n")
     merge.identity = False
@@ -366,7 +366,7 @@ def test_the_identity_is_not_saved_into_a_snapshot(merge: EtcMerge) -> None:
     assert not (merge.target / "ssh/ssh_host_rsa_key").exists()
 
 
-def test_a_fresh_etc_is_the_new_sides_and_keeps_the_drift_aside(merge: EtcMerge) -> None:
+def test_a_fresh_etc_sets_all_drift_aside(merge: EtcMerge) -> None:
     (merge.running / "file").write_text("mine\n")
     (merge.running / "new").mkdir()
     (merge.running / "new/file").write_text("n\n")
@@ -389,11 +389,11 @@ FOLDERS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["1", "2"]), m
 EDITS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["3", "4", None]), max_size=3)
 
 
-Edits = dict[str, str | None]  # what each path is to hold; None: it goes
+Edits = dict[str, str | None]  # the new text by path; None deletes it
 
 
 def fill(directory: Path, files: Mapping[str, str | None]) -> None:
-    """Make a directory with files; a path that another has as a directory is one."""
+    """Create a directory with files; a path that is a parent of another becomes a directory."""
     directory.mkdir()
     for path in sorted((path for path, text in files.items() if text is not None), reverse=True):
         if not (directory / path).is_dir():
@@ -421,15 +421,15 @@ def test_no_file_of_either_side_is_lost_silently(
     for path in {*before, *live, *new}:
         was, now, theirs = before.get(path), live.get(path), new.get(path)
         if now not in (was, None) and result.get(path) != now:
-            assert aside.get(path) == now, f"the running {path} is neither carried nor kept"
+            assert aside.get(path) == now, f"the running {path} is neither carried nor set aside"
         if theirs not in (was, now, None):
-            assert result.get(path) == theirs, f"the new {path} is gone"
+            assert result.get(path) == theirs, f"the target's {path} was lost"
         if now == was and theirs == was:
-            assert result.get(path) == was, f"{path} was changed by nobody"
+            assert result.get(path) == was, f"{path} was changed by neither side"
     shutil.rmtree(top)
 
 
-def test_a_file_that_gets_another_text_is_whole_wherever_that_ends(
+def test_an_interrupted_rewrite_leaves_the_old_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passwd = tmp_path / "passwd"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Paths that stay inside a root, text that terminals do not obey, small files, mountinfo, send streams."""
+"""Paths inside a root, escaped text, replacing and comparing files, locks, mountinfo, send streams."""
 
 import fcntl
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.budget(10)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with directories and links of every kind, and a file beside it that nothing inside must reach."""
+    """A root with directories and symlinks of every kind, and a file outside that nothing inside may reach."""
     top = tmp_path_factory.mktemp("paths")
     (top / "secret").write_text("outside")
     root = top / "root"
@@ -68,12 +68,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("", ""),
     ],
 )
-def test_links_lead_where_they_do_for_a_program_in_the_root(root: Path, path: str, inside: str) -> None:
+def test_symlinks_resolve_as_for_a_chrooted_program(root: Path, path: str, inside: str) -> None:
     assert path_inside(root, path) == root / inside
 
 
 @pytest.mark.parametrize("path", ["circle", "one/x", "two"])
-def test_links_in_a_circle_are_an_error(root: Path, path: str) -> None:
+def test_a_symlink_loop_is_an_error(root: Path, path: str) -> None:
     with pytest.raises(AshError, match="too many levels of symlinks"):
         path_inside(root, path)
 
@@ -109,20 +109,20 @@ def test_no_path_leads_out_of_the_root(root: Path, path: list[str]) -> None:
 
 
 @given(st.text())
-def test_what_is_printed_has_no_control_characters(text: str) -> None:
+def test_printed_text_has_no_control_characters(text: str) -> None:
     shown = printable(text)
     assert all(c.isprintable() or c in "\n\t" for c in shown)
 
 
-def test_a_terminals_escapes_are_shown_and_not_sent() -> None:
+def test_terminal_escapes_are_printed_escaped() -> None:
     assert printable("\x1b]0;title\x07\u202e x\r\n\tä") == "\\x1b]0;title\\x07\\u202e x\\r\n\tä"
 
 
-def test_a_file_name_that_is_no_text_is_shown_as_well() -> None:
+def test_a_file_name_that_is_not_utf_8_is_printable() -> None:
     printable(os.fsdecode(b"\xff\xfe")).encode()
 
 
-def test_last_words_are_the_last_lines_that_say_something() -> None:
+def test_last_words_are_the_last_non_blank_lines() -> None:
     assert last_words("a\n\nb\n  c  \n\nd\n\n") == "b; c; d"
     assert last_words("") == ""
 
@@ -130,17 +130,17 @@ def test_last_words_are_the_last_lines_that_say_something() -> None:
 # Programs
 
 
-def test_a_program_that_fails_is_an_error_with_its_own_words() -> None:
+def test_a_failing_program_is_an_error_with_its_output() -> None:
     with pytest.raises(AshError, match=r"failed \(3\): no such luck"):
         ash.run(["/bin/sh", "-c", "echo a try; echo no such luck >&2; exit 3"])
 
 
-def test_a_program_that_is_not_there_is_named() -> None:
+def test_a_missing_program_is_named() -> None:
     with pytest.raises(AshError, match="no-such-program is not installed"):
         ash.run(["no-such-program"])
 
 
-def test_programs_get_little_of_the_callers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_inherit_little_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LD_PRELOAD", "PYTHONPATH", "EDITOR", "APT_CONFIG", "BASH_ENV", "HOME"):
         monkeypatch.setenv(name, "/evil")
     for name in ("TERM", "LANG", "LC_TIME", "NO_COLOR", "https_proxy", "HTTP_PROXY", "no_proxy"):
@@ -154,12 +154,12 @@ def test_programs_get_little_of_the_callers_environment(monkeypatch: pytest.Monk
 # Small files
 
 
-def test_a_file_that_goes_before_it_is_opened_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "is_file", lambda _: True)  # so it was, a moment ago
+def test_a_file_deleted_before_it_is_opened_reads_as_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda _: True)  # as it did a moment ago
     assert ash.read_text(tmp_path / "gone") == ""
 
 
-def test_a_small_file_is_replaced_whole_and_a_reader_keeps_the_old_one(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically_and_a_reader_keeps_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "fstree"
     write_file(path, "old\n")
     with path.open() as reader:
@@ -170,14 +170,14 @@ def test_a_small_file_is_replaced_whole_and_a_reader_keeps_the_old_one(tmp_path:
     assert os.listdir(tmp_path) == ["fstree"]
 
 
-def test_what_a_crash_left_beside_it_does_no_harm(tmp_path: Path) -> None:
+def test_a_leftover_of_a_crash_is_harmless(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / ".ash-new-fstree").symlink_to("elsewhere")
     write_file(tmp_path / "fstree", "new\n")
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
-def test_what_an_interrupted_replacement_left_is_deleted(tmp_path: Path) -> None:
+def test_a_leftover_of_an_interrupted_replacement_is_deleted(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_text("old\n")
     with pytest.raises(FileNotFoundError), ash.replace(target, token="x") as new:
@@ -245,7 +245,7 @@ def test_directories_are_walked_in_parallel_and_symlinks_are_not_followed(tmp_pa
 # Locks
 
 
-def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
+def test_a_held_lock_names_its_holder(tmp_path: Path) -> None:
     with (
         Lock(tmp_path / "7/lock", "snapshot 7"),
         pytest.raises(AshError) as caught,
@@ -257,7 +257,7 @@ def test_a_lock_that_is_held_names_its_holder(tmp_path: Path) -> None:
     assert caught.value.message.startswith("snapshot 7 is locked by ")
 
 
-def test_a_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
+def test_a_lock_is_released_when_its_holder_dies(tmp_path: Path) -> None:
     code = (
         "import ash, os, sys, pathlib; ash.Lock(pathlib.Path(sys.argv[1]), 'it').__enter__(); os.kill(os.getpid(), 9)"
     )
@@ -267,8 +267,8 @@ def test_a_lock_is_free_when_its_holder_is_dead(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_is_roots_alone_to_take(tmp_path: Path) -> None:
-    """Who can read a file can lock it."""
+def test_only_root_can_take_a_lock(tmp_path: Path) -> None:
+    """Read permission is enough to lock a file."""
     (tmp_path / "old").touch(mode=0o644)
     for name in ("new", "old"):
         with Lock(tmp_path / name, "it"):
@@ -279,7 +279,7 @@ def test_a_lock_is_roots_alone_to_take(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_who_cannot_read_a_lock_sees_that_it_is_held() -> None:
+def test_other_users_see_that_a_lock_is_held() -> None:
     code = "import ash, pathlib; lock = pathlib.Path('lock'); print(ash.is_held(lock), ash.holder_of(lock))"
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         directory = Path(name)
@@ -296,7 +296,7 @@ def test_who_cannot_read_a_lock_sees_that_it_is_held() -> None:
         assert seen().startswith("False ")
 
 
-def test_a_lock_whose_file_was_deleted_is_not_held_by_two(tmp_path: Path) -> None:
+def test_a_lock_whose_file_was_deleted_is_not_held_twice(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with Lock(path, "it"):
         path.unlink()
@@ -304,7 +304,7 @@ def test_a_lock_whose_file_was_deleted_is_not_held_by_two(tmp_path: Path) -> Non
             pass
 
 
-def test_who_held_a_lock_before_is_not_named_as_its_holder(tmp_path: Path) -> None:
+def test_a_previous_holder_of_a_lock_is_not_named(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with Lock(path, "it"):
         pass
@@ -320,7 +320,7 @@ def assert_held_by_nobody_in_particular(path: Path) -> None:
             Lock(path, "it").__enter__()
 
 
-def test_a_lock_that_is_only_looked_at_is_free(tmp_path: Path) -> None:
+def test_a_lock_that_is_only_being_tested_can_be_taken(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
     with path.open() as looks:
@@ -335,7 +335,7 @@ def test_a_lock_that_is_only_looked_at_is_free(tmp_path: Path) -> None:
 
 
 def dead_process() -> int:
-    """The process id of a program that has ended."""
+    """The process id of a program that ended."""
     with subprocess.Popen(["true"]) as process:
         return process.pid
 
@@ -346,7 +346,7 @@ def dead_process() -> int:
 @pytest.mark.parametrize(
     ("options", "subvolume"), [("rw,space_cache=v2,subvolid=268,subvol=/x", 268), ("rw,subvol=/subvolid", None)]
 )
-def test_a_btrfs_mount_shows_its_subvolume(options: str, subvolume: int | None) -> None:
+def test_a_btrfs_mount_has_a_subvolume(options: str, subvolume: int | None) -> None:
     assert Mount("/", "btrfs", "/dev/vda", options).subvolume == subvolume
 
 
@@ -354,7 +354,7 @@ def test_other_file_systems_have_no_subvolume() -> None:
     assert Mount("/", "ext4", "/dev/vda", "rw,subvolid=5").subvolume is None
 
 
-def test_the_mounts_of_this_process_are_read() -> None:
+def test_the_mounts_of_this_process_are_listed() -> None:
     found = {mount.target: mount for mount in ash.mounts()}
     assert found["/proc"].kind == "proc"
     assert ash.mount_of(Path("/proc/self/status")).target.startswith("/proc")
@@ -376,7 +376,7 @@ PATH, PATH_TO, UID, OWN_UUID, CTIME = 15, 16, 6, 1, 10
 SNAPSHOT, MKFILE, RENAME, UNLINK, CHMOD, UTIMES, END = 2, 3, 9, 11, 18, 20, 21
 
 
-def test_the_paths_that_a_stream_changes_are_read() -> None:
+def test_changed_paths_are_read_from_a_stream() -> None:
     text = stream(
         command(SNAPSHOT, (PATH, b"snapshot-7"), (OWN_UUID, bytes(16))),
         command(MKFILE, (PATH, b"o257-9-0")),
@@ -389,7 +389,7 @@ def test_the_paths_that_a_stream_changes_are_read() -> None:
     assert changes_in_stream(text) == kinds
 
 
-def test_times_alone_are_no_change() -> None:
+def test_new_timestamps_alone_are_not_a_change() -> None:
     text = stream(command(SNAPSHOT, (PATH, b"s")), command(UTIMES, (PATH, b"etc"), (CTIME, bytes(12))), command(END))
     assert changes_in_stream(text) == {}
 
@@ -416,6 +416,6 @@ def test_the_layout_is_that_of_ashos() -> None:
     assert layout.grub_cfg == Path("/top/@boot_debian/grub/grub.cfg")
 
 
-def test_a_layout_that_is_only_read_has_no_top_level() -> None:
+def test_a_read_only_layout_has_no_top_level() -> None:
     with pytest.raises(AshError, match="@var_debian is not mounted"):
         _ = Layout(Path("/.snapshots"), "debian").var
