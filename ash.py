@@ -1059,31 +1059,30 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def from_json(text: str, shape: Any) -> Any:
-    """Read JSON that must have a shape.
+    """Parse JSON and check its shape.
 
     Raises:
-        ValueError: it is no JSON, or not of that shape.
+        ValueError: the text is not JSON, or has another shape.
     """
     try:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not has_shape(value, shape):
-        raise ValueError("it is not what it should be")
+        raise ValueError("it has unexpected content")
     return value
 
 
-# What shapes are made of, beside types.
-U32_MAX = 2**32 - 1  # of a user, and no subvolume or snapshot comes near it
+U32_MAX = 2**32 - 1  # the limit of uids and gids; the numbers of subvolumes and snapshots stay far below
 
 
 def is_u32(value: Any) -> bool:
-    """Whether a value is a number that a snapshot, a subvolume or a user can have."""
+    """Whether a value can be the number of a snapshot or subvolume, or a uid or gid."""
     return type(value) is int and 0 <= value <= U32_MAX
 
 
 def is_text(value: Any) -> bool:
-    """Whether a value is a text that can be written to a file: JSON can have halves of characters that cannot."""
+    """Whether a value is text that can be encoded; JSON may contain lone surrogates, which cannot."""
     try:
         return isinstance(value, str) and value.encode("utf-8", "surrogateescape") is not None
     except UnicodeEncodeError:
@@ -1091,41 +1090,45 @@ def is_text(value: Any) -> bool:
 
 
 def is_line(value: Any) -> bool:
-    """Whether a value is a text without line feeds."""
+    """Whether a value is text on a single line."""
     return is_text(value) and "\n" not in value
 
 
 def is_inner_path(value: Any) -> bool:
-    """Whether a value is a path that leads down, and not out of where it begins."""
+    """Whether a value is a relative path that stays below its start: no empty, "." or ".." components."""
     return is_text(value) and not {"", ".", ".."} & set(value.split("/")) and "\0" not in value
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value is a plain name: letters, digits, and a few signs that no program takes for its own."""
+    """Whether a value is a name of letters, digits and a few characters without a special meaning."""
     return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", value))
 
 
 def to_number(text: str) -> int | None:
-    """The number that a text is; None where it is none, or a larger one than there can be."""
+    """The number that a text contains; None if it is not a number, or out of range."""
     text = text.strip()
     number = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
     return number if is_u32(number) else None
 
 
 def fields_of(kind: type[NamedTuple], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a file's data there is a field for; what another ash may have written beside is passed over."""
+    """The fields of a record that the data has. Keys that another version of ash added are ignored."""
     return {name: data[name] for name in kind._fields if name in data}
 
 
 def numbered(directory: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
-    """The paths in a directory that are named by a prefix, a number and a suffix."""
+    """The paths in a directory whose names are a prefix, a number and a suffix, by number."""
     found = {path.name.removeprefix(prefix).removesuffix(suffix): path for path in directory.glob(f"{prefix}*{suffix}")}
     numbers = {name: to_number(name) for name in sorted(found) if name.isdecimal()}
     return {number: found[name] for name, number in numbers.items() if number is not None}
 
 
 def read_distro(path: Path) -> tuple[str, str]:
-    """The distro id, and the id of the module that serves it, from ash's `distro` file."""
+    """Read ash's `distro` file: the id of the distribution, and that of its module.
+
+    Raises:
+        AshError: it is missing or damaged.
+    """
     words = read_text(path).split()
     if not words or not all(is_name(word) for word in words):
         raise AshError(f"{path} is missing or damaged", "--distro ID")
@@ -1138,26 +1141,23 @@ def read_distro(path: Path) -> tuple[str, str]:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, and make it where there is none: root's alone, since who can read a file can lock it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if os.fstat(descriptor).st_mode & 0o077:  # an older ash has made it
-        os.fchmod(descriptor, 0o600)
-    return descriptor
+    """Open a lock file, and create it if it is missing. Only root may read it: whoever can read a file can lock it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 class Lock:
-    """An flock on a small file that names its holder; held by everything that inherits the descriptor.
+    """An flock on a small file that names its holder. It lasts until every process that inherited it has ended.
 
     Args:
-        path: the lock file; its directory is made.
-        what: what is locked, for the error.
-        wait: how many seconds to wait for it.
+        path: the lock file; its directory is created.
+        what: what is locked, for the error message.
+        wait: seconds to wait for it.
 
     Raises (on entering):
-        AshError: another ash holds it (status LOCKED).
+        AshError: another ash holds it (LOCKED).
     """
 
-    UNSIGNED: ClassVar = 0.2  # seconds for who has just taken it, or only looks whether it is held
+    UNSIGNED: ClassVar = 0.2  # seconds in which a new holder writes its name, and a process that only tests it lets go
 
     def __init__(self, path: Path, what: str, wait: float = 0) -> None:
         self.path = path
@@ -1174,7 +1174,7 @@ class Lock:
                 raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
         command = one_line(" ".join(["ash", *sys.argv[1:]]))
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        with contextlib.suppress(OSError):  # the lock does not depend on its text: the disk may be full
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, os.fsencode(f"pid {os.getpid()} ({command})\n"), 0)
         return self
@@ -1185,8 +1185,8 @@ class Lock:
         os.close(self.descriptor)
 
     def _holder(self) -> str:
-        """Who signed the lock; empty where that one is dead, and who took it after that has not signed it yet."""
-        with contextlib.suppress(OSError):  # the file goes with its snapshot
+        """The holder that the file names; empty if that process has ended: the present one has not written yet."""
+        with contextlib.suppress(OSError):  # deleted together with its snapshot
             signed = self.path.read_text(errors="replace").strip()
             named = re.match(r"pid (\d+) ", signed)
             return signed if named and Path("/proc", named[1]).exists() else ""
@@ -1197,53 +1197,53 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = open_lock(self.path)
         except FileNotFoundError:
-            return False  # its directory has just gone, with its snapshot
+            return False  # its directory was just deleted, together with its snapshot
         except OSError as error:
             if error.errno != errno.EROFS or not self.path.exists():
                 raise
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # of who only looks
+            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # for a command that only reads
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self.descriptor).st_ino == self.path.stat().st_ino:
                 return True
         except (BlockingIOError, FileNotFoundError):
-            pass  # held by another, or deleted with its snapshot between open and flock
+            pass  # held by another process, or deleted with its snapshot between open and flock
         os.close(self.descriptor)
         return False
 
 
-def taker_of(lock: Path) -> int | None:
-    """The process that has taken an flock on a file, which may have handed it on; None where nobody holds one."""
+def locker_of(lock: Path) -> int | None:
+    """The pid that took the flock on a file; children may have inherited it. None if nobody holds it."""
     inode, (major, minor) = lock.stat().st_ino, map(int, mount_of(lock).device.split(":"))
-    # Such as "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
+    # Example: "1: FLOCK  ADVISORY  WRITE 71 00:1f:257 0 EOF".
     wanted = rf"\d+: FLOCK +\w+ +\w+ +(-?\d+) {major:02x}:{minor:02x}:{inode} "
     lines = lines_of(read_text(Path("/proc/locks")))
     return next((int(found[1]) for line in lines if (found := re.match(wanted, line))), None)
 
 
 def is_held(lock: Path) -> bool:
-    """Whether somebody holds a lock."""
+    """Whether a process holds a lock."""
     try:
         with contextlib.suppress(FileNotFoundError), lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except PermissionError:
-        return taker_of(lock) is not None
+        return locker_of(lock) is not None
     return False
 
 
 def holder_of(lock: Path) -> str:
-    """Who holds a lock: as it is signed or, for who may not read that, as the kernel tells everybody."""
+    """The holder of a lock: from the lock file or, without permission to read it, from /proc/locks."""
     with contextlib.suppress(PermissionError):
         return lock.read_text(errors="replace").strip()
-    taker = taker_of(lock)
-    command = read_text(Path(f"/proc/{taker}/cmdline")).rstrip("\0").replace("\0", " ")
-    return f"pid {taker} ({command})" if taker else ""
+    pid = locker_of(lock)
+    command = read_text(Path(f"/proc/{pid}/cmdline")).rstrip("\0").replace("\0", " ")
+    return f"pid {pid} ({command})" if pid else ""
 
 
 def state_lock(layout: Layout, wait: float = 0) -> Lock:
-    """The lock of tree, numbers and history, which is held for milliseconds."""
+    """The lock of the tree, the numbers and the history; it is held for milliseconds."""
     return Lock(layout.work("state") / "lock", f"state of {layout.distro}", max(wait, 10))
 
 
@@ -1392,9 +1392,9 @@ CONF_EXAMPLE = """\
 
 
 class Configuration:
-    """What /etc/ash.conf says."""
+    """The content of /etc/ash.conf."""
 
-    # What a value must be, and how that is said.
+    # The pattern of a value, and its description for the user.
     SWITCH = ("True|False", "True or False")
     ANYTHING = (".*", "")
     KEYS: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -1412,10 +1412,10 @@ class Configuration:
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
-        """Read `key::value` lines.
+        """Parse `key::value` lines; empty lines and comments are skipped.
 
         Raises:
-            AshError: a line is none, with its number; or its key is not known, or its value wrong.
+            AshError: a line has another form, an unknown key or an invalid value (USAGE).
         """
         values = {}
         for number, line in enumerate(lines_of(text), start=1):
@@ -1432,20 +1432,20 @@ class Configuration:
         return cls(values)
 
     def is_on(self, key: str) -> bool:
-        """Whether a switch was set."""
+        """Whether a switch is set to True."""
         return self.values.get(key, "").lower() == "true"
 
     def paths(self, key: str) -> list[str]:
-        """The directories of a list, by their paths from the root; those that lead out of it are left out."""
+        """The directories in a list, relative to the root. Paths that lead out of the root are ignored."""
         written = [part.strip().split("/") for part in self.values.get(key, "").split(",")]
         listed = ["/".join(name for name in names if name not in ("", ".")) for names in written]
         return [path for path in listed if is_inner_path(path) and path.isprintable()]
 
 
 def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
-    """What ash.conf of a root names as mutable: where it is kept (as the old ash did), and where it is seen.
+    """The mutable directories that a root's ash.conf names: where each is stored, and where it is mounted.
 
-    The one is a path from @.snapshots_D, the other from the root.
+    The former are relative to @.snapshots_D (the paths are AshOS's), the latter to the root.
     """
     path = path_inside(root, "etc/ash.conf")
     conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
@@ -1454,10 +1454,10 @@ def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
 
 
 def make_mutable_directory(layout: Layout, kept: str) -> Path:
-    """Make the directory behind a mutable one, where there is none; AshError where a link leads to elsewhere."""
+    """Create the directory in which a mutable one is stored. Raises AshError (REFUSED) if its path has a symlink."""
     directory = layout.snapshots / kept
     if path_inside(layout.snapshots, kept) != directory:
-        raise AshError(f"{kept} leads through a link", "ash edit-conf N names the directory itself", REFUSED)
+        raise AshError(f"the path of {kept} contains a symlink", "name its target with ash edit-conf N", REFUSED)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -4017,7 +4017,7 @@ def load_intent(directory: Path) -> Intent | None:
     try:
         data = from_json(read_text(directory / "intent"), INTENT_SHAPE)
         kind = Birth if "source" in data else INTENTS[data["state"]]
-        return kind(**{name: data[name] for name in kind._fields if name in data})
+        return kind(**fields_of(kind, data))
     except ValueError:
         about = f"snapshot {directory.name}" if directory.name.isdecimal() else directory.name
         hint = f"ash unlock {directory.name} drops it" if directory.name.isdecimal() else "ash tmp drops it"
@@ -9029,6 +9029,7 @@ class Repairer:
             rename(layout.undo(number), layout.rootfs(number))
             for directory in ("etc", "boot"):
                 renew_copy(layout, number, directory)
+            write_packages(layout, number, self.system.package_manager.installed(layout.rootfs(number)))
 
     def _remove_from_tree(self, number: int) -> None:
         with self.system.editing_tree() as tree:
@@ -9053,6 +9054,11 @@ class Repairer:
             if os.path.lexists(copy):
                 self.lost.take(copy)
             renew_copy(self.layout, number, directory)
+
+    def record_packages(self, number: int) -> None:
+        """Write the record of a snapshot's packages again, from its package database."""
+        with self.system.lock(number):
+            write_packages(self.layout, number, self.system.package_manager.installed(self.layout.rootfs(number)))
 
     def remove_stray(self, number: int, path: Path) -> None:
         """Remove what belongs to no snapshot."""
@@ -9171,6 +9177,7 @@ class Fsck:
         # Results by contents: many snapshots are identical, and a repair runs the checks several times.
         self._contents = Contents()
         self._known_problems: dict[int, list[str]] = {}
+        self._known_packages: dict[int, dict[str, str]] = {}
         self._known_differences: dict[tuple[int, int], str] = {}  # between a copy and a root
 
     def run(self) -> Iterator[Problem]:
@@ -9282,8 +9289,12 @@ class Fsck:
             yield from self._copy(number, directory)
         audit = self.system.package_manager.audit
         remedy = "reinstall it from the repositories" + (f" (ash run {number} {audit} tells more)" if audit else "")
-        for problem in self._package_problems(root):
+        problems = self._package_problems(root)
+        for problem in problems:
             yield Problem(problem, number, remedy, partial(repairer.repair_packages, number))
+        if not problems and read_packages(layout, number) != self._installed(root):
+            what = "its list of packages is missing or differs from the package database"
+            yield Problem(what, number, "write it again", partial(repairer.record_packages, number))
 
     def _is_writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
         """The problem of a writable subvolume, which is repaired with a lock held: the snapshot's if it is None."""
@@ -9295,6 +9306,12 @@ class Fsck:
         if content not in self._known_problems:
             self._known_problems[content] = self.system.package_manager.problems(root)
         return self._known_problems[content]
+
+    def _installed(self, root: Path) -> dict[str, str]:
+        content = self._contents.of(root)
+        if content not in self._known_packages:
+            self._known_packages[content] = self.system.package_manager.installed(root)
+        return self._known_packages[content]
 
     def _difference(self, copy: Path, root: Path, directory: str) -> str:
         """The first path at which a copy of a root's directory differs from it; empty if there is none."""
@@ -9319,13 +9336,14 @@ class Fsck:
 
     def _strays(self, numbers: Sequence[int]) -> Iterator[Problem]:
         directories = [("rootfs", "snapshot-", ""), ("rootfs", "undo-", ""), ("etc", "etc-", ""), ("boot", "boot-", "")]
-        for directory, *affixes in (*directories, ("ash/snapshots", "", "-desc")):
+        for directory, *affixes in (*directories, ("ash/snapshots", "", "-desc"), ("ash/packages", "", "")):
             for number, path in numbered(self.layout.snapshots / directory, *affixes).items():
                 if number in numbers or is_coming_or_going(self.layout.work(number)):
                     continue
                 if number in self.system.tree() or not os.path.lexists(path):  # created or deleted meanwhile
                     continue
-                what = f"{path.name} belongs to no snapshot in the tree"
+                name = f"packages/{number}" if path == self.layout.packages(number) else path.name
+                what = f"{name} belongs to no snapshot in the tree"
                 if is_whole(self.layout.rootfs(number)):
                     adopt = partial(self.repairer.adopt, number)
                     yield Problem(what, None, f"add snapshot {number} to the tree at the top level", adopt)

@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ash import RECOVER_UNIT, btrfs_partition
+from ash import RECOVER_UNIT, btrfs_partition, load_distro
 from installer import executable
 from tests.support import (
     CHECKOUT,
@@ -165,13 +165,16 @@ class System(Disk):
 
     def is_sound(self) -> None:
         """Assert that all snapshots of the tree are complete and nothing else is there. No ash may be running."""
-        tree = self.files.tree()
+        tree, manager = self.files.tree(), load_distro(DISTRIBUTION).package_manager
         subvolumes, writable = set(self.subvolumes()), self.files.writable()
         of_tree = set()
         for number in tree:
             parts = {f"rootfs/snapshot-{number}", f"etc/etc-{number}", f"boot/boot-{number}"}
             of_tree |= {f"{SNAPSHOTS}/{part}" for part in parts}
             assert (self.files.state / f"snapshots/{number}-desc").is_file(), f"{number} has no description"
+            recorded = json.loads((self.files.state / f"packages/{number}").read_text())
+            installed = manager.installed(self.root(number))
+            assert recorded == installed, f"the list of packages of {number} is not that of its database"
         assert of_tree <= subvolumes, f"missing: {of_tree - subvolumes}"
         assert not of_tree & writable, f"writable: {of_tree & writable}"
         numbered = {p for p in subvolumes if re.search(r"-\d+$", p) and "/lost+found/" not in p}

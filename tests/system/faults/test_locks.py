@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, subvolume_at, taker_of
+from ash import Lock, btrfs_partition, create_subvolume, delete_subvolume, is_subvolume, locker_of, subvolume_at
 from tests.support import ASH, DONE, LOCKED, OURS_IN_RUN, REFUSED, RUN_AND_KILL, Disk, kill_hard, program, wait_until
 from tests.system.disk_system import Machine, System, installed_ash
 
@@ -79,8 +79,8 @@ def test_everybody_sees_who_works_and_nobody_else_can_take_his_lock(system: Syst
     lock = system.files.state / f"work/{snapshot}/lock"
     with system.at_work(snapshot, "touch /etc/mark") as work:
         assert lock.stat().st_mode & 0o777 == 0o600
-        assert taker_of(lock) == work.process.pid
-    assert taker_of(lock) is None
+        assert locker_of(lock) == work.process.pid
+    assert locker_of(lock) is None
 
 
 def test_a_subvolume_that_is_deleted_while_it_is_looked_at_is_none(system: System) -> None:

@@ -303,6 +303,16 @@ def test_an_invalid_description_is_replaced(system: System, snapshot: int, odd: 
     assert os.path.lexists(lost / f"ash/snapshots/{path.name}")
 
 
+@pytest.mark.parametrize("text", [None, "", '{"libc6": "1"}'])
+def test_a_list_of_packages_is_written_again(system: System, snapshot: int, text: str | None) -> None:
+    path = system.files.state / f"packages/{snapshot}"
+    before = path.read_text()
+    path.unlink() if text is None else path.write_text(text)
+    assert system.ash("--json", "list", snapshot).json["packages"] or text
+    repairs(system, "its list of packages is missing or differs", snapshot)
+    assert path.read_text() == before
+
+
 def test_a_stray_description_moves_to_lost_and_found(system: System) -> None:
     path = system.files.state / "snapshots/4711-desc"
     path.write_text("precious\n")
@@ -314,18 +324,18 @@ def test_a_stray_description_moves_to_lost_and_found(system: System) -> None:
 def test_leftovers_of_a_live_change_with_a_damaged_intent_are_kept(system: System, snapshot: int) -> None:
     """They include the only copy of the running deployment as it was before."""
     live = system.files.state / "work/live"
-    (live / "upper").mkdir(parents=True)
+    (live / "private/upper").mkdir(parents=True)
     for name in (live / "before", system.root("chrlive")):
         program("btrfs", "subvolume", "snapshot", system.root(snapshot), name)
         with (name / "etc/mark").open("w") as mark:
             mark.write(name.name)
     program("btrfs", "property", "set", "-ts", live / "before", "ro", "true")
-    (live / "upper/new").write_text("x")
+    (live / "private/upper/new").write_text("x")
     (live / "intent").write_text("torn")
     lost = repairs(system, "a live change was interrupted")
     assert (lost / "ash/work/live/before/etc/mark").read_text() == "before"
     assert (lost / "rootfs/snapshot-chrlive/etc/mark").read_text() == "snapshot-chrlive"
-    assert (lost / "ash/work/live/upper/new").read_text() == "x"
+    assert (lost / "ash/work/live/private/upper/new").read_text() == "x"
     assert not system.remains()
 
 
