@@ -3309,7 +3309,7 @@ SUBORDINATES = 65536  # the size of the range that useradd gives a user
 class AccountFile:
     """A passwd, group, shadow, gshadow, subuid or subgid file, as rows of fields.
 
-    Lines that are no accounts, such as comments and NIS entries, are rows too, so that str() restores the text.
+    Lines that are not accounts, such as comments and NIS entries, are rows too, so that str() restores the text.
 
     Args:
         name: the file's name.
