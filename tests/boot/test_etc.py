@@ -11,7 +11,7 @@ from tests.support import Disk
 pytestmark = [pytest.mark.boot, pytest.mark.budget(260)]
 
 
-def test_edits_of_the_running_system_go_along(disk: Disk, boot: Boot) -> None:
+def test_edits_of_the_running_system_are_carried(disk: Disk, boot: Boot) -> None:
     disk.ash("clone", 0)
     disk.ash("install", 1, "chrony")
     disk.ash("run", 1, "sh", "-c", "echo of the snapshot >> /etc/issue")

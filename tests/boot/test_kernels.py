@@ -11,7 +11,7 @@ from tests.support import Disk
 pytestmark = [pytest.mark.boot, pytest.mark.budget(280)]
 
 
-def test_siblings_with_different_kernels_start_in_turn(disk: Disk, boot: Boot) -> None:
+def test_siblings_with_different_kernels_boot_in_turn(disk: Disk, boot: Boot) -> None:
     disk.clone()
     disk.clone()
     (generic,) = kernels(disk, 1)

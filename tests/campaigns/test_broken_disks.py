@@ -26,9 +26,9 @@ def test_a_disk_that_fails_loses_nothing(scene: Scene, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_disk_without_any_room_loses_nothing(scene: Scene, name: str) -> None:
+def test_a_disk_without_a_free_block_loses_nothing(scene: Scene, name: str) -> None:
     scene.fails_without_any_room(name)
 
 
-def test_what_frees_space_works_where_there_is_none_at_all(scene: Scene) -> None:
+def test_commands_that_free_space_work_without_any_space(scene: Scene) -> None:
     scene.works_without_room("del", "undo", "tmp", "unlock", "recover")

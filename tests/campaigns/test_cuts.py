@@ -35,7 +35,7 @@ def test_a_power_cut_at_each_step(scene: Scene, name: str, record_property: Reco
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_any_time(scene: Scene, name: str, record_property: Record) -> None:
+def test_killed_at_random_times(scene: Scene, name: str, record_property: Record) -> None:
     tried = scene.tried(COMMANDS[name])
     usual = seconds(scene, name)
     chance = random.Random(name)

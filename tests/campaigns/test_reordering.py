@@ -55,7 +55,7 @@ def disks(log: Log, disk: Path, directory: Path, chance: random.Random) -> Itera
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_disk_that_keeps_only_what_was_flushed(
+def test_power_cuts_with_reordered_writes_lose_nothing(
     scene: Scene, name: str, record_property: Callable[[str, object], None]
 ) -> None:
     tried, cuts = scene.tried(COMMANDS[name]), 0

@@ -25,7 +25,7 @@ def mark(system: System, snapshot: int) -> str:
     return path.read_text().strip() if path.exists() else ""
 
 
-def test_clone_tree_copies_all_below_with_their_descriptions(system: System, snapshot: int) -> None:
+def test_clone_tree_copies_all_branches_with_their_descriptions(system: System, snapshot: int) -> None:
     one, two = system.branch(snapshot), system.branch(snapshot)
     deep = number(system, "branch", one, "-d", "deep one")
     system.shell(deep, "echo deep > /etc/mark")
@@ -54,7 +54,7 @@ def test_clone_tree_of_a_branch_stays_next_to_it(system: System, snapshot: int) 
     assert tree[copies[str(below)]] == copies[str(branch)]
 
 
-def test_clone_tree_of_the_base_gives_its_branches_too(system: System) -> None:
+def test_clone_tree_of_the_base_copies_its_branches_too(system: System) -> None:
     branch = system.branch(0)
     copies = system.ash("--json", "clone-tree", 0).json["copies"]
     tree = tree_of(system)
@@ -62,7 +62,7 @@ def test_clone_tree_of_the_base_gives_its_branches_too(system: System) -> None:
     assert tree[copies[str(branch)]] == copies["0"]
 
 
-def test_cbranch_and_ubranch_put_the_copy_where_they_say(system: System, snapshot: int) -> None:
+def test_cbranch_and_ubranch_put_the_copy_below_the_right_parent(system: System, snapshot: int) -> None:
     branch = system.branch(snapshot)
     system.shell(branch, "echo b > /etc/mark")
     other = system.clone()
@@ -78,7 +78,7 @@ def test_cbranch_and_ubranch_put_the_copy_where_they_say(system: System, snapsho
     system.ash("ubranch", other, status=USAGE)
 
 
-def test_tree_run_goes_through_all_and_names_what_failed(system: System, snapshot: int) -> None:
+def test_tree_run_runs_in_every_branch_and_reports_failures(system: System, snapshot: int) -> None:
     good, bad = system.branch(snapshot), system.branch(snapshot)
     below = system.branch(bad)
     outside = system.clone()
@@ -95,7 +95,7 @@ def test_tree_run_goes_through_all_and_names_what_failed(system: System, snapsho
     system.ash("tree-run", outside, status=USAGE)
 
 
-def test_nuke_deletes_the_remains_of_a_damaged_snapshot_too(system: System, snapshot: int) -> None:
+def test_nuke_deletes_what_is_left_of_a_damaged_snapshot(system: System, snapshot: int) -> None:
     program("btrfs", "subvolume", "delete", system.root(snapshot))
     system.root(snapshot).mkdir()  # as a copy tool leaves it
     (system.root(snapshot) / "etc").mkdir()

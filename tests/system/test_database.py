@@ -69,7 +69,7 @@ def installed(system: System) -> Installed:
     return Installed(system)
 
 
-def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: Installed) -> None:
+def test_the_shared_var_names_no_package_of_only_one_sibling(installed: Installed) -> None:
     system, apt = installed.system, DISTRO.package_manager
     root = system.root(installed.with_packages)
     there = apt.installed(root)
@@ -99,7 +99,7 @@ def test_nothing_in_the_shared_var_names_what_only_one_sibling_has(installed: In
     assert not unlisted, "\n".join(f"/var/{path} names {', '.join(named)}" for path, named in unlisted.items())
 
 
-def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> None:
+def test_the_databases_symlinks_resolve_in_both_siblings(installed: Installed) -> None:
     system = installed.system
     for name in DISTRO.package_manager.database:
         link = system.files.var / name
@@ -108,7 +108,7 @@ def test_links_of_the_database_lead_somewhere_in_both(installed: Installed) -> N
             assert (system.root(snapshot) / os.readlink(link).lstrip("/")).is_dir()
 
 
-def test_the_sibling_has_noticed_nothing(installed: Installed) -> None:
+def test_the_sibling_is_unaffected(installed: Installed) -> None:
     system = installed.system
     assert everything_below(system.root(installed.sibling) / "usr/share/ash/db") == installed.database_before
     system.shell(
@@ -127,7 +127,7 @@ def test_the_tools_of_the_packages_know_their_own_records(installed: Installed) 
     )
 
 
-def test_a_module_of_dkms_is_installed_and_known_to_be(installed: Installed) -> None:
+def test_a_dkms_module_is_installed_and_registered(installed: Installed) -> None:
     """dkms compares paths in its directory with where links of that directory lead."""
     files = "; ".join(f"printf '{text}' > {name}" for name, text in DKMS.items())
     script = f"mkdir /usr/src/ashtest-1; cd /usr/src/ashtest-1; {files}; kernel=$(ls /lib/modules | tail -n 1); "
@@ -140,7 +140,7 @@ def test_a_module_of_dkms_is_installed_and_known_to_be(installed: Installed) -> 
     assert re.search(r"^ashtest/1, .*: installed$", said.stdout, re.MULTILINE), said
 
 
-def test_purging_in_one_leaves_the_other_whole(installed: Installed) -> None:
+def test_a_purge_in_one_sibling_does_not_affect_the_other(installed: Installed) -> None:
     system = installed.system
     few = "libpam-pwquality wamerican"
     system.shell(installed.sibling, f"{APT} install {few}")
@@ -155,7 +155,7 @@ def test_purging_in_one_leaves_the_other_whole(installed: Installed) -> None:
     assert {path for path in before.keys() - after.keys() if not path.startswith("apt/")} == set()
 
 
-def test_marks_of_apt_are_the_snapshots_own(installed: Installed) -> None:
+def test_apt_marks_belong_to_the_snapshot(installed: Installed) -> None:
     system = installed.system
     own = "usr/share/ash/db/apt/extended_states"
     assert not os.path.lexists(system.files.var / "lib/apt/extended_states")

@@ -102,7 +102,7 @@ def shuffle(top: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_btrfs_says_has_changed_is_what_has(system: System, seed: int) -> None:
+def test_btrfs_and_a_full_comparison_find_the_same_changes(system: System, seed: int) -> None:
     chance = random.Random(seed)
     work = system.files.top / f"random-{seed}"
     program("btrfs", "subvolume", "create", work)

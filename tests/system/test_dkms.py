@@ -98,31 +98,31 @@ def test_a_module_is_built_for_the_kernel_of_its_snapshot(
     assert built(system, snapshot, "ashgood") == []
 
 
-def test_without_headers_nothing_is_built_until_they_come(
+def test_without_headers_modules_are_built_when_they_are_installed(
     system: System, without_headers: int, with_headers: int
 ) -> None:
     assert built(system, without_headers, "ashfirst") == []
     assert built(system, with_headers, "ashfirst") == [kernel_of(system, with_headers)]
 
 
-def test_the_kernel_that_runs_does_not_matter(system: System, beside_the_running_kernel: int, tmp_path: Path) -> None:
+def test_the_running_kernel_does_not_matter(system: System, beside_the_running_kernel: int, tmp_path: Path) -> None:
     system.ash("install", beside_the_running_kernel, module(tmp_path, "ashgood"))
     assert built(system, beside_the_running_kernel, "ashgood") == [kernel_of(system, beside_the_running_kernel)]
 
 
-def test_a_module_that_is_not_for_the_kernel_is_left_out(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_a_module_that_excludes_the_kernel_is_skipped(system: System, snapshot: int, tmp_path: Path) -> None:
     other = module(tmp_path, "ashother", conf='BUILD_EXCLUSIVE_KERNEL="^2[.]4"\n')
     system.ash("install", snapshot, other)
     assert built(system, snapshot, "ashother") == []
 
 
-def test_a_module_that_cannot_be_built_changes_nothing(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_a_failed_module_build_changes_nothing(system: System, snapshot: int, tmp_path: Path) -> None:
     with system.nothing_changes():
         outcome = system.ash("install", snapshot, module(tmp_path, "ashbad", BAD), status=FAILED)
     assert "this was not written for your kernel" in outcome.stderr  # dkms' log goes with the transaction
 
 
-def test_nor_where_only_ash_builds_it(system: System, beside_the_running_kernel: int, tmp_path: Path) -> None:
+def test_a_failed_module_build_by_ash_changes_nothing(system: System, beside_the_running_kernel: int, tmp_path: Path) -> None:
     kernel = kernel_of(system, beside_the_running_kernel)
     with system.nothing_changes():
         outcome = system.ash("install", beside_the_running_kernel, module(tmp_path, "ashbad", BAD), status=FAILED)

@@ -95,7 +95,7 @@ def test_a_snapshot_is_deployed_again_only_after_an_edit(machine: Machine, snaps
     assert (answer["changed"], answer["carried"]) == (True, ["later"])
 
 
-def test_a_fresh_etc_is_the_snapshots_with_the_machines_identity(machine: Machine, snapshot: int) -> None:
+def test_a_fresh_etc_has_the_snapshots_files_and_the_machines_identity(machine: Machine, snapshot: int) -> None:
     etc = machine.etc
     (etc / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
     (etc / "ssh").mkdir(exist_ok=True)
@@ -325,6 +325,6 @@ def test_rollback_keeps_the_running_system_with_its_etc(machine: Machine) -> Non
     assert (machine.next_etc / "own").read_text() == "mine\n"
 
 
-def test_after_all_this_nothing_is_damaged(system: System) -> None:
+def test_fsck_finds_nothing_afterwards(system: System) -> None:
     """The last test of this module."""
     assert system.ash("--json", "fsck").json["damage"] == []

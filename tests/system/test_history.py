@@ -23,7 +23,7 @@ def entries_of(system: System, command: str, snapshot: int) -> list[dict[str, An
     return [entry for entry in history if entry["command"] == command]
 
 
-def test_a_change_is_done_though_it_cannot_be_noted(system: System, snapshot: int) -> None:
+def test_a_change_succeeds_even_if_the_history_cannot_be_written(system: System, snapshot: int) -> None:
     with Lock(system.files.state / "work/state/lock", "the test"):
         system.ash("run", snapshot, "touch", "/etc/mark")
     assert (system.root(snapshot) / "etc/mark").exists()
@@ -60,7 +60,7 @@ def test_every_change_of_every_command_is_in_the_history(system: System, snapsho
     assert "^ash-test-log" in system.ash("log", snapshot).stdout
 
 
-def test_the_history_tells_how_each_snapshot_came_to_be(system: System, snapshot: int) -> None:
+def test_the_history_records_the_origin_of_each_snapshot(system: System, snapshot: int) -> None:
     child = system.branch(snapshot)
     for words in (["cbranch", child], ["ubranch", child, 0], ["clone-tree", child], ["clone-tree", snapshot], ["new"]):
         system.ash(*words)
@@ -106,7 +106,7 @@ def test_packages_of_several_snapshots_are_in_the_history(system: System, snapsh
     assert "+ash-test-two" in system.ash("log", other).stdout
 
 
-def test_what_was_done_before_another_failed_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_changes_before_a_failure_are_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
     broken = system.clone()
     deb = make_deb(tmp_path, "ash-test-part", preinst=FAILS_HERE)
     system.shell(broken, "touch /etc/fail-here")
@@ -119,7 +119,7 @@ def test_what_was_done_before_another_failed_is_in_the_history(system: System, s
     assert failed["result"] != "done"
 
 
-def test_what_was_done_when_ctrl_c_came_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_changes_before_ctrl_c_are_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
     deb = make_deb(tmp_path, "ash-test-late")
     ended = system.with_hooks({"interrupt": "remove merged"}, "install", snapshot, str(deb))
     assert ended.returncode == INTERRUPTED, ended
@@ -129,7 +129,7 @@ def test_what_was_done_when_ctrl_c_came_is_in_the_history(system: System, snapsh
     assert done["packages"]["added"] == {"ash-test-late": "1"}
 
 
-def test_what_another_ash_finishes_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_changes_finished_by_recovery_are_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:
     deb = make_deb(tmp_path, "ash-test-killed")
     system.killed_before("exchange", "install", snapshot, str(deb))
     system.ash("recover")
@@ -141,7 +141,7 @@ def test_what_another_ash_finishes_is_in_the_history(system: System, snapshot: i
     assert entry["packages"]["added"] == {"ash-test-killed": "1"}
 
 
-def test_a_snapshot_of_which_another_ash_writes_the_birth(system: System, snapshot: int) -> None:
+def test_the_birth_of_a_snapshot_may_be_recorded_by_recovery(system: System, snapshot: int) -> None:
     system.killed_before("remove intent", "branch", snapshot)
     system.ash("recover")
     (entry,) = entries_of(system, "branch", snapshot + 1)
@@ -163,7 +163,7 @@ def test_the_history_of_one_snapshot_and_who_did_it(
     assert all(entry["command"] != "run" for entry in system.ash("--json", "log", snapshot).json["history"])
 
 
-def test_a_torn_line_of_the_history_is_passed_over(system: System, snapshot: int) -> None:
+def test_a_torn_line_of_the_history_is_skipped(system: System, snapshot: int) -> None:
     with (system.files.state / "history").open("a") as history:
         history.write('{"time": "2026-01-0')
     before = len(system.ash("--json", "log").json["history"])
@@ -182,7 +182,7 @@ def test_sub_lists_the_subvolumes_of_the_distribution(system: System, snapshot: 
     assert f"rootfs/undo-{snapshot}" in system.ash("sub").stdout
 
 
-def test_status_tells_what_is_next_and_what_is_under_way(system: System, snapshot: int) -> None:
+def test_status_shows_the_next_boot_and_running_changes(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot)
     status = system.ash("--json", "status").json
     assert (status["next"]["snapshot"], status["next"]["slot"]) == (snapshot, system.files.default_slot())

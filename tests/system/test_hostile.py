@@ -80,7 +80,7 @@ def history_is_whole(system: System) -> None:
     shown(system, "--json", "log")
 
 
-def test_a_description_is_a_text(system: System) -> None:
+def test_a_hostile_description_is_only_text(system: System) -> None:
     number = system.clone()
     lines = len(shown(system, "tree").stdout.split("\n"))
     for text in [*TEXTS[1::3], "x" * 10_000]:
@@ -141,7 +141,7 @@ def test_files_of_a_snapshot_may_have_any_name(system: System, snapshot: int) ->
     history_is_whole(system)
 
 
-def test_what_fsck_finds_may_have_any_name(system: System, snapshot: int) -> None:
+def test_stray_subvolumes_may_have_any_name(system: System, snapshot: int) -> None:
     copy = system.files.etc(snapshot)
     program("btrfs", "property", "set", "-ts", copy, "ro", "false")
     for text in TEXTS[1:3]:
@@ -156,7 +156,7 @@ def test_what_fsck_finds_may_have_any_name(system: System, snapshot: int) -> Non
     program("btrfs", "property", "set", "-ts", copy, "ro", "true")
 
 
-def test_what_is_changed_in_the_running_etc_may_have_any_name(system: System, snapshot: int) -> None:
+def test_drifted_files_may_have_any_name(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot, "--fresh-etc")
     machine = Machine(system)
     machine.boot()
@@ -217,7 +217,7 @@ def test_a_package_file_may_have_any_name(system: System, snapshot: int, tmp_pat
     history_is_whole(system)
 
 
-def test_two_package_files_of_one_name_are_two(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_package_files_with_the_same_name_are_told_apart(system: System, snapshot: int, tmp_path: Path) -> None:
     files = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -235,7 +235,7 @@ def test_the_package_database_may_have_any_text(system: System, snapshot: int) -
         shown(system, *words)
 
 
-def test_arguments_are_handed_on_as_they_are(system: System, snapshot: int) -> None:
+def test_arguments_are_passed_on_unchanged(system: System, snapshot: int) -> None:
     system.ash("run", snapshot, "sh", "-c", 'printf "%s|" "$@" > /etc/given', "sh", *TEXTS)
     given = os.fsdecode((system.root(snapshot) / "etc/given").read_bytes())
     assert given == "".join(f"{text}|" for text in TEXTS)
@@ -249,7 +249,7 @@ def test_arguments_are_handed_on_as_they_are(system: System, snapshot: int) -> N
     history_is_whole(system)
 
 
-def test_status_names_what_runs_whatever_it_is(system: System, snapshot: int) -> None:
+def test_status_shows_hostile_names_safely(system: System, snapshot: int) -> None:
     before = len(shown(system, "status").stdout.split("\n"))
     with system.at_work(snapshot, ": " + " ".join(map(shlex.quote, TEXTS))):
         assert len(shown(system, "status").stdout.split("\n")) == before + 1

@@ -191,7 +191,7 @@ class Model(RuleBasedStateMachine):
         assert self.system.ash("--json", "fsck").json["damage"] == []
 
 
-def test_any_sequence_of_commands_leaves_what_the_model_says(image: Path, tmp_path: Path) -> None:
+def test_any_sequence_of_commands_matches_the_model(image: Path, tmp_path: Path) -> None:
     Model.image, Model.directory = image, tmp_path
     chosen = settings(
         max_examples=SEQUENCES,

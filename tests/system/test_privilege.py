@@ -60,7 +60,7 @@ def below(directory: Path, mode: int) -> None:
     assert not stat.S_IMODE(directory.stat().st_mode) & ~mode, f"{directory} is {directory.stat().st_mode:o}"
 
 
-def test_a_file_is_never_more_readable_than_what_it_is_a_copy_of(
+def test_a_copy_is_never_more_readable_than_its_original(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "key"
@@ -92,7 +92,7 @@ def test_a_file_is_never_more_readable_than_what_it_is_a_copy_of(
     assert made == [0o600]
 
 
-def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
+def test_a_copy_does_not_follow_a_symlink_planted_by_the_directorys_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The owner of a directory in /var replaces the new file by a link before its mode is set."""
@@ -115,7 +115,7 @@ def test_a_copy_does_not_follow_what_its_folders_owner_puts_in_its_place(
     assert os.listxattr(victim) == []
 
 
-def test_what_a_file_is_replaced_by_while_it_is_copied_is_not_read(
+def test_a_file_replaced_while_it_is_copied_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The owner of its directory puts a link or a pipe in its place, after it was looked at."""
@@ -154,7 +154,7 @@ def test_what_a_file_is_replaced_by_while_it_is_copied_is_not_read(
     assert os.getxattr(target, "user.x") == b"own"
 
 
-def test_nobody_reaches_what_a_transaction_writes_to_var(system: System, snapshot: int) -> None:
+def test_users_cannot_reach_what_a_transaction_writes_to_var(system: System, snapshot: int) -> None:
     """What is everybody's to write in, such as /var/tmp, would be so in a place that root copies from."""
     with system.at_work(snapshot, "touch /var/tmp/x"):
         work = system.files.state / "work" / str(snapshot)
@@ -166,7 +166,7 @@ def test_nobody_reaches_what_a_transaction_writes_to_var(system: System, snapsho
             assert any(parent.stat().st_mode & 0o77 == 0 and parent.stat().st_uid == 0 for parent in closed)
 
 
-def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
+def test_a_private_directory_in_var_is_private_before_it_is_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upper, origin, live = (tmp_path / name for name in ("upper", "origin", "live"))
@@ -192,7 +192,7 @@ def test_a_private_folder_of_var_is_private_before_anything_is_in_it(
     assert VarMerge(upper, origin, live, DISTRO.package_manager, tmp_path, delete=()).token != merge.token
 
 
-def test_what_is_secret_stays_so_wherever_it_is_copied_to(machine: Machine, snapshot: int) -> None:
+def test_secrets_stay_secret_wherever_they_are_copied(machine: Machine, snapshot: int) -> None:
     system, etc = machine.system, machine.etc
     system.shell(
         snapshot,
@@ -303,7 +303,7 @@ def link(system: System, snapshot: int, links: dict[str, Path | str]) -> None:
     system.shell(snapshot, "\n".join(lines))
 
 
-def test_links_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outside: Path) -> None:
+def test_symlinks_in_place_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outside: Path) -> None:
     system = machine.system
     number = system.clone()
     up = "../" * 20
@@ -327,7 +327,7 @@ def test_links_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outs
     ],
     ids=" ".join,
 )
-def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
+def test_symlinks_in_place_of_a_snapshots_directories_do_not_lead_out_of_it(
     system: System, snapshot: int, outside: Path, links: dict[str, str]
 ) -> None:
     """A mutable snapshot is changed without ash's seeing to it."""
@@ -350,7 +350,7 @@ def test_links_of_a_snapshots_folders_do_not_lead_out_of_it(
     assert copies_in(system) == []
 
 
-def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System, snapshot: int, outside: Path) -> None:
+def test_paths_in_a_package_list_are_resolved_inside_the_snapshot(system: System, snapshot: int, outside: Path) -> None:
     """Whether there is something in a directory of the host is told to nobody."""
     system.ash("mutable", snapshot)
     root = system.root(snapshot)
@@ -361,7 +361,7 @@ def test_what_a_list_of_files_names_is_looked_for_in_the_snapshot(system: System
     assert DISTRO.package_manager.problems(root) == ["package less lacks /usr/led/secret (2 files)"]
 
 
-def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system: System, snapshot: int) -> None:
+def test_symlinks_in_place_of_mount_points_do_not_lead_out_of_the_snapshot(system: System, snapshot: int) -> None:
     system.ash("mutable", snapshot)
     root = system.root(snapshot)
     for name in ("dev", "proc", "run", "sys", "tmp", "var"):
@@ -377,7 +377,7 @@ def test_links_where_ash_mounts_something_do_not_lead_out_of_the_snapshot(system
 
 
 @pytest.mark.parametrize("name", ash.ID_FILES)
-def test_accounts_that_get_other_numbers_are_those_of_the_snapshot(tmp_path: Path, name: str) -> None:
+def test_only_accounts_of_the_snapshot_are_renumbered(tmp_path: Path, name: str) -> None:
     line = "ada:1000:65536\n" if name.startswith("sub") else "ada:x:1000:1000:::\n"
     (tmp_path / "host").write_text(line)
     (tmp_path / "root/etc").mkdir(parents=True)
@@ -387,7 +387,7 @@ def test_accounts_that_get_other_numbers_are_those_of_the_snapshot(tmp_path: Pat
 
 
 @pytest.mark.parametrize("directory", ["etc", "boot"])
-def test_a_snapshot_without_a_folder_for_its_configuration_is_not_made(
+def test_a_symlink_in_place_of_a_configuration_directory_is_refused(
     system: System, snapshot: int, outside: Path, directory: str
 ) -> None:
     with system.nothing_changes():
@@ -395,14 +395,14 @@ def test_a_snapshot_without_a_folder_for_its_configuration_is_not_made(
     assert f"/{directory} of snapshot" in refused.error
 
 
-def test_links_of_mutable_folders_do_not_lead_out_of_them(system: System, snapshot: int, outside: Path) -> None:
+def test_symlinks_in_mutable_directories_do_not_lead_out_of_them(system: System, snapshot: int, outside: Path) -> None:
     system.shell(snapshot, "echo mutable_dirs_shared::srv > /etc/ash.conf")
     system.shell(snapshot, f"ln -s {outside} /srv/x; echo mutable_dirs_shared::srv/x > /etc/ash.conf")
     assert tried(system, "run", snapshot, "touch", "/srv/x/new") != 0
     assert tried(system, "deploy", snapshot) != 0
 
 
-def test_a_link_put_into_var_meanwhile_is_not_followed(system: System, snapshot: int, outside: Path) -> None:
+def test_a_symlink_planted_in_var_is_not_followed(system: System, snapshot: int, outside: Path) -> None:
     """Neither in an entry, nor in a cache, nor in a log, nor where the directory of entries was."""
     var = system.files.var
     places = ["lib/led", "cache/man/led", "log/apt/led", "www/led/deep", "spool/led"]
@@ -419,7 +419,7 @@ def test_a_link_put_into_var_meanwhile_is_not_followed(system: System, snapshot:
 
 
 @pytest.mark.parametrize("place", ["lib/ash", "lib/ash/conflicts"])
-def test_the_conflicts_folder_is_where_it_belongs(machine: Machine, snapshot: int, outside: Path, place: str) -> None:
+def test_the_conflicts_directory_cannot_be_redirected(machine: Machine, snapshot: int, outside: Path, place: str) -> None:
     system = machine.system
     system.shell(snapshot, "echo theirs > /etc/motd")
     (machine.etc / "motd").write_text("mine\n")
@@ -430,7 +430,7 @@ def test_the_conflicts_folder_is_where_it_belongs(machine: Machine, snapshot: in
     assert not (system.files.var / place).is_symlink()
 
 
-def test_a_private_folder_is_a_new_one(tmp_path: Path) -> None:
+def test_a_private_directory_is_never_an_existing_one(tmp_path: Path) -> None:
     """Two within a second do not share one."""
     directory = tmp_path / "var/lib/ash/conflicts/5-now"
     (tmp_path / "var/lib").mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_a_private_folder_is_a_new_one(tmp_path: Path) -> None:
         make_private_directory(tmp_path / "other/lib/ash/conflicts/1")
 
 
-def test_folders_of_var_do_not_become_links(system: System, snapshot: int, outside: Path) -> None:
+def test_directories_of_var_do_not_become_symlinks(system: System, snapshot: int, outside: Path) -> None:
     with system.nothing_changes():
         script = f"rm -rf /var/lib 2>/dev/null || true; ln -sfn {outside} /var/lib"
         assert "/var/lib" in system.shell(snapshot, script, status=125).error
@@ -471,7 +471,7 @@ PROGRAMS = ["btrfs", "cp", "sh", "mount", "chroot", "unshare", "grub-mkconfig", 
 
 
 @pytest.mark.parametrize("built", [False, True], ids=["ash.py", "executable"])
-def test_nothing_of_the_caller_reaches_what_root_runs(system: System, tmp_path: Path, built: bool) -> None:
+def test_the_callers_environment_does_not_reach_programs_run_as_root(system: System, tmp_path: Path, built: bool) -> None:
     hostile = fakes(tmp_path / "bin", *PROGRAMS)
     for module in ("json", "argparse", "anytree", "sitecustomize", "startup"):
         (hostile / f"{module}.py").write_text(f"open('{hostile}/ran-{module}', 'w')\nraise SystemExit(9)\n")
@@ -499,7 +499,7 @@ def test_nothing_of_the_caller_reaches_what_root_runs(system: System, tmp_path: 
     assert ran(hostile) == []
 
 
-def test_a_snapshots_programs_run_in_it_alone(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_programs_of_a_snapshot_only_run_inside_it(system: System, snapshot: int, tmp_path: Path) -> None:
     """What they would touch is not there where they belong."""
     text = f'#!/bin/bash\\ntouch {tmp_path}/ran-$(basename $0)\\nexec /bin/bash --posix \\"$@\\"\\n'
     script = f"""
@@ -513,7 +513,7 @@ def test_a_snapshots_programs_run_in_it_alone(system: System, snapshot: int, tmp
     assert ran(tmp_path) == []
 
 
-def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
+def test_a_symlink_planted_during_the_merge_of_var_is_not_followed(
     system: System, snapshot: int, tmp_path: Path
 ) -> None:
     victim = system.files.var / "lib/victim/inner"
@@ -530,7 +530,7 @@ def test_a_link_that_is_planted_while_var_is_merged_leads_nowhere(
     assert [path.read_text() for path in aside] == ["x\n"]
 
 
-def test_a_file_that_gets_another_number_is_not_another_by_then(
+def test_a_file_replaced_during_renumbering_is_not_chowned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its owner puts a link in its place the moment it is his."""
@@ -559,7 +559,7 @@ def test_a_file_that_gets_another_number_is_not_another_by_then(
 
 
 @pytest.mark.parametrize("pipe", ["etc/resolv.conf", "etc/os-release", "etc/fstab", ash.IN_ROOT_SNAP])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapshot: int, pipe: str) -> None:
+def test_a_fifo_in_place_of_a_file_does_not_block(system: System, snapshot: int, pipe: str) -> None:
     system.ash("mutable", snapshot)
     place = system.root(snapshot) / pipe
     place.unlink(missing_ok=True)
@@ -583,7 +583,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(system: System, snapsho
 
 
 @pytest.mark.parametrize("compares", [ash.is_same, ash.is_merged])
-def test_a_pipe_that_is_put_in_the_place_of_what_is_compared_is_not_waited_for(
+def test_a_fifo_planted_during_a_comparison_does_not_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compares: Callable[[Path, Path], bool]
 ) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -624,7 +624,7 @@ def make_deep(directory: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("levels", [1100, 5000])
-def test_folders_of_others_may_be_of_any_depth(system: System, snapshot: int, levels: int) -> None:
+def test_directories_of_users_may_have_any_depth(system: System, snapshot: int, levels: int) -> None:
     """Anybody can make them in /var/tmp, and none of them holds up a change."""
     deep = system.files.var / "tmp" / f"deep-{levels}"
     deep.mkdir()
@@ -642,7 +642,7 @@ def test_folders_of_others_may_be_of_any_depth(system: System, snapshot: int, le
         program("rm", "-rf", str(deep))
 
 
-def test_what_a_transaction_makes_may_be_deep(system: System, snapshot: int) -> None:
+def test_a_transaction_may_create_deep_directories(system: System, snapshot: int) -> None:
     deep = "d/" * 1100
     entry = system.files.var / f"lib/deep-{snapshot}"
     system.shell(snapshot, f"mkdir -p /var/lib/deep-{snapshot}/{deep}; touch /var/lib/deep-{snapshot}/{deep}/file")
@@ -656,7 +656,7 @@ def test_what_a_transaction_makes_may_be_deep(system: System, snapshot: int) -> 
         program("rm", "-rf", str(path))
 
 
-def test_what_a_transaction_makes_too_deep_is_refused(system: System, snapshot: int) -> None:
+def test_a_transaction_that_creates_too_deep_directories_is_refused(system: System, snapshot: int) -> None:
     system.shell(snapshot, "true")  # the first makes the reserve
     script = 'import os; os.chdir("/var/lib"); [(os.mkdir("x"), os.chdir("x")) for _ in range(5000)]'
     with system.nothing_changes():
@@ -667,7 +667,7 @@ def test_what_a_transaction_makes_too_deep_is_refused(system: System, snapshot: 
         assert system.shell(snapshot, f"python3 -c '{script}'", status=OURS_IN_RUN).error
 
 
-def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
+def test_an_unrecoverable_work_directory_does_not_block_others(
     system: System, snapshot: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = system.clone()
@@ -692,7 +692,7 @@ def test_a_work_folder_that_cannot_be_recovered_does_not_hold_up_others(
 
 
 @pytest.mark.parametrize("words", ["deploy", "carry", "etc-update"])
-def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
+def test_a_symlink_planted_during_the_carry_of_etc_is_not_followed(
     machine: Machine, snapshot: int, tmp_path: Path, words: str
 ) -> None:
     """The owner of a directory in the running /etc puts a link in its place while root copies what is in it."""
@@ -716,7 +716,7 @@ def test_a_link_that_is_planted_while_etc_is_carried_leads_nowhere(
     assert copies_in(system) == []
 
 
-def test_what_is_too_deep_in_the_running_etc_stays_there(machine: Machine, snapshot: int) -> None:
+def test_directories_too_deep_to_carry_stay_in_the_running_etc(machine: Machine, snapshot: int) -> None:
     make_deep(machine.etc, 5000)
     try:
         (machine.etc / "mark").touch()
@@ -728,7 +728,7 @@ def test_what_is_too_deep_in_the_running_etc_stays_there(machine: Machine, snaps
         program("rm", "-rf", str(machine.etc / "d"))
 
 
-def test_no_library_of_a_disk_is_used_to_look_at_it(system: System) -> None:
+def test_ash_never_imports_libraries_from_the_disk_it_inspects(system: System) -> None:
     """The host's ash may be root's, and the disk anybody's."""
     argv = [
         sys.executable,

@@ -31,7 +31,7 @@ def mark_in(system: System, snapshot: int, name: str) -> str:
 # What commits
 
 
-def test_a_command_that_ends_with_0_commits_all_that_it_wrote(system: System, snapshot: int) -> None:
+def test_exit_status_0_commits_everything(system: System, snapshot: int) -> None:
     before = system.id_of(snapshot)
     system.shell(snapshot, "echo x > /etc/mark; echo y > /usr/mark; echo z > /boot/mark; echo v > /var/lib/committed")
     assert [mark_in(system, snapshot, name) for name in ("etc/mark", "usr/mark", "boot/mark")] == ["x\n", "y\n", "z\n"]
@@ -43,7 +43,7 @@ def test_a_command_that_ends_with_0_commits_all_that_it_wrote(system: System, sn
     system.is_sound()
 
 
-def test_the_predecessor_is_kept_as_it_was(system: System, snapshot: int) -> None:
+def test_the_previous_state_is_kept_for_undo(system: System, snapshot: int) -> None:
     before = system.id_of(snapshot)
     system.shell(snapshot, "echo one > /etc/mark")
     between = system.id_of(snapshot)
@@ -57,14 +57,14 @@ def test_the_predecessor_is_kept_as_it_was(system: System, snapshot: int) -> Non
 @pytest.mark.parametrize(
     "script", ["true", "cat /etc/os-release", "echo x > /tmp/x; echo x > /run/x; touch /dev/shm/x"]
 )
-def test_where_nothing_changed_nothing_is_exchanged(system: System, snapshot: int, script: str) -> None:
+def test_without_a_change_nothing_is_exchanged(system: System, snapshot: int, script: str) -> None:
     system.shell(snapshot, "echo one > /etc/mark")
     with system.nothing_changes():
         system.shell(snapshot, script)
         assert system.ash("--json", "run", snapshot, "sh", "-c", script).json["changed"] is False
 
 
-def test_only_var_changed_keeps_the_snapshot_and_its_undo(system: System, snapshot: int) -> None:
+def test_a_change_of_var_alone_keeps_the_snapshot_and_its_undo(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo one > /etc/mark")
     before = {p: i for p, i in system.subvolumes().items() if p.endswith(f"-{snapshot}")}
     assert system.ash("--json", "run", snapshot, "sh", "-c", "echo only > /var/lib/only").json["changed"] is True
@@ -72,7 +72,7 @@ def test_only_var_changed_keeps_the_snapshot_and_its_undo(system: System, snapsh
     assert {p: i for p, i in system.subvolumes().items() if p.endswith(f"-{snapshot}")} == before
 
 
-def test_copies_of_etc_and_boot_are_only_renewed_where_they_changed(system: System, snapshot: int) -> None:
+def test_copies_of_etc_and_boot_are_only_renewed_if_changed(system: System, snapshot: int) -> None:
     before = system.subvolumes()
     system.shell(snapshot, "echo x > /usr/mark")
     after = system.subvolumes()
@@ -86,7 +86,7 @@ def test_home_and_root_are_shared_and_outside_of_the_transaction(system: System,
     assert (system.files.state / "root/kept").exists()
 
 
-def test_os_release_says_again_that_this_is_managed_by_ash(system: System, snapshot: int) -> None:
+def test_os_release_is_marked_again_after_a_change(system: System, snapshot: int) -> None:
     system.shell(
         snapshot, "sed -i /VARIANT_ID/d /usr/lib/os-release; rm -f /etc/os-release; cp /usr/lib/os-release /etc"
     )
@@ -135,17 +135,17 @@ def test_a_command_that_fails_changes_nothing(system: System, snapshot: int) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_the_status_is_the_commands_own(system: System, snapshot: int, argv: list[str], status: int) -> None:
+def test_the_exit_status_is_that_of_the_command(system: System, snapshot: int, argv: list[str], status: int) -> None:
     with system.nothing_changes():
         system.ash("run", snapshot, *argv, status=status)
 
 
-def test_a_whole_command_line_in_one_word_is_run_by_the_shell(system: System, snapshot: int) -> None:
+def test_a_command_line_in_one_argument_is_run_by_the_shell(system: System, snapshot: int) -> None:
     assert system.ash("run", snapshot, "echo $((6 * 7)) | tr 4 5").stdout == "52\n"
     system.ash("run", "-s", snapshot, "-c", "exit 6", status=6)
 
 
-def test_streams_are_the_callers_own(system: System, snapshot: int) -> None:
+def test_the_command_gets_the_callers_streams(system: System, snapshot: int) -> None:
     outcome = system.ash("run", snapshot, "sh", "-c", "cat; echo err >&2", input="typed\n")
     assert (outcome.stdout, outcome.stderr) == ("typed\n", "err\n")
 
@@ -162,7 +162,7 @@ def start_and_wait(system: System, snapshot: int, script: str) -> subprocess.Pop
     return process
 
 
-def test_kill_9_leaves_all_as_it_was_and_the_next_command_works(system: System, snapshot: int) -> None:
+def test_sigkill_changes_nothing_and_the_next_command_works(system: System, snapshot: int) -> None:
     before = system.state()
     process = start_and_wait(system, snapshot, WRITES_EVERYWHERE)
     assert processes_with("4711")
@@ -177,7 +177,7 @@ def test_kill_9_leaves_all_as_it_was_and_the_next_command_works(system: System, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_leaves_all_as_it_was(system: System, snapshot: int, number: signal.Signals) -> None:
+def test_a_signal_changes_nothing(system: System, snapshot: int, number: signal.Signals) -> None:
     with system.nothing_changes():
         process = start_and_wait(system, snapshot, WRITES_EVERYWHERE)
         process.send_signal(number)
@@ -200,7 +200,7 @@ def test_a_daemon_that_ignores_signals_dies_with_a_killed_ash(system: System, sn
     system.shell(snapshot, "true")
 
 
-def test_kill_9_at_a_random_moment_is_all_or_nothing(system: System, snapshot: int) -> None:
+def test_sigkill_at_a_random_moment_is_all_or_nothing(system: System, snapshot: int) -> None:
     began = time.monotonic()
     system.shell(snapshot, "true")
     usual = time.monotonic() - began
@@ -229,7 +229,7 @@ def test_names_are_resolved_as_outside(system: System, snapshot: int) -> None:
 
 
 @pytest.mark.parametrize("given", ["the link of the base", "a file", "nothing", "a link to nowhere"])
-def test_resolv_conf_is_as_it_was_where_nobody_edited_it(system: System, snapshot: int, given: str) -> None:
+def test_an_unedited_resolv_conf_does_not_change(system: System, snapshot: int, given: str) -> None:
     make = {
         "the link of the base": "true",
         "a file": "rm /etc/resolv.conf; echo nameserver 192.0.2.7 > /etc/resolv.conf",
@@ -255,12 +255,12 @@ def test_an_edit_of_resolv_conf_is_committed(system: System, snapshot: int) -> N
     assert path.read_text().endswith("nameserver 192.0.2.1\n")
 
 
-def test_an_edit_of_resolv_conf_in_a_failed_transaction_is_not(system: System, snapshot: int) -> None:
+def test_an_edit_of_resolv_conf_in_a_failed_transaction_is_dropped(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         system.shell(snapshot, "echo x > /etc/resolv.conf; exit 1", status=FAILED)
 
 
-def test_resolv_conf_leads_to_nothing_outside(system: System, snapshot: int) -> None:
+def test_a_symlink_as_resolv_conf_does_not_lead_out_of_the_root(system: System, snapshot: int) -> None:
     system.shell(snapshot, "ln -sf ../../../../../../../../../../etc/hostname-of-the-host /etc/resolv.conf")
     system.shell(snapshot, "cat /etc/resolv.conf > /dev/null")
     assert program("ls", "/etc/hostname-of-the-host", status=2) == ""

@@ -30,7 +30,7 @@ def snapshots_on(disk: Disk) -> set[int]:
     return numbers
 
 
-def test_a_new_system_has_the_base_alone_and_it_is_deployed(disk: Disk) -> None:
+def test_a_new_system_has_only_the_base_and_it_is_deployed(disk: Disk) -> None:
     assert snapshots_on(disk) == {0}
     (base,) = disk.ash("--json", "tree").json["tree"]
     assert base["deployed"]
@@ -39,7 +39,7 @@ def test_a_new_system_has_the_base_alone_and_it_is_deployed(disk: Disk) -> None:
     assert [line for line in shown if "0*" in line] == [line for line in shown if "base" in line]
 
 
-def test_snapshots_are_made_where_they_belong(disk: Disk) -> None:
+def test_new_snapshots_have_the_right_parent(disk: Disk) -> None:
     clone = disk.clone()
     branch = disk.branch(clone)
     new = int(disk.ash("-q", "new", "-d", "from", "the", "base").stdout)
@@ -86,13 +86,13 @@ def test_descriptions_are_data(disk: Disk) -> None:
         assert "reboot" in files.grub_cfg.read_text()
 
 
-def test_terminal_sequences_of_a_description_are_shown_not_sent(disk: Disk) -> None:
+def test_terminal_escapes_in_a_description_are_shown_not_sent(disk: Disk) -> None:
     disk.clone()
     disk.ash("desc", 1, "red \x1b[31m text")
     assert "\x1b" not in disk.ash("tree").stdout
 
 
-def test_del_takes_a_snapshot_with_its_branches_and_leaves_nothing(disk: Disk) -> None:
+def test_del_deletes_a_snapshot_with_its_branches_and_leaves_nothing(disk: Disk) -> None:
     disk.clone()
     disk.branch(1)
     disk.branch(2)
@@ -109,7 +109,7 @@ def test_del_takes_a_snapshot_with_its_branches_and_leaves_nothing(disk: Disk) -
         assert {path.name for path in (files.state / "work").iterdir()} & {"1", "2", "3"} == set()
 
 
-def test_del_is_whole_or_not_at_all(disk: Disk) -> None:
+def test_del_is_all_or_nothing(disk: Disk) -> None:
     for _ in range(3):
         disk.clone()
     disk.ash("deploy", 2)
@@ -120,7 +120,7 @@ def test_del_is_whole_or_not_at_all(disk: Disk) -> None:
         assert snapshots_on(disk) == {0, 1, 2, 3}
 
 
-def test_a_tree_with_the_deployed_snapshot_in_it_stays(disk: Disk) -> None:
+def test_a_tree_that_contains_the_deployed_snapshot_is_not_deleted(disk: Disk) -> None:
     disk.clone()
     disk.branch(1)
     disk.ash("deploy", 2)
@@ -128,7 +128,7 @@ def test_a_tree_with_the_deployed_snapshot_in_it_stays(disk: Disk) -> None:
     assert snapshots_on(disk) == {0, 1, 2}
 
 
-def test_old_quiet_del_asks_nothing(disk: Disk) -> None:
+def test_del_with_q_does_not_ask(disk: Disk) -> None:
     disk.clone()
     disk.ash("-q", "del", 1)
     assert snapshots_on(disk) == {0}
@@ -198,7 +198,7 @@ def test_no_change_from_inside_a_chroot(disk: Disk) -> None:
         assert "Tree" in program(*argv, "help")
 
 
-def test_a_mounted_system_works_as_an_image_does(disk: Disk) -> None:
+def test_a_mounted_system_works_like_an_image(disk: Disk) -> None:
     with disk.files() as files:
         for directory in (files.top, files.snapshots):
             made = program(*ASH, "--json", "--root", directory, "clone", "0")
@@ -216,7 +216,7 @@ def test_the_installed_ash_is_the_same_program(disk: Disk) -> None:
     assert disk.ash("version").stdout.startswith("ash ")
 
 
-def test_what_is_no_system_is_told_apart(tmp_path: Path) -> None:
+def test_errors_tell_apart_what_is_not_a_system(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing.img"
     nothing.write_bytes(b"\0" * 4096)
     assert "btrfs" in Disk(nothing).ash("tree", status=FAILED).error

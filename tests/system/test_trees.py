@@ -49,7 +49,7 @@ def versions(system: System, numbers: list[int], name: str = "ash-test-tool") ->
 
 
 @pytest.mark.parametrize("options", [[], ["-j"], ["--jobs", "5"]])
-def test_a_tree_is_upgraded_and_all_is_fetched_once(
+def test_a_tree_is_upgraded_and_everything_is_fetched_once(
     system: System, archive: Archive, old: int, options: list[str]
 ) -> None:
     root = system.clone(old)
@@ -67,7 +67,7 @@ def test_a_tree_is_upgraded_and_all_is_fetched_once(
     system.is_sound()
 
 
-def test_what_a_tree_will_need_can_be_fetched_before(system: System, old: int, archive: Archive) -> None:
+def test_packages_of_a_tree_can_be_downloaded_in_advance(system: System, old: int, archive: Archive) -> None:
     root = system.clone(old)
     below = system.branch(root)
     program("sh", "-c", f"rm -f {system.files.var}/cache/apt/archives/ash-test*")
@@ -105,7 +105,7 @@ def test_a_failing_branch_does_not_stop_the_others(system: System, tree: list[in
 
 
 @pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
-def test_a_branch_of_which_the_archives_cannot_be_told_does_not_stop_the_others(
+def test_a_branch_with_unreadable_sources_does_not_stop_the_others(
     system: System, tree: list[int], command: str
 ) -> None:
     system.shell(tree[1], "rm -r /etc/apt; ln -s apt /etc/apt")
@@ -116,7 +116,7 @@ def test_a_branch_of_which_the_archives_cannot_be_told_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("words", [["tree-upgrade"], ["tree-rmpkg", "ash-test-tool"], ["sync"], ["force-sync"]])
-def test_a_branch_of_which_the_packages_cannot_be_told_does_not_stop_the_others(
+def test_a_branch_with_an_unreadable_package_database_does_not_stop_the_others(
     system: System, tree: list[int], words: list[str]
 ) -> None:
     system.ash("install", tree[0], "ash-test-other")
@@ -137,7 +137,7 @@ def test_a_branch_of_which_the_packages_cannot_be_told_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
-def test_with_strict_only_what_has_a_dead_archive_fails(system: System, tree: list[int], command: str) -> None:
+def test_strict_fails_only_the_branches_with_an_unreachable_repository(system: System, tree: list[int], command: str) -> None:
     for number in tree[1:4:2]:
         system.shell(number, use_only("http://127.0.0.1:9"))
     outcome = system.ash(command, tree[0], "--strict", status=FAILED)
@@ -147,7 +147,7 @@ def test_with_strict_only_what_has_a_dead_archive_fails(system: System, tree: li
     assert outcome.stdout.startswith(f"{'upgrading' if command == 'tree-upgrade' else 'synchronizing'} 5 snapshots: 3 ")
 
 
-def test_lists_that_were_fetched_before_a_failure_are_no_change(system: System, old: int) -> None:
+def test_lists_fetched_before_a_failure_are_not_a_change(system: System, old: int) -> None:
     good, dead = system.clone(old), system.clone(old)
     system.shell(good, "echo '# another' >> /etc/apt/sources.list; rm -r /var/lib/apt/lists/*")
     system.shell(dead, use_only("http://127.0.0.1:9"))
@@ -157,7 +157,7 @@ def test_lists_that_were_fetched_before_a_failure_are_no_change(system: System, 
     assert versions(system, [good, dead]) == ["1", "1"]
 
 
-def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
+def test_a_package_that_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-tool", "3", postinst="exit 1")
     with broken.served() as url:
@@ -172,7 +172,7 @@ def test_what_fails_in_each_branch_is_fetched_once(system: System, archive: Arch
 
 
 @pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
-def test_an_archive_that_does_not_answer_is_asked_once(
+def test_an_unresponsive_repository_is_asked_once(
     system: System, archive: Archive, old: int, command: str
 ) -> None:
     root = system.clone(old)
@@ -184,7 +184,7 @@ def test_an_archive_that_does_not_answer_is_asked_once(
     assert len(archive.fetched("nothing/InRelease$")) == 1
 
 
-def test_what_is_held_in_one_of_them_alone_is_fetched_once(system: System, archive: Archive, old: int) -> None:
+def test_a_package_held_in_only_one_branch_is_fetched_once(system: System, archive: Archive, old: int) -> None:
     root = system.clone(old)
     branches = [system.branch(root) for _ in range(3)]
     system.ash("hold", root, "ash-test-tool")
@@ -196,7 +196,7 @@ def test_what_is_held_in_one_of_them_alone_is_fetched_once(system: System, archi
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
-def test_what_sync_installs_in_each_branch_is_fetched_once(
+def test_packages_that_sync_installs_are_fetched_once(
     system: System, archive: Archive, old: int, force: list[str]
 ) -> None:
     root = system.clone(old)
@@ -209,7 +209,7 @@ def test_what_sync_installs_in_each_branch_is_fetched_once(
     assert len(archive.fetched("ash-test-other.*deb$")) == 1
 
 
-def test_what_a_failed_change_has_fetched_is_there_for_the_next(
+def test_downloads_of_a_failed_change_are_reused(
     system: System, archive: Archive, old: int, tmp_path: Path
 ) -> None:
     broken = Archive(tmp_path / "broken")
@@ -225,7 +225,7 @@ def test_what_a_failed_change_has_fetched_is_there_for_the_next(
     assert not system.remains()
 
 
-def test_a_failed_change_puts_nothing_else_there(system: System, old: int) -> None:
+def test_a_failed_change_leaves_only_downloads(system: System, old: int) -> None:
     cache = system.files.var / "cache/apt/archives"
     (cache / "there.deb").write_text("live\n")
     number = system.clone(old)
@@ -272,14 +272,14 @@ def test_a_terminal_with_few_rows_has_no_more_lines(
     assert "... 3 more" in drawn
 
 
-def test_a_dry_run_tells_of_each_and_changes_nothing(system: System, tree: list[int]) -> None:
+def test_a_dry_run_reports_each_snapshot_and_changes_nothing(system: System, tree: list[int]) -> None:
     with system.nothing_changes():
         answer = system.ash("--json", "--dry-run", "tree-upgrade", tree[0]).json
     assert len(answer["would"]) == 5
     assert answer["would"][4]["packages"]["upgraded"] == {"ash-test-tool": ["1", "2"]}
 
 
-def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: int) -> None:
+def test_a_dry_run_of_sync_reports_everything_it_would_do(system: System, old: int) -> None:
     parent = system.clone(old)
     system.ash("install", parent, "ash-test-conf")
     child = system.branch(parent)
@@ -296,7 +296,7 @@ def test_a_dry_run_of_sync_tells_of_all_that_it_would_do(system: System, old: in
     assert other["download"] > one["download"] > 0
 
 
-def test_what_is_killed_leaves_nothing_and_the_rest_is_done_again(system: System, tree: list[int]) -> None:
+def test_a_killed_tree_command_leaves_nothing_and_can_be_repeated(system: System, tree: list[int]) -> None:
     process = system.start("tree-upgrade", tree[0], "--jobs", "3")
     wait_until(lambda: versions(system, tree[:1]) == ["2"] or process.poll() is not None)
     assert process.poll() is None, "it had ended before it was killed"
@@ -331,7 +331,7 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
         assert (system.root(number) / "usr/share/large").stat().st_size == LARGE
 
 
-def test_what_a_command_made_in_each_shares_its_blocks(system: System) -> None:
+def test_files_that_a_command_creates_in_each_branch_share_their_blocks(system: System) -> None:
     root = system.clone()
     numbers = [root, *(system.branch(root) for _ in range(3))]
     script = "srand 1; print pack q(N*), map { rand 2**32 } 1..4e6"  # the same in each, and nothing compresses it
@@ -342,7 +342,7 @@ def test_what_a_command_made_in_each_shares_its_blocks(system: System) -> None:
     assert used(system) - before < 1.3 * 16 * 10**6
 
 
-def test_siblings_make_the_same_initramfs(system: System) -> None:
+def test_siblings_generate_identical_initramfs_files(system: System) -> None:
     root = system.clone()
     made = []
     for number in (root, system.branch(root)):
@@ -358,7 +358,7 @@ def used(system: System) -> int:
     return (status.f_blocks - status.f_bfree) * status.f_frsize
 
 
-def test_a_package_is_removed_from_all_that_have_it(system: System, tree: list[int]) -> None:
+def test_a_package_is_removed_from_every_snapshot_that_has_it(system: System, tree: list[int]) -> None:
     system.ash("remove", tree[2], "ash-test-tool")
     answer = system.ash("--json", "tree-rmpkg", tree[0], "ash-test-tool").json
     assert versions(system, tree) == [None] * 5
@@ -368,7 +368,7 @@ def test_a_package_is_removed_from_all_that_have_it(system: System, tree: list[i
     system.ash("tremove", tree[0], status=USAGE)
 
 
-def test_a_mutable_snapshot_is_one_of_a_tree(system: System, tree: list[int]) -> None:
+def test_tree_commands_include_mutable_snapshots(system: System, tree: list[int]) -> None:
     system.ash("mutable", tree[1])
     answer = system.ash("--json", "tree-upgrade", tree[0]).json
     assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {*tree}
@@ -382,7 +382,7 @@ def test_a_mutable_snapshot_is_one_of_a_tree(system: System, tree: list[int]) ->
     system.is_sound()
 
 
-def test_tree_run_runs_in_all_at_once_too(system: System, tree: list[int]) -> None:
+def test_tree_run_runs_in_parallel_too(system: System, tree: list[int]) -> None:
     outcome = system.ash("tree-run", "-j", tree[0], "sh", "-c", "echo done > /etc/mark; echo here", status=DONE)
     assert all((system.root(number) / "etc/mark").exists() for number in tree)
     assert outcome.stdout.count("here\n") == 5
@@ -391,7 +391,7 @@ def test_tree_run_runs_in_all_at_once_too(system: System, tree: list[int]) -> No
 # A branch follows its parent
 
 
-def test_a_branch_gets_what_its_parent_has_got(system: System, old: int) -> None:
+def test_a_branch_gets_the_packages_its_parent_got(system: System, old: int) -> None:
     parent = system.clone(old)
     child = system.branch(parent)
     system.shell(child, "echo own > /etc/own")
@@ -410,7 +410,7 @@ def test_a_branch_gets_what_its_parent_has_got(system: System, old: int) -> None
     assert system.ash("--json", "sync", parent).json["changed"] is False
 
 
-def test_what_a_branch_took_out_itself_stays_out(system: System, old: int) -> None:
+def test_a_package_that_the_branch_removed_stays_removed(system: System, old: int) -> None:
     parent = system.clone(old)
     system.ash("install", parent, "ash-test-other")
     system.shell(parent, "echo x > /etc/old-file")
@@ -423,7 +423,7 @@ def test_what_a_branch_took_out_itself_stays_out(system: System, old: int) -> No
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_what_the_parent_took_out_goes_unless_the_branch_asked_for_it(system: System, old: int, keep: bool) -> None:
+def test_a_package_removed_from_the_parent_is_removed_unless_the_branch_installed_it(system: System, old: int, keep: bool) -> None:
     parent = system.clone(old)
     asked = system.branch(parent)
     system.ash("install", asked, "ash-test-other")
@@ -435,7 +435,7 @@ def test_what_the_parent_took_out_goes_unless_the_branch_asked_for_it(system: Sy
 
 
 @pytest.mark.parametrize("upgrades", ["sync", "force-sync"])
-def test_what_a_branch_installed_itself_is_not_pushed_out(system: System, old: int, upgrades: str) -> None:
+def test_a_package_that_the_branch_installed_is_not_displaced(system: System, old: int, upgrades: str) -> None:
     parent = system.clone(old)
     child, beside = system.branch(parent), system.branch(parent)
     system.ash("install", child, "ash-test-own")
@@ -449,7 +449,7 @@ def test_what_a_branch_installed_itself_is_not_pushed_out(system: System, old: i
     assert versions(system, [parent, child, beside], "ash-test-rival") == ["1", None, "1"]
 
 
-def test_what_the_parent_has_another_for_goes(system: System, old: int) -> None:
+def test_a_package_that_the_parent_replaced_is_removed(system: System, old: int) -> None:
     parent = system.clone(old)
     system.ash("install", parent, "ash-test-own")
     child = system.branch(parent)
@@ -459,7 +459,7 @@ def test_what_the_parent_has_another_for_goes(system: System, old: int) -> None:
     assert versions(system, [parent, child], "ash-test-rival") == ["1", "1"]
 
 
-def test_what_the_parent_did_not_take_out_stays_though_nothing_needs_it(system: System, old: int) -> None:
+def test_a_package_that_the_parent_did_not_remove_stays_even_if_unneeded(system: System, old: int) -> None:
     parent = system.clone(old)
     system.ash("install", parent, "ash-test-other", "ash-test-conf", "ash-test-needed")
     child = system.branch(parent)
@@ -477,13 +477,13 @@ def test_what_the_parent_did_not_take_out_stays_though_nothing_needs_it(system: 
     assert system.ash("--json", "force-sync", parent).json["changed"] is False
 
 
-def test_a_grandchild_follows_what_its_parent_has_just_got(system: System, tree: list[int]) -> None:
+def test_a_grandchild_gets_what_its_parent_got_in_the_same_sync(system: System, tree: list[int]) -> None:
     system.ash("install", tree[0], "ash-test-other")
     system.ash("force-sync", tree[0], "-j")
     assert versions(system, tree, "ash-test-other") == ["1"] * 5
 
 
-def test_files_of_a_package_come_with_it_alone(system: System, old: int) -> None:
+def test_files_of_a_package_come_only_with_the_package(system: System, old: int) -> None:
     parent = system.clone(old)
     child = system.branch(parent)
     system.ash("install", "--snapshots", parent, child, "-p", "ash-test-conf")
@@ -506,7 +506,7 @@ def test_configuration_of_a_package_that_a_branch_deleted_stays_deleted(system: 
     assert not (system.root(child) / "etc/ash-conf/conf").exists()
 
 
-def test_a_package_of_another_architecture_is_followed_as_such(system: System, archive: Archive, old: int) -> None:
+def test_a_foreign_package_is_synced_with_its_architecture(system: System, archive: Archive, old: int) -> None:
     native = program("dpkg", "--print-architecture").strip()
     for architecture in (native, "i386"):
         archive.add("ash-test-foreign", architecture=architecture)
@@ -522,7 +522,7 @@ def test_a_package_of_another_architecture_is_followed_as_such(system: System, a
     assert "ash-test-foreign:i386" in system.ash("run", child, "apt-mark", "showauto").stdout
 
 
-def test_a_copy_below_another_gets_what_that_had_before(system: System, old: int) -> None:
+def test_a_copy_below_another_snapshot_gets_the_packages_it_already_had(system: System, old: int) -> None:
     parent, other = system.clone(old), system.clone(old)
     time.sleep(2)  # as exact as the history is
     system.shell(parent, "echo older > /etc/older")
@@ -535,7 +535,7 @@ def test_a_copy_below_another_gets_what_that_had_before(system: System, old: int
     assert versions(system, [child]) == [None], "what the original took out came back"
 
 
-def test_a_copy_of_a_branch_keeps_to_what_that_took_out_and_asked_for(system: System, old: int) -> None:
+def test_a_copy_of_a_branch_keeps_the_package_choices_of_the_branch(system: System, old: int) -> None:
     parent = system.clone(old)
     system.ash("install", parent, "ash-test-conf")
     child = system.branch(parent)
@@ -553,7 +553,7 @@ def test_a_copy_of_a_branch_keeps_to_what_that_took_out_and_asked_for(system: Sy
     assert versions(system, [child, beside, below], "ash-test-conf") == [None] * 3
 
 
-def test_files_of_no_archive_stop_one_branch_alone(system: System, tree: list[int], tmp_path: Path) -> None:
+def test_packages_from_no_repository_stop_only_their_branch(system: System, tree: list[int], tmp_path: Path) -> None:
     system.ash("install", tree[1], make_deb(tmp_path, "ash-test-local"))
     system.ash("install", tree[0], "ash-test-other")
     answer = system.ash("--json", "force-sync", tree[0], status=FAILED).json

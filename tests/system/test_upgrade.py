@@ -40,7 +40,7 @@ def version(system: System, number: int) -> str | None:
     return found
 
 
-def test_upgrade_brings_what_the_archive_has(system: System, snapshot: int) -> None:
+def test_upgrade_installs_newer_versions(system: System, snapshot: int) -> None:
     answer = system.ash("--json", "upgrade", snapshot).json
     assert answer["changed"] is True
     assert answer["packages"]["upgraded"] == {"ash-test-tool": [OLD, NEW]}
@@ -50,7 +50,7 @@ def test_upgrade_brings_what_the_archive_has(system: System, snapshot: int) -> N
     assert version(system, snapshot) == OLD
 
 
-def test_a_dry_run_tells_what_would_be_upgraded_and_fetched(system: System, snapshot: int, archive: Archive) -> None:
+def test_a_dry_run_reports_upgrades_and_download_size(system: System, snapshot: int, archive: Archive) -> None:
     archive.fetched("")
     with system.nothing_changes():
         answer = system.ash("--json", "--dry-run", "upgrade", snapshot).json
@@ -58,7 +58,7 @@ def test_a_dry_run_tells_what_would_be_upgraded_and_fetched(system: System, snap
     assert not archive.fetched("deb$")
 
 
-def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archive: Archive, old: int) -> None:
+def test_downloaded_packages_are_upgraded_without_a_network(system: System, archive: Archive, old: int) -> None:
     with archive.served() as url:
         snapshot = system.clone(old)
         system.shell(snapshot, f"{use_only(url)}; rm -f /var/cache/apt/archives/ash-test*")
@@ -71,7 +71,7 @@ def test_what_was_downloaded_is_upgraded_without_a_network(system: System, archi
     assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
 
 
-def test_a_dead_archive_is_a_warning_and_an_error_with_strict(system: System, snapshot: int, url: str) -> None:
+def test_an_unreachable_repository_is_a_warning_and_with_strict_an_error(system: System, snapshot: int, url: str) -> None:
     # At another address: apt takes all archives of one that does not answer for dead.
     system.shell(snapshot, use_only("http://127.0.0.2:9", url))
     with system.nothing_changes():
@@ -91,7 +91,7 @@ REFUSED_BY_APT: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("words", REFUSED_BY_APT)
-def test_an_archive_that_apt_refuses_is_as_a_dead_one(
+def test_a_repository_that_apt_refuses_counts_as_unreachable(
     system: System, snapshot: int, url: str, tmp_path: Path, words: str
 ) -> None:
     odd = Archive(tmp_path / "odd")
@@ -118,7 +118,7 @@ GERMAN = "cp -r /usr/lib/locale/C.utf8 /usr/lib/locale/de_DE.utf8"
 IN_GERMAN = {"LANG": "de_DE.UTF-8", "LC_MESSAGES": "de_DE.UTF-8", "LC_ALL": "de_DE.UTF-8"}
 
 
-def test_apt_is_understood_whatever_the_user_s_language(system: System, snapshot: int) -> None:
+def test_apt_is_parsed_in_any_language_of_the_user(system: System, snapshot: int) -> None:
     system.shell(snapshot, f"{GERMAN}; {use_only('http://127.0.0.2:9')}")
     said = system.shell(snapshot, "apt-get install no-such || true", environment=IN_GERMAN)
     assert "kann nicht gefunden werden" in said.stderr, "what the user runs speaks German"
@@ -128,7 +128,7 @@ def test_apt_is_understood_whatever_the_user_s_language(system: System, snapshot
     assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED, environment=IN_GERMAN).error
 
 
-def test_an_archive_that_nobody_signed_is_not_used(system: System, snapshot: int, url: str) -> None:
+def test_an_unsigned_repository_is_not_used(system: System, snapshot: int, url: str) -> None:
     system.ash("refresh", snapshot)  # as long as it was trusted: so there is something to upgrade to
     system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))
     assert "unauthenticated" in system.ash("upgrade", snapshot, status=FAILED).stderr.splitlines()[-1]
@@ -147,7 +147,7 @@ def test_a_failed_upgrade_changes_nothing(system: System, archive: Archive, tmp_
     assert version(system, snapshot) == OLD
 
 
-def test_what_is_held_is_not_upgraded(system: System, snapshot: int) -> None:
+def test_a_held_package_is_not_upgraded(system: System, snapshot: int) -> None:
     assert system.ash("--json", "hold", snapshot, "ash-test-tool").json["changed"] is True
     assert system.ash("--json", "hold", snapshot, "ash-test-tool").json["changed"] is False
     system.ash("upgrade", snapshot)
@@ -157,7 +157,7 @@ def test_what_is_held_is_not_upgraded(system: System, snapshot: int) -> None:
     assert version(system, snapshot) == NEW
 
 
-def test_what_is_not_there_cannot_be_held(system: System, snapshot: int) -> None:
+def test_a_missing_package_cannot_be_held(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         assert "no-such" in system.ash("hold", snapshot, "no-such", status=MISSING).error
 
@@ -180,7 +180,7 @@ def test_refresh_fetches_the_lists_and_changes_no_snapshot(system: System, snaps
     assert system.id_of(snapshot) == before
 
 
-def test_fixdb_finishes_what_is_half_installed(system: System, snapshot: int) -> None:
+def test_fixdb_finishes_half_installed_packages(system: System, snapshot: int) -> None:
     broken = "sed -i '/^Package: ash-test-tool$/,/^$/s/install ok installed/install ok unpacked/' /var/lib/dpkg/status"
     system.shell(snapshot, broken)
     assert system.ash("--json", "fsck", status=FAILED).json["damage"]
@@ -188,7 +188,7 @@ def test_fixdb_finishes_what_is_half_installed(system: System, snapshot: int) ->
     assert system.ash("--json", "fsck").json["damage"] == []
 
 
-def test_fixdb_mends_what_it_can_without_a_network(system: System, snapshot: int) -> None:
+def test_fixdb_repairs_what_it_can_without_a_network(system: System, snapshot: int) -> None:
     system.shell(snapshot, use_only("http://127.0.0.2:9"))
     system.shell(snapshot, "sed -i '/^Package: ash-test-tool$/,/^$/s/ok installed/ok unpacked/' /var/lib/dpkg/status")
     outcome = system.ash("fixdb", snapshot)
@@ -201,7 +201,7 @@ def test_fixdb_mends_what_it_can_without_a_network(system: System, snapshot: int
     assert not re.search("Traceback|an error in ash itself", outcome.stderr), outcome.stderr
 
 
-def test_fixdb_that_would_make_it_worse_changes_nothing(
+def test_fixdb_changes_nothing_if_that_would_make_it_worse(
     system: System, archive: Archive, snapshot: int, tmp_path: Path
 ) -> None:
     archive.add("ash-test-dependency", postinst="exit 1")
@@ -212,7 +212,7 @@ def test_fixdb_that_would_make_it_worse_changes_nothing(
         assert "dpkg" in system.ash("fixdb", snapshot, status=FAILED).stderr.splitlines()[-1]
 
 
-def test_the_base_is_changed_by_base_update_alone(system: System, url: str) -> None:
+def test_only_base_update_changes_the_base(system: System, url: str) -> None:
     system.ash("upgrade", 0, status=REFUSED)
     with system.terminal("base-update", "--shell") as terminal:
         terminal.expect(r"# ")
@@ -227,7 +227,7 @@ def test_the_base_is_changed_by_base_update_alone(system: System, url: str) -> N
     system.ash("undo", 0, status=REFUSED)
 
 
-def test_whichsnap_knows_all_snapshots(system: System, snapshot: int, old: int) -> None:
+def test_whichsnap_searches_all_snapshots(system: System, snapshot: int, old: int) -> None:
     found = system.ash("--json", "whichsnap", "ash-test-tool").json["snapshots"]
     assert found[str(snapshot)] == {"ash-test-tool": OLD}
     assert str(old) in found

@@ -220,7 +220,7 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
     assert place.system.ash("--json", "fsck").json["damage"] == []
 
 
-def test_what_python_keeps_compiled_is_the_new_one(place: Place) -> None:
+def test_the_bytecode_is_of_the_new_executable(place: Place) -> None:
     """Of the same size, and perhaps of the same second, the old one's would be taken for it."""
     compiled = place.state / f"lib/__pycache__/ash.{sys.implementation.cache_tag}.pyc"
     place.publish(executable("9.9.9"))
@@ -245,7 +245,7 @@ def test_the_same_version_is_up_to_date(place: Place) -> None:
     assert place.upself("--force").json["changed"] is False, "the old one would be lost"
 
 
-def test_an_older_one_wants_force(place: Place) -> None:
+def test_an_older_version_needs_force(place: Place) -> None:
     place.publish(executable(OLD))
     with place.refused(f"ash {OLD} at .* is older than the installed {ash.ASH_VERSION} .--force", REFUSED):
         pass
@@ -253,13 +253,13 @@ def test_an_older_one_wants_force(place: Place) -> None:
     assert started(place.state / "ash") == OLD
 
 
-def test_versions_are_compared_by_their_numbers() -> None:
+def test_versions_are_compared_numerically() -> None:
     ordered = ["", "0.9", "0.9.1", "0.10", "1", "1.0.1", "1.2", "10.0"]
     assert sorted(["10.0", *ordered[:-1]], key=ash.version_order) == ordered
     assert ash.version_order("next") == ash.version_order("1..2") == ash.version_order("1" * 5000) == []
 
 
-def test_a_damaged_one_is_replaced(place: Place) -> None:
+def test_a_damaged_executable_is_replaced(place: Place) -> None:
     place.put("ash", "\0" * 1000)
     place.publish(executable(OLD))
     answer = place.upself().json
@@ -269,7 +269,7 @@ def test_a_damaged_one_is_replaced(place: Place) -> None:
     assert started(place.state / "ash") == OLD
 
 
-def test_only_downloading_leaves_it_beside(place: Place) -> None:
+def test_download_only_does_not_install(place: Place) -> None:
     was, new = place.text(), executable(NEW)
     place.publish(new)
     for option in ("--download-only", "-d", "-t"):
@@ -297,14 +297,14 @@ def test_a_signature_may_be_armoured(place: Place, how: str) -> None:
     assert place.upself().json["to"] == NEW
 
 
-def test_a_local_file_will_do(place: Place, tmp_path: Path) -> None:
+def test_a_file_url_works(place: Place, tmp_path: Path) -> None:
     (tmp_path / "ash").write_text(executable(NEW))
     (tmp_path / "ash.sig").write_bytes(place.signer.sign(executable(NEW).encode()))
     place.set_url(f"file://{tmp_path}/ash")
     assert place.upself().json["to"] == NEW
 
 
-def test_the_server_must_be_whom_it_says(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_certificate_of_the_server_is_checked(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     key, certificate = tmp_path / "key", tmp_path / "certificate"
     of_itself = [
         "-x509",
@@ -339,7 +339,7 @@ def test_redirections_are_followed(place: Place) -> None:
 
 
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/ash", "/ash"])
-def test_redirections_to_nowhere_are_refused(place: Place, target: str) -> None:
+def test_bad_redirections_are_refused(place: Place, target: str) -> None:
     def elsewhere(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(302)
         handler.send_header("Location", target)
@@ -352,26 +352,26 @@ def test_redirections_to_nowhere_are_refused(place: Place, target: str) -> None:
 # What is not signed by whom the system trusts
 
 
-def test_a_tampered_one_is_refused(place: Place) -> None:
+def test_a_tampered_executable_is_refused(place: Place) -> None:
     with place.refused("/ash is not signed by a key that this system trusts: BAD signature"):
         place.publish(executable(NEW))
         place.server.files["/ash"] = executable(NEW).replace("0o755", "0o777").encode()
 
 
-def test_one_signed_by_somebody_else_is_refused(place: Place, other: Signer) -> None:
+def test_a_foreign_signature_is_refused(place: Place, other: Signer) -> None:
     with place.refused("/ash is not signed by a key that this system trusts: .*No public key"):
         place.publish(executable(NEW))
         place.server.files["/ash.sig"] = other.sign(executable(NEW).encode())
 
 
-def test_an_unsigned_one_is_refused(place: Place) -> None:
+def test_a_missing_signature_is_refused(place: Place) -> None:
     with place.refused(r"cannot fetch .*/ash.sig: HTTP Error 404"):
         place.publish(executable(NEW))
         del place.server.files["/ash.sig"]
 
 
 @pytest.mark.parametrize("how", ["nothing", "noise", "whole message", "clear text", "keys"])
-def test_what_is_no_signature_is_refused(place: Place, how: str) -> None:
+def test_an_invalid_signature_file_is_refused(place: Place, how: str) -> None:
     new = executable(NEW).encode()
     with place.refused("/ash is not signed by a key that this system trusts: "):
         place.publish(executable(NEW))
@@ -423,7 +423,7 @@ def test_a_keyring_without_keys_trusts_nobody(place: Place, content: bytes) -> N
 # What does not come, or not whole
 
 
-def test_one_that_is_cut_off_is_refused(place: Place) -> None:
+def test_a_truncated_download_is_refused(place: Place) -> None:
     def half(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(executable(NEW))))
@@ -435,7 +435,7 @@ def test_one_that_is_cut_off_is_refused(place: Place) -> None:
         place.server.files["/ash"] = half
 
 
-def test_one_that_is_cut_off_without_a_length_has_no_good_signature(place: Place) -> None:
+def test_a_truncated_download_without_a_length_fails_verification(place: Place) -> None:
     def half(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
@@ -447,7 +447,7 @@ def test_one_that_is_cut_off_without_a_length_has_no_good_signature(place: Place
 
 
 @pytest.mark.parametrize("path", ["/ash", "/ash.sig"])
-def test_one_that_never_ends_is_refused(place: Place, path: str) -> None:
+def test_an_endless_download_is_refused(place: Place, path: str) -> None:
     def endless(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
@@ -459,7 +459,7 @@ def test_one_that_never_ends_is_refused(place: Place, path: str) -> None:
         place.server.files[path] = endless
 
 
-def test_a_server_that_falls_silent_is_waited_for_only_so_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     done = threading.Event()
 
     def silent(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -476,7 +476,7 @@ def test_a_server_that_falls_silent_is_waited_for_only_so_long(place: Place, mon
     done.set()
 
 
-def test_a_server_that_drips_is_waited_for_only_so_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_server_times_out(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
         handler.end_headers()
@@ -490,12 +490,12 @@ def test_a_server_that_drips_is_waited_for_only_so_long(place: Place, monkeypatc
         ash.download(place.url, 1000)
 
 
-def test_a_server_that_says_nothing_sensible_is_refused(place: Place) -> None:
+def test_an_invalid_http_answer_is_refused(place: Place) -> None:
     with place.refused("cannot fetch .*/ash: "):
         place.server.files["/ash"] = lambda handler: handler.connection.sendall(b"\x1b[2Jno HTTP at all\r\n\r\n")
 
 
-def test_a_server_that_is_not_there_is_an_error(place: Place) -> None:
+def test_an_unreachable_server_is_an_error(place: Place) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with place.refused("cannot fetch .*: .*Connection refused"):
@@ -505,26 +505,26 @@ def test_a_server_that_is_not_there_is_an_error(place: Place) -> None:
 @pytest.mark.parametrize(
     "url", ["http://user:word@127.0.0.1/ash", "http://127.0.0.1:x/", "http:///ash", "file:///nowhere"]
 )
-def test_a_url_that_leads_nowhere_is_an_error(place: Place, url: str) -> None:
+def test_a_missing_file_on_the_server_is_an_error(place: Place, url: str) -> None:
     with place.refused("cannot fetch .*: "):
         place.set_url(url)
 
 
 @pytest.mark.parametrize("url", ["ftp://localhost/ash", "/usr/bin/ash", "data:,x", "--help"])
-def test_only_some_schemes_are_fetched_from(place: Place, url: str) -> None:
+def test_only_https_http_and_file_urls_are_accepted(place: Place, url: str) -> None:
     with place.refused(f"cannot fetch ash from {url}", USAGE):
         place.set_url(url)
 
 
 @pytest.mark.parametrize("text", [None, "", "upself::\n", "# upself::http://127.0.0.1/ash\n"])
-def test_without_a_url_it_says_how_to_set_one(place: Place, text: str | None) -> None:
+def test_without_a_url_the_hint_says_how_to_set_one(place: Place, text: str | None) -> None:
     with place.refused(r"/etc/ash.conf has no URL .*upself::https://.*ash edit-conf", USAGE):
         place.conf.unlink()
         if text is not None:
             place.conf.write_text(text)
 
 
-def test_a_configuration_that_is_wrong_is_named(place: Place) -> None:
+def test_an_invalid_configuration_is_reported_with_its_line(place: Place) -> None:
     with place.refused("line 1 of ash.conf is wrong", USAGE):
         place.conf.write_text("upself=http://127.0.0.1/ash\n")
 
@@ -533,30 +533,30 @@ def test_a_configuration_that_is_wrong_is_named(place: Place) -> None:
 
 
 @pytest.mark.parametrize("text", [DOES_NOT_START, SAYS_NOTHING, "", "#!/bin/sh\necho '{\"ash\": 1}'\n"])
-def test_one_that_does_not_start_is_refused(place: Place, text: str) -> None:
+def test_an_executable_that_does_not_start_is_refused(place: Place, text: str) -> None:
     with place.refused("the new ash does not start: "):
         place.publish(text)
 
 
 @pytest.mark.parametrize("where", [-20_000, -40, "\n\n\ndef database("])
-def test_one_that_lacks_its_end_is_refused(place: Place, where: int | str) -> None:
+def test_an_executable_without_its_last_line_is_refused(place: Place, where: int | str) -> None:
     text = executable(NEW)
     with place.refused("the new ash does not start: "):
         place.publish(text[: text.index(where) if isinstance(where, str) else where])
 
 
-def test_the_old_one_is_not_taken_for_the_new(place: Place) -> None:
+def test_the_new_executable_is_tested_without_the_old_ones_bytecode(place: Place) -> None:
     """The libraries beside the old one have it too: what starts must be the new one."""
     with place.refused("the new ash does not start: .*broken"):
         place.publish(executable(NEW).replace("import contextlib\n", "import contextlib, broken\n", 1))
 
 
-def test_one_for_another_distribution_is_refused(place: Place) -> None:
+def test_an_executable_for_another_distribution_is_refused(place: Place) -> None:
     with place.refused(f"the new ash does not start: .*does not know the distribution {DISTRIBUTION}"):
         place.publish(executable(NEW).replace(f'id = "{DISTRIBUTION}"', 'id = "another"'))
 
 
-def test_it_starts_in_a_clean_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_new_executable_is_tested_in_a_clean_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.publish(executable(NEW).replace("\nexec ", '\n[ -z "$HOSTILE" ] || exit 1\nexec ', 1))
     monkeypatch.setenv("HOSTILE", "yes")
     assert place.upself().json["to"] == NEW
@@ -565,7 +565,7 @@ def test_it_starts_in_a_clean_environment(place: Place, monkeypatch: pytest.Monk
 # Beside others, and killed
 
 
-def test_one_at_a_time(place: Place) -> None:
+def test_only_one_upself_runs_at_a_time(place: Place) -> None:
     place.publish(executable(NEW))
     release = threading.Event()
 
@@ -584,7 +584,7 @@ def test_one_at_a_time(place: Place) -> None:
     assert first.returncode == FAILED
 
 
-def test_killed_anywhere_the_old_or_the_new_one_is_there_whole(place: Place) -> None:
+def test_a_kill_at_any_step_leaves_a_complete_executable(place: Place) -> None:
     new = executable(NEW)
     place.publish(new)
     seen = []
@@ -599,7 +599,7 @@ def test_killed_anywhere_the_old_or_the_new_one_is_there_whole(place: Place) -> 
     place.system.is_sound()
 
 
-def test_power_cut_anywhere_the_old_or_the_new_one_is_there_whole(
+def test_a_power_cut_at_any_step_leaves_a_complete_executable(
     image: Path, reflinks: Path, server: Server, signer: Signer
 ) -> None:
     disk = Disk(reflinks / "disk.img")

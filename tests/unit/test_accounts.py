@@ -119,7 +119,7 @@ def test_running_out_of_ids_is_an_error() -> None:
         free_id("passwd", 100, set(range(1, 1000)))
 
 
-def test_lines_that_are_not_accounts_are_skipped_and_kept(tmp_path: Path) -> None:
+def test_lines_that_are_not_accounts_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "passwd"
     text = b"# comment\n\n+::::::\nroot:x:0:0::/:\nbroken:x\nno:x:number:1::/:\nlat\xe9n:x:7:7::/:\n"
     path.write_bytes(text)
@@ -264,7 +264,7 @@ def reconciled(
     return ids, dict(renumbering.accounts.get("passwd", {})), dict(renumbering.moves.get("passwd", {}))
 
 
-def test_reconcile_changes_nothing_where_all_agree(tmp_path: Path) -> None:
+def test_reconcile_changes_nothing_if_everything_agrees(tmp_path: Path) -> None:
     known = {"root": 0, "_chrony": 100}
     ids, wanted, moves = reconciled(known, known, tmp_path)
     assert (ids.given["passwd"], wanted, moves) == (known, {}, {})

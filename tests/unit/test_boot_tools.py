@@ -82,7 +82,7 @@ def test_a_boot_partition_of_its_own_has_paths_without_boot() -> None:
     assert list(config.initrds) == ["initramfs-6.11.10-300.fc41.x86_64.img"]
 
 
-def test_an_entry_that_cannot_be_used_is_passed_over() -> None:
+def test_an_unusable_entry_is_skipped() -> None:
     unusable = ["title no kernel\n", "linux /boot/a kernel with blanks\n"]
     assert BootConfig.parse(FEDORA_CFG, [*unusable, FEDORA_ENTRY]).kernel == "vmlinuz-6.11.10-300.fc41.x86_64"
     with pytest.raises(AshError, match="no kernel"):
@@ -126,7 +126,7 @@ def test_the_preamble_finds_the_root_file_system_by_uuid() -> None:
 
 
 @given(st.text())
-def test_any_text_is_one_word_of_grubs_language(text: str) -> None:
+def test_any_text_is_quoted_as_one_grub_word(text: str) -> None:
     quoted = grub_quoted(text)
     inside = quoted[1:-1].replace("'\\''", "")
     assert quoted[0] == quoted[-1] == "'"

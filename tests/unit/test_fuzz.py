@@ -640,7 +640,7 @@ NAMES = st.sampled_from([b"a", b"-rf", b"\xff\xfe", b"x\ny", "\u202e".encode(), 
 
 @given(running=st.dictionaries(NAMES, NAMES, max_size=4), own=st.dictionaries(NAMES, NAMES, max_size=4))
 @FUZZ
-def test_names_of_every_kind_in_etc(
+def test_etc_may_contain_any_file_names(
     running: dict[bytes, bytes], own: dict[bytes, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory = tmp_path_factory.mktemp("etc")

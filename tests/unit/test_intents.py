@@ -73,7 +73,7 @@ def test_what_an_older_ash_wrote_is_read(text: str, expected: ash.Intent, tmp_pa
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "x"}', '{"state": []}', older("commit", new="x")])
-def test_a_damaged_file_says_how_it_is_dropped(text: str, tmp_path: Path) -> None:
+def test_a_damaged_file_has_a_hint_how_to_drop_it(text: str, tmp_path: Path) -> None:
     work = tmp_path / "5"
     work.mkdir()
     (work / "intent").write_text(text)
@@ -82,7 +82,7 @@ def test_a_damaged_file_says_how_it_is_dropped(text: str, tmp_path: Path) -> Non
     assert caught.value.hint == "ash unlock 5 drops it"
 
 
-def test_a_birth_is_recorded_once(system: System) -> None:
+def test_the_birth_of_a_snapshot_is_recorded_once(system: System) -> None:
     with system.editing_tree() as tree:
         tree.add(5, 0)
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_a_birth_is_recorded_once(system: System) -> None:
     assert not system.workdir(5).leftovers()
 
 
-def test_of_an_older_birth_the_tree_tells_the_parent(system: System) -> None:
+def test_for_old_births_the_tree_has_the_parent(system: System) -> None:
     with system.editing_tree() as tree:
         tree.add(5, 0)
     system.layout.description(5).write_text("a branch\n")
@@ -103,7 +103,7 @@ def test_of_an_older_birth_the_tree_tells_the_parent(system: System) -> None:
     assert (line["from"], line["parent"], line["description"]) == (3, 0, "a branch")
 
 
-def test_one_line_tells_of_all_that_were_deleted_together(system: System) -> None:
+def test_one_line_records_all_snapshots_deleted_together(system: System) -> None:
     for number in (5, 6):
         system.layout.work(number).mkdir(exist_ok=True)
         ash.save_intent(system.layout.work(number), ash.Deletion([5, 6], CALLER, "c0ffee"))
@@ -116,7 +116,7 @@ def test_one_line_tells_of_all_that_were_deleted_together(system: System) -> Non
     assert not system.recorded, "it was another process's command"
 
 
-def test_work_that_waits_for_its_user_is_not_recovered(system: System) -> None:
+def test_a_kept_session_is_not_recovered(system: System) -> None:
     ash.save_intent(system.layout.work(5), ash.Kept())
     with pytest.raises(AshError, match="hung up") as caught:
         system.workdir(5).recover(system.tree())

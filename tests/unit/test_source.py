@@ -91,7 +91,7 @@ def test_the_executable_imports_at_its_start_only_what_every_command_needs(execu
     assert not modules & {"ctypes", "dataclasses", "inspect", "subprocess", "tabulate", "tempfile", "typing"}
 
 
-def test_the_start_guard_stands_once_and_last(executable: Path) -> None:
+def test_the_start_guard_is_the_last_statement(executable: Path) -> None:
     text = executable.read_text()
     assert text.count("\nif __name__ ==") == 1
     assert text.endswith('if __name__ == "__main__":\n    sys.exit(main())\n')
@@ -120,7 +120,7 @@ def test_a_module_knows_nothing_of_btrfs_and_booting(distro: str) -> None:
     assert not taken & {"snapshot_subvolume", "create_subvolume", "delete_subvolume", "set_readonly", "Slots", "Menu"}
 
 
-def test_the_core_asks_no_distributions_name() -> None:
+def test_the_core_compares_with_no_distribution_name() -> None:
     known = {*DISTROS, "arch", "fedora", "ubuntu", "alpine", "opensuse", "void", "gentoo"}
     tree = ast.parse((CHECKOUT / "ash.py").read_text())
     for node in ast.walk(tree):
@@ -134,7 +134,7 @@ TOOLS = r"systemctl|grub-mkconfig|vmlinu|ldconfig|\bldd\b|x-systemd|\bapt\b|\bdp
 ROOMS = ("Shared libraries", "The init system", "Kernels", "BootTools")
 
 
-def test_tools_of_some_distributions_are_named_in_their_sections_only() -> None:
+def test_distribution_tools_are_only_named_in_their_sections() -> None:
     section = ""
     previous = ""
     for number, line in enumerate((CHECKOUT / "ash.py").read_text().splitlines(), start=1):

@@ -48,7 +48,7 @@ def as_dict(model: Model, of: int | None, name: object) -> dict[str, Any]:
 
 
 @given(models())
-def test_the_file_says_what_the_tree_is(model: Model) -> None:
+def test_the_tree_file_is_read_and_written(model: Model) -> None:
     tree = built(model)
     again = Tree.parse(tree.dump())
     assert {n: again.parent(n) for n in again.numbers()} == model
@@ -63,7 +63,7 @@ def test_the_file_is_one_line_that_json_and_python_read_alike(model: Model) -> N
 
 
 @given(models())
-def test_the_old_ash_wrote_a_python_literal_with_numbers_as_strings(model: Model) -> None:
+def test_the_tree_file_of_ashos_is_read(model: Model) -> None:
     def old(of: int | None, name: str) -> dict[str, Any]:
         children = [old(n, str(n)) for n, parent in model.items() if parent == of]
         return {"name": name, **({"children": children} if children else {})}
@@ -102,7 +102,7 @@ def test_each_snapshot_is_drawn_on_a_line_of_its_own(model: Model, ascii_only: b
 
 
 @given(models(), st.integers(0, 10**6))
-def test_what_is_not_there_is_said_to_be_missing(model: Model, number: int) -> None:
+def test_a_missing_snapshot_is_reported(model: Model, number: int) -> None:
     tree = built(model)
     assert (number in tree) == (number in model)
     if number not in model:
@@ -144,11 +144,11 @@ def test_any_text_is_a_tree_or_an_error(text: str) -> None:
         assert Tree.parse(text).dump()
 
 
-def test_a_new_system_has_the_base_alone() -> None:
+def test_a_new_system_has_only_the_base() -> None:
     assert Tree.of_base().dump() == '{"name": "root", "children": [{"name": 0}]}\n'
 
 
-def test_what_is_below_a_snapshot_that_is_taken_out_moves_up() -> None:
+def test_children_of_a_removed_snapshot_move_up() -> None:
     tree = Tree.parse(
         '{"name": "root", "children": [{"name": 1, "children": [{"name": 2, "children": [{"name": 3}, {"name": 4}]}]}]}'
     )
@@ -163,7 +163,7 @@ def made(number: int, original: int, parent: object, **more: object) -> dict[str
     return {"result": "done", "snapshot": number, "from": original, "parent": parent, **more}
 
 
-def test_the_history_tells_the_tree() -> None:
+def test_the_tree_can_be_rebuilt_from_the_history() -> None:
     history: list[dict[str, Any]] = [
         made(1, 0, None),
         made(2, 1, 1),
@@ -176,7 +176,7 @@ def test_the_history_tells_the_tree() -> None:
     assert {n: tree.parent(n) for n in tree.numbers()} == {0: None, 1: None, 3: 1, 4: None, 5: 4, 6: None, 7: None}
 
 
-def test_a_history_that_is_wrong_makes_no_wrong_tree() -> None:
+def test_a_damaged_history_makes_no_wrong_tree() -> None:
     odd: list[dict[str, Any]] = [
         made(1, 0, 1),
         made(1, 0, 2),

@@ -183,7 +183,7 @@ class Worker(threading.Thread):
         return [] if not found[2] or found[2] in only or at_all & {*other.words} else ["the holder works elsewhere"]
 
 
-def test_eight_at_once_lose_nothing(system: System, tmp_path: Path) -> None:
+def test_eight_concurrent_commands_lose_nothing(system: System, tmp_path: Path) -> None:
     for _ in range(SHARED):
         system.clone()
     package = make_deb(tmp_path, "ash-test-small", files={"usr/share/ash-test-small": "x\n"})

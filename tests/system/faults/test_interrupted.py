@@ -19,7 +19,7 @@ def interrupt(system: System, step: str, *words: str | int, **options: str) -> N
 
 
 @pytest.mark.parametrize("words", ["clone", "branch", "clone-tree", "cbranch", "ubranch 0", "new"])
-def test_what_the_tree_names_is_there(system: System, snapshot: int, words: str) -> None:
+def test_after_ctrl_c_every_snapshot_of_the_tree_exists(system: System, snapshot: int, words: str) -> None:
     system.branch(snapshot)
     before = system.files.tree()
     interrupt(system, "rename .ash-new-fstree to fstree", *words.split(), *([snapshot] if words != "new" else []))
@@ -28,7 +28,7 @@ def test_what_the_tree_names_is_there(system: System, snapshot: int, words: str)
     system.is_sound()
 
 
-def test_what_a_rollback_has_put_into_the_tree_is_there(machine: Machine) -> None:
+def test_after_ctrl_c_the_snapshot_of_a_rollback_exists(machine: Machine) -> None:
     before = machine.files.tree()
     interrupt(machine.system, "rename .ash-new-fstree to fstree", "rollback", booted=machine.slot)
     assert machine.files.tree() > before
@@ -36,7 +36,7 @@ def test_what_a_rollback_has_put_into_the_tree_is_there(machine: Machine) -> Non
     machine.system.is_sound()
 
 
-def test_what_a_rollback_has_deployed_is_there(machine: Machine, snapshot: int) -> None:
+def test_after_ctrl_c_the_deployment_of_a_rollback_exists(machine: Machine, snapshot: int) -> None:
     machine.deploy(snapshot)
     before = machine.files.tree()
     slot = next(one for one in SLOTS if one != machine.slot)
@@ -47,7 +47,7 @@ def test_what_a_rollback_has_deployed_is_there(machine: Machine, snapshot: int) 
     machine.system.is_sound()
 
 
-def test_what_the_tree_does_not_name_is_gone(system: System, snapshot: int) -> None:
+def test_after_ctrl_c_a_deleted_snapshot_is_gone(system: System, snapshot: int) -> None:
     with system.nothing_changes():
         before = (system.files.state / "last").read_text()
         interrupt(system, f"rename .ash-new-{snapshot + 1}-desc to {snapshot + 1}-desc", "clone", snapshot)
@@ -55,7 +55,7 @@ def test_what_the_tree_does_not_name_is_gone(system: System, snapshot: int) -> N
 
 
 @pytest.mark.parametrize("words", ["mutable", "undo"])
-def test_a_snapshot_that_was_exchanged_keeps_its_predecessor(system: System, snapshot: int, words: str) -> None:
+def test_after_ctrl_c_an_exchanged_snapshot_keeps_its_undo(system: System, snapshot: int, words: str) -> None:
     system.shell(snapshot, "echo new > /etc/mark")
     known = system.id_of(snapshot)
     other = f"undo-{snapshot}" if words == "undo" else f"snapshot-chr{snapshot}"

@@ -16,13 +16,13 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(300)]
 WHOLE = {"run", "deploy"}
 
 
-def test_every_command_that_changes_something_is_cut() -> None:
+def test_every_command_that_changes_something_is_killed() -> None:
     changing = {command.name for command in TABLE if command.changes or command.changes_with}
     assert changing == {name.split()[0] for name in COMMANDS} | LIKE_RUN | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_is_killed_has_done_all_or_nothing(
+def test_a_killed_command_has_done_all_or_nothing(
     scene: Scene, name: str, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cuts", scene.check_kills(name, few=name not in WHOLE))

@@ -20,7 +20,7 @@ from tests.system.disk_system import Machine, System, installed_ash
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
 
-def test_a_second_ash_on_the_same_snapshot_is_told_who_holds_it(system: System, snapshot: int) -> None:
+def test_a_second_ash_on_the_same_snapshot_reports_the_holder(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "touch /etc/mark") as work:
         for words in (f"install {snapshot} hello", f"unlock {snapshot}", f"-y del {snapshot}"):
             error = system.ash(*words.split(), status=LOCKED).error
@@ -33,7 +33,7 @@ def test_a_second_ash_on_the_same_snapshot_is_told_who_holds_it(system: System, 
     assert (system.root(snapshot) / "etc/mark").exists()
 
 
-def test_a_second_ash_waits_as_long_as_it_is_told_to(system: System, snapshot: int) -> None:
+def test_a_second_ash_waits_as_long_as_wait_says(system: System, snapshot: int) -> None:
     began = time.monotonic()
     with system.at_work(snapshot, "touch /etc/one"):
         system.ash("--wait", "1", "run", snapshot, "true", status=OURS_IN_RUN)
@@ -46,7 +46,7 @@ def test_a_second_ash_waits_as_long_as_it_is_told_to(system: System, snapshot: i
     assert (system.root(snapshot) / "etc/two").exists()
 
 
-def test_two_snapshots_are_changed_at_once(system: System, snapshot: int) -> None:
+def test_two_snapshots_can_be_changed_at_the_same_time(system: System, snapshot: int) -> None:
     other = system.clone()
     with system.at_work(snapshot, "touch /etc/mark"), system.at_work(other, "touch /etc/mark"):
         third = system.clone()
@@ -55,7 +55,7 @@ def test_two_snapshots_are_changed_at_once(system: System, snapshot: int) -> Non
     system.is_sound()
 
 
-def test_a_snapshot_that_is_being_changed_is_copied_as_it_was_before(system: System, snapshot: int) -> None:
+def test_a_copy_of_a_snapshot_being_changed_has_its_old_state(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo before > /etc/mark")
     with system.at_work(snapshot, "echo after > /etc/mark"):
         copy = system.clone(snapshot)
@@ -75,7 +75,7 @@ def test_reading_needs_no_lock(system: System, snapshot: int) -> None:
         system.ash("desc", snapshot, "is being changed")
 
 
-def test_everybody_sees_who_works_and_nobody_else_can_take_his_lock(system: System, snapshot: int) -> None:
+def test_users_can_read_lock_holders_but_not_take_locks(system: System, snapshot: int) -> None:
     lock = system.files.state / f"work/{snapshot}/lock"
     with system.at_work(snapshot, "touch /etc/mark") as work:
         assert lock.stat().st_mode & 0o777 == 0o600
@@ -83,7 +83,7 @@ def test_everybody_sees_who_works_and_nobody_else_can_take_his_lock(system: Syst
     assert locker_of(lock) is None
 
 
-def test_a_subvolume_that_is_deleted_while_it_is_looked_at_is_none(system: System) -> None:
+def test_a_subvolume_deleted_during_the_lookup_does_not_exist(system: System) -> None:
     coming_and_going, over = system.files.top / "looked-at", threading.Event()
 
     def come_and_go() -> None:
@@ -105,7 +105,7 @@ def test_a_subvolume_that_is_deleted_while_it_is_looked_at_is_none(system: Syste
     assert seen == {True, False}
 
 
-def test_the_lock_is_free_the_moment_its_ash_is_dead(system: System, snapshot: int) -> None:
+def test_the_lock_is_free_as_soon_as_its_holder_is_dead(system: System, snapshot: int) -> None:
     process = system.start("run", snapshot, "sh", "-c", "touch /home/begun; sleep 4720")
     wait_until((system.home / "begun").exists)
     kill_hard(process)
@@ -115,7 +115,7 @@ def test_the_lock_is_free_the_moment_its_ash_is_dead(system: System, snapshot: i
     (system.home / "begun").unlink()
 
 
-def test_two_that_want_a_snapshot_and_the_deployments_do_not_wait_for_each_other(
+def test_locks_of_snapshots_and_deployments_do_not_deadlock(
     machine: Machine, snapshot: int
 ) -> None:
     work = machine.files.state / "work"
@@ -133,7 +133,7 @@ def test_two_that_want_a_snapshot_and_the_deployments_do_not_wait_for_each_other
     assert (machine.files.etc(snapshot) / "own").read_text() == "own\n"
 
 
-def test_copies_made_at_once_get_different_numbers(system: System) -> None:
+def test_concurrent_copies_get_different_numbers(system: System) -> None:
     processes = [
         subprocess.Popen([*ASH, "--image", system.image, "-q", "clone", "0"], stdout=subprocess.PIPE, text=True)
         for _ in range(4)
@@ -144,7 +144,7 @@ def test_copies_made_at_once_get_different_numbers(system: System) -> None:
     system.is_sound()
 
 
-def test_a_branch_that_is_made_while_its_parent_is_deleted_stops_that(system: System, snapshot: int) -> None:
+def test_a_branch_created_during_the_deletion_of_its_parent_stops_the_deletion(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "true"):
         deleted = system.start("--wait", "30", "-y", "del", snapshot)
         time.sleep(1.5)  # nothing is to be seen of it when it waits
@@ -157,7 +157,7 @@ def test_a_branch_that_is_made_while_its_parent_is_deleted_stops_that(system: Sy
     system.ash("fsck")
 
 
-def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, snapshot: int) -> None:
+def test_waiting_for_a_snapshot_does_not_stop_its_deletion(system: System, snapshot: int) -> None:
     lock = system.files.state / f"work/{snapshot}/lock"
     anew = f"mkdir -p {lock.parent}; touch {lock}"
     deleted = system.with_hooks({"do": ["rmdir", "sh", "-c", anew]}, "-y", "del", snapshot)
@@ -168,7 +168,7 @@ def test_who_waits_for_a_snapshot_that_goes_does_not_stop_that(system: System, s
     )
 
 
-def test_two_descriptions_at_once_are_one_of_them(system: System, snapshot: int) -> None:
+def test_of_two_concurrent_descriptions_one_wins(system: System, snapshot: int) -> None:
     ash = ["timeout", "20", *ASH, "--image", str(system.image)]
     other = ["sh", "-c", '"$@" & sleep 1', "sh", *ash, "desc", str(snapshot), "theirs"]
     ended = system.with_hooks({"do": ["rename", *other]}, "desc", snapshot, "ours")
@@ -181,7 +181,7 @@ def test_two_descriptions_at_once_are_one_of_them(system: System, snapshot: int)
 # The image
 
 
-def test_many_ash_on_an_image_share_one_loop_device_and_leave_none(disk: Disk) -> None:
+def test_concurrent_calls_on_an_image_share_one_loop_device_and_leave_none(disk: Disk) -> None:
     processes = [subprocess.Popen([*ASH, "--image", disk.image, "tree"], stdout=subprocess.DEVNULL) for _ in range(8)]
     seen = set()
     while any(process.poll() is None for process in processes):
@@ -191,7 +191,7 @@ def test_many_ash_on_an_image_share_one_loop_device_and_leave_none(disk: Disk) -
     wait_until(lambda: not disk.attached())
 
 
-def test_a_loop_device_that_the_user_attached_stays_his(disk: Disk) -> None:
+def test_a_loop_device_attached_by_the_user_stays_attached(disk: Disk) -> None:
     start, size = btrfs_partition(disk.image)
     where = ["--offset", str(start), "--sizelimit", str(size)]
     loop = program("losetup", "--find", "--show", *where, disk.image).strip()
@@ -202,7 +202,7 @@ def test_a_loop_device_that_the_user_attached_stays_his(disk: Disk) -> None:
         subprocess.run(["losetup", "--detach", loop], check=False, capture_output=True)
 
 
-def test_a_loop_device_of_the_whole_image_is_named(disk: Disk) -> None:
+def test_a_loop_device_of_the_whole_image_is_reported(disk: Disk) -> None:
     loop = program("losetup", "--find", "--show", disk.image).strip()
     try:
         assert loop in disk.ash("tree", status=LOCKED).error
@@ -222,7 +222,7 @@ def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
+def test_ash_killed_while_attaching_leaves_no_loop_device(disk: Disk, attached: bool) -> None:
     with disk.files() if attached else contextlib.nullcontext():
         for step in range(1, 20):
             subprocess.run(
@@ -234,7 +234,7 @@ def test_ash_killed_while_it_attaches_leaves_no_loop_device(disk: Disk, attached
 
 
 @pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
-def test_an_image_that_a_machine_runs_from_is_refused(disk: Disk) -> None:
+def test_an_image_used_by_a_virtual_machine_is_refused(disk: Disk) -> None:
     argv = [
         "qemu-system-x86_64",
         "-S",
@@ -267,7 +267,7 @@ def open_files(process: int) -> set[str]:
     return {Path(os.readlink(entry)).name for entry in Path(f"/proc/{process}/fd").iterdir()}
 
 
-def test_ash_runs_with_the_distributions_own_python_too(disk: Disk, tmp_path: Path) -> None:
+def test_ash_runs_with_the_distributions_python(disk: Disk, tmp_path: Path) -> None:
     assert sys.version_info >= (3, 11)
     with disk.files() as files:
         own = installed_ash(files, tmp_path)

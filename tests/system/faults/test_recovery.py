@@ -16,7 +16,7 @@ from tests.system.disk_system import Machine, System
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
 
 
-def test_a_commit_is_all_or_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:
+def test_a_commit_killed_at_any_step_is_all_or_nothing(system: System, snapshot: int) -> None:
     outcomes = set()
     number, script = (
         snapshot,
@@ -37,7 +37,7 @@ def test_a_commit_is_all_or_nothing_wherever_it_is_cut(system: System, snapshot:
     assert outcomes == {False, True}
 
 
-def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: System) -> None:
+def test_after_the_exchange_a_kill_at_any_step_loses_nothing_of_var(system: System) -> None:
     after_the_exchange = 0
     for step in range(1, 200, 2):
         number = system.clone()
@@ -62,7 +62,7 @@ def test_after_the_exchange_all_of_var_is_merged_wherever_that_is_cut(system: Sy
 
 
 @pytest.mark.parametrize("how", ["another file", "the same file", "open", "before anything was placed"])
-def test_what_others_made_of_var_since_a_kill_stays(system: System, snapshot: int, how: str) -> None:
+def test_changes_of_var_since_a_kill_are_kept(system: System, snapshot: int, how: str) -> None:
     """What was decided before the kill is not done on top of what came after it."""
     entry = system.files.var / f"lib/ash-test-{snapshot}"
     (entry / "deep").mkdir(parents=True)
@@ -85,7 +85,7 @@ def test_what_others_made_of_var_since_a_kill_stays(system: System, snapshot: in
     system.is_sound()
 
 
-def test_a_merge_that_was_begun_is_gone_on_with(system: System, snapshot: int) -> None:
+def test_an_interrupted_merge_is_resumed(system: System, snapshot: int) -> None:
     entry = system.files.var / f"lib/ash-test-{snapshot}"
     (entry / "directory/deep").mkdir(parents=True)
     (entry / "goes").mkdir()
@@ -116,7 +116,7 @@ def killed_in_the_merge(system: System, snapshot: int, script: str, step: str) -
     assert killed.returncode == -signal.SIGKILL, killed
 
 
-def test_a_recovery_that_is_cut_itself_is_gone_on_with(system: System, snapshot: int) -> None:
+def test_an_interrupted_recovery_is_resumed(system: System, snapshot: int) -> None:
     for killed_at in (14, 24):
         system.killed_at(
             killed_at, "run", snapshot, "sh", "-c", "echo new > /var/lib/again; touch /etc/mark /boot/mark"
@@ -129,7 +129,7 @@ def test_a_recovery_that_is_cut_itself_is_gone_on_with(system: System, snapshot:
         system.is_sound()
 
 
-def test_a_copy_is_made_whole_or_not_at_all(system: System, snapshot: int) -> None:
+def test_a_killed_copy_is_complete_or_does_not_exist(system: System, snapshot: int) -> None:
     known = system.files.tree()
     for step in system.each_step_of("branch", snapshot, by=3):
         system.ash("tmp")
@@ -140,7 +140,7 @@ def test_a_copy_is_made_whole_or_not_at_all(system: System, snapshot: int) -> No
         known |= made
 
 
-def test_a_copy_of_what_is_being_changed_leaves_nothing_wherever_it_is_cut(system: System, snapshot: int) -> None:
+def test_a_killed_copy_of_a_snapshot_being_changed_leaves_nothing(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "true"):
         for step in itertools.count(1, 2):
             if system.killed_at(step, "clone", snapshot).returncode == DONE:
@@ -151,7 +151,7 @@ def test_a_copy_of_what_is_being_changed_leaves_nothing_wherever_it_is_cut(syste
     system.is_sound()
 
 
-def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:
+def test_a_killed_deletion_is_complete_or_did_not_happen(system: System) -> None:
     outcomes = set()
     for step in range(5, 80, 4):
         top = system.clone()
@@ -166,7 +166,7 @@ def test_a_deletion_is_whole_or_not_at_all(system: System) -> None:
     assert outcomes == {False, True}
 
 
-def test_a_snapshot_is_mutable_or_read_only_wherever_that_is_cut(system: System, snapshot: int) -> None:
+def test_a_snapshot_is_mutable_or_read_only_after_a_kill_at_any_step(system: System, snapshot: int) -> None:
     outcomes = set()
     for step in system.each_step_of("immen", snapshot):
         system.ash("recover")
@@ -180,7 +180,7 @@ def test_a_snapshot_is_mutable_or_read_only_wherever_that_is_cut(system: System,
     system.is_sound()
 
 
-def test_the_machine_boots_wherever_a_deploy_is_cut(system: System) -> None:
+def test_the_system_boots_after_a_deploy_killed_at_any_step(system: System) -> None:
     one, two = system.clone(), system.clone()
     system.shell(one, "echo one > /etc/which")
     system.shell(two, "echo two > /etc/which")
@@ -203,7 +203,7 @@ def test_the_machine_boots_wherever_a_deploy_is_cut(system: System) -> None:
     assert "base\n" in started or "one\n" in started
 
 
-def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> None:
+def test_a_killed_new_leaves_the_base_unchanged(system: System) -> None:
     before = system.id_of(0)
     for step in (3, 9, 15, 21):
         system.killed_at(step, "new")
@@ -212,7 +212,7 @@ def test_a_kept_number_of_steps_does_not_reach_snapshot_0(system: System) -> Non
     system.is_sound()
 
 
-def test_what_is_mounted_elsewhere_is_told_of(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_a_foreign_mount_is_reported_by_recovery(system: System, snapshot: int, tmp_path: Path) -> None:
     system.killed_before("exchange", "run", snapshot, "touch", "/etc/mark")
     (tmp_path / "there").mkdir()
     program("mount", "--bind", system.root(f"chr{snapshot}"), tmp_path / "there")
@@ -226,7 +226,7 @@ def test_what_is_mounted_elsewhere_is_told_of(system: System, snapshot: int, tmp
 
 
 @pytest.mark.parametrize("stderr", [subprocess.PIPE, subprocess.STDOUT])
-def test_output_that_nobody_reads_is_no_success(system: System, snapshot: int, stderr: int) -> None:
+def test_closed_output_is_not_a_success(system: System, snapshot: int, stderr: int) -> None:
     script = "for n in 1 2 3; do echo a line; sleep 0.5; done; touch /etc/mark"
     argv = [*ASH, "--image", str(system.image), "run", str(snapshot), "sh", "-c", script]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=stderr) as process:
@@ -242,7 +242,7 @@ def test_output_that_nobody_reads_is_no_success(system: System, snapshot: int, s
 
 
 @pytest.mark.parametrize("words", ["run", "diff 0"])
-def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: System, snapshot: int, words: str) -> None:
+def test_a_view_of_a_mutable_snapshot_is_deleted_after_a_kill(system: System, snapshot: int, words: str) -> None:
     system.ash("mutable", snapshot)
     command = ["sh", "-c", "touch /etc/mark"] if words == "run" else []
     before = system.subvolumes()
@@ -254,7 +254,7 @@ def test_a_view_of_a_mutable_snapshot_goes_when_its_ash_was_killed(system: Syste
     system.ash("-y", "del", snapshot)
 
 
-def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
+def test_a_view_in_use_is_left_alone(system: System, snapshot: int) -> None:
     system.ash("mutable", snapshot)
     layout = Layout.at(system.files.top, DISTRIBUTION)
     with readonly_view(layout, system.root(snapshot)) as view, readonly_view(layout, system.root(snapshot)) as other:
@@ -267,7 +267,7 @@ def test_a_view_is_left_to_its_ash(system: System, snapshot: int) -> None:
     system.ash("immutable", snapshot)
 
 
-def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
+def test_a_killed_carry_leaves_no_second_etc(machine: Machine, snapshot: int) -> None:
     machine.running("deploy", machine.system.clone(snapshot))
     (machine.etc / "own").touch()
     ended = machine.system.with_hooks({"kill": "exchange .ash-new", "booted": machine.slot}, "carry")
@@ -277,7 +277,7 @@ def test_a_carrying_over_that_was_killed_leaves_no_second_etc(machine: Machine, 
 
 
 @pytest.mark.parametrize("name", ["live/before", "live/var", "{0}/var"])
-def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, snapshot: int, name: str) -> None:
+def test_leftovers_without_an_intent_after_a_power_cut_are_deleted(system: System, snapshot: int, name: str) -> None:
     forgotten = system.files.state / "work" / name.format(snapshot)
     forgotten.parent.mkdir(exist_ok=True)
     program("btrfs", "subvolume", "create", forgotten)
@@ -288,7 +288,7 @@ def test_what_a_power_cut_brought_back_after_its_intent_goes(system: System, sna
     system.is_sound()
 
 
-def test_a_commit_that_failed_is_not_gone_on_with(system: System, snapshot: int) -> None:
+def test_a_failed_commit_is_not_resumed(system: System, snapshot: int) -> None:
     script = f"cd /var/lib; touch first-{snapshot} second-{snapshot}"
     killed = system.with_hooks({"fail": "sync", "kill": "remove private"}, "run", snapshot, "sh", "-c", script)
     assert killed.returncode == -signal.SIGKILL
