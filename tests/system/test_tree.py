@@ -148,7 +148,7 @@ def test_a_missing_snapshot_has_its_own_status(disk: Disk, words: list[str | int
     ("words", "says"),
     [
         (["cloen", "0"], "clone"),
-        (["remove", "1"], "del 1"),
+        (["remove", "1"], "del N"),
         (["del"], "snapshot"),
         (["run"], "snapshot"),
         (["clone"], "named"),
