@@ -440,7 +440,7 @@ def test_a_package_that_the_branch_installed_is_not_displaced(system: System, ol
     child, beside = system.branch(parent), system.branch(parent)
     system.ash("install", child, "ash-test-own")
     system.ash("install", parent, "ash-test-rival")
-    said = f"snapshot {child} failed: what the parent has would push out ash-test-own"
+    said = f"snapshot {child} failed: the parent's packages conflict with ash-test-own"
     with system.nothing_changes():
         planned = system.ash("--dry-run", upgrades, parent, status=FAILED).stdout
     assert said.replace(" failed", "") in planned

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ash import Layout, delete_subvolume, readonly_view
-from tests.support import ASH, DISTRIBUTION, DONE, FAILED, REFUSED, SNAPSHOTS, program, wait_until
+from tests.support import ASH, DISTRIBUTION, DONE, FAILED, REFUSED, SNAPSHOTS, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(180)]
@@ -282,7 +282,7 @@ def test_leftovers_without_an_intent_after_a_power_cut_are_deleted(system: Syste
     forgotten.parent.mkdir(exist_ok=True)
     program("btrfs", "subvolume", "create", forgotten)
     assert system.wants_recovery() == [f"ash/work/{name.format(snapshot)}"]
-    assert f"{name.format(snapshot)} is left of a" in system.ash("fsck", status=FAILED).stdout
+    assert f"{name.format(snapshot)} is left over from a" in system.ash("fsck", status=FAILED).stdout
     system.ash("recover")
     assert not forgotten.exists()
     system.is_sound()
@@ -297,41 +297,3 @@ def test_a_failed_commit_is_not_resumed(system: System, snapshot: int) -> None:
     system.ash("recover")
     assert not [*(system.files.var / "lib").glob(f"*-{snapshot}")]
     assert not system.remains()
-
-
-def as_older_ash_had_it(work: Path) -> None:
-    """Have what a transaction wrote to /var where older versions had it."""
-    for name in ("upper", "overlay"):
-        (work / "private" / name).rename(work / name)
-    (work / "private").rmdir()
-
-
-def test_what_an_older_ash_has_left_is_finished_or_dropped(system: System, snapshot: int) -> None:
-    work = system.files.state / f"work/{snapshot}"
-    script = f"echo x > /var/lib/older-{snapshot}; mkdir -m 1777 /var/lib/all-{snapshot}; touch /etc/older"
-    system.killed_before("exchange ", "run", snapshot, "sh", "-c", script)
-    as_older_ash_had_it(work)
-    system.ash("recover")
-    assert not (system.files.var / f"lib/older-{snapshot}").exists()
-    assert not (system.root(snapshot) / "etc/older").exists()
-    system.is_sound()
-    system.killed_before("copy .ash-new", "run", snapshot, "sh", "-c", script)
-    as_older_ash_had_it(work)
-    system.ash("recover")
-    assert (system.files.var / f"lib/older-{snapshot}").read_text() == "x\n"
-    assert (system.root(snapshot) / "etc/older").exists()
-    system.is_sound()
-
-
-def test_what_an_older_ash_has_kept_is_gone_on_with_where_nobody_reaches_it(system: System, snapshot: int) -> None:
-    work = system.files.state / f"work/{snapshot}"
-    with system.terminal("chroot", snapshot) as terminal:
-        terminal.expect("# ")
-        terminal.type(f"echo x > /var/lib/kept-{snapshot}; echo done-it\n")
-        terminal.expect("done-it\r\n")
-        terminal.hang_up()
-    wait_until((work / "private/upper").exists)
-    as_older_ash_had_it(work)
-    assert system.ash("chroot", snapshot, "--resume", input="exit 0\n").status == 0
-    assert (system.files.var / f"lib/kept-{snapshot}").read_text() == "x\n"
-    system.is_sound()
