@@ -540,6 +540,13 @@ def test_help_explains_every_command(name: str) -> None:
     assert outcome(name, "-h") == outcome("-q", name, "--help") == (0, out, "")
 
 
+def test_each_option_sets_a_field_of_the_request() -> None:
+    combined = {"several": "snapshots", "parallel": "jobs", "not_live": "live", "help": "words"}
+    options = [option for command in ash.COMMANDS for option in command.all_options()]
+    names = {combined.get(option.dest, option.dest) for option in (*options, *ash.GLOBAL_OPTIONS)}
+    assert names == set(ash.Request._fields)
+
+
 # They pass --dry-run to the package manager, which simulates the change.
 SIMULATING = {"install", "install-profile", "remove", "upgrade", "tree-upgrade", "tree-rmpkg", "sync", "force-sync"}
 
