@@ -1468,9 +1468,9 @@ def make_mutable_directory(layout: Layout, kept: str) -> Path:
 
 
 class History:
-    """The log of what was done: a line of JSON for each commit, and for each command that failed or did something else.
+    """The log of all changes: a line of JSON for each commit, each failed command, and each change without a commit.
 
-    Commits are recorded by whoever finishes them, the command itself or recovery: see WorkDir.record().
+    The process that finishes a commit records it, be it the command itself or recovery: see WorkDir.record().
     """
 
     TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
@@ -1491,11 +1491,11 @@ class History:
         self.layout = layout
 
     def append(self, entry: Mapping[str, Any], again: bool = False) -> None:
-        """Append a line and sync it. On a full disk, or if another ash holds the lock for too long, the line is lost.
+        """Append a line and sync it. If the disk is full or the lock is held for too long, the line is lost.
 
         Args:
-            entry: the line, to which the time is added.
-            again: whether it may be there already, as recovery does not know; its "id" tells.
+            entry: the line; the time is added.
+            again: skip the line if one with its "id" exists: an interrupted process may have written it.
         """
         line = json.dumps({"time": time.strftime(self.TIME_FORMAT), **entry}).encode() + b"\n"
         with contextlib.suppress(OSError, AshError), state_lock(self.layout), self.layout.history.open("ab+") as file:
@@ -3940,7 +3940,7 @@ class Birth(NamedTuple):
     state: str = "number"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:
-        """Finish it if it is in the tree, else delete what there is of the snapshot."""
+        """Finish it if the snapshot is in the tree, else delete its parts."""
         n = place.snapshot
         if n in tree:
             description = self.description or place.system.describe(n)
@@ -3965,7 +3965,7 @@ class Deletion(NamedTuple):
     state: str = "number"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:
-        """Finish it if the snapshot has left the tree, else forget about it."""
+        """Finish it if the snapshot has left the tree, else drop the intent."""
         if place.snapshot not in tree:
             place.delete_snapshot()
             sync_filesystem(place.layout.snapshots)
@@ -3973,7 +3973,7 @@ class Deletion(NamedTuple):
         place.drop()
 
     def record(self, place: WorkDir, again: bool = False) -> None:
-        """Write the history's line, which is one for all."""
+        """Write the history's line: one for all the snapshots."""
         place.record(self.caller, {"id": self.id, "deleted": list(self.snapshots)}, self.snapshots, again)
 
 
@@ -4119,13 +4119,13 @@ class WorkDir:
     def record(
         self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
     ) -> None:
-        """Write a commit's line to the history; none if nobody called for it.
+        """Write a commit's line to the history, unless it has no caller.
 
         Args:
             caller: user and command.
             facts: what was done.
             snapshots: the snapshots concerned.
-            again: whether another process may have written it already.
+            again: an interrupted process may have written the line already.
         """
         if caller is not None:
             done = {"snapshot": self.snapshot, "changed": True, **facts, **caller}
@@ -4183,7 +4183,7 @@ class WorkDir:
 
         Args:
             intent: the commit.
-            again: whether an earlier attempt was interrupted.
+            again: an earlier attempt was interrupted.
 
         Raises:
             CommittedButUnfinished: a step failed.
@@ -5741,23 +5741,25 @@ def is_used(path: Path, in_use: Container[int]) -> bool:
     return found is not None and found.id in in_use
 
 
-def require_replaceable(system: System, snapshots: Sequence[int], so: str) -> None:
+def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) -> None:
     """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed.
 
     Args:
-        so: what therefore does not happen to it: "not deleted".
+        system: the system.
+        snapshots: the numbers.
+        outcome: what the error says of the snapshot: "not deleted".
     """
     menu = system.menu()
     deployed = {deployment.snapshot for deployment in menu.deployments.values()}
     in_use = subvolumes_in_use()
     for number in snapshots:
         if number == BASE:
-            raise AshError(f"snapshot 0 is the base: it is {so}", "", REFUSED)
+            raise AshError(f"snapshot 0 is the base: it is {outcome}", "", REFUSED)
         if number == system.current or is_used(system.layout.rootfs(number), in_use):
-            raise AshError(f"snapshot {number} is booted: it is {so}", "", REFUSED)
+            raise AshError(f"snapshot {number} is booted: it is {outcome}", "", REFUSED)
         if number in deployed:
             hint = "deploy another one, reboot, try again"
-            raise AshError(f"snapshot {number} is deployed: it is {so}", hint, REFUSED)
+            raise AshError(f"snapshot {number} is deployed: it is {outcome}", hint, REFUSED)
 
 
 @contextmanager
