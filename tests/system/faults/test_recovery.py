@@ -218,7 +218,7 @@ def test_a_foreign_mount_is_reported_by_recovery(system: System, snapshot: int, 
     program("mount", "--bind", system.root(f"chr{snapshot}"), tmp_path / "there")
     try:
         for line in ("tmp", f"unlock {snapshot}"):
-            assert f"snapshot-chr{snapshot} is in use" in system.ash(*line.split(), status=REFUSED).error
+            assert f"snapshot-chr{snapshot} is mounted" in system.ash(*line.split(), status=REFUSED).error
     finally:
         program("umount", tmp_path / "there")
     assert f"tidied up: {snapshot}" in system.ash("tmp").stdout
