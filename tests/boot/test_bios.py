@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The life of a system that starts by BIOS: changed, rebooted, edited, broken, brought back."""
+"""The life of a system that boots by BIOS: change, reboot, edit, break, recover."""
 
 import pytest
 
@@ -59,13 +59,13 @@ def test_the_life_of_a_system(disk: Disk, boot: Boot) -> None:
 
 
 def restart(machine: Machine) -> None:
-    """Reboot into what the menu starts by itself."""
+    """Reboot into the default entry of the menu."""
     machine.reboot()
     machine.login()
 
 
 def install_from_the_archive(machine: Machine) -> None:
-    """A clone gets a package; the base and the running system do not."""
+    """Only a clone gets a package, not the base or the running system."""
     assert new_snapshot(machine, "clone 0") == 1
     online(machine)
     said(machine, "ash install 1 hello")
@@ -78,7 +78,7 @@ def install_from_the_archive(machine: Machine) -> None:
 
 
 def write_what_persists(machine: Machine) -> None:
-    """Files where files stay, one where they do not, a service and a user."""
+    """Create files that persist, one that does not, a service and a user."""
     for place in ("/etc", "/var", "/home", "/root", "/tmp"):
         said(machine, f"echo kept > {place}/kept")
     said(machine, f"printf %s '{SERVICE}' > /etc/systemd/system/mine.service && systemctl enable mine.service")
@@ -96,21 +96,21 @@ def find_what_persists(machine: Machine) -> None:
 
 
 def leave_something_unfinished(machine: Machine) -> None:
-    """A transaction that was killed, and one of which a power cut has brought back a part alone."""
+    """A killed transaction, and leftovers of another after a power cut."""
     until = "until test -e /.snapshots/rootfs/snapshot-chr1; do sleep 1; done"
     said(machine, f"ash run 1 sleep 99 & {until}; kill -9 $!")
     said(machine, "mkdir -p /.snapshots/ash/work/2; btrfs subvolume create /.snapshots/ash/work/2/var")
 
 
 def find_nothing_unfinished(machine: Machine) -> None:
-    """All of it was tidied up while the machine started."""
+    """Assert that everything was cleaned up at boot."""
     assert said(machine, "systemctl show --value --property ConditionResult ash-recover") == "yes"
     assert said(machine, "find /.snapshots/ash/work -mindepth 2 ! -name lock") == ""
     assert said(machine, "find /.snapshots/rootfs -maxdepth 1 -name '*chr*'") == ""
 
 
 def edit_the_resolver_in_a_chroot(machine: Machine) -> None:
-    """The example of the documents: a shell in the snapshot, an edit, `exit`, deploy."""
+    """The example in the documents: a shell in the snapshot, an edit, `exit`, deploy."""
     machine.send("ash chroot 1\n")
     machine.expect(r"[#$] ")
     machine.send(f"echo '{NAMESERVER}' > /etc/resolv.conf\n")
@@ -127,7 +127,7 @@ def deploy_something_broken(machine: Machine) -> None:
 
 
 def ash_agrees_from_outside(disk: Disk) -> None:
-    """The image is whole: ash works on it, and all snapshots are read-only."""
+    """Assert that ash works on the image and that all snapshots are read-only."""
     rows = {row["snapshot"]: row for row in disk.ash("--json", "tree").json["tree"]}
     assert {number: row["deployed"] for number, row in rows.items()} == {0: False, 1: False, 2: False, 3: True}
     with disk.files() as files:

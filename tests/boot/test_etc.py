@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What was changed in the running /etc is still there in the next deployment, beside what the snapshot brought."""
+"""Changes of the running /etc are carried into the next deployment and merged with those of the snapshot."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_edits_of_the_running_system_are_carried(disk: Disk, boot: Boot) -> None
 
 
 def edit(machine: Machine) -> None:
-    """A user, a password, a file that the snapshot leaves alone and one that it has changed too."""
+    """Change a user, a password, and files that the snapshot has or has not changed too."""
     said(machine, "useradd --create-home human && echo human:secret | chpasswd")
     said(machine, "echo 'root:new password' | chpasswd")
     said(machine, "echo 192.0.2.1 early >> /etc/hosts")
@@ -47,7 +47,7 @@ def edit(machine: Machine) -> None:
 
 
 def find(machine: Machine) -> None:
-    """Each is where it belongs, also what was changed after the deploy."""
+    """Assert that all changes were carried, even those after the deploy."""
     hosts = said(machine, "cat /etc/hosts")
     assert "early" in hosts
     assert "late" in hosts

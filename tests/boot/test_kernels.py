@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Two siblings with different kernels: each starts with its own, and finds its own modules."""
+"""Two siblings with different kernels: each boots its own, with its own modules."""
 
 import pytest
 
@@ -37,20 +37,20 @@ def test_siblings_with_different_kernels_boot_in_turn(disk: Disk, boot: Boot) ->
 
 
 def kernels(disk: Disk, snapshot: int) -> set[str]:
-    """The kernels of a snapshot by their versions; each has its initramfs, its modules and its copy in boot-N."""
+    """The kernel versions of a snapshot; assert that each has an initramfs, modules and a copy in boot-N."""
     with disk.files() as files:
         root = files.root(snapshot)
         found = {path.name.removeprefix("vmlinuz-") for path in (root / "boot").glob("vmlinuz-*")}
         for version in found:
             assert (root / f"boot/initrd.img-{version}").stat().st_size > 1 << 20
             assert (files.boot(snapshot) / f"vmlinuz-{version}").exists()
-        # A package that was removed, not purged, leaves a directory without modules behind.
+        # A package that is removed but not purged leaves an empty modules directory.
         assert {path.parent.name for path in (root / "usr/lib/modules").glob("*/kernel")} == found
     return found
 
 
 def runs_kernel(machine: Machine, version: str) -> None:
-    """That kernel runs, its modules are the ones there, and one that it has not loaded yet loads."""
+    """Assert that a kernel runs, that only its modules are there, and that one of them can be loaded."""
     assert said(machine, "uname -r") == version
     assert said(machine, "echo /lib/modules/*/kernel") == f"/lib/modules/{version}/kernel"
     said(machine, "modprobe dummy && ip link show type dummy")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Packages in a machine that runs: live, in a writable shell, over a tree by cron, and by night."""
+"""Packages in a running system: live changes, a writable shell, a tree upgraded by cron, auto-upgrade."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ NUMBERS = range(1, 6)
 
 
 def archives(directory: Path) -> None:
-    """Four states of an archive: with each, the package that the tree has gets one version further; the last is bad."""
+    """Four states of a repository, each with a newer version of the tree's package; the last version is broken."""
     for state in ("1", "2", "3", "4"):
         archive = Archive(directory / state)
         bad = {"postinst": "exit 1"} if state == "4" else {}
@@ -60,7 +60,7 @@ def test_packages_of_a_running_system(disk: Disk, boot: Boot, tmp_path: Path) ->
 
 
 def prepare(disk: Disk, directory: Path) -> None:
-    """A tree of five with the first version, and cron; the archives' states lie in /home."""
+    """A tree of five with the first version, and cron; the states of the repository are in /home."""
     archives(directory)
     with disk.files() as files:
         for state in ("1", "2", "3", "4"):
@@ -77,7 +77,7 @@ def prepare(disk: Disk, directory: Path) -> None:
 
 
 def installs_live(machine: Machine) -> None:
-    """A service is there at once, and gone at once; one that does not start is not left behind."""
+    """A service is started at once and stopped at once; one that fails to start is rolled back."""
     report = said(machine, "ash install ash-test-daemon")
     assert "started: ash-test-daemon.socket, ash-test-daemon.service" in report
     active = "systemctl is-active ash-test-daemon.socket ash-test-daemon"
@@ -105,7 +105,7 @@ def installs_live(machine: Machine) -> None:
 
 
 def opens_itself(machine: Machine) -> None:
-    """A writable shell in the running system, one at a time; killed, it leaves nothing. And the same in a snapshot."""
+    """One writable shell at a time in the running system; a killed one leaves nothing. The same for a snapshot."""
     said(machine, "printf 'echo live > /usr/share/live\\n' | ash live-chroot")
     assert said(machine, "cat /usr/share/live") == "live"
     refused(machine, "touch /usr/share/written", "Read-only file system")
@@ -136,10 +136,10 @@ def opens_itself(machine: Machine) -> None:
 
 
 def upgrades_a_tree_by_cron(machine: Machine) -> None:
-    """Nothing is new at first; then the archive gets a version, and cron upgrades all five."""
+    """First there is no upgrade; then cron upgrades all five snapshots."""
     assert "5 unchanged" in said(machine, "ash tree-upgrade 1")
     said(machine, "ln -sfn 2 /home/archive")
-    # Once: the next minute may come before it has ended.
+    # Only once: it may take more than a minute.
     line = "* * * * * root rm /etc/cron.d/ash; ash tree-upgrade 1 > /var/log/part 2>&1; mv /var/log/part /var/log/night"
     said(machine, f"echo '{line}' > /etc/cron.d/ash")
     machine.command("while ! test -e /var/log/night; do sleep 1; done", timeout=400)
@@ -151,7 +151,7 @@ def upgrades_a_tree_by_cron(machine: Machine) -> None:
 
 
 def upgrades_by_night(machine: Machine) -> None:
-    """A bad package changes nothing; else the service upgrades and deploys what runs, keeps what it was, and reboots."""
+    """A broken package changes nothing; otherwise auto-upgrade keeps a copy, upgrades, deploys and reboots."""
     said(machine, "ln -sfn 4 /home/archive")
     assert machine.command("systemctl start ash-upgrade.service", timeout=300, ok=None).status != 0
     refused(machine, "ash check", "failed")

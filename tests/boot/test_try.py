@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What the README's first command shows a newcomer: by itself, and in a terminal."""
+"""`init.py try`, the README's first command: the tour by itself, and in a terminal."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A system that starts by UEFI: deployed, restarted, cut off in the middle of a change, started from the menu."""
+"""A system that boots by UEFI: deploy, reboot, reset in the middle of a change, boot from the menu."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Profiles from the real archives, installed and started: what they promise is there.
+"""Profiles from the real repositories, installed and booted: they deliver what they promise.
 
 Pictures of the screen are kept in the directory that ASH_TEST_SCREENSHOTS names, for people to look at.
 """
@@ -18,7 +18,7 @@ from tests.support import Disk
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(1800)]
 
-# An empty screen has one colour, a text console a few; a desktop with letters and a picture behind them has many.
+# An empty screen has one colour, a text console a few; a desktop with text and a wallpaper has many.
 COLOURS = 300
 USER, PASSWORD = "somebody", "secret"
 MAKE_USER = f"useradd --create-home --shell /bin/bash {USER}; echo {USER}:{PASSWORD} | chpasswd"
@@ -27,7 +27,7 @@ GREETER = "pgrep -u lightdm -f ^/usr/sbin/lightdm-gtk-greeter"
 
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
-    """Where pictures go."""
+    """The directory for screenshots."""
     directory = Path(os.environ.get("ASH_TEST_SCREENSHOTS") or tmp_path)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
@@ -44,12 +44,12 @@ def test_i3_greets_and_lets_a_user_in(disk: Disk, boot: Boot, screenshots: Path)
         is_active(machine, "dbus", "lightdm")
         await_success(machine, GREETER)
         assert "greeter" in said(machine, "loginctl list-sessions --no-legend")
-        machine.press("shift")  # a greeter that nobody looks at blanks the screen
+        machine.press("shift")  # wakes up a blanked greeter
         shows(machine, screenshots / "i3-greeter.png")
         is_healthy(machine)
 
         machine.press(*USER, "ret")
-        time.sleep(10)  # its next question comes from PAM
+        time.sleep(10)  # PAM takes its time to ask for the password
         machine.press(*PASSWORD, "ret")
         await_success(machine, f"pgrep -u {USER} -x i3bar")
         assert f"{USER} seat0" in said(machine, "loginctl list-sessions --no-legend")
@@ -107,16 +107,16 @@ def is_active(machine: Machine, *units: str) -> None:
 
 
 def await_success(machine: Machine, line: str) -> None:
-    """Wait until a command succeeds: what starts beside the login prompt takes its time under emulation."""
+    """Wait until a command succeeds: services may start long after the login prompt under emulation."""
     said(machine, f"timeout 270 sh -c {shlex.quote(f'until {line}; do sleep 1; done')}")
 
 
 def shows(machine: Machine, file: Path) -> None:
-    """The screen comes to show more than a console or nothing; keep what it shows."""
+    """Wait until the screen shows more than a console, and save a screenshot."""
     deadline = time.monotonic() + 120
     while len((picture := machine.screenshot()).colours()) < COLOURS and time.monotonic() < deadline:
         time.sleep(2)
-    time.sleep(10)  # not half a picture
+    time.sleep(10)  # until it is drawn completely
     picture = machine.screenshot()
     file.write_bytes(picture.png())
     assert len(picture.colours()) >= COLOURS, f"{file} shows {len(picture.colours())} colours"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Commands on a snapshot with all below it, and on what is left of one."""
+"""Commands on a snapshot with its branches, and on the remains of a snapshot."""
 
 import pytest
 
@@ -15,12 +15,12 @@ def tree_of(system: System) -> dict[int, int | None]:
 
 
 def number(system: System, *words: str | int) -> int:
-    """Run a command that prints a new number."""
+    """Run a command that prints a new snapshot number."""
     return int(system.ash("-q", *words).stdout)
 
 
 def mark(system: System, snapshot: int) -> str:
-    """What the tests write into a snapshot to know it again."""
+    """The mark that the tests wrote into a snapshot."""
     path = system.root(snapshot) / "etc/mark"
     return path.read_text().strip() if path.exists() else ""
 
@@ -97,7 +97,7 @@ def test_tree_run_runs_in_every_branch_and_reports_failures(system: System, snap
 
 def test_nuke_deletes_what_is_left_of_a_damaged_snapshot(system: System, snapshot: int) -> None:
     program("btrfs", "subvolume", "delete", system.root(snapshot))
-    system.root(snapshot).mkdir()  # as a copy tool leaves it
+    system.root(snapshot).mkdir()  # as a copy tool would leave it
     (system.root(snapshot) / "etc").mkdir()
     tree = system.files.state / "fstree"
     tree.write_text(tree.read_text().replace(f', {{"name": {snapshot}}}', ""))

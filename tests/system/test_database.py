@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What describes /usr and /etc travels with the snapshot: nothing in the shared /var names packages of one sibling.
+"""Package state travels with the snapshot: nothing in the shared /var names packages that only one sibling has.
 
 ASH_TEST_PACKAGES names more packages to try, by hand: a hundred popular ones take half an hour.
 """
@@ -24,14 +24,14 @@ PACKAGES = [
     "linux-headers-amd64", "dkms", "apache2", "libpam-pwquality", "wamerican", "hunspell-en-us", "iamerican",
     "ca-certificates-java", "openjdk-21-jre-headless", "python3-requests", "ucf", "xfonts-utils", "fontconfig",
 ]  # fmt: skip
-# What no package's script reads again: data that a package gives its user or makes for its daemon, logs.
+# Files that no package script reads: data of users and daemons, logs.
 DATA = (
     "www/html", "lib/mysql", "lib/postgresql", "lib/smartmontools/drivedb", "lib/spamassassin", "lib/tomcat10/webapps",
     "log/fontconfig.log", "log/munin",
 )  # fmt: skip
 APT = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0"
 
-# A module for the kernel, as small as it can be.
+# A minimal kernel module.
 DKMS = {
     "dkms.conf": 'PACKAGE_NAME="ashtest"\\nPACKAGE_VERSION="1"\\nBUILT_MODULE_NAME[0]="ashtest"\\n'
     'DEST_MODULE_LOCATION[0]="/updates"\\nAUTOINSTALL="yes"\\n',
@@ -41,7 +41,7 @@ DKMS = {
 
 
 class Installed:
-    """Two siblings, in one of which the packages are."""
+    """Two siblings, one of which has the packages."""
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -53,7 +53,7 @@ class Installed:
         system.shell(self.with_packages, f"{APT} install {' '.join(self.packages)}", seconds=3600)
 
     def new_in_var(self) -> dict[str, Facts]:
-        """The files in the shared /var that are new or changed, but for caches and logs that the module names."""
+        """The new or changed files in the shared /var, except the distribution's caches and logs."""
         after = everything_below(self.system.files.var)
         expected = (*DISTRO.package_manager.caches, *DISTRO.package_manager.logs, "log/journal")
         return {
@@ -128,7 +128,7 @@ def test_the_tools_of_the_packages_know_their_own_records(installed: Installed) 
 
 
 def test_a_dkms_module_is_installed_and_registered(installed: Installed) -> None:
-    """dkms compares paths in its directory with where links of that directory lead."""
+    """dkms compares paths in its directory with the targets of its symlinks."""
     files = "; ".join(f"printf '{text}' > {name}" for name, text in DKMS.items())
     script = f"mkdir /usr/src/ashtest-1; cd /usr/src/ashtest-1; {files}; kernel=$(ls /lib/modules | tail -n 1); "
     system = installed.system

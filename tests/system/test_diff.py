@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What differs between snapshots."""
+"""diff: the differences between snapshots."""
 
 import os
 import random
@@ -56,7 +56,7 @@ Look = dict[str, tuple[object, ...]]
 
 
 def look(top: Path) -> Look:
-    """All that counts of everything below a directory."""
+    """The compared properties of everything below a directory."""
     found: Look = {}
     for path in top.rglob("*"):
         status = path.lstat()
@@ -66,7 +66,7 @@ def look(top: Path) -> Look:
 
 
 def differences(before: Look, after: Look) -> dict[str, str]:
-    """What differs, found by looking at everything."""
+    """The differences, found by comparing everything."""
     changed = {path: "changed" for path in before.keys() & after.keys() if before[path][:2] != after[path][:2]}
     return (
         changed
@@ -76,7 +76,7 @@ def differences(before: Look, after: Look) -> dict[str, str]:
 
 
 def shuffle(top: Path, chance: random.Random) -> None:
-    """Do something at random to the files below a directory."""
+    """Make a random change below a directory."""
     there = sorted(top.rglob("*"))
     files, directories = [p for p in there if p.is_file() and not p.is_symlink()], [p for p in there if p.is_dir()]
     new = chance.choice([top, *directories]) / f"f{chance.randrange(12)}"
@@ -116,7 +116,7 @@ def test_btrfs_and_a_full_comparison_find_the_same_changes(system: System, seed:
     said, before, after = changed_paths(old, new), look(old), look(new)
     true = differences(before, after)
     for path, kind in true.items():
-        # Of a directory that moves only the directory is named, and of a file with several names one of them.
+        # Of a moved directory only the directory is reported, and of hard links only one.
         above = {said.get(str(parent)) for parent in Path(path).parents}
         same = [other for other in said if other in after and path in after and after[other][2] == after[path][2]]
         assert path in said or same or above & {"added", "removed", "changed"}, f"{path} was {kind}: {said}"

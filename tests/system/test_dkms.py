@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Kernel modules of dkms: built for the kernels of the snapshot, whatever kernel runs; a failed build changes nothing."""
+"""dkms modules are built for the kernels of the snapshot, not for the running one; a failed build changes nothing."""
 
 import platform
 from pathlib import Path
@@ -18,7 +18,7 @@ NO_RECOMMENDS = "echo 'APT::Install-Recommends \"false\";' > /etc/apt/apt.conf.d
 
 @pytest.fixture(scope="module")
 def without_headers(system: System, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """A snapshot with dkms and a module, and without headers for its kernel."""
+    """A snapshot with dkms and a module, but without headers for its kernel."""
     number = system.clone()
     system.shell(number, NO_RECOMMENDS)
     system.ash("install", number, "dkms", module(tmp_path_factory.mktemp("first"), "ashfirst"))
@@ -34,7 +34,7 @@ def with_headers(system: System, without_headers: int) -> int:
 
 @pytest.fixture
 def snapshot(system: System, with_headers: int) -> int:
-    """A snapshot with dkms and headers, of the test's own."""
+    """A fresh snapshot with dkms and headers."""
     return system.branch(with_headers)
 
 
@@ -53,7 +53,7 @@ def beside_the_running_kernel(system: System, snapshot: int) -> int:
 
 
 def module(directory: Path, name: str, source: str = GOOD, conf: str = "") -> Path:
-    """Make a package with a module's source, as Debian's are: its scripts leave the building to dkms."""
+    """Build a package with a module's source, as Debian does: its scripts call dkms."""
     place = f"usr/src/{name}-1"
     config = f'PACKAGE_NAME="{name}"\nPACKAGE_VERSION="1"\nBUILT_MODULE_NAME[0]="{name}"\n'
     config += f'DEST_MODULE_LOCATION[0]="/updates"\nAUTOINSTALL="yes"\n{conf}'
@@ -72,13 +72,13 @@ def module(directory: Path, name: str, source: str = GOOD, conf: str = "") -> Pa
 
 
 def kernel_of(system: System, snapshot: int) -> str:
-    """The one kernel that a snapshot can start with."""
+    """The only kernel of a snapshot."""
     (image,) = (system.root(snapshot) / "boot").glob("vmlinuz-*")
     return image.name.removeprefix("vmlinuz-")
 
 
 def built(system: System, snapshot: int, name: str) -> list[str]:
-    """The kernels of a snapshot for which a module is in place."""
+    """The kernels of a snapshot for which a module is installed."""
     modules = system.root(snapshot) / "usr/lib/modules"
     return sorted(path.relative_to(modules).parts[0] for path in modules.glob(f"*/updates/**/{name}.ko*"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The history, and what is shown of the state of things."""
+"""The history, `log`, `sub` and `status`."""
 
 import json
 from pathlib import Path

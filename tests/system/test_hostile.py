@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Names and texts that look like commands, lines or escape sequences are names and texts everywhere."""
+"""Names and texts that look like commands, lines or escape sequences are treated as data everywhere."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ TEXTS = [os.fsdecode(name) for name in NAMES]
 
 @pytest.fixture(autouse=True)
 def _nothing_is_run() -> Iterator[None]:
-    """No text is taken for a command."""
+    """Assert that no text was executed as a command."""
     yield
     left = [place for place in (TRACE, Path.cwd() / TRACE.name) if place.exists()]
     for place in left:
@@ -50,7 +50,7 @@ def _nothing_is_run() -> Iterator[None]:
 
 
 def shown(system: System, *words: str | int, status: int | None = DONE) -> Outcome:
-    """Run ash; what it says can go to any terminal."""
+    """Run ash; assert that its output is safe for any terminal."""
     argv = [*ASH, "--image", str(system.image), *map(str, words)]
     ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
     out, err = ended.stdout.decode(), ended.stderr.decode()
@@ -63,7 +63,7 @@ def shown(system: System, *words: str | int, status: int | None = DONE) -> Outco
 
 
 def menu_is_whole(system: System) -> None:
-    """Assert that GRUB reads its menu, and that it has an entry for each deployment and no other."""
+    """Assert that GRUB can parse its menu, which has exactly one entry for each deployment."""
     checked = subprocess.run(["grub-script-check", system.files.grub_cfg], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     entries = re.findall(r"^menuentry ", system.files.grub_cfg.read_text(), re.MULTILINE)
@@ -73,7 +73,7 @@ def menu_is_whole(system: System) -> None:
 
 
 def history_is_whole(system: System) -> None:
-    """Assert that each line of the history is JSON, and that log shows each on a line."""
+    """Assert that each line of the history is JSON, and that `log` shows it on one line."""
     lines = (system.files.state / "history").read_bytes().decode("ascii").removesuffix("\n").split("\n")
     assert all(isinstance(json.loads(line), dict) for line in lines)
     assert len(shown(system, "log").stdout.rstrip("\n").split("\n")) == len(lines) + 1
@@ -108,7 +108,7 @@ def test_a_system_may_have_any_name(system: System, snapshot: int) -> None:
 
 
 def in_all_folders(system: System, snapshot: int) -> None:
-    """Make files of all names in a snapshot's directories and in those that are shared."""
+    """Create files of all names in the directories of a snapshot and in the shared ones."""
     lines = []
     for directory in ("/etc", "/var/lib", "/var/cache/man", "/boot", "/home"):
         lines += [f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(f'{directory}/{text}')}" for text in TEXTS]
@@ -193,7 +193,7 @@ def test_a_kernel_may_have_any_name(system: System, snapshot: int) -> None:
     names += ["vmlinuz-94\u202e", "vmlinuz-93\x1b[2J", "initrd.img-99 b", "vmlinuz-92{", "vmlinuz-91}"]
     lines = [f"echo x > {shlex.quote(f'/boot/{name}')}" for name in names]
     system.shell(snapshot, "\n".join([*lines, "ln -s nowhere /boot/vmlinuz-90", "ln -s nowhere /boot/initrd.img.old"]))
-    shown(system, "deploy", snapshot, status=None)  # grub-mkconfig itself fails where there is a blank in one
+    shown(system, "deploy", snapshot, status=None)  # grub-mkconfig itself fails if a name contains a blank
     menu_is_whole(system)
     system.shell(snapshot, "rm -f /boot/*' '* /boot/*menuentry*")
     shown(system, "deploy", snapshot)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Any sequence of commands on the tree leaves what a plain model of them says, and no damage.
+"""Random sequences of commands on the tree have the same result as a simple model, and fsck finds nothing.
 
 ASH_TEST_STEPS says how many commands a sequence has, ASH_TEST_SEQUENCES how many sequences there are.
 """
@@ -28,7 +28,7 @@ BASE = 0
 
 @dataclass(frozen=True)
 class Content:
-    """What a snapshot holds."""
+    """The content of a snapshot."""
 
     mark: str = ""
     mutable: bool = False
@@ -36,7 +36,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the model knows of a snapshot; `undo` is what it held before its last change."""
+    """The model of a snapshot; `undo` is its content before the last change."""
 
     parent: int | None
     description: str
@@ -45,7 +45,7 @@ class Snapshot:
 
 
 class Model(RuleBasedStateMachine):
-    """Does each command to a real system and to a dictionary."""
+    """Applies each command to a real system and to a dictionary."""
 
     image: Path
     directory: Path
@@ -62,7 +62,7 @@ class Model(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.stack.close()
 
-    # What the model says
+    # The model
 
     def pick(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.known)))
@@ -177,7 +177,7 @@ class Model(RuleBasedStateMachine):
         slot = self.system.files.default_slot()
         assert (self.system.root(slot) / "usr/share/ash/snap").read_text() == f"{number}\n"
 
-    # What holds after each
+    # Invariants after each command
 
     @invariant()
     def agrees(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""What root does for a user of ash: no secret gets about, no link leads it astray, no caller's program is run."""
+"""What ash does as root leaks no secrets, follows no planted symlinks and runs no programs of its caller."""
 
 import os
 import re
@@ -28,7 +28,7 @@ KEY = "k3y-of-the-machine"
 
 
 def copies_in(system: System, text: str = SECRET) -> list[str]:
-    """The files with the secret in them, wherever ash may have written to; history and locks have what was typed."""
+    """The files that contain the secret, wherever ash may have written, except history and locks, which contain command lines."""
     files = system.files
     directories = [
         files.state,
@@ -56,7 +56,7 @@ def copies_in(system: System, text: str = SECRET) -> list[str]:
 
 
 def below(directory: Path, mode: int) -> None:
-    """Assert that a directory gives nobody else more than a mode does."""
+    """Assert that a directory has no permissions for others beyond a mode."""
     assert not stat.S_IMODE(directory.stat().st_mode) & ~mode, f"{directory} is {directory.stat().st_mode:o}"
 
 
@@ -95,7 +95,7 @@ def test_a_copy_is_never_more_readable_than_its_original(
 def test_a_copy_does_not_follow_a_symlink_planted_by_the_directorys_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner of a directory in /var replaces the new file by a link before its mode is set."""
+    """The owner of a directory in /var replaces the new file by a symlink before its mode is set."""
     victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
     victim.write_text("")
     victim.chmod(0o600)
@@ -118,7 +118,7 @@ def test_a_copy_does_not_follow_a_symlink_planted_by_the_directorys_owner(
 def test_a_file_replaced_while_it_is_copied_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner of its directory puts a link or a pipe in its place, after it was looked at."""
+    """The directory's owner replaces it by a symlink or FIFO after it was checked."""
     victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
     victim.write_text(SECRET)
     os.setxattr(victim, "user.x", SECRET.encode())
@@ -141,7 +141,7 @@ def test_a_file_replaced_while_it_is_copied_is_not_read(
         source.unlink()
     source.write_text("x")
     os.setxattr(source, "user.x", b"own")
-    with monkeypatch.context() as patched:  # when its content is there already
+    with monkeypatch.context() as patched:  # when its content has been copied
         content = ash.copy_content
 
         def replaced_late(old: Any, new: Any) -> None:
@@ -155,7 +155,7 @@ def test_a_file_replaced_while_it_is_copied_is_not_read(
 
 
 def test_users_cannot_reach_what_a_transaction_writes_to_var(system: System, snapshot: int) -> None:
-    """What is everybody's to write in, such as /var/tmp, would be so in a place that root copies from."""
+    """A world-writable directory such as /var/tmp would stay world-writable where root copies from."""
     with system.at_work(snapshot, "touch /var/tmp/x"):
         work = system.files.state / "work" / str(snapshot)
         found = [path for path in work.rglob("*") if path.name == "tmp" and not path.is_relative_to(work / "var")]
@@ -221,12 +221,12 @@ def test_secrets_stay_secret_wherever_they_are_copied(machine: Machine, snapshot
         assert readable == (0o640 if copy.name.startswith("shadow") else 0o600), f"{copy} is {readable:o}"
 
 
-# Links
+# Symlinks
 
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A directory of the host, which is as it was in the end."""
+    """A directory of the host, which must not change."""
     directory = tmp_path / "outside"
     (directory / "dpkg/info").mkdir(parents=True)
     package = f"Package: {SECRET}\nStatus: install ok installed\nVersion: {SECRET}\n"
@@ -248,7 +248,7 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 
 
 def tried(system: System, *words: str | int) -> int:
-    """Run ash, whatever comes of it: no traceback, and nothing of what is outside. Returns its status."""
+    """Run ash with any result; assert that it prints no traceback and nothing from outside. Returns its exit status."""
     argv = [*ASH, "--image", str(system.image), *map(str, words)]
     ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
     assert not re.search("Traceback|an error in ash itself", ended.stderr), ended.stderr
@@ -257,7 +257,7 @@ def tried(system: System, *words: str | int) -> int:
 
 
 def every_command(system: System, machine: Machine, snapshot: int) -> dict[str, int]:
-    """Run all commands that read or write in a snapshot; the statuses with which they ended."""
+    """Run all commands that read or write in a snapshot; returns their exit statuses."""
     lines = [
         f"diff 0 {snapshot} --patch --files",
         f"diff {snapshot} 0 --patch",
@@ -298,7 +298,7 @@ DATABASE = ["dpkg/status", "dpkg/info", "dpkg/diversions", "dpkg/lock", "ucf", "
 
 
 def link(system: System, snapshot: int, links: dict[str, Path | str]) -> None:
-    """Make links in a snapshot."""
+    """Create symlinks in a snapshot."""
     lines = [f"rm -rf '/{path}'; ln -s '{target}' '/{path}'" for path, target in links.items()]
     system.shell(snapshot, "\n".join(lines))
 
@@ -330,7 +330,7 @@ def test_symlinks_in_place_of_a_snapshots_files_do_not_lead_out_of_it(machine: M
 def test_symlinks_in_place_of_a_snapshots_directories_do_not_lead_out_of_it(
     system: System, snapshot: int, outside: Path, links: dict[str, str]
 ) -> None:
-    """A mutable snapshot is changed without ash's seeing to it."""
+    """A mutable snapshot can be changed without ash."""
     system.ash("mutable", snapshot)
     for path, target in links.items():
         place = system.root(snapshot) / path
@@ -351,7 +351,7 @@ def test_symlinks_in_place_of_a_snapshots_directories_do_not_lead_out_of_it(
 
 
 def test_paths_in_a_package_list_are_resolved_inside_the_snapshot(system: System, snapshot: int, outside: Path) -> None:
-    """Whether there is something in a directory of the host is told to nobody."""
+    """Nobody learns which files exist in a directory of the host."""
     system.ash("mutable", snapshot)
     root = system.root(snapshot)
     (root / "usr/led").symlink_to(outside)
@@ -403,7 +403,7 @@ def test_symlinks_in_mutable_directories_do_not_lead_out_of_them(system: System,
 
 
 def test_a_symlink_planted_in_var_is_not_followed(system: System, snapshot: int, outside: Path) -> None:
-    """Neither in an entry, nor in a cache, nor in a log, nor where the directory of entries was."""
+    """Neither in an entry, a cache or a log, nor in place of the directory of entries."""
     var = system.files.var
     places = ["lib/led", "cache/man/led", "log/apt/led", "www/led/deep", "spool/led"]
     for place in places:
@@ -431,7 +431,7 @@ def test_the_conflicts_directory_cannot_be_redirected(machine: Machine, snapshot
 
 
 def test_a_private_directory_is_never_an_existing_one(tmp_path: Path) -> None:
-    """Two within a second do not share one."""
+    """Two created within one second are not the same."""
     directory = tmp_path / "var/lib/ash/conflicts/5-now"
     (tmp_path / "var/lib").mkdir(parents=True)
     make_private_directory(directory)
@@ -454,7 +454,7 @@ def test_directories_of_var_do_not_become_symlinks(system: System, snapshot: int
 
 
 def fakes(directory: Path, *names: str) -> Path:
-    """A directory with programs that tell that they were run."""
+    """A directory with programs that record that they were run."""
     directory.mkdir()
     for name in names:
         (directory / name).write_text(f"#!/bin/bash\ntouch '{directory}/ran-{name}'\nexit 0\n")
@@ -463,7 +463,7 @@ def fakes(directory: Path, *names: str) -> Path:
 
 
 def ran(directory: Path) -> list[str]:
-    """Which of them were run."""
+    """The programs that were run."""
     return sorted(path.name for path in directory.glob("ran-*"))
 
 
@@ -500,7 +500,7 @@ def test_the_callers_environment_does_not_reach_programs_run_as_root(system: Sys
 
 
 def test_programs_of_a_snapshot_only_run_inside_it(system: System, snapshot: int, tmp_path: Path) -> None:
-    """What they would touch is not there where they belong."""
+    """Inside the snapshot, they cannot touch the host's files."""
     text = f'#!/bin/bash\\ntouch {tmp_path}/ran-$(basename $0)\\nexec /bin/bash --posix \\"$@\\"\\n'
     script = f"""
         for name in btrfs cp mount chroot sh; do
@@ -533,7 +533,7 @@ def test_a_symlink_planted_during_the_merge_of_var_is_not_followed(
 def test_a_file_replaced_during_renumbering_is_not_chowned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its owner puts a link in its place the moment it is his."""
+    """Its new owner replaces it by a symlink at once."""
     victim, own = tmp_path / "victim", tmp_path / "own"
     for path, mode in ((victim, 0o600), (own, 0o4755)):
         path.write_text("")
@@ -555,7 +555,7 @@ def test_a_file_replaced_during_renumbering_is_not_chowned(
     assert os.listxattr(victim) == []
 
 
-# Pipes
+# FIFOs
 
 
 @pytest.mark.parametrize("pipe", ["etc/resolv.conf", "etc/os-release", "etc/fstab", ash.IN_ROOT_SNAP])
@@ -614,18 +614,18 @@ def test_a_fifo_planted_during_a_comparison_does_not_block(
         signal.alarm(0)
 
 
-# What is too deep
+# Directories that are too deep
 
 
 def make_deep(directory: Path, levels: int) -> None:
-    """Make directories in directories, as nobody can name them."""
+    """Create nested directories whose paths are too long to use."""
     script = 'import os, sys\nos.chdir(sys.argv[1])\nfor _ in range(int(sys.argv[2])):\n os.mkdir("d")\n os.chdir("d")'
     program(sys.executable, "-c", script, str(directory), str(levels))
 
 
 @pytest.mark.parametrize("levels", [1100, 5000])
 def test_directories_of_users_may_have_any_depth(system: System, snapshot: int, levels: int) -> None:
-    """Anybody can make them in /var/tmp, and none of them holds up a change."""
+    """Anybody can create them in /var/tmp; they must not block changes."""
     deep = system.files.var / "tmp" / f"deep-{levels}"
     deep.mkdir()
     try:
@@ -657,7 +657,7 @@ def test_a_transaction_may_create_deep_directories(system: System, snapshot: int
 
 
 def test_a_transaction_that_creates_too_deep_directories_is_refused(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "true")  # the first makes the reserve
+    system.shell(snapshot, "true")  # the first change creates the reserve
     script = 'import os; os.chdir("/var/lib"); [(os.mkdir("x"), os.chdir("x")) for _ in range(5000)]'
     with system.nothing_changes():
         refused = system.shell(snapshot, f"echo x > /etc/x; python3 -c '{script}'", status=OURS_IN_RUN)
@@ -695,7 +695,7 @@ def test_an_unrecoverable_work_directory_does_not_block_others(
 def test_a_symlink_planted_during_the_carry_of_etc_is_not_followed(
     machine: Machine, snapshot: int, tmp_path: Path, words: str
 ) -> None:
-    """The owner of a directory in the running /etc puts a link in its place while root copies what is in it."""
+    """The owner of a directory in the running /etc replaces it by a symlink while root copies its content."""
     system, own = machine.system, machine.etc / "own"
     if words == "carry":
         machine.deploy(system.clone(snapshot))
@@ -729,7 +729,7 @@ def test_directories_too_deep_to_carry_stay_in_the_running_etc(machine: Machine,
 
 
 def test_ash_never_imports_libraries_from_the_disk_it_inspects(system: System) -> None:
-    """The host's ash may be root's, and the disk anybody's."""
+    """ash of the host runs as root, but anybody may have made the disk."""
     argv = [
         sys.executable,
         "-I",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A change happens whole or not at all: what commits, what fails, what is killed."""
+"""Transactions are atomic: commits, failures and kills."""
 
 import random
 import signal
@@ -13,7 +13,7 @@ from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
 
-# Writes wherever a program can.
+# Writes wherever a program may write.
 WRITES_EVERYWHERE = """
 echo x > /etc/mark; echo x > /usr/mark; echo x > /boot/mark
 echo x > /var/lib/mark; mkdir -p /var/cache/mark; echo x > /var/log/mark; echo x > /var/mark
@@ -23,12 +23,12 @@ echo x > /tmp/mark; echo x > /run/mark; hostname other
 
 
 def mark_in(system: System, snapshot: int, name: str) -> str:
-    """The content of a file of a snapshot and what of it is in /var, to be compared."""
+    """A file of a snapshot and its counterpart in /var, for comparison."""
     path = system.root(snapshot) / name
     return path.read_text() if path.exists() else ""
 
 
-# What commits
+# Commits
 
 
 def test_exit_status_0_commits_everything(system: System, snapshot: int) -> None:
@@ -111,7 +111,7 @@ def test_files_keep_owner_mode_links_and_attributes(system: System, snapshot: in
     )
 
 
-# What fails
+# Failures
 
 
 def test_a_command_that_fails_changes_nothing(system: System, snapshot: int) -> None:
@@ -150,11 +150,11 @@ def test_the_command_gets_the_callers_streams(system: System, snapshot: int) -> 
     assert (outcome.stdout, outcome.stderr) == ("typed\n", "err\n")
 
 
-# What is killed
+# Kills
 
 
 def start_and_wait(system: System, snapshot: int, script: str) -> subprocess.Popen[bytes]:
-    """A transaction that has done something and now sleeps."""
+    """A transaction that has written something and now sleeps."""
     (system.home / "begun").unlink(missing_ok=True)
     process = system.start("run", snapshot, "sh", "-ec", f"{script}\ntouch /home/begun; sleep 4711")
     wait_until((system.home / "begun").exists)

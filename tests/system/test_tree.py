@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The tree: what makes, describes, shows and deletes snapshots, with its errors."""
+"""The tree: commands that create, describe, show and delete snapshots, and their errors."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ VOLUMES = {f"@{name}_{DISTRIBUTION}" for name in (".snapshots", "boot", "etc", "
 
 
 def snapshots_on(disk: Disk) -> set[int]:
-    """The snapshots by what ash says, which must be what is on the disk, complete and read-only."""
+    """The snapshots that ash lists; assert that exactly these are on the disk, complete and read-only."""
     rows = disk.ash("--json", "tree").json["tree"]
     numbers = {row["snapshot"] for row in rows}
     with disk.files() as files:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Commands on whole trees: what fails in one branch does not stop the others, and all is fetched once."""
+"""Commands on whole trees: a failure in one branch does not stop the others, and everything is fetched once."""
 
 import os
 import re
@@ -19,7 +19,7 @@ LARGE = 32 << 20
 
 @pytest.fixture(scope="module")
 def old(system: System, archive: Archive, url: str) -> int:
-    """A snapshot with the old version of a package, when the archive has a new one, with a large file."""
+    """A snapshot with the old version of a package; the repository has a new one, with a large file."""
     archive.add("ash-test-tool", "1", files={"usr/share/tool": "one\n"})
     archive.add("ash-test-other", "1", files={"usr/share/other": "one\n"})
     conf = {"etc/ash-conf/conf": "x\n", "usr/share/ash-conf": "x\n", "DEBIAN/conffiles": "/etc/ash-conf/conf\n"}
@@ -38,7 +38,7 @@ def old(system: System, archive: Archive, url: str) -> int:
 
 @pytest.fixture
 def tree(system: System, old: int) -> list[int]:
-    """A tree of five: a root, two branches, and below the first two more. The second is locked out of the archive."""
+    """A tree of five: a root, two branches, and two more below the first. The second cannot reach the repository."""
     root = system.clone(old)
     one, two = system.branch(root), system.branch(root)
     return [root, one, two, system.branch(one), system.branch(one)]
@@ -128,7 +128,7 @@ def test_a_branch_with_an_unreadable_package_database_does_not_stop_the_others(
     program("btrfs", "property", "set", "-ts", root, "ro", "true")
     answer = system.ash("--json", words[0], tree[0], *words[1:], status=FAILED).json
     system.ash("-y", "del", tree[1])
-    below = tree[3:] if "sync" in words[0] else []  # they cannot follow it
+    below = tree[3:] if "sync" in words[0] else []  # they cannot be synced with it
     assert answer["failed"].keys() == {str(number) for number in (tree[1], *below)}
     assert re.search("[Tt]oo many levels of sym", answer["failed"][str(tree[1])])
     assert {done["snapshot"] for done in answer["snapshots"] if done["changed"]} == {
@@ -334,8 +334,8 @@ def test_eight_siblings_cost_little_more_than_one(system: System, tmp_path: Path
 def test_files_that_a_command_creates_in_each_branch_share_their_blocks(system: System) -> None:
     root = system.clone()
     numbers = [root, *(system.branch(root) for _ in range(3))]
-    script = "srand 1; print pack q(N*), map { rand 2**32 } 1..4e6"  # the same in each, and nothing compresses it
-    system.ash("tree-run", root, "true")  # ash's reserve is there
+    script = "srand 1; print pack q(N*), map { rand 2**32 } 1..4e6"  # the same in each, and incompressible
+    system.ash("tree-run", root, "true")  # creates ash's reserve
     before = used(system)
     system.ash("tree-run", "-j", root, "sh", "-c", f"perl -e '{script}' > /usr/share/large")
     assert {(system.root(number) / "usr/share/large").stat().st_size for number in numbers} == {16 * 10**6}
@@ -352,7 +352,7 @@ def test_siblings_generate_identical_initramfs_files(system: System) -> None:
 
 
 def used(system: System) -> int:
-    """The bytes that the disk has given out."""
+    """The bytes that are allocated on the disk."""
     program("btrfs", "filesystem", "sync", system.files.top)
     status = os.statvfs(system.files.top)
     return (status.f_blocks - status.f_bfree) * status.f_frsize
@@ -388,7 +388,7 @@ def test_tree_run_runs_in_parallel_too(system: System, tree: list[int]) -> None:
     assert outcome.stdout.count("here\n") == 5
 
 
-# A branch follows its parent
+# sync: a branch gets the changes of its parent
 
 
 def test_a_branch_gets_the_packages_its_parent_got(system: System, old: int) -> None:
@@ -500,7 +500,7 @@ def test_configuration_of_a_package_that_a_branch_deleted_stays_deleted(system: 
     system.ash("install", parent, "ash-test-conf")
     child = system.branch(parent)
     system.shell(child, "rm /etc/ash-conf/conf")
-    time.sleep(2)  # as exact as the history is
+    time.sleep(2)  # longer than the resolution of the history
     system.shell(parent, "echo edited > /etc/ash-conf/conf")
     system.ash("force-sync", parent)
     assert not (system.root(child) / "etc/ash-conf/conf").exists()
@@ -524,7 +524,7 @@ def test_a_foreign_package_is_synced_with_its_architecture(system: System, archi
 
 def test_a_copy_below_another_snapshot_gets_the_packages_it_already_had(system: System, old: int) -> None:
     parent, other = system.clone(old), system.clone(old)
-    time.sleep(2)  # as exact as the history is
+    time.sleep(2)  # longer than the resolution of the history
     system.shell(parent, "echo older > /etc/older")
     system.ash("install", parent, "ash-test-other")
     system.ash("remove", other, "ash-test-tool")

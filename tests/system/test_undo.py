@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(30)]
 
 
 def mark(system: System, snapshot: int) -> str:
-    """What the tests write into a snapshot to know it again."""
+    """The mark that the tests wrote into a snapshot."""
     path = system.root(snapshot) / "etc/mark"
     return path.read_text().strip() if path.exists() else ""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Upgrading one snapshot, holding packages, refreshing lists, the base, and which snapshot has what."""
+"""Upgrading one snapshot or the base, holding packages, refreshing lists, fixdb and whichsnap."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ DOWNLOADS = "cache/apt/archives"
 
 @pytest.fixture(scope="module")
 def old(system: System, archive: Archive, url: str) -> int:
-    """A snapshot with the old version of the archive's package, when the archive has the new one."""
+    """A snapshot with the old version of a package; the repository has a new one."""
     archive.add("ash-test-tool", OLD, files={"usr/share/tool": "one\n"})
     number = system.clone()
     system.shell(number, use_only(url))
@@ -31,7 +31,7 @@ def old(system: System, archive: Archive, url: str) -> int:
 
 @pytest.fixture
 def snapshot(system: System, old: int) -> int:
-    """A clone of it for each test."""
+    """A clone of `old` for each test."""
     return system.clone(old)
 
 
@@ -72,7 +72,7 @@ def test_downloaded_packages_are_upgraded_without_a_network(system: System, arch
 
 
 def test_an_unreachable_repository_is_a_warning_and_with_strict_an_error(system: System, snapshot: int, url: str) -> None:
-    # At another address: apt takes all archives of one that does not answer for dead.
+    # At another address: apt gives up on all repositories of a host that does not answer.
     system.shell(snapshot, use_only("http://127.0.0.2:9", url))
     with system.nothing_changes():
         error = system.ash("upgrade", snapshot, "--strict", status=FAILED).stderr.splitlines()[-1]
@@ -129,7 +129,7 @@ def test_apt_is_parsed_in_any_language_of_the_user(system: System, snapshot: int
 
 
 def test_an_unsigned_repository_is_not_used(system: System, snapshot: int, url: str) -> None:
-    system.ash("refresh", snapshot)  # as long as it was trusted: so there is something to upgrade to
+    system.ash("refresh", snapshot)  # while the repository is trusted, so that there is an upgrade
     system.shell(snapshot, use_only(url).replace("[trusted=yes] ", ""))
     assert "unauthenticated" in system.ash("upgrade", snapshot, status=FAILED).stderr.splitlines()[-1]
     assert version(system, snapshot) == OLD

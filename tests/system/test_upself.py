@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""A newer ash: fetched from a real server, checked with real keys, and put in place whole or not at all."""
+"""upself: a newer ash is fetched from a real server, verified with real keys, and installed atomically."""
 
 import contextlib
 import functools
@@ -32,12 +32,12 @@ SAYS_NOTHING = "#!/bin/sh\nexit 0\n"
 
 @functools.cache
 def executable(version: str) -> str:
-    """An ash of some version."""
+    """The executable of ash with another version."""
     return build(DISTRIBUTION).replace(f'ASH_VERSION = "{ash.ASH_VERSION}"', f'ASH_VERSION = "{version}"')
 
 
 class Signer:
-    """Somebody with a key of their own.
+    """A person with a key.
 
     Args:
         home: the directory of the keys.
@@ -54,16 +54,16 @@ class Signer:
         program("gpg", "--batch", "--quiet", "--homedir", self.home, *words)
 
     def close(self) -> None:
-        """End the agent that gpg has started."""
+        """Stop the agent that gpg started."""
         program("gpgconf", "--homedir", self.home, "--kill", "gpg-agent")
 
     def keyring(self) -> bytes:
-        """The public key, as gpgv wants it."""
+        """The public key in the format of gpgv."""
         self.gpg("--yes", "--output", self.home / "public", "--export")
         return (self.home / "public").read_bytes()
 
     def sign(self, content: bytes, *how: str) -> bytes:
-        """A detached signature, or what other options of gpg make."""
+        """A detached signature, or the output of gpg with other options."""
         (self.home / "content").write_bytes(content)
         output = self.home / "signed"
         self.gpg("--yes", "--output", output, *(how or ("--detach-sign",)), self.home / "content")
@@ -71,7 +71,7 @@ class Signer:
 
 
 class Server:
-    """A web server on loopback: what it has by path. A function there answers by itself."""
+    """A web server on the loopback interface, with content or a handler function for each path."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes | Callable[[http.server.BaseHTTPRequestHandler], None]] = {}
@@ -85,7 +85,7 @@ class Server:
                 if found is None:
                     self.send_error(404)
                 elif callable(found):
-                    with contextlib.suppress(OSError):  # the client has gone
+                    with contextlib.suppress(OSError):  # the client has disconnected
                         found(self)
                 else:
                     self.send_response(200)
@@ -106,7 +106,7 @@ class Server:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def encrypt(self, key: Path, certificate: Path) -> None:
-        """Speak TLS from now on."""
+        """Switch to TLS."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
@@ -119,21 +119,21 @@ class Server:
 
 @pytest.fixture(scope="module")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
-    """Who signs ash."""
+    """The signer that the system trusts."""
     with contextlib.closing(Signer(tmp_path_factory.mktemp("signer") / "gnupg")) as signer:
         yield signer
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
-    """Whom the system does not trust."""
+    """A signer that the system does not trust."""
     with contextlib.closing(Signer(tmp_path_factory.mktemp("other") / "gnupg")) as signer:
         yield signer
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server, reached without the proxy that this machine may have."""
+    """A server, reached without any proxy of this machine."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = Server()
     yield server
@@ -141,7 +141,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 class Place:
-    """A system with an ash in it that has somewhere to take a newer one from."""
+    """A system whose ash is configured to take newer versions from a server."""
 
     def __init__(self, system: System, server: Server, signer: Signer) -> None:
         self.system = system
@@ -166,7 +166,7 @@ class Place:
         (self.state / name).chmod(0o755)
 
     def publish(self, text: str, path: str = "/ash") -> None:
-        """Have a file on the server, with a good signature."""
+        """Put a file on the server, with a valid signature."""
         self.server.files[path] = text.encode()
         self.server.files[f"{path}.sig"] = self.signer.sign(text.encode())
 
@@ -178,7 +178,7 @@ class Place:
 
     @contextlib.contextmanager
     def refused(self, message: str, status: int = FAILED, *words: str) -> Iterator[None]:
-        """After the block, the command must end with an error that has the message, and leave all as it was."""
+        """Assert that upself fails with this message after the block, and changes nothing."""
         yield
         before = {**self.system.small_files(), "ash": self.text()}
         outcome = self.system.ash("upself", *words, status=status)
@@ -197,7 +197,7 @@ def place(system: System, server: Server, signer: Signer) -> Place:
 
 
 def started(path: Path) -> str:
-    """What an executable says that its version is."""
+    """The version that an executable prints."""
     return program("sh", path, "-q", "version").strip()
 
 
@@ -221,7 +221,7 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
 
 
 def test_the_bytecode_is_of_the_new_executable(place: Place) -> None:
-    """Of the same size, and perhaps of the same second, the old one's would be taken for it."""
+    """Bytecode of the old executable, with the same size and mtime, would count as valid."""
     compiled = place.state / f"lib/__pycache__/ash.{sys.implementation.cache_tag}.pyc"
     place.publish(executable("9.9.9"))
     place.upself()
@@ -349,7 +349,7 @@ def test_bad_redirections_are_refused(place: Place, target: str) -> None:
         place.server.files["/ash"] = elsewhere
 
 
-# What is not signed by whom the system trusts
+# Signatures
 
 
 def test_a_tampered_executable_is_refused(place: Place) -> None:
@@ -420,7 +420,7 @@ def test_a_keyring_without_keys_trusts_nobody(place: Place, content: bytes) -> N
         place.keyring.write_bytes(content)
 
 
-# What does not come, or not whole
+# Downloads that fail
 
 
 def test_a_truncated_download_is_refused(place: Place) -> None:
@@ -529,7 +529,7 @@ def test_an_invalid_configuration_is_reported_with_its_line(place: Place) -> Non
         place.conf.write_text("upself=http://127.0.0.1/ash\n")
 
 
-# What is signed, and will not do
+# Signed executables that do not work
 
 
 @pytest.mark.parametrize("text", [DOES_NOT_START, SAYS_NOTHING, "", "#!/bin/sh\necho '{\"ash\": 1}'\n"])
@@ -546,7 +546,7 @@ def test_an_executable_without_its_last_line_is_refused(place: Place, where: int
 
 
 def test_the_new_executable_is_tested_without_the_old_ones_bytecode(place: Place) -> None:
-    """The libraries beside the old one have it too: what starts must be the new one."""
+    """The old executable's bytecode must not run instead."""
     with place.refused("the new ash does not start: .*broken"):
         place.publish(executable(NEW).replace("import contextlib\n", "import contextlib, broken\n", 1))
 
@@ -562,7 +562,7 @@ def test_the_new_executable_is_tested_in_a_clean_environment(place: Place, monke
     assert place.upself().json["to"] == NEW
 
 
-# Beside others, and killed
+# Concurrency and kills
 
 
 def test_only_one_upself_runs_at_a_time(place: Place) -> None:

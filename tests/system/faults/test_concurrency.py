@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Eight at once, on the same and on different snapshots, some of them killed: nothing is lost or stuck.
+"""Eight commands at the same time, on the same and on different snapshots, some of them killed: nothing is lost or stuck.
 
 ASH_TEST_SECONDS says how long, a minute if nothing does.
 """
@@ -22,9 +22,9 @@ from tests.system.disk_system import System
 
 SECONDS = int(os.environ.get("ASH_TEST_SECONDS", "60"))
 PROCESSES = 8
-SHARED = 4  # snapshots that all work on
-ONE_IN = 12  # is killed
-FEW = 3  # snapshots that each has made
+SHARED = 4  # the snapshots that all users work on
+ONE_IN = 12  # commands is killed
+FEW = 3  # snapshots created by each user
 COUNT = 'echo $(($(cat /etc/count 2>/dev/null || echo 0) + 1)) > /etc/count; echo x >> "/var/lib/count-$0"'
 OTHERS = [
     "desc",
@@ -46,30 +46,30 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(SECONDS + 40)]
 
 @dataclass
 class Run:
-    """A command, from its start to its end."""
+    """A command with its start and end time."""
 
     words: list[str]
     began: float
-    ended: float = 0  # it runs
+    ended: float = 0  # 0 while it runs
 
 
 @dataclass
 class Seen:
-    """What the processes were told, all together."""
+    """What all users together have seen."""
 
-    runs: dict[int, Run] = field(default_factory=dict)  # by process id
-    counted: Counter[int] = field(default_factory=Counter)  # changes of a snapshot that ended well
-    cut: Counter[int] = field(default_factory=Counter)  # changes that were killed: they may have ended well
+    runs: dict[int, Run] = field(default_factory=dict)  # by pid
+    counted: Counter[int] = field(default_factory=Counter)  # successful changes of each snapshot
+    cut: Counter[int] = field(default_factory=Counter)  # killed changes of each snapshot, which may have been successful
     made: set[int] = field(default_factory=set)
-    gone: set[int] = field(default_factory=set)  # deleted, or perhaps
+    gone: set[int] = field(default_factory=set)  # deleted snapshots, or ones whose deletion was killed
     odd: list[str] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
     locked: int = 0
-    nameless: int = 0  # locks of which nobody said who has them
+    nameless: int = 0  # held locks without the name of a holder
 
 
 class Worker(threading.Thread):
-    """One of the users: does what comes to its mind until the time is over. Each command is a process."""
+    """A user who runs random commands until the time is over."""
 
     lock = threading.Lock()
 
@@ -84,7 +84,7 @@ class Worker(threading.Thread):
             self.one()
 
     def words(self, kind: str, number: int) -> list[str]:
-        """The command line of a kind of command."""
+        """A command line for a kind of command."""
         own = str(next((n for n in reversed(self.own) if n not in self.seen.gone), 10**6))
         return {
             "run": ["run", str(number), "sh", "-c", COUNT, str(number)],
@@ -104,9 +104,9 @@ class Worker(threading.Thread):
         }.get(kind, [kind])
 
     def one(self) -> None:
-        """One command, and what it says."""
+        """Run one command and check its output."""
         number = self.chance.randint(1, SHARED)
-        # Few snapshots, so that all meet on them, and looking at all of them stays a matter of seconds.
+        # Few snapshots, so that commands meet on them and fsck takes only seconds.
         kind = self.chance.choice(KINDS) if len({*self.own} - self.seen.gone) < FEW else "del"
         with self.lock:
             words = self.words(kind, number)
@@ -133,7 +133,7 @@ class Worker(threading.Thread):
                 )
 
     def learn(self, kind: str, run: Run, status: int, out: str) -> None:
-        """Take note of what a command has done, or may have done."""
+        """Record what a command has done, or may have done."""
         may_have, words = status in (DONE, -9), run.words
         self.seen.done[kind] += status == DONE
         if kind == "run":
@@ -146,7 +146,7 @@ class Worker(threading.Thread):
             self.seen.gone.add(int(words[2]))
 
     def problems(self, kind: str, run: Run, status: int, out: str, error: str) -> list[str]:
-        """What is wrong with what a command said."""
+        """What is wrong with a command's output; empty if nothing."""
         if status in (DONE, -9):
             return []
         if kind == "fsck" and status == FAILED and not error:
@@ -160,11 +160,11 @@ class Worker(threading.Thread):
 
     @staticmethod
     def may_be_cut(damage: dict[str, object]) -> bool:
-        """Whether damage is what a command that was killed leaves for the next to tidy up."""
+        """Whether a problem is a leftover of a killed command, which the next command removes."""
         return "interrupted" in str(damage["what"]) or "left of a transaction" in str(damage["what"])
 
     def problems_of_lock(self, run: Run, error: str) -> list[str]:
-        """A lock's holder was at work meanwhile, on that, with that command."""
+        """Whether the named holder of a lock really held it at that time."""
         self.seen.locked += 1
         self.seen.nameless += "locked by another ash" in error
         found = re.match(rf"ash: (snapshot (\d+)|(?:deploy|state) of {DISTRIBUTION}|merging into /var) is locked by (.*)", error)

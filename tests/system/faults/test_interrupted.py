@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Ctrl-C just when a command has done what counts: all or nothing, as with every other moment."""
+"""Ctrl-C right after the decisive step of a command: all or nothing, as at any other time."""
 
 import pytest
 
@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 def interrupt(system: System, step: str, *words: str | int, **options: str) -> None:
-    """Run ash, and press Ctrl-C when it has done the step of that name."""
+    """Run ash, and send SIGINT right after the step of that name."""
     ended = system.with_hooks({**options, "interrupt": step}, *words)
     assert ended.returncode == INTERRUPTED, ended
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Every command that changes something is killed at steps of its way: all or nothing, and the next one works.
+"""Every command that changes something is killed at its steps: all or nothing, and the next command works.
 
 At every step of a transaction's and a deployment's, at two of the others'; the campaign takes all.
 """

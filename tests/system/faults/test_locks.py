@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""One ash at a time on a snapshot, several at once on a system and on an image."""
+"""One ash at a time on a snapshot, several at the same time on a system or image."""
 
 import contextlib
 import os
@@ -147,7 +147,7 @@ def test_concurrent_copies_get_different_numbers(system: System) -> None:
 def test_a_branch_created_during_the_deletion_of_its_parent_stops_the_deletion(system: System, snapshot: int) -> None:
     with system.at_work(snapshot, "true"):
         deleted = system.start("--wait", "30", "-y", "del", snapshot)
-        time.sleep(1.5)  # nothing is to be seen of it when it waits
+        time.sleep(1.5)  # nothing shows that it waits
         below = system.branch(snapshot)
     assert deleted.wait(60) == LOCKED
     assert {snapshot, below} <= system.files.tree()
@@ -263,7 +263,7 @@ def test_an_image_used_by_a_virtual_machine_is_refused(disk: Disk) -> None:
 
 
 def open_files(process: int) -> set[str]:
-    """The names of the files that a process has open."""
+    """The names of the open files of a process."""
     return {Path(os.readlink(entry)).name for entry in Path(f"/proc/{process}/fd").iterdir()}
 
 

@@ -31,7 +31,7 @@ def test_after_a_power_cut_work_kept_by_a_hang_up_can_be_resumed(scene: Scene) -
             terminal.expect("exit")
             terminal.type("seq 9999 > /usr/mark; sleep 4733\n")
             wait_until(lambda: processes_with("4733"))
-        last = max(Path(copies).iterdir(), key=lambda path: int(path.stem))  # when the work was kept
+        last = max(Path(copies).iterdir(), key=lambda path: int(path.stem))  # when the session had been kept
         resumed = Disk(last).ash(*words, "--resume", input="tail -n 1 /usr/mark\n")
         assert "9999\n" in resumed.stdout
 

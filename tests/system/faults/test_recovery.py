@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Commands that are cut at any step of theirs: all or nothing, nothing is left, and the next command works."""
+"""Commands killed at any step: all or nothing, nothing is left behind, and the next command works."""
 
 import itertools
 import re
@@ -63,7 +63,7 @@ def test_after_the_exchange_a_kill_at_any_step_loses_nothing_of_var(system: Syst
 
 @pytest.mark.parametrize("how", ["another file", "the same file", "open", "before anything was placed"])
 def test_changes_of_var_since_a_kill_are_kept(system: System, snapshot: int, how: str) -> None:
-    """What was decided before the kill is not done on top of what came after it."""
+    """A decision made before the kill does not overwrite a later change."""
     entry = system.files.var / f"lib/ash-test-{snapshot}"
     (entry / "deep").mkdir(parents=True)
     for name in ("db", "deep/one", "deep/two"):
@@ -95,7 +95,7 @@ def test_an_interrupted_merge_is_resumed(system: System, snapshot: int) -> None:
         f"cd /var/lib/{entry.name}; rm -r directory gone goes; echo new | tee one two new > directory; touch /etc/mark"
     )
     killed_in_the_merge(system, snapshot, script, r"rename \S+ to two")
-    for name in ("directory/file", "goes/two"):  # as if it had come so far with these
+    for name in ("directory/file", "goes/two"):  # as if these had been merged before the kill
         (entry / name).unlink(missing_ok=True)
     system.ash("recover")
     assert not (entry / "goes").exists()
@@ -111,7 +111,7 @@ def test_an_interrupted_merge_is_resumed(system: System, snapshot: int) -> None:
 
 
 def killed_in_the_merge(system: System, snapshot: int, script: str, step: str) -> None:
-    """Kill a transaction when what it wrote to /var is being put in place, before a step."""
+    """Kill a transaction during its merge into /var, before a step."""
     killed = system.with_hooks({"kill": step, "after": "write decisions"}, "run", snapshot, "sh", "-ec", script)
     assert killed.returncode == -signal.SIGKILL, killed
 
@@ -293,7 +293,7 @@ def test_a_failed_commit_is_not_resumed(system: System, snapshot: int) -> None:
     killed = system.with_hooks({"fail": "sync", "kill": "remove private"}, "run", snapshot, "sh", "-c", script)
     assert killed.returncode == -signal.SIGKILL
     upper = system.files.state / f"work/{snapshot}/private/upper"
-    (upper / f"lib/first-{snapshot}").unlink()  # as where the kill comes a little later
+    (upper / f"lib/first-{snapshot}").unlink()  # as if it had been killed a little later
     system.ash("recover")
     assert not [*(system.files.var / "lib").glob(f"*-{snapshot}")]
     assert not system.remains()
