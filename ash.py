@@ -1193,6 +1193,7 @@ class Lock:
         return ""
 
     def _take(self) -> bool:
+        """Open the lock file and try to lock it; False if another process holds it or the file was just deleted."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.descriptor = open_lock(self.path)
@@ -2544,6 +2545,7 @@ class Systemd(Init):
         return Path("/run/systemd/system").is_dir()  # as sd_booted(3) does
 
     def install_units(self, root: Path, executable: str) -> None:
+        """Write the units and link those with a wants directory; a root without systemd's unit directory gets none."""
         if not path_inside(root, self.UNITS).is_dir():
             return
         for name, (text, wanted_by) in self.OWN_UNITS.items():
@@ -3136,6 +3138,7 @@ class Chroot(NamedTuple):
         os._exit(status)
 
     def _mount(self) -> None:
+        """Mount what programs need inside the root: /dev, /run, /sys, /tmp, /var and the binds."""
         root = self.root
         bind(root, root)
         mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # device nodes made inside do not work
@@ -4195,6 +4198,7 @@ class WorkDir:
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
     def _finish(self, intent: Commit | Merge, again: bool) -> VarMerge:
+        """Merge /var, renew the copies of /etc and /boot, record packages and history, keep the predecessor as undo-N."""
         layout, n = self.layout, self.snapshot
         merge = self.merge_into_var(intent.entries, intent.delete)
         for directory in intent.copies if isinstance(intent, Commit) else ():
@@ -6014,6 +6018,7 @@ class LiveResult:
         self.error = ""
 
     def text(self) -> str:
+        """The result for people."""
         if self.error:
             return f"the running system is unchanged: {one_line(self.error)}"
         lines = [f"the running system is {'changed too' if self.changed else 'unchanged'}"]
@@ -9269,6 +9274,7 @@ class Fsck:
         return number in self.system.tree(), state_of_work(layout.work(number)), *ids
 
     def _look_at(self, number: int) -> Iterator[Problem]:
+        """Check the parts of one snapshot: its root, predecessor, copies, description, packages and package database."""
         layout, repairer = self.layout, self.repairer
         root, undo = layout.rootfs(number), layout.undo(number)
         if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
@@ -9428,6 +9434,7 @@ class Fsck:
                 yield from list(self._look_at_menu())
 
     def _look_at_menu(self) -> Iterator[Problem]:
+        """Check the menu file, the deployments that it names, and grub.cfg."""
         rebuild, remedy = self.repairer.rebuild_menu, "rebuild it from the existing deployments"
         try:
             deployments = self.system.deployments()

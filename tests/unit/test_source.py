@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The source itself: one executable of it, no distribution's name in the core, a README that is true."""
+"""The source itself: the order inside ash.py, one executable of it, no distribution's name in the core, a true README."""
 
 import ast
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -160,3 +165,171 @@ def test_the_readme_has_the_command_table_that_ash_prints() -> None:
 def test_every_command_is_in_the_table() -> None:
     table = markdown_table()
     assert all(f"| `{c.usage}` |" in table and all(f"`{a}`" in table for a in c.aliases) for c in ash.COMMANDS)
+
+
+# The order inside ash.py
+
+SECTION_LIMIT = 500  # lines; a longer one has a concept in it that wants a section of its own
+FRAME = "The command frame"  # the last section that commands build on
+# Lines up to which a function may leave it to its name to say what it does: one that others call, and a private one.
+SELF_EVIDENT, SELF_EVIDENT_PRIVATE = 5, 15
+
+
+class Section(NamedTuple):
+    """A part of ash.py between two banners; `start` and `end` are line numbers, `end` exclusive."""
+
+    title: str
+    start: int
+    end: int
+
+
+def sections(text: str) -> list[Section]:
+    """The sections of ash.py, in order."""
+    lines = [*text.splitlines(), ""]
+    rule = "# " + "-" * 111
+    starts = [
+        number
+        for number, (above, title, below) in enumerate(zip(lines, lines[1:], lines[2:], strict=False), start=1)
+        if above == below == rule and title.startswith("# ")
+    ]
+    return [Section(lines[start][2:], start, end) for start, end in pairwise([*starts, len(lines)])]
+
+
+def bound_names(node: ast.stmt) -> Iterator[str]:
+    """The names that a top-level statement defines."""
+    match node:
+        case ast.FunctionDef() | ast.ClassDef():
+            yield node.name
+        case ast.Assign():
+            yield from (n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            yield name
+
+
+def definitions(tree: ast.Module) -> dict[str, int]:
+    """The line at which each top-level name is defined first."""
+    lines: dict[str, int] = {}
+    for node in tree.body:
+        for name in bound_names(node):
+            lines.setdefault(name, node.lineno)
+    return lines
+
+
+class Uses(ast.NodeVisitor):
+    """Collects the uses of global names: (line, name), without those in annotations unless they are asked for."""
+
+    def __init__(self, annotations: bool = False) -> None:
+        self.annotations = annotations
+        self.found: list[tuple[int, str]] = []
+        self._local: list[set[str]] = [set()]
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        arguments = node.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        every += [one for one in (arguments.vararg, arguments.kwarg) if one]
+        outside = [*node.decorator_list, *arguments.defaults, *(d for d in arguments.kw_defaults if d)]
+        if self.annotations:
+            outside += [a for a in (node.returns, *(one.annotation for one in every)) if a]
+        for expression in outside:
+            self.visit(expression)
+        stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        self._local.append(self._local[-1] | stored | {one.arg for one in every})
+        for statement in node.body:
+            self.visit(statement)
+        self._local.pop()
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        for expression in (node.annotation if self.annotations else None, node.value):
+            if expression:
+                self.visit(expression)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load) and node.id not in self._local[-1]:
+            self.found.append((node.lineno, node.id))
+
+
+def uses(tree: ast.Module, annotations: bool = False) -> list[tuple[int, str]]:
+    visitor = Uses(annotations)
+    visitor.visit(tree)
+    return visitor.found
+
+
+def upward_uses(text: str) -> list[str]:
+    """The uses of names that are defined further down."""
+    tree = ast.parse(text)
+    defined = definitions(tree)
+    return [f"line {line}: {name} is defined below" for line, name in uses(tree) if defined.get(name, 0) > line]
+
+
+def without_docstring(text: str) -> list[str]:
+    """Classes and functions whose docstring is missing; a command has its help, and a short function its name."""
+    found = []
+    tree = ast.parse(text)
+    public = {
+        id(node) for outer in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))) for node in outer.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is None:
+            is_command = any(isinstance(d, ast.Call) and ast.unparse(d.func) == "command" for d in node.decorator_list)
+            is_private = id(node) not in public or node.name.startswith("_")
+            limit = 0 if isinstance(node, ast.ClassDef) else SELF_EVIDENT_PRIVATE if is_private else SELF_EVIDENT
+            length = (node.end_lineno or 0) - node.body[0].lineno + 1
+            if not is_command and length > limit and not node.name.startswith("__"):
+                found.append(f"line {node.lineno}: {node.name}")
+    return found
+
+
+def files_cited(text: str) -> Iterator[str]:
+    """The files of this project that comments and docstrings name."""
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.startswith('"""')):
+            yield from re.findall(
+                r"(?<![\w/<>*-])(?:docs|tests|distros|installer|profiles)/[\w./-]*\w|\b[A-Z]+\.md\b", token.string
+            )
+            yield from re.findall(
+                r"\b(?:DESIGN|HOUSE|STYLE|COMMANDS|BOOT|PACKAGERS|FAULTS|FEATURES)\b(?!\w|\.)", token.string
+            )
+
+
+SOURCE = (CHECKOUT / "ash.py").read_text()
+
+
+@pytest.mark.parametrize("distro", DISTROS)
+def test_no_top_level_name_is_defined_twice(distro: str) -> None:
+    names = [name for node in ast.parse(build(distro)).body for name in bound_names(node)]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+def test_nothing_is_used_above_its_definition() -> None:
+    assert not upward_uses(SOURCE)
+
+
+def test_no_section_is_too_long() -> None:
+    found = sections(SOURCE)
+    assert len(found) > 20
+    assert not [f"{s.title}: {s.end - s.start} lines" for s in found if s.end - s.start > SECTION_LIMIT]
+
+
+def test_the_core_does_not_name_what_commands_define() -> None:
+    frame = next(s for s in sections(SOURCE) if s.title.startswith(FRAME))
+    tree = ast.parse(SOURCE)
+    of_commands = {name for name, line in definitions(tree).items() if line >= frame.end}
+    found = [(line, name) for line, name in uses(tree, annotations=True) if line < frame.end and name in of_commands]
+    assert not found
+
+
+def test_every_class_and_function_says_what_it_does() -> None:
+    assert not without_docstring(SOURCE)
+
+
+def test_comments_cite_no_file_that_is_not_there() -> None:
+    assert not [name for name in files_cited(SOURCE) if not (CHECKOUT / name).exists()]
+
+
+def test_the_guards_see_what_they_forbid() -> None:
+    assert upward_uses("def one():\n    return two()\n\n\ndef two():\n    return 1\n")
+    assert not upward_uses("def one(x: Two) -> Two: ...\n\n\nclass Two: ...\n")
+    assert not upward_uses("def one():\n    two = 1\n    return two\n\n\ndef two(): ...\n")
+    assert without_docstring("def long():\n" + "    print()\n" * (SELF_EVIDENT + 1))
+    assert not without_docstring("def short():\n    print()\n")
+    assert [*files_cited("# as tests/no/such.py has it\n")] == ["tests/no/such.py"]
