@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The tests' README: its table has every test module, and names no file that is missing."""
+"""The tests themselves: what tests/run prepares and cleans up, and whether their README is complete."""
 
 import re
+import signal
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +15,18 @@ pytestmark = pytest.mark.budget(5)
 
 TESTS = Path(__file__).resolve().parent.parent
 NAMED = set(re.findall(r"`((?:\w+/)*\w+\.py)`", (TESTS / "README.md").read_text()))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tests/run as a module."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which it sets itself
+    spec = spec_from_loader("tests_run", SourceFileLoader("tests_run", str(TESTS / "run")))
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_module_is_in_the_readme() -> None:
@@ -20,3 +37,27 @@ def test_every_module_is_in_the_readme() -> None:
 def test_the_readme_names_only_files_that_exist() -> None:
     known = {path.name for directory in (TESTS.parent.glob("*.py"), TESTS.rglob("*.py")) for path in directory}
     assert {name for name in NAMED if not (TESTS / name).is_file() and name not in known} == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "image"),
+    [
+        ("", True),
+        ("-x -k purge", True),
+        ("tests/unit", False),
+        ("-v tests/unit/test_tree.py::test_any_text_is_a_tree_or_an_error -x", False),
+        ("tests/unit tests/system/test_undo.py", True),
+        ("tests/unit/../system", True),
+        ("tests", True),
+        ("tests/boot", True),
+        ("tests/campaigns", True),
+    ],
+)
+def test_only_unit_tests_need_no_image(run: Any, line: str, image: bool) -> None:
+    assert run.needs_image(line.split()) is image
+
+
+def test_a_program_beside_a_block_is_stopped_if_an_exception_leaves_the_block(run: Any) -> None:
+    with pytest.raises(KeyError), run.started("sleep", "600") as process:
+        raise KeyError
+    assert process.returncode == -signal.SIGTERM
