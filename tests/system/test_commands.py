@@ -107,7 +107,7 @@ def test_control_characters_in_a_description_do_not_reach_the_terminal(system: S
 
 
 def test_desc_without_a_text_is_refused(system: System, snapshot: int) -> None:
-    assert "what is its description" in system.ash("desc", snapshot, status=USAGE).error
+    assert "desc needs a description" in system.ash("desc", snapshot, status=USAGE).error
 
 
 # Deleting
