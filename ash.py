@@ -8,9 +8,9 @@ whole or not at all. `ash deploy` makes a snapshot bootable; what ran before sta
 This file is the core. It knows btrfs, transactions and booting, and nothing about packages: that is in
 `distros/<id>/ashpk.py`, which the installer appends to it, so that one text file is the whole program.
 
-In reading order: errors, programs, kernel calls, the layout on disk, state, btrfs, distributions, the chroot,
-/var, transactions, a root that boots, /etc, the boot menu, the system, the running deployment, trees, profiles,
-damage, upgrades, a newer ash, commands, the command line.
+Reading order: helpers, files and the layout on disk; records, locks, the tree; btrfs; package managers, the init
+system, kernels and boot tools; the chroot, accounts, the merges of /var and /etc, transactions; the boot menu,
+deployments, the system; then the command frame and the commands. docs/development.md maps concepts to sections.
 """
 
 from __future__ import annotations
@@ -2868,7 +2868,7 @@ class BootConfig(NamedTuple):
             entries = (BootEntry.of_specification(one, variables) for one in specified)
             entry = next((one for one in entries if one.is_usable), None)
         if entry is None:
-            raise AshError("it has no kernel that GRUB can boot", "install one, such as linux-image-amd64 on Debian")
+            raise AshError("there is no kernel that GRUB can boot", "install a kernel package")
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
         foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
         options, rootflags = cls._split_options(entry.options)
@@ -4198,7 +4198,7 @@ class WorkDir:
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
     def _finish(self, intent: Commit | Merge, again: bool) -> VarMerge:
-        """Merge /var, renew the copies of /etc and /boot, record packages and history, keep the predecessor as undo-N."""
+        """Merge /var, renew the copies of /etc and /boot, record packages and history, keep undo-N."""
         layout, n = self.layout, self.snapshot
         merge = self.merge_into_var(intent.entries, intent.delete)
         for directory in intent.copies if isinstance(intent, Commit) else ():
@@ -4513,7 +4513,9 @@ class Transaction:
             there = self.place.upper / name
             if os.path.lexists(there) and not is_directory(there):
                 raise AshError(
-                    f"/var/{name} must stay a directory", "make links in it, or mount something there", REFUSED
+                    f"/var/{name} must stay a directory",
+                    "put symlinks in it, or mount a file system there outside of ash",
+                    REFUSED,
                 )
 
     def _settle_accounts(self) -> None:
@@ -5123,7 +5125,7 @@ def snapshot_of_slot(layout: Layout, slot: str) -> int:
     """
     number = to_number(read_text(path_inside(layout.rootfs(slot), IN_ROOT_SNAP)))
     if number is None:
-        raise AshError(f"slot {slot} does not say which snapshot it was made from", "ash deploy N replaces it")
+        raise AshError(f"slot {slot} does not say which snapshot it was made from", "ash deploy N, then reboot")
     return number
 
 
@@ -5865,7 +5867,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
         if not just_changed:
             require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
-            raise AshError(f"snapshot {snapshot} has not been changed: nothing can be undone", "", REFUSED)
+            raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
         change = Change.between(
             snapshot, system.package_manager.installed(now), system.package_manager.installed(before)
         )
@@ -6597,7 +6599,7 @@ GLOBAL_OPTIONS = (
     flag("--json", help="answer in JSON"),
     Option(("--wait",), "how long to wait for a lock", "SECONDS", read=seconds),
     flag("-y", "--yes", help="answer yes to all questions"),
-    flag("-v", "--verbose", help="show the output of programs that ash runs"),
+    flag("-v", "--verbose", help="print each program that ash runs, and the traceback of a bug"),
     flag("-q", "--quiet", help="print only errors and new snapshot numbers"),
     flag("-h", "--help", help="explain the command"),
 )
@@ -8266,7 +8268,8 @@ def cmd_whichsnap(system: System, request: Request) -> Reply:
         if {*wanted} <= (packages := packages_of(system, number)).keys()
     }
     if not having:
-        raise AshError(f"no snapshot has {listed(wanted)}", "", MISSING)
+        what = "" if len(wanted) == 1 else "all of "
+        raise AshError(f"no snapshot has {what}{listed(wanted)}", "", MISSING)
     rows = [[number, system.describe(number), " ".join(there.values())] for number, there in having.items()]
     numbers = "\n".join(map(str, having))
     text = numbers if console.quiet else text_table(rows, ["snapshot", "description", "version"])
@@ -8600,7 +8603,7 @@ def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
 
     having = ask_each(numbers, lambda number: installed_of(system, number, packages))
     if len(having) == len(numbers) and not any(having.values()):
-        raise AshError(f"none of {listed(numbers)} has {listed(packages)}", "ash whichsnap PKG", MISSING)
+        raise AshError(f"{listed(packages)}: not installed in any of {listed(numbers)}", "ash whichsnap PKG", MISSING)
 
     def remove_there(number: int) -> Change:
         there = installed_of(system, number, packages)
@@ -9274,7 +9277,7 @@ class Fsck:
         return number in self.system.tree(), state_of_work(layout.work(number)), *ids
 
     def _look_at(self, number: int) -> Iterator[Problem]:
-        """Check the parts of one snapshot: its root, predecessor, copies, description, packages and package database."""
+        """Check the parts of one snapshot: root, predecessor, copies, description, package database."""
         layout, repairer = self.layout, self.repairer
         root, undo = layout.rootfs(number), layout.undo(number)
         if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
@@ -9285,9 +9288,9 @@ class Fsck:
             yield Problem(f"{root.name} is missing", number, remedy, partial(repairer.restore_root, number))
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
-            yield self._is_writable(root, number)
+            yield self._writable(root, number)
         if is_writable(undo):
-            yield self._is_writable(undo, number)
+            yield self._writable(undo, number)
         if not is_description(layout.description(number)):
             exists = os.path.lexists(layout.description(number))
             what = f"its description is {'empty or not a regular file' if exists else 'missing'}"
@@ -9304,8 +9307,8 @@ class Fsck:
             what = "its list of packages is missing or differs from the package database"
             yield Problem(what, number, "write it again", partial(repairer.record_packages, number))
 
-    def _is_writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
-        """The problem of a writable subvolume, which is repaired with a lock held: the snapshot's if it is None."""
+    def _writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
+        """The problem of a subvolume that should be read-only; `lock`, or the snapshot's, is held for the repair."""
         repair = partial(self.repairer.make_readonly, number if lock is None else lock, path)
         return Problem(f"{path.name} is writable", number, "make it read-only as it is", repair)
 
@@ -9338,7 +9341,7 @@ class Fsck:
         elif different := self._difference(copy, self.layout.rootfs(number), directory):
             yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, remedy, repair)
         elif not Subvolume.at(copy).readonly:
-            yield self._is_writable(copy, number)
+            yield self._writable(copy, number)
 
     # What belongs to no snapshot
 
@@ -9461,7 +9464,7 @@ class Fsck:
             what = f"{base.name} is missing: changes to the deployment's /etc are unknown"
             yield Problem(what, number, "copy the snapshot's /etc", restore)
         elif not Subvolume.at(base).readonly:
-            yield self._is_writable(base, number, "deploy")
+            yield self._writable(base, number, "deploy")
 
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
@@ -10279,7 +10282,7 @@ def help_format(text: str) -> str:
     needs_system=False, words="words",
     options=[
         Option(
-            ("--format",), "of the whole table; bash, zsh and fish are their completions",
+            ("--format",), "print the whole reference: README table, JSON shapes, man page, or completions of a shell",
             "|".join(HELP_FORMATS), read=help_format,
         )
     ],

@@ -41,7 +41,7 @@ def test_after_undo_a_change_begins_from_there(system: System, snapshot: int) ->
 
 def test_undo_of_a_snapshot_that_was_never_changed_is_refused(system: System, snapshot: int) -> None:
     with system.nothing_changes():
-        assert "has not been changed" in system.ash("undo", snapshot, status=REFUSED).error
+        assert "has no earlier state" in system.ash("undo", snapshot, status=REFUSED).error
 
 
 def test_undo_refuses_the_base_what_is_deployed_and_what_does_not_exist(system: System, snapshot: int) -> None:

@@ -265,9 +265,8 @@ def without_docstring(text: str) -> list[str]:
     """Classes and functions whose docstring is missing; a command has its help, and a short function its name."""
     found = []
     tree = ast.parse(text)
-    public = {
-        id(node) for outer in (tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))) for node in outer.body
-    }
+    outer: list[ast.Module | ast.ClassDef] = [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef))]
+    public = {id(node) for body in outer for node in body.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is None:
             is_command = any(isinstance(d, ast.Call) and ast.unparse(d.func) == "command" for d in node.decorator_list)
