@@ -354,11 +354,11 @@ def test_interrupted_changes_are_recovered_or_move_to_lost_and_found(system: Sys
     (work / "intent").write_text(json.dumps({"state": "open"}))
     repairs(system, "a change was interrupted", snapshot)
     tear_intent(system, snapshot)
-    (work / "upper/lib").mkdir(parents=True)
-    (work / "upper/lib/new").write_text("x")
+    (work / "private/upper/lib").mkdir(parents=True)
+    (work / "private/upper/lib/new").write_text("x")
     lost = repairs(system, "intent", snapshot)
     assert (lost / f"rootfs/snapshot-chr{snapshot}/etc/mark").read_text() == "not committed\n"
-    assert (lost / f"ash/work/{snapshot}/upper/lib/new").read_text() == "x"
+    assert (lost / f"ash/work/{snapshot}/private/upper/lib/new").read_text() == "x"
     tear_intent(system, snapshot)
     (work / "intent").unlink()
     lost = repairs(system, "is left over from a transaction", snapshot)
