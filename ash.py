@@ -9406,7 +9406,7 @@ class Fsck:
     def _account_ids(self, numbers: Sequence[int]) -> Iterator[Problem]:
         rebuild, remedy = self.repairer.rebuild_ids, "rebuild it from the snapshots"
         if not self.layout.ids.exists():
-            yield Problem("the file of account ids is missing", None, remedy, rebuild)
+            yield Problem("the registry of uids and gids is missing", None, remedy, rebuild)
         try:
             known = AccountIds.load(self.layout.ids).given
         except AshError as error:

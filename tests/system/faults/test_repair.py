@@ -399,7 +399,7 @@ def test_the_account_ids_are_rebuilt(system: System, snapshot: int, text: str | 
     ids.unlink()
     if text is not None:
         ids.write_text(text)
-    repairs(system, "the file of ")
+    repairs(system, "the registry of uids and gids")
     after = json.loads(ids.read_text())
     assert after["passwd"]["one"] == 850
     assert after == before
