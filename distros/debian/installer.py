@@ -77,7 +77,9 @@ class DebianInstaller(DistroInstaller):
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
         """Bootstrap with mmdebstrap, which starts no services, then generate the initramfs."""
         packages = dataclasses.replace(source, packages=(*source.packages, *self._packages_for(settings)))
-        log.run([*_mmdebstrap(packages), "--verbose", *_where(source, root)], env=BUILD_ENVIRONMENT)
+        with tempfile.TemporaryDirectory(prefix="ash-bootstrap-") as scratch:
+            argv = [*_mmdebstrap(packages, scratch), "--verbose", *_where(source, root)]
+            log.run(argv, env=BUILD_ENVIRONMENT)
         _write_sources(root)
         for name in LEFT_OVER:
             (root / name).unlink(missing_ok=True)
@@ -128,20 +130,24 @@ class DebianInstaller(DistroInstaller):
 def _try_repository(source: Source) -> Source:
     """The source with its code name; raises AshError if a bootstrap from it would fail."""
     with tempfile.TemporaryDirectory(prefix="ash-repository-") as directory:
-        argv = [*host.CONTAINED, *_mmdebstrap(source), "--simulate", *_where(source, Path(directory))]
+        root = Path(directory, "root")
+        argv = [*host.CONTAINED, *_mmdebstrap(source, directory), "--simulate", *_where(source, root)]
         done = run(argv, check=False)
         if done.returncode:
             raise _repository_error(source, done.stderr)
-        release = _release_file(Path(directory), source.release)
+        release = _release_file(root, source.release)
     if release.get("Origin") != "Debian":
         raise AshError(f"{source.release} is not a release of Debian", RELEASES, USAGE)
     return dataclasses.replace(source, release=release["Codename"])
 
 
-def _mmdebstrap(source: Source) -> list[str]:
-    """The command line of mmdebstrap, without what differs between a simulation and a bootstrap."""
+def _mmdebstrap(source: Source, scratch: str) -> list[str]:
+    """The command line of mmdebstrap, without what differs between a simulation and a bootstrap.
+
+    Its temporary files go to the scratch directory: it cannot delete them if it is killed.
+    """
     packages = [*BOOT, *GRUB, *SYSTEM, *TOOLS, *ASH, *source.packages]
-    argv = ["mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"]
+    argv = ["env", f"TMPDIR={scratch}", "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"]
     argv += [f"--components={COMPONENTS}", f"--include={','.join(packages)}", "--skip=cleanup/apt/lists"]
     return [*argv, *BUILD_OPTIONS, *_host_apt_options()]
 
