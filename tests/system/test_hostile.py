@@ -241,7 +241,7 @@ def test_arguments_are_passed_on_unchanged(system: System, snapshot: int) -> Non
     assert given == "".join(f"{text}|" for text in TEXTS)
     shown(system, "-v", "run", snapshot, "true", *TEXTS)
     shown(system, "--json", "run", snapshot, "true", *TEXTS)
-    assert "ended with 3" in shown(system, "run", snapshot, "sh", "-c", "exit 3", *TEXTS, status=3).error
+    assert "exited with status 3" in shown(system, "run", snapshot, "sh", "-c", "exit 3", *TEXTS, status=3).error
     for text in TEXTS[:3]:
         assert shown(system, text, status=2).error
     shown(system, "--dry-run", "run", snapshot, "true", *TEXTS)
