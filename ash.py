@@ -39,13 +39,14 @@ from types import UnionType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
-    from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Self, TypeVar
+    from typing import Any, BinaryIO, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
     from anytree import AnyNode
 
     CommandFunction = TypeVar("CommandFunction", bound=Callable[..., "Reply | Plan"])
     Result = TypeVar("Result")
 else:
+    Protocol = object
 
     class NamedTuple(tuple):
         """typing.NamedTuple at run time: the same, without the code that is generated and compiled for each class."""
@@ -2209,7 +2210,7 @@ class TransientFile(NamedTuple):
     mode: int = 0o644
 
 
-class PackageManager:
+class PackageManager(Protocol):
     """What ash asks of a package manager, which knows nothing about btrfs, snapshots or booting.
 
     Queries take a root, which may be read-only. They should read files, so that `ash list` needs no privileges and
@@ -2223,26 +2224,21 @@ class PackageManager:
 
     # Directories below /var that describe what is in /usr and /etc: they belong to the snapshot.
     database: ClassVar[tuple[str, ...]] = ()
-    # Single files of that kind, whose tools would replace a symlink.
-    database_files: ClassVar[tuple[str, ...]] = ()
-    # Entries of /var that are caches or lists (the newest file wins), and logs (what was appended is appended).
-    caches: ClassVar[tuple[str, ...]] = ()
-    logs: ClassVar[tuple[str, ...]] = ()
+    database_files: ClassVar[tuple[str, ...]] = ()  # single files of that kind, whose tools would replace a symlink
+    caches: ClassVar[tuple[str, ...]] = ()  # entries of /var that are caches or lists: the newest file wins
+    logs: ClassVar[tuple[str, ...]] = ()  # entries of /var that are logs: what was appended is appended
     # Downloaded packages, as glob patterns below /var: complete files that the package manager verifies again.
     downloads: ClassVar[tuple[str, ...]] = ()
     # Files that exist only while a program runs in a transaction, by their paths from the root.
     transient: ClassVar[Mapping[str, TransientFile]] = {}
-    # Added to the environment of programs in a transaction.
-    environment: ClassVar[Mapping[str, str]] = {}
-    # The command that reports in full what problems() finds.
-    audit: ClassVar[str] = ""
+    environment: ClassVar[Mapping[str, str]] = {}  # added to that of programs in a transaction
+    audit: ClassVar[str] = ""  # the command that reports in full what problems() finds
 
     def prepare_base(self, root: Path) -> None:
         """Configure the package manager in a new base; `root` is writable."""
 
     def installed(self, root: Path) -> dict[str, str]:
         """The installed packages of a root and their versions."""
-        raise NotImplementedError
 
     def canonical_name(self, root: Path, name: str) -> str:  # noqa: ARG002
         """The name by which installed() lists a package that the user may also name otherwise."""
@@ -2250,89 +2246,63 @@ class PackageManager:
 
     def has_installed(self, root: Path, packages: Sequence[str]) -> bool:
         """Whether installing these packages would certainly change nothing."""
-        raise NotImplementedError
 
     def is_older(self, version: str, other: str) -> bool:
         """Whether a version sorts before another in the package manager's own order."""
-        raise NotImplementedError
 
     def has_state(self, root: Path, package: str) -> bool:
         """Whether an installed package owns something in /var/lib."""
-        raise NotImplementedError
 
     def claims(self, root: Path, entry: str) -> set[str]:
         """The installed packages that own an entry of /var, by their file lists or their names."""
-        raise NotImplementedError
 
     def config_files(self, root: Path) -> set[str]:
         """The configuration files of all packages, as paths from the root."""
-        raise NotImplementedError
 
     def files(self, root: Path, directory: str) -> set[str]:
         """The paths below a directory that packages own, relative to it; files made by scripts are unknown."""
-        raise NotImplementedError
 
     def problems(self, root: Path) -> list[str]:
         """What is wrong with the package database of a root, a line for each problem."""
-        raise NotImplementedError
 
     def automatic(self, root: Path) -> set[str]:
         """The installed packages that were installed only as dependencies."""
-        raise NotImplementedError
 
     def held(self, root: Path) -> set[str]:
         """The packages of a root that are held at their versions."""
-        raise NotImplementedError
 
     def repositories(self, root: Path) -> str:
         """Identifies the repositories of a root: roots with the same answer can share package lists."""
-        raise NotImplementedError
 
     def install(self, work: Transaction, packages: Sequence[str], remove: Sequence[str] = ()) -> None:
         """Install packages (names, or paths in the root) and remove others, in one run of the package manager."""
-        raise NotImplementedError
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
         """Remove packages, and dependencies that nothing needs any more."""
-        raise NotImplementedError
 
     def refresh(self, work: Transaction) -> list[str]:
-        """Fetch the package lists. Returns the errors of repositories that failed; the others' lists are new.
-
-        Raises:
-            RepositoryError: all of them failed.
-        """
-        raise NotImplementedError
+        """Fetch the package lists. Returns the errors of repositories that failed; RepositoryError if all did."""
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
         """Upgrade all packages to the versions in the present package lists."""
-        raise NotImplementedError
 
     def repair(self, work: Transaction) -> None:
         """Finish half-installed packages, reinstall damaged ones, renew keyring and lists, as far as possible."""
-        raise NotImplementedError
 
     def hold(self, work: Transaction, packages: Sequence[str], held: bool) -> None:
         """Hold packages at their versions, or release them."""
-        raise NotImplementedError
 
     def available(self, work: Transaction, packages: Sequence[str]) -> set[str]:
         """Those of the packages that the repositories have."""
-        raise NotImplementedError
 
     def reconcile(self, work: Transaction, missing: Mapping[str, bool], unwanted: Sequence[str]) -> None:
-        """Install missing packages and remove unwanted ones that nothing needs.
+        """Install missing packages, {name: whether it is only a dependency}, and remove unwanted ones.
 
-        Args:
-            work: the transaction.
-            missing: {package: whether it is only a dependency}.
-            unwanted: packages to remove; those that others depend on stay, as dependencies.
+        Unwanted packages that others depend on stay, as dependencies.
         """
-        raise NotImplementedError
 
     def download(self, work: Transaction, packages: Sequence[str]) -> None:
         """Download packages and their dependencies without installing them."""
-        raise NotImplementedError
 
 
 class PackageError(AshError):
@@ -2350,11 +2320,6 @@ class RepositoryError(PackageError):
 ELF_MAGIC = b"\x7fELF"
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 LDD_BATCH = 1000  # programs for one run of ldd
-
-
-def update_library_cache(check: bool = True) -> None:
-    """Have the running system's dynamic linker find libraries that were installed or removed."""
-    run(["ldconfig"], check=check)
 
 
 def programs_below(root: Path, directory: str) -> Iterator[str]:
@@ -2488,8 +2453,7 @@ class Init:
     """An init system, as far as ash depends on it; this class stands for one that ash does not know."""
 
     name: ClassVar[str] = ""
-    # The command that enables a service in a root; the service's name follows.
-    enable: ClassVar[Sequence[str]] = ()
+    enable: ClassVar[Sequence[str]] = ()  # the command that enables a service in a root; the service's name follows
 
     def is_in(self, root: Path) -> bool:  # noqa: ARG002
         """Whether a root boots with it."""
@@ -2500,12 +2464,7 @@ class Init:
         return False
 
     def install_units(self, root: Path, executable: str) -> None:
-        """Install ash's own units, and have those started that every boot needs.
-
-        Args:
-            root: writable.
-            executable: the path of ash, from the root.
-        """
+        """Install the units that run ash (`executable`: its path from the root); every boot starts those it needs."""
 
     def removed_services(self, paths: Mapping[str, str]) -> list[str]:  # noqa: ARG002
         """The services whose definitions were removed, by what changed: {path: kind of change}."""
@@ -2580,10 +2539,8 @@ class Systemd(Init):
         return sorted(due, key=lambda unit: (not unit.endswith(".socket"), unit))
 
     def reload(self, added: Iterable[str] = (), check: bool = True) -> None:
-        if tmpfiles := [found[1] for path in added if (found := re.fullmatch(self.TMPFILES, path))]:
-            run(
-                ["systemd-tmpfiles", "--create", *sorted(tmpfiles)], check=False
-            )  # its errors do not stop a boot either
+        if tmpfiles := sorted(found[1] for path in added if (found := re.fullmatch(self.TMPFILES, path))):
+            run(["systemd-tmpfiles", "--create", *tmpfiles], check=False)  # its errors do not stop a boot either
         run(["systemctl", "daemon-reload"], check=check)
 
     def is_active(self, service: str) -> bool:
@@ -2635,18 +2592,15 @@ def schedule_reboot(message: str) -> str:
 
 
 class Services:
-    """Stops and starts services when files of the running system change.
+    """Stops and starts services when files of the running system change, and names them in `live`.
 
-    Args:
-        live: gets the names of what was started and stopped.
-        running: whether the system runs on this machine; else nothing is done.
+    Nothing is done for a system that is not `running` on this machine.
     """
 
     def __init__(self, live: LiveResult, running: bool) -> None:
         self.live = live
         self.running = running
-        known = [init for init in INIT_SYSTEMS if running and init.is_running()]
-        self.init = known[0] if known else Init()
+        self.init = next((init for init in INIT_SYSTEMS if running and init.is_running()), Init())
 
     def stop(self, paths: Mapping[str, str]) -> None:
         """Stop the services whose files are about to be removed."""
@@ -2658,7 +2612,7 @@ class Services:
     def start(self, paths: Mapping[str, str]) -> None:
         """Make new files effective, and start the new services that a boot would start."""
         if self.running:
-            update_library_cache()
+            run(["ldconfig"])  # so that programs find new libraries
         added = [path for path, kind in paths.items() if kind == "added"]
         self.init.reload(added)
         for service in self.init.due_services(added):
@@ -2668,7 +2622,7 @@ class Services:
     def put_back(self) -> None:
         """Undo stop() and start() once the old files are back; failures are ignored."""
         if self.running:
-            update_library_cache(check=False)
+            run(["ldconfig"], check=False)
         for service in self.live.started:
             self.init.stop(service, check=False)
         self.init.reload(check=False)
@@ -2684,7 +2638,6 @@ class Services:
 KERNEL_IMAGE = r"(?:vmlinu[xz]|Image)-(?!.*\.(?:gz|xz|zst)$)(.+)"
 MODULE_DIRECTORIES = ("usr/lib/modules", "lib/modules")  # the second where /lib is not a symlink
 RESCUE_KERNEL = "0-rescue-"  # Fedora's: its initramfs contains the modules
-BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
 
 
 def version_parts(text: str) -> list[tuple[int, int, str]]:
@@ -2696,11 +2649,11 @@ def version_parts(text: str) -> list[tuple[int, int, str]]:
 
 
 class Kernel(NamedTuple):
-    """A kernel of a root; paths are from the root."""
+    """A kernel of a root; paths are from the root, and empty if there is none."""
 
     name: str  # in messages: a version, or a package such as `linux` or `lts` if /boot has that instead
     images: Sequence[str]
-    modules: str = ""  # its directory of modules; empty if there is none
+    modules: str = ""  # a directory
     initramfs: str = ""
 
     @property
@@ -2718,8 +2671,7 @@ def modules_of(directory: Path, name: str) -> str:
         return name
     versions = sorted((path.name for path in directory.glob("*") if path.is_dir()), key=version_parts)
     of_package = [v for v in versions if read_text(directory / v / "pkgbase").strip() == name]
-    of_flavour = [v for v in versions if v.endswith(f"-{name}")]
-    return next(reversed(of_package or of_flavour), "")
+    return max(of_package or [v for v in versions if v.endswith(f"-{name}")], key=version_parts, default="")
 
 
 def kernels_of(root: Path) -> list[Kernel]:
@@ -2757,17 +2709,9 @@ def kernel_faults(root: Path) -> list[str]:
 
 
 def modules_of_changed_kernels(changed: Container[str], before: Path, after: Path) -> set[str]:
-    """The module directories of kernels whose image changed between two roots.
-
-    The running kernel still needs its old modules: these must wait for the reboot, like the image itself.
-    """
+    """The module directories of kernels whose image changed: the running one needs its own until the reboot."""
     kernels = [*kernels_of(before), *kernels_of(after)]
     return {one.modules for one in kernels if one.modules and any(image in changed for image in one.images)}
-
-
-def boot_files(root: Path) -> list[Path]:
-    """The files in /boot that decide what boot tools find there: images, initramfs and microcode."""
-    return sorted(path for path in path_inside(root, "boot").glob("*") if re.fullmatch(BOOT_FILE, path.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2776,13 +2720,9 @@ def boot_files(root: Path) -> list[Path]:
 
 
 class BootTools(NamedTuple):
-    """GRUB's tools, as a distribution names them.
+    """GRUB's tools, as a distribution names them."""
 
-    Args:
-        prefix: of the tools and of their directory in /boot: `grub`, or `grub2` on Fedora and openSUSE.
-    """
-
-    prefix: str = "grub"
+    prefix: str = "grub"  # of the tools and of their directory in /boot: `grub2` on Fedora and openSUSE
 
     @property
     def mkconfig(self) -> str:
@@ -2799,19 +2739,16 @@ class BootTools(NamedTuple):
 
 
 BOOT_CONFIG_SHAPE = {
-    "kernel": is_inner_path,
-    "initrds": [is_inner_path],
-    "options": is_line,
-    "rootflags?": is_line,
-    "header?": [is_line],
-    "foreign?": is_text,
-}
+    "kernel": is_inner_path, "initrds": [is_inner_path], "options": is_line,
+    "rootflags?": is_line, "header?": [is_line], "foreign?": is_text,
+}  # fmt: skip
 # Sections (by the name of their script) with Linux entries, or with settings that ash makes itself.
 NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
 MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+# The files in /boot that decide what the tools find there: images, initramfs and microcode.
+BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
 # In the messages of mkconfig: another system, as in "Found Windows Boot Manager on ..."; not "Found linux image: ...".
 FOUND_ELSEWHERE = r"Found .* on "
-BLS_ENTRIES = "boot/loader/entries"  # of the Boot Loader Specification
 
 
 class BootEntry(NamedTuple):
@@ -2839,12 +2776,7 @@ class BootEntry(NamedTuple):
 
     @classmethod
     def of_specification(cls, text: str, variables: Mapping[str, str]) -> BootEntry:
-        """The entry in a file of loader/entries; keys may repeat.
-
-        Args:
-            text: of the file.
-            variables: of GRUB, which the file may use; unknown ones are empty, as in GRUB.
-        """
+        """The entry in a file of loader/entries; keys may repeat. Unknown variables are empty, as in GRUB."""
         expanded = re.sub(r"\$\{?(\w+)\}?", lambda name: variables.get(name[1], ""), text)
         fields: dict[str, list[str]] = {}
         for key, value in re.findall(r"^(\w[\w-]*)[ \t]+(\S.*?)[ \t]*$", expanded, re.MULTILINE):
@@ -2865,15 +2797,10 @@ class BootConfig(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, specified: Sequence[str] = ()) -> BootConfig:
-        """Parse a grub.cfg.
+        """Parse a grub.cfg that mkconfig printed; AshError if it has no kernel.
 
-        Args:
-            text: what mkconfig printed.
-            specified: the texts of loader/entries, the default first: a grub.cfg with the command `blscfg` boots
-                these and has no entries for Linux itself, as on Fedora.
-
-        Raises:
-            AshError: it has no kernel.
+        With the command `blscfg` it boots `specified`, the texts of loader/entries, the default first, and has no
+        entries for Linux itself, as on Fedora.
         """
         entry = next(BootEntry.in_script(text), None)
         if entry is None and re.search(r"^\s*blscfg\b", text, re.MULTILINE):
@@ -2910,9 +2837,8 @@ class BootConfig(NamedTuple):
 
 def specified_entries(root: Path) -> list[Path]:
     """The files of a root's loader/entries in the order of GRUB's menu: the newest version first."""
-    return sorted(
-        path_inside(root, BLS_ENTRIES).glob("*.conf"), key=lambda path: version_parts(path.stem), reverse=True
-    )
+    entries = path_inside(root, "boot/loader/entries").glob("*.conf")  # of the Boot Loader Specification
+    return sorted(entries, key=lambda path: version_parts(path.stem), reverse=True)
 
 
 def boot_inputs(root: Path) -> str:
@@ -2920,16 +2846,12 @@ def boot_inputs(root: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for path in boot_files(root):
+    for path in sorted(path for path in path_inside(root, "boot").glob("*") if re.fullmatch(BOOT_FILE, path.name)):
         status = path.lstat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
     default, scripts = path_inside(root, "etc/default"), path_inside(root, "etc/grub.d")
-    settings = [
-        default / "grub",
-        *path_inside(default, "grub.d").glob("*"),
-        *scripts.glob("*"),
-        *specified_entries(root),
-    ]
+    settings = [default / "grub", *path_inside(default, "grub.d").glob("*"), *scripts.glob("*")]
+    settings += specified_entries(root)
     for path in sorted(path_inside(root, str(path.relative_to(root))) for path in settings):
         if path.is_file():
             digest.update(f"{path.name} {path.stat().st_mode}\n".encode(errors="replace") + path.read_bytes())
@@ -2937,12 +2859,10 @@ def boot_inputs(root: Path) -> str:
 
 
 def grub_search(uuid: str) -> str:
-    """The command that makes a file system GRUB's root."""
     return f"search --no-floppy --fs-uuid --set=root {uuid}"
 
 
 def grub_preamble(uuid: str) -> list[str]:
-    """The lines of a grub.cfg that find the root file system, by its uuid."""
     return ["insmod part_gpt", "insmod btrfs", grub_search(uuid)]
 
 
@@ -2979,14 +2899,11 @@ class Distro:
     id: ClassVar[str] = ""
     registry: ClassVar[dict[str, type[Distro]]] = {}
 
-    package_manager: ClassVar[PackageManager] = PackageManager()
+    package_manager: ClassVar[PackageManager]
     boot_tools: ClassVar[BootTools] = BootTools()
-    # The command that makes an initramfs; the version of the kernel follows.
-    make_initramfs: ClassVar[Sequence[str]] = ()
-    # Where the command `ash` is, from the root; elsewhere if another program has that name.
-    executable: ClassVar[str] = "usr/bin/ash"
-    # The group whose members may use sudo.
-    admin_group: ClassVar[str] = "wheel"
+    make_initramfs: ClassVar[Sequence[str]] = ()  # the command that makes one; the version of the kernel follows
+    executable: ClassVar[str] = "usr/bin/ash"  # from the root; elsewhere if another program has that name
+    admin_group: ClassVar[str] = "wheel"  # its members may use sudo
     # Packages that cannot be replaced under a running system, as a pattern: libc, init, the message bus.
     not_live: ClassVar[str] = "(?!)"
 
@@ -2995,11 +2912,7 @@ class Distro:
 
 
 def load_distro(ident: str) -> Distro:
-    """The module for a distribution id: part of this file if ash is installed, else from the checkout.
-
-    Raises:
-        AshError: there is none (USAGE).
-    """
+    """The module for a distribution id: part of this file if ash is installed, else from the checkout."""
     module = HERE / "distros" / ident / "ashpk.py"
     if ident not in Distro.registry and re.fullmatch(r"[\w.-]+", ident) and module.is_file():
         import importlib
@@ -3019,12 +2932,9 @@ def load_distro(ident: str) -> Distro:
 # The device nodes that programs need. No block devices: a package's script must not write to a disk.
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 DEVICE_LINKS = {
-    "ptmx": "pts/ptmx",
-    "fd": "/proc/self/fd",
-    "stdin": "/proc/self/fd/0",
-    "stdout": "/proc/self/fd/1",
-    "stderr": "/proc/self/fd/2",
-}
+    "ptmx": "pts/ptmx", "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+}  # fmt: skip
 RESOLV_CONF = Path("/etc/resolv.conf")
 # PID 1 of the namespace reaps children. It stays outside of the chroot, so that `ischroot` inside says yes.
 FIRST_PROCESS = ("/bin/sh", "-c", '"$@"; exit $?', "ash", "chroot")
@@ -3046,25 +2956,15 @@ class Overlay(NamedTuple):
 
 
 class Chroot(NamedTuple):
-    """A root in which programs run with their own mount, PID, IPC and UTS namespaces.
-
-    Args:
-        root: the root directory; programs may write to it.
-        environment: added to the cleaned environment.
-        var: mounted on /var; None leaves the root's own.
-        binds: files and directories to bind-mount: (source, path from the root).
-        transient: files that exist only while a program runs, by path from the root.
-        disks: bind-mount the machine's /dev, for GRUB's tools.
-        resolver: replace resolv.conf with the running system's while a program runs.
-    """
+    """A root in which programs run with their own mount, PID, IPC and UTS namespaces; they may write to it."""
 
     root: Path
-    environment: Mapping[str, str] = {}
-    var: Overlay | None = None
-    binds: Sequence[tuple[Path, str]] = ()
-    transient: Mapping[str, TransientFile] = {}
-    disks: bool = False
-    resolver: bool = True
+    environment: Mapping[str, str] = {}  # added to the cleaned environment
+    var: Overlay | None = None  # mounted on /var; None leaves the root's own
+    binds: Sequence[tuple[Path, str]] = ()  # files and directories to bind-mount: (source, path from the root)
+    transient: Mapping[str, TransientFile] = {}  # files that exist only while a program runs, by path from the root
+    disks: bool = False  # bind-mount the machine's /dev, for GRUB's tools
+    resolver: bool = True  # replace resolv.conf with the running system's while a program runs
 
     def run(
         self,
@@ -3076,10 +2976,8 @@ class Chroot(NamedTuple):
     ) -> int:
         """Run a program and wait for it; none of its children and no mount outlives it.
 
-        Args:
-            argv: the program, by its path in the root, and its arguments.
-            hear: receives the output in pieces; the program then has no input.
-            stdout, stderr: descriptors for its output; None for ash's own.
+        With `hear`, which receives the output in pieces, the program has no input. Otherwise its output goes to the
+        descriptors `stdout` and `stderr`, or to ash's own.
 
         Returns:
             its exit status; 128 + the signal number if it was killed.
@@ -3282,16 +3180,9 @@ class Chroot(NamedTuple):
 def machine_chroot(
     root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None, tell: str = "(?!)"
 ) -> str:
-    """Run one of GRUB's tools, or the like, chrooted in a root and with access to the machine's disks.
+    """Run one of GRUB's tools, or the like, chrooted in a writable root and with access to the machine's disks.
 
-    Args:
-        root: the root; it must be writable.
-        argv: the program, by its path in the root, and its arguments.
-        binds: files and directories to bind-mount: {source: path from the root}.
-        tell: a regular expression: lines on stderr that begin with a match are shown to the user.
-
-    Returns:
-        its standard output.
+    Lines on stderr that begin with a match of `tell` are shown to the user. Returns the standard output.
 
     Raises:
         AshError: it failed; the message has its last lines.
@@ -3326,10 +3217,6 @@ class AccountFile:
     """A passwd, group, shadow, gshadow, subuid or subgid file, as rows of fields.
 
     Lines that are not accounts, such as comments and NIS entries, are rows too, so that str() restores the text.
-
-    Args:
-        name: the file's name.
-        text: its content.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -3374,11 +3261,7 @@ def root_shell(root: Path) -> str:
 
 
 def free_id(name: str, like: int, taken: Container[int]) -> int:
-    """Find an id that is not taken, of the same kind as `like`: system or human, or the start of a range.
-
-    Raises:
-        AshError: there is none.
-    """
+    """Find an id that is not taken, of the same kind as `like`: system or human, or the start of a range."""
     if name in ("subuid", "subgid"):
         candidates = range(like, 1 << 31, SUBORDINATES)
     else:
@@ -3417,11 +3300,9 @@ class Renumbering(NamedTuple):
     unchanged: Container[str] = ()  # the users who keep their primary group
 
     def apply(self, root: Path, directories: Mapping[Path, Path | None]) -> None:
-        """Rewrite the account files of a root, and re-own files.
+        """Rewrite the account files of a root, and re-own the files of directories.
 
-        Args:
-            root: the root.
-            directories: whose files to re-own, each with its original: files that had the same owner there keep it.
+        Each directory comes with its original: files that had the same owner there keep it.
         """
         users, groups = self.moves.get("passwd", {}), self.moves.get("group", {})
         for name in ID_FILES:
@@ -3468,7 +3349,6 @@ class AccountIds:
             ) from None
 
     def dump(self) -> str:
-        """The registry as its file has it."""
         return json.dumps(self.given) + "\n"
 
     def learn(self, etc: Path) -> None:
@@ -3499,11 +3379,7 @@ class AccountIds:
         return Renumbering(wanted, moves)
 
     def settle(self, before: Path, after: Path) -> Renumbering:
-        """Find and record ids for accounts that a transaction created or changed.
-
-        Args:
-            before, after: /etc at the start of the transaction, and now.
-        """
+        """Find and record ids for accounts that a transaction created or changed between two states of /etc."""
         wanted: dict[str, dict[str, int]] = {}
         moves: dict[str, dict[int, int]] = {}
         unchanged = set()
@@ -3589,33 +3465,18 @@ def is_merged(upper: Path, live: Path) -> bool:
 
 
 class VarMerge:
-    """Merges what a transaction wrote to /var into the live /var.
-
-    Args:
-        upper: the overlay's upper directory: the transaction's changes.
-        origin: /var as it was at the start of the transaction.
-        live: /var as it is now.
-        package_manager: knows which entries are caches and which are logs.
-        conflicts: receives the entries that cannot be merged.
-        delete: the entries in which deletions are applied; a removed package's data is kept.
-    """
+    """Merges what a transaction wrote to /var into the live /var."""
 
     def __init__(
-        self,
-        upper: Path,
-        origin: Path,
-        live: Path,
-        package_manager: PackageManager,
-        conflicts: Path,
-        *,
-        delete: Iterable[str],
-    ) -> None:
-        self.upper = upper
-        self.origin = origin
+        self, upper: Path, origin: Path, live: Path, package_manager: PackageManager, conflicts: Path,
+        *, delete: Iterable[str],
+    ) -> None:  # fmt: skip
+        self.upper = upper  # the overlay's upper directory: the transaction's changes
+        self.origin = origin  # /var as it was at the start of the transaction
         self.live = live
         self.package_manager = package_manager
-        self.conflicts = conflicts
-        self.delete = delete
+        self.conflicts = conflicts  # receives the entries that cannot be merged
+        self.delete = delete  # the entries in which deletions are applied; a removed package's data is kept
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
         self.in_conflict: list[str] = []
         self.kept: list[str] = []
@@ -5506,13 +5367,16 @@ class System:
     def __init__(self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0) -> None:
         self.layout = layout
         self.distro = distro
-        self.package_manager = distro.package_manager
         self.running = running
         self.wait = wait
         self.history = History(layout)
         self.caller: Mapping[str, Any] | None = None  # recorded in the history
         self.done: list[Change] = []  # committed changes
         self.recorded = False  # whether a commit of this command is in the history
+
+    @property
+    def package_manager(self) -> PackageManager:
+        return self.distro.package_manager
 
     @classmethod
     def open(cls, request: Request, changes: bool) -> System:

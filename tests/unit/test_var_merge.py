@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ash import PackageManager, VarMerge
+from ash import VarMerge
+from distros.debian.ashpk import Debian
 
 pytestmark = pytest.mark.budget(5)
 
@@ -20,7 +21,7 @@ def merge(tmp_path: Path) -> VarMerge:
     (live / "cache/apt/archives").mkdir(parents=True)
     (live / "cache/apt/archives/old.deb").write_text("old")
     (upper / "cache/apt/archives/old.deb").write_text("new")
-    return VarMerge(upper, tmp_path / "origin", live, PackageManager(), tmp_path / "conflicts", delete=())
+    return VarMerge(upper, tmp_path / "origin", live, Debian.package_manager, tmp_path / "conflicts", delete=())
 
 
 def files(directory: Path) -> set[str]:
