@@ -8697,16 +8697,23 @@ class Problem:
         what: what is wrong.
         snapshot: the snapshot concerned.
         remedy: what `repair` does or, if that is None, what the user can do.
-        repair: repairs it, for `fsck --repair`.
+        repair: repairs it, for `fsck --repair`; may be interrupted and repeated.
+        lock: to be held for the repair; None if that takes its own.
     """
 
     def __init__(
-        self, what: str, snapshot: int | None = None, remedy: str = "", repair: Callable[[], None] | None = None
+        self,
+        what: str,
+        snapshot: int | None = None,
+        remedy: str = "",
+        repair: Callable[[], object] | None = None,
+        lock: int | str | None = None,
     ) -> None:
         self.what = what
         self.snapshot = snapshot
         self.remedy = remedy
         self.repair = repair
+        self.lock = lock
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Problem) and (self.what, self.snapshot) == (other.what, other.snapshot)
@@ -8722,6 +8729,22 @@ class Problem:
         """What is wrong, and the remedy."""
         return f"{self.text()} ({self.remedy})" if self.remedy else self.text()
 
+    def data(self, repaired: bool = False) -> dict[str, Any]:
+        return {"what": self.what, "snapshot": self.snapshot, "mended": repaired}
+
+    def attempt_repair(self, system: System) -> str | None:
+        """Repair it. Returns None if that succeeded, else the reason or, if there is no repair, an empty string."""
+        if self.repair is None:
+            return ""
+        try:
+            with contextlib.nullcontext() if self.lock is None else system.lock(self.lock):
+                self.repair()
+        except AshError as error:
+            return f"{error.message} ({error.hint})" if error.hint else error.message
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
 
 class LostFound:
     """The directory in lost+found for what one repair removes. Nothing is deleted: it may be the last copy."""
@@ -8735,24 +8758,25 @@ class LostFound:
         """The directory's path in the running system; empty if nothing was removed."""
         return f"/.snapshots/{self.directory.relative_to(self.layout.snapshots)}" if self.directory.exists() else ""
 
-    def take(self, path: Path) -> None:
-        """Move a subvolume, file or directory here, keeping its path below /.snapshots.
+    def take(self, *paths: Path) -> None:
+        """Move subvolumes, files or directories here, keeping their paths below /.snapshots.
 
         Raises:
-            AshError: it is mounted (REFUSED).
+            AshError: one is mounted (REFUSED).
         """
-        is_sub = is_subvolume(path)
-        if is_sub and subvolume_id(path) in subvolumes_in_use():
-            raise AshError(f"{path.name} is mounted: not moved", "", REFUSED)
-        target = self._place_for(path)
-        readonly = is_sub and Subvolume.at(path).readonly
-        if readonly:
-            set_readonly(path, False)  # the kernel refuses to move a read-only subvolume to another directory
-        try:
-            rename(path, target)
-        finally:
+        for path in paths:
+            is_sub = is_subvolume(path)
+            if is_sub and subvolume_id(path) in subvolumes_in_use():
+                raise AshError(f"{path.name} is mounted: not moved", "", REFUSED)
+            target = self._place_for(path)
+            readonly = is_sub and Subvolume.at(path).readonly
             if readonly:
-                set_readonly(target if target.exists() else path)
+                set_readonly(path, False)  # the kernel refuses to move a read-only subvolume to another directory
+            try:
+                rename(path, target)
+            finally:
+                if readonly:
+                    set_readonly(target if target.exists() else path)
 
     def keep(self, path: Path) -> None:
         """Keep a copy of a small file or subvolume that is about to be replaced, on disk before its replacement."""
@@ -8787,285 +8811,28 @@ def is_description(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Repairing problems
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Repairer:
-    """Repairs each kind of problem; anything removed moves to lost+found.
-
-    Each method takes the locks that commands take, and then checks again, since another ash may have been at work.
-    Each may be interrupted and repeated.
-
-    Raises (all methods):
-        AshError: it cannot be repaired, or another ash is at work there (LOCKED).
-    """
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.layout = system.layout
-        self.lost = LostFound(system.layout)
-        self._repaired: set[int] = set()
-        self._original_kept: dict[int, bool] = {}  # for each changed snapshot: whether it is in lost+found
-
-    # Tree, numbers, account ids
-
-    def rebuild_tree(self) -> None:
-        """Rebuild the tree from the history and the existing snapshots."""
-        with self.system.lock("state"):
-            with contextlib.suppress(AshError):
-                self.system.tree()
-                return
-            self.lost.keep(self.layout.tree)
-            there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
-            works = {number: self.layout.work(number) for number in there}
-            busy = {n for n, work in works.items() if is_coming_or_going(work) and is_held(work / "lock")}
-            numbers = [
-                n for n, path in there.items() if is_whole(path) and n not in busy
-            ]  # busy ones: an ash adds them
-            write_file(self.layout.tree, tree_from_history(numbers, self.system.history.read()).dump())
-
-    def adopt(self, number: int) -> None:
-        """Add a snapshot that is not in the tree, at the top level."""
-        with self.system.lock(number):
-            if number in self.system.tree() or not is_whole(self.layout.rootfs(number)):
-                return
-            self._describe(number)
-            with self.system.editing_tree() as tree:
-                tree.add(number)
-
-    def restore_description(self, number: int) -> None:
-        """Restore a snapshot's description from the history."""
-        with self.system.lock(number):
-            self._describe(number)
-
-    def _describe(self, number: int) -> None:
-        path = self.layout.description(number)
-        if not is_description(path):
-            self.lost.keep(path)
-            path.parent.mkdir(exist_ok=True)
-            known = recorded_description(number, self.system.history.read()).encode("utf-8", "replace").decode()
-            write_file(path, f"{known if known.strip() else FOUND}\n")
-
-    def raise_last_number(self) -> None:
-        """Raise the last snapshot number used to the highest one known."""
-        with self.system.lock("state"):
-            self.lost.keep(self.layout.last)
-            known = to_number(read_text(self.layout.last)) or 0
-            there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
-            given = [entry[0] for entry in births(self.system.history.read())]
-            highest = max([*there, *given, *self.system.tree().numbers()], default=0)
-            write_file(self.layout.last, f"{max(highest, known)}\n")
-
-    def rebuild_ids(self) -> None:
-        """Rebuild the file of account ids from all snapshots and deployments."""
-        with self.system.lock("state"):
-            self.lost.keep(self.layout.ids)
-            ids = AccountIds()
-            for number in sorted(self.system.tree().numbers()):
-                ids.learn(self.layout.rootfs(number) / "etc")
-            for slot in (*SLOTS, *SECONDARY_SLOTS):
-                ids.learn(self.layout.rootfs(slot) / "etc")
-            write_file(self.layout.ids, ids.dump())
-
-    def reassign_ids(self, number: int) -> None:
-        """Give each account of a snapshot its own id, the one it has elsewhere."""
-        with self._changing(number) as work:
-            with self.system.lock("state"):
-                ids = AccountIds.load(self.layout.ids)
-                renumbering = ids.reconcile(work.root / "etc")
-                write_file(self.layout.ids, ids.dump())
-            renumbering.apply(work.root, {work.root: None})
-
-    @contextmanager
-    def _changing(self, number: int) -> Iterator[Transaction]:
-        """A transaction. `undo` only reverts the last one: the state before the first is kept in lost+found."""
-        if self._original_kept.get(number) is False:
-            with self.system.lock(number):
-                self.lost.keep(self.layout.undo(number))
-            self._original_kept[number] = True
-        with quiet_progress(), Transaction(self.system, number, base=True) as work:
-            yield work
-        if work.change.changed:
-            self._original_kept.setdefault(number, False)
-
-    # Snapshots
-
-    def repair_packages(self, number: int) -> None:
-        """Have the package manager repair its database and files; once for each snapshot."""
-        if number not in self._repaired:
-            self._repaired.add(number)
-            if not self.system.package_manager.installed(self.layout.rootfs(number)):
-                # A repair would install a minimal system in the place of what was there.
-                raise AshError("the list of installed packages is lost", f"ash undo {number} restores the former state")
-            with self._changing(number) as work:
-                self.system.package_manager.repair(work)
-
-    def restore_root(self, number: int) -> None:
-        """Replace a missing snapshot with `undo-N`; without one, remove it from the tree."""
-        layout = self.layout
-        with self.system.lock(number):
-            if is_subvolume(layout.rootfs(number)):
-                return
-            if not is_subvolume(layout.undo(number)):
-                self._remove_from_tree(number)
-                return
-            for part in (layout.rootfs(number), layout.etc(number), layout.boot(number)):
-                if os.path.lexists(part):  # the copies are of the lost state
-                    self.lost.take(part)
-            rename(layout.undo(number), layout.rootfs(number))
-            for directory in ("etc", "boot"):
-                renew_copy(layout, number, directory)
-            write_packages(layout, number, self.system.package_manager.installed(layout.rootfs(number)))
-
-    def _remove_from_tree(self, number: int) -> None:
-        with self.system.editing_tree() as tree:
-            if number in tree:
-                tree.take_out(number)
-        place = self.system.workdir(number)
-        for part in (*place.remains(), *place.leftovers()):
-            self.lost.take(part)
-        remove_work_directory(place.directory)
-
-    def make_readonly(self, lock: int | str, path: Path) -> None:
-        """Make a subvolume read-only, as it is, while holding a lock."""
-        with self.system.lock(lock):
-            set_readonly(path)
-
-    def renew_copy(self, number: int, directory: str) -> None:
-        """Copy a snapshot's /etc or /boot again; the old copy is kept, since it may have the only edit of a file."""
-        copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
-        with self.system.lock(number):
-            if is_subvolume(copy) and not first_difference(copy, original):
-                return
-            if os.path.lexists(copy):
-                self.lost.take(copy)
-            renew_copy(self.layout, number, directory)
-
-    def record_packages(self, number: int) -> None:
-        """Write the record of a snapshot's packages again, from its package database."""
-        with self.system.lock(number):
-            write_packages(self.layout, number, self.system.package_manager.installed(self.layout.rootfs(number)))
-
-    def remove_stray(self, number: int, path: Path) -> None:
-        """Remove what belongs to no snapshot."""
-        with self.system.lock(number):
-            if number not in self.system.tree() and os.path.lexists(path):
-                self.lost.take(path)
-                remove_work_directory(self.layout.work(number))
-
-    def remove_nested(self, path: Path) -> None:
-        """Remove a subvolume that is nested in another."""
-        rootfs = self.layout.snapshots / "rootfs"
-        holder = rootfs / path.relative_to(rootfs).parts[0]
-        of_snapshot = re.fullmatch(r"(?:snapshot-(?:chr)?|undo-)(\d+)", holder.name)
-        with self.system.lock(int(of_snapshot[1]) if of_snapshot else "deploy"):
-            if not is_subvolume(path):
-                return  # moved with the subvolume that it was nested in
-            readonly = Subvolume.at(holder).readonly
-            set_readonly(holder, False)
-            try:
-                self.lost.take(path)
-            finally:
-                set_readonly(holder, readonly)
-
-    def recover(self, number: int) -> None:
-        """Finish or undo what was interrupted; without a valid intent file, remove what is left of it."""
-        place, tree = self.system.workdir(number), self.system.tree()
-        with self.system.lock(number):
-            intent = None
-            with contextlib.suppress(AshError):
-                intent = load_intent(place.directory)
-            if isinstance(intent, Birth | Deletion) and number not in tree:
-                for part in (*place.remains(), *place.leftovers()):
-                    self.lost.take(part)
-                remove_work_directory(place.directory)
-            elif intent is None or not is_subvolume(self.layout.rootfs(number)):
-                for leftover in place.leftovers():
-                    self.lost.take(leftover)
-            else:
-                place.recover(tree)
-
-    def roll_back_live(self) -> None:
-        """Roll back an interrupted live change; without a valid intent file, remove what is left of it."""
-        place = LiveWorkDir(self.system)
-        with self.system.lock("live"):
-            if state_of_work(place.directory):
-                place.recover(self.system.tree())
-            else:
-                for leftover in place.leftovers():
-                    self.lost.take(leftover)
-
-    @staticmethod
-    def unmount(target: str) -> None:
-        """Unmount something in the system's mount namespace: ash has its own."""
-        run(["nsenter", "--mount", "--target", "1", "umount", target])
-        run(["umount", target], check=False)  # fails if mounts are shared, as they usually are: already unmounted here
-
-    # Deployments and the boot menu
-
-    def restore_drift_base(self, slot: str, number: int) -> None:
-        """Copy a snapshot's /etc to a slot's missing drift base; more counts as drift than was changed."""
-        with self.system.lock("deploy"):
-            base, new = self.layout.etc(slot), self.layout.etc(f"new-{slot}")
-            if is_subvolume(base):
-                return
-            if os.path.lexists(base):
-                self.lost.take(base)
-            source = self.layout.rootfs(number)
-            copy_as_subvolume((source if is_subvolume(source) else self.layout.rootfs(BASE)) / "etc", new)
-            rename(new, base)
-
-    def recover_deploy(self) -> None:
-        """Clean up after an interrupted deploy."""
-        with self.system.deploying() as deployments:
-            deployments.recover()
-
-    def rebuild_menu(self) -> None:
-        """Rebuild the menu from the existing slots and grub.cfg."""
-        with self.system.lock("deploy"):
-            try:
-                deployments = self.system.deployments()
-            except AshError:
-                self.lost.take(self.layout.menu)
-                deployments = self.system.deployments()
-            if deployments.menu.default not in deployments.menu.deployments:
-                deployments.rebuild_menu()
-
-    def write_menu(self) -> None:
-        """Write grub.cfg again."""
-        with self.system.deploying() as deployments:
-            if not deployments.is_grub_cfg_current():
-                deployments.write_menu()
-
-    def copy_boot_file(self, slot: str, name: str, source: Path) -> None:
-        """Copy a kernel or initramfs that a deployment lacks."""
-        target = self.layout.rootfs(slot) / "boot" / name
-        with self.system.lock("deploy"):
-            if not target.is_file():
-                with replace(target) as new:
-                    run(["cp", "-a", "--reflink=auto", source, new])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Finding problems
+# Finding and repairing problems
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class Fsck:
-    """Checks tree, subvolumes, deployments, boot files and package databases against each other. Changes nothing."""
+    """Checks tree, subvolumes, deployments, boot files and package databases against each other. Changes nothing.
+
+    Each check is followed by the repairs that its problems have. A repair checks again, since another ash may have
+    been at work, and may raise AshError; anything it removes moves to lost+found.
+    """
 
     LOOKS = 10  # at a snapshot that other processes keep changing
 
     def __init__(self, system: System) -> None:
         self.system = system
         self.layout = system.layout
-        self.repairer = Repairer(system)
-        # Results by contents: many snapshots are identical, and a repair runs the checks several times.
+        self.lost = LostFound(system.layout)
+        # Answers by contents: many snapshots are identical, and a repair runs the checks several times.
         self._contents = Contents()
-        self._known_problems: dict[int, list[str]] = {}
-        self._known_packages: dict[int, dict[str, str]] = {}
-        self._known_differences: dict[tuple[int, int], str] = {}  # between a copy and a root
+        self._answers: dict[tuple[object, ...], Any] = {}
+        self._reinstalled: set[int] = set()  # snapshots
+        self._original_kept: dict[int, bool] = {}  # for each changed snapshot: whether it is in lost+found
 
     def run(self) -> Iterator[Problem]:
         """All problems; interrupted work comes first, since finishing it may solve others."""
@@ -9073,10 +8840,9 @@ class Fsck:
             numbers = self.system.tree().numbers()
         except AshError as error:
             remedy = "rebuild it from the history and the existing snapshots"
-            yield Problem(error.message, None, remedy, self.repairer.rebuild_tree)
+            yield Problem(error.message, None, remedy, self._rebuild_tree, "state")
             return
         yield from self._interrupted()
-        yield from self._left_of_live()
         for number in numbers:
             yield from self._snapshot(number)
         yield from self._strays(numbers)
@@ -9084,51 +8850,92 @@ class Fsck:
         yield from self._account_ids(numbers)
         yield from self._nested()
         yield from self._mounts(numbers)
-        yield from self._menu()
+        yield from self._confirmed(self.system.lock("deploy"), self._menu)
 
-    def _holding(self, lock: Lock) -> contextlib.AbstractContextManager[object]:
-        """A lock to hold while checking; on a read-only file system, where nobody can create it, only if it exists."""
-        exists = lock.path.exists() or not is_readonly(self.layout.snapshots)
-        return lock if exists else contextlib.nullcontext()
+    def _confirmed(self, lock: Lock, look: Callable[[], Iterable[Problem]]) -> list[Problem]:
+        """The problems that are found again with a lock held: the work of another ash is not a problem."""
+        if not list(look()):
+            return []
+        # On a read-only file system nobody can create a lock.
+        can_lock = lock.path.exists() or not is_readonly(self.layout.snapshots)
+        with contextlib.suppress(AshError), lock if can_lock else contextlib.nullcontext():
+            return list(look())
+        return []
+
+    def _answer(self, ask: Callable[..., Result], *paths: Path) -> Result:
+        """What a function says of directories; asked once for all whose subvolumes have the same contents."""
+        key = (ask.__name__, *map(self._contents.of, paths))
+        if key not in self._answers:
+            self._answers[key] = ask(*paths)
+        answer: Result = self._answers[key]
+        return answer
+
+    def _rebuild_tree(self) -> None:
+        with contextlib.suppress(AshError):
+            self.system.tree()
+            return
+        self.lost.keep(self.layout.tree)
+        there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
+        works = {number: self.layout.work(number) for number in there}
+        # An ash that is creating or deleting a snapshot edits the tree itself.
+        busy = {n for n, work in works.items() if is_coming_or_going(work) and is_held(work / "lock")}
+        numbers = [number for number, path in there.items() if is_whole(path) and number not in busy]
+        write_file(self.layout.tree, tree_from_history(numbers, self.system.history.read()).dump())
 
     # Interrupted work
 
     def _interrupted(self) -> Iterator[Problem]:
-        for name, what, remedy, repair in (
-            ("deploy", "a deploy was interrupted", "clean up after it", self.repairer.recover_deploy),
-            ("live", "a live change was interrupted", "roll it back", self.repairer.roll_back_live),
-        ):
-            directory = self.layout.work(name)
-            if (directory / "intent").exists():
-                with contextlib.suppress(AshError), self._holding(Lock(directory / "lock", "")):
-                    if (directory / "intent").exists():
-                        yield Problem(what, None, remedy, repair)
-        for number, directory in numbered(self.layout.work(""), "").items():
-            if self.system.workdir(number).leftovers():
-                # Locked: the work of another ash is not a problem.
-                with contextlib.suppress(AshError), self._holding(Lock(directory / "lock", "")):
-                    yield from self._interrupted_change(number, directory)
+        looks: dict[int | str, Callable[[], Iterable[Problem]]] = {"deploy": self._deploy, "live": self._live}
+        looks |= {number: partial(self._change, number) for number in numbered(self.layout.work(""), "")}
+        for name, look in looks.items():
+            yield from self._confirmed(Lock(self.layout.work(name) / "lock", ""), look)
 
-    def _interrupted_change(self, number: int, directory: Path) -> Iterator[Problem]:
-        repair = partial(self.repairer.recover, number)
+    def _deploy(self) -> Iterator[Problem]:
+        if (self.layout.work("deploy") / "intent").exists():
+            yield Problem("a deploy was interrupted", None, "clean up after it", self._recover_deploy, "deploy")
+
+    def _recover_deploy(self) -> None:
+        self.system.deployments().recover()
+
+    def _live(self) -> Iterator[Problem]:
+        place = LiveWorkDir(self.system)
+        if (place.directory / "intent").exists():
+            yield Problem("a live change was interrupted", None, "roll it back", self._roll_back_live, "live")
+        elif left := place.leftovers():
+            what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a live change"
+            yield Problem(what, None, "move it to lost+found", self._roll_back_live, "live")
+
+    def _roll_back_live(self) -> None:
+        place = LiveWorkDir(self.system)
+        if state_of_work(place.directory):
+            place.recover(self.system.tree())
+        else:
+            self.lost.take(*place.leftovers())
+
+    def _change(self, number: int) -> Iterator[Problem]:
+        place, repair = self.system.workdir(number), partial(self._recover, number)
         try:
-            intent = load_intent(directory)
+            intent = load_intent(place.directory)
         except AshError as error:
-            yield Problem(error.message, number, "move what it left to lost+found", repair)
+            yield Problem(error.message, number, "move what it left to lost+found", repair, number)
             return
         if intent is not None and not isinstance(intent, Kept):
-            yield Problem("a change was interrupted", number, "finish or undo it", repair)
-        elif intent is None and (left := self.system.workdir(number).leftovers()):
+            yield Problem("a change was interrupted", number, "finish or undo it", repair, number)
+        elif intent is None and (left := place.leftovers()):
             what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a transaction"
-            yield Problem(what, number, "move it to lost+found", repair)
+            yield Problem(what, number, "move it to lost+found", repair, number)
 
-    def _left_of_live(self) -> Iterator[Problem]:
-        live = LiveWorkDir(self.system)
-        if live.leftovers() and not (live.directory / "intent").exists():
-            with contextlib.suppress(AshError), self._holding(Lock(live.directory / "lock", "")):
-                if left := live.leftovers():
-                    what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a live change"
-                    yield Problem(what, None, "move it to lost+found", self.repairer.roll_back_live)
+    def _recover(self, number: int) -> None:
+        place, tree, intent = self.system.workdir(number), self.system.tree(), None
+        with contextlib.suppress(AshError):
+            intent = load_intent(place.directory)
+        if isinstance(intent, Birth | Deletion) and number not in tree:
+            self.lost.take(*place.remains(), *place.leftovers())
+            remove_work_directory(place.directory)
+        elif intent is None or not is_subvolume(self.layout.rootfs(number)):
+            self.lost.take(*place.leftovers())
+        else:
+            place.recover(tree)
 
     # Snapshots
 
@@ -9155,70 +8962,114 @@ class Fsck:
 
     def _look_at(self, number: int) -> Iterator[Problem]:
         """Check the parts of one snapshot: root, predecessor, copies, description, package database."""
-        layout, repairer = self.layout, self.repairer
-        root, undo = layout.rootfs(number), layout.undo(number)
+        layout, manager = self.layout, self.system.package_manager
+        root, undo, description = layout.rootfs(number), layout.undo(number), layout.description(number)
         if number not in self.system.tree() or state_of_work(layout.work(number)) in ("commit", "merge"):
             return  # it was deleted, or recovery will copy its /etc and /boot again
         if not is_subvolume(root):
             without_undo = "remove it from the tree; its children move up"
             remedy = f"replace it with {undo.name}" if is_subvolume(undo) else without_undo
-            yield Problem(f"{root.name} is missing", number, remedy, partial(repairer.restore_root, number))
+            yield Problem(f"{root.name} is missing", number, remedy, partial(self._restore_root, number), number)
             return
         if not Subvolume.at(root).readonly and not is_mutable(root):
             yield self._writable(root, number)
         if is_writable(undo):
             yield self._writable(undo, number)
-        if not is_description(layout.description(number)):
-            exists = os.path.lexists(layout.description(number))
-            what = f"its description is {'empty or not a regular file' if exists else 'missing'}"
-            restore = partial(repairer.restore_description, number)
-            yield Problem(what, number, "restore it from the history", restore)
+        if not is_description(description):
+            what = "empty or not a regular file" if os.path.lexists(description) else "missing"
+            restore = partial(self._restore_description, number)
+            yield Problem(f"its description is {what}", number, "restore it from the history", restore, number)
         for directory in ("etc", "boot"):
             yield from self._copy(number, directory)
-        audit = self.system.package_manager.audit
-        remedy = "reinstall it from the repositories" + (f" (ash run {number} {audit} tells more)" if audit else "")
+        remedy = "reinstall it from the repositories"
+        remedy += f" (ash run {number} {manager.audit} tells more)" if manager.audit else ""
         problems = self._package_problems(root)
-        for problem in problems:
-            yield Problem(problem, number, remedy, partial(repairer.repair_packages, number))
-        if not problems and read_packages(layout, number) != self._installed(root):
+        for what in problems:
+            yield Problem(what, number, remedy, partial(self._repair_packages, number))
+        if not problems and read_packages(layout, number) != self._answer(manager.installed, root):
             what = "its list of packages is missing or differs from the package database"
-            yield Problem(what, number, "write it again", partial(repairer.record_packages, number))
-
-    def _writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
-        """The problem of a subvolume that should be read-only; `lock`, or the snapshot's, is held for the repair."""
-        repair = partial(self.repairer.make_readonly, number if lock is None else lock, path)
-        return Problem(f"{path.name} is writable", number, "make it read-only as it is", repair)
+            yield Problem(what, number, "write it again", partial(self._record_packages, number), number)
 
     def _package_problems(self, root: Path) -> list[str]:
-        content = self._contents.of(root)
-        if content not in self._known_problems:
-            self._known_problems[content] = self.system.package_manager.problems(root)
-        return self._known_problems[content]
+        return self._answer(self.system.package_manager.problems, root)
 
-    def _installed(self, root: Path) -> dict[str, str]:
-        content = self._contents.of(root)
-        if content not in self._known_packages:
-            self._known_packages[content] = self.system.package_manager.installed(root)
-        return self._known_packages[content]
-
-    def _difference(self, copy: Path, root: Path, directory: str) -> str:
-        """The first path at which a copy of a root's directory differs from it; empty if there is none."""
-        contents = self._contents.of(copy), self._contents.of(root)
-        if contents not in self._known_differences:
-            self._known_differences[contents] = first_difference(copy, root / directory)
-        return self._known_differences[contents]
+    def _writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
+        lock = number if lock is None else lock
+        return Problem(
+            f"{path.name} is writable", number, "make it read-only as it is", partial(set_readonly, path), lock
+        )
 
     def _copy(self, number: int, directory: str) -> Iterator[Problem]:
         copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
-        repair, remedy = partial(self.repairer.renew_copy, number, directory), "copy it again"
+        again = "copy it again", partial(self._renew_copy, number, directory), number
         if not is_directory(original):
             yield Problem(f"its /{directory} is not a directory", number)
         elif not is_subvolume(copy):
-            yield Problem(f"{copy.name} is missing", number, remedy, repair)
-        elif different := self._difference(copy, self.layout.rootfs(number), directory):
-            yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, remedy, repair)
+            yield Problem(f"{copy.name} is missing", number, *again)
+        elif different := self._answer(first_difference, copy, original):
+            yield Problem(f"{copy.name} differs from its /{directory}: {different}", number, *again)
         elif not Subvolume.at(copy).readonly:
             yield self._writable(copy, number)
+
+    def _renew_copy(self, number: int, directory: str) -> None:
+        """Copy a snapshot's /etc or /boot again; the old copy is kept, since it may have the only edit of a file."""
+        copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
+        if not is_subvolume(copy) or first_difference(copy, original):
+            if os.path.lexists(copy):
+                self.lost.take(copy)
+            renew_copy(self.layout, number, directory)
+
+    def _restore_root(self, number: int) -> None:
+        """Replace a missing snapshot with `undo-N`; without one, remove it from the tree."""
+        layout, place = self.layout, self.system.workdir(number)
+        root, undo, copies = layout.rootfs(number), layout.undo(number), (layout.etc(number), layout.boot(number))
+        if is_subvolume(root):
+            return
+        if is_subvolume(undo):
+            self.lost.take(*(part for part in (root, *copies) if os.path.lexists(part)))  # copies of the lost state
+            rename(undo, root)
+            for directory in ("etc", "boot"):
+                renew_copy(layout, number, directory)
+            self._record_packages(number)
+            return
+        with self.system.editing_tree() as tree:
+            if number in tree:
+                tree.take_out(number)
+        self.lost.take(*place.remains(), *place.leftovers())
+        remove_work_directory(place.directory)
+
+    def _restore_description(self, number: int) -> None:
+        path = self.layout.description(number)
+        if not is_description(path):
+            self.lost.keep(path)
+            path.parent.mkdir(exist_ok=True)
+            known = recorded_description(number, self.system.history.read()).encode("utf-8", "replace").decode()
+            write_file(path, f"{known if known.strip() else FOUND}\n")
+
+    def _record_packages(self, number: int) -> None:
+        write_packages(self.layout, number, self.system.package_manager.installed(self.layout.rootfs(number)))
+
+    def _repair_packages(self, number: int) -> None:
+        """Have the package manager repair its database and files; once for each snapshot."""
+        if number not in self._reinstalled:
+            self._reinstalled.add(number)
+            if not self.system.package_manager.installed(self.layout.rootfs(number)):
+                # A repair would install a minimal system in the place of what was there.
+                raise AshError("the list of installed packages is lost", f"ash undo {number} restores the former state")
+            with self._changing(number) as work:
+                self.system.package_manager.repair(work)
+
+    @contextmanager
+    def _changing(self, number: int) -> Iterator[Transaction]:
+        """A transaction. `undo` only reverts the last one: the state before the first is kept in lost+found."""
+        if self._original_kept.get(number) is False:
+            with self.system.lock(number):
+                self.lost.keep(self.layout.undo(number))
+            self._original_kept[number] = True
+        with quiet_progress(), Transaction(self.system, number, base=True) as work:
+            yield work
+        if work.change.changed:
+            self._original_kept.setdefault(number, False)
 
     # What belongs to no snapshot
 
@@ -9233,20 +9084,43 @@ class Fsck:
                 name = f"packages/{number}" if path == self.layout.packages(number) else path.name
                 what = f"{name} belongs to no snapshot in the tree"
                 if is_whole(self.layout.rootfs(number)):
-                    adopt = partial(self.repairer.adopt, number)
-                    yield Problem(what, None, f"add snapshot {number} to the tree at the top level", adopt)
+                    remedy = f"add snapshot {number} to the tree at the top level"
+                    yield Problem(what, None, remedy, partial(self._adopt, number), number)
                 else:
-                    remove = partial(self.repairer.remove_stray, number, path)
-                    yield Problem(what, None, "move it to lost+found", remove)
+                    yield Problem(what, None, "move it to lost+found", partial(self._take_stray, number, path), number)
+
+    def _adopt(self, number: int) -> None:
+        if number not in self.system.tree() and is_whole(self.layout.rootfs(number)):
+            self._restore_description(number)
+            with self.system.editing_tree() as tree:
+                tree.add(number)
+
+    def _take_stray(self, number: int, path: Path) -> None:
+        if number not in self.system.tree() and os.path.lexists(path):
+            self.lost.take(path)
+            remove_work_directory(self.layout.work(number))
 
     def _nested(self) -> Iterator[Problem]:
         rootfs = self.layout.snapshots / "rootfs"
         todo = sorted((path for path in rootfs.iterdir() if is_subvolume(path)), reverse=True)
         while todo:
             for path in subvolumes_inside(todo.pop()):
-                what = f"{path.relative_to(rootfs)} is a nested subvolume"
-                yield Problem(what, None, "move it to lost+found", partial(self.repairer.remove_nested, path))
+                inside = path.relative_to(rootfs)
+                of_snapshot = re.fullmatch(r"(?:snapshot-(?:chr)?|undo-)(\d+)", inside.parts[0])
+                lock = int(of_snapshot[1]) if of_snapshot else "deploy"
+                repair = partial(self._take_nested, path, rootfs / inside.parts[0])
+                yield Problem(f"{inside} is a nested subvolume", None, "move it to lost+found", repair, lock)
                 todo.append(path)
+
+    def _take_nested(self, path: Path, holder: Path) -> None:
+        if not is_subvolume(path):
+            return  # moved with the subvolume that it was nested in
+        readonly = Subvolume.at(holder).readonly
+        set_readonly(holder, False)
+        try:
+            self.lost.take(path)
+        finally:
+            set_readonly(holder, readonly)
 
     def _mounts(self, numbers: Sequence[int]) -> Iterator[Problem]:
         layout, mounted = self.layout, mounts()
@@ -9257,7 +9131,7 @@ class Fsck:
             inside = self._subvolume_below(one, mounted)
             if inside in of_subvolume and inside != root:
                 own = self.system.running and one.target.startswith("/.snapshots/")
-                repair = partial(self.repairer.unmount, one.target) if own else None
+                repair = partial(self._unmount, one.target) if own else None
                 what = f"{one.target} is mounted inside it"
                 yield Problem(what, of_subvolume[inside], f"umount {one.target}", repair)
 
@@ -9271,6 +9145,11 @@ class Fsck:
                     return subvolume_id(directory)
         return None
 
+    @staticmethod
+    def _unmount(target: str) -> None:
+        run(["nsenter", "--mount", "--target", "1", "umount", target])  # ash has a mount namespace of its own
+        run(["umount", target], check=False)  # fails if mounts are shared, as they usually are: already unmounted here
+
     # Numbers and account ids
 
     def _last_number(self, numbers: Sequence[int]) -> Iterator[Problem]:
@@ -9278,22 +9157,29 @@ class Fsck:
         if last is None or last < highest:
             recorded = "not recorded" if last is None else f"recorded as {last}"
             what = f"the last snapshot number used is {recorded}, the tree has {highest}"
-            yield Problem(what, None, "raise it", self.repairer.raise_last_number)
+            yield Problem(what, None, "raise it", self._raise_last_number, "state")
+
+    def _raise_last_number(self) -> None:
+        self.lost.keep(self.layout.last)
+        known = to_number(read_text(self.layout.last)) or 0
+        there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
+        given = [entry[0] for entry in births(self.system.history.read())]
+        write_file(self.layout.last, f"{max(known, *there, *given, *self.system.tree().numbers(), 0)}\n")
 
     def _account_ids(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        rebuild, remedy = self.repairer.rebuild_ids, "rebuild it from the snapshots"
+        rebuild = "rebuild it from the snapshots", self._rebuild_ids, "state"
         if not self.layout.ids.exists():
-            yield Problem("the registry of uids and gids is missing", None, remedy, rebuild)
+            yield Problem("the registry of uids and gids is missing", None, *rebuild)
         try:
             known = AccountIds.load(self.layout.ids).given
         except AshError as error:
-            yield Problem(error.message, None, remedy, rebuild)
+            yield Problem(error.message, None, *rebuild)
             return
         remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
         for number, name in itertools.product(numbers, ID_FILES):
             ids = AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids
             for what in self._id_clashes(name, ids, known[name]):
-                yield Problem(what, number, remedy, partial(self.repairer.reassign_ids, number))
+                yield Problem(what, number, remedy, partial(self._reassign_ids, number))
 
     @staticmethod
     def _id_clashes(name: str, accounts: Mapping[str, int], known: Mapping[str, int]) -> Iterator[str]:
@@ -9305,111 +9191,122 @@ class Fsck:
             if known.get(account, ident) != ident:
                 yield f"{account} has the id {ident} in {name}, but {known[account]} elsewhere"
 
+    def _rebuild_ids(self) -> None:
+        self.lost.keep(self.layout.ids)
+        ids = AccountIds()
+        every: list[int | str] = [*sorted(self.system.tree().numbers()), *SLOTS, *SECONDARY_SLOTS]
+        for which in every:
+            ids.learn(self.layout.rootfs(which) / "etc")
+        write_file(self.layout.ids, ids.dump())
+
+    def _reassign_ids(self, number: int) -> None:
+        with self._changing(number) as work:
+            with self.system.lock("state"):
+                ids = AccountIds.load(self.layout.ids)
+                renumbering = ids.reconcile(work.root / "etc")
+                write_file(self.layout.ids, ids.dump())
+            renumbering.apply(work.root, {work.root: None})
+
     # Deployments and the boot menu
 
     def _menu(self) -> Iterator[Problem]:
-        if list(self._look_at_menu()):
-            # Locked: the work of another ash is not a problem.
-            with contextlib.suppress(AshError), self._holding(self.system.lock("deploy")):
-                yield from list(self._look_at_menu())
-
-    def _look_at_menu(self) -> Iterator[Problem]:
         """Check the menu file, the deployments that it names, and grub.cfg."""
-        rebuild, remedy = self.repairer.rebuild_menu, "rebuild it from the existing deployments"
+        rebuild = "rebuild it from the existing deployments", self._rebuild_menu, "deploy"
         try:
             deployments = self.system.deployments()
         except AshError as error:
-            yield Problem(error.message, None, remedy, rebuild)
+            yield Problem(error.message, None, *rebuild)
             return
         menu = deployments.menu
         if menu.default not in menu.deployments:
             there = any((self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file() for slot in (*SLOTS, *SECONDARY_SLOTS))
             what = "the boot menu has no default deployment"
-            yield Problem(what, None, remedy, rebuild) if there else Problem(what, None, "ash deploy N")
+            yield Problem(what, None, *rebuild) if there else Problem(what, None, "ash deploy N")
             return
         for deployment in menu.deployments.values():
             yield from self._boot_files(deployment)
             yield from self._drift_base(deployment)
         if not deployments.is_grub_cfg_current():
-            yield Problem("grub.cfg differs from what ash wrote last", None, "write it again", self.repairer.write_menu)
+            yield Problem(
+                "grub.cfg differs from what ash wrote last", None, "write it again", self._write_menu, "deploy"
+            )
 
-    def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
-        slot, number = deployment.slot, deployment.snapshot
-        base = self.layout.etc(slot)
-        if not is_subvolume(base):
-            restore = partial(self.repairer.restore_drift_base, slot, number)
-            what = f"{base.name} is missing: changes to the deployment's /etc are unknown"
-            yield Problem(what, number, "copy the snapshot's /etc", restore)
-        elif not Subvolume.at(base).readonly:
-            yield self._writable(base, number, "deploy")
+    def _rebuild_menu(self) -> None:
+        try:
+            deployments = self.system.deployments()
+        except AshError:
+            self.lost.take(self.layout.menu)
+            deployments = self.system.deployments()
+        if deployments.menu.default not in deployments.menu.deployments:
+            deployments.rebuild_menu()
+
+    def _write_menu(self) -> None:
+        deployments = self.system.deployments()
+        if not deployments.is_grub_cfg_current():
+            deployments.write_menu()
 
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
-        root, number = self.layout.rootfs(deployment.slot), deployment.snapshot
-        roots = [path / "boot" for path in (self.layout.rootfs(number), self.layout.undo(number))]
+        layout, root, number = self.layout, self.layout.rootfs(deployment.slot), deployment.snapshot
+        boots = layout.rootfs(number) / "boot", layout.undo(number) / "boot", layout.boot(number)
         for name in (deployment.config.kernel, *deployment.config.initrds):
-            if (root / "boot" / name).is_file():
+            target = root / "boot" / name
+            if target.is_file():
                 continue
             what = f"{root.name} lacks {name}, which the boot menu uses"
-            sources = [path / name for path in (*roots, self.layout.boot(number)) if (path / name).is_file()]
+            sources = [boot / name for boot in boots if (boot / name).is_file()]
             if sources and is_subvolume(root):
-                copy = partial(self.repairer.copy_boot_file, deployment.slot, name, sources[0])
-                yield Problem(what, number, "copy it from the snapshot", copy)
+                copy = partial(self._copy_boot_file, sources[0], target)
+                yield Problem(what, number, "copy it from the snapshot", copy, "deploy")
             else:
                 yield Problem(what, number, "ash deploy N, of a snapshot that has a kernel")
 
+    @staticmethod
+    def _copy_boot_file(source: Path, target: Path) -> None:
+        if not target.is_file():
+            with replace(target) as new:
+                run(["cp", "-a", "--reflink=auto", source, new])
 
-class RepairResult(NamedTuple):
-    """What a repair did: the repaired problems, and for each remaining one why, if that is known."""
+    def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
+        number, base = deployment.snapshot, self.layout.etc(deployment.slot)
+        if not is_subvolume(base):
+            what = f"{base.name} is missing: changes to the deployment's /etc are unknown"
+            restore = partial(self._restore_drift_base, base, deployment)
+            yield Problem(what, number, "copy the snapshot's /etc", restore, "deploy")
+        elif not Subvolume.at(base).readonly:
+            yield self._writable(base, number, "deploy")
 
-    repaired: Sequence[Problem]
-    left: Mapping[Problem, str]
-    lost_found: str
+    def _restore_drift_base(self, base: Path, deployment: Deployment) -> None:
+        """Copy a snapshot's /etc to a slot's missing drift base; more counts as drift than was changed."""
+        if is_subvolume(base):
+            return
+        if os.path.lexists(base):
+            self.lost.take(base)
+        new, source = self.layout.etc(f"new-{deployment.slot}"), self.layout.rootfs(deployment.snapshot)
+        copy_as_subvolume((source if is_subvolume(source) else self.layout.rootfs(BASE)) / "etc", new)
+        rename(new, base)
 
 
-def attempt(problem: Problem) -> str | None:
-    """Repair a problem. Returns None if that succeeded, else the reason or, if there is no repair, an empty string."""
-    if problem.repair is None:
-        return ""
-    try:
-        problem.repair()
-    except AshError as error:
-        return f"{error.message} ({error.hint})" if error.hint else error.message
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
+# ---------------------------------------------------------------------------------------------------------------
+# The command fsck
+# ---------------------------------------------------------------------------------------------------------------
 
 
-def repair(system: System) -> RepairResult:
+def repair(system: System) -> Reply:
     """Repair all problems that can be repaired. What a last check still finds does not count as repaired."""
     fsck = Fsck(system)
-    tried: dict[Problem, str | None] = {}  # the results of attempt()
+    tried: dict[Problem, str | None] = {}  # why each was not repaired
     found = list(fsck.run())
     while new := [problem for problem in found if problem not in tried]:  # a repair may reveal more
-        tried |= {problem: attempt(problem) for problem in new}
+        tried |= {problem: problem.attempt_repair(system) for problem in new}
         sync_filesystem(system.layout.snapshots)
         found = list(fsck.run())
     repaired = [problem for problem, why in tried.items() if why is None and problem not in found]
-    return RepairResult(repaired, {problem: tried[problem] or "" for problem in found}, fsck.repairer.lost.shown)
-
-
-def problem_data(problem: Problem, repaired: bool = False) -> dict[str, Any]:
-    """A problem as JSON has it."""
-    return {"what": problem.what, "snapshot": problem.snapshot, "mended": repaired}
-
-
-def repair_reply(result: RepairResult) -> Reply:
-    """The answer of a repair."""
-    repaired, left = result.repaired, result.left
-    data = {
-        "damage": [*(problem_data(one, True) for one in repaired), *map(problem_data, left)],
-        "changed": bool(repaired),
-        "lost_found": result.lost_found,
-    }
+    left = {problem: tried[problem] for problem in found}
+    damage = [*(one.data(repaired=True) for one in repaired), *(one.data() for one in left)]
     lines = [f"repaired: {one.text()}" for one in repaired] or ([] if left else ["no problems found"])
-    lines += [
-        f"not repaired: {one.text()}: {why}" if why else f"not repaired: {one.advice()}" for one, why in left.items()
-    ]
-    lines += [f"anything removed is in {result.lost_found}"] if result.lost_found else []
+    lines += [f"not repaired: {f'{one.text()}: {why}' if why else one.advice()}" for one, why in left.items()]
+    lines += [f"anything removed is in {fsck.lost.shown}"] if fsck.lost.shown else []
+    data = {"damage": damage, "changed": bool(repaired), "lost_found": fsck.lost.shown}
     return Reply(data, "\n".join(lines), status=FAILED if left else 0)
 
 
@@ -9422,11 +9319,11 @@ def repair_reply(result: RepairResult) -> Reply:
 def cmd_fsck(system: System, request: Request) -> Reply:
     require_root("checking the file system")
     if request.repair and not request.dry_run:
-        return repair_reply(repair(system))
+        return repair(system)
     problems = list(Fsck(system).run())
     repairable = [one.advice() for one in problems if one.repair]
     status = FAILED if len(problems) > (len(repairable) if request.repair else 0) else 0
-    data = {"damage": list(map(problem_data, problems))}
+    data = {"damage": [one.data() for one in problems]}
     if request.repair:
         reply = would("repair:\n" + "\n".join(repairable) if repairable else "repair nothing", **data)
         return reply._replace(data={**reply.data, "would": repairable}, status=status)

@@ -345,9 +345,9 @@ def test_uses_of_a_history(lines: list[str], tmp_path: Path) -> None:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         assert all(ash.timestamp_of(entry) <= 2**38 for entry in history)
         ash.PackageIntents.of(ash.origins(5, history), history, 0, ash.FOLLOWS)
-        repairer = ash.Repairer(system)
-        repairer.restore_description(7)
-        repairer.raise_last_number()
+        fsck = ash.Fsck(system)
+        fsck._restore_description(7)
+        fsck._raise_last_number()
     assert said.getvalue() == ""
     assert system.describe(7)
     assert ash.to_number(system.layout.last.read_text()) is not None
@@ -393,7 +393,7 @@ def test_the_highest_number(content: bytes, tmp_path: Path) -> None:
     if number is None:
         assert system.layout.last.read_bytes() == content, "what is damaged stays as it is"
         assert found, "fsck finds what nothing can be made with"
-        ash.Repairer(system).raise_last_number()
+        ash.Fsck(system)._raise_last_number()
         assert not list(ash.Fsck(system)._last_number([0]))
     else:
         assert system.layout.last.read_text() == f"{number}\n"
