@@ -3736,7 +3736,6 @@ class Open(NamedTuple):
     state: str = "open"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
-        """Drop it."""
         place.drop()
 
 
@@ -3750,11 +3749,8 @@ class Kept(NamedTuple):
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
         """Refuse: this is the user's to decide."""
         n = place.snapshot
-        raise AshError(
-            f"snapshot {n} has unfinished work from a session that hung up",
-            f"ash chroot {n} --resume continues it, ash unlock {n} drops it",
-            REFUSED,
-        )
+        hint = f"ash chroot {n} --resume continues it, ash unlock {n} drops it"
+        raise AshError(f"snapshot {n} has unfinished work from a session that hung up", hint, REFUSED)
 
 
 class LiveChange(NamedTuple):
@@ -3802,7 +3798,6 @@ class Merge(NamedTuple):
     state: str = "merge"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
-        """Finish it."""
         place.finish(self, again=True)
 
 
@@ -3856,39 +3851,24 @@ class Deletion(NamedTuple):
 
 Intent = Open | Kept | LiveChange | Commit | Merge | Birth | Deletion
 INTENTS: Mapping[str, type[Intent]] = {
-    "open": Open,
-    "kept": Kept,
-    "live": LiveChange,
-    "commit": Commit,
-    "merge": Merge,
+    "open": Open, "kept": Kept, "live": LiveChange, "commit": Commit, "merge": Merge,
     "number": Deletion,  # or Birth: that one has a source
-}
+}  # fmt: skip
 CALLER_SHAPE = {"user": is_u32, "command": str, "arguments": [str]}
 INTENT_SHAPE = {
     "state": lambda state: state in tuple(INTENTS),
-    "old?": is_u32,
-    "new?": is_u32,
-    "entries?": [is_inner_path],
+    "id?": str, "old?": is_u32, "new?": is_u32, "source?": is_u32, "snapshots?": [is_u32], "description?": str,
+    "entries?": [is_inner_path], "delete?": [is_inner_path], "homes?": [str],
     "copies?": [lambda directory: directory in ("etc", "boot")],
-    "delete?": [is_inner_path],
-    "homes?": [str],
     "caller?": lambda caller: caller is None or has_shape(caller, CALLER_SHAPE),
-    "source?": is_u32,
     "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
     "parent?": lambda parent: parent is None or is_u32(parent),
-    "description?": str,
-    "snapshots?": [is_u32],
     "facts?": lambda facts: has_shape(facts, {"packages?": History.PACKAGE_KEYS}),
-    "id?": str,
-}
+}  # fmt: skip
 
 
 def load_intent(directory: Path) -> Intent | None:
-    """The intent in a work directory; None if no work is under way.
-
-    Raises:
-        AshError: the file is damaged.
-    """
+    """The intent in a work directory, None if no work is under way; AshError if its file is damaged."""
     if not os.path.lexists(directory / "intent"):
         return None
     try:
@@ -3902,12 +3882,10 @@ def load_intent(directory: Path) -> Intent | None:
 
 
 def save_intent(directory: Path, intent: Intent) -> None:
-    """Write the intent file, and sync it."""
     write_file(directory / "intent", json.dumps(intent._asdict()))
 
 
 def new_id() -> str:
-    """A new id for a commit's line in the history."""
     return os.urandom(8).hex()
 
 
@@ -3920,7 +3898,7 @@ def state_of_work(directory: Path) -> str:
 
 
 def is_coming_or_going(directory: Path) -> bool:
-    """Whether the work directory is that of a snapshot that is being created or deleted."""
+    """Whether a work directory is that of a snapshot that is being created or deleted."""
     return state_of_work(directory) == "number"
 
 
@@ -3935,15 +3913,16 @@ def remove_work_directory(directory: Path) -> None:
         remove_tree(directory)
 
 
+def merge_lock(layout: Layout, wait: float = 0) -> Lock:
+    return Lock(layout.work("merge") / "lock", "merging into /var", wait)
+
+
 class CommittedButUnfinished(AshError):
     """The commit succeeded; a follow-up step failed and recovery will finish it."""
 
 
 class WorkDir:
-    """The work directory of a snapshot: what its transaction keeps there, and how that is finished or dropped.
-
-    Its methods need the snapshot's lock.
-    """
+    """What a transaction keeps in the work directory of its snapshot; the snapshot's lock protects it."""
 
     DECISIONS: ClassVar[Mapping[str, Any]] = {
         "aside": is_name,
@@ -3969,11 +3948,7 @@ class WorkDir:
         self.merged = self.directory / "merged"
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:
-        """Finish or undo interrupted work.
-
-        Args:
-            tree: the present tree, which tells whether a snapshot's creation or deletion was committed.
-            drop_kept: drop work that waits for its user, and work whose intent file is damaged.
+        """Finish or undo interrupted work. `drop_kept` also drops what waits for its user, or is damaged.
 
         Raises:
             AshError: there is such work (REFUSED, if it waits), and `drop_kept` is not given.
@@ -3996,14 +3971,7 @@ class WorkDir:
     def record(
         self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
     ) -> None:
-        """Write a commit's line to the history, unless it has no caller.
-
-        Args:
-            caller: user and command.
-            facts: what was done.
-            snapshots: the snapshots concerned.
-            again: an interrupted process may have written the line already.
-        """
+        """Write a commit's line to the history, unless it has no caller; with `again` it may be there already."""
         if caller is not None:
             done = {"snapshot": self.snapshot, "changed": True, **facts, **caller}
             self.system.history.append({**done, "snapshots": sorted(snapshots), "result": "done"}, again)
@@ -4039,7 +4007,6 @@ class WorkDir:
         return [part for part in (*parts, layout.packages(n)) if os.path.lexists(part)]
 
     def delete_snapshot(self) -> None:
-        """Delete all parts of the snapshot itself."""
         for part in self.remains():
             if is_subvolume(part):
                 delete_subvolume(part)
@@ -4056,11 +4023,7 @@ class WorkDir:
         return intent
 
     def finish(self, intent: Commit | Merge, again: bool = False) -> VarMerge:
-        """Everything after the exchange. Safe to interrupt: recovery resumes here.
-
-        Args:
-            intent: the commit.
-            again: an earlier attempt was interrupted.
+        """Everything after the exchange, `again` if it was interrupted. Safe to interrupt: recovery resumes here.
 
         Raises:
             CommittedButUnfinished: a step failed.
@@ -4094,25 +4057,18 @@ class WorkDir:
         return merge
 
     def merge_into_var(self, entries: Sequence[str], delete: Sequence[str]) -> VarMerge:
-        """Merge what was written to /var, as far as that has not been done yet.
-
-        Args:
-            entries: those to merge.
-            delete: those of them in which deletions are applied.
-        """
-        layout = self.layout
-        merge = VarMerge(
-            self.upper, self.origin, layout.var, self.package_manager, layout.conflicts(self.snapshot), delete=delete
-        )
+        """Merge these entries of /var, unless that has been done; in those of `delete`, deletions are applied."""
+        merge = self.var_merge(delete)
         if entries and self.upper.exists():  # it is the first to go when all is done
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
-            with (
-                Lock(layout.work("merge") / "lock", "merging into /var", wait=600),
-                nosymfollow(layout.var),
-                nosymfollow(self.upper),
-            ):
+            with merge_lock(self.layout, wait=600), nosymfollow(self.layout.var), nosymfollow(self.upper):
                 self._merge(merge, entries)
         return merge
+
+    def var_merge(self, delete: Sequence[str] = ()) -> VarMerge:
+        layout = self.layout
+        conflicts = layout.conflicts(self.snapshot)
+        return VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=delete)
 
     def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
         """Merge the entries. What to do with each is on the disk before the first is touched.
@@ -4238,11 +4194,8 @@ class Transaction:
         self.system.keep_reserve()
         free = free_space(self.layout.snapshots)
         if free < SPACE_FLOOR:
-            raise AshError(
-                f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed",
-                FREES_SPACE,
-                REFUSED,
-            )
+            what = f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed"
+            raise AshError(what, FREES_SPACE, REFUSED)
 
     def _begin(self) -> None:
         self.place.directory.mkdir(parents=True, exist_ok=True)
@@ -4282,10 +4235,7 @@ class Transaction:
         )
 
     def run(self, argv: Sequence[str]) -> str:
-        """Run a program of the distribution without input; its output is shown on stderr as it comes.
-
-        Returns:
-            its output.
+        """Run a program of the distribution without input; its output is shown as it comes, and returned.
 
         Raises:
             PackageError: it failed.
@@ -4316,7 +4266,8 @@ class Transaction:
         intent: Commit | Merge
         try:
             found = self._conclude()
-            change = self._change_of(found)
+            changed = bool(found.paths) or bool(found.entries)
+            change = Change.between(self.snapshot, found.before, found.after, changed=changed)
             facts = {"packages": change.packages()}
             caller = self.system.caller if change.changed else None
             if found.paths:
@@ -4343,28 +4294,21 @@ class Transaction:
         )
         self.system.done += [self.change] if self.change.changed else []
 
-    def _change_of(self, found: Delta) -> Change:
-        changed = bool(found.paths) or bool(found.entries)
-        return Change.between(self.snapshot, found.before, found.after, changed=changed)
-
     def _keep_downloads(self) -> None:
         """Move the downloaded packages into the live /var, if there is room: the next attempt has them then."""
         if free_space(self.layout.snapshots) >= SPACE_FLOOR:
-            with contextlib.suppress(AshError, OSError):  # not worth a second error
-                merge = VarMerge(
-                    self.place.upper, self.var, self.layout.var, self.package_manager, self.place.upper, delete=()
-                )
-                with (
-                    Lock(self.layout.work("merge") / "lock", "merging into /var"),
-                    nosymfollow(self.layout.var),
-                    nosymfollow(self.place.upper),
-                ):
-                    for pattern in self.package_manager.downloads:
-                        merge.add_files(pattern)
+            with (
+                contextlib.suppress(AshError, OSError),  # not worth a second error
+                merge_lock(self.layout),
+                nosymfollow(self.layout.var),
+                nosymfollow(self.place.upper),
+            ):
+                merge = self.place.var_merge()
+                for pattern in self.package_manager.downloads:
+                    merge.add_files(pattern)
 
     def _conclude(self) -> Delta:
         """Give the working copy its final state, and find out what was changed."""
-        layout, place = self.layout, self.place
         require_directories(self.root)
         self._require_entry_directories()
         mark_variant(self.root)
@@ -4373,10 +4317,7 @@ class Transaction:
         self._take_database_files()
         set_readonly(self.root)
         paths = self._changed_paths()
-        merge = VarMerge(
-            place.upper, self.var, layout.var, self.package_manager, layout.conflicts(self.snapshot), delete=()
-        )
-        entries = merge.entries()
+        entries = self.place.var_merge().entries()
         before, after = self._packages(paths)
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
         return Delta(paths, before, after, entries, delete)
@@ -4386,11 +4327,8 @@ class Transaction:
         for name in ENTRY_DIRECTORIES:
             there = self.place.upper / name
             if os.path.lexists(there) and not is_directory(there):
-                raise AshError(
-                    f"/var/{name} must stay a directory",
-                    "put symlinks in it, or mount a file system there outside of ash",
-                    REFUSED,
-                )
+                hint = "put symlinks in it, or mount a file system there outside of ash"
+                raise AshError(f"/var/{name} must stay a directory", hint, REFUSED)
 
     def _settle_accounts(self) -> None:
         """Give new accounts their system-wide uid and gid, and re-own their files."""
@@ -4473,11 +4411,8 @@ class Transaction:
             origin = self.var / here
             nested = is_directory(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
             if nested or (self.system.running and here in foreign):
-                raise AshError(
-                    f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it",
-                    "make that change outside of ash",
-                    REFUSED,
-                )
+                what = f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it"
+                raise AshError(what, "make that change outside of ash", REFUSED)
 
     @staticmethod
     def _refuse_too_deep(paths: Iterable[str]) -> None:
@@ -4516,15 +4451,7 @@ def fstab_of_user(text: str) -> list[str]:
 
 
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
-    """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines.
-
-    Args:
-        layout: the paths.
-        uuid: of the root file system.
-        which: the number of the snapshot or the name of the slot.
-        old: the present text, with the user's lines.
-        mutable: mount the root writable.
-    """
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines of the old text."""
     options = "compress=zstd,noatime"
     bound = f"bind,{mount_option_after('/.snapshots')}"
 
@@ -4588,12 +4515,7 @@ def is_too_deep(path: str) -> bool:
 def merge_row(
     was: Sequence[str], now: Sequence[str], theirs: Sequence[str], members: Container[int]
 ) -> list[str] | None:
-    """Merge an account's three rows field by field; None if both sides changed the same field.
-
-    Args:
-        was, now, theirs: the row in the base, in the running /etc, in the target.
-        members: the columns that are lists of names, merged name by name.
-    """
+    """Merge an account's three rows field by field, `members` by name; None if both sides changed the same field."""
     if len({len(row) for row in (was, now, theirs)}) != 1:
         return None
     merged = []
@@ -4610,11 +4532,7 @@ def merge_row(
 
 
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
-    """Merge one of ACCOUNT_FILES account by account.
-
-    Args:
-        name: the file's name.
-        base, running, own: its text at the start of the running deployment, now, and in the target.
+    """Merge one of ACCOUNT_FILES account by account: its texts in the base, in the running /etc, and in the target.
 
     Returns:
         the merged text, and the accounts in conflict, which stay as in the target.
@@ -4797,9 +4715,6 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
     """Put into a writable root what it needs to boot and to contain ash.
 
     Args:
-        layout: the paths.
-        distro: of the root.
-        root: the root.
         which: the number of the snapshot or the name of the slot as which it will be mounted.
         uuid: of the root file system.
     """
@@ -4820,20 +4735,10 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
 
 
 DEPLOYMENT_SHAPE = {
-    "slot": is_text,
-    "id": is_name,
-    "snapshot": is_u32,
-    "source": is_u32,
-    "name": is_text,
-    "inputs": is_text,
-    "config": BOOT_CONFIG_SHAPE,
-    "mutable?": bool,
-    "etc_from?": is_text,
-    "etc_state?": is_text,
-    "carried?": [is_text],
-    "conflicts?": [is_text],
-    "conflicts_folder?": is_text,
-}
+    "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
+    "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "etc_from?": is_text, "etc_state?": is_text,
+    "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text,
+}  # fmt: skip
 
 
 class Deployment(NamedTuple):
@@ -4862,11 +4767,7 @@ class Deployment(NamedTuple):
 class Menu:
     """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
 
-    SHAPE: ClassVar[Mapping[str, Any]] = {
-        "default": is_text,
-        "last_booted": is_text,
-        "deployments": {"*": DEPLOYMENT_SHAPE},
-    }
+    SHAPE: ClassVar = {"default": is_text, "last_booted": is_text, "deployments": {"*": DEPLOYMENT_SHAPE}}
 
     def __init__(
         self, default: str = "", last_booted: str = "", deployments: Mapping[str, Deployment] | None = None
@@ -4882,11 +4783,7 @@ class Menu:
 
     @classmethod
     def load(cls, path: Path) -> Menu:
-        """Load the menu file; a missing file is an empty menu.
-
-        Raises:
-            AshError: the file is damaged.
-        """
+        """Load the menu file, a missing one as an empty menu; AshError if it is damaged."""
         if not path.exists():
             return cls()
         try:
@@ -4915,35 +4812,25 @@ class Menu:
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
 
     def render(self, layout: Layout, uuid: str, describe: Callable[[int], str]) -> str:
-        """The text of grub.cfg.
-
-        Args:
-            layout: the paths.
-            uuid: of the root file system.
-            describe: returns a snapshot's description.
-        """
+        """The text of grub.cfg."""
         default = self.deployments[self.default]
         last = self.deployments.get(self.last_booted)
         others = [d for slot, d in self.deployments.items() if slot in SECONDARY_SLOTS]
-        header = ["set gfxpayload=keep", *map(usable_in_header, default.config.header)]
         entries = [self._entry(default, layout, uuid, describe)]
         if last and last is not default:
             entries.append(self._entry(last, layout, uuid, describe, " (last booted deployment)"))
         entries += [self._entry(other, layout, uuid, describe, " (secondary)") for other in others]
-        return "\n".join(
-            [
-                "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
-                f'set default_id="{default.entry}"',
-                f'set fallback_id="{(last or default).entry}"',
-                'set default="$default_id"',
-                'set fallback="$fallback_id"',
-                *grub_preamble(uuid),
-                *header,
-                *entries,
-                default.config.foreign,
-                "",
-            ]
-        )
+        lines = [
+            "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
+            f'set default_id="{default.entry}"',
+            f'set fallback_id="{(last or default).entry}"',
+            'set default="$default_id"',
+            'set fallback="$fallback_id"',
+            *grub_preamble(uuid),
+            "set gfxpayload=keep",
+            *map(usable_in_header, default.config.header),
+        ]
+        return "\n".join([*lines, *entries, default.config.foreign, ""])
 
     @staticmethod
     def _entry(
@@ -4966,15 +4853,9 @@ class Menu:
 
 
 def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[str, BootConfig]:
-    """The digest of a root's boot inputs, and its boot configuration.
+    """The digest of a root's boot inputs, and its boot configuration. `grub` is GRUB's own directory, of all roots.
 
     mkconfig only runs if no deployment has the same inputs, or if it may find other systems.
-
-    Args:
-        root: the root.
-        menu: the present deployments.
-        grub: GRUB's own directory, which the tools expect in /boot.
-        tools: the boot tools of the root's distribution.
     """
     inputs = boot_inputs(root)
     default = read_text(path_inside(root, "etc/default/grub"))
@@ -4992,11 +4873,7 @@ def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[s
 
 
 def snapshot_of_slot(layout: Layout, slot: str) -> int:
-    """The number of the snapshot that a slot's deployment was made from.
-
-    Raises:
-        AshError: the slot has no valid number in it.
-    """
+    """The number of the snapshot that a slot's deployment was made from; AshError if it does not say."""
     number = to_number(read_text(path_inside(layout.rootfs(slot), IN_ROOT_SNAP)))
     if number is None:
         raise AshError(f"slot {slot} does not say which snapshot it was made from", "ash deploy N, then reboot")
@@ -5004,17 +4881,7 @@ def snapshot_of_slot(layout: Layout, slot: str) -> int:
 
 
 class Deployments:
-    """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy".
-
-    Args:
-        layout: the paths.
-        distro: of the snapshots.
-        menu: the boot menu; the methods keep it up to date.
-        uuid: of the root file system.
-        booted: the slot of the deployment that runs; None if none does.
-        describe: returns a snapshot's description.
-        ids_lock: protects the file of account ids.
-    """
+    """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy"."""
 
     KEPT_MENUS = 5
 
@@ -5062,16 +4929,7 @@ class Deployments:
     # Deploying
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
-        """Deploy a snapshot into a free slot. Killed or cut anywhere, the machine boots.
-
-        Args:
-            snapshot: its number.
-            secondary: add an entry to the menu instead of changing the default.
-            fresh_etc: do not carry over changes from the running /etc.
-
-        Returns:
-            the deployment, and whether it is a new one: an up-to-date one is reused.
-        """
+        """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
         # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
         # another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
@@ -5087,10 +4945,7 @@ class Deployments:
         return deployment, True
 
     def _up_to_date(self, snapshot: int, state: str, secondary: bool) -> Deployment | None:
-        """The deployment of this state of the snapshot, made from this state of the running /etc.
-
-        Not one that was changed while it ran: it differs from its snapshot.
-        """
+        """The deployment of this state of the snapshot and the running /etc, unless it was changed while it ran."""
         source = subvolume_id(self.layout.rootfs(snapshot))
         for slot in SECONDARY_SLOTS if secondary else (self.menu.default,):
             found = self.menu.deployments.get(slot)
@@ -5166,7 +5021,6 @@ class Deployments:
         """The merge of a slot's changes to /etc into another /etc.
 
         Args:
-            slot: the slot.
             root: a read-only snapshot of the slot's root.
             target: the /etc to change.
             snapshot: names the conflicts directory.
@@ -5184,11 +5038,8 @@ class Deployments:
         """Carry the running /etc's changes over into `target`. Returns the deployment with the result recorded."""
         running = self.running
         if not is_subvolume(self.layout.etc(running)):
-            raise AshError(
-                f"cannot tell what was changed in the running /etc: {self.layout.etc(running).name} is missing",
-                "ash fsck --repair",
-                REFUSED,
-            )
+            what = f"cannot tell what was changed in the running /etc: {self.layout.etc(running).name} is missing"
+            raise AshError(what, "ash fsck --repair", REFUSED)
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.etc_merge(running, root, target, deployment.snapshot, deployment.slot)
@@ -5207,11 +5058,7 @@ class Deployments:
         )
 
     def carry(self) -> list[str]:
-        """Carry changes made to the running /etc since the next boot's deployment was made over into it.
-
-        Returns:
-            the paths that were carried over.
-        """
+        """Carry what was changed in the running /etc since the next boot's was made over into it. Returns the paths."""
         deployment, layout = self.menu.deployments.get(self.menu.default), self.layout
         if deployment is None or deployment.etc_from != self.booted:
             return []
@@ -5271,11 +5118,7 @@ class Deployments:
         sync_filesystem(self.layout.snapshots)
 
     def renew_boot_config(self, snapshot: int) -> list[str]:
-        """Run mkconfig again for all deployments of a snapshot. Returns their slots.
-
-        Raises:
-            AshError: it is not deployed (REFUSED).
-        """
+        """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
         slots = [slot for slot, deployment in self.menu.deployments.items() if deployment.snapshot == snapshot]
         if not slots:
             raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
@@ -5287,11 +5130,7 @@ class Deployments:
         return slots
 
     def rebuild_menu(self) -> None:
-        """Add to the menu what is missing from it, from the existing slots and the entries in grub.cfg.
-
-        Raises:
-            AshError: nothing can be booted.
-        """
+        """Add to the menu what is missing, from the slots and from grub.cfg; AshError if nothing can be booted."""
         entry = r" rootflags=subvol=\S*/snapshot-([a-z-]+)\S* .*\bash\.deployment=(\w+)"
         of_id = {ident: slot for slot, ident in re.findall(entry, self._grub_cfg())}
         ids = {slot: ident for ident, slot in of_id.items()}
@@ -5355,14 +5194,7 @@ def is_in_chroot() -> bool:
 
 
 class System:
-    """A distribution that ash manages: the running one, or one on a mounted disk or a disk image.
-
-    Args:
-        layout: its paths.
-        distro: its distribution module.
-        running: whether it is the running one.
-        wait: seconds to wait for a lock.
-    """
+    """A distribution that ash manages: the running one, or one on a mounted disk or a disk image."""
 
     def __init__(self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0) -> None:
         self.layout = layout
@@ -5380,11 +5212,7 @@ class System:
 
     @classmethod
     def open(cls, request: Request, changes: bool) -> System:
-        """The system that the command line selects.
-
-        Raises:
-            AshError: there is none (MISSING), or this needs root (REFUSED).
-        """
+        """The system that the command line selects; AshError if there is none (MISSING) or it needs root (REFUSED)."""
         if request.root is None and request.image is None:
             return cls._running(request, changes)
         require_root("working on another system's disk")
@@ -5448,11 +5276,9 @@ class System:
         return Configuration.parse(read_text(path))
 
     def tree(self) -> Tree:
-        """The tree, read from disk."""
         return Tree.parse(read_text(self.layout.tree))
 
     def menu(self) -> Menu:
-        """The boot menu, read from disk."""
         return Menu.load(self.layout.menu)
 
     def deployments(self) -> Deployments:
@@ -5546,7 +5372,6 @@ class System:
         return Lock(self.layout.work(name) / "lock", what, self.wait)
 
     def workdir(self, snapshot: int) -> WorkDir:
-        """The work directory of a snapshot."""
         return WorkDir(self, snapshot)
 
     @contextmanager
@@ -5582,12 +5407,7 @@ class System:
         sync_filesystem(self.layout.snapshots)
 
     def with_reserve(self, work: Callable[[], Result], *, once: bool = False) -> Result:
-        """Run `work`; on ENOSPC release the emergency reserve and retry once.
-
-        Args:
-            work: frees space, or undoes a change.
-            once: do not retry after CommittedButUnfinished.
-        """
+        """Run `work`; on ENOSPC release the emergency reserve and retry, with `once` not after a commit."""
         try:
             return work()
         except (AshError, OSError) as error:
@@ -5618,27 +5438,15 @@ def packages_of(system: System, snapshot: int) -> dict[str, str]:
     return system.package_manager.installed(system.layout.rootfs(snapshot)) if recorded is None else recorded
 
 
-def is_used(path: Path, in_use: Container[int]) -> bool:
-    """Whether a path is one of these subvolumes."""
-    found = subvolume_at(path)
-    return found is not None and found.id in in_use
-
-
 def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) -> None:
-    """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed.
-
-    Args:
-        system: the system.
-        snapshots: the numbers.
-        outcome: what the error says of the snapshot: "not deleted".
-    """
-    menu = system.menu()
-    deployed = {deployment.snapshot for deployment in menu.deployments.values()}
+    """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed, and so `outcome`."""
+    deployed = {deployment.snapshot for deployment in system.menu().deployments.values()}
     in_use = subvolumes_in_use()
     for number in snapshots:
         if number == BASE:
             raise AshError(f"snapshot 0 is the base: it is {outcome}", "", REFUSED)
-        if number == system.current or is_used(system.layout.rootfs(number), in_use):
+        there = subvolume_at(system.layout.rootfs(number))
+        if number == system.current or (there and there.id in in_use):
             raise AshError(f"snapshot {number} is booted: it is {outcome}", "", REFUSED)
         if number in deployed:
             hint = "deploy another one, reboot, try again"
@@ -5653,13 +5461,9 @@ def new_snapshot(
 
     Args:
         source: the root to copy.
-        description: its description.
         of: the snapshot of which `source` is the present, an earlier, or the running state.
         parent: the snapshot below which the block adds it; None for the top level.
         copies_of: the snapshot whose `etc-N`, `boot-N` and list of packages fit `source`; None if there is none.
-
-    Yields:
-        its number.
     """
     number = system.new_number()
     layout, place = system.layout, system.workdir(number)
@@ -5728,10 +5532,7 @@ def copy_branch(system: System, snapshot: int, description: str) -> dict[int, in
 def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Change:
     """Exchange a snapshot and its predecessor. Doing it twice is a redo.
 
-    Args:
-        snapshot: its number.
-        just_changed: the change is this command's own: that the snapshot is booted or deployed does not matter, since
-            what runs is an older state.
+    A change that this command `just_changed` may be of a booted or deployed snapshot: what runs is an older state.
 
     Raises:
         AshError: there is no predecessor, or the snapshot is the base, booted or deployed (REFUSED).
@@ -5750,13 +5551,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
         )
         facts = {"packages": change.packages()}
         intent = place.swap(before, Commit(copies=["boot", "etc"], facts=facts, caller=system.caller))
-        try:
-            place.finish(intent)
-        except CommittedButUnfinished as error:
-            if not is_out_of_space(error):
-                raise
-            system.free_reserve()
-            place.finish(intent, again=True)
+        system.with_reserve(partial(place.finish, intent, again=True))  # a retry must not repeat the history's line
         system.done = [c for c in system.done if c.snapshot != snapshot] if just_changed else [*system.done, change]
     return change
 
@@ -5791,14 +5586,10 @@ def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
 
 
 def delete_data(system: System, change: Change) -> Change:
-    """Delete what removed packages left in /var, unless a package of another snapshot claims it.
-
-    Returns:
-        the change, with what is still there as `kept`.
-    """
+    """Delete what removed packages left in /var; what other snapshots' packages claim is `kept` in the result."""
     others = [system.layout.rootfs(n) for n in system.tree().numbers() if n != change.snapshot]
     kept = []
-    with Lock(system.layout.work("merge") / "lock", "merging into /var", wait=600), nosymfollow(system.layout.var):
+    with merge_lock(system.layout, wait=600), nosymfollow(system.layout.var):
         for path in change.kept:
             inside = Path(path).relative_to("/var")
             entry = str(Path(*inside.parts[:2])) if inside.parts[0] in ENTRY_DIRECTORIES else inside.parts[0]
@@ -5818,12 +5609,7 @@ def newer_state(system: System, change: Change) -> list[str]:
 
 
 def numbers_to_delete(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-    """What is deleted along with snapshots: they and their descendants.
-
-    Args:
-        snapshots: their numbers.
-        remains: allow numbers that are not in the tree, if parts of them are on the disk.
-    """
+    """Snapshots and their descendants, in order; `remains` allows lost ones, of which parts are on the disk."""
     tree = system.tree()
     lost = [n for n in snapshots if remains and n not in tree and system.workdir(n).remains()]
     known = {number for snapshot in snapshots if snapshot not in lost for number in tree.branch(snapshot)}
@@ -5911,11 +5697,9 @@ class LiveResult:
 
 
 class LiveWorkDir(WorkDir):
-    """The work directory of a live change; it also has a snapshot of the running deployment as it was before.
+    """The work directory of a live change, with a snapshot of the running deployment as it was before.
 
-    Args:
-        system: the running system.
-        snapshot: the one that the running deployment was made from; it only names conflicts directories.
+    The number of the snapshot that the running deployment was made from only names conflicts directories.
     """
 
     def __init__(self, system: System, snapshot: int = BASE) -> None:
@@ -5973,10 +5757,7 @@ class LiveWorkDir(WorkDir):
         return paths | {path for path in below if not path.startswith(elsewhere)}
 
     def _others_below(self, paths: Iterable[str], root: Path) -> set[str]:
-        """The paths below some directories of a root that are not the same file before and after.
-
-        When a directory is added, deleted or moved, btrfs reports the directory, not its contents.
-        """
+        """The other changed paths in directories: btrfs reports only the directory if it is new, deleted or moved."""
         inside = {
             f"{path}/{name}"
             for path in paths
@@ -6007,8 +5788,7 @@ class LiveWorkDir(WorkDir):
 class LiveTransaction(Transaction):
     """A change to the running deployment: made in a snapshot of it, then applied live; rolled back on failure.
 
-    Raises (on entering):
-        AshError: no deployment is running, another live change is in progress, or there is too little space.
+    Entering it raises AshError too if no deployment is running, or another live change is in progress.
     """
 
     place: LiveWorkDir
@@ -6088,12 +5868,7 @@ def roll_back_live(system: System) -> None:
 def recover_all(system: System, drop_kept: bool) -> list[int | str]:
     """Finish or undo everything that was interrupted, except where an ash is still at work.
 
-    Args:
-        system: the system.
-        drop_kept: also drop work that was kept after a hang-up.
-
-    Returns:
-        the recovered snapshots, and "live" if a live change was rolled back.
+    Returns the recovered snapshots, and "live" if a live change was rolled back.
 
     Raises:
         AshError: some of it could not be recovered; the rest was.
@@ -6126,11 +5901,7 @@ def deploy_snapshot(
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
-    Args:
-        system: the system.
-        snapshot: its number.
-        secondary: add a menu entry instead of changing the default.
-        fresh_etc: do not carry over changes from the running /etc.
+    With `fresh_etc`, changes of the running /etc are not carried over.
 
     Returns:
         the deployment, and whether it is a new one: an up-to-date one is reused.
@@ -6146,8 +5917,7 @@ def deploy_snapshot(
 def save_drift(system: System) -> tuple[Change, EtcMerge]:
     """Save the running /etc's changes into the booted snapshot, except ash's fstab lines and the machine's identity.
 
-    Raises:
-        AshError: the base is booted, or no deployment is (REFUSED).
+    AshError (REFUSED) if no deployment is booted, or it is the base's.
     """
     slot = system.last_booted_slot()
     if not slot:
@@ -6169,8 +5939,7 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
 def running_drift(system: System) -> tuple[str, dict[str, str]]:
     """The slot whose /etc counts as the running one, and what was changed in it.
 
-    Raises:
-        AshError: nothing is deployed, or it is unknown what the /etc was before (REFUSED).
+    AshError (REFUSED) if nothing is deployed, or it is unknown what the /etc was before.
     """
     slot = system.booted_slot or system.menu().last_good
     if not slot or not system.layout.etc(slot).exists():
