@@ -6017,7 +6017,6 @@ Plan = Generator[Reply, None, Reply]
 
 
 def would(text: str, **data: Any) -> Reply:
-    """What a command would do: its answer with --dry-run."""
     return Reply({"changed": False, "dry_run": True, "would": text, **data}, f"would {text}")
 
 
@@ -6031,12 +6030,9 @@ DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": ob
 def change_data(change: Change) -> dict[str, Any]:
     """A change for --json (CHANGE_SHAPE)."""
     return {
-        "snapshot": change.snapshot,
-        "changed": change.changed,
-        "packages": change.packages(),
-        "conflicts": list(change.conflicts),
-        "kept": list(change.kept),
-    }
+        "snapshot": change.snapshot, "changed": change.changed, "packages": change.packages(),
+        "conflicts": list(change.conflicts), "kept": list(change.kept),
+    }  # fmt: skip
 
 
 def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
@@ -6066,23 +6062,14 @@ class CommandFailed(AshError):
 
 
 class Option(NamedTuple):
-    """An option of a command.
+    """An option of a command."""
 
-    Args:
-        flags: its spellings.
-        help: one line for people.
-        value: what the help calls its value: "" for an option without one, "WORD..." for one that takes several words.
-        name: the name of its value; empty for that of its long spelling.
-        read: turns the text of a value into the value; raises ValueError.
-        repeats: whether it may be given several times, once for each value.
-    """
-
-    flags: Sequence[str]
-    help: str
-    value: str = ""
-    name: str = ""
-    read: Callable[[str], Any] = str
-    repeats: bool = False
+    flags: Sequence[str]  # its spellings
+    help: str  # one line for people
+    value: str = ""  # in the help; empty if it takes none, "WORD..." if it takes all words up to the next option
+    name: str = ""  # of its value, if that is not its long spelling
+    read: Callable[[str], Any] = str  # turns the text of a value into the value; raises ValueError
+    repeats: bool = False  # may be given several times, once for each value
 
     @property
     def dest(self) -> str:
@@ -6092,16 +6079,13 @@ class Option(NamedTuple):
 
     @property
     def takes_several(self) -> bool:
-        """Whether it takes all words up to the next option."""
         return self.value.endswith("...")
 
     def usage(self) -> str:
-        """How it is written on a command line."""
         return f"{', '.join(self.flags)} {self.value}".rstrip()
 
 
 def flag(*flags: str, help: str) -> Option:
-    """An option without a value."""
     return Option(flags, help)
 
 
@@ -6122,57 +6106,33 @@ SEVERAL_OPTION = Option(("--snapshots", "--snaps"), "several snapshots", "N...",
 
 
 class Command(NamedTuple):
-    """A row of the command table.
-
-    Args:
-        name, aliases: the words that call it.
-        group, usage, help: for people.
-        function: does it. It is called with the system and the request.
-        options: those that not all commands have.
-        numbers: how many snapshots it takes at most.
-        required: how many must be given; if 0, the default is the booted snapshot.
-        snapshot_optional: without a snapshot it is about none, not about the booted one.
-        several: whether --snapshots takes any number of snapshots, which it works on one after the other.
-        require: checks each of the snapshots before anything is done.
-        words: the field of the request that takes its words beside snapshots; empty if it takes none.
-        hint: how to call it when words are missing, if the usage is not enough.
-        rest: whether everything after the snapshot belongs to another program, options included.
-        changes: whether it changes the system, and so needs root.
-        changes_with: the option with which a command that only reads changes the system.
-        wants_disk: whether it reports more when root lets it see the whole file system.
-        frees_space: whether it may use the emergency reserve on a full disk.
-        retries: whether it may run again after it committed but did not finish.
-        own_status: whether it exits with the status of the program that it ran, so that ash's own failure is 125.
-        needs_system: whether it works on a system; if not, the function takes the request only.
-        answer: the shape of its JSON answer; None for what has none.
-    """
+    """A row of the command table."""
 
     name: str
     aliases: Sequence[str]
     group: str
     usage: str
     help: str
-    function: Callable[..., Any]
-    options: Sequence[Option] = ()
-    numbers: int = 0
-    required: int = 0
-    snapshot_optional: bool = False
-    several: bool = False
-    require: Callable[[System, int], None] | None = None
-    words: str = ""
-    hint: str = ""
-    rest: bool = False
-    changes: bool = False
-    changes_with: str = ""
-    wants_disk: bool = False
-    frees_space: bool = False
-    retries: bool = True
-    own_status: bool = False
-    needs_system: bool = True
-    answer: Mapping[str, Any] | None = None
+    function: Callable[..., Any]  # called with the system and the request
+    options: Sequence[Option] = ()  # those that not all commands have
+    numbers: int = 0  # how many snapshots it takes at most
+    required: int = 0  # how many must be given; if 0, the default is the booted snapshot
+    snapshot_optional: bool = False  # without a snapshot it is about none, not about the booted one
+    several: bool = False  # --snapshots takes any number of snapshots, which it works on one after the other
+    require: Callable[[System, int], None] | None = None  # checks each of the snapshots before anything is done
+    words: str = ""  # the field of the request that takes its words beside snapshots; empty if it takes none
+    hint: str = ""  # how to call it when words are missing, if the usage is not enough
+    rest: bool = False  # everything after the snapshot belongs to another program, options included
+    changes: bool = False  # it changes the system, and so needs root
+    changes_with: str = ""  # the option with which a command that only reads changes the system
+    wants_disk: bool = False  # it reports more when root lets it see the whole file system
+    frees_space: bool = False  # it may use the emergency reserve on a full disk
+    retries: bool = True  # it may run again after it committed but did not finish
+    own_status: bool = False  # it exits with the status of the program that it ran; ash's own failure is 125
+    needs_system: bool = True  # if not, the function takes the request only
+    answer: Mapping[str, Any] | None = None  # the shape of its JSON answer; None for what has none
 
     def is_change(self, request: Request) -> bool:
-        """Whether it changes the system when called like this."""
         return self.changes or (self.changes_with != "" and getattr(request, self.changes_with))
 
     def all_options(self) -> list[Option]:
@@ -6185,6 +6145,8 @@ COMMANDS: list[Command] = []  # as registered, which is their order within a gro
 GROUPS = ("Tree", "Boot", "Inside a snapshot", "Packages", "ash itself")
 TREE, BOOT, INSIDE, PACKAGES, ITSELF = GROUPS
 MANY = 1000
+# Fields of the rows of commands that change one snapshot.
+CHANGES_ONE: Mapping[str, Any] = {"changes": True, "numbers": 1, "require": System.require_changeable}
 
 
 def command(name: str, *aliases: str, **row: Any) -> Callable[[CommandFunction], CommandFunction]:
@@ -6198,7 +6160,6 @@ def command(name: str, *aliases: str, **row: Any) -> Callable[[CommandFunction],
 
 
 def commands_of(group: str) -> list[Command]:
-    """The commands of a group, in the order of the help."""
     return [command for command in COMMANDS if command.group == group]
 
 
@@ -6349,7 +6310,6 @@ def split_command_line(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
 
 
 def leading_numbers(words: Sequence[str]) -> list[int]:
-    """The snapshot numbers that a list of words begins with."""
     return [snapshot_number(word) for word in itertools.takewhile(lambda w: w.isascii() and w.isdecimal(), words)]
 
 
@@ -6372,11 +6332,7 @@ def split_last_number(program: Sequence[str]) -> tuple[list[int], Sequence[str]]
 def split_numbers(
     command: Command, values: dict[str, Any], words: Sequence[str]
 ) -> tuple[list[int], Sequence[str], str]:
-    """Tell the snapshots on a command line from other words.
-
-    Returns:
-        the snapshots, the words that are left, and the profile.
-    """
+    """The snapshots on a command line, the words that are left, and the profile."""
     snapshots, several = values.pop("snapshots", []), values.pop("several", [])
     profile = values.pop("profile", "")
     numbers = leading_numbers(several)
@@ -6488,17 +6444,11 @@ def caller_of(command: Command) -> dict[str, Any]:
 
 
 def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The history entry of a command: who did what to which snapshots, with its JSON answer.
-
-    What was committed to a snapshot is left out: the commit has an entry of its own.
-    """
-    several = data.get("snapshots", [])
-    numbers = [one["snapshot"] if isinstance(one, dict) else one for one in several]
-    damaged = [one["snapshot"] for one in data.get("damage", []) if one["snapshot"] is not None]
-    own = [data["snapshot"]] if "snapshot" in data else []
-    touched = {*request.snapshots, *numbers, *own, *damaged}
+    """The history entry of a command, with its JSON answer but for what was committed: that has an entry of its own."""
+    concerned = [data, *data.get("snapshots", []), *data.get("damage", [])]
+    numbers = {one.get("snapshot") if isinstance(one, Mapping) else one for one in concerned} - {None}
     answer = {key: data[key] for key in data if key not in ("packages", "conflicts", "kept")}
-    return {**answer, **caller, "snapshots": sorted(touched)}
+    return {**answer, **caller, "snapshots": sorted({*request.snapshots, *numbers})}
 
 
 def with_snapshots(command: Command, system: System, request: Request) -> Request:
@@ -6520,14 +6470,12 @@ def carry_out(command: Command, system: System, request: Request) -> Reply:
     plan: Reply | Plan = command.function(system, request)
     if isinstance(plan, Reply):
         return plan
-    while True:
-        try:
-            planned = next(plan)
-        except StopIteration as end:
-            reply: Reply = end.value
-            return reply
-        if request.dry_run:
-            return planned
+    try:
+        planned = next(plan)
+        return planned if request.dry_run else next(plan)
+    except StopIteration as end:
+        reply: Reply = end.value
+        return reply
 
 
 def change_system(command: Command, system: System, request: Request) -> Reply:
@@ -6645,44 +6593,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Commands on the tree
 # ---------------------------------------------------------------------------------------------------------------
 
-COPY_SHAPE = {"snapshot": int, "changed": bool, "from": int, "parent": int | None}
-MUTABLE_SHAPE = {"snapshot": int, "changed": bool, "mutable": bool}
 
-
-def tree_columns(system: System, number: int) -> dict[str, Any]:
-    """When a snapshot was last changed, and its number of packages."""
-    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(Subvolume.at(system.layout.rootfs(number)).made))
-    return {"date": made, "packages": len(packages_of(system, number))}
+def minute_of(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
 
 
 @command(
     "tree", "t", group=TREE, usage="tree [-l]", help="show all snapshots; * is the one for the next boot",
     options=[flag("-l", "--long", help="with date and number of packages")],
     answer={
-        "tree": [
-            {
-                "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
-                "mutable": bool, "date?": str, "packages?": int,
-            }
-        ]
+        "tree": [{
+            "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
+            "mutable": bool, "date?": str, "packages?": int,
+        }]
     },
 )  # fmt: skip
 def cmd_tree(system: System, request: Request) -> Reply:
     tree, menu, current = system.tree(), system.menu(), system.current
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
-
-    rows: list[dict[str, Any]] = [
-        {
-            "snapshot": n,
-            "parent": tree.parent(n),
-            "description": system.describe(n),
-            "booted": n == current,
-            "deployed": n == next_boot,
-            "mutable": is_writable(system.layout.rootfs(n)) and is_mutable(system.layout.rootfs(n)),
+    roots = {number: system.layout.rootfs(number) for number in tree.numbers()}
+    by_number: dict[int, dict[str, Any]] = {
+        n: {
+            "snapshot": n, "parent": tree.parent(n), "description": system.describe(n), "booted": n == current,
+            "deployed": n == next_boot, "mutable": is_writable(root) and is_mutable(root),
         }
-        for n in tree.numbers()
-    ]
-    by_number = {row["snapshot"]: row for row in rows}
+        for n, root in roots.items()
+    }  # fmt: skip
 
     def label(number: int) -> str:
         row = by_number[number]
@@ -6690,10 +6626,11 @@ def cmd_tree(system: System, request: Request) -> Reply:
         return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
 
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
-    text = tree.draw(label, ascii_only)
+    text, rows = tree.draw(label, ascii_only), list(by_number.values())
     if request.long:
-        for row in rows:
-            row.update(tree_columns(system, row["snapshot"]))
+        for number, row in by_number.items():
+            row["date"] = minute_of(Subvolume.at(roots[number]).made)
+            row["packages"] = len(packages_of(system, number))
         drawn = text.splitlines()[1:]
         table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
         text = text_table(table, ["snapshot", "date", "packages"])
@@ -6726,34 +6663,23 @@ def cmd_desc(system: System, request: Request) -> Plan:
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
-def copy_reply(number: int, source: int, parent: int | None, text: str) -> Reply:
-    """The answer of a command that copied a snapshot below another, or (None) to the top of the tree."""
-    return Reply({"snapshot": number, "changed": True, "from": source, "parent": parent}, text, str(number))
+COPY_SHAPE = {"snapshot": int, "changed": bool, "from": int, "parent": int | None}
+COPIES: Mapping[str, Any] = {"group": TREE, "changes": True, "options": [DESCRIPTION], "answer": COPY_SHAPE}
+COPIES_ONE = {**COPIES, "numbers": 1, "require": System.require}
 
 
-def copy_below(system: System, request: Request, source: int, parent: int | None, *, plan: str, what: str) -> Plan:
-    """Copy a snapshot below another, or (None) to the top of the tree.
-
-    Args:
-        system: the snapshot's.
-        request: has the copy's description, if the user gave one.
-        source: the snapshot.
-        parent: of the copy.
-        plan: what --dry-run says.
-        what: what the copy is: "a clone of 5". The default description is that without its article.
-    """
-    yield would(plan)
+def copy_below(system: System, request: Request, source: int, parent: int | None, what: str) -> Reply:
+    """Copy a snapshot below another, or (None) to the top of the tree, and reply `what` the copy is: "a clone of 5"."""
     number = copy_snapshot(system, source, parent, request.description or what.removeprefix("a "))
-    return copy_reply(number, source, parent, f"snapshot {number} is {what}")
+    data = {"snapshot": number, "changed": True, "from": source, "parent": parent}
+    return Reply(data, f"snapshot {number} is {what}", str(number))
 
 
-@command(
-    "clone", "cl", "tree-clone", group=TREE, usage="clone [N] [-d TEXT]", help="copy N as a new top-level tree",
-    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
-)  # fmt: skip
+@command("clone", "cl", "tree-clone", usage="clone [N] [-d TEXT]", help="copy N as a new top-level tree", **COPIES_ONE)
 def cmd_clone(system: System, request: Request) -> Plan:
     number = request.snapshot
-    return copy_below(system, request, number, None, plan=f"clone snapshot {number}", what=f"a clone of {number}")
+    yield would(f"clone snapshot {number}")
+    return copy_below(system, request, number, None, f"a clone of {number}")
 
 
 @command(
@@ -6765,50 +6691,41 @@ def cmd_clone_tree(system: System, request: Request) -> Plan:
     number, tree = request.snapshot, system.tree()
     yield would(f"copy {', '.join(map(str, tree.branch(number)))}")
     copies = copy_branch(system, number, request.description or f"clone of {number}")
-    text = f"snapshot {copies[number]} is a clone of {number}, with {len(copies) - 1} below it"
-    reply = copy_reply(copies[number], number, tree.parent(number), text)
-    return reply._replace(data={**reply.data, "copies": {str(old): new for old, new in copies.items()}})
+    copy = copies[number]
+    data: dict[str, Any] = {"snapshot": copy, "changed": True, "from": number, "parent": tree.parent(number)}
+    data["copies"] = {str(old): new for old, new in copies.items()}
+    return Reply(data, f"snapshot {copy} is a clone of {number}, with {len(copies) - 1} below it", str(copy))
 
 
-@command(
-    "branch", "add-branch", group=TREE, usage="branch [N] [-d TEXT]", help="make a new child of N",
-    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
-)  # fmt: skip
+@command("branch", "add-branch", usage="branch [N] [-d TEXT]", help="make a new child of N", **COPIES_ONE)
 def cmd_branch(system: System, request: Request) -> Plan:
     number = request.snapshot
-    return copy_below(
-        system, request, number, number, plan=f"branch from snapshot {number}", what=f"a branch of {number}"
-    )
+    yield would(f"branch from snapshot {number}")
+    return copy_below(system, request, number, number, f"a branch of {number}")
 
 
-@command(
-    "cbranch", "clone-branch", "cb", group=TREE, usage="cbranch [N] [-d TEXT]", help="copy N under N's parent",
-    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
-)  # fmt: skip
+@command("cbranch", "clone-branch", "cb", usage="cbranch [N] [-d TEXT]", help="copy N under N's parent", **COPIES_ONE)
 def cmd_cbranch(system: System, request: Request) -> Plan:
     number = request.snapshot
     parent = system.tree().parent(number)
-    return copy_below(
-        system, request, number, parent, plan=f"copy snapshot {number} beside it", what=f"a clone of {number}"
-    )
+    yield would(f"copy snapshot {number} beside it")
+    return copy_below(system, request, number, parent, f"a clone of {number}")
 
 
 @command(
-    "ubranch", "clone-under", "cu", group=TREE, usage="ubranch P N [-d TEXT]", help="copy N under P",
-    changes=True, numbers=2, required=2, require=System.require, options=[DESCRIPTION], answer=COPY_SHAPE,
+    "ubranch", "clone-under", "cu", usage="ubranch P N [-d TEXT]", help="copy N under P",
+    numbers=2, required=2, require=System.require, **COPIES,
 )  # fmt: skip
 def cmd_ubranch(system: System, request: Request) -> Plan:
     parent, number = request.snapshots
-    plan = f"copy snapshot {number} below {parent}"
-    return copy_below(system, request, number, parent, plan=plan, what=f"a clone of {number}")
+    yield would(f"copy snapshot {number} below {parent}")
+    return copy_below(system, request, number, parent, f"a clone of {number}")
 
 
-@command(
-    "new", "new-tree", group=TREE, usage="new [-d TEXT]", help="make a new top-level snapshot from the base",
-    changes=True, options=[DESCRIPTION], answer=COPY_SHAPE,
-)  # fmt: skip
+@command("new", "new-tree", usage="new [-d TEXT]", help="make a new top-level snapshot from the base", **COPIES)
 def cmd_new(system: System, request: Request) -> Plan:
-    return copy_below(system, request, BASE, None, plan="make a new snapshot from the base", what=f"a clone of {BASE}")
+    yield would("make a new snapshot from the base")
+    return copy_below(system, request, BASE, None, f"a clone of {BASE}")
 
 
 def user_name(uid: int) -> str:
@@ -6832,12 +6749,10 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
     help="show the history: what was done, when, by whom, with what result",
     numbers=1, snapshot_optional=True,
     answer={
-        "history": [
-            {
-                "time": str, "user": int, "command": str, "arguments": [str], "snapshots": [int], "result": str,
-                "*?": object,
-            }
-        ]
+        "history": [{
+            "time": str, "user": int, "command": str, "arguments": [str], "snapshots": [int], "result": str,
+            "*?": object,
+        }]
     },
 )  # fmt: skip
 def cmd_log(system: System, request: Request) -> Reply:
@@ -6874,8 +6789,12 @@ def cmd_del(system: System, request: Request) -> Plan:
     return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
 
 
+CHANGES_MUTABLE = {
+    **CHANGES_ONE, "group": TREE, "required": 1, "answer": {"snapshot": int, "changed": bool, "mutable": bool},
+}  # fmt: skip
+
+
 def set_mutable(system: System, number: int, mutable: bool) -> Plan:
-    """Make a snapshot mutable or read-only."""
     now = "mutable" if mutable else "read-only"
     yield would(f"make snapshot {number} {now}")
     changed = make_mutable(system, number, mutable)
@@ -6884,38 +6803,24 @@ def set_mutable(system: System, number: int, mutable: bool) -> Plan:
 
 
 @command(
-    "mutable", "immdis", "immdisable", "disimm", "disableimm", group=TREE, usage="mutable N",
-    help="make N, and children made later, writable",
-    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
+    "mutable", "immdis", "immdisable", "disimm", "disableimm", usage="mutable N",
+    help="make N, and children made later, writable", **CHANGES_MUTABLE,
 )  # fmt: skip
 def cmd_mutable(system: System, request: Request) -> Plan:
     return set_mutable(system, request.snapshot, True)
 
 
 @command(
-    "immutable", "immenable", "enimm", "enableimm", group=TREE, usage="immutable N", help="make N read-only again",
-    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
+    "immutable", "immenable", "enimm", "enableimm", usage="immutable N", help="make N read-only again",
+    **CHANGES_MUTABLE,
 )  # fmt: skip
 def cmd_immutable(system: System, request: Request) -> Plan:
     return set_mutable(system, request.snapshot, False)
 
 
-@command(
-    "immen", group=TREE, usage="immen N", help="make N mutable, or read-only again if it is",
-    changes=True, numbers=1, required=1, require=System.require_changeable, answer=MUTABLE_SHAPE,
-)  # fmt: skip
+@command("immen", usage="immen N", help="make N mutable, or read-only again if it is", **CHANGES_MUTABLE)
 def cmd_immen(system: System, request: Request) -> Plan:
     return set_mutable(system, request.snapshot, not is_mutable(system.layout.rootfs(request.snapshot)))
-
-
-def own_subvolumes(layout: Layout) -> list[Path]:
-    """The distribution's subvolumes: those of snapshots, and the top-level ones if the top level is mounted."""
-    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
-    inside = [
-        path for directory in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / directory).iterdir())
-    ]
-    work = sorted(layout.work("").glob("*/var"))
-    return [*top, *inside, *work]
 
 
 @command(
@@ -6924,14 +6829,14 @@ def own_subvolumes(layout: Layout) -> list[Path]:
     answer={"subvolumes": [{"id": int, "path": str, "readonly": bool, "made": str}]},
 )  # fmt: skip
 def cmd_sub(system: System, request: Request) -> Reply:
+    layout = system.layout
+    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
+    inside = [path for name in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / name).iterdir())]
     rows = []
-    for path in own_subvolumes(system.layout):
-        subvolume = subvolume_at(path)
-        if subvolume is None:  # deleted meanwhile
-            continue
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(subvolume.made))
-        name = str(path.relative_to(system.layout.snapshots.parent))
-        rows.append({"id": subvolume.id, "path": name, "readonly": subvolume.readonly, "made": made})
+    for path in [*top, *inside, *sorted(layout.work("").glob("*/var"))]:
+        if there := subvolume_at(path):  # not deleted meanwhile
+            name, made = str(path.relative_to(layout.snapshots.parent)), minute_of(there.made)
+            rows.append({"id": there.id, "path": name, "readonly": there.readonly, "made": made})
     table = [[row["id"], row["path"], "ro" if row["readonly"] else "rw", row["made"]] for row in rows]
     return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
 
@@ -6957,14 +6862,10 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
         text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
         text += listed(deployment.conflicts)
     data = {
-        "snapshot": number,
-        "changed": changed,
-        "slot": deployment.slot,
-        "id": deployment.id,
-        "carried": list(deployment.carried),
-        "conflicts": list(deployment.conflicts),
+        "snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id,
+        "carried": list(deployment.carried), "conflicts": list(deployment.conflicts),
         "conflicts_folder": deployment.conflicts_folder,
-    }
+    }  # fmt: skip
     return Reply(data, text, str(number))
 
 
@@ -6987,8 +6888,7 @@ def cmd_deploy(system: System, request: Request) -> Plan:
 
 @command(
     "undo", group=BOOT, usage="undo N", help="put N back to what it was before its last change; twice is redo",
-    changes=True, numbers=1, required=1, require=System.require_changeable,
-    frees_space=True, retries=False,  # a second undo would be a redo
+    **CHANGES_ONE, required=1, frees_space=True, retries=False,  # a second undo would be a redo
     answer={**CHANGE_SHAPE, "newer_state": [str]},
 )  # fmt: skip
 def cmd_undo(system: System, request: Request) -> Plan:
@@ -6996,9 +6896,9 @@ def cmd_undo(system: System, request: Request) -> Plan:
     yield would(f"put snapshot {number} back to what it was before its last change")
     change = undo_change(system, number)
     newer = newer_state(system, change)
-    text = [change.summary("is as it was before its last change")]
-    text += [f"  /var still has the state of the newer {name}" for name in newer]
-    return Reply({**change_data(change), "newer_state": newer}, "\n".join(text))
+    lines = [change.summary("is as it was before its last change")]
+    lines += [f"  /var still has the state of the newer {name}" for name in newer]
+    return Reply({**change_data(change), "newer_state": newer}, "\n".join(lines))
 
 
 def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
@@ -7037,9 +6937,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
 def cmd_rollback(system: System, request: Request) -> Plan:
     slot = system.last_booted_slot()
     if not slot:
-        raise AshError(
-            "no deployment is booted: there is nothing to make permanent", "ash deploy N deploys a snapshot", REFUSED
-        )
+        why = "no deployment is booted: there is nothing to make permanent"
+        raise AshError(why, "ash deploy N deploys a snapshot", REFUSED)
     of = system.snapshot_of(slot)
     yield would(f"keep the booted deployment (of snapshot {of}) as a new snapshot, and deploy that")
     with step(f"keeping the booted deployment, of snapshot {of}"), ExitStack() as undo:
@@ -7092,12 +6991,10 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
 # Shells and programs in a snapshot
 # ---------------------------------------------------------------------------------------------------------------
 
-RECOVERED_SHAPE = {"snapshots": [int], "changed": bool}
 RUNNING_INSIDE = "run/ash/running"
 
 
 def refuse_json() -> None:
-    """Raise AshError with --json: a shell has no answer."""
     if console.json:
         raise AshError("a shell has no answer in JSON", "ash --json run N COMMAND...", USAGE)
 
@@ -7133,16 +7030,9 @@ def ask_whether_to_keep(status: int) -> str:
 
 
 def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
-    """Open a root shell in a snapshot; commit its changes if it exits with 0, or if the user says so.
+    """Open a root shell in a snapshot or the base; commit its changes if it exits with 0, or if the user says so.
 
-    Args:
-        system: the system.
-        number: the snapshot, which may be the base.
-        resume: resume a session that a hangup interrupted.
-        binds: bind mounts for the shell: source, and path inside the snapshot.
-
-    Raises:
-        CommandFailed: the shell failed, and the changes were dropped.
+    `binds` are its bind mounts: source, and path inside the snapshot. Raises CommandFailed if the changes were dropped.
     """
     refuse_json()
     with raise_on_hangup(), Transaction(system, number, resume=resume, base=number == BASE) as work:
@@ -7207,13 +7097,9 @@ def kill_children() -> None:
 
 
 def run_unlocked(root: Path, argv: Sequence[str]) -> int:
-    """Run a program in the running system with a writable root, and return its exit status.
+    """Run a program in the running system with its root (given on a writable mount) writable; return its exit status.
 
     Processes that it leaves behind are killed: they would keep the writable root.
-
-    Args:
-        root: the running root, on a writable mount.
-        argv: program and arguments.
     """
     unlocked = PRIVATE / "unlocked"
     unlocked.mkdir()
@@ -7276,16 +7162,14 @@ def cmd_live_chroot(system: System, request: Request) -> Plan:
 def cmd_hollow(system: System, request: Request) -> Plan:
     number = request.snapshot
     if not system.running:
-        raise AshError(
-            "no snapshot of this system is running: there is nothing to show inside", "ash chroot N", REFUSED
-        )
+        why = "no snapshot of this system is running: there is nothing to show inside"
+        raise AshError(why, "ash chroot N", REFUSED)
     yield would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
     console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
     reply = shell_in(system, number, resume=request.resume, binds=[(Path("/"), RUNNING_INSIDE)])
-    done, changed = deploy_snapshot(system, number)
-    return reply._replace(
-        text=f"{reply.text}\n{deployed_reply(done, changed).text}", data={**reply.data, "slot": done.slot}
-    )
+    deployed = deployed_reply(*deploy_snapshot(system, number))
+    text = f"{reply.text}\n{deployed.text}"
+    return reply._replace(text=text, data={**reply.data, "slot": deployed.data["slot"]})
 
 
 def edit_text(text: str) -> str:
@@ -7317,9 +7201,8 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
     number = request.snapshot
     yield would(f"edit /etc/ash.conf of snapshot {number}")
     if not sys.stdin.isatty():
-        raise AshError(
-            "there is no terminal for the editor", "without one, ash run N COMMAND can change the file", USAGE
-        )
+        hint = "without one, ash run N COMMAND can change the file"
+        raise AshError("there is no terminal for the editor", hint, USAGE)
     with Transaction(system, number) as work:
         path = path_inside(work.root, "etc/ash.conf")
         if os.path.lexists(path) and not path.is_file():
@@ -7361,27 +7244,25 @@ def cmd_unlock(system: System, request: Request) -> Plan:
     return Reply({"snapshot": number, "changed": changed}, text)
 
 
+RECOVERS: Mapping[str, Any] = {
+    "group": INSIDE, "changes": True, "frees_space": True, "answer": {"snapshots": [int], "changed": bool},
+}  # fmt: skip
+
+
 def recovered_reply(found: Sequence[int | str]) -> Reply:
-    """The answer of a command that recovers from interruptions."""
     snapshots = [one for one in found if isinstance(one, int)]
     lines = [f"tidied up: {listed(snapshots)}"] if snapshots else []
     lines += ["rolled back an interrupted change of the running system"] if "live" in found else []
     return Reply({"snapshots": snapshots, "changed": bool(found)}, "\n".join(lines) or "nothing was interrupted")
 
 
-@command(
-    "tmp", "tmpclear", group=INSIDE, usage="tmp", help="discard what interrupted transactions left on all snapshots",
-    changes=True, frees_space=True, answer=RECOVERED_SHAPE,
-)  # fmt: skip
+@command("tmp", "tmpclear", usage="tmp", help="discard what interrupted transactions left on all snapshots", **RECOVERS)
 def cmd_tmp(system: System, request: Request) -> Plan:
     yield would("discard what interrupted transactions left")
     return recovered_reply(recover_all(system, drop_kept=True))
 
 
-@command(
-    "recover", group=INSIDE, usage="recover", help="finish or undo what was interrupted (done at every boot)",
-    changes=True, frees_space=True, answer=RECOVERED_SHAPE,
-)  # fmt: skip
+@command("recover", usage="recover", help="finish or undo what was interrupted (done at every boot)", **RECOVERS)
 def cmd_recover(system: System, request: Request) -> Plan:
     yield would("finish or undo what was interrupted")
     return recovered_reply(recover_all(system, drop_kept=False))
