@@ -107,13 +107,7 @@ RESERVE, RESERVE_OF_TREES, ATTRIBUTE = 4 << 20, 16 << 20, 16000
 
 
 class AshError(Exception):
-    """An error for the user, printed as one line: what is wrong, then what to do about it.
-
-    Args:
-        message: what is wrong.
-        hint: what to do about it, unless that is obvious.
-        status: ash's exit status (FAILED, USAGE, MISSING, LOCKED or REFUSED).
-    """
+    """An error for the user: what is wrong, what to do about it unless that is obvious, and ash's exit status."""
 
     def __init__(self, message: str, hint: str = "", status: int = FAILED) -> None:
         super().__init__(message)
@@ -247,13 +241,10 @@ def run(
 
     Args:
         argv: the program and its arguments; never a shell command line.
-        check: raise if the exit status is not in `ok`.
+        check: raise AshError if the exit status is not in `ok`; the message ends with the last lines of the output.
         input: text for stdin, which is /dev/null if None.
         env: the complete environment; if None, clean_environment() in the C locale.
         ok: exit statuses that count as success.
-
-    Raises:
-        AshError: the program is missing or failed; the message ends with the last lines of its output.
     """
     import subprocess
 
@@ -293,11 +284,7 @@ AT_FDCWD = -100
 
 
 def libc(function: str, *arguments: int | bytes | None) -> None:
-    """Call a function of the C library that returns -1 and sets errno on failure.
-
-    Raises:
-        OSError: the call failed.
-    """
+    """Call a function of the C library that returns -1 and sets errno on failure, which raises OSError."""
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
@@ -340,11 +327,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, for whatever reason.
-
-    Args:
-        parent: the parent's process id; if it has already ended, this process exits at once.
-    """
+    """Have the kernel kill this process when its parent ends; exit at once if process `parent` has already ended."""
     libc("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(OUR_FAILURE_IN_RUN)
@@ -354,10 +337,7 @@ PRIVATE = Path("/run/ash")  # a tmpfs that only this process sees, once it has c
 
 
 def private_mounts() -> None:
-    """Enter a new mount namespace, with an empty tmpfs on PRIVATE.
-
-    Mounts made from now on are invisible to other processes and vanish with this one, even after `kill -9`.
-    """
+    """Enter a new mount namespace, with an empty tmpfs on PRIVATE. Mounts vanish with this process, even if killed."""
     try:
         libc("unshare", CLONE_NEWNS)
     except OSError as error:
@@ -454,29 +434,25 @@ def has_real_parents(directory: Path, path: str) -> bool:
 
 
 def path_inside(root: Path, path: str) -> Path:
-    """Resolve a path as a program chrooted to `root` would: symlinks are followed, but never out of the root.
-
-    Raises:
-        AshError: too many symlinks, as in a loop.
-    """
-    done = root
-    todo = [part for part in path.split("/") if part not in ("", ".")][::-1]
-    links = 0
+    """Resolve a path as a program chrooted to `root` would: symlinks are followed, but never out of the root."""
+    done, links = root, 0
+    todo = path.split("/")[::-1]
     while todo:
         part = todo.pop()
-        if part == "..":
-            done = done.parent if done != root else root
+        if part in ("", "."):
             continue
         here = done / part
-        if not here.is_symlink():
+        if part == "..":
+            done = done.parent if done != root else root
+        elif not here.is_symlink():
             done = here
-            continue
-        links += 1
-        if links > 40:  # the kernel's own limit (MAXSYMLINKS)
+        elif links == 40:  # the kernel's own limit (MAXSYMLINKS)
             raise AshError(f"too many levels of symlinks in {path}")
-        target = os.readlink(here)
-        done = root if target.startswith("/") else done
-        todo += [part for part in target.split("/") if part not in ("", ".")][::-1]
+        else:
+            links += 1
+            target = os.readlink(here)
+            done = root if target.startswith("/") else done
+            todo += target.split("/")[::-1]
     return done
 
 
@@ -510,11 +486,8 @@ def paths_below(directory: Path) -> set[str]:
 def walk(*roots: Path) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
     """Walk several directories in parallel, top down, by the names in the first; follow no symlinks.
 
+    Yields the corresponding paths, one below each root, and the names to visit below them; the caller may remove some.
     Not recursive: users can nest directories deeper than Python's stack.
-
-    Yields:
-        the corresponding paths, one below each root, and the names to visit below them, which are those in the
-        first path if that is a directory; the caller may remove some.
     """
     todo = [roots]
     while todo:
@@ -552,12 +525,7 @@ def change_token(path: Path) -> list[tuple[str, int, float]]:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file; never follow a symlink or block on a FIFO.
-
-    Raises:
-        AshError: it is not a regular file.
-        OSError: it cannot be opened.
-    """
+    """Open a regular file; never follow a symlink or block on a FIFO. Raises AshError if it is of another type."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -570,9 +538,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 @contextmanager
-def open_nofollow(path: Path) -> Iterator[int]:
-    """Open a regular file or a directory; OSError if it is a symlink (by now)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_descriptor(path: Path, flags: int = os.O_NOFOLLOW | os.O_NONBLOCK) -> Iterator[int]:
+    """Open a file or directory for reading; by default OSError if it is a symlink (by now)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         yield descriptor
     finally:
@@ -620,12 +588,11 @@ def extended_attributes(file: Path | int) -> dict[str, bytes]:
 
 
 def is_same(one: Path, other: Path, *, trust_mtime: bool = True, xattrs: bool = False) -> bool:
-    """Compare two paths without what is below them; follow no symlinks.
+    """Compare type, mode, owner, content and symlink target of two paths, not what is below them.
 
-    Type, mode, owner, content and symlink target count. Two missing paths are the same.
+    Two missing paths are the same.
 
     Args:
-        one, other: the paths.
         trust_mtime: take two files of the same size and mtime for the same, without reading them.
         xattrs: whether extended attributes count too, that is ACLs and file capabilities.
     """
@@ -685,17 +652,15 @@ def copy_attributes(source: int, target: int) -> None:
 
 def copy_directory_attributes(source: Path, target: Path) -> None:
     """copy_attributes() for directories; OSError if either was replaced by a symlink meanwhile."""
-    with open_nofollow(source) as old, open_nofollow(target) as new:
+    with open_descriptor(source) as old, open_descriptor(target) as new:
         copy_attributes(old, new)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a regular file, symlink or FIFO to a new name; only root can read it until owner and mode are set.
 
-    Safe in directories of other users: neither end is followed if it is replaced by a symlink meanwhile.
-
-    Raises:
-        AshError: the source is of another type.
+    Safe in directories of other users: neither end is followed if it is replaced by a symlink meanwhile. Raises
+    AshError if the source is of another type.
     """
     about_to(f"copy {target.name}")
     status = source.lstat()
@@ -745,11 +710,8 @@ def rename(old: Path, new: Path) -> None:
 
 def sync_directory(directory: Path) -> None:
     """fsync(2) a directory, so that renames in it are on disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with open_descriptor(directory, os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def temporary_name(path: Path, token: str = "") -> Path:
@@ -764,7 +726,7 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
     What an interrupted call left under that name is deleted first.
 
     Args:
-        path: the path; it may be missing.
+        path: may be missing.
         token: makes the temporary name unique where another process may write to the directory at the same time,
             or unguessable where another user may.
         durable: a file: sync it before the rename, and the directory after it. Otherwise the caller syncs.
@@ -775,7 +737,7 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
         remove_tree(temporary)
     yield temporary
     if durable:
-        with open_nofollow(temporary) as descriptor:
+        with open_descriptor(temporary) as descriptor:
             os.fsync(descriptor)
     if directories and os.path.lexists(path) and (is_directory(path) or is_directory(temporary)):
         exchange(temporary, path)
@@ -842,10 +804,8 @@ def rewrite(path: Path, text: str) -> None:
 def make_private_directory(directory: Path) -> None:
     """Create a directory below `/var/lib/ash`, both for root alone, since conflicts kept there may be secret.
 
-    Symlinks in their place are deleted: they would lead root elsewhere, or let others read.
-
-    Raises:
-        AshError: /var/lib itself is a symlink.
+    Symlinks in their place are deleted: they would lead root elsewhere, or let others read. If /var/lib itself is one,
+    that is an AshError.
     """
     conflicts, ash, lib = list(directory.parents)[:3]
     if lib.is_symlink():
@@ -896,8 +856,7 @@ def mount_of(path: Path) -> Mount:
     """The mount that a path is on."""
     where = str(path.resolve())
     above = [m for m in mounts() if m.target in ("/", where) or where.startswith(m.target + "/")]
-    longest = max(len(m.target) for m in above)
-    return [m for m in above if len(m.target) == longest][-1]
+    return max(reversed(above), key=lambda mount: len(mount.target))  # of several on one directory, the newest
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -922,17 +881,11 @@ class Layout:
         self.top = top
         self.lost_found = snapshots / "lost+found"  # what fsck removed: on the same file system, so a rename is enough
         self.ash = ash = snapshots / "ash"
-        self.executable = ash / "ash"
-        self.new_executable = ash / "ash.new"
-        self.old_executable = ash / "ash.old"
+        self.executable, self.new_executable, self.old_executable = ash / "ash", ash / "ash.new", ash / "ash.old"
+        self.lib, self.distro_file = ash / "lib", ash / "distro"
         self.keyring = ash / "keyring.gpg"  # the keys that sign releases of ash, in gpgv's format
-        self.lib = ash / "lib"
-        self.tree = ash / "fstree"
-        self.last = ash / "last"
-        self.part = ash / "part"
-        self.distro_file = ash / "distro"
-        self.history = ash / "history"
-        self.ids = ash / "ids"
+        self.tree, self.last, self.part = ash / "fstree", ash / "last", ash / "part"
+        self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
         self.reserve = ash / "reserve"
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
@@ -1073,11 +1026,7 @@ def has_shape(value: Any, shape: Any) -> bool:
 
 
 def from_json(text: str, shape: Any) -> Any:
-    """Parse JSON and check its shape.
-
-    Raises:
-        ValueError: the text is not JSON, or has another shape.
-    """
+    """Parse JSON. Raises ValueError if the text is not JSON or has another shape."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -1138,11 +1087,7 @@ def numbered(directory: Path, prefix: str, suffix: str = "") -> dict[int, Path]:
 
 
 def read_distro(path: Path) -> tuple[str, str]:
-    """Read ash's `distro` file: the id of the distribution, and that of its module.
-
-    Raises:
-        AshError: it is missing or damaged.
-    """
+    """Read ash's `distro` file: the id of the distribution, and that of its module."""
     words = read_text(path).split()
     if not words or not all(is_name(word) for word in words):
         raise AshError(f"{path} is missing or damaged", "--distro ID")
@@ -1162,13 +1107,8 @@ def open_lock(path: Path) -> int:
 class Lock:
     """An flock on a small file that names its holder. It lasts until every process that inherited it has ended.
 
-    Args:
-        path: the lock file; its directory is created.
-        what: what is locked, for the error message.
-        wait: seconds to wait for it.
-
-    Raises (on entering):
-        AshError: another ash holds it (LOCKED).
+    Entering it raises AshError (LOCKED) if another process still holds it after `wait` seconds. `what` is for the
+    message: what is locked.
     """
 
     UNSIGNED: ClassVar = 0.2  # seconds in which a new holder writes its name, and a process that only tests it lets go
@@ -1270,33 +1210,27 @@ def state_lock(layout: Layout, wait: float = 0) -> Lock:
 class Tree:
     """The parent/child relation of all snapshots: an anytree whose nodes are named by snapshot numbers."""
 
-    def __init__(self, root: AnyNode) -> None:
-        self.root = root
+    def __init__(self) -> None:
+        from anytree import AnyNode
+
+        self.root = AnyNode(name="root")
         self.nodes: dict[int, AnyNode] = {}
 
     @classmethod
     def parse(cls, text: str) -> Tree:
-        """Parse the tree file: one line, either ours (JSON) or AshOS's (a Python literal with numbers as strings).
-
-        Raises:
-            AshError: it is not a tree of snapshot numbers.
-        """
-        from anytree import AnyNode
-
+        """Parse the tree file: one line, either ours (JSON) or AshOS's (a Python literal with numbers as strings)."""
+        tree = cls()
         try:
             data = cls._literal(text)
             if not has_shape(data, {"name": str, "children?": list}) or data["name"] != "root":
                 raise ValueError("it has no root")
-            tree = cls(AnyNode(name="root"))
-            tree._add_children(tree.root, data)
+            tree._add_children(None, data)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # TypeError: a list as key
             what = str(error) or "it is nested too deeply"
             raise AshError(f"the tree file cannot be read: {what}", "ash fsck --repair rebuilds it") from None
         return tree
 
-    def _add_children(self, node: AnyNode, data: Mapping[str, Any]) -> None:
-        from anytree import AnyNode
-
+    def _add_children(self, parent: int | None, data: Mapping[str, Any]) -> None:
         for child in data.get("children", []):
             name = child.get("name") if isinstance(child, dict) and child.keys() <= {"name", "children"} else None
             number = to_number(name) if isinstance(name, str) else name if is_u32(name) else None
@@ -1304,8 +1238,8 @@ class Tree:
                 raise ValueError("it is not a tree of numbers")
             if number in self.nodes:
                 raise ValueError("a number is there twice")
-            self.nodes[number] = AnyNode(name=number, parent=node)
-            self._add_children(self.nodes[number], child)
+            self.add(number, parent)
+            self._add_children(number, child)
 
     @staticmethod
     def _literal(text: str) -> Any:
@@ -1318,16 +1252,6 @@ class Tree:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # hide SyntaxWarnings caused by its content
                 return ast.literal_eval(text.strip())
-
-    @classmethod
-    def empty(cls) -> Tree:
-        """A tree without snapshots."""
-        return cls.parse('{"name": "root"}')
-
-    @classmethod
-    def of_base(cls) -> Tree:
-        """The tree of a new system: the base alone."""
-        return cls.parse('{"name": "root", "children": [{"name": 0}]}')
 
     def dump(self) -> str:
         """The content of the tree file."""
@@ -1427,11 +1351,7 @@ class Configuration:
 
     @classmethod
     def parse(cls, text: str) -> Configuration:
-        """Parse `key::value` lines; empty lines and comments are skipped.
-
-        Raises:
-            AshError: a line has another form, an unknown key or an invalid value (USAGE).
-        """
+        """Parse `key::value` lines; empty lines and comments are skipped. Raises AshError (USAGE) for other lines."""
         values = {}
         for number, line in enumerate(lines_of(text), start=1):
             if not line.strip() or line.lstrip().startswith("#"):
@@ -1492,15 +1412,10 @@ class History:
     PACKAGE_KEYS: ClassVar[Mapping[str, Any]] = {f"{kind}?": dict for kind in ("added", "removed", "upgraded")}
     # The keys that `ash log` shows; a line may lack any of them, and has others.
     SHAPE: ClassVar[Mapping[str, Any]] = {
-        "time?": str,
-        "user?": is_u32,
-        "command?": str,
-        "arguments?": list,
-        "snapshots?": [is_u32],
-        "result?": str,
+        "time?": str, "user?": is_u32, "command?": str, "arguments?": list, "snapshots?": [is_u32], "result?": str,
         "packages?": PACKAGE_KEYS,
         "changes?": [{"packages?": PACKAGE_KEYS}],  # of several snapshots: an older ash wrote one line for all
-    }
+    }  # fmt: skip
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -1508,9 +1423,7 @@ class History:
     def append(self, entry: Mapping[str, Any], again: bool = False) -> None:
         """Append a line and sync it. If the disk is full or the lock is held for too long, the line is lost.
 
-        Args:
-            entry: the line; the time is added.
-            again: skip the line if one with its "id" exists: an interrupted process may have written it.
+        With `again`, skip the line if one with its "id" exists: an interrupted process may have written it.
         """
         line = json.dumps({"time": time.strftime(self.TIME_FORMAT), **entry}).encode() + b"\n"
         with contextlib.suppress(OSError, AshError), state_lock(self.layout), self.layout.history.open("ab+") as file:
@@ -1573,7 +1486,7 @@ def recorded_parents(history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
 
 def tree_from_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any]]) -> Tree:
     """The tree of these snapshots, each below its nearest recorded ancestor that is among them."""
-    tree, parents = Tree.empty(), recorded_parents(history)
+    tree, parents = Tree(), recorded_parents(history)
     for number in sorted(numbers):
         above = parents.get(number)
         while above is not None and above not in tree:
@@ -1611,38 +1524,21 @@ def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]
 # ---------------------------------------------------------------------------------------------------------------
 
 # From <linux/btrfs.h>. We call these ioctls ourselves: each run of the program `btrfs` takes 3 ms.
-BTRFS_IOC_SYNC = 0x9408  # _IO(0x94, 8)
-BTRFS_IOC_SNAP_DESTROY = 0x5000940F  # _IOW(0x94, 15, struct of 4096 bytes)
-BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417  # _IOW(0x94, 23, struct of 4096 bytes)
-BTRFS_IOC_SUBVOL_CREATE_V2 = 0x50009418
-BTRFS_IOC_SUBVOL_SETFLAGS = 0x4008941A  # _IOW(0x94, 26, 8 bytes)
-BTRFS_SUBVOL_RDONLY = 2
+BTRFS_IOC_SNAP_CREATE_V2, BTRFS_IOC_SUBVOL_CREATE_V2, BTRFS_IOC_SNAP_DESTROY = 0x50009417, 0x50009418, 0x5000940F
+BTRFS_IOC_SYNC, BTRFS_IOC_SUBVOL_SETFLAGS, BTRFS_IOC_FS_INFO = 0x9408, 0x4008941A, 0x8400941F
+BTRFS_IOC_GET_SUBVOL_INFO, BTRFS_IOC_GET_SUBVOL_ROOTREF, BTRFS_IOC_INO_LOOKUP_USER = 0x81F8943C, 0xD000943D, 0xD000943E
+BTRFS_SUBVOL_RDONLY, BTRFS_ROOT_SUBVOL_RDONLY = 2, 1  # the flag in a request, and in a root item (<linux/btrfs_tree.h>)
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
-BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C  # _IOR(0x94, 60, struct of 504 bytes)
-BTRFS_IOC_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct of 1024 bytes), with the file system's UUID at 16
-BTRFS_IOC_GET_SUBVOL_ROOTREF = 0xD000943D  # _IOWR(0x94, 61, struct of 4096 bytes)
-BTRFS_IOC_INO_LOOKUP_USER = 0xD000943E
-BTRFS_ROOT_SUBVOL_RDONLY = 1  # <linux/btrfs_tree.h>
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: the empty directory a snapshot has for a nested subvolume
 
 
-def ask_btrfs(directory: Path, request: int, argument: bytes | int = 0) -> bytes:
-    """Call a btrfs ioctl on a directory. Returns the argument as the kernel filled it in.
-
-    Raises:
-        OSError: the ioctl failed.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if isinstance(argument, int):
-            fcntl.ioctl(descriptor, request, argument)
-            return b""
-        answer = bytearray(argument)
+def ask_btrfs(directory: Path, request: int, argument: bytes = b"") -> bytes:
+    """Call a btrfs ioctl on a directory. Returns the argument as the kernel filled it in."""
+    answer = bytearray(argument)
+    with open_descriptor(directory, os.O_DIRECTORY) as descriptor:
         fcntl.ioctl(descriptor, request, answer)
-        return bytes(answer)
-    finally:
-        os.close(descriptor)
+    return bytes(answer)
 
 
 class Subvolume(NamedTuple):
@@ -1658,11 +1554,7 @@ class Subvolume(NamedTuple):
 
     @classmethod
     def at(cls, path: Path) -> Subvolume:
-        """The subvolume that contains a path. Needs no privileges.
-
-        Raises:
-            OSError: the path does not exist, or is not on btrfs.
-        """
+        """The subvolume that contains a path. Needs no privileges. Raises OSError if there is none."""
         answer = ask_btrfs(path, BTRFS_IOC_GET_SUBVOL_INFO, bytes(504))
         # struct btrfs_ioctl_get_subvol_info_args: treeid at 0; flags, uuid, parent_uuid at 288; ctransid, otransid at
         # 344; otime at 392.
@@ -1733,15 +1625,13 @@ def create_subvolume(path: Path) -> None:
 def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> None:
     """Create a btrfs snapshot of a subvolume."""
     about_to(f"snapshot {source.name} as {target.name}")
-    descriptor = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with open_descriptor(source, os.O_DIRECTORY) as descriptor:
         flags = BTRFS_SUBVOL_RDONLY if readonly else 0
         arguments = VOLUME_ARGUMENTS.pack(descriptor, flags, os.fsencode(target.name))
-        ask_btrfs(target.parent, BTRFS_IOC_SNAP_CREATE_V2, arguments)
-    except OSError as error:
-        raise AshError(f"cannot snapshot {source.name} as {target.name}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
+        try:
+            ask_btrfs(target.parent, BTRFS_IOC_SNAP_CREATE_V2, arguments)
+        except OSError as error:
+            raise AshError(f"cannot snapshot {source.name} as {target.name}: {error.strerror}") from error
 
 
 def set_readonly(path: Path, readonly: bool = True) -> None:
@@ -1761,12 +1651,6 @@ def subvolumes_in_use() -> set[int]:
     return {m.subvolume for m in mounts() if m.subvolume is not None}
 
 
-def destroy_subvolume(path: Path) -> None:
-    """Delete a subvolume that has no nested ones. Raises OSError."""
-    arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
-    ask_btrfs(path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
-
-
 def nested_subvolumes(path: Path) -> list[Path]:
     """The subvolumes nested directly in one, found by scanning all its directories."""
     found: list[Path] = []
@@ -1779,18 +1663,16 @@ def nested_subvolumes(path: Path) -> list[Path]:
 
 
 def delete_subvolume(path: Path) -> None:
-    """Delete a subvolume and all nested ones. Does nothing if it does not exist.
-
-    Raises:
-        AshError: it is mounted (the kernel would delete it anyway), or btrfs refused.
-    """
+    """Delete a subvolume and all nested ones, unless it is mounted: the kernel would not refuse. It may be missing."""
     if not os.path.lexists(path):
         return
     if subvolume_id(path) in subvolumes_in_use():
         raise AshError(f"{path.name} is mounted: not deleted", "", REFUSED)
     about_to(f"delete {path.name}")
+    arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
+    destroy = partial(ask_btrfs, path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
     try:
-        destroy_subvolume(path)
+        destroy()
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
             set_readonly(path, False)
@@ -1802,7 +1684,7 @@ def delete_subvolume(path: Path) -> None:
         else:
             raise AshError(f"cannot delete {path.name}: {error.strerror}") from error
         try:
-            destroy_subvolume(path)
+            destroy()
         except OSError as again:
             raise AshError(f"cannot delete {path.name}: {again.strerror}") from again
 
@@ -1864,29 +1746,24 @@ def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
 BTRFS_IOC_SEND = 0x40489426
 SEND_ARGUMENTS = struct.Struct("=qQQQQI28x")
 BTRFS_SEND_FLAG_NO_FILE_DATA = 1
-# From the kernel's fs/btrfs/send.h: what a command does to the path it names.
-SEND_ADDS = {3, 4, 5, 6, 7, 8, 10}  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
-SEND_RENAME = 9
-SEND_REMOVES = {11, 12}  # UNLINK, RMDIR
-SEND_CHANGES = {13, 14, 15, 16, 17, 18, 19, 22}  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT
-SEND_UTIMES = 20
+# From the kernel's fs/btrfs/send.h: commands, what they do to the path that they name, and attributes.
+SEND_EFFECTS = {
+    **dict.fromkeys((3, 4, 5, 6, 7, 8, 10), "added"),  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
+    **dict.fromkeys((11, 12), "removed"),  # UNLINK, RMDIR
+    **dict.fromkeys((13, 14, 15, 16, 17, 18, 19, 22), "changed"),  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, ...
+}
+SEND_RENAME, SEND_UTIMES = 9, 20
 SEND_PATH, SEND_PATH_TO = 15, 16
 ORPHAN = r"o\d+-\d+-\d+"  # the temporary name of something that is yet to be renamed
 
 
 def commands_in_stream(stream: bytes) -> Iterator[tuple[int, str, str]]:
-    """Parse a btrfs send stream: a magic, then commands of type-length-value attributes.
-
-    Yields:
-        Each command but changes of times, with its path and, where it has one, its target path.
-    """
-    at = len(b"btrfs-stream\0") + 4
-    while at < len(stream):
-        length, command = struct.unpack_from("<IH", stream, at)
-        at += 10
-        end = at + length
+    """Parse a btrfs send stream. Yields each command but changes of times, with its path and, if any, target path."""
+    end = len(b"btrfs-stream\0") + 4
+    while end < len(stream):
+        length, command = struct.unpack_from("<IH", stream, end)
+        at, end = end + 10, end + 10 + length  # a header, then attributes: type, length, value
         if command == SEND_UTIMES:
-            at = end
             continue
         paths = {SEND_PATH: "", SEND_PATH_TO: ""}
         while at < end:
@@ -1911,27 +1788,16 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
             changes[path] = kind
 
     for command, path, target in commands_in_stream(stream):
-        if command in SEND_ADDS:
-            note(path, "added")
-        elif command in SEND_REMOVES:
-            note(path, "removed")
-        elif command == SEND_RENAME:
+        if command == SEND_RENAME:
             note(path, "removed")
             note(target, "added")
-        elif command in SEND_CHANGES:
-            note(path, "changed")
+        elif command in SEND_EFFECTS:
+            note(path, SEND_EFFECTS[command])
     return changes
 
 
 def changed_paths(old: Path, new: Path) -> dict[str, str]:
-    """The paths at which two read-only snapshots differ, as btrfs itself sees it; changed times alone do not count.
-
-    Returns:
-        "added", "removed" or "changed" for each path.
-
-    Raises:
-        AshError: btrfs cannot compare them.
-    """
+    """The paths at which two read-only snapshots differ: "added", "removed" or "changed", not in its times alone."""
     with os.fdopen(os.memfd_create("send"), "rb") as stream:
         try:
             flags = BTRFS_SEND_FLAG_NO_FILE_DATA
@@ -1992,16 +1858,9 @@ def share_file(source: Path, target: Path, size: int) -> int:
 
 
 def share_written(layout: Layout, number: int, written: Iterable[str], known: dict[tuple[str, int], list[Path]]) -> int:
-    """Make the files that a change of a snapshot wrote share blocks with equal files of other snapshots.
+    """Make the files that were written in a snapshot share blocks with equal files of others. Returns the bytes saved.
 
-    Args:
-        layout: where they are.
-        number: the snapshot.
-        written: the paths of the files in it.
-        known: the files of others by path and size; those of this one are added.
-
-    Returns:
-        The bytes saved.
+    `known` has the files of others by path and size; those of this one are added.
     """
     saved = 0
     for path in written:
@@ -2065,11 +1924,7 @@ BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # in the superblock, from th
 
 
 def btrfs_partition(image: Path) -> tuple[int, int]:
-    """Offset and size in bytes of the btrfs partition on a disk image (GPT, sectors of 512 bytes).
-
-    Raises:
-        AshError: there is none.
-    """
+    """Offset and size in bytes of the btrfs partition on a disk image (GPT, sectors of 512 bytes)."""
     with image.open("rb") as disk:
         disk.seek(512)
         header = disk.read(92).ljust(92, b"\0")
@@ -2095,11 +1950,7 @@ LO_FLAGS_AUTOCLEAR = 4
 
 
 def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
-    """Open the loop device that a part of an open file is attached to; -1 if there is none.
-
-    Raises:
-        AshError: another part of the file is attached (LOCKED).
-    """
+    """Open the loop device that a part of an open file is attached to; -1 if there is none."""
     file = os.fstat(disk)
     for entry in Path("/sys/block").glob("loop*/loop"):  # exists while the device is attached
         device = Path("/dev", entry.parent.name)
@@ -2121,9 +1972,6 @@ def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int
     """Attach a part of an open file (size 0: to its end) to a new loop device, and open that.
 
     LOOP_CONFIGURE (Linux 5.8) sets autoclear in the same step, so that not even SIGKILL leaves a device behind.
-
-    Raises:
-        AshError: it cannot be attached.
     """
     give_up = time.monotonic() + 10
     while True:
@@ -2144,11 +1992,7 @@ def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int
 
 
 def lock_first_byte(descriptor: int, image: Path) -> None:
-    """Wait until no other ash is attaching the image, normally milliseconds.
-
-    Raises:
-        AshError: ten seconds have passed (LOCKED).
-    """
+    """Wait until no other ash is attaching the image: normally milliseconds, at most ten seconds."""
     give_up = time.monotonic() + 10
     while True:
         try:
@@ -2169,16 +2013,10 @@ def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
 
 
 def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
-    """Mount the top level of a disk image's file system; private_mounts() must have been called.
+    """Mount the top level of a disk image's file system. Returns the mount point and the device node.
 
-    Nothing needs cleaning up: the kernel detaches the loop device with the last mount, and drops the mounts when this
-    process ends. Until the stack is closed no other ash attaches the image.
-
-    Returns:
-        the mount point and the device node.
-
-    Raises:
-        AshError: there is no btrfs partition, or the image is in use (LOCKED).
+    Nothing needs cleaning up: the kernel detaches the loop device with the last mount, and drops the mounts, which are
+    private, when this process ends. Until the stack is closed no other ash attaches the image.
     """
     place = btrfs_partition(image)
     disk = stack.enter_context(image.open("rb+"))
@@ -3282,7 +3120,7 @@ def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], gr
     if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
         os.chown(path, user, group, follow_symlinks=False)
         return
-    with open_nofollow(path) as file:  # after fchown its new owner may put a symlink in its place
+    with open_descriptor(path) as file:  # after fchown its new owner may put a symlink in its place
         capabilities = None
         with contextlib.suppress(OSError):
             capabilities = os.getxattr(file, "security.capability")

@@ -30,7 +30,9 @@ def create_state(layout: Layout, distro: Distro, root_uuid: str) -> None:
     for directory in (layout.ash / "snapshots", layout.ash / "work"):
         directory.mkdir(exist_ok=True)
     layout.home_root.mkdir(mode=0o700, exist_ok=True)
-    write_file(layout.tree, Tree.of_base().dump())
+    tree = Tree()
+    tree.add(BASE)
+    write_file(layout.tree, tree.dump())
     write_file(layout.last, "0\n")
     write_file(layout.part, f"{root_uuid}\n")
     write_file(layout.distro_file, f"{layout.distro} {distro.id}\n")

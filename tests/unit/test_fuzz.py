@@ -359,7 +359,7 @@ def system_in(directory: Path) -> System:
     layout = Layout.at(directory, "debian")
     for place in (layout.ash / "snapshots", layout.snapshots / "rootfs"):
         place.mkdir(parents=True, exist_ok=True)
-    layout.tree.write_text(Tree.of_base().dump())
+    layout.tree.write_text('{"name": "root", "children": [{"name": 0}]}\n')
     return System(layout, Debian())
 
 

@@ -145,7 +145,9 @@ def test_any_text_is_a_tree_or_an_error(text: str) -> None:
 
 
 def test_a_new_system_has_only_the_base() -> None:
-    assert Tree.of_base().dump() == '{"name": "root", "children": [{"name": 0}]}\n'
+    tree = Tree()
+    tree.add(0)
+    assert tree.dump() == '{"name": "root", "children": [{"name": 0}]}\n'
 
 
 def test_children_of_a_removed_snapshot_move_up() -> None:
