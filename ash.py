@@ -7686,15 +7686,7 @@ class Job:
 
 
 class JobPool:
-    """Works on several snapshots, each in a process of its own. A job that fails does not stop the others.
-
-    Args:
-        system: the system of the snapshots.
-        doing: what is done, for people: "upgrading".
-        limit: the number of jobs that may run at the same time.
-        shown: whether the user wants to see the output of the jobs; otherwise only their errors are shown.
-        after_parents: whether a job needs its parent's result, and starts when the parent's job has ended.
-    """
+    """Works on several snapshots, each in a process of its own. A job that fails does not stop the others."""
 
     REDRAW = 0.5  # seconds
 
@@ -7702,20 +7694,27 @@ class JobPool:
         self, system: System, doing: str, limit: int, *, shown: bool = False, after_parents: bool = False
     ) -> None:
         self.system = system
-        self.doing = doing
-        self.limit = limit
-        self.shown = shown
-        self.after_parents = after_parents
+        self.doing = doing  # for people: "upgrading"
+        self.limit = limit  # how many jobs run at the same time
+        self.shown = shown  # whether the user wants to see the output of the jobs; otherwise only their errors
+        self.after_parents = after_parents  # whether a job needs its parent's result, and starts when that has ended
         self.jobs: list[Job] = []
         self.drawn = 0  # lines
 
     def run(self, tree: Tree, numbers: Sequence[int], work: Callable[[int], Change]) -> None:
         """Do the work in each snapshot, given with parents first, and keep the results in `jobs`."""
+        import select
+
         self.jobs = [Job(number, tree.parent(number)) for number in numbers]
         try:
-            while not all(job.is_done for job in self.jobs):
-                self._start_more(work)
-                self._collect()
+            while awaited := {job.number for job in self.jobs if not job.is_done}:
+                blocked = awaited if self.after_parents else set()
+                ready = [job for job in self.jobs if not job.process and job.parent not in blocked]
+                for job in ready[: self.limit - len(self._running())]:
+                    self._start(job, work)
+                running = {job.result_pipe: job for job in self._running()}
+                for pipe in select.select([*running], [], [], self.REDRAW)[0]:
+                    self._end(running[pipe])
                 self._draw()
         except BaseException:
             for job in self._running():
@@ -7730,17 +7729,10 @@ class JobPool:
 
     @property
     def failed(self) -> list[Job]:
-        """The jobs that failed."""
         return [job for job in self.jobs if job.error]
 
     def _running(self) -> list[Job]:
         return [job for job in self.jobs if job.process and not job.is_done]
-
-    def _start_more(self, work: Callable[[int], Change]) -> None:
-        awaited = {job.number for job in self.jobs if not job.is_done} if self.after_parents else set()
-        ready = [job for job in self.jobs if not job.process and job.parent not in awaited]
-        for job in ready[: self.limit - len(self._running())]:
-            self._start(job, work)
 
     def _start(self, job: Job, work: Callable[[int], Change]) -> None:
         import tempfile
@@ -7780,14 +7772,6 @@ class JobPool:
                 json.dump(result, file)
             os._exit(0)
 
-    def _collect(self) -> None:
-        """Wait for a result until it is time to redraw."""
-        import select
-
-        running = {job.result_pipe: job for job in self._running()}
-        for pipe in select.select([*running], [], [], self.REDRAW)[0]:
-            self._end(running[pipe])
-
     def _end(self, job: Job) -> None:
         with os.fdopen(job.result_pipe, errors="surrogateescape") as pipe:
             text = pipe.read()
@@ -7825,43 +7809,6 @@ class JobPool:
         self.drawn = len(lines)
 
 
-def jobs_reply(pool: JobPool, live: LiveResult | None = None) -> Reply:
-    """The reply of a tree command: what it did in each snapshot, and what failed where."""
-    changed = [change for change in pool.changes if change.changed]
-    counts = {
-        "changed": len(changed),
-        "unchanged": len(pool.changes) - len(changed),
-        "failed": len(pool.failed),
-    }
-    lines = [f"{pool.doing} {len(pool.jobs)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
-    lines += [change.summary() for change in changed]
-    for job in pool.failed:
-        lines.append(one_line(f"snapshot {job.number} failed: {job.error}{f' ({job.hint})' if job.hint else ''}"))
-    lines += [live.text()] if live else []
-    data: dict[str, Any] = {
-        "changed": bool(changed),
-        "snapshots": [change_data(change) for change in pool.changes],
-        "failed": {str(job.number): job.error for job in pool.failed},
-    }
-    if live:
-        data["live"] = vars(live)
-    return Reply(data, "\n".join(lines), status=FAILED if pool.failed or (live and live.error) else 0)
-
-
-def share_blocks(system: System, changes: Iterable[Change]) -> int:
-    """Deduplicate the files that several snapshots got from changes. Returns the bytes saved.
-
-    The kernel itself compares the files, and shares nothing where they differ. An error, such as a full disk, only
-    means that they take more space.
-    """
-    known: dict[tuple[str, int], list[Path]] = {}
-    saved = 0
-    for change in changes:
-        with contextlib.suppress(AshError, OSError):
-            saved += share_written(system.layout, change.snapshot, change.written, known)
-    return saved
-
-
 def ask_each(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, Result]:
     """Map snapshots to answers, skipping those that fail: the command itself will report them."""
     answers = {}
@@ -7872,13 +7819,9 @@ def ask_each(numbers: Iterable[int], ask: Callable[[int], Result]) -> dict[int, 
 
 
 def fetch_packages(system: System, works: Mapping[int, Work], about: Callable[[int], object] = lambda _: None) -> None:
-    """Fetch packages for several snapshots, one after the other: parallel jobs would fetch the same ones.
+    """Fetch packages for several snapshots by their works, one after the other: parallel jobs would fetch the same.
 
-    Args:
-        system: the system of the snapshots.
-        works: the work that fetches a snapshot's packages, by number.
-        about: what the packages to fetch depend on, besides the snapshot's repositories and packages. Of snapshots
-            that have all of these in common, only the first fetches.
+    Of snapshots that have the same repositories and packages, and `about` in common, only the first fetches.
     """
 
     def state(number: int) -> tuple[str, str]:
@@ -7908,13 +7851,27 @@ TREE_SHAPE = {"changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}
 
 
 def tree_reply(system: System, request: Request, pool: JobPool, live: LiveResult | None = None) -> Reply:
-    """Make the snapshots of a tree share the blocks of equal files, and reply what the jobs did."""
-    if not request.dry_run:
-        share_blocks(system, pool.changes)
-        return jobs_reply(pool, live)
-    reply = would_change(pool.changes)
-    failed = [one_line(f"snapshot {job.number}: {job.error}") for job in pool.failed]
-    return reply._replace(text="\n".join([reply.text, *failed]), status=FAILED if failed else 0)
+    """What the jobs did in each snapshot, and what failed where; equal new files then share their blocks."""
+    errors = {str(job.number): job.error for job in pool.failed}
+    if request.dry_run:
+        reply = would_change(pool.changes)
+        lines = [reply.text, *(one_line(f"snapshot {number}: {error}") for number, error in errors.items())]
+        return reply._replace(text="\n".join(lines), status=FAILED if errors else 0)
+    known: dict[tuple[str, int], list[Path]] = {}
+    for change in pool.changes:
+        with contextlib.suppress(AshError, OSError):  # such as a full disk: they only take more space
+            share_written(system.layout, change.snapshot, change.written, known)
+    changed = [change for change in pool.changes if change.changed]
+    counts = {"changed": len(changed), "unchanged": len(pool.changes) - len(changed), "failed": len(errors)}
+    lines = [f"{pool.doing} {len(pool.jobs)} snapshots: {', '.join(f'{n} {what}' for what, n in counts.items() if n)}"]
+    lines += [change.summary() for change in changed]
+    for job in pool.failed:
+        lines.append(one_line(f"snapshot {job.number} failed: {job.error}{f' ({job.hint})' if job.hint else ''}"))
+    lines += [live.text()] if live else []
+    snapshots = [change_data(change) for change in pool.changes]
+    data: dict[str, Any] = {"changed": bool(changed), "snapshots": snapshots, "failed": errors}
+    data |= {"live": vars(live)} if live else {}
+    return Reply(data, "\n".join(lines), status=FAILED if errors or (live and live.error) else 0)
 
 
 @command(
@@ -7987,43 +7944,26 @@ def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
 FOLLOWS = frozenset({"upgrade", "tree-upgrade", "auto-upgrade", "sync", "force-sync"})
 
 
-class PackageIntents:
+class PackageIntents(NamedTuple):
     """The packages that were added to and removed from a snapshot since some time, by name."""
 
-    def __init__(self) -> None:
-        self.added: set[str] = set()
-        self.removed: set[str] = set()
+    added: set[str]
+    removed: set[str]
 
     @classmethod
     def of(
-        cls,
-        origins: Mapping[int, int],
-        history: Sequence[Mapping[str, Any]],
-        since: int,
-        without: Container[str] = (),
+        cls, origins: Mapping[int, int], history: Sequence[Mapping[str, Any]], since: int, without: Container[str] = ()
     ) -> PackageIntents:
-        """Read them from the history. What was done to a package last counts.
-
-        Args:
-            origins: of the snapshot, from origins().
-            history: all of it.
-            since: the first line that counts.
-            without: commands whose lines do not count.
-        """
-        intents = cls()
+        """Read them from a snapshot's origins() and the history, from a line on, without the lines of some commands."""
+        added: set[str] = set()
+        removed: set[str] = set()
         for line, entry in enumerate(history):
             numbers = [number for number, end in origins.items() if since <= line < end]
             for done in entry.get("changes", [entry]):
                 if done.get("snapshot") in numbers and entry.get("command") not in without:
-                    packages = done.get("packages", {})
-                    intents._note(intents.added, intents.removed, packages.get("added", {}))
-                    intents._note(intents.removed, intents.added, packages.get("removed", {}))
-        return intents
-
-    @staticmethod
-    def _note(wanted: set[str], opposite: set[str], names: Iterable[str]) -> None:
-        wanted.update(names)
-        opposite.difference_update(names)
+                    new, gone = ({*done.get("packages", {}).get(kind, {})} for kind in ("added", "removed"))
+                    added, removed = (added | new) - gone, (removed - new) | gone  # what was done last counts
+        return cls(added, removed)
 
 
 class ParentSync:
@@ -8031,18 +7971,13 @@ class ParentSync:
 
     Only changes since the two parted count: since the branch was created or, if it is a copy of another branch or was
     put below another parent, since the state that both come from.
-
-    Args:
-        system: the system of both.
-        parent, number: the two snapshots.
-        keep: keep in the branch what the parent removed.
     """
 
-    def __init__(self, system: System, parent: int, number: int, keep: bool = False) -> None:
+    def __init__(self, system: System, parent: int, number: int, keep: bool) -> None:
         self.system = system
         self.parent = parent
         self.number = number
-        self.keep = keep
+        self.keep = keep  # in the branch what the parent removed
         self.root = system.layout.rootfs(parent)
 
     def __call__(self, work: Transaction) -> None:
@@ -8179,15 +8114,7 @@ FOUND = "found by fsck"  # the description of a snapshot that the history does n
 
 
 class Problem:
-    """A problem that fsck found. Two are equal if they say the same of the same snapshot.
-
-    Args:
-        what: what is wrong.
-        snapshot: the snapshot concerned.
-        remedy: what `repair` does or, if that is None, what the user can do.
-        repair: repairs it, for `fsck --repair`; may be interrupted and repeated.
-        lock: to be held for the repair; None if that takes its own.
-    """
+    """A problem that fsck found. Two are equal if they say the same of the same snapshot."""
 
     def __init__(
         self,
@@ -8199,9 +8126,9 @@ class Problem:
     ) -> None:
         self.what = what
         self.snapshot = snapshot
-        self.remedy = remedy
-        self.repair = repair
-        self.lock = lock
+        self.remedy = remedy  # what `repair` does or, if that is None, what the user can do
+        self.repair = repair  # may be interrupted and repeated
+        self.lock = lock  # to be held for the repair; None if that takes its own
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Problem) and (self.what, self.snapshot) == (other.what, other.snapshot)
@@ -8247,11 +8174,7 @@ class LostFound:
         return f"/.snapshots/{self.directory.relative_to(self.layout.snapshots)}" if self.directory.exists() else ""
 
     def take(self, *paths: Path) -> None:
-        """Move subvolumes, files or directories here, keeping their paths below /.snapshots.
-
-        Raises:
-            AshError: one is mounted (REFUSED).
-        """
+        """Move subvolumes, files or directories here, keeping their paths; AshError (REFUSED) if one is mounted."""
         for path in paths:
             is_sub = is_subvolume(path)
             if is_sub and subvolume_id(path) in subvolumes_in_use():
@@ -8304,10 +8227,10 @@ def is_description(path: Path) -> bool:
 
 
 class Fsck:
-    """Checks tree, subvolumes, deployments, boot files and package databases against each other. Changes nothing.
+    """Checks tree, subvolumes, deployments, boot files and package databases against each other, and repairs them.
 
-    Each check is followed by the repairs that its problems have. A repair checks again, since another ash may have
-    been at work, and may raise AshError; anything it removes moves to lost+found.
+    Each check, which changes nothing, is followed by the repairs of its problems. These check again, since another ash
+    may have been at work, and may raise AshError; anything they remove moves to lost+found.
     """
 
     LOOKS = 10  # at a snapshot that other processes keep changing
@@ -8854,21 +8777,9 @@ def is_in_window(window: str) -> bool:
 
 
 def record_upgrade(system: System, status: int, text: str) -> None:
-    """Record the result of an automatic upgrade. The old ash reads the first two lines of this file.
-
-    Args:
-        system: the system.
-        status: 0 for success.
-        text: a message for the user.
-    """
+    """Record the result of an automatic upgrade, 0 for success. The old ash reads the first two lines of this file."""
     lines = [str(status), time.strftime("%Y-%m-%dT%H:%M:%S%z"), one_line(text)]
     write_file(system.layout.upstate, "".join(f"{line}\n" for line in lines))
-
-
-def record_failed_upgrade(system: System, text: str) -> None:
-    """Record why an automatic upgrade failed, if the disk can still be written to."""
-    with contextlib.suppress(OSError):  # then it stays recorded as interrupted
-        record_upgrade(system, FAILED, text)
 
 
 RESULTS = {True: "failed", False: "succeeded"}
@@ -8886,15 +8797,7 @@ class AutoUpgrade:
     """One automatic upgrade: upgrades a snapshot, keeps its former state as a sibling, checks it, and deploys it.
 
     If anything fails, the snapshot is as it was. An interruption needs no cleanup: the next run deploys what the last
-    one did not.
-
-    Args:
-        system: the system.
-        number: the snapshot.
-        strict: fail if a repository cannot be reached.
-
-    Raises:
-        AshError: the configuration is invalid (USAGE).
+    one did not. Raises AshError (USAGE) if the configuration is invalid.
     """
 
     def __init__(self, system: System, number: int, strict: bool = False) -> None:
@@ -8928,7 +8831,11 @@ class AutoUpgrade:
         """Do everything except the reboot."""
         require_clock(self.system)
         self.system.require_changeable(self.number)
-        reply = self._simulate() if self.policy == "check" else self._upgrade()
+        if self.policy == "check":
+            planned = self._change(self.number)
+            reply = Reply({**change_data(planned), "changed": False}, self._summary(planned))
+        else:
+            reply = self._upgrade()
         return self._with_base(reply) if self.with_base else reply
 
     def _with_base(self, reply: Reply) -> Reply:
@@ -8971,12 +8878,10 @@ class AutoUpgrade:
 
     def _keep(self, original: Path) -> None:
         """Copy the snapshot to a sibling. Right before the commit: until then nobody needs a copy."""
-        system, description = self.system, f"{self.number} before {time.strftime('%Y-%m-%d')}"
-        number, parent = self.number, system.tree().parent(self.number)
-        with (
-            new_snapshot(system, original, description, number, parent, copies_of=number) as kept,
-            system.editing_tree() as tree,
-        ):
+        system, number, parent = self.system, self.number, self.system.tree().parent(self.number)
+        description = f"{number} before {time.strftime('%Y-%m-%d')}"
+        sibling = new_snapshot(system, original, description, number, parent, copies_of=number)
+        with sibling as kept, system.editing_tree() as tree:
             tree.add(kept, parent)
         self.kept, self.parent = kept, parent
 
@@ -8984,10 +8889,6 @@ class AutoUpgrade:
         if self.policy == "check":
             return f"snapshot {done.snapshot}: {len(done.upgraded)} packages could be upgraded"
         return done.summary()
-
-    def _simulate(self) -> Reply:
-        planned = self._change(self.number)
-        return Reply({**change_data(planned), "changed": False}, self._summary(planned))
 
     def _upgrade(self) -> Reply:
         system, number, last = self.system, self.number, last_upgrade(self.system)
@@ -9007,13 +8908,7 @@ class AutoUpgrade:
                 system.with_reserve(partial(delete_snapshots, system, [self.kept]))
 
     def _finish(self, done: Change, text: str, problems: set[str]) -> Reply:
-        """Check and deploy the snapshot; undo the upgrade if either fails.
-
-        Args:
-            done: the upgrade.
-            text: tells the user of it.
-            problems: what fsck found before it.
-        """
+        """Check and deploy the snapshot; undo the upgrade if either fails. `problems` were there before it."""
         system, number = self.system, self.number
         reply = changes_reply([done])
         data = dict(reply.data)
@@ -9054,18 +8949,18 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
         yield would("do nothing" if policy == "none" else f"upgrade snapshot {number}, by the policy {policy}")
     system.wait = request.wait or NIGHTLY_WAIT
     with system.lock("auto-upgrade"):
+        upgrading = None
         try:
             upgrading = AutoUpgrade(system, number, request.strict)
-        except (AshError, OSError) as error:
-            record_failed_upgrade(system, reason(error))
-            raise
-        if upgrading.policy == "none":
-            return Reply({"snapshot": number, "changed": False}, "nothing to do: /etc/ash.conf has auto_upgrade::none")
-        try:
+            if upgrading.policy == "none":
+                text = "nothing to do: /etc/ash.conf has auto_upgrade::none"
+                return Reply({"snapshot": number, "changed": False}, text)
             reply = upgrading.run()
         except (AshError, OSError) as error:
             unfinished = isinstance(error, CommittedButUnfinished)  # its message says what was done
-            record_failed_upgrade(system, reason(error) if unfinished else f"{upgrading.state()}: {reason(error)}")
+            state = f"{upgrading.state()}: " if upgrading and not unfinished else ""
+            with contextlib.suppress(OSError):  # nothing can be written: then it stays recorded as interrupted
+                record_upgrade(system, FAILED, f"{state}{reason(error)}")
             raise
         record_upgrade(system, 0, lines_of(reply.text)[0])
         return upgrading.reboot(reply)
@@ -9079,9 +8974,8 @@ def cmd_check(system: System, request: Request) -> Reply:
     if last is None:
         raise AshError("no automatic upgrade has run yet", "ash auto-upgrade", MISSING)
     text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
-    return Reply(
-        last, f"{text}: {last['message']}" if last["message"] else text, status=FAILED if last["failed"] else 0
-    )
+    text += f": {last['message']}" if last["message"] else ""
+    return Reply(last, text, status=FAILED if last["failed"] else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -9097,7 +8991,6 @@ class Difference(NamedTuple):
     files: Mapping[str, str]  # paths of all files, if these were compared
 
     def data(self) -> dict[str, Any]:
-        """The difference for --json."""
         return {"packages": self.packages.packages(), "config": dict(self.config), "files": dict(self.files)}
 
     def text(self) -> str:
@@ -9167,14 +9060,6 @@ def drift_reply(system: System, request: Request) -> Reply:
     return Reply({"slot": slot, "drift": drift}, text)
 
 
-def booted_snapshot(system: System) -> int:
-    """The number of the booted snapshot; AshError if this system is not the running one."""
-    current = system.current
-    if current is None:
-        raise AshError("diff needs two snapshots: this system is not running", "ash diff A B", USAGE)
-    return current
-
-
 @command(
     "diff", "dif", group=PACKAGES, usage="diff [A [B]] [--files] [--patch]",
     help="compare the packages and configuration of snapshots; without any, show what was changed in the running /etc",
@@ -9191,7 +9076,9 @@ def booted_snapshot(system: System) -> int:
 def cmd_diff(system: System, request: Request) -> Reply:
     if not request.snapshots:
         return drift_reply(system, request)
-    old, new = request.snapshots if len(request.snapshots) == 2 else (booted_snapshot(system), request.snapshot)
+    old, new = request.snapshots if len(request.snapshots) == 2 else (system.current, request.snapshot)
+    if old is None:
+        raise AshError("diff needs two snapshots: this system is not running", "ash diff A B", USAGE)
     system.require(old)
     system.require(new)
     if request.files:
@@ -9226,14 +9113,6 @@ def upself_url(system: System) -> str:
     return url
 
 
-def require_keyring(layout: Layout) -> None:
-    """Raise AshError (REFUSED) if there is no keyring to verify a newer ash with."""
-    if not layout.keyring.is_file():
-        shown = f"/.snapshots/ash/{layout.keyring.name}"
-        hint = f"gpg --export KEY > {shown}"
-        raise AshError(f"there is no keyring to verify a newer ash with: {shown}", hint, REFUSED)
-
-
 def read_response(response: Any, limit: int) -> bytes:
     """Read a server's answer; OSError if it is cut off or too slow, AshError if it is larger than `limit` bytes."""
     give_up = time.monotonic() + FETCH_SECONDS
@@ -9251,11 +9130,7 @@ def read_response(response: Any, limit: int) -> bytes:
 
 
 def download(url: str, limit: int) -> bytes:
-    """Fetch a URL.
-
-    Raises:
-        AshError: it cannot be fetched, was cut off, or is larger than the limit in bytes.
-    """
+    """Fetch a URL; AshError if it cannot be fetched, was cut off, or is larger than the limit in bytes."""
     import http.client
     import urllib.request
 
@@ -9284,13 +9159,8 @@ def fetch_signed(url: str, keyring: Path, directory: Path) -> Path:
 LAST_LINE = "    sys.exit(main())\n"  # of each executable
 
 
-def check_starts(system: System, new: Path, where: Sequence[str]) -> str:
-    """Start a new executable outside of its place, with the libraries that it would have. Returns its version.
-
-    Args:
-        system: the system that it must serve.
-        new: the executable, in a directory of its own.
-        where: the options that select the system.
+def check_starts(system: System, new: Path, request: Request) -> str:
+    """Start a new executable, in a directory of its own, with the libraries that it would have. Returns its version.
 
     Raises:
         AshError: it does not start, or serves another distribution.
@@ -9302,7 +9172,9 @@ def check_starts(system: System, new: Path, where: Sequence[str]) -> str:
     for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:
         (lib / library.name).symlink_to(library)
     (lib / "ash.py").symlink_to("../ash")
-    done = run(["sh", new, "--json", "version", *where], check=False)
+    options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
+    where = [word for name, value in options.items() if value for word in (name, str(value))]
+    done = run(["sh", new, "--json", "version", "--chroot", *where], check=False)
     try:
         answer = from_json(done.stdout, RELEASE_SHAPE) if done.returncode == 0 else None
     except ValueError:
@@ -9338,12 +9210,6 @@ def swap_executable(layout: Layout) -> None:
     run([*compile_it, layout.ash, layout.lib / "ash.py"], check=False)
 
 
-def system_options(request: Request) -> list[str]:
-    """The options that select the system, for another ash."""
-    options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
-    return ["--chroot", *(word for name, value in options.items() if value for word in (name, str(value)))]
-
-
 @command(
     "upself", "upme", "ash-update", "ast-sync", group=ITSELF, usage="upself [--download-only] [--force]",
     help="fetch the newest ash from the URL in /etc/ash.conf, verify its signature, and install it", changes=True,
@@ -9357,14 +9223,17 @@ def cmd_upself(system: System, request: Request) -> Plan:
     import tempfile
 
     layout, url = system.layout, upself_url(system)
-    require_keyring(layout)
+    if not layout.keyring.is_file():
+        shown = f"/.snapshots/ash/{layout.keyring.name}"
+        hint = f"gpg --export KEY > {shown}"
+        raise AshError(f"there is no keyring to verify a newer ash with: {shown}", hint, REFUSED)
     what = "leave it as /.snapshots/ash/ash.new" if request.download_only else "replace /.snapshots/ash/ash"
     yield would(f"fetch {url} and {url}.sig, verify the signature and {what}")
     with system.lock("upself"), tempfile.TemporaryDirectory(dir=PRIVATE) as directory:
         with step(f"Fetching {url}"):
             new = fetch_signed(url, layout.keyring, Path(directory))
         with step("Testing whether it starts"):
-            version = check_starts(system, new, system_options(request))
+            version = check_starts(system, new, request)
         was, text = read_text(layout.executable), read_text(new)
         here = version_in(was)
         if text == was or (version == here and not request.force):
@@ -9384,15 +9253,6 @@ def cmd_upself(system: System, request: Request) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------
 # Status, version, help
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def running_transactions(system: System) -> dict[str, str]:
-    """The snapshots that a process is working on, and a description of the process."""
-    found = {}
-    for directory in sorted(system.layout.work("").iterdir()):
-        if (directory / "intent").exists() and is_held(directory / "lock"):
-            found[directory.name] = holder_of(directory / "lock")
-    return found
 
 
 def interrupted_sessions(system: System) -> list[int]:
@@ -9417,7 +9277,9 @@ def interrupted_sessions(system: System) -> list[int]:
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
     default = menu.deployments.get(menu.default)
-    running, waiting = running_transactions(system), interrupted_sessions(system)
+    work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
+    running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
+    waiting = interrupted_sessions(system)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     upgraded = last_upgrade(system)
@@ -9427,14 +9289,9 @@ def cmd_status(system: System, request: Request) -> Reply:
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
-        "last_booted": menu.last_booted,
-        "running": running,
-        "waiting": waiting,
-        "drift": drift,
-        **({"upgrade": upgraded} if upgraded else {}),
-        "free_bytes": free,
-        "size_bytes": size,
-    }
+        "last_booted": menu.last_booted, "running": running, "waiting": waiting, "drift": drift,
+        **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size,
+    }  # fmt: skip
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
@@ -9450,33 +9307,24 @@ def cmd_status(system: System, request: Request) -> Reply:
     return Reply(data, "\n".join(lines))
 
 
-def version_system(request: Request) -> System:
-    """The system whose distribution `version` names; a stand-in if none runs here, as when the executable is built."""
-    try:
-        return System.open(request, changes=False)
-    except AshError:
-        if request.root or request.image:
-            raise
-        ident = list(Distro.registry)[-1] if Distro.registry else "no distribution"
-        return System(Layout(Path("/.snapshots"), ident), Distro())
-
-
 @command(
     "version", group=ITSELF, usage="version", help="print the version and the distribution", needs_system=False,
     answer={"ash": str, "distro": str},
 )  # fmt: skip
 def cmd_version(request: Request) -> Reply:
-    distro = version_system(request).layout.distro
+    try:
+        distro = System.open(request, changes=False).layout.distro
+    except AshError:  # no system runs here, as when the executable is built
+        if request.root or request.image:
+            raise
+        distro = list(Distro.registry)[-1] if Distro.registry else "no distribution"
     return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
 
 
 def overview() -> str:
     """The help without a command."""
-    lines = [
-        "ash keeps the system as a tree of read-only snapshots.",
-        "",
-        "usage: ash [OPTIONS] COMMAND [SNAPSHOT] ...",
-    ]
+    lines = ["ash keeps the system as a tree of read-only snapshots.", ""]
+    lines += ["usage: ash [OPTIONS] COMMAND [SNAPSHOT] ..."]
     for group in GROUPS:
         lines += ["", f"{group}:", *(f"  {c.usage:38} {c.help}" for c in commands_of(group))]
     lines += ["", "Options of every command:"]
@@ -9500,27 +9348,15 @@ def shape_for_people(shape: Any) -> Any:
     if isinstance(shape, list):
         return [shape_for_people(one) for one in shape]
     names = {type(None): "null", object: "any"}
-    return " ".join(
-        names.get(one, one.__name__) for one in (shape.__args__ if isinstance(shape, UnionType) else (shape,))
-    )
-
-
-def json_shapes() -> str:
-    """The shapes of all JSON answers, beside their "version" and "command"."""
-    answers = {command.name: command.answer for command in COMMANDS if command.answer is not None}
-    shapes = {"answers": answers, "error": ERROR_SHAPE, "dry_run": DRY_RUN_SHAPE}
-    return json.dumps(shape_for_people(shapes), indent=2)
+    kinds = shape.__args__ if isinstance(shape, UnionType) else (shape,)
+    return " ".join(names.get(kind, kind.__name__) for kind in kinds)
 
 
 HELP_FORMATS = ("text", "markdown", "json", "man", "bash", "zsh", "fish")
 
 
 def rendered_help(kind: str) -> str:
-    """The man page, completions or README table: as they were installed, or made by a checkout's installer.
-
-    Raises:
-        AshError: this ash was copied without them (MISSING).
-    """
+    """The man page, completions or README table: as they were installed, or made by a checkout's installer."""
     import importlib
 
     path = HERE / "help" / kind
@@ -9551,7 +9387,9 @@ def help_format(text: str) -> str:
 )  # fmt: skip
 def cmd_help(request: Request) -> Reply:
     if request.format == "json":
-        return Reply({}, json_shapes())
+        answers = {command.name: command.answer for command in COMMANDS if command.answer is not None}
+        shapes = {"answers": answers, "error": ERROR_SHAPE, "dry_run": DRY_RUN_SHAPE}
+        return Reply({}, json.dumps(shape_for_people(shapes), indent=2))
     if request.format != "text":
         return Reply({}, rendered_help(request.format))
     return Reply({}, explain(find_command(request.words[0])) if request.words else overview())
