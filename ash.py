@@ -7984,8 +7984,7 @@ class ParentSync:
         """Apply the parent's packages and new configuration to a transaction on the branch."""
         self._follow_packages(work)
         # The history's times are in seconds: a file of that very second may be older than the branch.
-        since = 0 if self._parted is None else timestamp_of(self._history[self._parted]) + 1
-        self._follow_configuration(work, since)
+        self._follow_configuration(work, timestamp_of(self._history[self._since - 1]) + 1 if self._since else 0)
 
     def fetch(self, work: Transaction) -> None:
         """Download the packages that the branch is to get."""
@@ -8006,17 +8005,17 @@ class ParentSync:
         return origins(self.number, self._history), origins(self.parent, self._history)
 
     @cached_property
-    def _parted(self) -> int | None:
-        """The last line of the history up to which the two were one."""
+    def _since(self) -> int:
+        """The first line of the history after the two parted; 0 if they never were one."""
         ours, theirs = self._origins
-        return next((min(ours[one], theirs[one]) for one in ours if one in theirs), None)
+        return next((min(ours[one], theirs[one]) + 1 for one in ours if one in theirs), 0)
 
     @cached_property
     def _intents(self) -> tuple[PackageIntents, PackageIntents]:
         """What was done to the packages of the branch and of the parent since then."""
-        since = 0 if self._parted is None else self._parted + 1
-        ours, theirs = self._origins
-        return PackageIntents.of(ours, self._history, since, FOLLOWS), PackageIntents.of(theirs, self._history, since)
+        history, (ours, theirs) = self._history, self._origins
+        own = PackageIntents.of(ours, history, self._since, FOLLOWS)
+        return own, PackageIntents.of(theirs, history, self._since)
 
     def _follow_packages(self, work: Transaction) -> None:
         manager, (own, dropped) = self.system.package_manager, self._intents
@@ -8405,10 +8404,8 @@ class Fsck:
         return self._answer(self.system.package_manager.problems, root)
 
     def _writable(self, path: Path, number: int, lock: int | str | None = None) -> Problem:
-        lock = number if lock is None else lock
-        return Problem(
-            f"{path.name} is writable", number, "make it read-only as it is", partial(set_readonly, path), lock
-        )
+        remedy, repair = "make it read-only as it is", partial(set_readonly, path)
+        return Problem(f"{path.name} is writable", number, remedy, repair, number if lock is None else lock)
 
     def _copy(self, number: int, directory: str) -> Iterator[Problem]:
         copy, original = self.layout.copy(directory, number), self.layout.rootfs(number) / directory
@@ -8638,9 +8635,8 @@ class Fsck:
             yield from self._boot_files(deployment)
             yield from self._drift_base(deployment)
         if not deployments.is_grub_cfg_current():
-            yield Problem(
-                "grub.cfg differs from what ash wrote last", None, "write it again", self._write_menu, "deploy"
-            )
+            what = "grub.cfg differs from what ash wrote last"
+            yield Problem(what, None, "write it again", self._write_menu, "deploy")
 
     def _rebuild_menu(self) -> None:
         try:
@@ -9309,7 +9305,7 @@ def cmd_status(system: System, request: Request) -> Reply:
 
 @command(
     "version", group=ITSELF, usage="version", help="print the version and the distribution", needs_system=False,
-    answer={"ash": str, "distro": str},
+    answer=RELEASE_SHAPE,
 )  # fmt: skip
 def cmd_version(request: Request) -> Reply:
     try:
