@@ -2042,7 +2042,7 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
 
 
 class TransientFile(NamedTuple):
-    """A file that exists in a root only while a program runs there."""
+    """A file that exists in a root only while a program runs there in a transaction."""
 
     text: str
     mode: int = 0o644
@@ -2067,8 +2067,7 @@ class PackageManager(Protocol):
     logs: ClassVar[tuple[str, ...]] = ()  # entries of /var that are logs: what was appended is appended
     # Downloaded packages, as glob patterns below /var: complete files that the package manager verifies again.
     downloads: ClassVar[tuple[str, ...]] = ()
-    # Files that exist only while a program runs in a transaction, by their paths from the root.
-    transient: ClassVar[Mapping[str, TransientFile]] = {}
+    transient: ClassVar[Mapping[str, TransientFile]] = {}  # by their paths from the root
     environment: ClassVar[Mapping[str, str]] = {}  # added to that of programs in a transaction
     audit: ClassVar[str] = ""  # the command that reports in full what problems() finds
 
@@ -2155,7 +2154,6 @@ class RepositoryError(PackageError):
 # Shared libraries
 # ---------------------------------------------------------------------------------------------------------------
 
-ELF_MAGIC = b"\x7fELF"
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 LDD_BATCH = 1000  # programs for one run of ldd
 
@@ -2167,7 +2165,7 @@ def programs_below(root: Path, directory: str) -> Iterator[str]:
         status = file.lstat()
         if stat.S_ISREG(status.st_mode) and status.st_mode & 0o111:
             with file.open("rb") as program:
-                if program.read(4) == ELF_MAGIC:
+                if program.read(4) == b"\x7fELF":
                     yield f"{directory}/{path}"
 
 
@@ -2282,7 +2280,6 @@ Persistent=true
 WantedBy=timers.target
 """
 
-
 # In a chroot: makes tools of the init system change files only, instead of failing to reach it.
 INIT_OFFLINE = {"SYSTEMD_OFFLINE": "1"}
 
@@ -2291,11 +2288,8 @@ class Init:
     """An init system, as far as ash depends on it; this class stands for one that ash does not know."""
 
     name: ClassVar[str] = ""
+    program: ClassVar[str] = ""  # a root boots with it if this is there
     enable: ClassVar[Sequence[str]] = ()  # the command that enables a service in a root; the service's name follows
-
-    def is_in(self, root: Path) -> bool:  # noqa: ARG002
-        """Whether a root boots with it."""
-        return False
 
     def is_running(self) -> bool:
         """Whether it is the init system of the running machine."""
@@ -2316,7 +2310,6 @@ class Init:
         """Have the running init system read its files again, and apply new ones that are applied at boot."""
 
     def is_active(self, service: str) -> bool:  # noqa: ARG002
-        """Whether a service runs."""
         return False
 
     def start(self, service: str, check: bool = True) -> None:
@@ -2330,6 +2323,7 @@ class Systemd(Init):
     """systemd: units in the root, services by its own tool."""
 
     name = "systemd"
+    program = "usr/bin/systemctl"
     enable = ("systemctl", "enable")
 
     UNITS: ClassVar[str] = "usr/lib/systemd/system"
@@ -2347,9 +2341,6 @@ class Systemd(Init):
     TMPFILES: ClassVar[str] = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
     START_TIMEOUT: ClassVar[int] = 300  # seconds
     TIMED_OUT: ClassVar[int] = 124  # the exit status of timeout(1)
-
-    def is_in(self, root: Path) -> bool:
-        return path_inside(root, "usr/bin/systemctl").exists()
 
     def is_running(self) -> bool:
         return Path("/run/systemd/system").is_dir()  # as sd_booted(3) does
@@ -2404,10 +2395,8 @@ class OpenRc(Init):
     """OpenRC, as far as profiles enable its services."""
 
     name = "openrc"
+    program = "usr/sbin/openrc"
     enable = ("rc-update", "add")
-
-    def is_in(self, root: Path) -> bool:
-        return path_inside(root, "usr/sbin/openrc").exists()
 
 
 INIT_SYSTEMS: Sequence[Init] = (OpenRc(), Systemd())  # a root with OpenRC may have tools of systemd
@@ -2415,7 +2404,7 @@ INIT_SYSTEMS: Sequence[Init] = (OpenRc(), Systemd())  # a root with OpenRC may h
 
 def init_of(root: Path) -> Init:
     """The init system that a root boots with; one distribution may offer several."""
-    return next((init for init in INIT_SYSTEMS if init.is_in(root)), Init())
+    return next((init for init in INIT_SYSTEMS if path_inside(root, init.program).exists()), Init())
 
 
 def mount_option_after(mount_point: str) -> str:
@@ -2430,14 +2419,11 @@ def schedule_reboot(message: str) -> str:
 
 
 class Services:
-    """Stops and starts services when files of the running system change, and names them in `live`.
-
-    Nothing is done for a system that is not `running` on this machine.
-    """
+    """Stops and starts services when files of the running system change, and names them in `live`."""
 
     def __init__(self, live: LiveResult, running: bool) -> None:
         self.live = live
-        self.running = running
+        self.running = running  # on this machine; else nothing is done
         self.init = next((init for init in INIT_SYSTEMS if running and init.is_running()), Init())
 
     def stop(self, paths: Mapping[str, str]) -> None:
@@ -2475,15 +2461,13 @@ class Services:
 # arm64 calls the image `Image`, some architectures boot an uncompressed vmlinux; `vmlinux-X.gz` is for debuggers.
 KERNEL_IMAGE = r"(?:vmlinu[xz]|Image)-(?!.*\.(?:gz|xz|zst)$)(.+)"
 MODULE_DIRECTORIES = ("usr/lib/modules", "lib/modules")  # the second where /lib is not a symlink
-RESCUE_KERNEL = "0-rescue-"  # Fedora's: its initramfs contains the modules
 
 
 def version_parts(text: str) -> list[tuple[int, int, str]]:
     """A sort key for kernel versions and the like: numbers by value, after letters; `~` before everything."""
     parts = re.findall(r"[0-9]+|[^\W\d_]+|~", text)
-    return [
-        (2, int(part), "") if part.isdecimal() else (-1, 0, "") if part == "~" else (1, 0, part) for part in parts
-    ] + [(0, 0, "")]
+    keys = [(2, int(part), "") if part.isdecimal() else (-1 if part == "~" else 1, 0, part) for part in parts]
+    return [*keys, (0, 0, "")]
 
 
 class Kernel(NamedTuple):
@@ -2496,7 +2480,7 @@ class Kernel(NamedTuple):
 
     @property
     def needs_modules(self) -> bool:
-        return not self.name.startswith(RESCUE_KERNEL)
+        return not self.name.startswith("0-rescue-")  # Fedora's: its initramfs contains them
 
 
 def modules_of(directory: Path, name: str) -> str:
@@ -2557,23 +2541,13 @@ def modules_of_changed_kernels(changed: Container[str], before: Path, after: Pat
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class BootTools(NamedTuple):
-    """GRUB's tools, as a distribution names them."""
+class BootTools:
+    """GRUB's tools, as a distribution names them; with the prefix `grub2` on Fedora and openSUSE."""
 
-    prefix: str = "grub"  # of the tools and of their directory in /boot: `grub2` on Fedora and openSUSE
-
-    @property
-    def mkconfig(self) -> str:
-        return f"{self.prefix}-mkconfig"
-
-    @property
-    def install(self) -> str:
-        return f"{self.prefix}-install"
-
-    @property
-    def directory(self) -> str:
-        """The directory that the tools expect, from the root."""
-        return f"boot/{self.prefix}"
+    def __init__(self, prefix: str = "grub") -> None:
+        self.mkconfig = f"{prefix}-mkconfig"
+        self.install = f"{prefix}-install"
+        self.directory = f"boot/{prefix}"  # which the tools expect, from the root
 
 
 BOOT_CONFIG_SHAPE = {
@@ -2583,6 +2557,7 @@ BOOT_CONFIG_SHAPE = {
 # Sections (by the name of their script) with Linux entries, or with settings that ash makes itself.
 NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
 MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+OWN_OPTION = r"root=.*|ro|rw|rootflags=.*"  # options of the kernel that ash sets
 # The files in /boot that decide what the tools find there: images, initramfs and microcode.
 BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
 # In the messages of mkconfig: another system, as in "Found Windows Boot Manager on ..."; not "Found linux image: ...".
@@ -2599,8 +2574,7 @@ class BootEntry(NamedTuple):
     @property
     def is_usable(self) -> bool:
         """Whether the paths are complete: mkconfig does not quote file names with blanks."""
-        path = re.compile(r"/?[\w.+~@:-]+(/[\w.+~@:-]+)*", re.ASCII)
-        return bool(path.fullmatch(self.kernel))
+        return bool(re.fullmatch(r"(?a)/?[\w.+~@:-]+(/[\w.+~@:-]+)*", self.kernel))
 
     @classmethod
     def in_script(cls, text: str) -> Iterator[BootEntry]:
@@ -2649,28 +2623,17 @@ class BootConfig(NamedTuple):
             raise AshError("there is no kernel that GRUB can boot", "install a kernel package")
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
         foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
-        options, rootflags = cls._split_options(entry.options)
+        words = entry.options.split()
+        flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
+        kernel, *initrds = (path.rpartition("/boot/")[2].lstrip("/") for path in (entry.kernel, *entry.initrds))
         return cls(
-            kernel=cls._in_boot(entry.kernel),
-            initrds=[cls._in_boot(path) for path in entry.initrds],
-            options=options,
-            rootflags=rootflags,
+            kernel,
+            initrds,
+            options=" ".join(word for word in words if not re.fullmatch(OWN_OPTION, word)),
+            rootflags=",".join(flag for flag in flags if not flag.startswith("subvol")),
             header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
             foreign="\n".join(body for body in foreign if "menuentry " in body),
         )
-
-    @staticmethod
-    def _in_boot(path: str) -> str:
-        return path.rpartition("/boot/")[2].lstrip("/")
-
-    @staticmethod
-    def _split_options(options: str) -> tuple[str, str]:
-        """The kernel's options and the flags in rootflags=, without those that ash sets: root=, ro, rw, subvol=."""
-        own = re.compile(r"root=.*|ro|rw|rootflags=.*")
-        words = options.split()
-        flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
-        kept = [word for word in words if not own.fullmatch(word)]
-        return " ".join(kept), ",".join(flag for flag in flags if not flag.startswith("subvol"))
 
 
 def specified_entries(root: Path) -> list[Path]:
@@ -2718,7 +2681,6 @@ def usable_in_header(line: str) -> str:
 
 
 def without_titles(grub_cfg: str) -> str:
-    """A grub.cfg of ash without the titles of its entries."""
     return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
 
 
@@ -2742,8 +2704,7 @@ class Distro:
     make_initramfs: ClassVar[Sequence[str]] = ()  # the command that makes one; the version of the kernel follows
     executable: ClassVar[str] = "usr/bin/ash"  # from the root; elsewhere if another program has that name
     admin_group: ClassVar[str] = "wheel"  # its members may use sudo
-    # Packages that cannot be replaced under a running system, as a pattern: libc, init, the message bus.
-    not_live: ClassVar[str] = "(?!)"
+    not_live: ClassVar[str] = "(?!)"  # matches packages that a running system cannot replace: libc, init, dbus
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -2805,20 +2766,12 @@ class Chroot(NamedTuple):
     resolver: bool = True  # replace resolv.conf with the running system's while a program runs
 
     def run(
-        self,
-        argv: Sequence[str],
-        *,
-        hear: Callable[[bytes], None] | None = None,
-        stdout: int | None = None,
-        stderr: int | None = None,
+        self, argv: Sequence[str], *, hear: Callable[[bytes], None] | None = None, output: Sequence[int] = ()
     ) -> int:
         """Run a program and wait for it; none of its children and no mount outlives it.
 
-        With `hear`, which receives the output in pieces, the program has no input. Otherwise its output goes to the
-        descriptors `stdout` and `stderr`, or to ash's own.
-
-        Returns:
-            its exit status; 128 + the signal number if it was killed.
+        With `hear`, which receives the output in pieces, the program has no input. `output` has descriptors for stdout
+        and stderr, instead of ash's own. Returns the exit status; 128 + the signal number if it was killed.
 
         Raises:
             AshError: the namespaces or mounts could not be created.
@@ -2830,12 +2783,12 @@ class Chroot(NamedTuple):
         sys.stderr.flush()
         problem, problem_in = os.pipe()
         heard, heard_in = os.pipe() if hear else (-1, -1)
-        streams = (heard_in, heard_in) if hear else (stdout, stderr)
+        output = (heard_in, heard_in) if hear else output
         parent = os.getpid()
         supervisor = os.fork()
         if supervisor == 0:
             signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD})  # for sigwait() in _start()
-            self._supervise(argv, parent, problem_in, streams, has_input=not hear)
+            self._supervise(argv, parent, problem_in, output, has_input=not hear)
         os.close(problem_in)
         try:
             if hear:
@@ -2862,7 +2815,7 @@ class Chroot(NamedTuple):
         return os.waitstatus_to_exitcode(status)
 
     def _supervise(
-        self, argv: Sequence[str], parent: int, problem: int, streams: tuple[int | None, int | None], has_input: bool
+        self, argv: Sequence[str], parent: int, problem: int, output: Sequence[int], has_input: bool
     ) -> NoReturn:
         """The child's side of run(): create the namespaces, run the program, clean up."""
         status = OUR_FAILURE_IN_RUN
@@ -2870,15 +2823,14 @@ class Chroot(NamedTuple):
             die_with_parent(parent)
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            for descriptor, ours in enumerate(streams, start=1):
-                if ours is not None:
-                    os.dup2(ours, descriptor)
+            for standard, descriptor in enumerate(output, start=1):
+                os.dup2(descriptor, standard)
             if not has_input:
                 os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
             libc("unshare", CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS)
             mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
             self._mount()
-            with self._transient_files(), self._resolver():
+            with self._transient_files(), self._resolver() if self.resolver else contextlib.nullcontext():
                 status = self._start(argv)
         except AshError as error:
             os.write(problem, error.message.encode(errors="replace"))
@@ -2951,9 +2903,6 @@ class Chroot(NamedTuple):
     @contextmanager
     def _resolver(self) -> Iterator[None]:
         """Make host names resolve inside. Restore the root's resolv.conf afterwards, unless a program edited it."""
-        if not self.resolver:
-            yield
-            return
         path = path_inside(self.root, "etc/resolv.conf")
         if os.path.lexists(path) and not path.is_file():  # do not write to a FIFO or device
             yield
@@ -2993,7 +2942,9 @@ class Chroot(NamedTuple):
             libc("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
             if is_hung_up(alive):
                 os._exit(OUR_FAILURE_IN_RUN)
-            self._mount_proc()
+            proc = path_inside(self.root, "proc")
+            mount("proc", proc, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+            bind(proc / "sys", proc / "sys", readonly=True)
             for number in FATAL_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {STOP, signal.SIGCHLD})
@@ -3009,15 +2960,8 @@ class Chroot(NamedTuple):
         code = os.waitstatus_to_exitcode(status)
         return code if code >= 0 else 128 - code
 
-    def _mount_proc(self) -> None:
-        proc = path_inside(self.root, "proc")
-        mount("proc", proc, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        bind(proc / "sys", proc / "sys", readonly=True)
 
-
-def machine_chroot(
-    root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] | None = None, tell: str = "(?!)"
-) -> str:
+def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] = {}, tell: str = "(?!)") -> str:
     """Run one of GRUB's tools, or the like, chrooted in a writable root and with access to the machine's disks.
 
     Lines on stderr that begin with a match of `tell` are shown to the user. Returns the standard output.
@@ -3027,10 +2971,10 @@ def machine_chroot(
     """
     import tempfile
 
-    chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=list((binds or {}).items()), disks=True, resolver=False)
+    chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=[*binds.items()], disks=True, resolver=False)
     directory = PRIVATE if PRIVATE.is_mount() else None  # do not trust the caller's TMPDIR
     with tempfile.TemporaryFile(dir=directory) as stdout, tempfile.TemporaryFile(dir=directory) as stderr:
-        status = chroot.run(argv, stdout=stdout.fileno(), stderr=stderr.fileno())
+        status = chroot.run(argv, output=[stdout.fileno(), stderr.fileno()])
         stdout.seek(0)
         stderr.seek(0)
         output, errors = (stream.read().decode(errors="replace") for stream in (stdout, stderr))
@@ -3080,8 +3024,7 @@ class AccountFile:
         """The id of each account, by name; an account's first row counts."""
         found: dict[str, int] = {}
         for row in self.rows:
-            number = self.id_of(row)
-            if number is not None:
+            if (number := self.id_of(row)) is not None:
                 found.setdefault(row[0], number)
         return found
 
@@ -3138,10 +3081,7 @@ class Renumbering(NamedTuple):
     unchanged: Container[str] = ()  # the users who keep their primary group
 
     def apply(self, root: Path, directories: Mapping[Path, Path | None]) -> None:
-        """Rewrite the account files of a root, and re-own the files of directories.
-
-        Each directory comes with its original: files that had the same owner there keep it.
-        """
+        """Rewrite a root's account files. Re-own the files of directories, unless the original has the same owner."""
         users, groups = self.moves.get("passwd", {}), self.moves.get("group", {})
         for name in ID_FILES:
             file, wanted = AccountFile.read(root / "etc" / name), self.accounts.get(name, {})
@@ -3165,13 +3105,10 @@ class Renumbering(NamedTuple):
 
 
 class AccountIds:
-    """The registry of ids ever given to an account, by name, for each of ID_FILES.
+    """The registry of ids ever given to an account, by name, for each of ID_FILES."""
 
-    In subuid and subgid, an account's id is the start of its range.
-    """
-
-    def __init__(self, given: Mapping[str, dict[str, int]] | None = None) -> None:
-        self.given = {name: {} for name in ID_FILES} if given is None else given
+    def __init__(self, given: Mapping[str, dict[str, int]] = {}) -> None:
+        self.given = {name: given.get(name, {}) for name in ID_FILES}
 
     @classmethod
     def load(cls, path: Path) -> AccountIds:
@@ -3179,8 +3116,7 @@ class AccountIds:
         if not path.exists():
             return cls()
         try:
-            data = from_json(read_text(path), {f"{name}?": {"*": is_u32} for name in ID_FILES})
-            return cls({name: data.get(name, {}) for name in ID_FILES})
+            return cls(from_json(read_text(path), {f"{name}?": {"*": is_u32} for name in ID_FILES}))
         except ValueError:
             raise AshError(
                 f"the registry of uids and gids {path} is damaged", "ash fsck --repair rebuilds it"
@@ -3254,10 +3190,9 @@ def is_whiteout(path: Path) -> bool:
 
 def is_opaque(path: Path) -> bool:
     """Whether a directory in an overlay's upper directory hides everything in the lower one."""
-    try:
+    with contextlib.suppress(OSError):
         return os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y"
-    except OSError:
-        return False
+    return False
 
 
 def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
@@ -3270,19 +3205,6 @@ def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
             start, end = (int(address, 16) for address in addresses.split("-"))
             links.append(process / "map_files" / f"{start:x}-{end:x}")
     return links
-
-
-def open_inodes() -> set[tuple[int, int]]:
-    """Device and inode number of every file that a process has open or mapped."""
-    found: set[tuple[int, int]] = set()
-    mapped: set[tuple[str, str]] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            opened = [*(process / "fd").iterdir(), *mapped_files(process, mapped)]
-        except OSError:
-            continue  # the process ended
-        found |= {inode for path in opened if (inode := inode_of(path, follow=True))}
-    return found
 
 
 def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
@@ -3306,13 +3228,12 @@ class VarMerge:
     """Merges what a transaction wrote to /var into the live /var."""
 
     def __init__(
-        self, upper: Path, origin: Path, live: Path, package_manager: PackageManager, conflicts: Path,
-        *, delete: Iterable[str],
-    ) -> None:  # fmt: skip
+        self, upper: Path, origin: Path, live: Path, manager: PackageManager, conflicts: Path, *, delete: Iterable[str]
+    ) -> None:
         self.upper = upper  # the overlay's upper directory: the transaction's changes
         self.origin = origin  # /var as it was at the start of the transaction
         self.live = live
-        self.package_manager = package_manager
+        self.manager = manager
         self.conflicts = conflicts  # receives the entries that cannot be merged
         self.delete = delete  # the entries in which deletions are applied; a removed package's data is kept
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
@@ -3336,9 +3257,9 @@ class VarMerge:
             return "aside"
         if is_merged(changed, live):
             return "nothing"
-        if entry in self.package_manager.caches:
+        if entry in self.manager.caches:
             return "newest"
-        if entry in self.package_manager.logs and os.path.lexists(live):
+        if entry in self.manager.logs and os.path.lexists(live):
             return "append"
         if change_token(live) != change_token(self.origin / entry) or is_open(live, self._opened):
             return "aside"
@@ -3395,7 +3316,14 @@ class VarMerge:
 
     @cached_property
     def _opened(self) -> set[tuple[int, int]]:
-        return open_inodes()
+        """Device and inode number of every file that a process has open or mapped."""
+        found: set[tuple[int, int]] = set()
+        mapped: set[tuple[str, str]] = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # the process ended
+                opened = [*(process / "fd").iterdir(), *mapped_files(process, mapped)]
+                found |= {inode for path in opened if (inode := inode_of(path, follow=True))}
+        return found
 
     def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
         """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically."""
@@ -3405,7 +3333,11 @@ class VarMerge:
                 self._delete(theirs)
             elif is_directory(ours):
                 directories.append((ours, theirs))
-                self._place_directory(ours, theirs)
+                if is_directory(theirs):  # restrict it, or create one for root alone, before anything new is in it
+                    copy_directory_attributes(ours, theirs)
+                else:
+                    theirs.unlink(missing_ok=True)
+                    theirs.mkdir(mode=0o700, parents=True)
                 for name in set(os.listdir(theirs)) - set(names) if is_opaque(ours) else ():
                     self._delete(theirs / name)
             else:
@@ -3414,22 +3346,12 @@ class VarMerge:
             copy_directory_attributes(ours, theirs)
 
     def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
-        status = changed.lstat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+        if is_special(changed):
             return
-        if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > status.st_mtime_ns:
+        if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_by_copy(changed, target, self.token)
-
-    @staticmethod
-    def _place_directory(changed: Path, target: Path) -> None:
-        """Create a directory for root alone, or restrict an existing one, before anything new is in it."""
-        if is_directory(target):
-            copy_directory_attributes(changed, target)
-        else:
-            target.unlink(missing_ok=True)
-            target.mkdir(mode=0o700, parents=True)
 
     def _delete(self, live: Path) -> None:
         if not os.path.lexists(live):
@@ -3456,11 +3378,8 @@ class VarMerge:
     @staticmethod
     def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
         known = origin.lstat().st_size if os.path.lexists(origin) else 0
-        ours, log = (
-            os.fdopen(open_regular(changed), "rb"),
-            os.fdopen(open_regular(live, os.O_RDWR | os.O_APPEND), "r+b"),
-        )
-        with ours, log:
+        ours = os.fdopen(open_regular(changed), "rb")
+        with ours, os.fdopen(open_regular(live, os.O_RDWR | os.O_APPEND), "r+b") as log:
             for file in (ours, log):
                 file.seek(min(known, os.fstat(file.fileno()).st_size))
             added = ours.read()
@@ -3489,15 +3408,14 @@ class Change(NamedTuple):
     written: Sequence[str] = ()  # paths in the root that were added or changed; not printed
 
     @classmethod
-    def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str], **more: Any) -> Change:
+    def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str]) -> Change:
         """The change from one set of packages (names and versions) to another."""
         return cls(
             snapshot,
-            changed=more.pop("changed", True),
+            changed=True,
             added={name: after[name] for name in sorted(after.keys() - before.keys())},
             removed={name: before[name] for name in sorted(before.keys() - after.keys())},
             upgraded={n: (old, after[n]) for n, old in sorted(before.items()) if n in after and after[n] != old},
-            **more,
         )
 
     def then(self, later: Change) -> Change:
@@ -3516,11 +3434,9 @@ class Change(NamedTuple):
         )
 
     def packages_changed(self) -> set[str]:
-        """The names of all packages concerned."""
         return {*self.added, *self.removed, *self.upgraded}
 
     def packages(self) -> dict[str, Any]:
-        """The changed packages, as JSON."""
         return {"added": dict(self.added), "removed": dict(self.removed), "upgraded": dict(self.upgraded)}
 
     def summary(self, verb: str = "changed") -> str:
@@ -3555,10 +3471,9 @@ def write_packages(layout: Layout, snapshot: int, packages: Mapping[str, str]) -
 def read_packages(layout: Layout, snapshot: int) -> dict[str, str] | None:
     """The recorded packages of a snapshot; None if there is no record (an older ash wrote none), or it is torn."""
     try:
-        packages: dict[str, str] = from_json(read_text(layout.packages(snapshot)), {"*": str})
+        return dict(from_json(read_text(layout.packages(snapshot)), {"*": str}))
     except (AshError, ValueError):
         return None
-    return packages
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4105,7 +4020,7 @@ class Transaction:
         try:
             found = self._conclude()
             changed = bool(found.paths) or bool(found.entries)
-            change = Change.between(self.snapshot, found.before, found.after, changed=changed)
+            change = Change.between(self.snapshot, found.before, found.after)._replace(changed=changed)
             facts = {"packages": change.packages()}
             caller = self.system.caller if change.changed else None
             if found.paths:
@@ -6905,7 +6820,7 @@ def cmd_chroot(system: System, request: Request) -> Plan:
 def run_in(system: System, number: int, argv: Sequence[str]) -> Change:
     """Run a command in a snapshot; nothing has changed if it fails (CommandFailed)."""
     with Transaction(system, number) as work:
-        status = work.chroot().run(argv, stdout=2 if console.json else None)
+        status = work.chroot().run(argv, output=[2] if console.json else [])
         if status:
             raise CommandFailed(status, f"snapshot {number} is unchanged: the command exited with status {status}")
     return work.change
