@@ -6437,8 +6437,7 @@ def cmd_clone(system: System, request: Request) -> Plan:
 
 @command(
     "clone-tree", "ct", group=TREE, usage="clone-tree [N] [-d TEXT]", help="copy N with all its branches, next to N",
-    changes=True, numbers=1, require=System.require, options=[DESCRIPTION],
-    answer={**COPY_SHAPE, "copies": {"*": int}},
+    changes=True, numbers=1, require=System.require, options=[DESCRIPTION], answer={**COPY_SHAPE, "copies": {"*": int}},
 )  # fmt: skip
 def cmd_clone_tree(system: System, request: Request) -> Plan:
     number, tree = request.snapshot, system.tree()
@@ -6499,8 +6498,7 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
 
 @command(
     "log", "history", group=TREE, usage="log [N]",
-    help="show the history: what was done, when, by whom, with what result",
-    numbers=1, snapshot_optional=True,
+    help="show the history: what was done, when, by whom, with what result", numbers=1, snapshot_optional=True,
     answer={
         "history": [{
             "time": str, "user": int, "command": str, "arguments": [str], "snapshots": [int], "result": str,
@@ -6526,9 +6524,8 @@ def cmd_log(system: System, request: Request) -> Reply:
 
 @command(
     "del", "delete", "rm", "rem", "rm-snapshot", group=TREE, usage="del N...",
-    help="delete N and its branches, after asking",
-    changes=True, numbers=MANY, required=1, several=True, frees_space=True,
-    options=[flag("--nuke", help="also the remains of a damaged snapshot that is not in the tree")],
+    help="delete N and its branches, after asking", changes=True, numbers=MANY, required=1, several=True,
+    frees_space=True, options=[flag("--nuke", help="also the remains of a damaged snapshot that is not in the tree")],
     answer={"snapshots": [int], "changed": bool},
 )  # fmt: skip
 def cmd_del(system: System, request: Request) -> Plan:
@@ -6547,7 +6544,10 @@ CHANGES_MUTABLE = {
 }  # fmt: skip
 
 
-def set_mutable(system: System, number: int, mutable: bool) -> Plan:
+def set_mutable(system: System, request: Request, mutable: bool | None = None) -> Plan:
+    """Make a snapshot mutable or read-only; without `mutable`, what it is not."""
+    number = request.snapshot
+    mutable = not is_mutable(system.layout.rootfs(number)) if mutable is None else mutable
     now = "mutable" if mutable else "read-only"
     yield would(f"make snapshot {number} {now}")
     changed = make_mutable(system, number, mutable)
@@ -6555,25 +6555,15 @@ def set_mutable(system: System, number: int, mutable: bool) -> Plan:
     return Reply({"snapshot": number, "changed": changed, "mutable": mutable}, text)
 
 
-@command(
+command(
     "mutable", "immdis", "immdisable", "disimm", "disableimm", usage="mutable N",
     help="make N, and children made later, writable", **CHANGES_MUTABLE,
-)  # fmt: skip
-def cmd_mutable(system: System, request: Request) -> Plan:
-    return set_mutable(system, request.snapshot, True)
-
-
-@command(
+)(partial(set_mutable, mutable=True))  # fmt: skip
+command(
     "immutable", "immenable", "enimm", "enableimm", usage="immutable N", help="make N read-only again",
     **CHANGES_MUTABLE,
-)  # fmt: skip
-def cmd_immutable(system: System, request: Request) -> Plan:
-    return set_mutable(system, request.snapshot, False)
-
-
-@command("immen", usage="immen N", help="make N mutable, or read-only again if it is", **CHANGES_MUTABLE)
-def cmd_immen(system: System, request: Request) -> Plan:
-    return set_mutable(system, request.snapshot, not is_mutable(system.layout.rootfs(request.snapshot)))
+)(partial(set_mutable, mutable=False))  # fmt: skip
+command("immen", usage="immen N", help="make N mutable, or read-only again if it is", **CHANGES_MUTABLE)(set_mutable)
 
 
 @command(
@@ -6807,8 +6797,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
 
 @command(
     "chroot", "chr", "ch", "cr", group=INSIDE, usage="chroot [N]",
-    help="open a root shell in N; `exit` keeps the changes",
-    changes=True, numbers=1, own_status=True, options=[RESUME],
+    help="open a root shell in N; `exit` keeps the changes", changes=True, numbers=1, own_status=True, options=[RESUME],
 )  # fmt: skip
 def cmd_chroot(system: System, request: Request) -> Plan:
     number = request.snapshot
@@ -6827,9 +6816,8 @@ def run_in(system: System, number: int, argv: Sequence[str]) -> Change:
 
 
 @command(
-    "run", group=INSIDE, usage="run N COMMAND...", help="run one command in N; its exit status decides",
-    changes=True, numbers=1, required=1, require=System.require_changeable, words="command", rest=True,
-    own_status=True, options=[COMMAND], answer={**CHANGE_SHAPE, "status": int},
+    "run", group=INSIDE, usage="run N COMMAND...", help="run one command in N; its exit status decides", **CHANGES_ONE,
+    required=1, words="command", rest=True, own_status=True, options=[COMMAND], answer={**CHANGE_SHAPE, "status": int},
 )  # fmt: skip
 def cmd_run(system: System, request: Request) -> Plan:
     yield would(f"run in snapshot {request.snapshot}: {one_line(' '.join(request.command))}")
@@ -6910,7 +6898,7 @@ def cmd_live_chroot(system: System, request: Request) -> Plan:
 @command(
     "hollow", group=INSIDE, usage="hollow [N]",
     help="open a root shell in N that shows the running system as well, then deploy N",
-    changes=True, numbers=1, require=System.require_changeable, own_status=True, options=[RESUME],
+    **CHANGES_ONE, own_status=True, options=[RESUME],
 )  # fmt: skip
 def cmd_hollow(system: System, request: Request) -> Plan:
     number = request.snapshot
@@ -6948,7 +6936,7 @@ def edit_text(text: str) -> str:
 
 @command(
     "edit-conf", "edit", group=INSIDE, usage="edit-conf [N]", help="edit N's /etc/ash.conf",
-    changes=True, numbers=1, require=System.require_changeable, answer=CHANGE_SHAPE,
+    **CHANGES_ONE, answer=CHANGE_SHAPE,
 )  # fmt: skip
 def cmd_edit_conf(system: System, request: Request) -> Plan:
     number = request.snapshot
@@ -7050,7 +7038,6 @@ def changes_reply(changes: Sequence[Change], live: LiveResult | None = None) -> 
 
 
 def would_change(changes: Sequence[Change]) -> Reply:
-    """The answer of a package command with --dry-run: the result of the package manager's simulation."""
     planned = [{**change_data(change), "download": change.download} for change in changes]
     data = {"changed": False, "dry_run": True, "would": planned}
     return Reply(data, "\n".join(change.summary("would change") for change in changes))
@@ -7067,16 +7054,7 @@ Work = Callable[[Transaction], None]
 def change_snapshot(
     system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
 ) -> Change:
-    """Change a snapshot in a transaction.
-
-    Args:
-        system: the system.
-        number: the snapshot.
-        doing: tells the user what happens: "installing into".
-        work: makes the change.
-        simulate: discard the change at the end.
-        base: allow the base.
-    """
+    """Change a snapshot in a transaction. `doing` tells the user what happens: "installing into"."""
     with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
         work(transaction)
     return transaction.change
@@ -7097,21 +7075,13 @@ def change_live(system: System, doing: str, work: Work) -> LiveResult:
 def goes_live(system: System, request: Request, snapshots: Sequence[int], by_default: bool = True) -> bool:
     """Whether to change the running system too: if the user says so, by default if its own snapshot is changed.
 
-    Raises:
-        AshError: the user says so, and no deployment of the system runs here (REFUSED).
+    Raises AshError (REFUSED) if the user says so and no deployment runs.
     """
     if request.live:
         system.running_slot()
         return not request.dry_run
     runs = isinstance(system.booted, str) and system.current in snapshots
     return by_default and request.live is None and runs and not request.dry_run
-
-
-def require_package_files(packages: Sequence[str]) -> None:
-    """Raise AshError (MISSING) if a package is the path of a file (it has a slash) that does not exist."""
-    for path in [Path(name) for name in packages if "/" in name]:
-        if not path.is_file():
-            raise AshError(f"there is no package file {path}", "", MISSING)
 
 
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
@@ -7130,8 +7100,9 @@ def remove_packages(system: System, number: int, packages: Sequence[str], reques
     return delete_data(system, done) if request.delete_data and done.kept else done
 
 
-def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
-    """Warn about unreachable repositories; raise RepositoryError if `strict`."""
+def refresh(work: Transaction, strict: bool = False) -> None:
+    """Fetch the package lists; warn about unreachable repositories, or raise RepositoryError if `strict`."""
+    missing = work.package_manager.refresh(work)
     if missing and strict:
         hint = "leave out --strict to continue without them"
         raise RepositoryError(f"some repositories cannot be reached: {'; '.join(missing)}", hint)
@@ -7139,20 +7110,8 @@ def warn_of_repositories(missing: Sequence[str], strict: bool) -> None:
         console.say(f"ash: {one_line(one).rstrip('.')}; continuing without it")
 
 
-def refresh(work: Transaction, strict: bool = False) -> None:
-    """Fetch the package lists in a transaction."""
-    warn_of_repositories(work.package_manager.refresh(work), strict)
-
-
 def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
-    """Upgrade all packages in a transaction.
-
-    Args:
-        work: the transaction.
-        fetch: fetch the package lists first; if no repository can be reached, use the present lists.
-        strict: fail if a repository cannot be reached.
-        download_only: only fetch the packages, for a later upgrade.
-    """
+    """Upgrade all packages, or only fetch them; unless `strict`, with the present lists if none can be fetched."""
     try:
         if fetch:
             refresh(work, strict)
@@ -7175,28 +7134,22 @@ def unrecorded(system: System) -> Iterator[None]:
 
 
 def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict[int, AshError | OSError]:
-    """Fetch the package lists for several snapshots, once for all that have the same repositories.
-
-    Returns:
-        the snapshots that cannot be upgraded, and why.
-    """
+    """Fetch the package lists of snapshots, once for equal repositories; returns which cannot be upgraded, and why."""
     failed: dict[int, AshError | OSError] = {}
-    done: set[str] = set()
-    dead: dict[str, RepositoryError] = {}
+    fetched: dict[str, RepositoryError | None] = {}  # by the repositories; None if that went well
     for number in snapshots:
         try:
-            archives = system.package_manager.repositories(system.layout.rootfs(number))
-            if archives not in done and archives not in dead:
+            repositories = system.package_manager.repositories(system.layout.rootfs(number))
+            if repositories not in fetched:
                 with unrecorded(system):
-                    change_snapshot(
-                        system, number, "fetching the package lists of", partial(refresh, strict=strict), base=True
-                    )
-                done.add(archives)
-            elif strict and archives in dead:
-                failed[number] = dead[archives]
+                    work = partial(refresh, strict=strict)
+                    change_snapshot(system, number, "fetching the package lists of", work, base=True)
+                fetched[repositories] = None
+            elif strict and (error := fetched[repositories]):
+                failed[number] = error
         except PackageError as error:
             if isinstance(error, RepositoryError):
-                dead[archives] = error
+                fetched[repositories] = error
             if strict:
                 failed[number] = error
             else:
@@ -7204,12 +7157,6 @@ def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict
         except (AshError, OSError) as error:
             failed[number] = error
     return failed
-
-
-def require_installed(system: System, number: int, packages: Sequence[str]) -> None:
-    """Raise AshError (MISSING) unless a snapshot has all of the packages."""
-    if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
-        raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -7232,11 +7179,7 @@ class Profile:
 
     @classmethod
     def parse(cls, name: str, text: str) -> Profile:
-        """Parse a profile: section names in brackets, one entry a line, `#` begins a comment.
-
-        Raises:
-            AshError: a line stands before the first section, or its section is unknown (USAGE).
-        """
+        """Parse a profile: section names in brackets, one entry a line, `#` begins a comment; AshError (USAGE)."""
         sections: dict[str, list[str]] = {}
         section = ""
         for number, line in enumerate(map(str.strip, lines_of(text)), start=1):
@@ -7252,7 +7195,6 @@ class Profile:
         return cls(name, sections)
 
     def lines(self, section: str) -> Sequence[str]:
-        """The lines of a section; none if the profile does not have it."""
         return self.sections.get(section, ())
 
     @property
@@ -7262,12 +7204,10 @@ class Profile:
 
     @property
     def optional(self) -> list[str]:
-        """The packages that are installed if the repositories have them."""
         return [name for line in self.lines(self.OPTIONAL) for name in line.split()]
 
     @property
     def everything(self) -> list[str]:
-        """All packages of the profile."""
         return [*self.packages, *self.optional]
 
     def install(self, work: Transaction, user: str) -> None:
@@ -7311,14 +7251,12 @@ def profile_files(system: System) -> dict[str, Path]:
 
 def find_profile(system: System, name: str) -> Profile:
     """Find a profile by its name or by the path of its file (with a slash); AshError (MISSING) if it does not exist."""
-    if "/" in name:
-        if not Path(name).is_file():
-            raise AshError(f"there is no profile {name}", "", MISSING)
-        return Profile.parse(name, read_text(Path(name)))
-    files = profile_files(system)
-    if name not in files:
+    path = Path(name) if "/" in name else profile_files(system).get(name)
+    if path is None:
         raise AshError(f"there is no profile {name} for {system.layout.distro}", "ash profiles lists them", MISSING)
-    return Profile.parse(name, read_text(files[name]))
+    if not path.is_file():
+        raise AshError(f"there is no profile {name}", "", MISSING)
+    return Profile.parse(name, read_text(path))
 
 
 def packages_named(system: System, request: Request) -> tuple[list[str], list[str]]:
@@ -7348,9 +7286,7 @@ def install_profile(system: System, request: Request) -> Reply:
         profile.install(work, user)
 
     doing = f"installing {profile.name} into"
-    changes = [
-        change_snapshot(system, number, doing, install, simulate=request.dry_run) for number in request.snapshots
-    ]
+    changes = [change_snapshot(system, n, doing, install, simulate=request.dry_run) for n in request.snapshots]
     reply = package_reply(request, changes, change_live(system, doing, install) if live else None)
     notes = [] if request.dry_run else profile.lines("notes")
     return reply._replace(text="\n".join([reply.text, *notes]))
@@ -7359,7 +7295,7 @@ def install_profile(system: System, request: Request) -> Reply:
 @command(
     "install", "in", group=PACKAGES, usage="install [N] PKG... [--remove PKG...]",
     help="install packages, package files, or a profile; into the booted snapshot and the running system at once",
-    changes=True, numbers=1, several=True, require=System.require_changeable, words="packages",
+    **CHANGES_ONE, several=True, words="packages",
     options=[
         PACKAGE, Option(("--remove",), "remove these in the same transaction", "PKG..."),
         PROFILE, NO_UPGRADE, STRICT, *LIVE,
@@ -7371,7 +7307,9 @@ def cmd_install(system: System, request: Request) -> Reply:
     if request.profile:
         return install_profile(system, request)
     packages = request.packages
-    require_package_files(packages)
+    for file in [name for name in packages if "/" in name]:
+        if not Path(file).is_file():
+            raise AshError(f"there is no package file {file}", "", MISSING)
     live = goes_live(system, request, request.snapshots)
 
     def is_there(root: Path) -> bool:
@@ -7391,14 +7329,11 @@ def cmd_install(system: System, request: Request) -> Reply:
     return package_reply(request, changes, change_live(system, "installing into", install) if live else None)
 
 
-@command(
+command(
     "install-profile", group=PACKAGES, usage="install-profile NAME [N]",
     help="upgrade N, then install a profile's packages and run its commands",
-    changes=True, numbers=1, several=True, require=System.require_changeable, words="profile",
-    options=[NO_UPGRADE, STRICT, *LIVE], answer=CHANGES_SHAPE,
-)  # fmt: skip
-def cmd_install_profile(system: System, request: Request) -> Reply:
-    return install_profile(system, request)
+    **CHANGES_ONE, several=True, words="profile", options=[NO_UPGRADE, STRICT, *LIVE], answer=CHANGES_SHAPE,
+)(install_profile)  # fmt: skip
 
 
 @command(
@@ -7415,27 +7350,25 @@ def cmd_profiles(system: System, request: Request) -> Reply:
 
 @command(
     "remove", "uninstall", "uninst", "unins", "unin", "un", group=PACKAGES, usage="remove [N] PKG...",
-    help="remove packages, and dependencies that are no longer needed",
-    changes=True, numbers=1, several=True, require=System.require_changeable, words="packages",
-    hint="ash remove N PKG removes a package, ash del N deletes a snapshot",
-    options=[PACKAGE, PROFILE, *LIVE, *PURGE], answer=CHANGES_SHAPE,
+    help="remove packages, and dependencies that are no longer needed", **CHANGES_ONE, several=True, words="packages",
+    hint="ash remove N PKG removes a package, ash del N deletes a snapshot", options=[PACKAGE, PROFILE, *LIVE, *PURGE],
+    answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_remove(system: System, request: Request) -> Reply:
     packages, of_profile = packages_named(system, request)
     live = goes_live(system, request, request.snapshots)
-    changes = []
-    for number in request.snapshots:
-        there = installed_of(system, number, of_profile)
-        changes.append(remove_packages(system, number, [*packages, *there], request))
+    changes = [
+        remove_packages(system, number, [*packages, *installed_of(system, number, of_profile)], request)
+        for number in request.snapshots
+    ]
     here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
     work = partial(system.package_manager.remove, packages=here, purge=request.purge)
     return package_reply(request, changes, change_live(system, "removing from", work) if here else None)
 
 
 @command(
-    "upgrade", "up", group=PACKAGES, usage="upgrade [N...]", help="upgrade all packages",
-    changes=True, numbers=MANY, several=True, require=System.require_changeable,
-    options=[DOWNLOAD_ONLY, STRICT, *LIVE], answer=CHANGES_SHAPE,
+    "upgrade", "up", group=PACKAGES, usage="upgrade [N...]", help="upgrade all packages", changes=True, numbers=MANY,
+    several=True, require=System.require_changeable, options=[DOWNLOAD_ONLY, STRICT, *LIVE], answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_upgrade(system: System, request: Request) -> Reply:
     snapshots = request.snapshots
@@ -7452,37 +7385,25 @@ def cmd_upgrade(system: System, request: Request) -> Reply:
     return package_reply(request, changes, change_live(system, "upgrading", again) if live else None)
 
 
+HOLDS: Mapping[str, Any] = {
+    **CHANGES_ONE, "group": PACKAGES, "words": "packages", "options": [PACKAGE], "answer": CHANGES_SHAPE,
+}  # fmt: skip
+
+
 def hold(system: System, request: Request, held: bool) -> Plan:
     """Hold packages of a snapshot at their versions, or unhold them."""
     number, packages = request.snapshot, request.packages
-    require_installed(system, number, packages)
-    doing, done_so = ("hold", "held") if held else ("unhold", "no longer held")
-    yield would(f"{doing} in snapshot {number}: {listed(packages)}")
-    done = change_snapshot(
-        system, number, "holding packages of", partial(system.package_manager.hold, packages=packages, held=held)
-    )
-    text = (
-        f"snapshot {number}: {listed(packages)} {done_so}" if done.changed else f"snapshot {number}: nothing to change"
-    )
-    return changes_reply([done])._replace(text=text)
+    if lacking := sorted({*packages} - {*installed_of(system, number, packages)}):
+        raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
+    yield would(f"{'hold' if held else 'unhold'} in snapshot {number}: {listed(packages)}")
+    work = partial(system.package_manager.hold, packages=packages, held=held)
+    done = change_snapshot(system, number, "holding packages of", work)
+    text = f"{listed(packages)} {'held' if held else 'no longer held'}" if done.changed else "nothing to change"
+    return changes_reply([done])._replace(text=f"snapshot {number}: {text}")
 
 
-@command(
-    "hold", group=PACKAGES, usage="hold N PKG...", help="hold packages at their versions",
-    changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
-    answer=CHANGES_SHAPE,
-)  # fmt: skip
-def cmd_hold(system: System, request: Request) -> Plan:
-    return hold(system, request, True)
-
-
-@command(
-    "unhold", group=PACKAGES, usage="unhold N PKG...", help="no longer hold packages",
-    changes=True, numbers=1, require=System.require_changeable, words="packages", options=[PACKAGE],
-    answer=CHANGES_SHAPE,
-)  # fmt: skip
-def cmd_unhold(system: System, request: Request) -> Plan:
-    return hold(system, request, False)
+command("hold", usage="hold N PKG...", help="hold packages at their versions", **HOLDS)(partial(hold, held=True))
+command("unhold", usage="unhold N PKG...", help="no longer hold packages", **HOLDS)(partial(hold, held=False))
 
 
 @command(
@@ -7507,14 +7428,9 @@ def cmd_refresh(system: System, request: Request) -> Plan:
     snapshots = request.snapshots
     yield would(f"update the package lists of {listed(snapshots)}")
     work = partial(refresh, strict=request.strict)
-    changes = [
-        change_snapshot(system, number, "fetching the package lists of", work, base=True) for number in snapshots
-    ]
-    text = (
-        f"updated the package lists of {listed(snapshots)}"
-        if any(c.changed for c in changes)
-        else "no new package lists"
-    )
+    changes = [change_snapshot(system, n, "fetching the package lists of", work, base=True) for n in snapshots]
+    is_new = any(change.changed for change in changes)
+    text = f"updated the package lists of {listed(snapshots)}" if is_new else "no new package lists"
     return changes_reply(changes)._replace(text=text)
 
 
