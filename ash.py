@@ -111,9 +111,7 @@ class AshError(Exception):
 
     def __init__(self, message: str, hint: str = "", status: int = FAILED) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.status = status
+        self.message, self.hint, self.status = message, hint, status
 
 
 def reason(error: BaseException) -> str:
@@ -303,7 +301,6 @@ def mount(source: str | Path, target: Path, kind: str = "", flags: int = 0, data
 
 
 def bind(source: Path, target: Path, readonly: bool = False) -> None:
-    """Bind-mount a file or directory."""
     mount(source, target, flags=MS_BIND)
     if readonly:
         mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
@@ -498,10 +495,7 @@ def walk(*roots: Path) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
 
 
 def change_token(path: Path) -> list[tuple[str, int, float]]:
-    """A value that changes with anything below a path: names, inodes and ctimes, which btrfs snapshots keep.
-
-    The token of a tree that is too deep to walk never compares equal (it contains NaN).
-    """
+    """A value that changes with anything below a path: names, inodes and ctimes, which btrfs snapshots keep."""
     found: list[tuple[str, int, float]] = []
     todo = [os.fspath(path)]
     while todo:
@@ -510,7 +504,8 @@ def change_token(path: Path) -> list[tuple[str, int, float]]:
         try:
             status = os.lstat(inside)
         except OSError as error:
-            found += [(name, 0, float("nan"))] if error.errno == errno.ENAMETOOLONG else []
+            if error.errno == errno.ENAMETOOLONG:  # too deep to walk: never equal
+                found.append((name, 0, float("nan")))
             continue
         found.append((name, status.st_ino, status.st_ctime_ns))
         if stat.S_ISDIR(status.st_mode):
@@ -538,9 +533,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 @contextmanager
-def open_descriptor(path: Path, flags: int = os.O_NOFOLLOW | os.O_NONBLOCK) -> Iterator[int]:
-    """Open a file or directory for reading; by default OSError if it is a symlink (by now)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+def open_descriptor(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) -> Iterator[int]:
+    """Open a file or directory, by default for reading, with an OSError if it is a symlink (by now)."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:
@@ -580,28 +575,15 @@ def same_content(one: Path, other: Path) -> bool:
     return False
 
 
-def extended_attributes(file: Path | int) -> dict[str, bytes]:
-    """Extended attributes of a path (not followed) or descriptor: ACLs and file capabilities; not overlayfs's own."""
-    follow = isinstance(file, int)
-    names = [n for n in os.listxattr(file, follow_symlinks=follow) if not n.startswith("trusted.overlay.")]
-    return {name: os.getxattr(file, name, follow_symlinks=follow) for name in names}
-
-
-def is_same(one: Path, other: Path, *, trust_mtime: bool = True, xattrs: bool = False) -> bool:
+def is_same(one: Path, other: Path, *, trust_mtime: bool = True) -> bool:
     """Compare type, mode, owner, content and symlink target of two paths, not what is below them.
 
-    Two missing paths are the same.
-
-    Args:
-        trust_mtime: take two files of the same size and mtime for the same, without reading them.
-        xattrs: whether extended attributes count too, that is ACLs and file capabilities.
+    Two missing paths are the same; with `trust_mtime` so are two files of the same size and mtime, without being read.
     """
     a, b = status_of(one), status_of(other)
     if a is None or b is None:
         return a is b
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
-        return False
-    if xattrs and extended_attributes(one) != extended_attributes(other):
         return False
     if stat.S_ISLNK(a.st_mode):
         return os.readlink(one) == os.readlink(other)
@@ -638,14 +620,13 @@ def copy_content(old: BinaryIO, new: BinaryIO) -> None:
 
 
 def copy_attributes(source: int, target: int) -> None:
-    """Copy owner, extended attributes, mode and times between open files or directories.
-
-    ACLs come before the mode: chmod would widen the group's access before the mask is set.
-    """
+    """Copy owner, extended attributes (not overlayfs's own), mode and times between open files or directories."""
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
-    for name, value in extended_attributes(source).items():
-        os.setxattr(target, name, value)
+    # ACLs come before the mode: chmod would widen the group's access before the mask is set.
+    for name in os.listxattr(source):
+        if not name.startswith("trusted.overlay."):
+            os.setxattr(target, name, os.getxattr(source, name))
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -749,10 +730,7 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
 
 
 def replace_by_copy(source: Path, target: Path, token: str = "") -> None:
-    """Replace a path atomically by a copy of a file, or of a directory without its contents.
-
-    If both are directories, only the attributes are copied. `token` is that of replace().
-    """
+    """Replace a path atomically by a copy of a file, or of a directory without its contents. `token`: see replace()."""
     if is_directory(source) and is_directory(target):
         remove_tree(temporary_name(target, token))  # of an interrupted call
         copy_directory_attributes(source, target)
@@ -853,7 +831,6 @@ def mounts() -> list[Mount]:
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that a path is on."""
     where = str(path.resolve())
     above = [m for m in mounts() if m.target in ("/", where) or where.startswith(m.target + "/")]
     return max(reversed(above), key=lambda mount: len(mount.target))  # of several on one directory, the newest
@@ -876,9 +853,7 @@ class Layout:
     SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
 
     def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
-        self.snapshots = snapshots
-        self.distro = distro
-        self.top = top
+        self.snapshots, self.distro, self.top = snapshots, distro, top
         self.lost_found = snapshots / "lost+found"  # what fsck removed: on the same file system, so a rename is enough
         self.ash = ash = snapshots / "ash"
         self.executable, self.new_executable, self.old_executable = ash / "ash", ash / "ash.new", ash / "ash.old"
@@ -895,7 +870,6 @@ class Layout:
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
-        """The layout of a distribution on the file system whose top level is mounted at `top`."""
         return cls(top / f"@.snapshots_{distro}", distro, top)
 
     def volume_name(self, prefix: str) -> str:
@@ -977,7 +951,6 @@ def in_database(name: str) -> str:
 
 
 def is_mutable(root: Path) -> bool:
-    """Whether a root was made mutable."""
     return os.path.lexists(place_inside(root, IN_ROOT_MUTABLE))
 
 
@@ -1114,9 +1087,7 @@ class Lock:
     UNSIGNED: ClassVar = 0.2  # seconds in which a new holder writes its name, and a process that only tests it lets go
 
     def __init__(self, path: Path, what: str, wait: float = 0) -> None:
-        self.path = path
-        self.what = what
-        self.wait = wait
+        self.path, self.what, self.wait = path, what, wait
         self.descriptor = -1
 
     def __enter__(self) -> Self:
@@ -1124,8 +1095,8 @@ class Lock:
         while not self._take():
             late, holder = time.monotonic() - give_up, self._holder()
             if late >= (0 if holder else self.UNSIGNED):
-                by = holder or "another ash"
-                raise AshError(f"{self.what} is locked by {by}", "--wait SECONDS waits for it", LOCKED)
+                message = f"{self.what} is locked by {holder or 'another ash'}"
+                raise AshError(message, "--wait SECONDS waits for it", LOCKED)
             time.sleep(0.05)
         command = one_line(" ".join(["ash", *sys.argv[1:]]))
         with contextlib.suppress(OSError):  # the lock does not depend on its text: the disk may be full
@@ -1341,10 +1312,8 @@ class Configuration:
         "auto_upgrade": ("none|check|stage|deploy|reboot", "none, check, stage, deploy or reboot"),
         "auto_upgrade_base": SWITCH,
         "auto_upgrade_window": (r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", "times such as 02:00-05:00"),
-        "mutable_dirs": ANYTHING,
-        "mutable_dirs_shared": ANYTHING,
-        "upself": ANYTHING,
-    }
+        "mutable_dirs": ANYTHING, "mutable_dirs_shared": ANYTHING, "upself": ANYTHING,
+    }  # fmt: skip
 
     def __init__(self, values: Mapping[str, str]) -> None:
         self.values = values
@@ -1367,7 +1336,6 @@ class Configuration:
         return cls(values)
 
     def is_on(self, key: str) -> bool:
-        """Whether a switch is set to True."""
         return self.values.get(key, "").lower() == "true"
 
     def paths(self, key: str) -> list[str]:
@@ -1378,10 +1346,7 @@ class Configuration:
 
 
 def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
-    """The mutable directories that a root's ash.conf names: where each is stored, and where it is mounted.
-
-    The former are relative to @.snapshots_D (the paths are AshOS's), the latter to the root.
-    """
+    """A root's mutable directories: where each is stored below @.snapshots_D (AshOS's paths), its path in the root."""
     path = path_inside(root, "etc/ash.conf")
     conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
     own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
@@ -1496,13 +1461,11 @@ def tree_from_history(numbers: Iterable[int], history: Iterable[Mapping[str, Any
 
 
 def recorded_description(number: int, history: Sequence[Mapping[str, Any]]) -> str:
-    """The last description of a snapshot that the history has; empty if the history does not know the snapshot.
-
-    An older ash recorded the descriptions that `desc` gave, but not those that snapshots were created with.
-    """
+    """The last description of a snapshot that the history has; empty if the history does not know the snapshot."""
     own = [entry for entry in history if entry.get("result") == "done" and entry.get("snapshot") == number]
     if given := [entry["description"] for entry in own if is_line(entry.get("description"))]:
         return str(given[-1])
+    # An older ash recorded the descriptions that `desc` gave, but not those that snapshots were created with.
     return next((f"copy of {original}" for new, original, _ in births(history) if new == number), "")
 
 
@@ -1614,7 +1577,6 @@ def is_writable(path: Path) -> bool:
 
 
 def create_subvolume(path: Path) -> None:
-    """Create an empty, writable subvolume."""
     about_to(f"create {path.name}")
     try:
         ask_btrfs(path.parent, BTRFS_IOC_SUBVOL_CREATE_V2, VOLUME_ARGUMENTS.pack(0, 0, os.fsencode(path.name)))
@@ -1635,7 +1597,6 @@ def snapshot_subvolume(source: Path, target: Path, readonly: bool = False) -> No
 
 
 def set_readonly(path: Path, readonly: bool = True) -> None:
-    """Make a subvolume read-only, or writable."""
     about_to(f"make {path.name} {'read-only' if readonly else 'writable'}")
     ask_btrfs(path, BTRFS_IOC_SUBVOL_SETFLAGS, struct.pack("=Q", BTRFS_SUBVOL_RDONLY if readonly else 0))
 
@@ -1647,7 +1608,6 @@ def sync_filesystem(path: Path) -> None:
 
 
 def subvolumes_in_use() -> set[int]:
-    """The ids of all subvolumes that are mounted somewhere."""
     return {m.subvolume for m in mounts() if m.subvolume is not None}
 
 
@@ -1954,38 +1914,27 @@ def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
     file = os.fstat(disk)
     for entry in Path("/sys/block").glob("loop*/loop"):  # exists while the device is attached
         device = Path("/dev", entry.parent.name)
-        with contextlib.suppress(OSError):  # detached meanwhile
-            loop = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                info = LOOP_INFO.unpack(fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(LOOP_INFO.size)))
-            except OSError:
-                info = (0,) * 6
-            if info[:2] == (file.st_dev, file.st_ino) and info[3:5] == place:
-                return loop
-            os.close(loop)
+        with contextlib.suppress(OSError), open_descriptor(device, os.O_RDONLY) as loop:  # it was detached meanwhile
+            info = LOOP_INFO.unpack(fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(LOOP_INFO.size)))
             if info[:2] == (file.st_dev, file.st_ino):
+                if info[3:5] == place:
+                    return os.dup(loop)
                 raise AshError(f"{image} is attached as {device}", f"losetup --detach {device}", LOCKED)
     return -1
 
 
 def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int:
-    """Attach a part of an open file (size 0: to its end) to a new loop device, and open that.
-
-    LOOP_CONFIGURE (Linux 5.8) sets autoclear in the same step, so that not even SIGKILL leaves a device behind.
-    """
+    """Attach a part of an open file (size 0: to its end) to a new loop device, and open that."""
     give_up = time.monotonic() + 10
     while True:
         try:
             with Path("/dev/loop-control").open("rb") as control:
                 number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
-            loop = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC)
-            try:
+            with open_descriptor(Path(f"/dev/loop{number}"), os.O_RDWR) as loop:
+                # Autoclear is set in the same step (Linux 5.8), so that not even SIGKILL leaves a device behind.
                 info = LOOP_INFO.pack(0, 0, 0, offset, size, LO_FLAGS_AUTOCLEAR)
                 fcntl.ioctl(loop, LOOP_CONFIGURE, struct.pack("=II", disk, 0) + info + bytes(64))
-                return loop
-            except OSError:
-                os.close(loop)
-                raise
+                return os.dup(loop)
         except OSError as error:
             if error.errno != errno.EBUSY or time.monotonic() > give_up:  # EBUSY: another process took the device
                 raise AshError(f"cannot attach {image}: {error.strerror}", "modprobe loop") from error
@@ -1993,15 +1942,12 @@ def open_new_loop(disk: int, image: Path, offset: int = 0, size: int = 0) -> int
 
 def lock_first_byte(descriptor: int, image: Path) -> None:
     """Wait until no other ash is attaching the image: normally milliseconds, at most ten seconds."""
-    give_up = time.monotonic() + 10
-    while True:
-        try:
+    for _ in range(1000):
+        with contextlib.suppress(OSError):
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
             return
-        except OSError:
-            if time.monotonic() > give_up:
-                raise AshError(f"{image} is locked by another program", "", LOCKED) from None
         time.sleep(0.01)
+    raise AshError(f"{image} is locked by another program", "", LOCKED)
 
 
 def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
