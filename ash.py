@@ -238,11 +238,9 @@ def run(
     """Run a program and capture its output.
 
     Args:
-        argv: the program and its arguments; never a shell command line.
         check: raise AshError if the exit status is not in `ok`; the message ends with the last lines of the output.
         input: text for stdin, which is /dev/null if None.
         env: the complete environment; if None, clean_environment() in the C locale.
-        ok: exit statuses that count as success.
     """
     import subprocess
 
@@ -862,11 +860,9 @@ class Layout:
         self.tree, self.last, self.part = ash / "fstree", ash / "last", ash / "part"
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
-        self.reserve = ash / "reserve"
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
-        self.profiles = ash / "profiles"
         self.help = ash / "help"  # man page, completions and command table, rendered by the installer
-        self.home_root = ash / "root"
+        self.reserve, self.profiles, self.home_root = ash / "reserve", ash / "profiles", ash / "root"
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
@@ -939,10 +935,8 @@ class Layout:
 
 
 # Relative to a root file system.
-IN_ROOT_DB = "usr/share/ash/db"
-IN_ROOT_SNAP = "usr/share/ash/snap"
+IN_ROOT_DB, IN_ROOT_SNAP, IN_ROOT_MUTABLE = "usr/share/ash/db", "usr/share/ash/snap", "usr/share/ash/mutable"
 IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
-IN_ROOT_MUTABLE = "usr/share/ash/mutable"
 
 
 def in_database(name: str) -> str:
@@ -1248,8 +1242,7 @@ class Tree:
 
     def branch(self, snapshot: int) -> list[int]:
         """A snapshot and all its descendants, parents first."""
-        node = self._node(snapshot)
-        return [snapshot, *(descendant.name for descendant in node.descendants)]
+        return [snapshot, *(descendant.name for descendant in self._node(snapshot).descendants)]
 
     def parent(self, snapshot: int) -> int | None:
         """The parent's number; None for a top-level snapshot."""
