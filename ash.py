@@ -8659,19 +8659,25 @@ class AutoUpgrade:
     def _upgrade(self) -> Reply:
         system, number, last = self.system, self.number, last_upgrade(self.system)
         problems = self._problems()
-        record_upgrade(system, FAILED, f"the upgrade of snapshot {number} was interrupted")  # overwritten at the end
+        interrupted = f"the upgrade of snapshot {number} was interrupted"
+        record_upgrade(system, FAILED, interrupted)  # overwritten at the end
         try:
             done = self._change(number)
             if self.kept is not None:
                 return self._finish(done, done.summary(), problems)
             done = done._replace(changed=False)  # only package lists were fetched
             up_to_date = f"snapshot {number} is up to date"
-            if last and last["failed"]:  # then it may be upgraded, but not deployed
+            if last and last["message"] == interrupted and not self._is_deployed():
                 return self._finish(done, up_to_date, problems)
             return changes_reply([done])._replace(text=up_to_date)
         finally:
             if self.kept is not None and self._root_id() == self.original:  # nobody needs the copy
                 system.with_reserve(partial(delete_snapshots, system, [self.kept]))
+
+    def _is_deployed(self) -> bool:
+        """Whether a deployment was made of the snapshot as it is now, be it the default or not."""
+        deployed = {(one.snapshot, one.source) for one in self.system.menu().deployments.values()}
+        return (self.number, self._root_id()) in deployed
 
     def _finish(self, done: Change, text: str, problems: set[str]) -> Reply:
         """Check and deploy the snapshot; undo the upgrade if either fails. `problems` were there before it."""

@@ -123,7 +123,7 @@ def opens_itself(machine: Machine) -> None:
     said(machine, "ash fsck --repair && ! findmnt /.snapshots/rootfs/snapshot-2/mnt")
 
     menu = said(machine, "cat /.snapshots/ash/menu")
-    refused(machine, "printf 'touch /etc/dropped\\nexit 3\\n' | ash hollow 3", "snapshot 3 is as it was")
+    refused(machine, "printf 'touch /etc/dropped\\nexit 3\\n' | ash hollow 3", "snapshot 3 is unchanged")
     said(machine, "(sleep 600 | ash hollow 3) > /dev/null 2>&1 & sleep 3")
     refused(machine, "ash hollow 3 < /dev/null", "locked by pid")
     said(machine, "pkill -9 -f 'sys.argv.*hollow'; pkill sleep; sleep 1; ash tmp")

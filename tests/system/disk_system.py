@@ -112,7 +112,9 @@ class System(Disk):
         found, ours, device = [], os.readlink("/proc/self/ns/mnt"), self._device()
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                mounted = {line.split()[2] for line in (process / "mountinfo").read_text(errors="replace").splitlines()}
+                # While the process mounts or unmounts something, a line may be cut short.
+                lines = (process / "mountinfo").read_text(errors="replace").splitlines()
+                mounted = {words[2] for words in map(str.split, lines) if len(words) > 2}
                 if os.readlink(process / "ns/mnt") != ours and device in mounted:
                     found.append(int(process.name))
         return sorted(found)

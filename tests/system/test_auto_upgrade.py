@@ -216,6 +216,18 @@ def test_the_run_after_an_interrupted_one_deploys(system: System, snapshot: int,
     system.is_sound()
 
 
+def test_a_failed_run_does_not_take_back_a_later_deploy(system: System, snapshot: int, archive: Archive) -> None:
+    configure(system)
+    upgrade(system, snapshot, archive)
+    system.shell(snapshot, "echo 'deb http://localhost:9 none main' >/etc/apt/sources.list.d/gone.list")
+    system.ash("auto-upgrade", snapshot, "--strict", status=FAILED)
+    system.shell(snapshot, "rm /etc/apt/sources.list.d/gone.list")
+    other = system.clone(snapshot)
+    system.ash("deploy", other)
+    upgrade(system, snapshot, archive)
+    assert system.ash("--json", "status").json["next"]["snapshot"] == other
+
+
 @pytest.mark.parametrize("name", ["fstree", "history"])
 def test_a_wrong_clock_stops_it(system: System, snapshot: int, archive: Archive, name: str) -> None:
     configure(system)

@@ -79,7 +79,7 @@ def test_packages_of_a_tree_can_be_downloaded_in_advance(system: System, old: in
     assert "upgraded" in system.ash("--json", "--dry-run", "tree-upgrade", root, "--download-only").stdout
     system.shell(below, use_only("http://127.0.0.2:9"))
     outcome = system.ash("tree-upgrade", root, "--download-only", "--strict", status=FAILED)
-    assert "is fetched" not in outcome.stdout
+    assert "fetched the packages" not in outcome.stdout
 
 
 def test_the_packages_of_a_profile_are_removed_from_a_tree(system: System, old: int, tmp_path: Path) -> None:
