@@ -3515,7 +3515,6 @@ class Birth(NamedTuple):
         place.drop()
 
     def record(self, place: WorkDir, again: bool = False) -> None:
-        """Write the history's line."""
         facts = {"from": self.source, "parent": self.parent, "description": self.description}
         place.record(self.caller, {"id": self.id, **facts}, {self.source, place.snapshot}, again)
 
@@ -4010,7 +4009,8 @@ class Transaction:
         set_readonly(self.root)
         paths = self._changed_paths()
         entries = self.place.var_merge().entries()
-        before, after = self._packages(paths)
+        touched = any(path.startswith(IN_ROOT_DB) for path in paths)
+        before, after = (self.package_manager.installed(root) if touched else {} for root in (self.original, self.root))
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
         return Delta(paths, before, after, entries, delete)
 
@@ -4087,12 +4087,6 @@ class Transaction:
             if self.package_manager.claims(after, entry)
             and not self.package_manager.claims(before, entry) - self.package_manager.claims(after, entry)
         ]
-
-    def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The packages before and after, if the database was changed."""
-        if not any(path.startswith(IN_ROOT_DB) for path in paths):
-            return {}, {}
-        return self.package_manager.installed(self.original), self.package_manager.installed(self.root)
 
     def _refuse_foreign_writes(self) -> None:
         """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
@@ -4254,36 +4248,24 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
 
 
 class EtcMerge:
-    """Carries changes made to a running /etc over into another one.
+    """Carries the changes made to a running /etc, which was once as in `base`, over into another one.
 
     Args:
-        base: the /etc that the running deployment started with.
-        running: its /etc now.
-        target: the /etc to carry the changes into.
         conflicts: the directory for running versions of files that both sides changed.
         own_fstab: renders the target's fstab with the user's lines of the given text.
-        identity: whether to carry the machine id and the host keys too.
-        keep_conflicts: whether to write anything to `conflicts`.
     """
 
+    identity = True  # whether to carry the machine id and the host keys too
+    keep_conflicts = True  # whether to write anything to `conflicts`
+
     def __init__(
-        self,
-        base: Path,
-        running: Path,
-        target: Path,
-        conflicts: Path,
-        own_fstab: Callable[[str], str],
-        *,
-        identity: bool = True,
-        keep_conflicts: bool = True,
+        self, base: Path, running: Path, target: Path, conflicts: Path, own_fstab: Callable[[str], str]
     ) -> None:
         self.base = base
         self.running = running
         self.target = target
         self.conflicts = conflicts
         self.own_fstab = own_fstab
-        self.identity = identity
-        self.keep_conflicts = keep_conflicts
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
 
@@ -4581,7 +4563,6 @@ class Deployments:
         self,
         layout: Layout,
         distro: Distro,
-        menu: Menu,
         uuid: str,
         *,
         booted: str | None,
@@ -4590,7 +4571,7 @@ class Deployments:
     ) -> None:
         self.layout = layout
         self.distro = distro
-        self.menu = menu
+        self.menu = Menu.load(layout.menu)
         self.uuid = uuid
         self.booted = booted
         self.describe = describe
@@ -4667,15 +4648,12 @@ class Deployments:
                 path_inside(new, seen).mkdir(parents=True, exist_ok=True)
                 where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
                 fstab.write(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0\n")
-        grub = layout.grub_cfg.parent
-        grub.mkdir(exist_ok=True)
+        layout.grub_cfg.parent.mkdir(exist_ok=True)
         try:
-            inputs, config = self._boot_config(new, self.menu)
+            deployment = self._deployment_in(new, slot, os.urandom(8).hex(), snapshot, source)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
-        name = os_release(new, "NAME") or layout.distro
-        deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config, is_mutable(new))
         return self._carry_etc(deployment, new / "etc", state, fresh_etc) if self.running else deployment
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
@@ -4719,10 +4697,7 @@ class Deployments:
             which: the snapshot or slot that `target` belongs to, for its fstab.
         """
         layout = self.layout
-
-        def own_fstab(text: str) -> str:
-            return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
-
+        own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
         return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
@@ -4828,9 +4803,12 @@ class Deployments:
         ids = {slot: ident for ident, slot in of_id.items()}
         named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', self._grub_cfg())}
         for slot in (*SLOTS, *SECONDARY_SLOTS):
-            if slot not in self.menu.deployments and (self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file():
+            root, ident = self.layout.rootfs(slot), ids.get(slot) or os.urandom(8).hex()
+            if slot not in self.menu.deployments and (root / IN_ROOT_SNAP).is_file():
                 with contextlib.suppress(AshError):  # it cannot be booted
-                    self.menu.deployments[slot] = self._deployment_in(slot, ids.get(slot) or os.urandom(8).hex())
+                    number = snapshot_of_slot(self.layout, slot)
+                    source = 0  # the id of the snapshot's subvolume then, which is lost
+                    self.menu.deployments[slot] = self._deployment_in(root, slot, ident, number, source)
         before = (self.booted, self.menu.last_booted, named.get("fallback"))
         wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
         there = [slot for slot in wanted if slot and slot in self.menu.deployments]
@@ -4840,12 +4818,10 @@ class Deployments:
         self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
         self.write_menu()
 
-    def _deployment_in(self, slot: str, ident: str) -> Deployment:
-        """The menu's record of an existing slot, without the subvolume id of its snapshot, which is lost."""
-        root = self.layout.rootfs(slot)
+    def _deployment_in(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
         inputs, config = self._boot_config(root, self.menu)
         name = os_release(root, "NAME") or self.layout.distro
-        return Deployment(slot, ident, snapshot_of_slot(self.layout, slot), 0, name, inputs, config, is_mutable(root))
+        return Deployment(slot, ident, snapshot, source, name, inputs, config, is_mutable(root))
 
     def _boot_config(self, root: Path, menu: Menu) -> tuple[str, BootConfig]:
         return boot_config(root, menu, self.layout.grub_cfg.parent, self.distro.boot_tools)
@@ -4867,7 +4843,6 @@ class Deployments:
 
 
 def require_root(doing: str) -> None:
-    """Raise AshError unless ash runs as root."""
     if os.geteuid() != 0:
         raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
 
@@ -4954,7 +4929,6 @@ class System:
 
     @property
     def uuid(self) -> str:
-        """The UUID of the root file system."""
         uuid = read_text(self.layout.part).strip()
         if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
             raise AshError(f"{self.layout.part} must contain the UUID of the root file system", "blkid")
@@ -4978,7 +4952,6 @@ class System:
         return Deployments(
             self.layout,
             self.distro,
-            self.menu(),
             self.uuid,
             booted=self.booted_slot,
             describe=self.describe,
@@ -5068,7 +5041,6 @@ class System:
 
     @contextmanager
     def deploying(self) -> Iterator[Deployments]:
-        """The deployments, with the lock "deploy" held in the block."""
         with self.lock("deploy"):
             yield self.deployments()
 
@@ -5094,7 +5066,6 @@ class System:
         return number
 
     def free_reserve(self) -> None:
-        """Release the emergency reserve."""
         self.layout.reserve.unlink(missing_ok=True)
         sync_filesystem(self.layout.snapshots)
 
@@ -5182,18 +5153,16 @@ def new_snapshot(
 def new_copy(system: System, snapshot: int, description: str, parent: int | None) -> Iterator[int]:
     """new_snapshot() of another snapshot; one that is being changed is copied as it was before."""
     system.require(snapshot)
-    root = system.layout.rootfs(snapshot)
+    copy = partial(new_snapshot, system, system.layout.rootfs(snapshot), description, snapshot, parent)
     with ExitStack() as stack:
         try:
             with system.lock(snapshot):
-                system.workdir(snapshot).recover(system.tree(), drop_kept=False)
-                number = stack.enter_context(
-                    new_snapshot(system, root, description, snapshot, parent, copies_of=snapshot)
-                )
+                system.workdir(snapshot).recover(system.tree())
+                number = stack.enter_context(copy(copies_of=snapshot))
         except AshError as error:
             if error.status not in (LOCKED, REFUSED):
                 raise
-            number = stack.enter_context(new_snapshot(system, root, description, snapshot, parent))
+            number = stack.enter_context(copy())
         yield number
 
 
@@ -5238,9 +5207,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
             require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
             raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
-        change = Change.between(
-            snapshot, system.package_manager.installed(now), system.package_manager.installed(before)
-        )
+        change = Change.between(snapshot, *map(system.package_manager.installed, (now, before)))
         facts = {"packages": change.packages()}
         intent = place.swap(before, Commit(copies=["boot", "etc"], facts=facts, caller=system.caller))
         system.with_reserve(partial(place.finish, intent, again=True))  # a retry must not repeat the history's line
@@ -5398,7 +5365,6 @@ class LiveWorkDir(WorkDir):
         super().__init__(system, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
-        """Roll back an interrupted change."""
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
             self.roll_back(drop_kept)
 
@@ -5465,11 +5431,11 @@ class LiveWorkDir(WorkDir):
         delete_subvolume(beside)
         snapshot_subvolume(origin, beside)
         conflicts = layout.conflicts(self.snapshot)
-        merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
+        base, running = (EtcMerge(old / "etc", new / "etc", etc, conflicts, str) for etc in (beside, root / "etc"))
+        base.identity = running.identity = base.keep_conflicts = False
         with nosymfollow(root), nosymfollow(beside):
             apply_paths(self.paths(), new, root)
-            merge(target=beside, keep_conflicts=False).merge()  # the drift base, so that this change is not drift
-            running = merge(target=root / "etc")
+            base.merge()  # the drift base, so that this change is not drift
             running.merge()
         set_readonly(beside)
         replace_subvolume(beside, origin)
