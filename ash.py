@@ -3644,20 +3644,17 @@ class WorkDir:
         Raises:
             AshError: there is such work (REFUSED, if it waits), and `drop_kept` is not given.
         """
-        try:
-            intent = load_intent(self.directory)
-        except AshError:
-            if not drop_kept:
-                raise
-            self.drop()
-            return
-        if intent is None:
-            if self.leftovers():  # a power cut brought back what was deleted, without the intent file
-                self.drop()
-        elif drop_kept and isinstance(intent, Kept):
-            self.drop()
-        else:
+        intent = self.intent(drop_kept)
+        if intent is not None and not (drop_kept and isinstance(intent, Kept)):
             intent.recover(self, tree)
+        elif self.leftovers():  # without an intent file: a power cut brought back what was deleted
+            self.drop()
+
+    def intent(self, drop_damaged: bool) -> Intent | None:
+        """The intent, if work is under way; a damaged one is an error, or none if it is to be dropped."""
+        with contextlib.suppress(AshError) if drop_damaged else contextlib.nullcontext():
+            return load_intent(self.directory)
+        return None
 
     def record(
         self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
@@ -3814,8 +3811,6 @@ class Transaction:
     block has ended, the change is on the disk, and `change` describes it.
 
     Args:
-        system: the system of the snapshot.
-        snapshot: its number.
         resume: continue the work of a session that hung up.
         simulate: drop the transaction in the end.
         base: allow the base.
@@ -4526,21 +4521,6 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[str, BootConfig]:
-    """The digest of a root's boot inputs, and its boot configuration. `grub` is GRUB's own directory, of all roots.
-
-    mkconfig only runs if no deployment has the same inputs, or if it may find other systems.
-    """
-    inputs = boot_inputs(root)
-    default = read_text(path_inside(root, "etc/default/grub"))
-    probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
-    for deployment in menu.deployments.values():
-        if deployment.inputs == inputs and not probes:
-            return inputs, deployment.config
-    made = machine_chroot(root, [tools.mkconfig], binds={grub: tools.directory}, tell=FOUND_ELSEWHERE)
-    return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Deployments: slots that the menu boots
 # ---------------------------------------------------------------------------------------------------------------
@@ -4582,8 +4562,6 @@ class Deployments:
         """The slot whose /etc counts as the running one; empty if nothing is deployed."""
         return self.booted or self.menu.last_good
 
-    # Recovery
-
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
         self._delete_unfinished()
@@ -4598,8 +4576,6 @@ class Deployments:
             delete_subvolume(self.layout.etc(f"new-{slot}"))
             if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
                 remove_tree(carried)
-
-    # Deploying
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
@@ -4790,8 +4766,7 @@ class Deployments:
         if not slots:
             raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
         for slot in slots:
-            # An empty menu, so that no configuration is reused.
-            inputs, config = self._boot_config(self.layout.rootfs(slot), Menu())
+            inputs, config = self._boot_config(self.layout.rootfs(slot), known=())
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
@@ -4819,12 +4794,24 @@ class Deployments:
         self.write_menu()
 
     def _deployment_in(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
-        inputs, config = self._boot_config(root, self.menu)
+        inputs, config = self._boot_config(root, self.menu.deployments.values())
         name = os_release(root, "NAME") or self.layout.distro
         return Deployment(slot, ident, snapshot, source, name, inputs, config, is_mutable(root))
 
-    def _boot_config(self, root: Path, menu: Menu) -> tuple[str, BootConfig]:
-        return boot_config(root, menu, self.layout.grub_cfg.parent, self.distro.boot_tools)
+    def _boot_config(self, root: Path, known: Iterable[Deployment]) -> tuple[str, BootConfig]:
+        """The digest of a root's boot inputs, and its boot configuration.
+
+        mkconfig only runs if no known deployment has the same inputs, or if it may find other systems.
+        """
+        inputs, tools = boot_inputs(root), self.distro.boot_tools
+        default = read_text(path_inside(root, "etc/default/grub"))
+        probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
+        for deployment in known:
+            if deployment.inputs == inputs and not probes:
+                return inputs, deployment.config
+        binds = {self.layout.grub_cfg.parent: tools.directory}
+        made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+        return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since."""
@@ -5370,12 +5357,7 @@ class LiveWorkDir(WorkDir):
 
     def roll_back(self, drop_kept: bool = False) -> None:
         """recover() for callers that hold the lock "deploy", or have applied nothing."""
-        intent = None
-        try:
-            intent = load_intent(self.directory)
-        except AshError:
-            if not drop_kept:
-                raise
+        intent = self.intent(drop_kept)
         if isinstance(intent, LiveChange):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
