@@ -3921,11 +3921,7 @@ class Transaction:
         )
 
     def run(self, argv: Sequence[str]) -> str:
-        """Run a program of the distribution without input; its output is shown as it comes, and returned.
-
-        Raises:
-            PackageError: it failed.
-        """
+        """Run a program of the distribution without input; shows and returns its output. PackageError if it fails."""
         said: list[bytes] = []
 
         def hear(piece: bytes) -> None:
@@ -4215,8 +4211,7 @@ def merge_row(
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
     """Merge one of ACCOUNT_FILES account by account: its texts in the base, in the running /etc, and in the target.
 
-    Returns:
-        the merged text, and the accounts in conflict, which stay as in the target.
+    Returns the merged text, and the accounts in conflict, which stay as in the target.
     """
     result = AccountFile(name, own)
     old, live, new = AccountFile(name, base).accounts, AccountFile(name, running).accounts, result.accounts
@@ -4381,12 +4376,7 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
 
 
 def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, uuid: str) -> None:
-    """Put into a writable root what it needs to boot and to contain ash.
-
-    Args:
-        which: the number of the snapshot or the name of the slot as which it will be mounted.
-        uuid: of the root file system.
-    """
+    """Put into a writable root what it needs to boot, and to contain ash, as the snapshot or slot `which`."""
     require_directories(root)
     for name in MOUNT_POINTS:
         path_inside(root, name).mkdir(parents=True, exist_ok=True)
@@ -4526,6 +4516,13 @@ class Menu:
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def root_uuid(layout: Layout) -> str:
+    uuid = read_text(layout.part).strip()
+    if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
+        raise AshError(f"{layout.part} must contain the UUID of the root file system", "blkid")
+    return uuid
+
+
 def snapshot_of_slot(layout: Layout, slot: str) -> int:
     """The number of the snapshot that a slot's deployment was made from; AshError if it does not say."""
     number = to_number(read_text(path_inside(layout.rootfs(slot), IN_ROOT_SNAP)))
@@ -4540,22 +4537,15 @@ class Deployments:
     KEPT_MENUS = 5
 
     def __init__(
-        self,
-        layout: Layout,
-        distro: Distro,
-        uuid: str,
-        *,
-        booted: str | None,
-        describe: Callable[[int], str],
-        ids_lock: Lock,
+        self, layout: Layout, distro: Distro, *, booted: str | None, describe: Callable[[int], str], wait: float
     ) -> None:
         self.layout = layout
         self.distro = distro
         self.menu = Menu.load(layout.menu)
-        self.uuid = uuid
+        self.uuid = root_uuid(layout)
         self.booted = booted
         self.describe = describe
-        self.ids_lock = ids_lock
+        self.wait = wait  # for locks
 
     @property
     def running(self) -> str:
@@ -4664,14 +4654,7 @@ class Deployments:
     # The running /etc
 
     def etc_merge(self, slot: str, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
-        """The merge of a slot's changes to /etc into another /etc.
-
-        Args:
-            root: a read-only snapshot of the slot's root.
-            target: the /etc to change.
-            snapshot: names the conflicts directory.
-            which: the snapshot or slot that `target` belongs to, for its fstab.
-        """
+        """The merge of the changes to a slot's /etc, in a read-only view of its root, into the /etc of `which`."""
         layout = self.layout
         own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
@@ -4686,7 +4669,7 @@ class Deployments:
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.etc_merge(running, root, target, deployment.snapshot, deployment.slot)
-            with self.ids_lock:
+            with state_lock(self.layout, self.wait):
                 ids = AccountIds.load(self.layout.ids)
                 ids.learn(merge.running)
                 write_file(self.layout.ids, ids.dump())
@@ -4914,13 +4897,6 @@ class System:
 
     # Reading
 
-    @property
-    def uuid(self) -> str:
-        uuid = read_text(self.layout.part).strip()
-        if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
-            raise AshError(f"{self.layout.part} must contain the UUID of the root file system", "blkid")
-        return uuid
-
     def configuration(self) -> Configuration:
         """The running system's /etc/ash.conf; for a disk that is not running, that of the slot that counts as such."""
         path = Path("/etc/ash.conf")
@@ -4935,15 +4911,7 @@ class System:
         return Menu.load(self.layout.menu)
 
     def deployments(self) -> Deployments:
-        """The deployments, with the menu read from disk."""
-        return Deployments(
-            self.layout,
-            self.distro,
-            self.uuid,
-            booted=self.booted_slot,
-            describe=self.describe,
-            ids_lock=self.lock("state"),
-        )
+        return Deployments(self.layout, self.distro, booted=self.booted_slot, describe=self.describe, wait=self.wait)
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
@@ -5181,9 +5149,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
     """Exchange a snapshot and its predecessor. Doing it twice is a redo.
 
     A change that this command `just_changed` may be of a booted or deployed snapshot: what runs is an older state.
-
-    Raises:
-        AshError: there is no predecessor, or the snapshot is the base, booted or deployed (REFUSED).
+    AshError (REFUSED) if there is no predecessor, or the snapshot is the base, booted or deployed.
     """
     system.require_changeable(snapshot)
     layout, place = system.layout, system.workdir(snapshot)
@@ -5283,11 +5249,7 @@ def delete_work_directories(system: System, snapshots: Sequence[int]) -> None:
 
 
 def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-    """Delete snapshots with their descendants, all or none of them. Returns their numbers.
-
-    Raises:
-        AshError: one of them is the base, booted, deployed or locked.
-    """
+    """Delete snapshots with their descendants, all or none: AshError if one is in use or locked. Returns them."""
     tree, numbers = system.tree(), numbers_to_delete(system, snapshots, remains)
     deletion = Deletion(numbers, system.caller, new_id())
     with ExitStack() as stack:
@@ -5508,10 +5470,8 @@ def roll_back_live(system: System) -> None:
 def recover_all(system: System, drop_kept: bool) -> list[int | str]:
     """Finish or undo everything that was interrupted, except where an ash is still at work.
 
-    Returns the recovered snapshots, and "live" if a live change was rolled back.
-
-    Raises:
-        AshError: some of it could not be recovered; the rest was.
+    Returns the recovered snapshots, and "live" if a live change was rolled back; AshError if some could not be, after
+    the rest was.
     """
     recovered: list[int | str] = []
     errors: list[Exception] = []
@@ -5541,10 +5501,8 @@ def deploy_snapshot(
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
-    With `fresh_etc`, changes of the running /etc are not carried over.
-
-    Returns:
-        the deployment, and whether it is a new one: an up-to-date one is reused.
+    With `fresh_etc`, changes of the running /etc are not carried over. Returns the deployment, and whether it is a new
+    one: an up-to-date one is reused.
     """
     system.require(snapshot)
     roll_back_live(system)
