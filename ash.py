@@ -3515,7 +3515,6 @@ class Birth(NamedTuple):
         place.drop()
 
     def record(self, place: WorkDir, again: bool = False) -> None:
-        """Write the history's line."""
         facts = {"from": self.source, "parent": self.parent, "description": self.description}
         place.record(self.caller, {"id": self.id, **facts}, {self.source, place.snapshot}, again)
 
@@ -3645,20 +3644,17 @@ class WorkDir:
         Raises:
             AshError: there is such work (REFUSED, if it waits), and `drop_kept` is not given.
         """
-        try:
-            intent = load_intent(self.directory)
-        except AshError:
-            if not drop_kept:
-                raise
-            self.drop()
-            return
-        if intent is None:
-            if self.leftovers():  # a power cut brought back what was deleted, without the intent file
-                self.drop()
-        elif drop_kept and isinstance(intent, Kept):
-            self.drop()
-        else:
+        intent = self.intent(drop_kept)
+        if intent is not None and not (drop_kept and isinstance(intent, Kept)):
             intent.recover(self, tree)
+        elif self.leftovers():  # without an intent file: a power cut brought back what was deleted
+            self.drop()
+
+    def intent(self, drop_damaged: bool) -> Intent | None:
+        """The intent, if work is under way; a damaged one is an error, or none if it is to be dropped."""
+        with contextlib.suppress(AshError) if drop_damaged else contextlib.nullcontext():
+            return load_intent(self.directory)
+        return None
 
     def record(
         self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
@@ -3815,8 +3811,6 @@ class Transaction:
     block has ended, the change is on the disk, and `change` describes it.
 
     Args:
-        system: the system of the snapshot.
-        snapshot: its number.
         resume: continue the work of a session that hung up.
         simulate: drop the transaction in the end.
         base: allow the base.
@@ -3927,11 +3921,7 @@ class Transaction:
         )
 
     def run(self, argv: Sequence[str]) -> str:
-        """Run a program of the distribution without input; its output is shown as it comes, and returned.
-
-        Raises:
-            PackageError: it failed.
-        """
+        """Run a program of the distribution without input; shows and returns its output. PackageError if it fails."""
         said: list[bytes] = []
 
         def hear(piece: bytes) -> None:
@@ -4010,7 +4000,8 @@ class Transaction:
         set_readonly(self.root)
         paths = self._changed_paths()
         entries = self.place.var_merge().entries()
-        before, after = self._packages(paths)
+        touched = any(path.startswith(IN_ROOT_DB) for path in paths)
+        before, after = (self.package_manager.installed(root) if touched else {} for root in (self.original, self.root))
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
         return Delta(paths, before, after, entries, delete)
 
@@ -4087,12 +4078,6 @@ class Transaction:
             if self.package_manager.claims(after, entry)
             and not self.package_manager.claims(before, entry) - self.package_manager.claims(after, entry)
         ]
-
-    def _packages(self, paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """The packages before and after, if the database was changed."""
-        if not any(path.startswith(IN_ROOT_DB) for path in paths):
-            return {}, {}
-        return self.package_manager.installed(self.original), self.package_manager.installed(self.root)
 
     def _refuse_foreign_writes(self) -> None:
         """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
@@ -4226,8 +4211,7 @@ def merge_row(
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
     """Merge one of ACCOUNT_FILES account by account: its texts in the base, in the running /etc, and in the target.
 
-    Returns:
-        the merged text, and the accounts in conflict, which stay as in the target.
+    Returns the merged text, and the accounts in conflict, which stay as in the target.
     """
     result = AccountFile(name, own)
     old, live, new = AccountFile(name, base).accounts, AccountFile(name, running).accounts, result.accounts
@@ -4254,36 +4238,24 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
 
 
 class EtcMerge:
-    """Carries changes made to a running /etc over into another one.
+    """Carries the changes made to a running /etc, which was once as in `base`, over into another one.
 
     Args:
-        base: the /etc that the running deployment started with.
-        running: its /etc now.
-        target: the /etc to carry the changes into.
         conflicts: the directory for running versions of files that both sides changed.
         own_fstab: renders the target's fstab with the user's lines of the given text.
-        identity: whether to carry the machine id and the host keys too.
-        keep_conflicts: whether to write anything to `conflicts`.
     """
 
+    identity = True  # whether to carry the machine id and the host keys too
+    keep_conflicts = True  # whether to write anything to `conflicts`
+
     def __init__(
-        self,
-        base: Path,
-        running: Path,
-        target: Path,
-        conflicts: Path,
-        own_fstab: Callable[[str], str],
-        *,
-        identity: bool = True,
-        keep_conflicts: bool = True,
+        self, base: Path, running: Path, target: Path, conflicts: Path, own_fstab: Callable[[str], str]
     ) -> None:
         self.base = base
         self.running = running
         self.target = target
         self.conflicts = conflicts
         self.own_fstab = own_fstab
-        self.identity = identity
-        self.keep_conflicts = keep_conflicts
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
 
@@ -4404,12 +4376,7 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
 
 
 def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, uuid: str) -> None:
-    """Put into a writable root what it needs to boot and to contain ash.
-
-    Args:
-        which: the number of the snapshot or the name of the slot as which it will be mounted.
-        uuid: of the root file system.
-    """
+    """Put into a writable root what it needs to boot, and to contain ash, as the snapshot or slot `which`."""
     require_directories(root)
     for name in MOUNT_POINTS:
         path_inside(root, name).mkdir(parents=True, exist_ok=True)
@@ -4544,24 +4511,16 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-def boot_config(root: Path, menu: Menu, grub: Path, tools: BootTools) -> tuple[str, BootConfig]:
-    """The digest of a root's boot inputs, and its boot configuration. `grub` is GRUB's own directory, of all roots.
-
-    mkconfig only runs if no deployment has the same inputs, or if it may find other systems.
-    """
-    inputs = boot_inputs(root)
-    default = read_text(path_inside(root, "etc/default/grub"))
-    probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
-    for deployment in menu.deployments.values():
-        if deployment.inputs == inputs and not probes:
-            return inputs, deployment.config
-    made = machine_chroot(root, [tools.mkconfig], binds={grub: tools.directory}, tell=FOUND_ELSEWHERE)
-    return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Deployments: slots that the menu boots
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def root_uuid(layout: Layout) -> str:
+    uuid = read_text(layout.part).strip()
+    if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
+        raise AshError(f"{layout.part} must contain the UUID of the root file system", "blkid")
+    return uuid
 
 
 def snapshot_of_slot(layout: Layout, slot: str) -> int:
@@ -4578,30 +4537,20 @@ class Deployments:
     KEPT_MENUS = 5
 
     def __init__(
-        self,
-        layout: Layout,
-        distro: Distro,
-        menu: Menu,
-        uuid: str,
-        *,
-        booted: str | None,
-        describe: Callable[[int], str],
-        ids_lock: Lock,
+        self, layout: Layout, distro: Distro, *, booted: str | None, describe: Callable[[int], str], wait: float
     ) -> None:
         self.layout = layout
         self.distro = distro
-        self.menu = menu
-        self.uuid = uuid
+        self.menu = Menu.load(layout.menu)
+        self.uuid = root_uuid(layout)
         self.booted = booted
         self.describe = describe
-        self.ids_lock = ids_lock
+        self.wait = wait  # for locks
 
     @property
     def running(self) -> str:
         """The slot whose /etc counts as the running one; empty if nothing is deployed."""
         return self.booted or self.menu.last_good
-
-    # Recovery
 
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
@@ -4617,8 +4566,6 @@ class Deployments:
             delete_subvolume(self.layout.etc(f"new-{slot}"))
             if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
                 remove_tree(carried)
-
-    # Deploying
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
@@ -4667,15 +4614,12 @@ class Deployments:
                 path_inside(new, seen).mkdir(parents=True, exist_ok=True)
                 where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
                 fstab.write(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0\n")
-        grub = layout.grub_cfg.parent
-        grub.mkdir(exist_ok=True)
+        layout.grub_cfg.parent.mkdir(exist_ok=True)
         try:
-            inputs, config = self._boot_config(new, self.menu)
+            deployment = self._deployment_in(new, slot, os.urandom(8).hex(), snapshot, source)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
-        name = os_release(new, "NAME") or layout.distro
-        deployment = Deployment(slot, os.urandom(8).hex(), snapshot, source, name, inputs, config, is_mutable(new))
         return self._carry_etc(deployment, new / "etc", state, fresh_etc) if self.running else deployment
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
@@ -4710,19 +4654,9 @@ class Deployments:
     # The running /etc
 
     def etc_merge(self, slot: str, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
-        """The merge of a slot's changes to /etc into another /etc.
-
-        Args:
-            root: a read-only snapshot of the slot's root.
-            target: the /etc to change.
-            snapshot: names the conflicts directory.
-            which: the snapshot or slot that `target` belongs to, for its fstab.
-        """
+        """The merge of the changes to a slot's /etc, in a read-only view of its root, into the /etc of `which`."""
         layout = self.layout
-
-        def own_fstab(text: str) -> str:
-            return render_fstab(layout, self.uuid, which, text, is_mutable(target.parent))
-
+        own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
         return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
@@ -4735,7 +4669,7 @@ class Deployments:
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.etc_merge(running, root, target, deployment.snapshot, deployment.slot)
-            with self.ids_lock:
+            with state_lock(self.layout, self.wait):
                 ids = AccountIds.load(self.layout.ids)
                 ids.learn(merge.running)
                 write_file(self.layout.ids, ids.dump())
@@ -4815,8 +4749,7 @@ class Deployments:
         if not slots:
             raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
         for slot in slots:
-            # An empty menu, so that no configuration is reused.
-            inputs, config = self._boot_config(self.layout.rootfs(slot), Menu())
+            inputs, config = self._boot_config(self.layout.rootfs(slot), known=())
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
@@ -4828,9 +4761,12 @@ class Deployments:
         ids = {slot: ident for ident, slot in of_id.items()}
         named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', self._grub_cfg())}
         for slot in (*SLOTS, *SECONDARY_SLOTS):
-            if slot not in self.menu.deployments and (self.layout.rootfs(slot) / IN_ROOT_SNAP).is_file():
+            root, ident = self.layout.rootfs(slot), ids.get(slot) or os.urandom(8).hex()
+            if slot not in self.menu.deployments and (root / IN_ROOT_SNAP).is_file():
                 with contextlib.suppress(AshError):  # it cannot be booted
-                    self.menu.deployments[slot] = self._deployment_in(slot, ids.get(slot) or os.urandom(8).hex())
+                    number = snapshot_of_slot(self.layout, slot)
+                    source = 0  # the id of the snapshot's subvolume then, which is lost
+                    self.menu.deployments[slot] = self._deployment_in(root, slot, ident, number, source)
         before = (self.booted, self.menu.last_booted, named.get("fallback"))
         wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
         there = [slot for slot in wanted if slot and slot in self.menu.deployments]
@@ -4840,15 +4776,25 @@ class Deployments:
         self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
         self.write_menu()
 
-    def _deployment_in(self, slot: str, ident: str) -> Deployment:
-        """The menu's record of an existing slot, without the subvolume id of its snapshot, which is lost."""
-        root = self.layout.rootfs(slot)
-        inputs, config = self._boot_config(root, self.menu)
+    def _deployment_in(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
+        inputs, config = self._boot_config(root, self.menu.deployments.values())
         name = os_release(root, "NAME") or self.layout.distro
-        return Deployment(slot, ident, snapshot_of_slot(self.layout, slot), 0, name, inputs, config, is_mutable(root))
+        return Deployment(slot, ident, snapshot, source, name, inputs, config, is_mutable(root))
 
-    def _boot_config(self, root: Path, menu: Menu) -> tuple[str, BootConfig]:
-        return boot_config(root, menu, self.layout.grub_cfg.parent, self.distro.boot_tools)
+    def _boot_config(self, root: Path, known: Iterable[Deployment]) -> tuple[str, BootConfig]:
+        """The digest of a root's boot inputs, and its boot configuration.
+
+        mkconfig only runs if no known deployment has the same inputs, or if it may find other systems.
+        """
+        inputs, tools = boot_inputs(root), self.distro.boot_tools
+        default = read_text(path_inside(root, "etc/default/grub"))
+        probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
+        for deployment in known:
+            if deployment.inputs == inputs and not probes:
+                return inputs, deployment.config
+        binds = {self.layout.grub_cfg.parent: tools.directory}
+        made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+        return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since."""
@@ -4867,7 +4813,6 @@ class Deployments:
 
 
 def require_root(doing: str) -> None:
-    """Raise AshError unless ash runs as root."""
     if os.geteuid() != 0:
         raise AshError(f"{doing} needs root", "sudo ash ...", REFUSED)
 
@@ -4952,14 +4897,6 @@ class System:
 
     # Reading
 
-    @property
-    def uuid(self) -> str:
-        """The UUID of the root file system."""
-        uuid = read_text(self.layout.part).strip()
-        if not re.fullmatch("[0-9A-Fa-f-]+", uuid):
-            raise AshError(f"{self.layout.part} must contain the UUID of the root file system", "blkid")
-        return uuid
-
     def configuration(self) -> Configuration:
         """The running system's /etc/ash.conf; for a disk that is not running, that of the slot that counts as such."""
         path = Path("/etc/ash.conf")
@@ -4974,16 +4911,7 @@ class System:
         return Menu.load(self.layout.menu)
 
     def deployments(self) -> Deployments:
-        """The deployments, with the menu read from disk."""
-        return Deployments(
-            self.layout,
-            self.distro,
-            self.menu(),
-            self.uuid,
-            booted=self.booted_slot,
-            describe=self.describe,
-            ids_lock=self.lock("state"),
-        )
+        return Deployments(self.layout, self.distro, booted=self.booted_slot, describe=self.describe, wait=self.wait)
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
@@ -5068,7 +4996,6 @@ class System:
 
     @contextmanager
     def deploying(self) -> Iterator[Deployments]:
-        """The deployments, with the lock "deploy" held in the block."""
         with self.lock("deploy"):
             yield self.deployments()
 
@@ -5094,7 +5021,6 @@ class System:
         return number
 
     def free_reserve(self) -> None:
-        """Release the emergency reserve."""
         self.layout.reserve.unlink(missing_ok=True)
         sync_filesystem(self.layout.snapshots)
 
@@ -5182,18 +5108,16 @@ def new_snapshot(
 def new_copy(system: System, snapshot: int, description: str, parent: int | None) -> Iterator[int]:
     """new_snapshot() of another snapshot; one that is being changed is copied as it was before."""
     system.require(snapshot)
-    root = system.layout.rootfs(snapshot)
+    copy = partial(new_snapshot, system, system.layout.rootfs(snapshot), description, snapshot, parent)
     with ExitStack() as stack:
         try:
             with system.lock(snapshot):
-                system.workdir(snapshot).recover(system.tree(), drop_kept=False)
-                number = stack.enter_context(
-                    new_snapshot(system, root, description, snapshot, parent, copies_of=snapshot)
-                )
+                system.workdir(snapshot).recover(system.tree())
+                number = stack.enter_context(copy(copies_of=snapshot))
         except AshError as error:
             if error.status not in (LOCKED, REFUSED):
                 raise
-            number = stack.enter_context(new_snapshot(system, root, description, snapshot, parent))
+            number = stack.enter_context(copy())
         yield number
 
 
@@ -5225,9 +5149,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
     """Exchange a snapshot and its predecessor. Doing it twice is a redo.
 
     A change that this command `just_changed` may be of a booted or deployed snapshot: what runs is an older state.
-
-    Raises:
-        AshError: there is no predecessor, or the snapshot is the base, booted or deployed (REFUSED).
+    AshError (REFUSED) if there is no predecessor, or the snapshot is the base, booted or deployed.
     """
     system.require_changeable(snapshot)
     layout, place = system.layout, system.workdir(snapshot)
@@ -5238,9 +5160,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
             require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
             raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
-        change = Change.between(
-            snapshot, system.package_manager.installed(now), system.package_manager.installed(before)
-        )
+        change = Change.between(snapshot, *map(system.package_manager.installed, (now, before)))
         facts = {"packages": change.packages()}
         intent = place.swap(before, Commit(copies=["boot", "etc"], facts=facts, caller=system.caller))
         system.with_reserve(partial(place.finish, intent, again=True))  # a retry must not repeat the history's line
@@ -5329,11 +5249,7 @@ def delete_work_directories(system: System, snapshots: Sequence[int]) -> None:
 
 
 def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
-    """Delete snapshots with their descendants, all or none of them. Returns their numbers.
-
-    Raises:
-        AshError: one of them is the base, booted, deployed or locked.
-    """
+    """Delete snapshots with their descendants, all or none: AshError if one is in use or locked. Returns them."""
     tree, numbers = system.tree(), numbers_to_delete(system, snapshots, remains)
     deletion = Deletion(numbers, system.caller, new_id())
     with ExitStack() as stack:
@@ -5398,18 +5314,12 @@ class LiveWorkDir(WorkDir):
         super().__init__(system, snapshot, "live")
 
     def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
-        """Roll back an interrupted change."""
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
             self.roll_back(drop_kept)
 
     def roll_back(self, drop_kept: bool = False) -> None:
         """recover() for callers that hold the lock "deploy", or have applied nothing."""
-        intent = None
-        try:
-            intent = load_intent(self.directory)
-        except AshError:
-            if not drop_kept:
-                raise
+        intent = self.intent(drop_kept)
         if isinstance(intent, LiveChange):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
@@ -5465,11 +5375,11 @@ class LiveWorkDir(WorkDir):
         delete_subvolume(beside)
         snapshot_subvolume(origin, beside)
         conflicts = layout.conflicts(self.snapshot)
-        merge = partial(EtcMerge, old / "etc", new / "etc", conflicts=conflicts, own_fstab=str, identity=False)
+        base, running = (EtcMerge(old / "etc", new / "etc", etc, conflicts, str) for etc in (beside, root / "etc"))
+        base.identity = running.identity = base.keep_conflicts = False
         with nosymfollow(root), nosymfollow(beside):
             apply_paths(self.paths(), new, root)
-            merge(target=beside, keep_conflicts=False).merge()  # the drift base, so that this change is not drift
-            running = merge(target=root / "etc")
+            base.merge()  # the drift base, so that this change is not drift
             running.merge()
         set_readonly(beside)
         replace_subvolume(beside, origin)
@@ -5560,10 +5470,8 @@ def roll_back_live(system: System) -> None:
 def recover_all(system: System, drop_kept: bool) -> list[int | str]:
     """Finish or undo everything that was interrupted, except where an ash is still at work.
 
-    Returns the recovered snapshots, and "live" if a live change was rolled back.
-
-    Raises:
-        AshError: some of it could not be recovered; the rest was.
+    Returns the recovered snapshots, and "live" if a live change was rolled back; AshError if some could not be, after
+    the rest was.
     """
     recovered: list[int | str] = []
     errors: list[Exception] = []
@@ -5593,10 +5501,8 @@ def deploy_snapshot(
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
-    With `fresh_etc`, changes of the running /etc are not carried over.
-
-    Returns:
-        the deployment, and whether it is a new one: an up-to-date one is reused.
+    With `fresh_etc`, changes of the running /etc are not carried over. Returns the deployment, and whether it is a new
+    one: an up-to-date one is reused.
     """
     system.require(snapshot)
     roll_back_live(system)
