@@ -5626,7 +5626,6 @@ DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": ob
 
 
 def change_data(change: Change) -> dict[str, Any]:
-    """A change for --json (CHANGE_SHAPE)."""
     return {
         "snapshot": change.snapshot, "changed": change.changed, "packages": change.packages(),
         "conflicts": list(change.conflicts), "kept": list(change.kept),
@@ -5634,7 +5633,6 @@ def change_data(change: Change) -> dict[str, Any]:
 
 
 def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """Format rows as a table for people."""
     import tabulate
 
     tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
@@ -5671,7 +5669,6 @@ class Option(NamedTuple):
 
     @property
     def dest(self) -> str:
-        """The name under which its value is found."""
         long = next((flag for flag in self.flags if flag.startswith("--")), "")
         return self.name or long.removeprefix("--").replace("-", "_")
 
@@ -5734,7 +5731,6 @@ class Command(NamedTuple):
         return self.changes or (self.changes_with != "" and getattr(request, self.changes_with))
 
     def all_options(self) -> list[Option]:
-        """Its own options and those that its snapshots bring."""
         about = ([SNAPSHOT_OPTION] if self.numbers else []) + ([SEVERAL_OPTION] if self.several else [])
         return [*self.options, *about]
 
@@ -6889,7 +6885,6 @@ def would_change(changes: Sequence[Change]) -> Reply:
 
 
 def package_reply(request: Request, changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
-    """The answer of a package command, which with --dry-run has only simulated its changes."""
     return would_change(changes) if request.dry_run else changes_reply(changes, live)
 
 
@@ -6930,7 +6925,6 @@ def goes_live(system: System, request: Request, snapshots: Sequence[int], by_def
 
 
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:
-    """Those of the packages that are installed in a snapshot or slot."""
     root = system.layout.rootfs(which)
     there = system.package_manager.installed(root)
     return [name for name in packages if system.package_manager.canonical_name(root, name) in there]
