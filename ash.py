@@ -573,15 +573,25 @@ def same_content(one: Path, other: Path) -> bool:
     return False
 
 
-def is_same(one: Path, other: Path, *, trust_mtime: bool = True) -> bool:
+def extended_attributes(file: Path | int) -> dict[str, bytes]:
+    """Extended attributes of a path (not followed) or descriptor: ACLs and file capabilities; not overlayfs's own."""
+    follow = isinstance(file, int)
+    names = [n for n in os.listxattr(file, follow_symlinks=follow) if not n.startswith("trusted.overlay.")]
+    return {name: os.getxattr(file, name, follow_symlinks=follow) for name in names}
+
+
+def is_same(one: Path, other: Path, *, trust_mtime: bool = True, xattrs: bool = False) -> bool:
     """Compare type, mode, owner, content and symlink target of two paths, not what is below them.
 
     Two missing paths are the same; with `trust_mtime` so are two files of the same size and mtime, without being read.
+    With `xattrs` extended attributes count too, that is ACLs and file capabilities.
     """
     a, b = status_of(one), status_of(other)
     if a is None or b is None:
         return a is b
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return False
+    if xattrs and extended_attributes(one) != extended_attributes(other):
         return False
     if stat.S_ISLNK(a.st_mode):
         return os.readlink(one) == os.readlink(other)
@@ -622,9 +632,8 @@ def copy_attributes(source: int, target: int) -> None:
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
     # ACLs come before the mode: chmod would widen the group's access before the mask is set.
-    for name in os.listxattr(source):
-        if not name.startswith("trusted.overlay."):
-            os.setxattr(target, name, os.getxattr(source, name))
+    for name, value in extended_attributes(source).items():
+        os.setxattr(target, name, value)
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
@@ -8557,6 +8566,7 @@ class AutoUpgrade:
         return done.summary()
 
     def _upgrade(self) -> Reply:
+        """Upgrade the snapshot, and finish what an interrupted run did not deploy."""
         system, number, last = self.system, self.number, last_upgrade(self.system)
         problems = self._problems()
         interrupted = f"the upgrade of snapshot {number} was interrupted"

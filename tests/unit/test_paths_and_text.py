@@ -211,6 +211,16 @@ def test_a_directory_is_only_replaced_on_request(tmp_path: Path, old: str, new: 
 # Comparing, walking
 
 
+def test_extended_attributes_are_compared_on_request(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.write_text("x")
+    assert ash.is_same(one, other, xattrs=True)
+    os.setxattr(other, "user.note", b"n")
+    assert ash.is_same(one, other)
+    assert not ash.is_same(one, other, xattrs=True)
+
+
 def test_an_equal_mtime_stands_for_equal_content_unless_told_otherwise(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for path, text in ((one, "1"), (other, "2")):
