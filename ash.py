@@ -3525,7 +3525,8 @@ class Birth(NamedTuple):
 
     def record(self, place: WorkDir, again: bool = False) -> None:
         facts = {"from": self.source, "parent": self.parent, "description": self.description}
-        place.record(self.caller, {"id": self.id, **facts}, {self.source, place.snapshot}, again)
+        concerned = {self.source, place.snapshot, *([] if self.parent is None else [self.parent])}
+        place.record(self.caller, {"id": self.id, **facts}, concerned, again)
 
 
 class Deletion(NamedTuple):
@@ -5858,16 +5859,22 @@ class Arguments:
                 break
 
     def _is_option(self, word: str) -> bool:
-        """Whether a word is an option: dashes alone, a negative number and a phrase are none."""
-        dashed = word.startswith("-") and word not in ("-", "--") and not word[1:].isdecimal() and " " not in word
-        return dashed or word in self.options
+        """Whether a word is an option: dashes alone, a negative number, and a phrase without a known one are none."""
+        if word in self.options:
+            return True
+        dashed = word.startswith("-") and word not in ("-", "--") and not word[1:].isdecimal()
+        glued = self.options.get(word[:2])
+        return dashed and (" " not in word or word.partition("=")[0] in self.options or bool(glued and glued.value))
 
     def _read_option(self, word: str) -> None:
+        """Take an option off the command line, with its value: `--wait 3`, `--wait=3`, `-s3`, or flags as in `-vq`."""
         spelled, equals, value = word.partition("=")
         if spelled not in self.options and word[:2] in self.options:  # -s3, -vq
             spelled, value = word[:2], word[2:]
             equals = self.options[spelled].value
             if not equals:
+                if f"-{value[0]}" not in self.options:
+                    raise self._wrong(f"there is no option -{value[0]}")
                 self._rest.insert(0, f"-{value}")
         option = self.options.get(spelled)
         if option is None:
@@ -6050,7 +6057,8 @@ def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, A
     """The history entry of a command, with its JSON answer but for what was committed: that has an entry of its own."""
     concerned = [data, *data.get("snapshots", []), *data.get("damage", [])]
     numbers = {one.get("snapshot") if isinstance(one, Mapping) else one for one in concerned} - {None}
-    answer = {key: data[key] for key in data if key not in ("packages", "conflicts", "kept")}
+    committed = ("packages", "conflicts", "kept") if "packages" in data else ()
+    answer = {key: data[key] for key in data if key not in committed}
     return {**answer, **caller, "snapshots": sorted({*request.snapshots, *numbers})}
 
 
@@ -6095,7 +6103,8 @@ def change_system(command: Command, system: System, request: Request) -> Reply:
         if failure:
             system.history.append({**history_of(system.caller, request, done), "result": failure})
         raise
-    is_recorded = (system.recorded or system.done) and "damage" not in reply.data
+    # A commit does not record what fsck found, or the deployment that was made after it.
+    is_recorded = (system.recorded or system.done) and not reply.data.keys() & {"damage", "slot"}
     if reply.status or (reply.data.get("changed") and not is_recorded):
         result = reply.text if reply.status else "done"
         system.history.append({**history_of(system.caller, request, reply.data), "result": result})
@@ -8075,8 +8084,9 @@ class Fsck:
         problems = self._package_problems(root)
         for what in problems:
             yield Problem(what, number, remedy, partial(self._repair_packages, number))
-        if not problems and read_packages(layout, number) != self._answer(manager.installed, root):
-            what = "its list of packages is missing or differs from the package database"
+        has_list = os.path.lexists(layout.packages(number))  # an older ash made none
+        if has_list and not problems and read_packages(layout, number) != self._answer(manager.installed, root):
+            what = "its list of packages differs from the package database"
             yield Problem(what, number, "write it again", partial(self._record_packages, number), number)
 
     def _package_problems(self, root: Path) -> list[str]:

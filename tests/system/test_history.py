@@ -212,3 +212,31 @@ def test_status_shows_drift_and_unfinished_work(system: System, snapshot: int) -
     assert f"ash chroot {snapshot} --resume" in system.ash("status").stdout
     system.ash("unlock", snapshot)
     (system.root(running) / "etc/drifted").unlink()
+
+
+def test_what_a_deploy_leaves_behind_is_in_the_history(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot, "--fresh-etc")
+    slot = system.files.default_slot()
+    menu = json.loads((system.files.state / "menu").read_text())
+    running = system.root(menu["last_booted"] or slot)
+    (running / "etc/motd").write_text("of the running system\n")
+    other = system.clone(snapshot)
+    system.shell(other, "echo of the snapshot >/etc/motd")
+    answer = system.ash("--json", "deploy", other).json
+    assert "motd" in answer["conflicts"]
+    (entry,) = entries_of(system, "deploy", other)
+    assert entry["conflicts"] == answer["conflicts"]
+    assert entry["slot"] == answer["slot"]
+
+
+def test_the_deployment_of_a_rollback_is_in_the_history(system: System) -> None:
+    answer = system.ash("--json", "rollback").json
+    entries = entries_of(system, "rollback", answer["snapshot"])
+    assert [entry["slot"] for entry in entries if "slot" in entry] == [answer["slot"]]
+    assert {entry["from"] for entry in entries} == {answer["from"]}
+
+
+def test_a_copy_is_in_the_history_of_its_new_parent(system: System, snapshot: int) -> None:
+    parent = system.clone()
+    system.ash("ubranch", parent, snapshot)
+    assert len(entries_of(system, "ubranch", parent)) == 1

@@ -702,3 +702,25 @@ def test_a_bug_in_ash_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -
         assert json.loads(outcome("--json", "tree")[1])["error"]["status"] == FAILED
         with pytest.raises(type(error)):
             outcome("-v", "tree")
+
+
+@pytest.mark.parametrize("word", ["--desc=a b", "-d=a b", "-da b", "--description=a b"])
+def test_a_value_with_spaces_can_be_part_of_the_option(word: str) -> None:
+    assert ash.parse(["clone", "0", word])[1].description == "a b"
+
+
+@pytest.mark.parametrize("word", ["--root=/tmp/a b", "--image=/tmp/a b.img"])
+def test_a_path_with_spaces_can_be_part_of_the_option(word: str) -> None:
+    request = ash.parse([word, "clone", "0"])[1]
+    assert str(request.root or request.image) == word.partition("=")[2]
+
+
+def test_a_command_may_be_part_of_the_option() -> None:
+    assert list(ash.parse(["run", "-s", "1", "--cmd=echo hello"])[1].command) == ["/bin/sh", "-c", "echo hello"]
+
+
+@pytest.mark.parametrize("words", [["desc", "1", "text", "-q1"], ["hold", "1", "bash", "-y5"], ["tree", "-vx"]])
+def test_nothing_but_flags_can_follow_a_flag(words: list[str]) -> None:
+    with pytest.raises(AshError, match="there is no option -") as error:
+        ash.parse(words)
+    assert error.value.status == USAGE
