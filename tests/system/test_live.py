@@ -402,7 +402,11 @@ def test_a_kill_at_any_step_leaves_the_running_system_unchanged_or_complete(mach
     words[1] = str(machine.system.image)
     steps = names.read_text().splitlines()
     for step in range(1, len(steps), 1 if os.environ.get("ASH_TEST_CUTS") == "all" else 17):
-        assert run(kill=step) == -signal.SIGKILL
+        ended = run(kill=step)
+        if ended == DONE:  # a retry may have fewer steps
+            assert state() == (True,) * 3
+            break
+        assert ended == -signal.SIGKILL
         said = machine.system.ash("recover").stderr
         assert not machine.system.remains(), (steps[step - 1], said)
         assert state() in ((False,) * 3, (True,) * 3), steps[step - 1]
