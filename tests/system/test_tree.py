@@ -151,7 +151,7 @@ def test_a_missing_snapshot_has_its_own_status(disk: Disk, words: list[str | int
         (["remove", "1"], "del N"),
         (["del"], "snapshot"),
         (["run"], "snapshot"),
-        (["clone"], "named"),
+        (["clone"], "name the snapshot"),
         (["tree", "--no-such-option"], "--no-such-option"),
         (["desc", "0"], "description"),
         (["list", "0", "extra"], "extra"),
@@ -184,8 +184,8 @@ def test_reading_changes_nothing(disk: Disk) -> None:
 
 
 def test_no_snapshot_of_an_image_is_booted(disk: Disk) -> None:
-    assert "nothing" in disk.ash("current", status=1).error
-    assert "nothing" in disk.ash("whichtmp", status=1).error
+    assert "no snapshot of this system is running" in disk.ash("current", status=1).error
+    assert "no snapshot of this system is running" in disk.ash("whichtmp", status=1).error
 
 
 def test_no_change_from_inside_a_chroot(disk: Disk) -> None:
