@@ -89,7 +89,7 @@ def test_the_birth_of_a_snapshot_is_recorded_once(system: System) -> None:
         ash.save_intent(system.layout.work(5), ash.Birth(3, 0, "a branch", CALLER, "c0ffee"))
         system.workdir(5).recover(system.tree())
     (line,) = system.history.read()
-    assert (line["from"], line["parent"], line["description"], line["snapshots"]) == (3, 0, "a branch", [3, 5])
+    assert (line["from"], line["parent"], line["description"], line["snapshots"]) == (3, 0, "a branch", [0, 3, 5])
     assert not system.workdir(5).leftovers()
 
 
