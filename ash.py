@@ -8084,9 +8084,8 @@ class Fsck:
         problems = self._package_problems(root)
         for what in problems:
             yield Problem(what, number, remedy, partial(self._repair_packages, number))
-        has_list = os.path.lexists(layout.packages(number))  # an older ash made none
-        if has_list and not problems and read_packages(layout, number) != self._answer(manager.installed, root):
-            what = "its list of packages differs from the package database"
+        if not problems and read_packages(layout, number) != self._answer(manager.installed, root):
+            what = "its list of packages is missing or differs from the package database"
             yield Problem(what, number, "write it again", partial(self._record_packages, number), number)
 
     def _package_problems(self, root: Path) -> list[str]:
