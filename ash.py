@@ -1076,7 +1076,7 @@ def read_distro(path: Path) -> tuple[str, str]:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, and create it if it is missing. Only root may read it: whoever can read a file can lock it."""
+    """Open a lock file, and create it if it is missing. Only root may read it: read access is enough to lock a file."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
@@ -6190,7 +6190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
-        if reply is not None:  # the reader of the answer has closed the pipe: there is nobody to tell
+        if reply is not None:  # the reader closed the pipe after the answer: no error can be shown
             return reply.status
         try:
             return report(AshError("output closed early (broken pipe)"), command)
@@ -8150,7 +8150,7 @@ class Fsck:
         if number not in self._reinstalled:
             self._reinstalled.add(number)
             if not self.system.package_manager.installed(self.layout.rootfs(number)):
-                # A repair would install a minimal system in the place of what was there.
+                # A repair would replace what was installed with a minimal system.
                 raise AshError("the list of installed packages is lost", f"ash undo {number} restores the former state")
             with self._changing(number) as work:
                 self.system.package_manager.repair(work)
