@@ -87,9 +87,7 @@ if (HERE / "lib").is_dir():
     sys.path.insert(0, str(HERE / "lib"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Errors, console, external programs
-# ---------------------------------------------------------------------------------------------------------------
+# --- Errors, console, external programs ------------------------------------------------------------------------
 
 JSON_VERSION = 1
 FAILED, USAGE, MISSING, LOCKED, REFUSED = 1, 2, 3, 4, 5
@@ -265,9 +263,7 @@ def run(
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Kernel calls that Python 3.11 has no function for
-# ---------------------------------------------------------------------------------------------------------------
+# --- Kernel calls that Python 3.11 has no function for ---------------------------------------------------------
 
 # From <linux/sched.h>, <linux/mount.h>, <linux/fs.h>, <linux/prctl.h>.
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x04000000, 0x08000000, 0x20000000
@@ -372,9 +368,7 @@ def is_hung_up(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: kinds, paths inside a root, walking
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files: kinds, paths inside a root, walking ----------------------------------------------------------------
 
 
 def status_of(path: Path) -> os.stat_result | None:
@@ -512,9 +506,7 @@ def change_token(path: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: open, read, compare, copy, delete
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files: open, read, compare, copy, delete ------------------------------------------------------------------
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -683,9 +675,7 @@ def remove_tree(path: Path) -> None:
         run(["rm", "-rf", "--", path])  # which has no limit of depth
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files: write, replace
-# ---------------------------------------------------------------------------------------------------------------
+# --- Files: write, replace -------------------------------------------------------------------------------------
 
 DEEPEST = 3800  # bytes of a path that is copied: PATH_MAX is 4096, and the prefix of the copy may be longer
 
@@ -805,9 +795,7 @@ def make_private_directory(directory: Path) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Mounts
-# ---------------------------------------------------------------------------------------------------------------
+# --- Mounts ----------------------------------------------------------------------------------------------------
 
 
 class Mount(NamedTuple):
@@ -843,9 +831,7 @@ def mount_of(path: Path) -> Mount:
     return max(reversed(above), key=lambda mount: len(mount.target))  # of several on one directory, the newest
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Layout: every path on disk is spelled here and nowhere else
-# ---------------------------------------------------------------------------------------------------------------
+# --- Layout: every path on disk is spelled here and nowhere else -----------------------------------------------
 
 
 class Layout:
@@ -977,9 +963,7 @@ def mark_variant(root: Path) -> None:
         write_text(path, "\n".join([*others, "VARIANT_ID=ashos", ""]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Records: small files with a known shape
-# ---------------------------------------------------------------------------------------------------------------
+# --- Records and locks: small files with a known shape ---------------------------------------------------------
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -1068,11 +1052,6 @@ def read_distro(path: Path) -> tuple[str, str]:
     if not words or not all(is_name(word) for word in words):
         raise AshError(f"{path} is missing or damaged", "--distro ID")
     return words[0], words[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Locks
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def open_lock(path: Path) -> int:
@@ -1176,9 +1155,7 @@ def state_lock(layout: Layout, wait: float = 0) -> Lock:
     return Lock(layout.work("state") / "lock", f"state of {layout.distro}", max(wait, 10))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The tree
-# ---------------------------------------------------------------------------------------------------------------
+# --- The tree --------------------------------------------------------------------------------------------------
 
 
 class Tree:
@@ -1286,9 +1263,7 @@ class Tree:
         return "\n".join(["root - root", *lines])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------
+# --- Configuration ---------------------------------------------------------------------------------------------
 
 CONF_EXAMPLE = """\
 # ash's configuration: key::value lines, lists by comma.
@@ -1364,9 +1339,7 @@ def make_mutable_directory(layout: Layout, kept: str) -> Path:
     return directory
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# History
-# ---------------------------------------------------------------------------------------------------------------
+# --- History ---------------------------------------------------------------------------------------------------
 
 
 class History:
@@ -1484,9 +1457,7 @@ def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# btrfs: a subvolume is known by its id, never by its name
-# ---------------------------------------------------------------------------------------------------------------
+# --- btrfs: a subvolume is known by its id, never by its name --------------------------------------------------
 
 # From <linux/btrfs.h>. We call these ioctls ourselves: each run of the program `btrfs` takes 3 ms.
 BTRFS_IOC_SNAP_CREATE_V2, BTRFS_IOC_SUBVOL_CREATE_V2, BTRFS_IOC_SNAP_DESTROY = 0x50009417, 0x50009418, 0x5000940F
@@ -1699,10 +1670,6 @@ def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
     replace_subvolume(new, target)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# btrfs: differences of snapshots, read-only views, shared blocks
-# ---------------------------------------------------------------------------------------------------------------
-
 # From <linux/btrfs.h>: _IOW(0x94, 38, struct btrfs_ioctl_send_args): fd, number of clone sources, their address, the
 # parent's id, flags, version. The program `btrfs send` would take as long to start as most comparisons take.
 BTRFS_IOC_SEND = 0x40489426
@@ -1838,9 +1805,7 @@ def share_written(layout: Layout, number: int, written: Iterable[str], known: di
     return saved
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Disk images
-# ---------------------------------------------------------------------------------------------------------------
+# --- Disk images -----------------------------------------------------------------------------------------------
 
 
 def file_system_id(path: Path) -> str:
@@ -1984,9 +1949,7 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
         os.close(loop)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Package managers
-# ---------------------------------------------------------------------------------------------------------------
+# --- Package managers ------------------------------------------------------------------------------------------
 
 
 class TransientFile(NamedTuple):
@@ -2098,9 +2061,7 @@ class RepositoryError(PackageError):
     """The repositories cannot be reached or used, from whichever snapshot."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shared libraries
-# ---------------------------------------------------------------------------------------------------------------
+# --- Shared libraries ------------------------------------------------------------------------------------------
 
 PROGRAM_DIRECTORIES = ("usr/bin", "usr/sbin", "usr/games", "usr/lib", "usr/libexec", "usr/local", "opt")
 LDD_BATCH = 1000  # programs for one run of ldd
@@ -2147,9 +2108,7 @@ def missing_libraries(work: Transaction) -> set[str]:
     return missing - known
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The init system: units and services
-# ---------------------------------------------------------------------------------------------------------------
+# --- The init system: units and services -----------------------------------------------------------------------
 
 # Recovers before anything uses /var. A work directory of a finished transaction contains a lock and nothing else.
 RECOVER_UNIT = """\
@@ -2402,9 +2361,7 @@ class Services:
             self.init.start(service, check=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Kernels: image, version, modules, initramfs
-# ---------------------------------------------------------------------------------------------------------------
+# --- Kernels: image, version, modules, initramfs ---------------------------------------------------------------
 
 # arm64 calls the image `Image`, some architectures boot an uncompressed vmlinux; `vmlinux-X.gz` is for debuggers.
 KERNEL_IMAGE = r"(?:vmlinu[xz]|Image)-(?!.*\.(?:gz|xz|zst)$)(.+)"
@@ -2484,9 +2441,7 @@ def modules_of_changed_kernels(changed: Container[str], before: Path, after: Pat
     return {one.modules for one in kernels if one.modules and any(image in changed for image in one.images)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# BootTools: what GRUB's own tools make of a root
-# ---------------------------------------------------------------------------------------------------------------
+# --- BootTools: what GRUB's own tools make of a root -----------------------------------------------------------
 
 
 class BootTools:
@@ -2632,9 +2587,7 @@ def without_titles(grub_cfg: str) -> str:
     return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Distributions
-# ---------------------------------------------------------------------------------------------------------------
+# --- Distributions ---------------------------------------------------------------------------------------------
 
 
 class Distro:
@@ -2672,9 +2625,7 @@ def load_distro(ident: str) -> Distro:
     return Distro.registry[ident]()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The chroot: programs of a snapshot run in their own namespaces, and end with ash
-# ---------------------------------------------------------------------------------------------------------------
+# --- The chroot: programs of a snapshot run in their own namespaces, and end with ash --------------------------
 
 # The device nodes that programs need. No block devices: a package's script must not write to a disk.
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
@@ -2934,9 +2885,7 @@ def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str]
     return output
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Accounts: the same name has the same uid or gid in all snapshots
-# ---------------------------------------------------------------------------------------------------------------
+# --- Accounts: the same name has the same uid or gid in all snapshots ------------------------------------------
 
 ID_FILES = ("passwd", "group", "subuid", "subgid")
 FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # login.defs of Debian, Arch and Fedora
@@ -3122,9 +3071,7 @@ class AccountIds:
         return Renumbering(wanted, moves, unchanged)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The merge into /var: entry by entry; if in doubt, the live one stays
-# ---------------------------------------------------------------------------------------------------------------
+# --- The merge into /var: entry by entry; if in doubt, the live one stays --------------------------------------
 
 # Directories whose entries are merged one by one; everything else directly in /var is one entry.
 ENTRY_DIRECTORIES = ("lib", "spool", "www", "cache", "log")
@@ -3336,9 +3283,7 @@ class VarMerge:
                 log.write(added)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Changes
-# ---------------------------------------------------------------------------------------------------------------
+# --- Changes ---------------------------------------------------------------------------------------------------
 
 
 class Change(NamedTuple):
@@ -3424,9 +3369,7 @@ def read_packages(layout: Layout, snapshot: int) -> dict[str, str] | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Intents: work under way, and what recovery does with it
-# ---------------------------------------------------------------------------------------------------------------
+# --- Intents and work directories: work under way, and what recovery does with it ------------------------------
 
 
 class Open(NamedTuple):
@@ -3601,11 +3544,6 @@ def state_of_work(directory: Path) -> str:
 def is_coming_or_going(directory: Path) -> bool:
     """Whether a work directory is that of a snapshot that is being created or deleted."""
     return state_of_work(directory) == "number"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Work directories
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def remove_work_directory(directory: Path) -> None:
@@ -3794,9 +3732,7 @@ class WorkDir:
                     file.write(f"{json.dumps(entry)}\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Transactions
-# ---------------------------------------------------------------------------------------------------------------
+# --- Transactions ----------------------------------------------------------------------------------------------
 
 
 class Delta(NamedTuple):
@@ -4110,9 +4046,7 @@ class Transaction:
                 raise AshError(f"the directories below /var/{entry} are nested too deeply to be merged", "", REFUSED)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# fstab: ash's own mounts, and the user's lines
-# ---------------------------------------------------------------------------------------------------------------
+# --- fstab: ash's own mounts, and the user's lines -------------------------------------------------------------
 
 MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
 OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
@@ -4159,9 +4093,7 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
     return "\n".join([*lines, *fstab_of_user(old), ""])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The merge of /etc: three-way
-# ---------------------------------------------------------------------------------------------------------------
+# --- The merge of /etc: three-way ------------------------------------------------------------------------------
 
 # Files that programs regenerate, or keep as backups of what they edit.
 NOT_DRIFT = r"\.updated|\.pwd\.lock|ld\.so\.cache|mtab|(passwd|group|shadow|gshadow|subuid|subgid)-"
@@ -4380,9 +4312,7 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
             (target / path).rmdir()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The boot menu: deployments, and the grub.cfg that boots them
-# ---------------------------------------------------------------------------------------------------------------
+# --- The boot menu: deployments, and the grub.cfg that boots them ----------------------------------------------
 
 
 def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, uuid: str) -> None:
@@ -4521,9 +4451,7 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Deployments: slots that the menu boots
-# ---------------------------------------------------------------------------------------------------------------
+# --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
 def root_uuid(layout: Layout) -> str:
@@ -4817,9 +4745,7 @@ class Deployments:
         return read_text(self.layout.grub_cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The system: one distribution on one file system
-# ---------------------------------------------------------------------------------------------------------------
+# --- The system: one distribution on one file system -----------------------------------------------------------
 
 
 def require_root(doing: str) -> None:
@@ -5055,9 +4981,7 @@ class System:
                     os.setxattr(reserve, f"user.{number}", bytes(ATTRIBUTE))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Snapshots: copy, undo, delete
-# ---------------------------------------------------------------------------------------------------------------
+# --- Snapshots: copy, undo, delete -----------------------------------------------------------------------------
 
 
 def packages_of(system: System, snapshot: int) -> dict[str, str]:
@@ -5283,9 +5207,7 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
     return numbers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Live changes: changes to the running deployment
-# ---------------------------------------------------------------------------------------------------------------
+# --- Live changes: changes to the running deployment -----------------------------------------------------------
 
 
 class LiveResult:
@@ -5464,9 +5386,7 @@ class LiveTransaction(Transaction):
         place.drop()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Deploying, recovering
-# ---------------------------------------------------------------------------------------------------------------
+# --- Deploying, recovering -------------------------------------------------------------------------------------
 
 
 def roll_back_live(system: System) -> None:
@@ -5556,9 +5476,7 @@ def running_drift(system: System) -> tuple[str, dict[str, str]]:
     return slot, etc_drift(system.layout.etc(slot), system.layout.rootfs(slot) / "etc")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command frame
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command frame -----------------------------------------------------------------------------------------
 
 
 class Request(NamedTuple):
@@ -5643,11 +5561,15 @@ def change_data(change: Change) -> dict[str, Any]:
 
 
 def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """Format rows as a table without lines; each cell is made one line of printable text."""
     import tabulate
 
-    tabulate.PRESERVE_WHITESPACE = True  # leading spaces draw the tree
+    # Leading spaces draw the tree. tabulate keeps them by an attribute of the module, from 0.10 on by a parameter.
+    tabulate.PRESERVE_WHITESPACE = True
+    name = "preserve_whitespace"
+    spaces = {name: True} if name in tabulate.tabulate.__code__.co_varnames else {}
     cells = [[one_line(str(cell)) for cell in row] for row in rows]
-    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True))
+    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True, **spaces))
 
 
 def require_confirmation(request: Request, question: str) -> None:
@@ -5778,9 +5700,7 @@ def find_command(word: str) -> Command:
     raise AshError(f"there is no command {word!r}", f"did you mean {near[0]}?" if near else "ash help", USAGE)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command line ------------------------------------------------------------------------------------------
 # Not argparse: its import and a parser take 2 to 3 ms, a tenth of a short command, and most of the grammar (an optional
 # number, options between words, `-c` that takes the rest of the line) would have to be worked around it.
 
@@ -6027,11 +5947,6 @@ def parse(argv: Sequence[str]) -> tuple[Command, Request]:
     return command, request_of(command, given.values, given.words)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Running a command
-# ---------------------------------------------------------------------------------------------------------------
-
-
 def failure_for_history(error: BaseException) -> str:
     """What the history says of a change that failed; empty if the change was refused before it began."""
     if isinstance(error, AshError):
@@ -6201,9 +6116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(as_ash_error(error), command)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Commands on the tree
-# ---------------------------------------------------------------------------------------------------------------
+# --- Commands on the tree --------------------------------------------------------------------------------------
 
 
 def minute_of(when: float) -> str:
@@ -6443,9 +6356,7 @@ def cmd_sub(system: System, request: Request) -> Reply:
     return Reply({"subvolumes": rows}, text_table(table, ["id", "path", "mode", "made"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Commands for booting
-# ---------------------------------------------------------------------------------------------------------------
+# --- Commands for booting --------------------------------------------------------------------------------------
 
 DEPLOYED_SHAPE = {
     "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
@@ -6589,9 +6500,7 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
     return Reply({"slot": booted}, str(booted), str(booted))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shells and programs in a snapshot
-# ---------------------------------------------------------------------------------------------------------------
+# --- Shells and programs in a snapshot -------------------------------------------------------------------------
 
 RUNNING_INSIDE = "run/ash/running"
 
@@ -6868,9 +6777,7 @@ def cmd_recover(system: System, request: Request) -> Plan:
     return recovered_reply(recover_all(system, drop_kept=False))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Packages
-# ---------------------------------------------------------------------------------------------------------------
+# --- Packages --------------------------------------------------------------------------------------------------
 
 LIVE_SHAPE = {
     "changed": bool, "started": [str], "stopped": [str], "waiting": [str], "conflicts": [str],
@@ -7016,9 +6923,7 @@ def refresh_once(system: System, snapshots: Sequence[int], strict: bool) -> dict
     return failed
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Profiles
-# ---------------------------------------------------------------------------------------------------------------
+# --- Profiles --------------------------------------------------------------------------------------------------
 
 
 class Profile:
@@ -7124,9 +7029,7 @@ def packages_named(system: System, request: Request) -> tuple[list[str], list[st
     return [*request.packages], of_profile
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Commands on packages
-# ---------------------------------------------------------------------------------------------------------------
+# --- Commands on packages --------------------------------------------------------------------------------------
 
 
 def install_profile(system: System, request: Request) -> Reply:
@@ -7341,9 +7244,7 @@ def cmd_list(system: System, request: Request) -> Reply:
     return Reply({"snapshot": number, "packages": packages}, text, names)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whole trees: a process for each snapshot
-# ---------------------------------------------------------------------------------------------------------------
+# --- Whole trees: a process for each snapshot ------------------------------------------------------------------
 
 
 class Job:
@@ -7623,9 +7524,7 @@ def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
     return tree_reply(system, request, pool)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A branch follows its parent
-# ---------------------------------------------------------------------------------------------------------------
+# --- A branch follows its parent -------------------------------------------------------------------------------
 
 
 # Package changes by these commands say nothing about what the user wants on this snapshot.
@@ -7793,9 +7692,7 @@ def cmd_force_sync(system: System, request: Request) -> Reply:
     return sync_tree(system, request, upgrades=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Problems and lost+found
-# ---------------------------------------------------------------------------------------------------------------
+# --- Problems and lost+found -----------------------------------------------------------------------------------
 
 FOUND = "found by fsck"  # the description of a snapshot that the history does not know
 
@@ -7908,9 +7805,7 @@ def is_description(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Finding and repairing problems
-# ---------------------------------------------------------------------------------------------------------------
+# --- Finding and repairing problems ----------------------------------------------------------------------------
 
 
 class Fsck:
@@ -8381,9 +8276,7 @@ class Fsck:
         rename(new, base)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command fsck
-# ---------------------------------------------------------------------------------------------------------------
+# --- The command fsck ------------------------------------------------------------------------------------------
 
 
 def repair(system: System) -> Reply:
@@ -8427,9 +8320,7 @@ def cmd_fsck(system: System, request: Request) -> Reply:
     return Reply({**data, "changed": False, "lost_found": ""}, "\n".join(lines), status=status)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The automatic upgrade
-# ---------------------------------------------------------------------------------------------------------------
+# --- The automatic upgrade -------------------------------------------------------------------------------------
 
 
 def require_sound(work: Transaction) -> None:
@@ -8669,9 +8560,7 @@ def cmd_check(system: System, request: Request) -> Reply:
     return Reply(last, text, status=FAILED if last["failed"] else 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Comparing snapshots
-# ---------------------------------------------------------------------------------------------------------------
+# --- Comparing snapshots ---------------------------------------------------------------------------------------
 
 
 class Difference(NamedTuple):
@@ -8782,9 +8671,7 @@ def cmd_diff(system: System, request: Request) -> Reply:
     return Reply({"from": old, "to": new, **difference.data()}, text)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A newer ash
-# ---------------------------------------------------------------------------------------------------------------
+# --- A newer ash -----------------------------------------------------------------------------------------------
 
 EXECUTABLE_LIMIT = 16 << 20  # bytes; ash has a fortieth of that
 SIGNATURE_LIMIT = 64 << 10
@@ -8941,9 +8828,7 @@ def cmd_upself(system: System, request: Request) -> Plan:
     return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Status, version, help
-# ---------------------------------------------------------------------------------------------------------------
+# --- Status, version, help -------------------------------------------------------------------------------------
 
 
 def interrupted_sessions(system: System) -> list[int]:

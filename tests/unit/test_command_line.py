@@ -724,3 +724,10 @@ def test_nothing_but_flags_can_follow_a_flag(words: list[str]) -> None:
     with pytest.raises(AshError, match="there is no option -") as error:
         ash.parse(words)
     assert error.value.status == USAGE
+
+
+def test_a_table_keeps_the_spaces_that_indent_the_tree() -> None:
+    assert (
+        ash.text_table([["0", "base"], ["  1", "web"]], ["snapshot", "description"]).splitlines()[-1]
+        == "  1         web"
+    )

@@ -142,11 +142,9 @@ ROOMS = ("Shared libraries", "The init system", "Kernels", "BootTools")
 
 def test_distribution_tools_are_only_named_in_their_sections() -> None:
     section = ""
-    previous = ""
     for number, line in enumerate((CHECKOUT / "ash.py").read_text().splitlines(), start=1):
-        if previous.startswith("# -----") and line.startswith("# "):
-            section = line.removeprefix("# ")
-        previous = line
+        if line.startswith("# --- "):
+            section = line.removeprefix("# --- ")
         assert section.startswith(ROOMS) or not re.search(TOOLS, line), f"line {number}, in {section!r}: {line}"
 
 
@@ -187,13 +185,8 @@ class Section(NamedTuple):
 def sections(text: str) -> list[Section]:
     """The sections of ash.py, in order."""
     lines = [*text.splitlines(), ""]
-    rule = "# " + "-" * 111
-    starts = [
-        number
-        for number, (above, title, below) in enumerate(zip(lines, lines[1:], lines[2:], strict=False), start=1)
-        if above == below == rule and title.startswith("# ")
-    ]
-    return [Section(lines[start][2:], start, end) for start, end in pairwise([*starts, len(lines)])]
+    starts = [number for number, line in enumerate(lines, start=1) if line.startswith("# --- ")]
+    return [Section(lines[start - 1][6:].rstrip(" -"), start, end) for start, end in pairwise([*starts, len(lines)])]
 
 
 def bound_names(node: ast.stmt) -> Iterator[str]:
