@@ -2658,7 +2658,7 @@ class Chroot(NamedTuple):
 
     root: Path
     environment: Mapping[str, str] = {}  # added to the cleaned environment
-    var: Overlay | None = None  # mounted on /var; None leaves the root's own
+    overlays: Mapping[str, Overlay] = {}  # by path from the root; mounted in this order
     binds: Sequence[tuple[Path, str]] = ()  # files and directories to bind-mount: (source, path from the root)
     transient: Mapping[str, TransientFile] = {}  # files that exist only while a program runs, by path from the root
     disks: bool = False  # bind-mount the machine's /dev, for GRUB's tools
@@ -2738,7 +2738,7 @@ class Chroot(NamedTuple):
         os._exit(status)
 
     def _mount(self) -> None:
-        """Mount what programs need inside the root: /dev, /run, /sys, /tmp, /var and the binds."""
+        """Mount what programs need inside the root: /dev, /run, /sys, /tmp, the overlays and the binds."""
         root = self.root
         bind(root, root)
         mount("none", root, flags=MS_BIND | MS_REMOUNT | MS_NODEV | MS_NOATIME)  # device nodes made inside do not work
@@ -2757,8 +2757,10 @@ class Chroot(NamedTuple):
         mount("sysfs", path_inside(root, "sys"), "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
         mount("ash", path_inside(root, "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777")
         (run_folder / "lock").mkdir(mode=0o1777)
-        if self.var:
-            self.var.mount_on(path_inside(root, "var"))
+        for inside, overlay in self.overlays.items():
+            target = path_inside(root, inside)
+            target.mkdir(parents=True, exist_ok=True)
+            overlay.mount_on(target)
         for source, inside in self.binds:
             target = path_inside(root, inside)
             if source.is_dir():
@@ -3861,7 +3863,7 @@ class Transaction:
         return Chroot(
             self.root,
             {**self.package_manager.environment},
-            Overlay(self.var, self.place.upper, self.place.overlay_work),
+            {"var": Overlay(self.var, self.place.upper, self.place.overlay_work)},
             [(self.layout.home, "home"), (self.layout.home_root, "root"), *mutable, *self.binds],
             self.package_manager.transient,
         )
