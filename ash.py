@@ -6815,7 +6815,7 @@ def package_reply(request: Request, changes: Sequence[Change], live: LiveResult 
     return would_change(changes) if request.dry_run else changes_reply(changes, live)
 
 
-Work = Callable[[Transaction], None]
+Work = Callable[[Transaction], object]
 
 
 def change_snapshot(
@@ -6866,14 +6866,15 @@ def remove_packages(system: System, number: int, packages: Sequence[str], reques
     return delete_data(system, done) if request.delete_data and done.kept else done
 
 
-def refresh(work: Transaction, strict: bool = False) -> None:
-    """Fetch the package lists; warn about unreachable repositories, or raise RepositoryError if `strict`."""
+def refresh(work: Transaction, strict: bool = False) -> Sequence[str]:
+    """Fetch the package lists. Returns the unusable repositories: warns about them, or (`strict`) RepositoryError."""
     missing = work.package_manager.refresh(work)
     if missing and strict:
         hint = "leave out --strict to continue without them"
         raise RepositoryError(f"some repositories cannot be reached: {'; '.join(missing)}", hint)
     for one in missing:
         console.say(f"ash: {one_line(one).rstrip('.')}; continuing without it")
+    return missing
 
 
 def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, download_only: bool = False) -> None:
@@ -6884,7 +6885,8 @@ def upgrade(work: Transaction, fetch: bool = True, strict: bool = False, downloa
     except PackageError as error:
         if strict:
             raise
-        console.say(one_line(f"ash: {error.message}; continuing with the present package lists"))
+        hint = f" ({error.hint})" if error.hint else ""
+        console.say(one_line(f"ash: {error.message}{hint}; continuing with the present package lists"))
     work.package_manager.upgrade(work, download_only)
 
 
@@ -8392,6 +8394,7 @@ class AutoUpgrade:
         self.kept: int | None = None  # the sibling with the former state
         self.parent: int | None = None  # of both
         self.upgraded = ""  # what was done to the snapshot, while the base is being upgraded
+        self.missing: list[str] = []  # what repositories that could not be used said
 
     def _root_id(self) -> int | None:
         found = subvolume_at(self.system.layout.rootfs(self.number))
@@ -8440,14 +8443,17 @@ class AutoUpgrade:
 
     def _change(self, number: int, base: bool = False) -> Change:
         if self.policy == "check":
-            work = partial(upgrade, strict=self.strict)
+            work = self._fetch_and_upgrade
             return change_snapshot(self.system, number, "looking for upgrades of", work, simulate=True, base=base)
         return change_snapshot(self.system, number, "upgrading", self._work, base=base)
 
+    def _fetch_and_upgrade(self, transaction: Transaction) -> None:
+        self.missing += [one for one in refresh(transaction, self.strict) if one not in self.missing]
+        upgrade(transaction, fetch=False)
+
     def _work(self, transaction: Transaction) -> None:
         packages = self.system.package_manager.installed(transaction.root)
-        refresh(transaction, self.strict)
-        upgrade(transaction, fetch=False)
+        self._fetch_and_upgrade(transaction)
         if self.system.package_manager.installed(transaction.root) != packages:
             require_sound(transaction)
             if transaction.snapshot == self.number:
@@ -8546,7 +8552,8 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
             with contextlib.suppress(OSError):  # nothing can be written: then it stays recorded as interrupted
                 record_upgrade(system, FAILED, f"{state}{reason(error)}")
             raise
-        record_upgrade(system, 0, lines_of(reply.text)[0])
+        without = f"; without some repositories: {listed(upgrading.missing)}" if upgrading.missing else ""
+        record_upgrade(system, 0, f"{lines_of(reply.text)[0]}{without}")
         return upgrading.reboot(reply)
 
 

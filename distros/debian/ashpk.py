@@ -4,6 +4,7 @@
 import contextlib
 import os
 import re
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -135,14 +136,30 @@ def report_failed_builds(root: Path) -> None:
 
 
 def usable_repositories(update: str) -> list[tuple[str, str]]:
-    """The repositories (URL, suite) that apt-get update reached and did not refuse."""
+    """The repositories (URL, suite) that apt-get update reached, trusted and did not refuse."""
     refused = "\n".join(re.findall(r"^E: (?:Release file for |Repository ').*", update, re.MULTILINE))
+    # Also after "Get:": of a repository that answers, and whose signature cannot be verified.
+    failed = re.findall(r"^Err:\d+ (\S+) +(\S+) +(?:In)?Release\b", update, re.MULTILINE)
 
     def is_refused(url: str, suite: str) -> bool:
         return bool(re.search(rf"{re.escape(url)}(/dists)?[/ ]{re.escape(suite.rstrip('/'))}[/ ]", refused))
 
     reached = re.findall(r"^(?:Hit|Get):\d+ (\S+) +(\S+)", update, re.MULTILINE)
-    return [repository for repository in reached if not is_refused(*repository)]
+    return [repository for repository in reached if repository not in failed and not is_refused(*repository)]
+
+
+def trouble_in_words(line: str) -> str:
+    """What apt says of a repository that it cannot use, without the name of the program that verifies signatures."""
+    line = re.sub(r"Sub-process \S+ returned an error code \(\d+\), error message is:", "", line)
+    return " ".join(line.split()).rstrip(".")
+
+
+def hint_for_trouble(lines: Iterable[str]) -> str:
+    """What to do about repositories that apt cannot use: the clock may be wrong, or the keyring lack their keys."""
+    said = "\n".join(lines)
+    if re.search(r"Not live until|is not valid yet", said):
+        return f"the clock says {time.strftime('%Y-%m-%d %H:%M')}: if it is wrong, set it"
+    return "ash fixdb N renews the keyring" if re.search(r"[Ss]ignature|GPG error|NO_PUBKEY|Missing key", said) else ""
 
 
 def bytes_of(uris: str, without: Container[str] = ()) -> int:
@@ -246,7 +263,8 @@ class Apt(PackageManager):
         "debian_chroot": "ash",
     }
     # What apt says of a repository that cannot be reached, has expired, is from the future, or has a new release.
-    TROUBLE = r"Failed to fetch|^The repository|GPG error|^Release file for |^Repository '"
+    UNTRUSTED = r"signature verification|GPG error|is not signed"
+    TROUBLE = rf"Failed to fetch|^The repository|^Release file for |^Repository '|{UNTRUSTED}"
     # A power cut drops the whole transaction, so dpkg need not sync. pkgcache.bin describes one snapshot only. The
     # lists are shared with snapshots that have other repositories.
     APT_CONF = """\
@@ -434,12 +452,15 @@ room=$(df --output=avail -k / | tail -n 1)
         except PackageError as error:
             output = error.message
         said = re.findall(r"^[WE]: (.*)$", output, re.MULTILINE)
-        trouble = [line for line in said if re.search(self.TROUBLE, line)]
+        trouble = list(dict.fromkeys(trouble_in_words(line) for line in said if re.search(self.TROUBLE, line)))
         if not trouble and re.search(r"^E: ", output, re.MULTILINE):
             raise apt_error(output)
+        hint = hint_for_trouble(trouble)
         if trouble and not usable_repositories(output):
-            raise RepositoryError(f"no repository can be reached: {trouble[0]}")
-        return list(dict.fromkeys(trouble))
+            answered = re.search(r"^(?:Hit|Get):", output, re.MULTILINE) and re.search(self.UNTRUSTED, trouble[0])
+            what = "no repository can be trusted" if answered else "no repository can be reached"
+            raise RepositoryError(f"{what}: {trouble[0]}", hint)
+        return [f"{line} ({hint})" if hint and line == trouble[-1] else line for line in trouble]
 
     def upgrade(self, work: Transaction, download_only: bool = False) -> None:
         """Run apt-get without letting it remove anything: upgrades that need a removal are kept back."""

@@ -122,7 +122,9 @@ def test_a_failed_module_build_changes_nothing(system: System, snapshot: int, tm
     assert "this was not written for your kernel" in outcome.stderr  # dkms' log goes with the transaction
 
 
-def test_a_failed_module_build_by_ash_changes_nothing(system: System, beside_the_running_kernel: int, tmp_path: Path) -> None:
+def test_a_failed_module_build_by_ash_changes_nothing(
+    system: System, beside_the_running_kernel: int, tmp_path: Path
+) -> None:
     kernel = kernel_of(system, beside_the_running_kernel)
     with system.nothing_changes():
         outcome = system.ash("install", beside_the_running_kernel, module(tmp_path, "ashbad", BAD), status=FAILED)

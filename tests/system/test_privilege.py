@@ -60,9 +60,7 @@ def below(directory: Path, mode: int) -> None:
     assert not stat.S_IMODE(directory.stat().st_mode) & ~mode, f"{directory} is {directory.stat().st_mode:o}"
 
 
-def test_a_copy_is_never_more_readable_than_its_original(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_is_never_more_readable_than_its_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "key"
     source.write_text(SECRET)
     source.chmod(0o600)
@@ -115,9 +113,7 @@ def test_a_copy_does_not_follow_a_symlink_planted_by_the_directorys_owner(
     assert os.listxattr(victim) == []
 
 
-def test_a_file_replaced_while_it_is_copied_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_while_it_is_copied_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory's owner replaces it by a symlink or FIFO after it was checked."""
     victim, source, target = tmp_path / "victim", tmp_path / "source", tmp_path / "target"
     victim.write_text(SECRET)
@@ -419,7 +415,9 @@ def test_a_symlink_planted_in_var_is_not_followed(system: System, snapshot: int,
 
 
 @pytest.mark.parametrize("place", ["lib/ash", "lib/ash/conflicts"])
-def test_the_conflicts_directory_cannot_be_redirected(machine: Machine, snapshot: int, outside: Path, place: str) -> None:
+def test_the_conflicts_directory_cannot_be_redirected(
+    machine: Machine, snapshot: int, outside: Path, place: str
+) -> None:
     system = machine.system
     system.shell(snapshot, "echo theirs > /etc/motd")
     (machine.etc / "motd").write_text("mine\n")
@@ -471,7 +469,9 @@ PROGRAMS = ["btrfs", "cp", "sh", "mount", "chroot", "unshare", "grub-mkconfig", 
 
 
 @pytest.mark.parametrize("built", [False, True], ids=["ash.py", "executable"])
-def test_the_callers_environment_does_not_reach_programs_run_as_root(system: System, tmp_path: Path, built: bool) -> None:
+def test_the_callers_environment_does_not_reach_programs_run_as_root(
+    system: System, tmp_path: Path, built: bool
+) -> None:
     hostile = fakes(tmp_path / "bin", *PROGRAMS)
     for module in ("json", "argparse", "anytree", "sitecustomize", "startup"):
         (hostile / f"{module}.py").write_text(f"open('{hostile}/ran-{module}', 'w')\nraise SystemExit(9)\n")
@@ -530,9 +530,7 @@ def test_a_symlink_planted_during_the_merge_of_var_is_not_followed(
     assert [path.read_text() for path in aside] == ["x\n"]
 
 
-def test_a_file_replaced_during_renumbering_is_not_chowned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_during_renumbering_is_not_chowned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its new owner replaces it by a symlink at once."""
     victim, own = tmp_path / "victim", tmp_path / "own"
     for path, mode in ((victim, 0o600), (own, 0o4755)):

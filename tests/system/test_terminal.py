@@ -38,7 +38,9 @@ def test_editing_resolv_conf_in_the_example_of_lwn(system: System, snapshot: int
 
 
 @pytest.mark.parametrize(("answer", "kept"), [("y", True), ("n", False), ("", False), ("N", False)])
-def test_a_failed_shell_asks_whether_to_keep_the_changes(system: System, snapshot: int, answer: str, kept: bool) -> None:
+def test_a_failed_shell_asks_whether_to_keep_the_changes(
+    system: System, snapshot: int, answer: str, kept: bool
+) -> None:
     before = system.id_of(snapshot)
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)

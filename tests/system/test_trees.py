@@ -137,7 +137,9 @@ def test_a_branch_with_an_unreadable_package_database_does_not_stop_the_others(
 
 
 @pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
-def test_strict_fails_only_the_branches_with_an_unreachable_repository(system: System, tree: list[int], command: str) -> None:
+def test_strict_fails_only_the_branches_with_an_unreachable_repository(
+    system: System, tree: list[int], command: str
+) -> None:
     for number in tree[1:4:2]:
         system.shell(number, use_only("http://127.0.0.1:9"))
     outcome = system.ash(command, tree[0], "--strict", status=FAILED)
@@ -157,7 +159,9 @@ def test_lists_fetched_before_a_failure_are_not_a_change(system: System, old: in
     assert versions(system, [good, dead]) == ["1", "1"]
 
 
-def test_a_package_that_fails_in_each_branch_is_fetched_once(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
+def test_a_package_that_fails_in_each_branch_is_fetched_once(
+    system: System, archive: Archive, old: int, tmp_path: Path
+) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-tool", "3", postinst="exit 1")
     with broken.served() as url:
@@ -172,9 +176,7 @@ def test_a_package_that_fails_in_each_branch_is_fetched_once(system: System, arc
 
 
 @pytest.mark.parametrize("command", ["tree-upgrade", "sync"])
-def test_an_unresponsive_repository_is_asked_once(
-    system: System, archive: Archive, old: int, command: str
-) -> None:
+def test_an_unresponsive_repository_is_asked_once(system: System, archive: Archive, old: int, command: str) -> None:
     root = system.clone(old)
     system.shell(root, "sed -i 's|[.]/$|nothing/|' /etc/apt/sources.list")
     numbers = [root, system.branch(root), system.branch(root)]
@@ -209,9 +211,7 @@ def test_packages_that_sync_installs_are_fetched_once(
     assert len(archive.fetched("ash-test-other.*deb$")) == 1
 
 
-def test_downloads_of_a_failed_change_are_reused(
-    system: System, archive: Archive, old: int, tmp_path: Path
-) -> None:
+def test_downloads_of_a_failed_change_are_reused(system: System, archive: Archive, old: int, tmp_path: Path) -> None:
     broken = Archive(tmp_path / "broken")
     broken.add("ash-test-broken", "1", postinst="exit 1")
     cache = system.files.var / "cache/apt/archives"
@@ -423,7 +423,9 @@ def test_a_package_that_the_branch_removed_stays_removed(system: System, old: in
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_package_removed_from_the_parent_is_removed_unless_the_branch_installed_it(system: System, old: int, keep: bool) -> None:
+def test_a_package_removed_from_the_parent_is_removed_unless_the_branch_installed_it(
+    system: System, old: int, keep: bool
+) -> None:
     parent = system.clone(old)
     asked = system.branch(parent)
     system.ash("install", asked, "ash-test-other")

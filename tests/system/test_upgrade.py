@@ -71,7 +71,9 @@ def test_downloaded_packages_are_upgraded_without_a_network(system: System, arch
     assert "no repository" in system.ash("auto-upgrade", snapshot, status=FAILED).stderr
 
 
-def test_an_unreachable_repository_is_a_warning_and_with_strict_an_error(system: System, snapshot: int, url: str) -> None:
+def test_an_unreachable_repository_is_a_warning_and_with_strict_an_error(
+    system: System, snapshot: int, url: str
+) -> None:
     # At another address: apt gives up on all repositories of a host that does not answer.
     system.shell(snapshot, use_only("http://127.0.0.2:9", url))
     with system.nothing_changes():

@@ -304,7 +304,9 @@ def test_a_file_url_works(place: Place, tmp_path: Path) -> None:
     assert place.upself().json["to"] == NEW
 
 
-def test_the_certificate_of_the_server_is_checked(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_certificate_of_the_server_is_checked(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     key, certificate = tmp_path / "key", tmp_path / "certificate"
     of_itself = [
         "-x509",

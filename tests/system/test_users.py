@@ -49,7 +49,9 @@ def owner(path: Path) -> tuple[int, int]:
     return status.st_uid, status.st_gid
 
 
-def test_siblings_that_install_in_opposite_order_have_the_same_ids(system: System, snapshot: int, tmp_path: Path) -> None:
+def test_siblings_that_install_in_opposite_order_have_the_same_ids(
+    system: System, snapshot: int, tmp_path: Path
+) -> None:
     one, two = with_user(tmp_path, "ash-test-one", "_one"), with_user(tmp_path, "ash-test-two", "_two")
     sibling = system.clone()
     for number, packages in ((snapshot, (one, two)), (sibling, (two, one))):

@@ -301,9 +301,7 @@ def test_deletions_by_an_upgrade_are_applied_beside_a_removal(system: System, sn
     assert answer["kept"] == ["/var/lib/ash-test-two"]
 
 
-def test_an_upgrade_reports_conflicts_with_its_running_daemon(
-    system: System, snapshot: int, tmp_path: Path
-) -> None:
+def test_an_upgrade_reports_conflicts_with_its_running_daemon(system: System, snapshot: int, tmp_path: Path) -> None:
     directory = "/var/lib/ash-test-daemon"
     old = make_deb(tmp_path, "ash-test-daemon", "1", postinst=f"mkdir -p {directory}; echo 1 > {directory}/db.v1")
     new = make_deb(tmp_path, "ash-test-daemon", "2", postinst=f"mv {directory}/db.v1 {directory}/db.v2")

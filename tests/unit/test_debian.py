@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from ash import FAILED, MISSING, REFUSED, Distro, PackageError, Transaction, load_distro
+from ash import FAILED, MISSING, REFUSED, Distro, PackageError, RepositoryError, Transaction, load_distro
 from distros.debian.ashpk import Apt, Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
 
 APT = Debian.package_manager
@@ -175,11 +175,44 @@ class Updating:
 @pytest.mark.parametrize("refused", [EXPIRED, CHANGED])
 def test_other_repositories_are_refreshed_when_apt_refuses_one(refused: str) -> None:
     there = cast("Transaction", Updating(HAD + OTHER + refused))
-    assert APT.refresh(there) == [refused.removeprefix("E: ").rstrip("\n")]
+    assert APT.refresh(there) == [refused.removeprefix("E: ").rstrip(".\n")]
     with pytest.raises(PackageError, match="no repository can be reached"):
         APT.refresh(cast("Transaction", Updating(HAD + refused)))
     with pytest.raises(PackageError, match="is malformed"):
         APT.refresh(cast("Transaction", Updating("E: Malformed entry 1 in list file x: it is malformed\n")))
+
+
+# By apt 3.0 (sqv), of a repository that has old lists, and by apt 2.6 (gpgv), of one that has none.
+GOT = "Get:1 http://a/debian trixie InRelease [140 kB]\nErr:1 http://a/debian trixie InRelease\n"
+SQV = "Sub-process /usr/bin/sqv returned an error code (1), error message is: "
+UNTRUSTED = f"""\
+{GOT}  {SQV}Missing key 4CB5, which is needed to verify signature.
+W: An error occurred during the signature verification. The repository is not updated and the previous index files \
+will be used. OpenPGP signature verification failed: http://a/debian trixie InRelease: {SQV}Missing key 4CB5, which is \
+needed to verify signature.
+W: Failed to fetch http://a/debian/dists/trixie/InRelease  {SQV}Missing key 4CB5, which is needed to verify signature.
+W: Some index files failed to download. They have been ignored, or old ones used instead.
+"""
+UNSIGNED = f"""\
+{GOT}  The following signatures couldn't be verified because the public key is not available: NO_PUBKEY 4CB5
+W: GPG error: http://a/debian trixie InRelease: The following signatures couldn't be verified because the public key \
+is not available: NO_PUBKEY 4CB5
+E: The repository 'http://a/debian trixie InRelease' is not signed.
+"""
+EARLY = UNTRUSTED.replace(
+    "Missing key 4CB5, which is needed to verify signature.", "Not live until 2026-11-21T08:46:20Z"
+)
+
+
+@pytest.mark.parametrize("output", [UNTRUSTED, UNSIGNED, EARLY])
+def test_a_repository_that_answers_and_is_not_trusted_could_not_be_had(output: str) -> None:
+    assert usable_repositories(output) == []
+    assert usable_repositories(output + OTHER) == [("http://a/debian", "trixie-updates")]
+    with pytest.raises(RepositoryError, match="no repository can be trusted") as caught:
+        APT.refresh(cast("Transaction", Updating(output)))
+    assert ("the clock says" if output == EARLY else "fixdb") in caught.value.hint
+    assert "sqv" not in caught.value.message
+    assert "http://a/debian" in APT.refresh(cast("Transaction", Updating(output + OTHER)))[0]
 
 
 EXCLUDED = """\

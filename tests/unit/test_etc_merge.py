@@ -429,9 +429,7 @@ def test_no_file_of_either_side_is_lost_silently(
     shutil.rmtree(top)
 
 
-def test_an_interrupted_rewrite_leaves_the_old_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_rewrite_leaves_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passwd = tmp_path / "passwd"
     passwd.write_text("root:x:0:0::/root:/bin/sh\n")
     passwd.chmod(0o604)

@@ -19,7 +19,9 @@ def test_a_version_is_newer_than_another(older: str, newer: str) -> None:
     assert ash.version_order(older) < ash.version_order(newer)
 
 
-@pytest.mark.parametrize("version", ["", "next", "1.", ".1", "1..2", "1.2-rc1", "-1", " 1", "1\n", "1" * 5000, "\u0661"])
+@pytest.mark.parametrize(
+    "version", ["", "next", "1.", ".1", "1..2", "1.2-rc1", "-1", " 1", "1\n", "1" * 5000, "\u0661"]
+)
 def test_what_is_not_a_version_sorts_before_all_versions(version: str) -> None:
     assert ash.version_order(version) == []
 

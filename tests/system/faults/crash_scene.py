@@ -150,7 +150,9 @@ class Tried:
             for path in self.before.var.keys() | self.after.var.keys() | view.var.keys():
                 assert view.var.get(path) in (self.before.var.get(path), self.after.var.get(path)), where
             assert view.running in (self.before.running, self.after.running), where
-            assert view.running == self.before.running or view.var == self.after.var, where  # the running files have their data
+            assert view.running == self.before.running or view.var == self.after.var, (
+                where
+            )  # the running files have their data
         else:
             assert view in (self.before, self.after), where
         assert view.boots in self.boots, where
@@ -208,7 +210,9 @@ class Scene:
         )
         disk.ash("install", 1, make_deb(directory, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
         disk.ash("install", disk.branch(1), there)
-        disk.ash("run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted")  # after the branch was created, by the history's clock
+        disk.ash(
+            "run", 1, "sh", "-c", "sleep 1.1; echo late > /etc/drifted"
+        )  # after the branch was created, by the history's clock
         disk.ash("-q", "clone", 1, "-d", "third")
         disk.ash("mutable", 3)
         disk.ash("deploy", 1)

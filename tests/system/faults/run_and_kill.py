@@ -36,7 +36,9 @@ class Cutter:
         is_call = event == "ctypes.dlsym" and arguments[1] in CALLS
         tells = event == "fcntl.ioctl" and isinstance(arguments[1], int) and arguments[1] >> 30 == IOC_WRITE
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        compiled = sys.pycache_prefix and str(arguments[:1]).find(sys.pycache_prefix) >= 0  # bytecode, which Python writes
+        compiled = (
+            sys.pycache_prefix and str(arguments[:1]).find(sys.pycache_prefix) >= 0
+        )  # bytecode, which Python writes
         if os.getpid() == self.process and not compiled and (event in EVENTS or is_call or tells or writes):
             self.left -= 1
             if self.left == 0:

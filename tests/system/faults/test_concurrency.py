@@ -59,7 +59,9 @@ class Seen:
 
     runs: dict[int, Run] = field(default_factory=dict)  # by pid
     counted: Counter[int] = field(default_factory=Counter)  # successful changes of each snapshot
-    cut: Counter[int] = field(default_factory=Counter)  # killed changes of each snapshot, which may have been successful
+    cut: Counter[int] = field(
+        default_factory=Counter
+    )  # killed changes of each snapshot, which may have been successful
     made: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)  # deleted snapshots, or ones whose deletion was killed
     odd: list[str] = field(default_factory=list)
@@ -167,7 +169,9 @@ class Worker(threading.Thread):
         """Whether the named holder of a lock really held it at that time."""
         self.seen.locked += 1
         self.seen.nameless += "locked by another ash" in error
-        found = re.match(rf"ash: (snapshot (\d+)|(?:deploy|state) of {DISTRIBUTION}|merging into /var) is locked by (.*)", error)
+        found = re.match(
+            rf"ash: (snapshot (\d+)|(?:deploy|state) of {DISTRIBUTION}|merging into /var) is locked by (.*)", error
+        )
         if not found:
             return ["locked, and by nobody"]
         holder = re.match(r"pid (\d+) \(ash --image \S+ (.*)\) \(--wait", found[3])

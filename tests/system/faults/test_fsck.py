@@ -140,7 +140,9 @@ def test_fsck_finds_damaged_state_files(system: System, name: str, text: str) ->
     finally:
         path.write_text(good)
     assert not re.search("Traceback|an error in ash itself", outcome.stderr), outcome.stderr
-    assert {"fstree": "tree file", "menu": "menu file", "ids": "registry of uids and gids"}[name] in outcome.stdout + outcome.stderr
+    assert {"fstree": "tree file", "menu": "menu file", "ids": "registry of uids and gids"}[
+        name
+    ] in outcome.stdout + outcome.stderr
     finds_nothing(system)
 
 

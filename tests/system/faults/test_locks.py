@@ -115,9 +115,7 @@ def test_the_lock_is_free_as_soon_as_its_holder_is_dead(system: System, snapshot
     (system.home / "begun").unlink()
 
 
-def test_locks_of_snapshots_and_deployments_do_not_deadlock(
-    machine: Machine, snapshot: int
-) -> None:
+def test_locks_of_snapshots_and_deployments_do_not_deadlock(machine: Machine, snapshot: int) -> None:
     work = machine.files.state / "work"
     (machine.etc / "own").write_text("own\n")
     with Lock(work / "deploy/lock", "the test"):
