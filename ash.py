@@ -8790,6 +8790,9 @@ def swap_executable(layout: Layout) -> None:
     """Replace the executable, keeping a copy of the old one; at any time a complete executable is in place."""
     if layout.executable.is_file():
         write_file(layout.old_executable, read_text(layout.executable), mode=0o755)
+        old, new = layout.executable.stat().st_mtime, layout.new_executable.stat().st_mtime
+        # For who renames it back: Python tells stale bytecode by size and mtime, in seconds.
+        os.utime(layout.old_executable, (old, old if int(old) != int(new) else old - 1))
     rename(layout.new_executable, layout.executable)
     sync_directory(layout.ash)
     # Python tells stale bytecode by mtime (in seconds) and size: it could take the old executable's for the new one's.

@@ -8,7 +8,8 @@ from ash import AshError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # The shell starts Python, which imports this same file from `lib`: Python caches the compiled form of what it imports,
-# so a command does not have to compile 10,000 lines first. Other imports come from the standard library: hence -S.
+# so a command does not have to compile 10,000 lines first. A file of another name or place, such as ash.old, is run
+# itself. Other imports come from the standard library: hence -S.
 # What is imported lives until the end: keeping it out of garbage collection saves a short command a fifth of its time,
 # and _exit() instead of tearing the interpreter down another twentieth. To Python, all of this starts a string.
 LAUNCH = """\
@@ -19,12 +20,15 @@ exec /usr/bin/python3 -I -S -c '
 import gc, os, sys
 gc.disable()
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "lib"))
+lib = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), "lib")
+sys.path.insert(0, lib)
 try:
+    if not os.path.samefile(os.path.join(lib, "ash.py"), sys.argv[0]):
+        raise ImportError("another version of ash")
     from ash import main
 except KeyboardInterrupt:
     sys.exit(130)
-except Exception:  # the compiled copy is damaged or missing
+except Exception:  # the compiled copy is damaged, missing, or of another version
     import runpy
     gc.enable()
     runpy.run_path(sys.argv[0], run_name="__main__")

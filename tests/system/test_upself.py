@@ -214,10 +214,19 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
     assert (place.state / "ash").stat().st_mode & 0o7777 == 0o755
     assert os.readlink(place.state / "lib/ash.py") == "../ash"
     assert started(place.state / "ash") == NEW
+    assert started(place.state / "ash.old") == ash.ASH_VERSION, "the old one runs, not the bytecode of the new one"
     assert not (place.state / "ash.new").exists()
     history = place.system.ash("--json", "log").json["history"][-1]
     assert (history["command"], history["result"], history["to"]) == ("upself", "done", NEW)
     assert place.system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_the_old_executable_runs_again_once_it_is_renamed_back(place: Place) -> None:
+    place.publish(executable("9.9.9"))
+    place.upself()
+    assert started(place.state / "ash") == "9.9.9"
+    (place.state / "ash.old").rename(place.state / "ash")
+    assert started(place.state / "ash") == ash.ASH_VERSION
 
 
 def test_the_bytecode_is_of_the_new_executable(place: Place) -> None:
