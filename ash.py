@@ -855,6 +855,7 @@ class Layout:
         self.tree, self.last, self.part = ash / "fstree", ash / "last", ash / "part"
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
+        self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
         self.help = ash / "help"  # man page, completions and command table, rendered by the installer
         self.reserve, self.profiles, self.home_root = ash / "reserve", ash / "profiles", ash / "root"
@@ -931,6 +932,7 @@ class Layout:
 
 # Relative to a root file system.
 IN_ROOT_DB, IN_ROOT_SNAP, IN_ROOT_MUTABLE = "usr/share/ash/db", "usr/share/ash/snap", "usr/share/ash/mutable"
+IN_ROOT_ID = "usr/share/ash/deployment"  # in a deployment: its slot and id
 IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
 
 
@@ -2127,6 +2129,25 @@ ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
 Type=oneshot
 ExecStart={ash} recover
 """
+# Notes what runs before anything can be changed in it: commands on the disk of a machine that is off go by this note.
+# No Python: every boot waits for it.
+BOOTED_UNIT = f"""\
+[Unit]
+Description=Note which deployment runs
+DefaultDependencies=no
+RequiresMountsFor=/.snapshots
+Before=local-fs.target ash-recover.service
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionPathExists=/{IN_ROOT_ID}
+
+[Service]
+Type=oneshot
+ExecStart=cp -T /{IN_ROOT_ID} /.snapshots/ash/booted.new
+ExecStart=sync /.snapshots/ash/booted.new
+ExecStart=mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted
+ExecStart=sync /.snapshots/ash
+"""
 # Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.
 PROTECT_UNIT = """\
 [Unit]
@@ -2239,6 +2260,7 @@ class Systemd(Init):
         "ash-upgrade.service": (UPGRADE_UNIT, ""),
         "ash-upgrade.timer": (UPGRADE_TIMER, ""),
         "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
+        "ash-booted.service": (BOOTED_UNIT, "local-fs.target.wants"),
         "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
         "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
     }
@@ -4364,6 +4386,11 @@ class Deployment(NamedTuple):
         """The id of its menu entry. Not just the hexadecimal id: GRUB reads "1d2e" as a number, the second entry."""
         return f"ash-{self.id}"
 
+    @property
+    def note(self) -> str:
+        """The text of the file in its root that says which one it is; a boot copies it to `ash/booted`."""
+        return json.dumps({"slot": self.slot, "id": self.id}) + "\n"
+
 
 class Menu:
     """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
@@ -4471,6 +4498,29 @@ def snapshot_of_slot(layout: Layout, slot: str) -> int:
     return number
 
 
+BOOTED_SHAPE = {"slot": lambda slot: slot in (*SLOTS, *SECONDARY_SLOTS), "id": is_name}
+
+
+def slot_and_id(path: Path) -> tuple[str, str]:
+    """The slot and the id of a deployment, from its own file or the note of a boot; empty if the file is not valid."""
+    with contextlib.suppress(AshError, ValueError):
+        note = from_json(read_text(path), BOOTED_SHAPE)
+        return note["slot"], note["id"]
+    return "", ""
+
+
+def own_slot_and_id(layout: Layout, slot: str) -> tuple[str, str]:
+    """What the deployment in a slot says of itself; empty if there is none, or an older ash made it."""
+    root = layout.rootfs(slot)
+    return slot_and_id(place_inside(root, IN_ROOT_ID)) if is_subvolume(root) else ("", "")
+
+
+def noted_slot(layout: Layout) -> str:
+    """The slot that was booted last, as the boot noted; empty if it did not, or another deployment is there now."""
+    slot, ident = slot_and_id(layout.booted)
+    return slot if slot and own_slot_and_id(layout, slot) == (slot, ident) else ""
+
+
 class Deployments:
     """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy"."""
 
@@ -4484,13 +4534,14 @@ class Deployments:
         self.menu = Menu.load(layout.menu)
         self.uuid = root_uuid(layout)
         self.booted = booted
+        self.ran = booted or noted_slot(layout) or None  # what is known to run, or to have run last
         self.describe = describe
         self.wait = wait  # for locks
 
     @property
     def running(self) -> str:
         """The slot whose /etc counts as the running one; empty if nothing is deployed."""
-        return self.booted or self.menu.last_good
+        return self.ran or self.menu.last_good
 
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
@@ -4536,10 +4587,10 @@ class Deployments:
         return None
 
     def _free_slot(self, secondary: bool) -> str:
-        """The first slot that is neither booted nor the newest one known to boot."""
+        """The first slot that is neither booted, or was last, nor the newest one known to boot."""
         slots = SECONDARY_SLOTS if secondary else SLOTS
-        good = self.booted if self.booted in slots else self.menu.last_good
-        return next(slot for slot in slots if slot not in (self.booted, good))
+        good = self.ran if self.ran in slots else self.menu.last_good
+        return next(slot for slot in slots if slot not in (self.ran, good))
 
     def _build(self, snapshot: int, slot: str, state: str, fresh_etc: bool) -> Deployment:
         """Create the new deployment beside its slot, merge /etc into it, and determine how it boots."""
@@ -4559,6 +4610,7 @@ class Deployments:
             deployment = self._deployment_in(new, slot, os.urandom(8).hex(), snapshot, source)
         except AshError as error:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
+        write_inside(new, IN_ROOT_ID, deployment.note)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         return self._carry_etc(deployment, new / "etc", state, fresh_etc) if self.running else deployment
 
@@ -4569,8 +4621,8 @@ class Deployments:
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service check that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
-        if self.booted and self.booted in menu.deployments:
-            menu.last_booted = self.booted
+        if self.ran in menu.deployments:
+            menu.last_booted = self.ran
         if menu.deployments.pop(slot, None) and menu.default:
             if menu.default == slot:
                 menu.default = menu.last_booted or next(iter(menu.deployments), "")
@@ -4701,13 +4753,14 @@ class Deployments:
         ids = {slot: ident for ident, slot in of_id.items()}
         named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', self._grub_cfg())}
         for slot in (*SLOTS, *SECONDARY_SLOTS):
-            root, ident = self.layout.rootfs(slot), ids.get(slot) or os.urandom(8).hex()
+            root, own = self.layout.rootfs(slot), own_slot_and_id(self.layout, slot)[1]
+            ident = ids.get(slot) or own or os.urandom(8).hex()
             if slot not in self.menu.deployments and (root / IN_ROOT_SNAP).is_file():
                 with contextlib.suppress(AshError):  # it cannot be booted
                     number = snapshot_of_slot(self.layout, slot)
                     source = 0  # the id of the snapshot's subvolume then, which is lost
                     self.menu.deployments[slot] = self._deployment_in(root, slot, ident, number, source)
-        before = (self.booted, self.menu.last_booted, named.get("fallback"))
+        before = (self.ran, self.menu.last_booted, named.get("fallback"))
         wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
         there = [slot for slot in wanted if slot and slot in self.menu.deployments]
         if not there:
@@ -4839,7 +4892,7 @@ class System:
         """The running system's /etc/ash.conf; for a disk that is not running, that of the slot that counts as such."""
         path = Path("/etc/ash.conf")
         if not self.running:
-            path = path_inside(self.layout.rootfs(self.menu().last_good or BASE), "etc/ash.conf")
+            path = path_inside(self.layout.rootfs(self.last_good_slot() or BASE), "etc/ash.conf")
         return Configuration.parse(read_text(path))
 
     def tree(self) -> Tree:
@@ -4885,7 +4938,20 @@ class System:
 
     def last_booted_slot(self) -> str:
         """The booted slot; on a disk that is not running, the last one booted. Empty if there is none."""
-        return self.booted_slot or ("" if self.running else self.menu().last_booted)
+        return self.booted_slot or ("" if self.running else noted_slot(self.layout) or self.menu().last_booted)
+
+    def last_good_slot(self) -> str:
+        """The slot whose /etc counts as the running one: the last that was booted, or if none was yet, the default."""
+        return self.booted_slot or noted_slot(self.layout) or self.menu().last_good
+
+    def note_boot(self) -> None:
+        """Note which deployment runs, unless the boot has: not every init system does, nor did deployments before."""
+        with contextlib.suppress(AshError, OSError):  # the menu may be damaged, the disk full or read-only
+            slot = self.booted_slot if self.running else None
+            deployment = self.menu().deployments.get(slot) if slot else None
+            if slot and deployment and noted_slot(self.layout) != slot:
+                write_inside(self.layout.rootfs(slot), IN_ROOT_ID, deployment.note)
+                write_file(self.layout.booted, deployment.note)
 
     def running_slot(self) -> str:
         """The booted slot, for --live; raises AshError (REFUSED) if no deployment runs."""
@@ -5471,7 +5537,7 @@ def running_drift(system: System) -> tuple[str, dict[str, str]]:
 
     AshError (REFUSED) if nothing is deployed, or it is unknown what the /etc was before.
     """
-    slot = system.booted_slot or system.menu().last_good
+    slot = system.last_good_slot()
     if not slot or not system.layout.etc(slot).exists():
         raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
     require_directories(system.layout.rootfs(slot))
@@ -6009,6 +6075,7 @@ def carry_out(command: Command, system: System, request: Request) -> Reply:
 def change_system(command: Command, system: System, request: Request) -> Reply:
     """Carry out a command that changes the system, and note it in the history."""
     system.caller = caller_of(command)
+    system.note_boot()
     work = partial(carry_out, command, system, request)
     try:
         reply = system.with_reserve(work, once=not command.retries) if command.frees_space else work()
@@ -6436,7 +6503,7 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         delete_subvolume(copy)
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
-        for mark in (IN_ROOT_SNAP, IN_ROOT_LIVE):
+        for mark in (IN_ROOT_SNAP, IN_ROOT_ID, IN_ROOT_LIVE):
             place_inside(copy, mark).unlink(missing_ok=True)
         of = system.snapshot_of(slot)
         with new_snapshot(system, copy, description, of, None) as number, system.editing_tree() as tree:

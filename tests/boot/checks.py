@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Assertions about a running system, made with its own programs."""
 
+import json
 import re
 import shlex
 import time
@@ -35,7 +36,11 @@ def runs_snapshot(machine: Machine, number: int) -> None:
     assert current == str(number), current
     assert said(machine, "cat /usr/share/ash/snap") == str(number)
     slot = said(machine, "ash whichtmp")
-    assert f"rootfs/snapshot-{slot} " in said(machine, "cat /proc/cmdline")
+    cmdline = said(machine, "cat /proc/cmdline")
+    assert f"rootfs/snapshot-{slot} " in cmdline
+    noted = json.loads(said(machine, "cat /.snapshots/ash/booted"))
+    assert noted["slot"] == slot
+    assert f"ash.deployment={noted['id']}" in cmdline
     (line,) = [line for line in said(machine, "ash tree").splitlines() if "[booted]" in line]
     assert re.search(rf"\b{number}[* ]-", line)
 
