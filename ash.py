@@ -523,9 +523,11 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 @contextmanager
-def open_descriptor(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) -> Iterator[int]:
+def open_descriptor(
+    path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, mode: int = 0o666
+) -> Iterator[int]:
     """Open a file or directory, by default for reading, with an OSError if it is a symlink (by now)."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
         yield descriptor
     finally:
@@ -554,42 +556,106 @@ def read_text(path: Path) -> str:
     return read_bytes(path).decode("utf-8", "surrogateescape")
 
 
-def same_content(one: Path, other: Path) -> bool:
-    """Whether two regular files have the same content; False if one is missing or of another type."""
-    size = 1 << 16
-    with contextlib.suppress(AshError, FileNotFoundError), ExitStack() as stack:
-        a, b = (stack.enter_context(os.fdopen(open_regular(path), "rb")) for path in (one, other))
-        while (piece := a.read(size)) == b.read(size):
-            if not piece:
-                return True
-    return False
-
-
 def extended_attributes(file: Path | int) -> dict[str, bytes]:
     """Extended attributes of a path (not followed) or descriptor: ACLs and file capabilities; not overlayfs's own."""
     follow = isinstance(file, int)
-    names = [n for n in os.listxattr(file, follow_symlinks=follow) if not n.startswith("trusted.overlay.")]
-    return {name: os.getxattr(file, name, follow_symlinks=follow) for name in names}
+    try:
+        names = os.listxattr(file, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return {}
+    own = [name for name in names if not name.startswith("trusted.overlay.")]
+    return {name: os.getxattr(file, name, follow_symlinks=follow) for name in own}
 
 
-def is_same(one: Path, other: Path, *, trust_mtime: bool = True, xattrs: bool = False) -> bool:
-    """Compare type, mode, owner, content and symlink target of two paths, not what is below them.
+# From <linux/fs.h>. On btrfs the flags for compression only repeat the extended attribute btrfs.compression.
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+NOCOW, IMMUTABLE, APPEND_ONLY = 0x800000, 0x10, 0x20
+PROTECTING = IMMUTABLE | APPEND_ONLY
+KEPT_FLAGS = (
+    PROTECTING | NOCOW | 0x8 | 0x40 | 0x80 | 0x10000
+)  # and synchronous, no dump, no atime, synchronous directory
 
-    Two missing paths are the same; with `trust_mtime` so are two files of the same size and mtime, without being read.
-    With `xattrs` extended attributes count too, that is ACLs and file capabilities.
+
+def inode_flags(descriptor: int, from_overlay: bool = False) -> int:
+    """The flags that chattr(1) sets on an open file or directory, as far as copies have them too.
+
+    With `from_overlay` it is in an overlay's upper directory, where overlayfs keeps two of them in an attribute.
+    """
+    try:
+        flags = int.from_bytes(fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8))[:4], sys.byteorder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP):
+            raise
+        return 0  # the file system has none
+    if from_overlay:
+        with contextlib.suppress(OSError):
+            kept = os.getxattr(descriptor, "trusted.overlay.protattr")
+            flags |= IMMUTABLE * (b"i" in kept) | APPEND_ONLY * (b"a" in kept)
+    return flags & KEPT_FLAGS
+
+
+def flags_of(path: Path, from_overlay: bool = False) -> int:
+    """inode_flags() of a path; 0 if it is missing, or neither a regular file nor a directory."""
+    status = status_of(path)
+    if status is None or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return 0
+    with open_descriptor(path) as descriptor:
+        return inode_flags(descriptor, from_overlay)
+
+
+def set_inode_flags(descriptor: int, flags: int, among: int) -> None:
+    """Set these flags of an open file or directory, and clear the others of `among`."""
+    if inode_flags(descriptor) & among == flags & among:
+        return  # setting none would also reset the file's kind of compression
+    all_flags = int.from_bytes(fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(8))[:4], sys.byteorder)
+    changed = (all_flags & ~among) | (flags & among)
+    fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, changed.to_bytes(4, sys.byteorder) + bytes(4))
+
+
+def same_files(one: Path, other: Path, *, content: bool, from_overlay: bool) -> bool:
+    """Whether two files or directories have the same flags, and with `content` the same content."""
+    size = 1 << 16
+    try:
+        with open_descriptor(one) as a, open_descriptor(other) as b:
+            ours, theirs = inode_flags(a, from_overlay), inode_flags(b)
+            if ours | (theirs & NOCOW if from_overlay else 0) != theirs:
+                return False
+            while content and (piece := os.read(a, size)) == os.read(b, size):
+                content = bool(piece)
+            return not content
+    except OSError as error:  # one was deleted or replaced meanwhile
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        return False
+
+
+def is_same(one: Path, other: Path, *, from_overlay: bool = False) -> bool:
+    """Compare two paths, not what is below them: type, owner, mode, content or target, attributes and inode flags.
+
+    Extended attributes are ACLs and file capabilities too. Two missing paths are the same. Times do not count: programs
+    restore an mtime after an edit. Only an equal inode and ctime prove that a path and its btrfs snapshot are the same.
+
+    Args:
+        from_overlay: `one` is in an overlay's upper directory, where files lack the flag NOCOW of the lower ones.
     """
     a, b = status_of(one), status_of(other)
     if a is None or b is None:
         return a is b
-    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+    if (a.st_mode, a.st_uid, a.st_gid, a.st_rdev) != (b.st_mode, b.st_uid, b.st_gid, b.st_rdev):
         return False
-    if xattrs and extended_attributes(one) != extended_attributes(other):
+    is_file, is_link = stat.S_ISREG(a.st_mode), stat.S_ISLNK(a.st_mode)
+    if (is_file or is_link) and a.st_size != b.st_size:
         return False
-    if stat.S_ISLNK(a.st_mode):
-        return os.readlink(one) == os.readlink(other)
-    if stat.S_ISREG(a.st_mode):
-        unread = trust_mtime and a.st_mtime_ns == b.st_mtime_ns
-        return a.st_size == b.st_size and (unread or same_content(one, other))
+    if (a.st_ino, a.st_ctime_ns, a.st_mtime_ns) == (b.st_ino, b.st_ctime_ns, b.st_mtime_ns):
+        return True
+    if is_link and os.readlink(one) != os.readlink(other):
+        return False
+    if extended_attributes(one) != extended_attributes(other):
+        return False
+    if is_file or stat.S_ISDIR(a.st_mode):
+        return same_files(one, other, content=is_file, from_overlay=from_overlay)
     return True
 
 
@@ -607,69 +673,147 @@ def first_difference(one: Path, other: Path) -> str:
 FICLONE = 0x40049409  # <linux/fs.h>: _IOW(0x94, 9, int)
 
 
-def copy_content(old: BinaryIO, new: BinaryIO) -> None:
-    """Copy an open file into a new one, by reflink if possible; otherwise the copy is synced."""
+def copy_content(old: int, new: int) -> None:
+    """Copy an open file into a new one, by reflink if possible; otherwise its data, without the holes, and sync it."""
     try:
-        fcntl.ioctl(new, FICLONE, old.fileno())
-    except OSError:  # for example in a NOCOW directory
-        import shutil
+        fcntl.ioctl(new, FICLONE, old)
+    except OSError:  # for example if one of them is NOCOW
+        end, size = 0, os.fstat(old).st_size
+        os.ftruncate(new, size)
+        while end < size:
+            try:
+                start = os.lseek(old, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # there is only a hole left
+            end = os.lseek(old, start, os.SEEK_HOLE)
+            os.lseek(new, start, os.SEEK_SET)
+            while start < end and (sent := os.sendfile(new, old, start, min(end - start, 1 << 24))):
+                start += sent
+        os.fsync(new)
 
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())
 
+def copy_attributes(source: int, target: int, *, from_overlay: bool = False) -> None:
+    """Copy owner, inode flags, extended attributes (not overlayfs's own), mode and times between open files.
 
-def copy_attributes(source: int, target: int) -> None:
-    """Copy owner, extended attributes (not overlayfs's own), mode and times between open files or directories."""
+    They may be directories. Immutable and append-only are not copied, since they forbid all that comes after: see
+    protect(). With `from_overlay` the target remains NOCOW.
+    """
     status = os.fstat(source)
     os.fchown(target, status.st_uid, status.st_gid)
+    flags = inode_flags(source, from_overlay) | (inode_flags(target) & NOCOW if from_overlay else 0)
+    set_inode_flags(target, flags, KEPT_FLAGS & ~PROTECTING)
     # ACLs come before the mode: chmod would widen the group's access before the mask is set.
-    for name, value in extended_attributes(source).items():
+    ours, theirs = extended_attributes(source), extended_attributes(target)
+    for name in theirs.keys() - ours.keys():  # such as an ACL inherited from the directory
+        os.removexattr(target, name)
+    for name, value in ours.items():
         os.setxattr(target, name, value)
     os.fchmod(target, stat.S_IMODE(status.st_mode))
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def copy_directory_attributes(source: Path, target: Path) -> None:
+def copy_directory_attributes(source: Path, target: Path, *, from_overlay: bool = False) -> None:
     """copy_attributes() for directories; OSError if either was replaced by a symlink meanwhile."""
     with open_descriptor(source) as old, open_descriptor(target) as new:
-        copy_attributes(old, new)
+        copy_attributes(old, new, from_overlay=from_overlay)
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path, *, from_overlay: bool = False, nocow: bool = False) -> None:
     """Copy a regular file, symlink or FIFO to a new name; only root can read it until owner and mode are set.
 
     Safe in directories of other users: neither end is followed if it is replaced by a symlink meanwhile. Raises
     AshError if the source is of another type.
+
+    Args:
+        from_overlay: the source is in an overlay's upper directory.
+        nocow: make the copy NOCOW also if the source is not.
     """
     about_to(f"copy {target.name}")
     status = source.lstat()
     if not stat.S_ISLNK(status.st_mode) and not stat.S_ISFIFO(status.st_mode):
-        with os.fdopen(open_regular(source), "rb") as old:
-            created = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(created, "wb") as new:
-                copy_content(old, new)
-                copy_attributes(old.fileno(), created)
+        with ExitStack() as stack:
+            old = open_regular(source)
+            stack.callback(os.close, old)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            new = stack.enter_context(open_descriptor(target, flags | os.O_NOFOLLOW, mode=0o600))
+            # Only an empty file can become NOCOW or stop to be, and a reflink needs the same of both.
+            set_inode_flags(new, NOCOW if nocow else inode_flags(old, from_overlay), NOCOW)
+            copy_content(old, new)
+            copy_attributes(old, new, from_overlay=from_overlay)
         return
     if stat.S_ISLNK(status.st_mode):
         target.symlink_to(os.readlink(source))
     else:
         os.mkfifo(target, stat.S_IMODE(status.st_mode))  # no chmod, which would follow a symlink put in its place
     os.chown(target, status.st_uid, status.st_gid, follow_symlinks=False)
+    for name, value in extended_attributes(source).items():
+        os.setxattr(target, name, value, follow_symlinks=False)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
-def remove_tree(path: Path) -> None:
-    """Delete a file, or a directory with its contents; do nothing if it is missing."""
+def protect(path: Path, flags: int) -> None:
+    """Make a file or directory immutable, append-only or neither, as these flags say."""
+    about_to(f"{'protect' if flags & PROTECTING else 'unprotect'} {path.name}")
+    with open_descriptor(path) as descriptor:
+        set_inode_flags(descriptor, flags, PROTECTING)
+
+
+def unprotect(path: Path) -> None:
+    """Make a path of one of our own copies neither immutable nor append-only, so that it can be replaced."""
+    if flags_of(path) & PROTECTING:
+        protect(path, 0)
+
+
+@contextmanager
+def unprotected(*paths: Path) -> Iterator[None]:
+    """Make paths neither immutable nor append-only for the block. What has their names after it is as they were."""
+    flags = {path: flags_of(path) & PROTECTING for path in paths}
+    for path in filter(flags.get, paths):
+        protect(path, 0)
+    try:
+        yield
+    finally:
+        for path in filter(flags.get, paths):
+            if flags_of(path) & PROTECTING != flags[path] and not path.is_symlink() and path.exists():
+                protect(path, flags[path])
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a directory with all below it and all attributes. `target` may exist, and is not protected itself."""
+    about_to(f"fill {target.name}")
+    target.mkdir(exist_ok=True)
+    run(["cp", "-a", "--reflink=auto", f"{source}/.", target])
+    for path in ("", *sorted(paths_below(source), reverse=True)):  # what is in a directory comes before it
+        if flags := flags_of(source / path):
+            if flags & NOCOW and not is_directory(source / path):  # only an empty file can become that
+                (target / path).unlink()
+                copy_file(source / path, target / path)
+            with open_descriptor(target / path) as descriptor:
+                set_inode_flags(descriptor, flags if path else flags & ~PROTECTING, KEPT_FLAGS)
+
+
+def remove_tree(path: Path, *, protected: bool = False) -> None:
+    """Delete a file, or a directory with its contents; do nothing if it is missing.
+
+    Args:
+        protected: what is immutable or append-only too, as there may be in our own copies.
+    """
     about_to(f"remove {path.name}")
-    if not is_directory(path):
-        path.unlink(missing_ok=True)
-        return
     import shutil
 
     try:
-        shutil.rmtree(path)
+        if is_directory(path):
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     except (RecursionError, OSError) as error:
+        if protected and isinstance(error, OSError) and error.errno == errno.EPERM:
+            for inside in ("", *paths_below(path)):
+                unprotect(path / inside)
+            remove_tree(path)
+            return
         if isinstance(error, OSError) and error.errno != errno.EMFILE:
             raise
         run(["rm", "-rf", "--", path])  # which has no limit of depth
@@ -712,32 +856,44 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
     """
     temporary = temporary_name(path, token)
     if os.path.lexists(temporary):
-        remove_tree(temporary)
-    yield temporary
-    if durable:
-        with open_descriptor(temporary) as descriptor:
-            os.fsync(descriptor)
-    if directories and os.path.lexists(path) and (is_directory(path) or is_directory(temporary)):
-        exchange(temporary, path)
-        remove_tree(temporary)
-    else:
-        rename(temporary, path)
+        remove_tree(temporary, protected=True)
+    try:
+        yield temporary
+        if durable:
+            with open_descriptor(temporary) as descriptor:
+                os.fsync(descriptor)
+        if directories and os.path.lexists(path) and (is_directory(path) or is_directory(temporary)):
+            exchange(temporary, path)
+            remove_tree(temporary, protected=True)
+        else:
+            rename(temporary, path)
+    except (AshError, OSError):  # such as a full disk
+        with contextlib.suppress(OSError):
+            remove_tree(temporary, protected=True)
+        raise
     if durable:
         sync_directory(path.parent)
 
 
-def replace_by_copy(source: Path, target: Path, token: str = "") -> None:
-    """Replace a path atomically by a copy of a file, or of a directory without its contents. `token`: see replace()."""
+def replace_by_copy(source: Path, target: Path, token: str = "", *, from_overlay: bool = False) -> None:
+    """Replace a path atomically by a copy of a file, or of a directory without its contents. `token`: see replace().
+
+    With `from_overlay` the source is in an overlay's upper directory; the target is NOCOW if it, or its directory, was.
+    """
+    protection = flags_of(source, from_overlay) & PROTECTING
     if is_directory(source) and is_directory(target):
-        remove_tree(temporary_name(target, token))  # of an interrupted call
-        copy_directory_attributes(source, target)
-        return
-    with replace(target, token=token, directories=True) as new:
-        if is_directory(source):
-            new.mkdir(mode=0o700)
-            copy_directory_attributes(source, new)
-        else:
-            copy_file(source, new)
+        remove_tree(temporary_name(target, token), protected=True)  # of an interrupted call
+        copy_directory_attributes(source, target, from_overlay=from_overlay)
+    else:
+        nocow = from_overlay and bool((flags_of(target) | flags_of(target.parent)) & NOCOW)
+        with replace(target, token=token, directories=True) as new:
+            if is_directory(source):
+                new.mkdir(mode=0o700)
+                copy_directory_attributes(source, new, from_overlay=from_overlay)
+            else:
+                copy_file(source, new, from_overlay=from_overlay, nocow=nocow)
+    if protection:
+        protect(target, protection)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -1650,8 +1806,7 @@ def copy_as_subvolume(directory: Path, new: Path) -> None:
     """Copy a directory's contents into a new read-only subvolume, replacing an unfinished one."""
     delete_subvolume(new)
     create_subvolume(new)
-    about_to(f"fill {new.name}")
-    run(["cp", "-a", "--reflink=auto", f"{directory}/.", new])
+    copy_tree(directory, new)
     set_readonly(new)
 
 
@@ -3137,7 +3292,7 @@ def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
 def is_merged(upper: Path, live: Path) -> bool:
     """Whether a live path is what the overlay's upper directory says; times do not count."""
     for (ours, theirs), names in walk(upper, live):
-        same = not os.path.lexists(theirs) if is_whiteout(ours) else is_same(ours, theirs, trust_mtime=False)
+        same = not os.path.lexists(theirs) if is_whiteout(ours) else is_same(ours, theirs, from_overlay=True)
         if not same or (is_directory(ours) and is_opaque(ours) and set(os.listdir(theirs)) - set(names)):
             return False
     return True
@@ -3253,7 +3408,7 @@ class VarMerge:
             elif is_directory(ours):
                 directories.append((ours, theirs))
                 if is_directory(theirs):  # restrict it, or create one for root alone, before anything new is in it
-                    copy_directory_attributes(ours, theirs)
+                    copy_directory_attributes(ours, theirs, from_overlay=True)
                 else:
                     theirs.unlink(missing_ok=True)
                     theirs.mkdir(mode=0o700, parents=True)
@@ -3262,7 +3417,7 @@ class VarMerge:
             else:
                 self._place_file(ours, theirs, newest)
         for ours, theirs in reversed(directories):  # the modes of new ones, and mtimes, which filling them changed
-            copy_directory_attributes(ours, theirs)
+            copy_directory_attributes(ours, theirs, from_overlay=True)
 
     def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
         if is_special(changed):
@@ -3270,7 +3425,7 @@ class VarMerge:
         if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_by_copy(changed, target, self.token)
+        replace_by_copy(changed, target, self.token, from_overlay=True)
 
     def _delete(self, live: Path) -> None:
         if not os.path.lexists(live):

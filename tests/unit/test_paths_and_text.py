@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Paths inside a root, escaped text, replacing and comparing files, locks, mountinfo, send streams."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -211,23 +212,59 @@ def test_a_directory_is_only_replaced_on_request(tmp_path: Path, old: str, new: 
 # Comparing, walking
 
 
-def test_extended_attributes_are_compared_on_request(tmp_path: Path) -> None:
+def test_extended_attributes_are_part_of_a_file(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for path in (one, other):
         path.write_text("x")
-    assert ash.is_same(one, other, xattrs=True)
-    os.setxattr(other, "user.note", b"n")
     assert ash.is_same(one, other)
-    assert not ash.is_same(one, other, xattrs=True)
+    os.setxattr(other, "user.note", b"n")
+    assert not ash.is_same(one, other)
+    ash.replace_by_copy(other, one)
+    assert os.getxattr(one, "user.note") == b"n"
 
 
-def test_an_equal_mtime_stands_for_equal_content_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_copied_directory_loses_the_attributes_that_the_original_lacks(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    os.setxattr(other, "user.note", b"n")
+    ash.replace_by_copy(one, other)
+    assert os.listxattr(other) == []
+
+
+def test_an_equal_size_and_mtime_do_not_stand_for_equal_content(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for path, text in ((one, "1"), (other, "2")):
         path.write_text(text)
         os.utime(path, (1, 1))
+    assert not ash.is_same(one, other)
+    other.write_text("1")
     assert ash.is_same(one, other)
-    assert not ash.is_same(one, other, trust_mtime=False)
+
+
+def test_a_copy_of_a_sparse_file_has_the_same_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ash, "FICLONE", 0)  # as between file systems
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    with source.open("wb") as file:
+        for position in (1 << 20, 5 << 20):
+            file.seek(position)
+            file.write(b"data")
+        file.truncate(1 << 33)
+    ash.copy_file(source, copy)
+    assert (copy.stat().st_size, copy.stat().st_blocks < 1000) == (1 << 33, True)
+    with source.open("rb") as old, copy.open("rb") as new:
+        assert new.read(6 << 20) == old.read(6 << 20)
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(ash, "copy_content", fail)
+    (tmp_path / "source").write_text("x")
+    with pytest.raises(OSError, match="full"):
+        ash.replace_by_copy(tmp_path / "source", tmp_path / "copy")
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_directories_are_walked_in_parallel_and_symlinks_are_not_followed(tmp_path: Path) -> None:
