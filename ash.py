@@ -2783,6 +2783,7 @@ class Distro:
     executable: ClassVar[str] = "usr/bin/ash"  # from the root; elsewhere if another program has that name
     admin_group: ClassVar[str] = "wheel"  # its members may use sudo
     not_live: ClassVar[str] = "(?!)"  # matches packages that a running system cannot replace: libc, init, dbus
+    needs: ClassVar[Mapping[str, str]] = {}  # programs that ash and the boot need in a root: {name: its package}
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -2800,6 +2801,17 @@ def load_distro(ident: str) -> Distro:
     if ident not in Distro.registry:
         raise AshError(f"this ash does not know the distribution {ident}", "--distro ID names another", USAGE)
     return Distro.registry[ident]()
+
+
+def has_program(root: Path, name: str) -> bool:
+    return any(os.path.lexists(path_inside(root, directory) / name) for directory in ("usr/bin", "usr/sbin"))
+
+
+def lost_needs(distro: Distro, before: Path, after: Path) -> list[str]:
+    """What ash and the boot need that a root had before and does not have now: packages, and "every kernel"."""
+    programs = [name for name in distro.needs if has_program(before, name) and not has_program(after, name)]
+    kernels = ["every kernel"] if kernels_of(before) and not kernels_of(after) else []
+    return [*dict.fromkeys(distro.needs[name] for name in programs), *kernels]
 
 
 # --- The chroot: programs of a snapshot run in their own namespaces, and end with ash --------------------------
@@ -5974,6 +5986,7 @@ PURGE = (
     flag("--purge", help="also delete their configuration"),
     flag("--delete-data", help="also delete their data in /var, unless another snapshot's package claims it"),
 )
+FORCE_REMOVAL = flag("-f", "--force", help="even if that removes what ash needs")
 SYNC = (flag("--keep", help="keep packages that the parent no longer has"), STRICT, *JOBS, *LIVE)
 PACKAGE = Option(("-p", "--pkg", "--package"), "packages (needed if the name of one is a number)", "PKG...", "packages")
 
@@ -6764,6 +6777,12 @@ def ask_whether_to_keep(status: int) -> str:
     return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
 
 
+def warn_of_lost_needs(work: Transaction) -> None:
+    """Say what ash and the boot need that a program run by the user has removed."""
+    if lost := lost_needs(work.system.distro, work.original, work.root):
+        console.say(f"ash: snapshot {work.snapshot} no longer has {listed(lost)}, which ash needs")
+
+
 def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
     """Open a root shell in a snapshot or the base; commit its changes if it exits with 0, or if the user says so.
 
@@ -6781,6 +6800,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
                 reclaim_terminal()
             answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
             if answer == "y":
+                warn_of_lost_needs(work)
                 break
             if answer == "n":
                 raise CommandFailed(status, f"snapshot {number} is unchanged: the shell exited with status {status}")
@@ -6804,6 +6824,7 @@ def run_in(system: System, number: int, argv: Sequence[str]) -> Change:
         status = work.chroot().run(argv, output=[2] if console.json else [])
         if status:
             raise CommandFailed(status, f"snapshot {number} is unchanged: the command exited with status {status}")
+        warn_of_lost_needs(work)
     return work.change
 
 
@@ -7040,12 +7061,37 @@ def package_reply(request: Request, changes: Sequence[Change], live: LiveResult 
 Work = Callable[[Transaction], object]
 
 
+def refusal_of_removal(snapshot: int, needed: Sequence[str]) -> AshError:
+    what = f"this would remove {listed(needed)}, which ash needs: snapshot {snapshot} is unchanged"
+    return AshError(what, "--force removes it all the same", REFUSED)
+
+
+def require_needs(work: Transaction) -> None:
+    """Raise AshError (REFUSED) if a transaction removed, or would remove, what ash and the boot need."""
+    distro = work.system.distro
+    planned = [name for name in {*distro.needs.values()} if work.simulate and name in work.change.removed]
+    if lost := planned or lost_needs(distro, work.original, work.root):
+        raise refusal_of_removal(work.snapshot, sorted(lost))
+
+
 def change_snapshot(
-    system: System, number: int, doing: str, work: Work, *, simulate: bool = False, base: bool = False
+    system: System,
+    number: int,
+    doing: str,
+    work: Work,
+    *,
+    simulate: bool = False,
+    base: bool = False,
+    force: bool = False,
 ) -> Change:
-    """Change a snapshot in a transaction. `doing` tells the user what happens: "installing into"."""
+    """Change a snapshot in a transaction. `doing` tells the user what happens: "installing into".
+
+    Raises AshError (REFUSED) if the change removes what ash needs, unless `force`.
+    """
     with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
         work(transaction)
+        if not force:
+            require_needs(transaction)
     return transaction.change
 
 
@@ -7083,8 +7129,11 @@ def remove_packages(system: System, number: int, packages: Sequence[str], reques
     """Remove packages from a snapshot, all or none; AshError (MISSING) if none of them is installed."""
     if not installed_of(system, number, packages) and not (request.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
+    needs = system.distro.needs
+    if not request.force and (named := [name for name in packages if name in {*needs, *needs.values()}]):
+        raise refusal_of_removal(number, named)
     work = partial(system.package_manager.remove, packages=packages, purge=request.purge)
-    done = change_snapshot(system, number, "removing from", work, simulate=request.dry_run)
+    done = change_snapshot(system, number, "removing from", work, simulate=request.dry_run, force=request.force)
     return delete_data(system, done) if request.delete_data and done.kept else done
 
 
@@ -7272,7 +7321,8 @@ def install_profile(system: System, request: Request) -> Reply:
         profile.install(work, user)
 
     doing = f"installing {profile.name} into"
-    changes = [change_snapshot(system, n, doing, install, simulate=request.dry_run) for n in request.snapshots]
+    force, simulate = request.force, request.dry_run
+    changes = [change_snapshot(system, n, doing, install, simulate=simulate, force=force) for n in request.snapshots]
     reply = package_reply(request, changes, change_live(system, doing, install) if live else None)
     notes = [] if request.dry_run else profile.lines("notes")
     return reply._replace(text="\n".join([reply.text, *notes]))
@@ -7285,7 +7335,7 @@ def install_profile(system: System, request: Request) -> Reply:
     options=[
         PACKAGE, Option(("--remove",), "remove these in the same transaction", "PKG..."),
         PROFILE, NO_UPGRADE, STRICT, *LIVE,
-        flag("-f", "--force", help="has no effect; accepted for old scripts"),
+        FORCE_REMOVAL,
     ],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
@@ -7308,7 +7358,7 @@ def cmd_install(system: System, request: Request) -> Reply:
     changes = [
         Change(number)
         if is_there(system.layout.rootfs(number))
-        else change_snapshot(system, number, "installing into", install, simulate=request.dry_run)
+        else change_snapshot(system, number, "installing into", install, simulate=request.dry_run, force=request.force)
         for number in request.snapshots
     ]
     live = live and not is_there(system.layout.rootfs(str(system.booted)))
@@ -7337,7 +7387,8 @@ def cmd_profiles(system: System, request: Request) -> Reply:
 @command(
     "remove", "uninstall", "uninst", "unins", "unin", "un", group=PACKAGES, usage="remove [N] PKG...",
     help="remove packages, and dependencies that are no longer needed", **CHANGES_ONE, several=True, words="packages",
-    hint="ash remove N PKG removes a package, ash del N deletes a snapshot", options=[PACKAGE, PROFILE, *LIVE, *PURGE],
+    hint="ash remove N PKG removes a package, ash del N deletes a snapshot",
+    options=[PACKAGE, PROFILE, *LIVE, *PURGE, FORCE_REMOVAL],
     answer=CHANGES_SHAPE,
 )  # fmt: skip
 def cmd_remove(system: System, request: Request) -> Reply:
@@ -7731,7 +7782,8 @@ def cmd_tree_upgrade(system: System, request: Request) -> Reply:
 @command(
     "tree-rmpkg", "tremove", group=PACKAGES, usage="tree-rmpkg N PKG...",
     help="remove packages from N and every branch below it",
-    changes=True, numbers=1, words="packages", options=[PACKAGE, PROFILE, *JOBS, *PURGE], answer=TREE_SHAPE,
+    changes=True, numbers=1, words="packages", options=[PACKAGE, PROFILE, *JOBS, *PURGE, FORCE_REMOVAL],
+    answer=TREE_SHAPE,
 )  # fmt: skip
 def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
     packages = [name for names in packages_named(system, request) for name in names]

@@ -588,3 +588,9 @@ class Debian(Distro):
     make_initramfs = ("update-initramfs", "-c", "-k")
     admin_group = "sudo"
     not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"
+    needs: ClassVar[Mapping[str, str]] = {
+        "python3": "python3-minimal",
+        "btrfs": "btrfs-progs",
+        "grub-mkconfig": "grub-common",
+        "init": "systemd-sysv",
+    }

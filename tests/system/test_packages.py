@@ -225,3 +225,17 @@ def test_the_package_ash_does_not_replace_our_executable(system: System, snapsho
     system.ash("install", snapshot, make_deb(tmp_path, "ash", files={"usr/bin/ash": "another\n"}))
     assert (system.root(snapshot) / "usr/bin/ash").readlink() == Path("/.snapshots/ash/ash")
     is_consistent(system, snapshot)
+
+
+def test_what_ash_needs_is_removed_only_by_force(system: System, snapshot: int, tmp_path: Path) -> None:
+    with system.nothing_changes():
+        outcome = system.ash("remove", snapshot, "btrfs-progs", status=REFUSED)
+        assert "btrfs-progs, which ash needs" in outcome.error
+        assert "--force" in outcome.error
+    greedy = make_deb(tmp_path, "ash-test-greedy", postinst="rm /usr/bin/btrfs")
+    with system.nothing_changes():
+        assert "remove btrfs-progs" in system.ash("install", snapshot, greedy, status=REFUSED).error
+    assert "no longer has btrfs-progs" in system.shell(snapshot, "rm /usr/bin/btrfs").stderr
+    system.ash("undo", snapshot)
+    system.ash("install", snapshot, greedy, "--force")
+    system.ash("remove", snapshot, "ash-test-greedy")

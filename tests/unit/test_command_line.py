@@ -304,10 +304,11 @@ def test_every_form_names_the_same_profile_and_snapshot(line: str, profile: str,
 
 
 @pytest.mark.parametrize("option", ["-f", "--force"])
-def test_install_accepts_force_which_has_no_effect(option: str) -> None:
-    args = parsed(f"install {option} 3 hello")
-    assert (args.snapshots, args.packages) == ([3], ["hello"])
-    assert "no effect" in outcome("help", "install")[1]
+@pytest.mark.parametrize("name", ["install", "remove", "tree-rmpkg"])
+def test_force_removes_what_ash_needs(option: str, name: str) -> None:
+    args = parsed(f"{name} {option} 3 hello")
+    assert (args.snapshots, args.packages, args.force) == ([3], ["hello"], True)
+    assert "removes what ash needs" in outcome("help", name)[1]
 
 
 @pytest.mark.parametrize("line", ["1 -P {0} -p sl", "1 -P {0} --remove sl", "1 -P {0} sl"])

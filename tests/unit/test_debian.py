@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from ash import FAILED, MISSING, REFUSED, Distro, PackageError, RepositoryError, Transaction, load_distro
+from ash import FAILED, MISSING, REFUSED, Distro, PackageError, RepositoryError, Transaction, load_distro, lost_needs
 from distros.debian.ashpk import Apt, Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
 
 APT = Debian.package_manager
@@ -263,3 +263,17 @@ def test_a_derivative_changes_what_differs(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(distro.package_manager, Apt)
     assert distro.package_manager.keyring == "derivative-keyring"
     assert (distro.admin_group, distro.not_live) == (Debian.admin_group, Debian.not_live)
+
+
+def test_what_ash_needs_is_missed_where_it_was_before(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    for root in (before, after):
+        (root / "usr/bin").mkdir(parents=True)
+        (root / "usr/bin/btrfs").touch()
+        (root / "boot").mkdir()
+    assert lost_needs(Debian(), before, after) == []
+    (before / "usr/bin/python3").symlink_to("python3.13")
+    (before / "boot/vmlinuz-6.12").touch()
+    (after / "usr/bin/btrfs").unlink()
+    assert lost_needs(Debian(), before, after) == ["python3-minimal", "btrfs-progs", "every kernel"]
+    assert lost_needs(Debian(), after, after) == []
