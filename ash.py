@@ -1056,6 +1056,10 @@ class Layout:
     def etc(self, which: int | str) -> Path:
         return self.snapshots / f"etc/etc-{which}"
 
+    def carried(self, slot: str) -> Path:
+        """The /etc whose changes a slot's deployment has: the base for what is carried into it later."""
+        return self.etc(f"carried-{slot}")
+
     def boot(self, which: int | str) -> Path:
         return self.snapshots / f"boot/boot-{which}"
 
@@ -4389,12 +4393,14 @@ class EtcMerge:
         self.target = target
         self.conflicts = conflicts
         self.own_fstab = own_fstab
+        self.drift: Mapping[str, str] = {}  # as merge() found it
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
 
     def merge(self, fresh: bool = False) -> None:
         """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
-        drift = self._without_deep_paths(etc_drift(self.base, self.running))
+        self.drift = etc_drift(self.base, self.running)
+        drift = self._without_deep_paths(self.drift)
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
@@ -4712,16 +4718,26 @@ class Deployments:
 
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
+        self._finish_carry()
         self._delete_unfinished()
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
         remove_tree(self.layout.work("deploy") / "intent")
+
+    def _finish_carry(self) -> None:
+        """If an interrupted carry has put the merged /etc in place, move its base forward too."""
+        intent = re.fullmatch(r"carry ([a-z-]+) ([0-9]+)\n", read_text(self.layout.work("deploy") / "intent"))
+        if intent and intent[1] in (*SLOTS, *SECONDARY_SLOTS):
+            etc, new = self.layout.rootfs(intent[1]) / "etc", self.layout.carried(f"new-{intent[1]}")
+            if is_subvolume(new) and os.path.lexists(etc) and etc.lstat().st_ino == int(intent[2]):
+                replace_subvolume(new, self.layout.carried(intent[1]))
 
     def _delete_unfinished(self) -> None:
         """Delete unfinished deployments, and merged /etcs that were not put in place."""
         for slot in (*SLOTS, *SECONDARY_SLOTS):
             delete_subvolume(self.layout.rootfs(f"new-{slot}"))
             delete_subvolume(self.layout.etc(f"new-{slot}"))
+            delete_subvolume(self.layout.carried(f"new-{slot}"))
             if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
                 remove_tree(carried)
 
@@ -4749,7 +4765,8 @@ class Deployments:
             if found is None or found.mutable or (found.snapshot, found.source) != (snapshot, source):
                 continue
             was_changed = os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE))
-            if not was_changed and (slot == self.running or state == found.etc_state):
+            has_changes = found.etc_from == self.running and found.etc_state == state
+            if not was_changed and (slot == self.running or has_changes):
                 return found
         return None
 
@@ -4779,7 +4796,9 @@ class Deployments:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
         write_inside(new, IN_ROOT_ID, deployment.note)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
-        return self._carry_etc(deployment, new / "etc", state, fresh_etc) if self.running else deployment
+        if not self.running:
+            return deployment
+        return self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
@@ -4796,6 +4815,8 @@ class Deployments:
             if menu.default:
                 self.write_menu()
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
+        if layout.carried(f"new-{slot}").exists():
+            replace_subvolume(layout.carried(f"new-{slot}"), layout.carried(slot))
         if target.exists():
             exchange(new, target)
         else:
@@ -4812,34 +4833,38 @@ class Deployments:
 
     # The running /etc
 
-    def etc_merge(self, slot: str, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
-        """The merge of the changes to a slot's /etc, in a read-only view of its root, into the /etc of `which`."""
+    def etc_merge(self, base: Path, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
+        """The merge of the changes since `base` to the /etc of a root, a read-only view, into the /etc of `which`."""
         layout = self.layout
         own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
-        return EtcMerge(layout.etc(slot), root / "etc", target, layout.conflicts(snapshot), own_fstab)
+        return EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab)
 
-    def _carry_etc(self, deployment: Deployment, target: Path, state: str, fresh: bool) -> Deployment:
-        """Carry the running /etc's changes over into `target`. Returns the deployment with the result recorded."""
-        running = self.running
-        if not is_subvolume(self.layout.etc(running)):
-            what = f"cannot tell what was changed in the running /etc: {self.layout.etc(running).name} is missing"
+    def _carry_etc(self, deployment: Deployment, target: Path, base: Path, state: str, fresh: bool) -> Deployment:
+        """Carry the running /etc's changes since `base` into `target`, and keep it as the base of the next carry.
+
+        Returns the deployment with the result recorded.
+        """
+        layout, running = self.layout, self.running
+        if not is_subvolume(base):
+            what = f"cannot tell what was changed in the running /etc: {base.name} is missing"
             raise AshError(what, "ash fsck --repair", REFUSED)
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
-        with readonly_view(self.layout, self.layout.rootfs(running)) as root, nosymfollow(target):
-            merge = self.etc_merge(running, root, target, deployment.snapshot, deployment.slot)
-            with state_lock(self.layout, self.wait):
-                ids = AccountIds.load(self.layout.ids)
+        with readonly_view(layout, layout.rootfs(running)) as root, nosymfollow(target):
+            merge = self.etc_merge(base, root, target, deployment.snapshot, deployment.slot)
+            with state_lock(layout, self.wait):
+                ids = AccountIds.load(layout.ids)
                 ids.learn(merge.running)
-                write_file(self.layout.ids, ids.dump())
+                write_file(layout.ids, ids.dump())
             merge.merge(fresh)
-        directory = f"/var/{merge.conflicts.relative_to(self.layout.var)}" if merge.in_conflict else ""
+            self._move_base(merge, layout.carried(f"new-{deployment.slot}"))
+        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
             etc_state=state,
-            carried=merge.carried,
-            conflicts=merge.in_conflict,
-            conflicts_folder=directory,
+            carried=list(dict.fromkeys([*deployment.carried, *merge.carried])),
+            conflicts=list(dict.fromkeys([*deployment.conflicts, *merge.in_conflict])),
+            conflicts_folder=directory or deployment.conflicts_folder,
         )
 
     def carry(self) -> list[str]:
@@ -4850,31 +4875,45 @@ class Deployments:
         state = etc_state(layout.rootfs(deployment.etc_from) / "etc")
         if state == deployment.etc_state:
             return []
-        etc = layout.rootfs(deployment.slot) / "etc"
+        slot = deployment.slot
+        etc, before = layout.rootfs(slot) / "etc", layout.carried(slot)
+        # Not what the running deployment started with: what was carried by the deploy may have been saved since.
+        base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
+        intent = layout.work("deploy") / "intent"
+        write_file(intent, f"{slot}\n")  # has the boot service clean up
         with replace(etc, directories=True) as new:
-            run(["cp", "-a", "--reflink=auto", layout.etc(deployment.slot), new])
-            carried = self._carry_etc(deployment, new, state, fresh=False)
+            run(["cp", "-a", "--reflink=auto", etc, new])
+            carried = self._carry_etc(deployment._replace(carried=()), new, base, state, fresh=False)
+            write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
-        self.menu.deployments[deployment.slot] = carried
+        self._finish_carry()
+        known = list(dict.fromkeys([*deployment.carried, *carried.carried]))
+        self.menu.deployments[slot] = carried._replace(carried=known)
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
+        remove_tree(intent)
         return list(carried.carried)
 
-    def rebase_drift(self, slot: str, saved: Path, but: Sequence[str]) -> None:
-        """Move the slot's drift base forward to the saved /etc, except for these paths."""
-        layout, new = self.layout, self.layout.etc(f"new-{slot}")
+    def rebase_drift(self, slot: str, merge: EtcMerge) -> None:
+        """Move the slot's drift base forward to the /etc that was merged, except for conflicts."""
+        new = self.layout.etc(f"new-{slot}")
+        self._move_base(merge, new, merge.in_conflict)
+        replace_subvolume(new, self.layout.etc(slot))
+
+    @staticmethod
+    def _move_base(merge: EtcMerge, new: Path, but: Sequence[str] = ()) -> None:
+        """Copy the base of a merge to a new subvolume, with the changes of the running /etc, except for these paths."""
         delete_subvolume(new)
-        snapshot_subvolume(layout.etc(slot), new)
+        snapshot_subvolume(merge.base, new)
         with nosymfollow(new):
-            for path, kind in etc_drift(layout.etc(slot), saved).items():
+            for path, kind in merge.drift.items():
                 if path in but or is_too_deep(path) or not has_real_parents(new, path):
                     continue
                 if kind != "removed":
-                    replace_by_copy(saved / path, new / path)
+                    replace_by_copy(merge.running / path, new / path)
                 else:
                     remove_tree(new / path)
         set_readonly(new)
-        replace_subvolume(new, layout.etc(slot))
 
     # The menu
 
@@ -5538,20 +5577,31 @@ class LiveWorkDir(WorkDir):
     def apply(self, slot: str, old: Path, new: Path) -> EtcMerge:
         """Apply old to new in a slot. Returns the /etc merge; files changed meanwhile are kept."""
         layout, root = self.layout, self.layout.rootfs(slot)
-        origin, beside = layout.etc(slot), layout.etc(f"new-{slot}")
-        delete_subvolume(beside)
-        snapshot_subvolume(origin, beside)
-        conflicts = layout.conflicts(self.snapshot)
-        base, running = (EtcMerge(old / "etc", new / "etc", etc, conflicts, str) for etc in (beside, root / "etc"))
-        base.identity = running.identity = base.keep_conflicts = False
-        with nosymfollow(root), nosymfollow(beside):
+        others = [one.slot for one in self.system.menu().deployments.values() if one.etc_from == slot]
+        waiting = [one for one in others if is_subvolume(layout.carried(one))]
+        bases = [(layout.etc(f"new-{slot}"), layout.etc(slot))]
+        bases += [(layout.carried(f"new-{one}"), layout.carried(one)) for one in waiting]
+        with nosymfollow(root):
             apply_paths(self.paths(), new, root)
-            base.merge()  # the drift base, so that this change is not drift
+            for beside, base in bases:  # so that this change is not drift
+                delete_subvolume(beside)
+                snapshot_subvolume(base, beside)
+                merge = self._etc_merge(old, new, beside)
+                merge.keep_conflicts = False
+                with nosymfollow(beside):
+                    merge.merge()
+            running = self._etc_merge(old, new, root / "etc")
             running.merge()
-        set_readonly(beside)
-        replace_subvolume(beside, origin)
+        for beside, base in bases:
+            set_readonly(beside)
+            replace_subvolume(beside, base)
         sync_filesystem(layout.snapshots)
         return running
+
+    def _etc_merge(self, old: Path, new: Path, etc: Path) -> EtcMerge:
+        merge = EtcMerge(old / "etc", new / "etc", etc, self.layout.conflicts(self.snapshot), str)
+        merge.identity = False
+        return merge
 
 
 class LiveTransaction(Transaction):
@@ -5692,10 +5742,11 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             deployments = stack.enter_context(system.deploying())
             # Later edits are neither saved nor dropped from the drift.
             running = stack.enter_context(readonly_view(system.layout, system.layout.rootfs(slot)))
-            merge = deployments.etc_merge(slot, running, work.root / "etc", number, number)
+            base = system.layout.etc(slot)
+            merge = deployments.etc_merge(base, running, work.root / "etc", number, number)
             merge.identity = False
             merge.merge()
-        deployments.rebase_drift(slot, merge.running, merge.in_conflict)
+        deployments.rebase_drift(slot, merge)
     return work.change, merge
 
 
@@ -6721,6 +6772,7 @@ def cmd_carry(system: System, request: Request) -> Plan:
     yield would("carry changes of the running /etc over to the deployment for the next boot")
     roll_back_live(system)
     with system.deploying() as deployments:
+        deployments.recover()
         carried = deployments.carry()
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
     return Reply({"changed": bool(carried), "carried": carried}, text)
@@ -8542,6 +8594,9 @@ class Fsck:
             yield Problem(what, number, "copy the snapshot's /etc", restore, "deploy")
         elif not Subvolume.at(base).readonly:
             yield self._writable(base, number, "deploy")
+        carried = self.layout.carried(deployment.slot)
+        if is_subvolume(carried) and not Subvolume.at(carried).readonly:
+            yield self._writable(carried, number, "deploy")
 
     def _restore_drift_base(self, base: Path, deployment: Deployment) -> None:
         """Copy a snapshot's /etc to a slot's missing drift base; more counts as drift than was changed."""

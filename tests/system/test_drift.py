@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,52 @@ def test_an_edit_after_the_deploy_is_carried_at_shutdown(machine: Machine, snaps
     (machine.etc / "after").unlink()
     machine.running("carry")
     assert not (new / "after").exists(), "a carried file that was deleted must be deleted in the target"
+
+
+def test_what_a_deploy_carried_stays_carried_after_etc_update(machine: Machine) -> None:
+    other = machine.system.clone()
+    add_user(machine.etc, "eve", 1005)
+    (machine.etc / "precious").write_text("x\n")
+    assert {"precious", "passwd"} <= set(machine.running("deploy", other)["carried"])
+    machine.running("etc-update")
+    (machine.etc / "later").touch()
+    assert machine.running("carry")["carried"] == ["later"]
+    new = machine.next_etc
+    assert ((new / "precious").read_text(), (new / "later").exists()) == ("x\n", True)
+    assert "eve:" in (new / "passwd").read_text()
+    (machine.etc / "precious").unlink()
+    assert machine.running("carry")["carried"] == ["precious"]
+    assert not (new / "precious").exists()
+
+
+def test_a_carry_keeps_edits_that_were_made_while_the_target_ran(machine: Machine) -> None:
+    """The new deployment runs, then the old one again, from the menu: its later edits are merged into the new one."""
+    machine.running("deploy", machine.system.clone())
+    slot, new = machine.slot, machine.next_etc
+    (new / "of-new").write_text("new\n")
+    (new / "both").write_text("new\n")
+    (machine.etc / "of-old").write_text("old\n")
+    (machine.etc / "both").write_text("old\n")
+    assert machine.running("carry")["carried"] == ["of-old"]
+    assert [(new / name).read_text() for name in ("of-new", "of-old", "both")] == ["new\n", "old\n", "new\n"]
+    menu = json.loads((machine.files.state / "menu").read_text())
+    (waiting,) = [one for name, one in menu["deployments"].items() if name == menu["default"] != slot]
+    assert waiting["conflicts"] == ["both"]
+    assert (machine.aside(waiting) / "both").read_text() == "old\n"
+
+
+def test_a_carry_that_was_cut_off_is_repeated(machine: Machine) -> None:
+    machine.running("deploy", machine.system.clone())
+    for step in ("rename .ash-new to later", "exchange .ash-new and etc", "exchange etc-carried-new-", "write menu"):
+        (machine.etc / "later").write_text(f"{step}\n")
+        killed = machine.system.with_hooks({"kill": step, "booted": machine.slot}, "carry")
+        assert killed.returncode == -signal.SIGKILL, (step, killed)
+        machine.system.ash("recover")
+        assert not machine.system.remains()
+        (machine.etc / "later").write_text(f"after {step}\n")
+        assert machine.running("carry")["carried"] == ["later"]
+        assert (machine.next_etc / "later").read_text() == f"after {step}\n"
+        assert not list((machine.files.var / "lib/ash/conflicts").glob("*/etc/later"))
 
 
 def test_at_shutdown_nothing_is_carried_into_a_fresh_etc(machine: Machine, snapshot: int) -> None:

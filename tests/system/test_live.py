@@ -275,6 +275,15 @@ def test_a_half_applied_change_is_not_drift(machine: Machine, tmp_path: Path, th
     assert not system.remains()
 
 
+def test_a_live_change_after_a_deploy_is_not_carried_at_shutdown(machine: Machine, tmp_path: Path) -> None:
+    number = machine.system.ash("--json", "status").json["next"]["snapshot"]
+    machine.running("deploy", machine.system.clone())
+    assert machine.running("install", number, deb(tmp_path))["live"]["changed"] is True
+    (machine.etc / "edited").touch()
+    assert machine.running("carry")["carried"] == ["edited"]
+    assert not (machine.system.root(machine.system.files.default_slot()) / "etc/ash-test.conf").exists()
+
+
 def test_recover_reports_that_the_running_system_was_rolled_back(machine: Machine, tmp_path: Path) -> None:
     half_put(machine, machine.system.clone(), deb(tmp_path))
     answer = machine.running("recover")
