@@ -2009,10 +2009,21 @@ def mount_top(device: Path, readonly: bool = False) -> Path:
 
 GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: minimal size of an entry, and more than any table has
 BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # in the superblock, from the start of the partition
+BTRFS_DEVICES_AT = 0x48  # in the superblock, from the magic number: of how many devices the file system consists
+QCOW_MAGIC = b"QFI\xfb"
+
+
+def require_raw(image: Path) -> None:
+    """Raise AshError if a disk image has QEMU's own format."""
+    with image.open("rb") as disk:
+        if disk.read(len(QCOW_MAGIC)) == QCOW_MAGIC:
+            hint = f"qemu-img convert -O raw {image} {image.with_suffix('.img')}"
+            raise AshError(f"{image} has the format qcow2, not raw", hint, USAGE)
 
 
 def btrfs_partition(image: Path) -> tuple[int, int]:
     """Offset and size in bytes of the btrfs partition on a disk image (GPT, sectors of 512 bytes)."""
+    require_raw(image)
     with image.open("rb") as disk:
         disk.seek(512)
         header = disk.read(92).ljust(92, b"\0")
@@ -2025,7 +2036,12 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
                 first, last = struct.unpack_from("<QQ", entries, at + 32)
                 if 0 < first <= last < sectors:
                     disk.seek(first * 512 + BTRFS_MAGIC_AT)
-                    if disk.read(8) == BTRFS_MAGIC:
+                    superblock = disk.read(BTRFS_DEVICES_AT + 8)
+                    if superblock.startswith(BTRFS_MAGIC):
+                        devices = int.from_bytes(superblock[BTRFS_DEVICES_AT:], "little")
+                        if devices > 1:
+                            hint = "attach all of them, mount the file system, and use --root DIR"
+                            raise AshError(f"{image} has one of {devices} devices of its file system", hint, REFUSED)
                         return first * 512, (last - first + 1) * 512
     raise AshError(f"{image} is not a disk image with a btrfs partition", "init.py --image creates one")
 

@@ -2,6 +2,7 @@
 """The installer's command line: make an image, boot it, try it out."""
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ash import ASH_VERSION, FAILED, MISSING, USAGE, AshError
+from ash import ASH_VERSION, FAILED, MISSING, USAGE, AshError, require_raw
 from installer import disk, host, install, machine, tour
 from installer.distribution import Settings, Source
 
@@ -78,13 +79,15 @@ def _make(words: Sequence[str]) -> int:
     settings = _settings(args)
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, source, settings, force=args.force)
-        _report(made, f"{host.gibibytes(made.path.stat().st_size)}", [f"--image {DEFAULT_IMAGE} --rootfs {made.path}"])
+        next_command = f"--image {DEFAULT_IMAGE} --rootfs {shlex.quote(str(made.path))}"
+        _report(made, f"{host.gibibytes(made.path.stat().st_size)}", [next_command])
     else:
         size = disk.parse_size(args.size)
         made = install.make_image(args.image, size, source, settings, force=args.force)
         taken = host.gibibytes(made.path.stat().st_blocks * 512)
         what = f"a disk of {host.gibibytes(size)} ({taken} in use) that boots with BIOS and UEFI"
-        _report(made, what, [f"boot {made.path}", f"try {made.path}"])
+        path = shlex.quote(str(made.path))
+        _report(made, what, [f"boot {path}", f"try {path}"])
     return 0
 
 
@@ -166,7 +169,9 @@ def _boot(words: Sequence[str]) -> int:
     parser.add_argument("--snapshot", action="store_true", help="discard all changes to the image")
     args = parser.parse_args(words)
     if not args.image.is_file():
-        raise AshError(f"{args.image} does not exist", f"{PROGRAM} --image {args.image} makes it", MISSING)
+        hint = f"{PROGRAM} --image {shlex.quote(str(args.image))} makes it"
+        raise AshError(f"{args.image} does not exist", hint, MISSING)
+    require_raw(args.image)
     return machine.boot_interactively(args.image, uefi=args.uefi, snapshot=args.snapshot)
 
 
@@ -178,6 +183,7 @@ def _try(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     if not args.image.exists():
         install.make_image(args.image, disk.parse_size(DEFAULT_SIZE), Source(), Settings())
+    require_raw(args.image)
     if args.tour or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return tour.tour(args.image, uefi=args.uefi)
     return tour.guided(args.image, uefi=args.uefi)

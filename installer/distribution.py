@@ -133,6 +133,8 @@ class DistroInstaller:
         self._check_names(settings)
         if settings.timezone != Settings.DEFAULT_TIMEZONE:
             self._check_timezone(settings.timezone)
+        if settings.locale in ("C", "POSIX"):
+            raise AshError(f"the locale {settings.locale} has no UTF-8", f"use {Settings.DEFAULT_LOCALE}", USAGE)
         if settings.locale != Settings.DEFAULT_LOCALE:
             _require_one_of("locale", settings.locale, _known_locales(self.locales))
         if settings.keymap != Settings.DEFAULT_KEYMAP:
@@ -153,7 +155,11 @@ class DistroInstaller:
         host.require(self.timezones)
         directory = Path("/usr/share/zoneinfo")
         zones = (path.relative_to(directory) for path in directory.rglob("[A-Z]*") if path.is_file())
-        _require_one_of("timezone", timezone, (str(z) for z in zones if z.parts[0] not in ("posix", "right")))
+        old = _old_timezones(directory)
+        if timezone in old:  # the new system may lack it
+            raise AshError(f"the timezone {timezone} is an old name", f"use {old[timezone]}", USAGE)
+        known = (str(z) for z in zones if z.parts[0] not in ("posix", "right"))
+        _require_one_of("timezone", timezone, (zone for zone in known if zone not in old))
 
     def configure(self, root: Path, settings: Settings, efi_uuid: str, log: host.Log) -> None:
         """Configure a bootstrapped root for one machine.
@@ -233,6 +239,19 @@ def _known_keymaps(lists: host.Tools) -> Iterable[str]:
         elif section == "variant":
             known.append(f"{words[1].rstrip(':')}:{words[0]}")
     return known
+
+
+def _old_timezones(directory: Path) -> dict[str, str]:
+    """The names that a timezone had before, such as US/Eastern, with today's; new systems need not have these.
+
+    Args:
+        directory: the time zone database, with the lists tzdata.zi and zone.tab.
+    """
+    data, table = directory / "tzdata.zi", directory / "zone.tab"
+    lines = data.read_text().splitlines() if data.is_file() else []
+    today = {line.split("\t")[2] for line in table.read_text().splitlines() if line.count("\t") > 1}
+    links = [line.split() for line in lines if line.startswith("L ")]
+    return {new: of for _, of, new in links if new not in today and not new.startswith("Etc/") and new != "UTC"}
 
 
 def _require_one_of(what: str, value: str, known: Iterable[str]) -> None:

@@ -3,8 +3,9 @@
 
 import dataclasses
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,10 @@ ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 RELEASES = "use stable or a code name such as trixie"
 COMPONENTS = "main,non-free-firmware"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+# Few mirrors have the security updates; some have them beside the release, at MIRROR-security.
+SECURITY = "http://security.debian.org/debian-security"
+ROLLING = ("sid", "unstable", "experimental")  # have neither updates nor security updates of their own
+FETCH = "/usr/lib/apt/apt-helper"  # apt's own way to a repository, with its proxies
 
 # The host's apt settings for reaching the repository apply to the bootstrap too, but not to the new system. (A frozen
 # repository, whose Release file has expired, needs the first one.)
@@ -68,11 +73,14 @@ class DebianInstaller(DistroInstaller):
                 raise AshError(f"{name!r} is not a valid package name", status=USAGE)
         with_anytree = dataclasses.replace(source, packages=(*source.packages, ANYTREE))
         try:
-            return _try_repository(with_anytree)
+            found = _try_repository(with_anytree)
         except AshError as error:
             if ANYTREE not in error.message:
                 raise
-            return _try_repository(source)
+            found = _try_repository(source)
+        for suite in sorted({*_further_suites(found)} - {suite for _, suite in _repositories(found)}):
+            print(f"init.py: {source.mirror} has no {suite}: the system will not have it", file=sys.stderr)
+        return found
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
         """Bootstrap with mmdebstrap, which starts no services, then generate the initramfs."""
@@ -153,7 +161,34 @@ def _mmdebstrap(source: Source, scratch: str) -> list[str]:
 
 
 def _where(source: Source, root: Path) -> list[str]:
-    return [source.release, str(root), *([source.mirror] if source.mirror else [])]
+    """The release, the directory, and unless it is Debian's own, the repository with its updates (mmdebstrap(1))."""
+    components = COMPONENTS.replace(",", " ")
+    lines = [f"deb [signed-by={KEYRING}] {url} {suite} {components}" for url, suite in _repositories(source)]
+    return [source.release, str(root), *lines]
+
+
+def _further_suites(source: Source) -> dict[str, Sequence[str]]:
+    """The suites that belong to a release besides its own: {suite: the URLs where it may be}."""
+    if source.mirror is None or source.release in ROLLING:
+        return {}
+    mirror = source.mirror.rstrip("/")
+    return {f"{source.release}-updates": [mirror], f"{source.release}-security": [f"{mirror}-security", SECURITY]}
+
+
+def _repositories(source: Source) -> list[tuple[str, str]]:
+    """The URLs and suites of a mirror, with the updates that it or (security updates) Debian itself has."""
+    if source.mirror is None:
+        return []
+    found = [(source.mirror, source.release)]
+    for suite, urls in _further_suites(source).items():
+        found += [(url, suite) for url in urls if _has_suite(url, suite)][:1]
+    return found
+
+
+def _has_suite(url: str, suite: str) -> bool:
+    with tempfile.TemporaryDirectory(prefix="ash-suite-") as directory:
+        fetch = [FETCH, "download-file", f"{url}/dists/{suite}/InRelease", f"{directory}/InRelease"]
+        return run(fetch, check=False).returncode == 0
 
 
 def _host_apt_options() -> list[str]:
