@@ -2516,6 +2516,11 @@ def mount_option_after(mount_point: str) -> str:
     return f"x-systemd.requires-mounts-for={mount_point}"
 
 
+def mount_option_to_wait() -> str:
+    """The option of a line of fstab for the root's own disk: systemd would stop at an emergency shell after 90 s."""
+    return "x-systemd.device-timeout=0"
+
+
 def schedule_reboot(message: str) -> str:
     """Reboot the machine in a minute, with a message to its users. Returns the command that cancels it."""
     run(["shutdown", "-r", "+1", message])
@@ -4260,9 +4265,16 @@ class Transaction:
 # --- fstab: ash's own mounts, and the user's lines -------------------------------------------------------------
 
 MUTABLE_DIRECTORIES = "/.snapshots/mutable_dirs/"
-OWN_MOUNT_POINTS = ("/", "/.snapshots", "/var", "/home", "/etc", "/root", "/tmp")
+OWN_MOUNT_POINTS = (
+    "/",
+    "/.snapshots",
+    "/etc",
+    "/boot",
+)  # /boot is a directory of the root: a line for it hides kernels
 # Services with PrivateTmp= that start before /var is mounted need /var/tmp.
 MOUNT_POINTS = (".snapshots", "var/tmp", "home", "root", "tmp", "boot/efi", "dev", "proc", "sys", "run")
+# Directories of a root that something else is mounted on, so that a mount point below them is not in the root.
+MOUNTED_OVER = (".snapshots", "var", "home", "root", "tmp", "dev", "proc", "sys", "run", "etc")
 
 
 def fstab_word(path: str) -> str:
@@ -4277,31 +4289,93 @@ def fstab_mount_point(line: str) -> str:
 
 
 def fstab_of_user(text: str) -> list[str]:
-    """The lines of an fstab that ash did not write."""
+    """The lines of an fstab that are the user's, once they are written: all but those of ash's own mount points."""
     others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
     return [line for line in others if not line.startswith(MUTABLE_DIRECTORIES)]
 
 
+def fstab_of_ash(text: str) -> list[str]:
+    """The lines of an fstab for ash's own mount points, in order of these; what the user writes there has no effect."""
+    return sorted(line for line in lines_of(text) if fstab_mount_point(line) in OWN_MOUNT_POINTS)
+
+
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
-    """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines of the old text."""
-    options = "compress=zstd,noatime"
+    """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines of the old text.
+
+    Unless the old text is already an fstab of ash, the user's lines begin with those for the shared volumes and /tmp.
+    """
+    options = f"compress=zstd,noatime,{mount_option_to_wait()}"
     bound = f"bind,{mount_option_after('/.snapshots')}"
 
     def volume(prefix: str) -> str:
         return f"subvol={layout.volume_name(prefix)},{options}"
 
+    def line(*fields: str) -> str:
+        return f"{' '.join(fields)} 0 0"
+
+    disk, kept = f"UUID={uuid}", fstab_of_user(old)
+    old_disk = next((text.split()[0] for text in fstab_of_ash(old) if fstab_mount_point(text) == "/"), "")
+    if old_disk.startswith("UUID="):  # the user's lines for volumes on the same file system follow it
+        kept = [f"{disk}{text[len(old_disk) :]}" if text.split()[:1] == [old_disk] else text for text in kept]
     own = [
-        (f"UUID={uuid}", "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
+        line(disk, "/", "btrfs", f"subvol={layout.rootfs_name(which)},{options},{'rw' if mutable else 'ro'}"),
         # Contains old versions of setuid programs, which must not be run.
-        (f"UUID={uuid}", "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
-        (f"UUID={uuid}", "/var", "btrfs", volume("@var")),
-        (f"UUID={uuid}", "/home", "btrfs", volume("@home")),
-        (f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", bound),
-        ("/.snapshots/ash/root", "/root", "none", bound),
-        ("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+        line(disk, "/.snapshots", "btrfs", f"{volume('@.snapshots')},nosuid,nodev"),
+        line(f"/.snapshots/rootfs/snapshot-{which}/etc", "/etc", "none", bound),
     ]
-    lines = [f"{' '.join(entry)} 0 0" for entry in own]
-    return "\n".join([*lines, *fstab_of_user(old), ""])
+    first = [
+        line(disk, "/var", "btrfs", volume("@var")),
+        line(disk, "/home", "btrfs", volume("@home")),
+        line("/.snapshots/ash/root", "/root", "none", bound),
+        line("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+    ]
+    there = {fstab_mount_point(text) for text in lines_of(old)}
+    missing = [] if "/.snapshots" in there else [text for text in first if fstab_mount_point(text) not in there]
+    return "\n".join([*own, *missing, *kept, ""])
+
+
+def fstab_entries(lines: Iterable[str]) -> dict[tuple[str, int], str]:
+    """Lines of an fstab by a key: the mount point, for swap the device, else the line; then how often it occurred."""
+    found: dict[tuple[str, int], str] = {}
+    for line in lines:
+        place = fstab_mount_point(line)
+        about = place if place.startswith("/") else line.split()[0] if place else line
+        found[about, sum(one == about for one, _ in found)] = line
+    return found
+
+
+def merge_fstab(base: Iterable[str], running: Iterable[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Merge the user's lines of three fstabs, those of the running one over those of the target.
+
+    Returns the merged lines, and the target's lines that were changed too: they lose, unless the running fstab has no
+    such line any more.
+    """
+    was, live, theirs = map(fstab_entries, (base, running, own))
+    merged, clashes, order = dict(theirs), [], list(theirs)
+    for before, entry in itertools.pairwise([None, *live]):
+        if entry is None or live[entry] == was.get(entry):
+            continue
+        if entry not in merged:
+            order.insert(order.index(before) + 1 if before in merged else len(order), entry)
+        elif merged[entry] not in (was.get(entry), live[entry]):
+            clashes.append(merged[entry])
+        merged[entry] = live[entry]
+    for entry in [one for one in was if one not in live and one in merged]:
+        if merged[entry] == was[entry]:
+            del merged[entry]
+        else:
+            clashes.append(merged[entry])
+    return [merged[entry] for entry in order if entry in merged], clashes
+
+
+def make_mount_points(root: Path) -> None:
+    """Make the directories in a root that its fstab mounts something on."""
+    for line in fstab_of_user(read_text(path_inside(root, "etc/fstab"))):
+        path = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fstab_mount_point(line))
+        inside = path.strip("/")
+        if path.startswith("/") and is_inner_path(inside) and inside.partition("/")[0] not in MOUNTED_OVER:
+            with contextlib.suppress(FileExistsError, NotADirectoryError):  # a file may be mounted on a file
+                path_inside(root, inside).mkdir(parents=True, exist_ok=True)
 
 
 # --- The merge of /etc: three-way ------------------------------------------------------------------------------
@@ -4412,6 +4486,7 @@ class EtcMerge:
         self.drift: Mapping[str, str] = {}  # as merge() found it
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
+        self.without_effect: list[str] = []  # changes that were not carried since ash decides these
 
     def merge(self, fresh: bool = False) -> None:
         """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
@@ -4457,16 +4532,22 @@ class EtcMerge:
         return is_directory(own) and not is_directory(now) and bool(first_difference(own, self.base / path))
 
     def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
+        """Carry the user's lines, which win over the target's; a target that had others is set aside."""
         texts = [read_text(path) for path in (own, now, was)]
         ours, live, before = map(fstab_of_user, texts)
+        if (changed := fstab_of_ash(texts[1])) != fstab_of_ash(texts[2]):
+            places = dict.fromkeys(fstab_mount_point(line) for line in changed if line not in lines_of(texts[2]))
+            self.without_effect.append(f"fstab, the lines of {listed(places or OWN_MOUNT_POINTS)}: they are ash's own")
         if live in (before, ours):
             return
-        if ours == before:
-            mutable = [f"{line}\n" for line in lines_of(texts[0]) if line.startswith(MUTABLE_DIRECTORIES)]
-            rewrite(own, self.own_fstab(texts[1]) + "".join(mutable))
+        merged, clashes = merge_fstab(before, live, ours)
+        if clashes:
+            self._set_aside("fstab", self.target)
+        if merged != ours:
+            mutable = [line for line in lines_of(texts[0]) if line.startswith(MUTABLE_DIRECTORIES)]
+            text = self.own_fstab("\n".join([*fstab_of_ash(texts[0]), *merged, ""]))
+            rewrite(own, text + "".join(f"{line}\n" for line in mutable))
             self.carried.append("fstab")
-        else:
-            self._set_aside("fstab")
 
     def _carry_accounts(self, path: str) -> None:
         was, now, own = (read_text(directory / path) for directory in (self.base, self.running, self.target))
@@ -4498,15 +4579,15 @@ class EtcMerge:
             if has_real_parents(self.target, path):
                 replace_by_copy(self.running / path, own)
 
-    def _set_aside(self, path: str) -> None:
-        """Record a conflict, and copy the running version to the conflicts directory."""
-        now = self.running / path
+    def _set_aside(self, path: str, loser: Path | None = None) -> None:
+        """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory."""
+        version = (loser or self.running) / path
         self.in_conflict.append(path)
-        if self.keep_conflicts and not is_directory(now):
+        if self.keep_conflicts and not is_directory(version):
             make_private_directory(self.conflicts)
             aside = self.conflicts / "etc" / path
             aside.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(now, aside)
+            copy_file(version, aside)
 
 
 def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
@@ -4549,7 +4630,7 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
 DEPLOYMENT_SHAPE = {
     "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "etc_from?": is_text, "etc_state?": is_text,
-    "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text,
+    "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
 }  # fmt: skip
 
 
@@ -4569,6 +4650,7 @@ class Deployment(NamedTuple):
     carried: Sequence[str] = ()
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
+    without_effect: Sequence[str] = ()  # changes of the running /etc that a deployment cannot have
 
     @property
     def entry(self) -> str:
@@ -4813,8 +4895,11 @@ class Deployments:
         write_inside(new, IN_ROOT_ID, deployment.note)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if not self.running:
+            make_mount_points(new)
             return deployment
-        return self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
+        deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
+        make_mount_points(new)
+        return deployment
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
@@ -4881,6 +4966,7 @@ class Deployments:
             carried=list(dict.fromkeys([*deployment.carried, *merge.carried])),
             conflicts=list(dict.fromkeys([*deployment.conflicts, *merge.in_conflict])),
             conflicts_folder=directory or deployment.conflicts_folder,
+            without_effect=list(dict.fromkeys([*deployment.without_effect, *merge.without_effect])),
         )
 
     def carry(self) -> list[str]:
@@ -4903,6 +4989,7 @@ class Deployments:
             write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
         self._finish_carry()
+        make_mount_points(layout.rootfs(slot))
         known = list(dict.fromkeys([*deployment.carried, *carried.carried]))
         self.menu.deployments[slot] = carried._replace(carried=known)
         write_file(layout.menu, self.menu.dump())
@@ -6664,7 +6751,7 @@ def cmd_sub(system: System, request: Request) -> Reply:
 
 DEPLOYED_SHAPE = {
     "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
-    "conflicts_folder": str,
+    "conflicts_folder": str, "without_effect": [str],
 }  # fmt: skip
 
 
@@ -6678,10 +6765,12 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     if changed and deployment.conflicts:
         text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
         text += listed(deployment.conflicts)
+    if changed:
+        text += "".join(f"\n  without effect: {one_line(what)}" for what in deployment.without_effect)
     data = {
         "snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id,
         "carried": list(deployment.carried), "conflicts": list(deployment.conflicts),
-        "conflicts_folder": deployment.conflicts_folder,
+        "conflicts_folder": deployment.conflicts_folder, "without_effect": list(deployment.without_effect),
     }  # fmt: skip
     return Reply(data, text, str(number))
 

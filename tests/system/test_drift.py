@@ -139,6 +139,30 @@ def test_the_users_lines_of_fstab_are_carried_and_ashs_are_rendered(machine: Mac
     assert all(f"snapshot-{slot}" in line for line in lines if "/rootfs/snapshot-" in line)
 
 
+def test_lines_of_fstab_win_over_those_of_the_snapshot_and_get_their_mount_points(machine: Machine) -> None:
+    """Lines that ash wrote once, too; those for ash's own mounts have no effect, which is said."""
+    system, fstab = machine.system, machine.etc / "fstab"
+    other = system.clone()
+    system.shell(other, "echo 'LABEL=theirs /srv/theirs ext4 nofail 0 2' >> /etc/fstab")
+    text = re.sub(r".* /home .*", "LABEL=homes /home ext4 noexec 0 2", fstab.read_text())
+    text = re.sub(r".* /tmp .*", "tmpfs /tmp tmpfs noexec,size=2G 0 0", text).replace("ro 0 0", "rw 0 0", 1)
+    fstab.write_text(text + "LABEL=data /data/deep ext4 nofail 0 2\n")
+    answer = machine.running("deploy", other)
+    assert (answer["carried"], answer["conflicts"]) == (["fstab"], [])
+    assert answer["without_effect"] == ["fstab, the lines of /: they are ash's own"]
+    assert system.boots()
+    lines = {line.split()[1]: line for line in (machine.next_etc / "fstab").read_text().splitlines() if line}
+    assert lines["/home"] == "LABEL=homes /home ext4 noexec 0 2"
+    assert lines["/tmp"] == "tmpfs /tmp tmpfs noexec,size=2G 0 0"
+    assert lines["/"].split()[3].endswith(",ro")
+    assert {"/srv/theirs", "/data/deep"} <= set(lines)
+    root = machine.next_etc.parent
+    assert ((root / "data/deep").is_dir(), (root / "srv/theirs").is_dir()) == (True, True)
+    fstab.write_text(fstab.read_text() + "LABEL=late /late ext4 nofail 0 2\n")
+    assert machine.running("carry")["carried"] == ["fstab"]
+    assert (" /late " in (root / "etc/fstab").read_text(), (root / "late").is_dir()) == (True, True)
+
+
 def test_a_mutable_directory_does_not_conflict_with_the_users_lines(machine: Machine, snapshot: int) -> None:
     system = machine.system
     system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")

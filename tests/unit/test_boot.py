@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ash
-from ash import OWN_MOUNT_POINTS, AshError, BootConfig, Deployment, Layout, Menu, render_fstab
+from ash import (
+    OWN_MOUNT_POINTS,
+    AshError,
+    BootConfig,
+    Deployment,
+    Layout,
+    Menu,
+    fstab_entries,
+    fstab_of_user,
+    is_directory,
+    make_mount_points,
+    merge_fstab,
+    render_fstab,
+)
 
 pytestmark = pytest.mark.budget(10)
 
@@ -34,7 +47,7 @@ def entries(text: str) -> dict[str, list[str]]:
 
 def test_fstab_mounts_ashs_volumes_by_uuid() -> None:
     found = entries(render_fstab(LAYOUT, UUID, "deploy-aux", ""))
-    assert tuple(found) == OWN_MOUNT_POINTS
+    assert list(found) == ["/", "/.snapshots", "/etc", "/var", "/home", "/root", "/tmp"]
     assert all(len(line) == 6 for line in found.values())
     assert {found[point][0] for point in ("/", "/.snapshots", "/var", "/home")} == {f"UUID={UUID}"}
 
@@ -52,11 +65,95 @@ def test_setuid_programs_in_snapshots_do_not_run() -> None:
     assert {"nosuid", "nodev"} <= set(entries(render_fstab(LAYOUT, UUID, 0, ""))["/.snapshots"][3].split(","))
 
 
+def test_no_mount_on_the_roots_own_disk_has_a_timeout() -> None:
+    found = entries(render_fstab(LAYOUT, UUID, 0, ""))
+    for point in ("/", "/.snapshots", "/var", "/home"):
+        assert "x-systemd.device-timeout=0" in found[point][3].split(","), point
+
+
 def test_the_users_lines_of_fstab_keep_their_order() -> None:
     theirs = ["# a comment", "UUID=0DBA-1B0F /boot/efi vfat umask=0077 0 2", "", "LABEL=data /srv ext4 defaults 0 2"]
     old = "\n".join(["UUID=old / ext4 defaults 0 1", *theirs, "tmpfs /tmp tmpfs size=1g 0 0"])
     lines = render_fstab(LAYOUT, UUID, 3, old).splitlines()
-    assert lines[len(OWN_MOUNT_POINTS) :] == theirs
+    assert lines[-5:] == [*theirs, "tmpfs /tmp tmpfs size=1g 0 0"]
+
+
+def test_lines_of_fstab_that_ash_wrote_once_are_the_users() -> None:
+    text = render_fstab(LAYOUT, UUID, 3, "")
+    others = [line for line in text.splitlines() if line.split()[1] not in ("/home", "/tmp", "/root")]
+    mine = ["LABEL=homes /home ext4 defaults 0 2", "tmpfs /tmp tmpfs noexec,size=2G 0 0"]
+    found = entries(render_fstab(LAYOUT, UUID, "deploy", "\n".join([*others, *mine, ""])))
+    assert [" ".join(found[point]) for point in ("/home", "/tmp")] == mine
+    assert "/root" not in found, "a deleted line stays deleted"
+    assert "snapshot-deploy," in found["/"][3]
+
+
+def test_lines_on_the_roots_file_system_follow_its_uuid() -> None:
+    old = (
+        render_fstab(LAYOUT, "0b1c2d3e", 3, "") + "UUID=0b1c2d3e /srv btrfs subvol=@srv 0 0\nUUID=77 /data ext4 x 0 0\n"
+    )
+    found = entries(render_fstab(LAYOUT, UUID, 3, old))
+    assert {point: line[0] for point, line in found.items() if line[0].startswith("UUID=")} == {
+        **dict.fromkeys(("/", "/.snapshots", "/var", "/home", "/srv"), f"UUID={UUID}"),
+        "/data": "UUID=77",
+    }
+
+
+def test_only_ashs_own_lines_are_replaced() -> None:
+    assert fstab_of_user(render_fstab(LAYOUT, UUID, 3, "x /boot ext4 y 0 0\n")) == [
+        line for line in render_fstab(LAYOUT, UUID, 3, "").splitlines() if line.split()[1] not in OWN_MOUNT_POINTS
+    ]
+
+
+HOME, DATA, SWAP = "disk /home ext4 x 0 0", "disk /data ext4 x 0 0", "swap none swap sw 0 0"
+
+
+@pytest.mark.parametrize(
+    ("base", "running", "own", "merged", "clashes"),
+    [
+        ([HOME], [HOME], [HOME, DATA], [HOME, DATA], []),
+        ([HOME], [HOME, DATA], [HOME], [HOME, DATA], []),
+        ([HOME], [DATA, HOME], [HOME, SWAP], [HOME, SWAP, DATA], []),
+        ([HOME], [HOME, "# mine", DATA], [HOME, SWAP], [HOME, "# mine", DATA, SWAP], []),
+        ([HOME], [f"other{HOME[4:]}"], [HOME, DATA], [f"other{HOME[4:]}", DATA], []),
+        ([HOME], [f"other{HOME[4:]}"], [f"own{HOME[4:]}"], [f"other{HOME[4:]}"], [f"own{HOME[4:]}"]),
+        ([HOME, DATA], [HOME], [HOME, DATA], [HOME], []),
+        ([HOME, DATA], [HOME], [HOME, f"own{DATA[4:]}"], [HOME, f"own{DATA[4:]}"], [f"own{DATA[4:]}"]),
+        ([SWAP], [f"b{SWAP}", SWAP], [SWAP], [SWAP, f"b{SWAP}"], []),
+        (["", HOME, ""], ["", HOME, "", "", DATA], ["", HOME, ""], ["", HOME, "", "", DATA], []),
+    ],
+)
+def test_the_running_fstabs_lines_win(
+    base: list[str], running: list[str], own: list[str], merged: list[str], clashes: list[str]
+) -> None:
+    assert merge_fstab(base, running, own) == (merged, clashes)
+
+
+LINES = st.lists(st.sampled_from([HOME, f"other{HOME[4:]}", DATA, f"other{DATA[4:]}", SWAP, "# a", ""]), max_size=6)
+
+
+@given(LINES, LINES, LINES)
+def test_no_line_of_fstab_is_lost_silently(base: list[str], running: list[str], own: list[str]) -> None:
+    merged, clashes = merge_fstab(base, running, own)
+    known, there = fstab_entries(base), fstab_entries(own)
+    for entry, line in fstab_entries(running).items():
+        assert line in merged or known.get(entry) == line, "a line that was changed in the running system"
+    for entry, line in there.items():
+        if known.get(entry) != line:
+            assert line in merged or line in clashes, "a line that was changed in the target"
+    assert merge_fstab(base, base, own) == (own, [])
+    assert sorted(merge_fstab(base, running, base)[0]) == sorted(running)
+
+
+def test_mount_points_of_the_users_lines_are_made(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "out").symlink_to("/usr")
+    points = ["/data", r"/with\040blank/deep", "/file", "/file/below", "/out/in", "/home/x", "/../../up", "none", "/"]
+    (tmp_path / "etc/fstab").write_text("".join(f"disk {point} ext4 x 0 0\n" for point in points))
+    make_mount_points(tmp_path)
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if is_directory(path)}
+    assert made == {"data", "etc", "with blank", "with blank/deep", "usr", "usr/in"}
 
 
 @given(st.sampled_from(["deploy", "deploy-aux", 7]), st.sampled_from(["deploy-spare", 0]))

@@ -326,6 +326,7 @@ def test_only_the_users_lines_of_fstab_are_compared(merge: EtcMerge) -> None:
     merge.merge()
     assert merge.carried == []
     assert "subvol=old" in (merge.target / "fstab").read_text()
+    assert merge.without_effect == ["fstab, the lines of /: they are ash's own"]
 
 
 def test_the_users_lines_of_fstab_are_carried(merge: EtcMerge) -> None:
@@ -334,15 +335,27 @@ def test_the_users_lines_of_fstab_are_carried(merge: EtcMerge) -> None:
     merge.merge()
     assert merge.carried == ["fstab"]
     assert (merge.target / "fstab").read_text().endswith("UUID=3 /srv ext4 defaults 0 2\n")
+    assert merge.without_effect == []
 
 
-def test_an_fstab_that_both_changed_is_a_conflict(merge: EtcMerge) -> None:
+def test_lines_that_both_fstabs_added_are_merged(merge: EtcMerge) -> None:
+    for side, place in ((merge.running, "/mine"), (merge.target, "/theirs")):
+        with (side / "fstab").open("a") as fstab:
+            fstab.write(f"disk {place} ext4 defaults 0 2\n")
+    merge.merge()
+    text = (merge.target / "fstab").read_text()
+    assert (" /mine " in text, " /theirs " in text, merge.in_conflict) == (True, True, [])
+
+
+def test_the_running_line_of_an_fstab_that_both_changed_wins(merge: EtcMerge) -> None:
     for side, device in ((merge.running, "mine"), (merge.target, "theirs")):
         with (side / "fstab").open("a") as fstab:
             fstab.write(f"{device} /srv ext4 defaults 0 2\n")
     merge.merge()
-    assert "theirs" in (merge.target / "fstab").read_text()
-    assert "mine" in set_aside(merge, "fstab")
+    text = (merge.target / "fstab").read_text()
+    assert ("mine /srv" in text, "theirs" in text) == (True, False)
+    assert (merge.carried, merge.in_conflict) == (["fstab"], ["fstab"])
+    assert "theirs" in set_aside(merge, "fstab")
 
 
 def test_the_machines_identity_replaces_the_targets(merge: EtcMerge) -> None:
