@@ -135,7 +135,16 @@ def accelerator() -> tuple[str, ...]:
     return KVM if ended.returncode == 2 * 0x31 + 1 else TCG
 
 
-def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_format: str, scratch: Path) -> list[str]:
+def _hardware(
+    image: Path,
+    *,
+    uefi: bool,
+    snapshot: bool,
+    memory: int,
+    scratch: Path,
+    disk_format: str = "raw",
+    expendable: bool = False,
+) -> list[str]:
     """QEMU's command line without the console; `scratch` receives the UEFI variables."""
     argv = [QEMU, *accelerator(), "-m", str(memory)]
     if uefi:
@@ -146,7 +155,8 @@ def _hardware(image: Path, *, uefi: bool, snapshot: bool, memory: int, disk_form
         argv += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
     # QEMU's option parser reads two commas in a file name as one.
     disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=virtio"
-    argv += ["-drive", f"{disk},snapshot=on,cache=unsafe" if snapshot else disk]
+    # unsafe: no flushes to the host's disk. The end of QEMU loses nothing, a power cut of the host may.
+    argv += ["-drive", disk + ",snapshot=on" * snapshot + ",cache=unsafe" * (snapshot or expendable)]
     argv += ["-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci"]
     return argv
 
@@ -168,7 +178,7 @@ def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = Fals
     _require_qemu()
     print(f"Booting {image}. Ctrl-A X kills the machine; `systemctl poweroff` inside shuts it down.")
     with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
-        argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, disk_format="raw", scratch=Path(scratch))
+        argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, scratch=Path(scratch))
         return subprocess.run([*argv, "-nographic"], check=False).returncode
 
 
@@ -184,6 +194,7 @@ class Machine:
         memory: in MiB.
         log: a file to which the output of the console is appended.
         disk_format: of the image: raw or qcow2.
+        expendable: the image need not survive a power cut of the host. The machine is faster then.
     """
 
     def __init__(
@@ -195,6 +206,7 @@ class Machine:
         memory: int = 2048,
         log: Path | None = None,
         disk_format: str = "raw",
+        expendable: bool = False,
     ) -> None:
         self._image = image
         self._uefi = uefi
@@ -202,6 +214,7 @@ class Machine:
         self._memory = memory
         self._log = log
         self._disk_format = disk_format
+        self._expendable = expendable
         self._arrived = threading.Condition()
         self._raw = ""
         self._text = ""
@@ -233,8 +246,9 @@ class Machine:
             uefi=self._uefi,
             snapshot=self._snapshot,
             memory=self._memory,
-            disk_format=self._disk_format,
             scratch=self._scratch,
+            disk_format=self._disk_format,
+            expendable=self._expendable,
         )
         argv += ["-display", "none", "-monitor", "none"]
         argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

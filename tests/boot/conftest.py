@@ -17,6 +17,6 @@ def boot(tmp_path: Path) -> Boot:
     """Boots a machine from a disk: `with boot(disk) as machine:`."""
 
     def start(disk: Disk, *, uefi: bool = False) -> Machine:
-        return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log")
+        return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log", expendable=True)
 
     return start
