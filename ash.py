@@ -370,6 +370,8 @@ def is_hung_up(descriptor: int) -> bool:
 
 # --- Files: kinds, paths inside a root, walking ----------------------------------------------------------------
 
+EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: the empty directory a snapshot has for a nested subvolume
+
 
 def status_of(path: Path) -> os.stat_result | None:
     """lstat(2); None if the path is missing or unreachable."""
@@ -486,23 +488,52 @@ def walk(*roots: Path) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
         todo += [tuple(path / name for path in paths) for name in names]
 
 
-def change_token(path: Path) -> list[tuple[str, int, float]]:
-    """A value that changes with anything below a path: names, inodes and ctimes, which btrfs snapshots keep."""
-    found: list[tuple[str, int, float]] = []
-    todo = [os.fspath(path)]
+class Seen(NamedTuple):
+    """A path that look_through() came to."""
+
+    path: str
+    status: os.stat_result | None  # of lstat(2); None if it is nested too deeply to be looked at
+    is_neighbour: bool
+
+
+def look_through(path: Path) -> Iterator[Seen]:
+    """A path and everything below it, top down and in a fixed order; nothing if it is missing.
+
+    Nested subvolumes and mounts are neighbours: they are not looked through. A snapshot has an empty directory in the
+    place of a nested subvolume.
+    """
+    above = status_of(path.parent)
+    todo = [(os.fspath(path), above.st_dev if above else 0)]
     while todo:
-        inside = todo.pop()
-        name = inside.rpartition("/")[2]
+        inside, device = todo.pop()
         try:
             status = os.lstat(inside)
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # too deep to walk: never equal
-                found.append((name, 0, float("nan")))
+            if error.errno == errno.ENAMETOOLONG:
+                yield Seen(inside, None, is_neighbour=False)
             continue
-        found.append((name, status.st_ino, status.st_ctime_ns))
-        if stat.S_ISDIR(status.st_mode):
+        is_directory_too = stat.S_ISDIR(status.st_mode)
+        is_neighbour = is_directory_too and (status.st_ino == EMPTY_SUBVOLUME_INODE or status.st_dev != device)
+        yield Seen(inside, status, is_neighbour)
+        if is_directory_too and not is_neighbour:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it was deleted meanwhile
-                todo += [f"{inside}/{below}" for below in sorted(os.listdir(inside), reverse=True)]
+                todo += [(f"{inside}/{below}", device) for below in sorted(os.listdir(inside), reverse=True)]
+
+
+def change_token(path: Path) -> list[tuple[str, int, float]]:
+    """A value that changes with anything below a path: names, inodes and ctimes, which btrfs snapshots keep.
+
+    It is never equal if something is nested too deeply to be looked at. Neighbours do not count, but for their names.
+    """
+    found: list[tuple[str, int, float]] = []
+    for seen in look_through(path):
+        name, status = seen.path.rpartition("/")[2], seen.status
+        if status is None:
+            found.append((name, 0, float("nan")))
+        elif seen.is_neighbour:
+            found.append((name, EMPTY_SUBVOLUME_INODE, 0))
+        else:
+            found.append((name, status.st_ino, status.st_ctime_ns))
     return found
 
 
@@ -961,7 +992,8 @@ class Mount(NamedTuple):
     kind: str
     source: str
     options: str
-    device: str = ""  # of the file system, major:minor
+    device: str = ""  # of the file system, major:minor; on btrfs it is not that of stat(2)
+    id: str = ""  # unique among all mount namespaces
 
     @property
     def subvolume(self) -> int | None:
@@ -970,14 +1002,15 @@ class Mount(NamedTuple):
         return int(found[1]) if found else None
 
 
-def mounts() -> list[Mount]:
-    """All mounts of this process's namespace, oldest first."""
+def mounts(process: str = "self") -> list[Mount]:
+    """All mounts of a process's namespace, oldest first."""
     found = []
-    for line in lines_of(read_text(Path("/proc/self/mountinfo"))):
+    for line in lines_of(read_text(Path("/proc", process, "mountinfo"))):
         before, _, after = line.partition(" - ")
         kind, source, options = after.split(" ", 2)
-        target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split(" ")[4])
-        found.append(Mount(target, kind, source, options, before.split(" ")[2]))
+        ident, _, device, _, shown, *_ = before.split(" ")
+        target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), shown)
+        found.append(Mount(target, kind, source, options, device, ident))
     return found
 
 
@@ -1628,7 +1661,6 @@ BTRFS_IOC_GET_SUBVOL_INFO, BTRFS_IOC_GET_SUBVOL_ROOTREF, BTRFS_IOC_INO_LOOKUP_US
 BTRFS_SUBVOL_RDONLY, BTRFS_ROOT_SUBVOL_RDONLY = 2, 1  # the flag in a request, and in a root item (<linux/btrfs_tree.h>)
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
 SUBVOLUME_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
-EMPTY_SUBVOLUME_INODE = 2  # BTRFS_EMPTY_SUBVOL_DIR_OBJECTID: the empty directory a snapshot has for a nested subvolume
 
 
 def ask_btrfs(directory: Path, request: int, argument: bytes = b"") -> bytes:
@@ -3306,37 +3338,122 @@ def is_opaque(path: Path) -> bool:
     return False
 
 
-def mapped_files(process: Path, known: set[tuple[str, str]]) -> list[Path]:
-    """Symlinks to the files that a process has mapped, except those whose device and inode are in `known`."""
-    links = []
+def mapped_files(process: Path, device: str, known: set[str]) -> list[Path]:
+    """Symlinks to the files of a file system that a process has mapped, except those that are in `known`."""
+    links, wanted = [], ":".join(f"{int(number):02x}" for number in device.split(":"))
     for line in lines_of(read_text(process / "maps")):
-        addresses, _, _, device, inode, *_ = line.split()
-        if inode != "0" and (device, inode) not in known:
-            known.add((device, inode))
+        addresses, _, _, on, file = line.split(maxsplit=4)
+        if on == wanted and file not in known:
+            known.add(file)
             start, end = (int(address, 16) for address in addresses.split("-"))
             links.append(process / "map_files" / f"{start:x}-{end:x}")
     return links
 
 
-def is_open(path: Path, opened: set[tuple[int, int]]) -> bool:
+class OpenFiles:
+    """Device and inode number of every file of a file system that a process has open or mapped.
+
+    Files elsewhere are not touched, not even by stat(2): on a network file system that does not answer, that would
+    never end. Which file system a descriptor is on is read from its mount, in /proc.
+    """
+
+    UNKNOWN = 0  # the device of a file on a mount that no process has any more, as after `umount --lazy`
+
+    def __init__(self, directory: Path) -> None:
+        self.device = mount_of(directory).device
+        self._inodes: set[tuple[int, int]] = set()
+        self._usable_until = 0.0
+
+    def __contains__(self, file: object) -> bool:
+        """Whether a file (device, inode number) is open; this looks again if the last look is too long ago."""
+        began = time.monotonic()
+        if began >= self._usable_until:
+            self._inodes = self._look()
+            ended = time.monotonic()
+            self._usable_until = ended + 4 * (ended - began)  # so that most of the time is spent on merging
+        return file in self._inodes or (isinstance(file, tuple) and (self.UNKNOWN, file[1]) in self._inodes)
+
+    def _look(self) -> set[tuple[int, int]]:
+        found: set[tuple[int, int]] = set()
+        mapped: dict[str, set[str]] = {}  # by mount namespace: inode numbers and paths
+        devices: dict[str, str] = {}  # by id of the mount
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # the process ended
+                namespace = os.readlink(process / "ns/mnt")
+                if namespace not in mapped:
+                    devices |= {mount.id: mount.device for mount in mounts(process.name)}
+                links = mapped_files(process, self.device, mapped.setdefault(namespace, set()))
+                found |= {inode for link in links if (inode := inode_of(link, follow=True))}
+                for name in os.listdir(process / "fdinfo"):
+                    with contextlib.suppress(OSError):  # it was closed
+                        found |= self._described(process, name, devices)
+        return found
+
+    def _described(self, process: Path, name: str, devices: Mapping[str, str]) -> set[tuple[int, int]]:
+        """The file of a descriptor, if it is on this file system."""
+        words = read_text(Path(f"{process}/fdinfo/{name}")).split()
+        known = dict(zip(words[::2], words[1::2], strict=False))
+        device, link = devices.get(known.get("mnt_id:", "")), Path(f"{process}/fd/{name}")
+        if device == self.device:
+            inode = inode_of(link, follow=True)
+            return {inode} if inode else set()
+        shown = os.readlink(link) if device is None else ""
+        if shown.startswith("/") and not shown.endswith(" (deleted)") and "ino:" in known:  # Linux 5.14
+            return {(self.UNKNOWN, int(known["ino:"]))}
+        return set()
+
+
+def is_open(path: Path, opened: Container[tuple[int, int]]) -> bool:
     """Whether a file is open, or any file below a directory."""
-    if not is_directory(path):
-        return inode_of(path) in opened
-    found = (status_of(path / inside) for inside in paths_below(path))
+    found = (seen.status for seen in look_through(path))
     return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
+
+
+def is_newer(one: Path, other: Path) -> bool:
+    """Whether a path exists and was modified after another one."""
+    status = status_of(one)
+    return status is not None and status.st_mtime_ns > other.lstat().st_mtime_ns
+
+
+def is_placed(upper: Path, live: Path) -> bool:
+    """Whether a live path is the same as one in an overlay's upper directory, without what is below it."""
+    return is_same(upper, live, from_overlay=True)
 
 
 def is_merged(upper: Path, live: Path) -> bool:
     """Whether a live path is what the overlay's upper directory says; times do not count."""
     for (ours, theirs), names in walk(upper, live):
-        same = not os.path.lexists(theirs) if is_whiteout(ours) else is_same(ours, theirs, from_overlay=True)
+        same = not os.path.lexists(theirs) if is_whiteout(ours) else is_placed(ours, theirs)
         if not same or (is_directory(ours) and is_opaque(ours) and set(os.listdir(theirs)) - set(names)):
             return False
     return True
 
 
+def remove_beside_neighbours(path: Path) -> list[Path]:
+    """remove_tree(), but for nested subvolumes and mounts, and the directories that lead to them. Returns these."""
+    neighbours = [Path(seen.path) for seen in look_through(path) if seen.is_neighbour]
+    if not neighbours:
+        remove_tree(path)
+    elif path not in neighbours:
+        for below in path.iterdir():
+            remove_beside_neighbours(below)
+    return neighbours
+
+
+def is_remainder(live: Path, origin: Path) -> bool:
+    """Whether a live directory has nothing but what it had, as while it is being deleted."""
+    return all(is_directory(live / path) or is_untouched(path, origin, live) for path in paths_below(live))
+
+
+class ChangedMeanwhile(AshError):
+    """Another process has changed what was about to be replaced."""
+
+
 class VarMerge:
-    """Merges what a transaction wrote to /var into the live /var."""
+    """Merges what a transaction wrote to /var into the live /var.
+
+    An entry is merged as a whole or not at all: if a part of it cannot be put in place, what was before is put back.
+    """
 
     def __init__(
         self, upper: Path, origin: Path, live: Path, manager: PackageManager, conflicts: Path, *, delete: Iterable[str]
@@ -3349,7 +3466,10 @@ class VarMerge:
         self.delete = delete  # the entries in which deletions are applied; a removed package's data is kept
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
         self.in_conflict: list[str] = []
+        self.failed: dict[str, str] = {}  # why entries could not be put in place, though nobody else changed them
         self.kept: list[str] = []
+        self._placed: list[tuple[Path, tuple[int, int] | None]] = []  # paths of the entry, and their inodes since then
+        self._deleted: list[Path] = []
 
     def entries(self) -> list[str]:
         """The entries that the transaction changed, relative to /var."""
@@ -3377,7 +3497,7 @@ class VarMerge:
         return "place"
 
     def redecide(self, entry: str) -> str:
-        """Decide again when an interrupted merge resumes: the entry, decided "place", may be half applied."""
+        """Decide again on an entry that was decided "place" when the merge was interrupted: it may be half applied."""
         changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
         if change_token(live) == change_token(origin):
             return self.decide(entry)
@@ -3391,8 +3511,8 @@ class VarMerge:
                 names.clear()
             elif is_directory(new) and is_directory(now):
                 names[:] = [name for name in names if name != beside]
-            elif is_directory(now):  # it is being deleted, and part of it may be gone
-                if not all(is_directory(now / path) or is_untouched(path, old, now) for path in paths_below(now)):
+            elif is_directory(now):  # it is being deleted
+                if not is_remainder(now, old):
                     return False
                 names.clear()
             elif not os.path.lexists(new) or not is_merged(new, now):
@@ -3400,18 +3520,65 @@ class VarMerge:
         return True
 
     def merge(self, entry: str, decision: str) -> None:
-        """Apply a decision to an entry; repeating an interrupted call is safe."""
-        changed, live = self.upper / entry, self.live / entry
+        """Apply a decision to an entry; repeating an interrupted call is safe.
+
+        What cannot be put in place is set aside like a conflict: the disk may be full or failing, a quota used up, a
+        file immutable, or another process may change the entry in this instant.
+
+        Raises:
+            AshError, OSError: it cannot be set aside either.
+        """
+        changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
         if live.parent.is_symlink() and decision != "nothing":
             decision = "aside"
-        if decision in ("newest", "place"):
-            self._place(changed, live, newest=decision == "newest")
-        elif decision == "append":
-            self._append(changed, live, self.origin / entry)
-        elif decision == "aside":
-            self.in_conflict.append(entry)
-            make_private_directory(self.conflicts)
-            self._place(changed, self.conflicts / entry)
+        self._placed, self._deleted = [], []
+        try:
+            if decision == "append":
+                self._append(changed, live, origin)
+            elif decision in ("newest", "place"):
+                self._place(changed, live, origin, newest=decision == "newest")
+        except ChangedMeanwhile:
+            decision = "aside"
+        except (AshError, OSError) as error:
+            self.failed[entry] = reason(error)
+            decision = "aside"
+        if decision == "aside":
+            self._put_back()
+            self._set_aside(entry)
+
+    def _set_aside(self, entry: str) -> None:
+        self.in_conflict.append(entry)
+        make_private_directory(self.conflicts)
+        try:
+            self._place(self.upper / entry, self.conflicts / entry, None)
+        except (AshError, OSError):
+            with contextlib.suppress(AshError, OSError):
+                remove_tree(self.conflicts / entry)
+            raise
+
+    def _put_back(self) -> None:
+        """Restore an entry that could not be put in place whole, except where another process changed it since."""
+        for live in self._deleted:
+            for old, now in (paths for paths, _ in walk(self._original(live), live)):
+                self._restore(old, now, inode_of(now) if is_directory(old) and is_directory(now) else None)
+        for live, inode in reversed(self._placed):
+            self._restore(self._original(live), live, inode)
+
+    def _original(self, live: Path) -> Path:
+        return self.origin / live.relative_to(self.live)
+
+    def _restore(self, origin: Path, live: Path, inode: tuple[int, int] | None) -> None:
+        """Make a live path what it was, without what is below it, if it still is this inode."""
+        with contextlib.suppress(AshError, OSError):  # as far as there is room
+            if inode_of(live) != inode:
+                return
+            if os.path.lexists(origin):
+                if not is_special(origin):
+                    replace_by_copy(origin, live, self.token)
+            elif is_directory(live):
+                live.rmdir()
+            else:
+                live.unlink()
 
     def add_files(self, pattern: str) -> None:
         """Add new regular files that match a glob pattern, and nothing else; no symlink is followed."""
@@ -3423,53 +3590,86 @@ class VarMerge:
             above = [self.live / parent for parent in path.parents[:-1]]
             is_safe = all(is_directory(parent) or not os.path.lexists(parent) for parent in above)
             if is_safe and has_real_parents(self.upper, str(path)):
-                self._place(changed, live)
+                self._place(changed, live, self.origin / path)
 
     @cached_property
-    def _opened(self) -> set[tuple[int, int]]:
-        """Device and inode number of every file that a process has open or mapped."""
-        found: set[tuple[int, int]] = set()
-        mapped: set[tuple[str, str]] = set()
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # the process ended
-                opened = [*(process / "fd").iterdir(), *mapped_files(process, mapped)]
-                found |= {inode for path in opened if (inode := inode_of(path, follow=True))}
-        return found
+    def _opened(self) -> OpenFiles:
+        return OpenFiles(self.live)
 
-    def _place(self, changed: Path, target: Path, newest: bool = False) -> None:
-        """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically."""
-        directories = []
+    def _place(self, changed: Path, target: Path, origin: Path | None, newest: bool = False) -> None:
+        """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically.
+
+        Args:
+            changed: the path in the upper directory.
+            target: where it goes.
+            origin: what `target` was at the start of the transaction; None if it is not in the live /var.
+            newest: leave files that are newer than the transaction's.
+
+        Raises:
+            ChangedMeanwhile: another process has changed a file of it since the origin.
+        """
+        directories, deleted = [], []
+        links: dict[tuple[int, int], Path] = {}  # where files with several names are, by inode in the upper directory
         for (ours, theirs), names in walk(changed, target):
+            before = origin / theirs.relative_to(target) if origin else None
             if is_whiteout(ours):
-                self._delete(theirs)
+                deleted.append(theirs)
             elif is_directory(ours):
                 directories.append((ours, theirs))
-                if is_directory(theirs):  # restrict it, or create one for root alone, before anything new is in it
-                    copy_directory_attributes(ours, theirs, from_overlay=True)
-                else:
-                    theirs.unlink(missing_ok=True)
-                    theirs.mkdir(mode=0o700, parents=True)
-                for name in set(os.listdir(theirs)) - set(names) if is_opaque(ours) else ():
-                    self._delete(theirs / name)
+                self._place_directory(ours, theirs)
+                known = os.listdir(before) if before and is_opaque(ours) and is_directory(before) else []
+                deleted += [theirs / name for name in known if name not in names]
+            elif is_special(ours) or (newest and is_newer(theirs, ours)):
+                continue
+            elif before and not newest and self._is_changed(theirs, before, ours):
+                raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
             else:
-                self._place_file(ours, theirs, newest)
+                self._place_file(ours, theirs, links)
+        for theirs in deleted if origin else ():
+            self._delete(theirs)
         for ours, theirs in reversed(directories):  # the modes of new ones, and mtimes, which filling them changed
             copy_directory_attributes(ours, theirs, from_overlay=True)
 
-    def _place_file(self, changed: Path, target: Path, newest: bool) -> None:
-        if is_special(changed):
-            return
-        if newest and os.path.lexists(target) and target.lstat().st_mtime_ns > changed.lstat().st_mtime_ns:
-            return
+    @staticmethod
+    def _is_changed(live: Path, origin: Path, ours: Path) -> bool:
+        """Whether a live file is neither as it was nor as the transaction has it."""
+        now, before = status_of(live), status_of(origin)
+        if now is None or (before and (now.st_ino, now.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)):
+            return False
+        return not (is_remainder(live, origin) if is_directory(live) else is_placed(ours, live))
+
+    def _place_directory(self, changed: Path, target: Path) -> None:
+        """Restrict a directory, or create one for root alone, before anything new is in it."""
+        if not is_directory(target):
+            target.unlink(missing_ok=True)
+            target.mkdir(mode=0o700, parents=True)
+        self._placed.append((target, inode_of(target)))
+        copy_directory_attributes(changed, target, from_overlay=True)
+
+    def _place_file(self, changed: Path, target: Path, links: dict[tuple[int, int], Path]) -> None:
+        """Replace a file; names of one file in the upper directory, which are in `links`, become names of one again."""
+        if is_directory(target) and any(seen.is_neighbour for seen in look_through(target)):
+            raise AshError(f"{target} has a subvolume or a mount in it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        replace_by_copy(changed, target, self.token, from_overlay=True)
+        status = changed.lstat()
+        inode = status.st_dev, status.st_ino
+        first = links.setdefault(inode, target)
+        if first != target and is_placed(changed, first):
+            with replace(target, token=self.token, directories=True) as new:
+                about_to(f"link {new.name}")
+                os.link(first, new, follow_symlinks=False)
+        else:
+            replace_by_copy(changed, target, self.token, from_overlay=True)
+        self._placed.append((target, inode_of(target)))
 
     def _delete(self, live: Path) -> None:
+        """Delete what the transaction deleted, if that applies to this entry; else it is kept, and reported."""
         if not os.path.lexists(live):
             return
         path = live.relative_to(self.live)
         if {str(path), *map(str, path.parents)} & {*self.delete}:
-            remove_tree(live)
+            self._deleted.append(live)
+            self.kept += [f"/var/{neighbour.relative_to(self.live)}" for neighbour in remove_beside_neighbours(live)]
         else:
             self.kept.append(f"/var/{path}")
 
@@ -3479,7 +3679,7 @@ class VarMerge:
             if is_whiteout(ours):
                 continue
             if not os.path.lexists(theirs):
-                self._place(ours, theirs)
+                self._place(ours, theirs, before)
                 names.clear()
             elif is_directory(ours):
                 names[:] = names if is_directory(theirs) else ()
@@ -3642,7 +3842,8 @@ class Commit(NamedTuple):
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
         """Finish it if the exchange has happened, else drop it."""
         if subvolume_id(place.layout.rootfs(place.snapshot)) == self.new:
-            place.finish(self, again=True)
+            with place.merge_lock(self.entries):
+                place.finish(self, again=True)
         else:
             place.drop()
 
@@ -3658,7 +3859,8 @@ class Merge(NamedTuple):
     state: str = "merge"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
-        place.finish(self, again=True)
+        with place.merge_lock(self.entries):
+            place.finish(self, again=True)
 
 
 class Birth(NamedTuple):
@@ -3772,6 +3974,9 @@ def merge_lock(layout: Layout, wait: float = 0) -> Lock:
     return Lock(layout.work("merge") / "lock", "merging into /var", wait)
 
 
+MERGED = "merged"  # noted of an entry of /var instead of a decision
+
+
 class CommittedButUnfinished(AshError):
     """The commit succeeded; a follow-up step failed and recovery will finish it."""
 
@@ -3779,11 +3984,8 @@ class CommittedButUnfinished(AshError):
 class WorkDir:
     """What a transaction keeps in the work directory of its snapshot; the snapshot's lock protects it."""
 
-    DECISIONS: ClassVar[Mapping[str, Any]] = {
-        "aside": is_name,
-        "token": is_name,
-        "decided": {"*": lambda decision: decision in ("nothing", "newest", "append", "aside", "place")},
-    }
+    DECISIONS: ClassVar[Mapping[str, Any]] = {"aside": is_name, "token": is_name}
+    NOTED: ClassVar[Sequence[str]] = ("nothing", "newest", "append", "aside", "place", MERGED)
 
     def __init__(self, system: System, snapshot: int, name: str = "") -> None:
         self.system = system
@@ -3877,6 +4079,8 @@ class WorkDir:
     def finish(self, intent: Commit | Merge, again: bool = False) -> VarMerge:
         """Everything after the exchange, `again` if it was interrupted. Safe to interrupt: recovery resumes here.
 
+        The caller holds merge_lock().
+
         Raises:
             CommittedButUnfinished: a step failed.
         """
@@ -3908,12 +4112,19 @@ class WorkDir:
         self._clear()
         return merge
 
+    def merge_lock(self, entries: Sequence[str]) -> contextlib.AbstractContextManager[object]:
+        """The lock for merging these entries of /var, or nothing if there are none."""
+        return merge_lock(self.layout, wait=600) if entries else contextlib.nullcontext()
+
     def merge_into_var(self, entries: Sequence[str], delete: Sequence[str]) -> VarMerge:
-        """Merge these entries of /var, unless that has been done; in those of `delete`, deletions are applied."""
+        """Merge these entries of /var, unless that has been done; in those of `delete`, deletions are applied.
+
+        The caller holds merge_lock().
+        """
         merge = self.var_merge(delete)
         if entries and self.upper.exists():  # it is the first to go when all is done
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
-            with merge_lock(self.layout, wait=600), nosymfollow(self.layout.var), nosymfollow(self.upper):
+            with nosymfollow(self.layout.var), nosymfollow(self.upper):
                 self._merge(merge, entries)
         return merge
 
@@ -3923,29 +4134,43 @@ class WorkDir:
         return VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=delete)
 
     def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
-        """Merge the entries. What to do with each is on the disk before the first is touched.
+        """Merge the entries. What to do with each is decided right before, and on the disk before it is touched.
 
         So an interrupted merge can be resumed, and its own traces are not taken for somebody else's changes.
         """
-        done = lines_of(read_text(self.merged))
-        resumes = True
         try:
-            decisions = from_json(read_text(self.decisions), self.DECISIONS)
+            known = from_json(read_text(self.decisions), self.DECISIONS)
         except ValueError:  # none yet; or damaged, and what was merged is found to be in place
-            resumes = False
-            decided = {entry: merge.decide(entry) for entry in entries}
-            decisions = {"aside": merge.conflicts.name, "token": merge.token, "decided": decided}
-            write_file(self.decisions, json.dumps(decisions), mode=0o600)  # the token is a secret
-        merge.token = decisions["token"]
-        merge.conflicts = merge.conflicts.with_name(decisions["aside"])
+            known = {"aside": merge.conflicts.name, "token": merge.token}
+            write_file(self.decisions, json.dumps(known), mode=0o600)  # the token is a secret
+        merge.token = known["token"]
+        merge.conflicts = merge.conflicts.with_name(known["aside"])
+        noted = self._noted()
         for entry in entries:
-            if json.dumps(entry) not in done:
-                decision = decisions["decided"].get(entry, "aside")
-                # That may have been long ago, and others may have changed the entry since.
-                merge.merge(entry, merge.redecide(entry) if resumes and decision == "place" else decision)
+            before = noted.get(entry, "")
+            if before != MERGED:
+                # The decision "place" may be old, and others may have changed the entry since.
+                decision = merge.redecide(entry) if before == "place" else before or merge.decide(entry)
+                self._note(entry, decision, durable=decision == "place")
+                merge.merge(entry, decision)
                 about_to(f"note that {entry} is merged")
-                with self.merged.open("a") as file:
-                    file.write(f"{json.dumps(entry)}\n")
+                self._note(entry, MERGED)
+
+    def _noted(self) -> dict[str, str]:
+        """What was noted last of each entry: a decision, or MERGED."""
+        found = {}
+        for line in lines_of(read_text(self.merged)):
+            with contextlib.suppress(ValueError):  # torn, and so the entry was not touched yet
+                entry, noted = from_json(line, [str])
+                found[entry] = noted if noted in self.NOTED else ""
+        return found
+
+    def _note(self, entry: str, what: str, durable: bool = False) -> None:
+        with self.merged.open("a") as file:
+            file.write(f"\n{json.dumps([entry, what])}\n")  # a power cut may have torn the line before
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
 
 
 # --- Transactions ----------------------------------------------------------------------------------------------
@@ -4106,10 +4331,16 @@ class Transaction:
         The exchange is the commit: what is interrupted before it is dropped, what is interrupted after it is finished
         by recovery. If only /var was changed there is no exchange; the intent file is the commit then.
         """
-        place = self.place
+        with ExitStack() as stack:
+            self._commit_to(self.place, stack)
+
+    def _commit_to(self, place: WorkDir, stack: ExitStack) -> None:
+        """The commit; the stack holds the lock for merging, since a wait for it can only be interrupted before."""
         intent: Commit | Merge
         try:
             found = self._conclude()
+            with signals_heard():
+                stack.enter_context(place.merge_lock(found.entries))
             changed = bool(found.paths) or bool(found.entries)
             change = Change.between(self.snapshot, found.before, found.after)._replace(changed=changed)
             facts = {"packages": change.packages()}
@@ -5746,6 +5977,7 @@ class LiveTransaction(Transaction):
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
             with signals_heard():
                 stack.enter_context(place.deploy_lock())
+                stack.enter_context(place.merge_lock(found.entries))
             slot = self.layout.rootfs(self.slot)
             save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries))
             sync_filesystem(self.layout.snapshots)

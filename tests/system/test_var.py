@@ -2,7 +2,10 @@
 """/var is shared and in use: what a transaction changes there, and what it leaves alone."""
 
 import contextlib
+import fcntl
+import json
 import os
+import signal
 import sqlite3
 import subprocess
 import time
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, OURS_IN_RUN, make_deb
+from tests.support import FAILED, OURS_IN_RUN, VAR, make_deb, wait_until
 from tests.system.disk_system import System, facts
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -266,3 +269,58 @@ def test_a_transaction_sees_var_as_of_its_start(system: System, snapshot: int) -
         (system.files.var / "lib/seen").write_text("after\n")
     assert work.ended.stdout == "before\n"
     assert (system.files.var / "lib/seen").read_text() == "after\n"
+
+
+def test_each_entry_is_decided_right_before_it_is_put_in_place(system: System, snapshot: int) -> None:
+    """Another process changes an entry, or a file of the entry itself, while the first one is being put in place."""
+    var = system.files.var
+    for name in ("first", "second"):
+        (var / f"lib/decide-{name}").mkdir()
+        for file in ("a", "z"):
+            (var / f"lib/decide-{name}" / file).write_text("old\n")
+    writer = "echo live > lib/decide-second/a; echo live > lib/decide-first/z"
+    hook = {"do": ["copy ", "sh", "-ec", f"cd /run/ash/top/{VAR}; {writer}"]}
+    script = "cd /var/lib; for e in decide-first decide-second; do for f in a z new; do echo new > $e/$f; done; done"
+    ended = system.with_hooks(hook, "--json", "run", snapshot, "sh", "-ec", f"{script}; touch /etc/mark")
+    assert json.loads(ended.stdout)["conflicts"] == ["/var/lib/decide-first", "/var/lib/decide-second"]
+    assert (var / "lib/decide-second/a").read_text() == "live\n"
+    assert (var / "lib/decide-first/z").read_text() == "live\n"
+    assert (var / "lib/decide-first/a").read_text() == "old\n", "an entry is merged as a whole or not at all"
+    assert sorted(os.listdir(var / "lib/decide-first")) == ["a", "z"]
+    aside = conflicts(system, snapshot) / "lib/decide-first"
+    assert {path.name: path.read_text() for path in aside.iterdir()} == dict.fromkeys(["a", "z", "new"], "new\n")
+
+
+def test_a_wait_for_other_merges_can_be_interrupted(system: System, snapshot: int, tmp_path: Path) -> None:
+    before = system.id_of(snapshot)
+    lock = system.files.state / "work/merge/lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as merging:
+        fcntl.flock(merging, fcntl.LOCK_EX)
+        ash = system.start("run", snapshot, "sh", "-c", "touch /var/lib/interrupted /etc/mark", log=tmp_path / "log")
+        wait_until((system.root(f"chr{snapshot}") / "etc/mark").exists)
+        time.sleep(0.3)
+        assert ash.poll() is None
+        ash.send_signal(signal.SIGINT)
+        assert ash.wait(timeout=10) == 130, (tmp_path / "log").read_text()
+    assert system.id_of(snapshot) == before
+    assert not (system.files.var / "lib/interrupted").exists()
+    assert not system.remains()
+
+
+def test_hard_links_in_an_entry_stay_hard_links(system: System, snapshot: int) -> None:
+    (system.files.var / "lib/hard").mkdir()
+    for name in ("old", "same"):
+        (system.files.var / "lib/hard" / name).write_text(f"{name}\n")
+    system.shell(
+        snapshot,
+        "cd /var/lib/hard; mkdir deep; echo x > a; ln a b; ln a deep/c; ln old new; ln -s x link; ln link link2;"
+        "mkdir /var/lib/hard-new; echo y > /var/lib/hard-new/a; ln /var/lib/hard-new/a /var/lib/hard-new/b",
+    )
+    lib = system.files.var / "lib"
+    groups = [["a", "b", "deep/c"], ["old", "new"], ["link", "link2"], ["../hard-new/a", "../hard-new/b"]]
+    for names in groups:
+        assert len({(lib / "hard" / name).lstat().st_ino for name in names}) == 1, names
+        assert (lib / "hard" / names[0]).lstat().st_nlink == len(names)
+    assert (lib / "hard/deep/c").read_text() == "x\n"
+    assert no_conflicts(system, snapshot)

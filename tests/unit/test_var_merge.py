@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The merge into /var: which downloaded packages are kept when a transaction fails."""
+"""The merge into /var: downloads that are kept when a transaction fails, and which files are open."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ash import VarMerge
 from distros.debian.ashpk import Debian
+from tests.support import CHECKOUT
 
 pytestmark = pytest.mark.budget(5)
 
@@ -49,3 +53,43 @@ def test_symlinks_are_not_followed(merge: VarMerge, tmp_path: Path, side: str) -
     merge.add_files("cache/libdnf5/*/packages/*.rpm")
     assert {path.name for path in (tmp_path / "elsewhere").rglob("*")} == before
     assert not (tmp_path / "live/cache/apt/archives/new.deb").exists()
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/fuse").exists(), reason="needs root and FUSE")
+def test_open_files_are_found_beside_a_file_system_that_does_not_answer(tmp_path: Path, mounted: bool) -> None:
+    """A process has a file open on a file system whose server does not answer: stat(2) of it would never end."""
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    (tmp_path / "db").write_text("x")
+    (tmp_path / "mapped").write_text("x")
+    (tmp_path / "closed").write_text("x")
+    program = f"""
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x00020000) == 0 and libc.mount(b"none", b"/", None, 1 << 19 | 16384, None) == 0
+server = os.open("/dev/fuse", os.O_RDWR)
+options = b"fd=%d,rootmode=40000,user_id=0,group_id=0" % server
+assert libc.mount(b"dead", {os.fsencode(dead)!r}, b"fuse", 0, options) == 0, ctypes.get_errno()
+held = os.open({os.fspath(dead)!r}, os.O_PATH), os.open({os.fspath(tmp_path / "db")!r}, os.O_RDONLY)
+with open({os.fspath(tmp_path / "mapped")!r}, "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+assert {mounted} or libc.umount2({os.fsencode(dead)!r}, 2) == 0  # as `umount --lazy` does
+print(flush=True)
+sys.stdin.read()
+"""
+    holder = [sys.executable, "-c", program]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        look = f"""
+import sys
+sys.path.insert(0, {os.fspath(CHECKOUT)!r})
+from pathlib import Path
+import ash
+opened = ash.OpenFiles(Path({os.fspath(tmp_path)!r}))
+print([name for name in ("db", "mapped", "closed") if ash.is_open(Path({os.fspath(tmp_path)!r}, name), opened)])
+"""
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=20, check=True)
+        assert done.stdout == "['db', 'mapped']\n"
+        process.communicate()
