@@ -5688,18 +5688,16 @@ def copy_branch(system: System, snapshot: int, description: str) -> dict[int, in
 
 
 def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Change:
-    """Exchange a snapshot and its predecessor. Doing it twice is a redo.
+    """Exchange a snapshot and its predecessor. Doing it twice is a redo. Its deployments stay as they are.
 
-    A change that this command `just_changed` may be of a booted or deployed snapshot: what runs is an older state.
-    AshError (REFUSED) if there is no predecessor, or the snapshot is the base, booted or deployed.
+    With `just_changed` it is this command's own change, which then counts as never made.
+    AshError (REFUSED) if there is no predecessor, or the snapshot is the base or booted directly.
     """
     system.require_changeable(snapshot)
     layout, place = system.layout, system.workdir(snapshot)
     now, before = layout.rootfs(snapshot), layout.undo(snapshot)
     with system.lock(snapshot), system.lock("deploy"), signals_held():
         place.recover(system.tree())
-        if not just_changed:
-            require_replaceable(system, [snapshot], "not undone")
         if not before.exists():
             raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
         change = Change.between(snapshot, *map(system.package_manager.installed, (now, before)))
@@ -6006,6 +6004,66 @@ class LiveTransaction(Transaction):
         place.drop()
 
 
+Work = Callable[[Transaction], object]
+
+
+def change_live(system: System, doing: str, work: Work) -> LiveResult:
+    """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why."""
+    transaction = LiveTransaction(system)
+    try:
+        with step(f"{doing} the running system"), transaction:
+            work(transaction)
+    except (AshError, OSError) as error:
+        console.say(one_line(f"ash: {reason(error)}"))
+        transaction.live.changed, transaction.live.error = False, reason(error)
+    return transaction.live
+
+
+def goes_live(system: System, request: Request, snapshots: Sequence[int], by_default: bool = True) -> bool:
+    """Whether to change the running system too: if the user says so, by default if its own snapshot is changed.
+
+    Raises AshError (REFUSED) if the user says so and no deployment runs.
+    """
+    if request.live:
+        system.running_slot()
+        return not request.dry_run
+    runs = isinstance(system.booted, str) and system.current in snapshots
+    return by_default and request.live is None and runs and not request.dry_run
+
+
+def is_live(system: System, newer: Path, older: Path) -> bool:
+    """Whether the last change of the booted snapshot, from `older` to `newer`, was put into the running deployment.
+
+    Otherwise the deployment was made with that change, or does not have it.
+    """
+    deployment = system.menu().deployments.get(system.booted_slot or "")
+    if not deployment or deployment.source == subvolume_id(newer):
+        return False
+    before, after, here = map(system.package_manager.installed, (older, newer, system.layout.rootfs(deployment.slot)))
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    return bool(changed) and all(here.get(name) == after.get(name) for name in changed)
+
+
+def take_back(work: Transaction, newer: Path, older: Path) -> None:
+    """Take the change of a snapshot from `older` to `newer` out of a clone of the running deployment."""
+    if work.package_manager.installed(work.root) != work.package_manager.installed(newer):
+        what = "the running system has other packages than its snapshot had before the undo"
+        raise AshError(what, f"ash deploy {work.snapshot}, then reboot", REFUSED)
+    with readonly_view(work.layout, newer) as new, readonly_view(work.layout, older) as old:
+        paths = set(changed_paths(new, old))
+        below = {
+            f"{path}/{name}"
+            for root in (new, old)
+            for path in paths
+            if has_real_parents(root, path) and is_directory(root / path)
+            for name in paths_below(root / path)
+        }
+        apply_paths({path for path in paths | below if not f"{path}/".startswith("etc/")}, old, work.root)
+        merge = EtcMerge(new / "etc", old / "etc", work.root / "etc", work.layout.conflicts(work.snapshot), str)
+        merge.identity = merge.keep_conflicts = False
+        merge.merge()
+
+
 # --- Deploying, recovering -------------------------------------------------------------------------------------
 
 
@@ -6170,6 +6228,10 @@ def would(text: str, **data: Any) -> Reply:
 # The shapes of JSON answers, as has_shape() takes them; `ash help --format json` prints them.
 PACKAGES_SHAPE = {"added": {"*": str}, "removed": {"*": str}, "upgraded": {"*": [str]}}
 CHANGE_SHAPE = {"snapshot": int, "changed": bool, "packages": PACKAGES_SHAPE, "conflicts": [str], "kept": [str]}
+LIVE_SHAPE = {
+    "changed": bool, "started": [str], "stopped": [str], "waiting": [str], "conflicts": [str],
+    "conflicts_folders": [str], "error": str,
+}  # fmt: skip
 ERROR_SHAPE = {"message": str, "hint": str, "status": int}
 DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": object}
 
@@ -7024,19 +7086,37 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     return deployed_reply(deployment, changed)
 
 
+def undo_live(system: System, number: int) -> LiveResult:
+    """Take the change that was just undone in a snapshot out of the running system too."""
+    newer, older = system.layout.undo(number), system.layout.rootfs(number)
+    with system.lock(number):  # so that both stay as they are
+        return change_live(system, "undoing the change in", partial(take_back, newer=newer, older=older))
+
+
 @command(
     "undo", group=BOOT, usage="undo N", help="put N back to what it was before its last change; twice is redo",
     **CHANGES_ONE, required=1, frees_space=True, retries=False,  # a second undo would be a redo
-    answer={**CHANGE_SHAPE, "newer_state": [str]},
+    options=LIVE, answer={**CHANGE_SHAPE, "newer_state": [str], "live?": LIVE_SHAPE},
 )  # fmt: skip
 def cmd_undo(system: System, request: Request) -> Plan:
     number = request.snapshot
     yield would(f"put snapshot {number} back to what it was before its last change")
+    before, now = system.layout.undo(number), system.layout.rootfs(number)
+    was_live = number == system.current and before.exists() and is_live(system, now, before)
+    live = goes_live(system, request, [number], by_default=was_live)
     change = undo_change(system, number)
     newer = newer_state(system, change)
     lines = [change.summary("is as it was before its last change")]
     lines += [f"  /var still has the state of the newer {name}" for name in newer]
-    return Reply({**change_data(change), "newer_state": newer}, "\n".join(lines))
+    reply = Reply({**change_data(change), "newer_state": newer}, "\n".join(lines))
+    if live:
+        result = undo_live(system, number)
+        data, text = {**reply.data, "live": vars(result)}, f"{reply.text}\n{result.text()}"
+        return Reply(data, text, status=FAILED if result.error else 0)
+    if number in {deployment.snapshot for deployment in system.menu().deployments.values()}:
+        text = f"{reply.text}\nits deployment stays as it is: ash deploy {number}, then reboot"
+        return reply._replace(text=text)
+    return reply
 
 
 def deploy_or_undo(system: System, number: int, undo: ExitStack) -> tuple[Deployment, bool]:
@@ -7413,10 +7493,6 @@ def cmd_recover(system: System, request: Request) -> Plan:
 
 # --- Packages --------------------------------------------------------------------------------------------------
 
-LIVE_SHAPE = {
-    "changed": bool, "started": [str], "stopped": [str], "waiting": [str], "conflicts": [str],
-    "conflicts_folders": [str], "error": str,
-}  # fmt: skip
 CHANGES_SHAPE: dict[str, Any] = {f"{key}?": shape for key, shape in CHANGE_SHAPE.items()}
 CHANGES_SHAPE |= {"snapshots?": [CHANGE_SHAPE], "live?": LIVE_SHAPE}
 
@@ -7445,9 +7521,6 @@ def would_change(changes: Sequence[Change]) -> Reply:
 
 def package_reply(request: Request, changes: Sequence[Change], live: LiveResult | None = None) -> Reply:
     return would_change(changes) if request.dry_run else changes_reply(changes, live)
-
-
-Work = Callable[[Transaction], object]
 
 
 def refusal_of_removal(snapshot: int, needed: Sequence[str]) -> AshError:
@@ -7482,30 +7555,6 @@ def change_snapshot(
         if not force:
             require_needs(transaction)
     return transaction.change
-
-
-def change_live(system: System, doing: str, work: Work) -> LiveResult:
-    """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why."""
-    transaction = LiveTransaction(system)
-    try:
-        with step(f"{doing} the running system"), transaction:
-            work(transaction)
-    except (AshError, OSError) as error:
-        console.say(one_line(f"ash: {reason(error)}"))
-        transaction.live.changed, transaction.live.error = False, reason(error)
-    return transaction.live
-
-
-def goes_live(system: System, request: Request, snapshots: Sequence[int], by_default: bool = True) -> bool:
-    """Whether to change the running system too: if the user says so, by default if its own snapshot is changed.
-
-    Raises AshError (REFUSED) if the user says so and no deployment runs.
-    """
-    if request.live:
-        system.running_slot()
-        return not request.dry_run
-    runs = isinstance(system.booted, str) and system.current in snapshots
-    return by_default and request.live is None and runs and not request.dry_run
 
 
 def installed_of(system: System, which: int | str, packages: Iterable[str]) -> list[str]:

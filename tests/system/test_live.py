@@ -14,8 +14,20 @@ from typing import Any
 
 import pytest
 
+from ash import load_distro
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, REFUSED, RUN_WITH_HOOKS, SNAPSHOTS, USAGE, make_deb, program, wait_until
+from tests.support import (
+    DISTRIBUTION,
+    DONE,
+    FAILED,
+    REFUSED,
+    RUN_WITH_HOOKS,
+    SNAPSHOTS,
+    USAGE,
+    make_deb,
+    program,
+    wait_until,
+)
 from tests.system.disk_system import Machine, System, everything_below, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -44,6 +56,31 @@ def test_a_package_is_installed_into_the_snapshot_and_the_running_system(machine
     answer = machine.running("remove", number, "ash-test-live")
     assert answer["live"]["changed"] is True
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test/file").exists()
+
+
+def test_undo_takes_a_live_change_out_of_the_running_system(machine: Machine, tmp_path: Path) -> None:
+    number, root = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.root
+    machine.running("install", number, deb(tmp_path))
+    machine.running("install", number, deb(tmp_path, "2", postinst="mkdir /usr/share/ash-test/two"))
+
+    def text(which: int | str) -> tuple[str, str, bool]:
+        there = root(which) / "usr/share/ash-test"
+        return (there / "file").read_text(), (root(which) / "etc/ash-test.conf").read_text(), (there / "two").exists()
+
+    (machine.etc / "edited").write_text("an edit\n")
+    for expected in (("1\n", "1\n", False), ("2\n", "2\n", True)):  # undo, redo
+        answer = machine.running("undo", number)
+        assert answer["live"]["changed"] is True
+        assert [text(number), text(machine.slot)] == [expected, expected]
+        packages = load_distro(DISTRIBUTION).package_manager.installed(root(machine.slot))
+        assert packages == machine.system.ash("--json", "list", number).json["packages"]
+    assert machine.system.ash("--json", "diff").json["drift"] == {"edited": "added"}
+    assert "its deployment stays as it is" in machine.run("undo", number, "--not-live").stdout
+    assert [text(number)[0], text(machine.slot)[0]] == ["1\n", "2\n"]
+    assert not machine.system.remains()
+    machine.running("install", number, tmp_path / "ash-test-live_2_all.deb", "--not-live")
+    (machine.etc / "edited").unlink()
+    machine.running("remove", number, "ash-test-live")
 
 
 def shapes(directory: Path, version: str, after: str = "") -> Path:

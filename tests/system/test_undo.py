@@ -44,15 +44,22 @@ def test_undo_of_a_snapshot_that_was_never_changed_is_refused(system: System, sn
         assert "has no earlier state" in system.ash("undo", snapshot, status=REFUSED).error
 
 
-def test_undo_refuses_the_base_what_is_deployed_and_what_does_not_exist(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "echo one > /etc/mark")
+def test_undo_refuses_the_base_and_what_does_not_exist(system: System) -> None:
     system.ash("undo", 0, status=REFUSED)
     system.ash("undo", 999999, status=MISSING)
     system.ash("undo", status=USAGE)
-    system.ash("deploy", snapshot)
-    assert "deployed" in system.ash("undo", snapshot, status=REFUSED).error
-    assert mark(system, snapshot) == "one"
+
+
+def test_undo_of_a_deployed_snapshot_leaves_its_deployment_as_it_is(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark")
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    assert f"its deployment stays as it is: ash deploy {snapshot}" in system.ash("undo", snapshot).stdout
+    assert mark(system, snapshot) == ""
+    assert (system.root(slot) / "etc/mark").read_text() == "one\n"
+    assert "already deployed" not in system.ash("deploy", snapshot).stdout
+    assert not (system.root(system.files.default_slot()) / "etc/mark").exists()
     system.ash("deploy", 0)
+    system.is_sound()
 
 
 def test_undo_of_a_snapshot_that_is_being_changed_is_locked(system: System, snapshot: int) -> None:
