@@ -2386,6 +2386,8 @@ Type=oneshot
 RemainAfterExit=yes
 ExecStart=true
 ExecStop={ash} carry
+# It may have to make an initramfs.
+TimeoutStopSec=10min
 """
 # Started by the timer, which the administrator enables; /etc/ash.conf says what to do.
 UPGRADE_UNIT = """\
@@ -2618,6 +2620,11 @@ class Kernel(NamedTuple):
     initramfs: str = ""
 
     @property
+    def version(self) -> str:
+        """As the tool that makes an initramfs takes it."""
+        return Path(self.modules).name or self.name
+
+    @property
     def needs_modules(self) -> bool:
         return not self.name.startswith("0-rescue-")  # Fedora's: its initramfs contains them
 
@@ -2669,6 +2676,23 @@ def kernel_faults(root: Path) -> list[str]:
     return faults if kernels else ["there is no kernel"]
 
 
+def initramfs_inputs(root: Path, settings: str, own: Path) -> str:
+    """A digest of what an initramfs is made from: the files in a root's /etc that match the pattern `settings`.
+
+    The snapshot's own initramfs stands for all other inputs: it is made again whenever its packages change.
+    """
+    import hashlib
+
+    etc = root / "etc"
+    digest = hashlib.sha256(f"{own.name} {own.stat().st_size} {own.stat().st_mtime_ns}\n".encode(errors="replace"))
+    for name in sorted(name for name in paths_below(etc) if re.fullmatch(settings, name)):
+        path = path_inside(root, f"etc/{name}")
+        digest.update(f"{name} {path.stat().st_mode if path.exists() else 0}\n".encode(errors="replace"))
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def modules_of_changed_kernels(changed: Container[str], before: Path, after: Path) -> set[str]:
     """The module directories of kernels whose image changed: the running one needs its own until the reboot."""
     kernels = [*kernels_of(before), *kernels_of(after)]
@@ -2697,6 +2721,8 @@ MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|time
 OWN_OPTION = r"root=.*|ro|rw|rootflags=.*"  # options of the kernel that ash sets
 # The files in /boot that decide what the tools find there: images, initramfs and microcode.
 BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
+# The settings of the tools in /etc.
+BOOT_SETTINGS = r"default/grub(\.d/.*)?|grub\.d/.*"
 # In the messages of mkconfig: another system, as in "Found Windows Boot Manager on ..."; not "Found linux image: ...".
 FOUND_ELSEWHERE = r"Found .* on "
 
@@ -2837,6 +2863,7 @@ class Distro:
     package_manager: ClassVar[PackageManager]
     boot_tools: ClassVar[BootTools] = BootTools()
     make_initramfs: ClassVar[Sequence[str]] = ()  # the command that makes one; the version of the kernel follows
+    initramfs_settings: ClassVar[str] = "(?!)"  # matches the paths in /etc that an initramfs is made from
     executable: ClassVar[str] = "usr/bin/ash"  # from the root; elsewhere if another program has that name
     admin_group: ClassVar[str] = "wheel"  # its members may use sudo
     not_live: ClassVar[str] = "(?!)"  # matches packages that a running system cannot replace: libc, init, dbus
@@ -3108,7 +3135,14 @@ class Chroot(NamedTuple):
         return code if code >= 0 else 128 - code
 
 
-def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str] = {}, tell: str = "(?!)") -> str:
+def machine_chroot(
+    root: Path,
+    argv: Sequence[str],
+    *,
+    binds: Mapping[Path, str] = {},
+    overlays: Mapping[str, Overlay] = {},
+    tell: str = "(?!)",
+) -> str:
     """Run one of GRUB's tools, or the like, chrooted in a writable root and with access to the machine's disks.
 
     Lines on stderr that begin with a match of `tell` are shown to the user. Returns the standard output.
@@ -3118,7 +3152,7 @@ def machine_chroot(root: Path, argv: Sequence[str], *, binds: Mapping[Path, str]
     """
     import tempfile
 
-    chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, binds=[*binds.items()], disks=True, resolver=False)
+    chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, overlays, [*binds.items()], disks=True, resolver=False)
     directory = PRIVATE if PRIVATE.is_mount() else None  # do not trust the caller's TMPDIR
     with tempfile.TemporaryFile(dir=directory) as stdout, tempfile.TemporaryFile(dir=directory) as stderr:
         status = chroot.run(argv, output=[stdout.fileno(), stderr.fileno()])
@@ -4860,7 +4894,7 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
 
 DEPLOYMENT_SHAPE = {
     "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
-    "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "etc_from?": is_text, "etc_state?": is_text,
+    "config": BOOT_CONFIG_SHAPE, "initramfs?": is_text, "mutable?": bool, "etc_from?": is_text, "etc_state?": is_text,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
 }  # fmt: skip
 
@@ -4882,6 +4916,7 @@ class Deployment(NamedTuple):
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
     without_effect: Sequence[str] = ()  # changes of the running /etc that a deployment cannot have
+    initramfs: str = ""  # initramfs_inputs() of its initramfs; empty if that is the snapshot's own
 
     @property
     def entry(self) -> str:
@@ -5069,6 +5104,7 @@ class Deployments:
             delete_subvolume(self.layout.carried(f"new-{slot}"))
             if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
                 remove_tree(carried)
+        remove_tree(self.layout.work("deploy") / "private")
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
@@ -5112,25 +5148,94 @@ class Deployments:
         snapshot_subvolume(layout.rootfs(snapshot), new)
         make_bootable(layout, self.distro, new, slot, self.uuid)
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
-        with (new / "etc/fstab").open("a") as fstab:
-            for kept, seen in mutable_directories(new, snapshot):
-                make_mutable_directory(layout, kept)
-                path_inside(new, seen).mkdir(parents=True, exist_ok=True)
-                where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
-                fstab.write(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0\n")
-        layout.grub_cfg.parent.mkdir(exist_ok=True)
-        try:
-            deployment = self._deployment_in(new, slot, os.urandom(8).hex(), snapshot, source)
-        except AshError as error:
-            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", error.hint) from None
+        self._mount_mutable_directories(new, snapshot)
+        deployment = self._unconfigured(new, slot, os.urandom(8).hex(), snapshot, source)
         write_inside(new, IN_ROOT_ID, deployment.note)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
-        if not self.running:
-            make_mount_points(new)
+        if self.running:
+            deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
+        try:
+            return self._configure(deployment, new, deployment.carried)
+        except AshError as error:
+            if deployment.conflicts_folder:
+                remove_tree(layout.var / deployment.conflicts_folder.removeprefix("/var/"))
+            hint = self._hint_about(deployment) or error.hint
+            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
+
+    def _hint_about(self, deployment: Deployment) -> str:
+        """What to do if a deployment cannot be made: something in the running /etc may be wrong. Empty if it is not."""
+        suspects = rf"ash\.conf|{BOOT_SETTINGS}|{self.distro.initramfs_settings}"
+        names = [f"/etc/{path}" for path in deployment.carried if re.fullmatch(suspects, path)]
+        correct = f"correct {listed(names)} of the running system"
+        return f"{correct}, or ash deploy {deployment.snapshot} --fresh-etc" if names else ""
+
+    # What is made from /etc
+
+    def _configure(self, deployment: Deployment, root: Path, changed: Sequence[str]) -> Deployment:
+        """Make what is made from a deployment's /etc, where these paths in it have changed: its own mount points, boot
+        configuration and initramfs. Returns it with the result.
+        """
+        if "ash.conf" in changed:
+            self._mount_mutable_directories(root, deployment.snapshot)
+        make_mount_points(root)
+        if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
+            inputs, config = self._boot_config(root, self.menu.deployments.values())
+            deployment = deployment._replace(inputs=inputs, config=config)
+        settings = [path for path in changed if re.fullmatch(self.distro.initramfs_settings, path)]
+        return self._renew_initramfs(deployment, root, settings) if settings else deployment
+
+    def _mount_mutable_directories(self, root: Path, snapshot: int) -> None:
+        """Have a root's fstab mount the mutable directories that its ash.conf names."""
+        old = read_text(path_inside(root, "etc/fstab"))
+        lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES)]
+        for kept, seen in mutable_directories(root, snapshot):
+            make_mutable_directory(self.layout, kept)
+            path_inside(root, seen).mkdir(parents=True, exist_ok=True)
+            where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
+            lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
+        if (text := "\n".join([*lines, ""])) != old:
+            write_inside(root, "etc/fstab", text)
+
+    def _renew_initramfs(self, deployment: Deployment, root: Path, settings: Sequence[str]) -> Deployment:
+        """Make a deployment's initramfs again, since these of its settings changed; or copy that of another one."""
+        names = [f"boot/{name}" for name in deployment.config.initrds]
+        image = f"boot/{deployment.config.kernel}"
+        kernel = next((one for one in kernels_of(root) if image in one.images and one.initramfs in names), None)
+        tool = self.distro.make_initramfs[0]
+        if not names:  # it boots without one
             return deployment
-        deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
-        make_mount_points(new)
-        return deployment
+        if kernel is None or not any(path_inside(root, f"{path}/{tool}").exists() for path in SYSTEM_PATH.split(":")):
+            what = f"{listed(settings)}, in the initramfs: this snapshot has no {tool} that makes it"
+            return deployment._replace(without_effect=[*deployment.without_effect, what])
+        own = self.layout.rootfs(deployment.snapshot)
+        inputs = ""
+        if subvolume_id(own) == deployment.source and path_inside(own, kernel.initramfs).is_file():
+            inputs = initramfs_inputs(root, self.distro.initramfs_settings, path_inside(own, kernel.initramfs))
+        target = path_inside(root, kernel.initramfs)
+        for known in self.menu.deployments.values():
+            made = path_inside(self.layout.rootfs(known.slot), kernel.initramfs)
+            if inputs and known.initramfs == inputs and made.is_file():
+                with replace(target) as new:
+                    run(["cp", "-a", "--reflink=auto", made, new])
+                return deployment._replace(initramfs=inputs)
+        with step(f"making the initramfs again, for {listed(settings)}"):
+            self._make_initramfs(root, kernel)
+        return deployment._replace(initramfs=inputs)
+
+    def _make_initramfs(self, root: Path, kernel: Kernel) -> None:
+        """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there."""
+        private = self.layout.work("deploy") / "private"
+        remove_tree(private)
+        make_private_directory(private)
+        upper, work = private / "upper", private / "work"
+        for directory in (upper, work):
+            directory.mkdir(mode=0o755)
+        try:
+            with readonly_view(self.layout, self.layout.var) as var:
+                overlays = {"var": Overlay(var, upper, work)}
+                machine_chroot(root, [*self.distro.make_initramfs, kernel.version], overlays=overlays)
+        finally:
+            remove_tree(private)
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
@@ -5220,13 +5325,21 @@ class Deployments:
             write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
         self._finish_carry()
-        make_mount_points(layout.rootfs(slot))
-        known = list(dict.fromkeys([*deployment.carried, *carried.carried]))
-        self.menu.deployments[slot] = carried._replace(carried=known)
+        paths = list(carried.carried)
+        carried = carried._replace(carried=list(dict.fromkeys([*deployment.carried, *paths])))
+        self.menu.deployments[slot] = carried
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
         remove_tree(intent)
-        return list(carried.carried)
+        try:
+            configured = self._configure(carried, layout.rootfs(slot), paths)
+        except AshError as error:
+            what = f"carried over, but what is made from it is not: {error.message}"
+            raise AshError(f"{listed(paths)}: {what}", self._hint_about(carried) or error.hint) from None
+        if configured != carried:
+            self.menu.deployments[slot] = configured
+            self.write_menu()
+        return paths
 
     def rebase_drift(self, slot: str, merge: EtcMerge) -> None:
         """Move the slot's drift base forward to the /etc that was merged, except for conflicts."""
@@ -5311,8 +5424,12 @@ class Deployments:
 
     def _deployment_in(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
         inputs, config = self._boot_config(root, self.menu.deployments.values())
+        return self._unconfigured(root, slot, ident, snapshot, source)._replace(inputs=inputs, config=config)
+
+    def _unconfigured(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
+        """A deployment of which it is not known yet how it boots."""
         name = os_release(root, "NAME") or self.layout.distro
-        return Deployment(slot, ident, snapshot, source, name, inputs, config, is_mutable(root))
+        return Deployment(slot, ident, snapshot, source, name, "", BootConfig("", [], ""), is_mutable(root))
 
     def _boot_config(self, root: Path, known: Iterable[Deployment]) -> tuple[str, BootConfig]:
         """The digest of a root's boot inputs, and its boot configuration.
@@ -5325,6 +5442,7 @@ class Deployments:
         for deployment in known:
             if deployment.inputs == inputs and not probes:
                 return inputs, deployment.config
+        self.layout.grub_cfg.parent.mkdir(exist_ok=True)
         binds = {self.layout.grub_cfg.parent: tools.directory}
         made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
         return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
@@ -6139,6 +6257,10 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             merge = deployments.etc_merge(base, running, work.root / "etc", number, number)
             merge.identity = False
             merge.merge()
+            settings = [path for path in merge.carried if re.fullmatch(system.distro.initramfs_settings, path)]
+            for kernel in [one for one in kernels_of(work.root) if one.initramfs and settings]:
+                with step(f"making the initramfs of {kernel.name} again, for {listed(settings)}"):
+                    work.run([*system.distro.make_initramfs, kernel.version])
         deployments.rebase_drift(slot, merge)
     return work.change, merge
 

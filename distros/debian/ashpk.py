@@ -586,6 +586,12 @@ class Debian(Distro):
     id = "debian"
     package_manager = Apt("debian-archive-keyring")
     make_initramfs = ("update-initramfs", "-c", "-k")
+    initramfs_settings = (
+        r"(initramfs-tools|initramfs|modprobe\.d|modules-load\.d|console-setup|cryptsetup-initramfs|dropbear/initramfs"
+        r"|lvm|mdadm|multipath|iscsi|plymouth|udev/rules\.d|dracut\.conf\.d)/.*"
+        r"|modules|crypttab|default/(keyboard|console-setup)|udev/[^/]*\.conf|systemd/network/.*\.link"
+        r"|multipath\.conf|dracut\.conf"
+    )
     admin_group = "sudo"
     not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"
     needs: ClassVar[Mapping[str, str]] = {

@@ -12,7 +12,7 @@ import pytest
 from tests.support import DONE, FAILED, REFUSED, program
 from tests.system.disk_system import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
 
 def add_user(etc: Path, name: str, number: int) -> None:
@@ -374,6 +374,96 @@ def test_a_carry_that_was_cut_off_is_repeated(machine: Machine) -> None:
         assert machine.running("carry")["carried"] == ["later"]
         assert (machine.next_etc / "later").read_text() == f"after {step}\n"
         assert not list((machine.files.var / "lib/ash/conflicts").glob("*/etc/later"))
+
+
+def kernel_options(machine: Machine) -> str:
+    return str(re.findall(r"^ *linux .*", machine.files.grub_cfg.read_text(), re.MULTILINE)[0])
+
+
+def test_boot_settings_of_the_running_etc_are_in_the_menu(machine: Machine) -> None:
+    system, settings, other = machine.system, machine.etc / "default/grub", machine.system.clone()
+    before = settings.read_text()
+    settings.write_text(f'{before}\nGRUB_CMDLINE_LINUX="panic=30"\n')
+    machine.running("deploy", other)
+    assert "panic=30" in kernel_options(machine)
+    system.ash("boot", other)
+    system.shell(other, "touch /etc/mark")
+    machine.running("deploy", other)
+    assert "panic=30" in kernel_options(machine)
+    settings.write_text(f'{before}\nGRUB_CMDLINE_LINUX="panic=40"\n')
+    machine.running("carry")
+    assert "panic=40" in kernel_options(machine)
+    system.boots()
+
+
+def test_boot_settings_that_are_wrong_stop_a_deploy_but_not_the_carry_of_the_rest(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    machine.running("deploy", other)
+    with (machine.etc / "default/grub").open("a") as settings:
+        settings.write("exit 7\n")
+    (machine.etc / "later").touch()
+    assert "correct /etc/default/grub of the running system" in machine.run("carry", status=FAILED).error
+    assert (machine.next_etc / "later").exists()
+    system.boots()
+    system.shell(other, "touch /etc/mark")
+    with system.nothing_changes():
+        assert "correct /etc/default/grub of the running system" in machine.run("deploy", other, status=FAILED).error
+    machine.running("deploy", other, "--fresh-etc")
+
+
+def test_a_mutable_directory_that_the_running_ash_conf_names_is_mounted(machine: Machine) -> None:
+    (machine.etc / "ash.conf").write_text("mutable_dirs::opt/games\n")
+    machine.running("deploy", machine.system.clone())
+    assert " /opt/games none bind" in (machine.next_etc / "fstab").read_text()
+    assert (machine.next_etc.parent / "opt/games").is_dir()
+
+
+# Instead of 30 MB and many seconds: the settings, and something that no other call prints.
+INITRAMFS_TOOL = """\
+#!/bin/sh
+[ "$1" = -c ] || exit 1
+cat /etc/modprobe.d/* /etc/crypttab > /boot/initrd.img-$3
+ls -ld /var/lib/dpkg/status && cat /proc/sys/kernel/random/uuid >> /boot/initrd.img-$3
+head -c 2000000 /dev/zero >> /boot/initrd.img-$3
+"""
+
+
+def initramfs(root: Path) -> str:
+    (path,) = root.glob("boot/initrd.img-*")
+    return path.read_text()
+
+
+def test_the_initramfs_is_made_again_where_its_settings_changed(machine: Machine) -> None:
+    system = machine.system
+    other = system.clone()
+    tool = "update-initramfs"
+    system.shell(other, f"cat > /usr/sbin/{tool} <<'END'\n{INITRAMFS_TOOL}END\necho '# none' > /etc/crypttab")
+    (machine.etc / "modprobe.d/early.conf").write_text("blacklist early\n")
+    assert "making the initramfs again, for modprobe.d/early.conf" in machine.run("deploy", other).stderr
+    made = initramfs(machine.next_etc.parent)
+    assert ("blacklist early" in made, "# none" in made) == (True, True)
+    system.shell(other, "touch /etc/mark")
+    assert "initramfs" not in machine.run("deploy", other).stderr
+    assert initramfs(machine.next_etc.parent) == made, "it is not made twice for the same settings"
+    (machine.etc / "modprobe.d/late.conf").write_text("blacklist late\n")
+    machine.running("carry")
+    assert "blacklist late" in initramfs(machine.next_etc.parent)
+    assert machine.system.boots()
+    assert not system.remains()
+    machine.boot()
+    (machine.etc / "crypttab").write_text("data /dev/x none\n")
+    machine.running("etc-update")
+    saved = initramfs(system.root(other))
+    assert [line in saved for line in ("blacklist early", "blacklist late", "data /dev/x none")] == [True] * 3
+
+
+def test_the_distributions_own_tool_makes_an_initramfs_for_a_deployment(machine: Machine) -> None:
+    (machine.etc / "modprobe.d/mine.conf").write_text("blacklist mine\n")
+    machine.running("deploy", machine.system.clone())
+    root = machine.next_etc.parent
+    (path,) = root.glob("boot/initrd.img-*")
+    assert "etc/modprobe.d/mine.conf" in program("chroot", root, "lsinitramfs", f"/boot/{path.name}").splitlines()
+    assert not [name for name in os.listdir(root / "var") if name != "tmp"]
 
 
 def test_at_shutdown_nothing_is_carried_into_a_fresh_etc(machine: Machine, snapshot: int) -> None:
