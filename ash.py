@@ -1116,6 +1116,11 @@ class Layout:
         """The record of a snapshot's packages."""
         return self.ash / f"packages/{snapshot}"
 
+    @property
+    def unmerged(self) -> Path:
+        """Has a directory for each merge that could not even put something into its conflicts directory."""
+        return self.ash / "unmerged"
+
     def conflicts(self, snapshot: int) -> Path:
         """A new name for the directory that keeps what a merge did not apply."""
         directory = self.var / "lib/ash/conflicts" / f"{snapshot}-{time.strftime('%Y-%m-%dT%H%M%S')}"
@@ -3501,6 +3506,8 @@ class VarMerge:
         self.token = os.urandom(8).hex()  # of temporary names, which owners of directories in /var must not guess
         self.in_conflict: list[str] = []
         self.failed: dict[str, str] = {}  # why entries could not be put in place, though nobody else changed them
+        self.unmerged: list[str] = []  # those of them that could not be set aside either: the caller keeps them
+        self.make_room: Callable[[], object] = lambda: None  # called once for each entry for which the disk is full
         self.kept: list[str] = []
         self._placed: list[tuple[Path, tuple[int, int] | None]] = []  # paths of the entry, and their inodes since then
         self._deleted: list[Path] = []
@@ -3556,39 +3563,59 @@ class VarMerge:
     def merge(self, entry: str, decision: str) -> None:
         """Apply a decision to an entry; repeating an interrupted call is safe.
 
-        What cannot be put in place is set aside like a conflict: the disk may be full or failing, a quota used up, a
-        file immutable, or another process may change the entry in this instant.
-
-        Raises:
-            AshError, OSError: it cannot be set aside either.
+        What cannot be put in place is set aside like a conflict, or is left for the caller in `unmerged`: the disk may
+        be full or failing, a quota used up, a file immutable, or another process changes the entry in this instant.
         """
         changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
-        if live.parent.is_symlink() and decision != "nothing":
-            decision = "aside"
         self._placed, self._deleted = [], []
-        try:
-            if decision == "append":
-                self._append(changed, live, origin)
-            elif decision in ("newest", "place"):
-                self._place(changed, live, origin, newest=decision == "newest")
-        except ChangedMeanwhile:
-            decision = "aside"
-        except (AshError, OSError) as error:
-            self.failed[entry] = reason(error)
-            decision = "aside"
+        if decision in ("append", "newest", "place"):
+            try:
+                if live.parent.is_symlink():
+                    raise ChangedMeanwhile(f"{live.parent} is a symlink")
+                if decision == "append":
+                    self._with_room(self._append, changed, live, origin)
+                else:
+                    self._with_room(self._place, changed, live, origin, newest=decision == "newest")
+            except ChangedMeanwhile:
+                decision = "aside"
+            except (AshError, OSError) as error:
+                self.failed[entry] = self._why(error)
+                decision = "aside"
         if decision == "aside":
             self._put_back()
-            self._set_aside(entry)
+            decision = "aside" if self._set_aside(entry) else "keep"
+        if decision == "keep":
+            self.unmerged.append(entry)
+        if decision in ("aside", "keep"):
+            self.in_conflict.append(entry)
 
-    def _set_aside(self, entry: str) -> None:
-        self.in_conflict.append(entry)
-        make_private_directory(self.conflicts)
+    @staticmethod
+    def _why(error: Exception) -> str:
+        """The reason without the path, which is that of ash's own mount."""
+        return error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+
+    def _with_room(self, work: Callable[..., None], *paths: Path | None, **options: bool) -> None:
+        """Call a function that can be repeated; if the disk is full, make room and repeat it."""
         try:
-            self._place(self.upper / entry, self.conflicts / entry, None)
-        except (AshError, OSError):
+            work(*paths, **options)
+        except (AshError, OSError) as error:
+            if not is_out_of_space(error):
+                raise
+            self.make_room()
+            work(*paths, **options)
+
+    def _set_aside(self, entry: str) -> bool:
+        """Copy an entry to the conflicts directory; whether that was possible."""
+        aside = self.conflicts / entry
+        try:
+            make_private_directory(self.conflicts)
+            self._with_room(self._place, self.upper / entry, aside, None)
+        except (AshError, OSError) as error:
+            self.failed.setdefault(entry, self._why(error))
             with contextlib.suppress(AshError, OSError):
-                remove_tree(self.conflicts / entry)
-            raise
+                remove_tree(aside, protected=True)
+            return False
+        return True
 
     def _put_back(self) -> None:
         """Restore an entry that could not be put in place whole, except where another process changed it since."""
@@ -3630,7 +3657,7 @@ class VarMerge:
     def _opened(self) -> OpenFiles:
         return OpenFiles(self.live)
 
-    def _place(self, changed: Path, target: Path, origin: Path | None, newest: bool = False) -> None:
+    def _place(self, changed: Path, target: Path, origin: Path | None, *, newest: bool = False) -> None:
         """Apply a path of the upper directory, and all below it, to `target`; each file is replaced atomically.
 
         Args:
@@ -3746,6 +3773,7 @@ class Change(NamedTuple):
     upgraded: Mapping[str, tuple[str, str]] = {}
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
+    failed: Mapping[str, str] = {}  # those of the conflicts that nobody changed, and why they are not in place
     kept: Sequence[str] = ()
     download: int = 0  # bytes that a simulated change would fetch
     written: Sequence[str] = ()  # paths in the root that were added or changed; not printed
@@ -3792,10 +3820,14 @@ class Change(NamedTuple):
         lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
         lines += [f"  left in place: {one_line(path)} (--delete-data deletes it)" for path in self.kept]
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
-        if self.conflicts:
-            lines.append(f"  changed by others meanwhile, and left as they changed it: {listed(self.conflicts)}")
-            lines.append(f"  the transaction's version is in {self.conflicts_folder}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.conflict_lines()])
+
+    def conflict_lines(self) -> list[str]:
+        """What the text says of the entries of /var that are not in place."""
+        changed = [path for path in self.conflicts if path not in self.failed]
+        lines = [f"  changed by others meanwhile, and left as they changed it: {listed(changed)}"] if changed else []
+        lines += [one_line(f"  could not be put in place: {path}: {why}") for path, why in self.failed.items()]
+        return [*lines, f"  the transaction's version is in {self.conflicts_folder}"] if self.conflicts else lines
 
 
 def write_packages(layout: Layout, snapshot: int, packages: Mapping[str, str]) -> None:
@@ -4004,11 +4036,17 @@ def remove_work_directory(directory: Path) -> None:
         remove_tree(directory)
 
 
+def unmerged_directories(layout: Layout) -> list[str]:
+    """The directories, as paths of the running system, with what could not be put into /var."""
+    names = sorted(os.listdir(layout.unmerged)) if layout.unmerged.is_dir() else []
+    return [f"/.snapshots/{layout.unmerged.relative_to(layout.snapshots)}/{name}" for name in names]
+
+
 def merge_lock(layout: Layout, wait: float = 0) -> Lock:
     return Lock(layout.work("merge") / "lock", "merging into /var", wait)
 
 
-MERGED = "merged"  # noted of an entry of /var instead of a decision
+MERGED, SET_ASIDE = "merged", "set aside"  # noted of an entry of /var when it is done
 
 
 class CommittedButUnfinished(AshError):
@@ -4019,7 +4057,7 @@ class WorkDir:
     """What a transaction keeps in the work directory of its snapshot; the snapshot's lock protects it."""
 
     DECISIONS: ClassVar[Mapping[str, Any]] = {"aside": is_name, "token": is_name}
-    NOTED: ClassVar[Sequence[str]] = ("nothing", "newest", "append", "aside", "place", MERGED)
+    NOTED: ClassVar[Sequence[str]] = ("nothing", "newest", "append", "aside", "place", "keep", MERGED, SET_ASIDE)
 
     def __init__(self, system: System, snapshot: int, name: str = "") -> None:
         self.system = system
@@ -4119,10 +4157,15 @@ class WorkDir:
             CommittedButUnfinished: a step failed.
         """
         try:
-            return self._finish(intent, again)
+            tries = itertools.chain([again], itertools.repeat(True))
+            merge = self.system.with_reserve(lambda: self._finish(intent, next(tries)))
         except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
+        if again and merge.in_conflict:  # nobody else will say so
+            told = self.with_outcome(Change(self.snapshot), merge).conflict_lines()
+            console.say("\n".join([f"snapshot {self.snapshot}: an interrupted change is finished", *told]))
+        return merge
 
     def _finish(self, intent: Commit | Merge, again: bool) -> VarMerge:
         """Merge /var, renew the copies of /etc and /boot, record packages and history, keep undo-N."""
@@ -4160,12 +4203,43 @@ class WorkDir:
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
             with nosymfollow(self.layout.var), nosymfollow(self.upper):
                 self._merge(merge, entries)
+            for entry in merge.unmerged:
+                self._keep_unmerged(self.unmerged_of(merge), entry)
         return merge
+
+    def with_outcome(self, change: Change, merge: VarMerge) -> Change:
+        """A change, with what became of it in /var."""
+        is_aside = bool({*merge.in_conflict} - {*merge.unmerged})
+        folders = [f"/var/{merge.conflicts.relative_to(self.layout.var)}"] if is_aside else []
+        folders += (
+            [f"/.snapshots/{self.unmerged_of(merge).relative_to(self.layout.snapshots)}"] if merge.unmerged else []
+        )
+        return change._replace(
+            conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
+            conflicts_folder=listed(folders),
+            failed={f"/var/{entry}": why for entry, why in merge.failed.items()},
+            kept=merge.kept,
+        )
+
+    def unmerged_of(self, merge: VarMerge) -> Path:
+        """Where the entries of a merge are kept that could not be put anywhere in /var."""
+        return self.layout.unmerged / merge.conflicts.name
+
+    def _keep_unmerged(self, directory: Path, entry: str) -> None:
+        """Keep an entry for which there is no room in /var: to rename it takes none."""
+        if os.path.lexists(self.upper / entry):
+            self.layout.unmerged.mkdir(exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            (directory / entry).parent.mkdir(parents=True, exist_ok=True)
+            rename(self.upper / entry, directory / entry)
+        self._note(entry, SET_ASIDE)
 
     def var_merge(self, delete: Sequence[str] = ()) -> VarMerge:
         layout = self.layout
         conflicts = layout.conflicts(self.snapshot)
-        return VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=delete)
+        merge = VarMerge(self.upper, self.origin, layout.var, self.package_manager, conflicts, delete=delete)
+        merge.make_room = self.system.free_reserve
+        return merge
 
     def _merge(self, merge: VarMerge, entries: Sequence[str]) -> None:
         """Merge the entries. What to do with each is decided right before, and on the disk before it is touched.
@@ -4182,13 +4256,16 @@ class WorkDir:
         noted = self._noted()
         for entry in entries:
             before = noted.get(entry, "")
-            if before != MERGED:
+            if before == SET_ASIDE:
+                merge.in_conflict.append(entry)
+            elif before != MERGED:
                 # The decision "place" may be old, and others may have changed the entry since.
                 decision = merge.redecide(entry) if before == "place" else before or merge.decide(entry)
                 self._note(entry, decision, durable=decision == "place")
                 merge.merge(entry, decision)
                 about_to(f"note that {entry} is merged")
-                self._note(entry, MERGED)
+                kept = "keep" if entry in merge.unmerged else SET_ASIDE if entry in merge.in_conflict else MERGED
+                self._note(entry, kept)
 
     def _noted(self) -> dict[str, str]:
         """What was noted last of each entry: a decision, or MERGED."""
@@ -4394,14 +4471,15 @@ class Transaction:
             place.drop()
             raise
         merge = place.finish(intent)
-        conflicts = merge.in_conflict
-        self.change = change._replace(
-            conflicts=[f"/var/{entry}" for entry in conflicts],
-            conflicts_folder=f"/var/{merge.conflicts.relative_to(self.layout.var)}" if conflicts else "",
-            kept=merge.kept,
+        self.change = place.with_outcome(change, merge)._replace(
             written=[path for path, kind in found.paths.items() if kind != "removed"],
         )
         self.system.done += [self.change] if self.change.changed else []
+        if merge.failed:
+            what = f"snapshot {self.snapshot} is changed, but not everything in /var could be put in place"
+            raise CommittedButUnfinished(
+                what, f"make room or mend the cause, then look in {self.change.conflicts_folder}"
+            )
 
     def _keep_downloads(self) -> None:
         """Move the downloaded packages into the live /var, if there is room: the next attempt has them then."""
@@ -6100,6 +6178,10 @@ class LiveTransaction(Transaction):
             services.stop(found.paths)
             etc = place.apply(self.slot, place.before, self.root)
             merge = place.merge_into_var(found.entries, found.delete)
+            if merge.failed:
+                raise AshError(
+                    "; ".join(f"/var/{entry} cannot be changed: {why}" for entry, why in merge.failed.items())
+                )
             services.start(found.paths)
             if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
@@ -8680,6 +8762,7 @@ class Fsck:
         yield from self._last_number(numbers)
         yield from self._account_ids(numbers)
         yield from self._nested()
+        yield from self._unmerged()
         yield from self._mounts(numbers)
         yield from self._confirmed(self.system.lock("deploy"), self._menu)
 
@@ -8767,6 +8850,10 @@ class Fsck:
             self.lost.take(*place.leftovers())
         else:
             place.recover(tree)
+
+    def _unmerged(self) -> Iterator[Problem]:
+        for path in unmerged_directories(self.layout):
+            yield Problem(f"{path} has what could not be put into /var", None, "move it where it belongs, or delete it")
 
     # Snapshots
 
@@ -9695,7 +9782,7 @@ def interrupted_sessions(system: System) -> list[int]:
     answer={
         "booted": {"snapshot": int | None, "slot": str | int | None},
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
-        "last_booted": str, "running": {"*": str}, "waiting": [int], "drift": {"*": str},
+        "last_booted": str, "running": {"*": str}, "waiting": [int], "unmerged": [str], "drift": {"*": str},
         "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int,
     },
 )  # fmt: skip
@@ -9704,7 +9791,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     default = menu.deployments.get(menu.default)
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
-    waiting = interrupted_sessions(system)
+    waiting, unmerged = interrupted_sessions(system), unmerged_directories(system.layout)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     upgraded = last_upgrade(system)
@@ -9714,7 +9801,8 @@ def cmd_status(system: System, request: Request) -> Reply:
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
-        "last_booted": menu.last_booted, "running": running, "waiting": waiting, "drift": drift,
+        "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
+        "drift": drift,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size,
     }  # fmt: skip
     lines = [
@@ -9725,6 +9813,7 @@ def cmd_status(system: System, request: Request) -> Reply:
             for number, holder in running.items()
         ),
         *(f"interrupted:  snapshot {number}: ash chroot {number} --resume" for number in waiting),
+        *(f"not in /var:  what is in {path}" for path in unmerged),
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",

@@ -519,11 +519,8 @@ def test_a_symlink_planted_during_the_merge_of_var_is_not_followed(
     victim.mkdir(parents=True)
     options = {"link": ["copy .ash-new", f"/run/ash/top/{VAR}/lib/victim/inner", str(tmp_path)]}
     ended = system.with_hooks(options, "run", snapshot, "sh", "-c", "echo x > /var/lib/victim/inner/file")
-    assert "is not finished" in ended.stderr
+    assert "/var/lib/victim: Too many levels of symbolic links" in ended.stderr
     assert victim.is_symlink()
-    assert not list(tmp_path.iterdir())
-    system.ash("recover")
-    assert victim.is_symlink(), "somebody has changed it meanwhile"
     assert not list(tmp_path.iterdir())
     aside = (system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/lib/victim/inner/file")
     assert [path.read_text() for path in aside] == ["x\n"]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, OURS_IN_RUN, VAR, make_deb, wait_until
+from tests.support import FAILED, OURS_IN_RUN, VAR, make_deb, program, wait_until
 from tests.system.disk_system import System, facts
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 
 def conflicts(system: System, snapshot: int) -> Path:
@@ -323,4 +323,78 @@ def test_hard_links_in_an_entry_stay_hard_links(system: System, snapshot: int) -
         assert len({(lib / "hard" / name).lstat().st_ino for name in names}) == 1, names
         assert (lib / "hard" / names[0]).lstat().st_nlink == len(names)
     assert (lib / "hard/deep/c").read_text() == "x\n"
+    assert no_conflicts(system, snapshot)
+
+
+def test_what_cannot_be_put_in_place_is_set_aside_whole(system: System, snapshot: int) -> None:
+    directory = system.files.var / "lib/fixed"
+    directory.mkdir()
+    for name in ("a", "b"):
+        (directory / name).write_text("old\n")
+    hook = {"do": [r"copy \.ash-new", "chattr", "+i", f"/run/ash/top/{VAR}/lib/fixed"]}
+    script = "cd /var/lib/fixed; echo new > a; echo new > b; echo new > c; echo new > /var/lib/unhindered"
+    try:
+        ended = system.with_hooks(hook, "run", snapshot, "sh", "-ec", f"{script}; touch /etc/mark")
+    finally:
+        program("chattr", "-i", directory)
+    assert ended.returncode == OURS_IN_RUN, ended
+    assert "/var/lib/fixed" in ended.stderr
+    assert f"/var/lib/ash/conflicts/{snapshot}-" in ended.stderr
+    assert (system.root(snapshot) / "etc/mark").exists()
+    assert {path.name: path.read_text() for path in directory.iterdir()} == {"a": "old\n", "b": "old\n"}
+    assert (system.files.var / "lib/unhindered").exists()
+    aside = conflicts(system, snapshot) / "lib/fixed"
+    assert sorted(os.listdir(aside)) == ["a", "b", "c"]
+    assert not system.remains()
+    system.shell(snapshot, "echo new > /var/lib/fixed/a")
+    assert (directory / "a").read_text() == "new\n"
+
+
+def test_what_has_no_room_in_var_is_kept_and_later_commands_work(system: System, snapshot: int) -> None:
+    """A quota on /var leaves no room for the conflicts directory either."""
+    top, state = system.files.top, system.files.state
+    program("btrfs", "quota", "enable", top)
+    try:
+        program("btrfs", "quota", "rescan", "-w", top)
+        program("btrfs", "qgroup", "limit", "1M", system.files.var)
+        script = "mkdir /var/lib/large; head -c 40M /dev/urandom > /var/lib/large/data; echo x > /var/lib/small"
+        error = system.shell(snapshot, f"{script}; touch /etc/mark", status=OURS_IN_RUN).stderr
+        assert "/var/lib/large: Disk quota exceeded" in error
+        (kept,) = (state / "unmerged").iterdir()
+        assert f"/.snapshots/ash/unmerged/{kept.name}" in error
+        assert (kept / "lib/large/data").stat().st_size == 40 << 20
+        assert kept.stat().st_mode & 0o777 == 0o700
+        assert (kept / "lib/small").read_text() == "x\n"
+        assert not (system.files.var / "lib/large").exists(), "no torn copy is left"
+        assert (system.root(snapshot) / "etc/mark").exists()
+        assert not system.remains()
+        system.shell(snapshot, "touch /etc/more")
+        system.ash("recover")
+        assert system.ash("--json", "status").json["unmerged"] == [f"/.snapshots/ash/unmerged/{kept.name}"]
+        assert "unmerged" in system.ash("fsck", status=FAILED).stdout
+        program("rm", "-r", kept)
+        system.ash("fsck")
+    finally:
+        program("btrfs", "quota", "disable", top)
+
+
+def test_holes_stay_holes_also_where_files_are_not_copied_on_write(system: System, snapshot: int) -> None:
+    (system.files.var / "lib/images").mkdir()
+    program("chattr", "+C", system.files.var / "lib/images")
+    system.shell(snapshot, "cd /var/lib/images; truncate -s 20G disk; echo x | dd of=disk seek=1M conv=notrunc 2>&1")
+    status = (system.files.var / "lib/images/disk").stat()
+    assert (status.st_size, status.st_blocks < 1000) == (20 << 30, True)
+    assert "C" in program("lsattr", system.files.var / "lib/images/disk").split()[0]
+    assert no_conflicts(system, snapshot)
+
+
+def test_changes_of_metadata_alone_are_put_in_place(system: System, snapshot: int) -> None:
+    lib = system.files.var / "lib/meta"
+    lib.mkdir()
+    for name in ("xattr", "mode"):
+        (lib / name).write_text("x\n")
+    note = "python3 -c \"import os; os.setxattr('/var/lib/meta/xattr', 'user.note', b'n')\""
+    system.shell(snapshot, f"{note}; chmod 600 /var/lib/meta/mode")
+    assert os.getxattr(lib / "xattr", "user.note") == b"n"
+    assert (lib / "mode").stat().st_mode & 0o777 == 0o600
     assert no_conflicts(system, snapshot)
