@@ -843,7 +843,8 @@ def remove_tree(path: Path, *, protected: bool = False) -> None:
         if protected and isinstance(error, OSError) and error.errno == errno.EPERM:
             for inside in ("", *paths_below(path)):
                 unprotect(path / inside)
-            remove_tree(path)
+            with unprotected(path.parent):
+                remove_tree(path)
             return
         if isinstance(error, OSError) and error.errno != errno.EMFILE:
             raise
@@ -906,11 +907,20 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
         sync_directory(path.parent)
 
 
-def replace_by_copy(source: Path, target: Path, token: str = "", *, from_overlay: bool = False) -> None:
+def replace_by_copy(
+    source: Path, target: Path, token: str = "", *, from_overlay: bool = False, protected: bool = False
+) -> None:
     """Replace a path atomically by a copy of a file, or of a directory without its contents. `token`: see replace().
 
-    With `from_overlay` the source is in an overlay's upper directory; the target is NOCOW if it, or its directory, was.
+    Args:
+        from_overlay: the source is in an overlay's upper directory; the target is NOCOW if it, or its directory, was.
+        protected: replace the target even if it, or its directory, is immutable or append-only.
     """
+    if protected:
+        unprotect(target)
+        with unprotected(target.parent):
+            replace_by_copy(source, target, token, from_overlay=from_overlay)
+        return
     protection = flags_of(source, from_overlay) & PROTECTING
     if is_directory(source) and is_directory(target):
         remove_tree(temporary_name(target, token), protected=True)  # of an interrupted call
@@ -928,18 +938,19 @@ def replace_by_copy(source: Path, target: Path, token: str = "", *, from_overlay
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text from read_text() in place; AshError if the path is not a regular file."""
+    """Write text from read_text() in place, even if the path is immutable; AshError if it is not a regular file."""
     about_to(f"write {path.name}")
-    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
+    with unprotected(path, path.parent):
+        descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
 
 
 def write_inside(root: Path, path: str, text: str) -> None:
     """Write a file of a root; a symlink in its place is deleted, not followed."""
     place = place_inside(root, path)
     if place.is_symlink():
-        place.unlink()
+        remove_tree(place, protected=True)
     write_text(place, text)
 
 
@@ -954,11 +965,11 @@ def write_file(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Replace the text of a file atomically and keep its attributes; create the file if it is missing."""
+    """Replace the text of a file atomically and keep its attributes and flags; create the file if it is missing."""
     if path.is_symlink() or not path.exists():
         write_text(path, text)
         return
-    with replace(path, durable=True) as new:
+    with unprotected(path, path.parent), replace(path, durable=True) as new:
         copy_file(path, new)
         write_text(new, text)
 
@@ -1810,6 +1821,9 @@ def delete_subvolume(path: Path) -> None:
             set_readonly(path, False)
             for nested in nested_subvolumes(path):
                 delete_subvolume(nested)
+        elif error.errno == errno.EPERM and flags_of(path) & PROTECTING:
+            set_readonly(path, False)
+            unprotect(path)
         elif error.errno == errno.EPERM:
             # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the id of the top level.
             run(["btrfs", "subvolume", "set-default", "5", path.parent])
@@ -1872,12 +1886,13 @@ def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
 # parent's id, flags, version. The program `btrfs send` would take as long to start as most comparisons take.
 BTRFS_IOC_SEND = 0x40489426
 SEND_ARGUMENTS = struct.Struct("=qQQQQI28x")
-BTRFS_SEND_FLAG_NO_FILE_DATA = 1
+BTRFS_SEND_FLAG_NO_FILE_DATA, BTRFS_SEND_FLAG_VERSION = 1, 8
 # From the kernel's fs/btrfs/send.h: commands, what they do to the path that they name, and attributes.
 SEND_EFFECTS = {
     **dict.fromkeys((3, 4, 5, 6, 7, 8, 10), "added"),  # MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, LINK
     **dict.fromkeys((11, 12), "removed"),  # UNLINK, RMDIR
-    **dict.fromkeys((13, 14, 15, 16, 17, 18, 19, 22), "changed"),  # xattrs, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, ...
+    # Attributes, WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UPDATE_EXTENT; in version 2 also FALLOCATE and FILEATTR (flags).
+    **dict.fromkeys((13, 14, 15, 16, 17, 18, 19, 22, 23, 24), "changed"),
 }
 SEND_RENAME, SEND_UTIMES = 9, 20
 SEND_PATH, SEND_PATH_TO = 15, 16
@@ -1924,11 +1939,20 @@ def changes_in_stream(stream: bytes) -> dict[str, str]:
 
 
 def changed_paths(old: Path, new: Path) -> dict[str, str]:
-    """The paths at which two read-only snapshots differ: "added", "removed" or "changed", not in its times alone."""
+    """The paths at which two read-only snapshots differ: "added", "removed" or "changed", not in its times alone.
+
+    Kernels before 6.0 know version 1 of the stream only, which says nothing about inode flags.
+    """
+    ident, flags = subvolume_id(old), BTRFS_SEND_FLAG_NO_FILE_DATA
     with os.fdopen(os.memfd_create("send"), "rb") as stream:
+        send = partial(SEND_ARGUMENTS.pack, stream.fileno(), 0, 0, ident)
         try:
-            flags = BTRFS_SEND_FLAG_NO_FILE_DATA
-            ask_btrfs(new, BTRFS_IOC_SEND, SEND_ARGUMENTS.pack(stream.fileno(), 0, 0, subvolume_id(old), flags, 0))
+            try:
+                ask_btrfs(new, BTRFS_IOC_SEND, send(flags | BTRFS_SEND_FLAG_VERSION, 2))
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                ask_btrfs(new, BTRFS_IOC_SEND, send(flags, 0))
         except OSError as error:
             raise AshError(f"cannot compare {old.name} with {new.name}: {error.strerror}") from error
         return changes_in_stream(stream.read())
@@ -2497,8 +2521,9 @@ class Systemd(Init):
             if wanted_by:
                 path_inside(root, f"{self.UNITS}/{wanted_by}").mkdir(parents=True, exist_ok=True)
                 wanted = place_inside(root, f"{self.UNITS}/{wanted_by}/{name}")
-                remove_tree(wanted)
-                wanted.symlink_to(f"../{name}")
+                remove_tree(wanted, protected=True)
+                with unprotected(wanted.parent):
+                    wanted.symlink_to(f"../{name}")
 
     def removed_services(self, paths: Mapping[str, str]) -> list[str]:
         found = (re.fullmatch(self.UNIT_FILE, path) for path, kind in paths.items() if kind == "removed")
@@ -3092,7 +3117,7 @@ class Chroot(NamedTuple):
         if shown != before or self._is_of_running(path):
             path.parent.mkdir(parents=True, exist_ok=True)  # so that programs can create it
         if shown is not None and shown != before:
-            path.write_bytes(shown)
+            self._write_resolver(path, shown)
         yield
         after = path_inside(self.root, "etc/resolv.conf")
         content = after.read_bytes() if after.is_file() else None
@@ -3104,9 +3129,14 @@ class Chroot(NamedTuple):
         elif before is None and content is not None:
             after.unlink()
         elif before is not None and content != before:
-            after.write_bytes(before)
+            self._write_resolver(after, before, times)
+
+    @staticmethod
+    def _write_resolver(path: Path, content: bytes, times: tuple[int, int] | None = None) -> None:
+        with unprotected(path, path.parent):  # users make it immutable, to keep programs from it
+            path.write_bytes(content)
             if times:
-                os.utime(after, ns=times)
+                os.utime(path, ns=times)
 
     def _is_of_running(self, path: Path) -> bool:
         """Whether a path is in /run, which is not part of a snapshot."""
@@ -3251,10 +3281,13 @@ def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], gr
         capabilities = None
         with contextlib.suppress(OSError):
             capabilities = os.getxattr(file, "security.capability")
+        flags = inode_flags(file)
+        set_inode_flags(file, 0, PROTECTING)
         os.fchown(file, user, group)
         os.fchmod(file, stat.S_IMODE(now.st_mode))  # chown clears setuid bits, and capabilities
         if capabilities is not None:
             os.setxattr(file, "security.capability", capabilities)
+        set_inode_flags(file, flags, PROTECTING)
 
 
 class Renumbering(NamedTuple):
@@ -4502,6 +4535,7 @@ class Transaction:
         self._refuse_foreign_writes()
         self._settle_accounts()
         self._take_database_files()
+        unprotect(self.root)  # an immutable root could not be exchanged
         set_readonly(self.root)
         paths = self._changed_paths()
         entries = self.place.var_merge().entries()
@@ -4862,7 +4896,7 @@ class EtcMerge:
         elif reachable and is_same(own, now):
             pass
         elif reachable and is_same(own, was) and not self._would_hide_changes(path):
-            replace_by_copy(now, own)
+            replace_by_copy(now, own, protected=True)
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
@@ -4908,10 +4942,7 @@ class EtcMerge:
         if not is_same(own, self.base / path) or (is_directory(own) and any(own.iterdir())):
             self.in_conflict.append(path)
             return
-        if is_directory(own):
-            own.rmdir()
-        else:
-            own.unlink()
+        remove_tree(own, protected=True)
         self.carried.append(path)
 
     def _carry_identity(self, path: str) -> None:
@@ -4920,7 +4951,7 @@ class EtcMerge:
             if not os.path.lexists(own.parent):
                 own.parent.mkdir()
             if has_real_parents(self.target, path):
-                replace_by_copy(self.running / path, own)
+                replace_by_copy(self.running / path, own, protected=True)
 
     def _set_aside(self, path: str, loser: Path | None = None) -> None:
         """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory."""
@@ -4938,15 +4969,13 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
     exists = {path: has_real_parents(source, path) and os.path.lexists(source / path) for path in paths}
     for path in sorted(path for path in exists if exists[path]):
         if has_real_parents(target, path) and not is_special(source / path):
-            replace_by_copy(source / path, target / path)
+            replace_by_copy(source / path, target / path, protected=True)
     for path in sorted((path for path in exists if not exists[path]), reverse=True):
         if not has_real_parents(target, path):
             continue
-        remove_tree(temporary_name(target / path))
-        if not is_directory(target / path):
-            remove_tree(target / path)
-        elif not any((target / path).iterdir()):
-            (target / path).rmdir()
+        remove_tree(temporary_name(target / path), protected=True)
+        if not is_directory(target / path) or not any((target / path).iterdir()):
+            remove_tree(target / path, protected=True)
 
 
 # --- The boot menu: deployments, and the grub.cfg that boots them ----------------------------------------------
@@ -4960,8 +4989,9 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
     old = read_text(path_inside(root, "etc/fstab"))
     write_inside(root, "etc/fstab", render_fstab(layout, uuid, which, old, is_mutable(root)))
     link = place_inside(root, distro.executable)
-    remove_tree(link)
-    link.symlink_to("/.snapshots/ash/ash")
+    remove_tree(link, protected=True)
+    with unprotected(link.parent):
+        link.symlink_to("/.snapshots/ash/ash")
     old_name = link.with_name("ast")  # astOS's command
     if not os.path.lexists(old_name):
         old_name.symlink_to(link.name)
@@ -5175,14 +5205,26 @@ class Deployments:
                 replace_subvolume(new, self.layout.carried(intent[1]))
 
     def _delete_unfinished(self) -> None:
-        """Delete unfinished deployments, and merged /etcs that were not put in place."""
-        for slot in (*SLOTS, *SECONDARY_SLOTS):
-            delete_subvolume(self.layout.rootfs(f"new-{slot}"))
-            delete_subvolume(self.layout.etc(f"new-{slot}"))
-            delete_subvolume(self.layout.carried(f"new-{slot}"))
-            if os.path.lexists(carried := temporary_name(self.layout.rootfs(slot) / "etc")):
-                remove_tree(carried)
-        remove_tree(self.layout.work("deploy") / "private")
+        """Delete what unfinished() finds. What cannot be deleted stays, with a warning: it must not stop the rest."""
+        for left in self.unfinished():
+            try:
+                if is_subvolume(left):
+                    delete_subvolume(left)
+                else:
+                    remove_tree(left, protected=True)
+            except (AshError, OSError) as error:
+                if is_out_of_space(error):
+                    raise
+                console.say(f"ash: {left.name} cannot be deleted: {reason(error)}")
+
+    def unfinished(self) -> list[Path]:
+        """Unfinished deployments, and merged /etcs that were not put in place."""
+        layout, slots = self.layout, (*SLOTS, *SECONDARY_SLOTS)
+        kinds = (layout.rootfs, layout.etc, layout.carried)
+        new = (directory(f"new-{slot}") for slot in slots for directory in kinds)
+        merged = (temporary_name(layout.rootfs(slot) / "etc") for slot in slots)
+        private = layout.work("deploy") / "private"  # /var, where an initramfs was made
+        return [path for path in (*new, *merged, private) if os.path.lexists(path)]
 
     def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
@@ -5397,8 +5439,8 @@ class Deployments:
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service clean up
-        with replace(etc, directories=True) as new:
-            run(["cp", "-a", "--reflink=auto", etc, new])
+        with unprotected(etc), replace(etc, directories=True) as new:
+            copy_tree(etc, new)
             carried = self._carry_etc(deployment._replace(carried=()), new, base, state, fresh=False)
             write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
@@ -5435,9 +5477,9 @@ class Deployments:
                 if path in but or is_too_deep(path) or not has_real_parents(new, path):
                     continue
                 if kind != "removed":
-                    replace_by_copy(merge.running / path, new / path)
+                    replace_by_copy(merge.running / path, new / path, protected=True)
                 else:
-                    remove_tree(new / path)
+                    remove_tree(new / path, protected=True)
         set_readonly(new)
 
     # The menu
@@ -8549,7 +8591,7 @@ class ParentSync:
             excluded = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
             if is_new and not excluded and has_real_parents(ours, path) and not self._dangles(work.root, path):
-                replace_by_copy(theirs / path, ours / path)
+                replace_by_copy(theirs / path, ours / path, protected=True)
 
     def _dangles(self, root: Path, path: str) -> bool:
         """Whether a path of the parent's /etc is a symlink that would dangle in another root, and does not here."""
@@ -8807,6 +8849,15 @@ class Fsck:
     def _deploy(self) -> Iterator[Problem]:
         if (self.layout.work("deploy") / "intent").exists():
             yield Problem("a deploy was interrupted", None, "clean up after it", self._recover_deploy, "deploy")
+        elif left := self._unfinished_deployments():
+            what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a deploy"
+            yield Problem(what, None, "delete it", self._recover_deploy, "deploy")
+
+    def _unfinished_deployments(self) -> list[Path]:
+        try:
+            return self.system.deployments().unfinished()
+        except AshError:  # the menu file is damaged, which is reported elsewhere
+            return []
 
     def _recover_deploy(self) -> None:
         self.system.deployments().recover()

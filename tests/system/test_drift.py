@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import struct
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,88 @@ def test_users_passwords_files_and_groups_are_merged(machine: Machine, snapshot:
     assert (machine.aside(answer) / "motd").read_text() == "mine\n"
     ids = json.loads((machine.files.state / "ids").read_text())
     assert ids["passwd"]["ada"] == 1000, "no snapshot may allocate the uid again"
+
+
+def acl(user: int) -> bytes:
+    """An ACL that lets one more user read a file of mode 0640: version, then tag, permissions, id of each entry."""
+    nobody = 2**32 - 1
+    entries = [(0x01, 6, nobody), (0x02, 4, user), (0x04, 4, nobody), (0x10, 4, nobody), (0x20, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+def flags_of(*paths: Path) -> list[str]:
+    """The flags that chattr has set on each path."""
+    return [
+        "".join(letter for letter in "aiSC" if letter in program("lsattr", "-d", path).split()[0]) for path in paths
+    ]
+
+
+def test_content_and_every_attribute_are_drift_whatever_size_and_mtime_say(machine: Machine, snapshot: int) -> None:
+    etc, capability = machine.etc, struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+    for name in ("acl", "attribute", "capability", "flag"):
+        machine.system.shell(snapshot, f"echo x > /etc/{name}; chmod 640 /etc/{name}; mkdir -p /etc/nocow")
+    machine.deploy(snapshot)
+    machine.boot()
+    etc, issue = machine.etc, (machine.etc / "issue").stat()
+    (etc / "issue").write_bytes((etc / "issue").read_bytes()[::-1])
+    os.utime(etc / "issue", ns=(issue.st_atime_ns, issue.st_mtime_ns))
+    os.setxattr(etc / "acl", "system.posix_acl_access", acl(7))
+    os.setxattr(etc / "attribute", "user.note", b"n")
+    os.setxattr(etc / "capability", "security.capability", capability)
+    program("chattr", "+S", etc / "flag")
+    program("chattr", "+C", etc / "nocow")
+    (etc / "nocow/file").write_text("x" * 10000)
+    changed = ["acl", "attribute", "capability", "flag", "issue", "nocow", "nocow/file"]
+    drift = machine.system.ash("--json", "diff").json["drift"]
+    assert sorted(path for path in drift if path != "machine-id") == changed
+    assert sorted(machine.deploy(machine.system.clone(snapshot))["carried"]) == changed
+    new = machine.next_etc
+    assert (new / "issue").read_bytes() == (etc / "issue").read_bytes()
+    assert os.getxattr(new / "acl", "system.posix_acl_access") == acl(7)
+    assert os.getxattr(new / "attribute", "user.note") == b"n"
+    assert os.getxattr(new / "capability", "security.capability") == capability
+    assert flags_of(new / "flag", new / "nocow", new / "nocow/file") == ["S", "C", "C"]
+    saved = machine.system.ash("--json", "etc-update").json["carried"]
+    assert sorted(saved) == changed
+    assert set(machine.system.ash("--json", "diff").json["drift"]) <= {"machine-id"}
+
+
+def test_immutable_files_are_carried_and_stop_no_command(machine: Machine, snapshot: int) -> None:
+    system, etc = machine.system, machine.etc
+    (etc / "resolv.conf").unlink(missing_ok=True)
+    (etc / "resolv.conf").write_text("nameserver 127.0.0.9\n")
+    (etc / "ash-test.d").mkdir()
+    (etc / "ash-test.d/own").write_text("1\n")
+    (etc / "issue").chmod(0o600)
+    for flag, name in {"+i": "resolv.conf", "+a": "issue"}.items():
+        program("chattr", flag, etc / name)
+    program("chattr", "-R", "+i", etc / "ash-test.d", etc / "fstab")
+    kept = system.ash("--json", "rollback").json["snapshot"]
+    flagged = "resolv.conf", "issue", "ash-test.d", "ash-test.d/own", "fstab"
+    assert flags_of(*(system.root(kept) / "etc" / name for name in flagged)) == ["i", "a", "i", "i", "i"]
+    program("chattr", "-R", "-i", etc / "ash-test.d")
+    (etc / "ash-test.d/own").write_text("22\n")
+    (etc / "pinned").touch()
+    program("chattr", "+i", etc / "pinned")
+    assert machine.running("carry")["changed"] is True
+    assert flags_of(*(machine.next_etc / name for name in ("pinned", "resolv.conf"))) == ["i", "i"]
+    assert not [name for name in os.listdir(machine.next_etc.parent) if "ash-new" in name]
+    system.shell(kept, "echo edited > /etc/hostname")
+    assert (system.root(kept) / "etc/resolv.conf").read_text() == "nameserver 127.0.0.9\n"
+    assert flags_of(system.root(kept) / "etc/resolv.conf") == ["i"]
+    for command in (["deploy", kept], ["boot", kept], ["recover"], ["tmp"], ["deploy", snapshot, "--fresh-etc"]):
+        system.ash(*command)
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_fsck_deletes_what_an_interrupted_carry_left(machine: Machine) -> None:
+    left = machine.etc.with_name(".ash-new")
+    left.mkdir()
+    (left / "file").touch()
+    program("chattr", "+i", left / "file")
+    assert "is left over from a deploy" in machine.system.ash("fsck", status=FAILED).stdout
+    machine.system.ash("fsck", "--repair")
+    assert not left.exists()
 
 
 def test_deploy_reports_what_it_carried_and_what_not(machine: Machine, snapshot: int) -> None:

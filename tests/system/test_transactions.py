@@ -43,6 +43,24 @@ def test_exit_status_0_commits_everything(system: System, snapshot: int) -> None
     system.is_sound()
 
 
+def test_inode_flags_alone_are_a_change_and_stop_no_later_one(system: System, snapshot: int) -> None:
+    before, immutable = system.id_of(snapshot), "$flags = pack(q(L), 0x10); ioctl(F, 0x40086602, $flags) || die"
+    system.shell(
+        snapshot, f"for p in / /etc /etc/fstab /usr/bin; do perl -e 'open F, qq(<$ARGV[0]); {immutable}' $p; done"
+    )
+    assert system.id_of(snapshot) != before
+    assert [program("lsattr", "-d", system.root(snapshot) / name)[4] for name in ("etc", "etc/fstab", "usr/bin")] == [
+        "i"
+    ] * 3
+    system.shell(snapshot, "echo x > /etc/issue")
+    system.ash("deploy", snapshot)
+    system.is_sound()
+    system.ash("deploy", 0)
+    system.ash("del", system.clone(snapshot), "-y")
+    system.ash("undo", snapshot)
+    system.is_sound()
+
+
 def test_the_previous_state_is_kept_for_undo(system: System, snapshot: int) -> None:
     before = system.id_of(snapshot)
     system.shell(snapshot, "echo one > /etc/mark")
