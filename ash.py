@@ -5002,7 +5002,8 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
 
 DEPLOYMENT_SHAPE = {
     "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
-    "config": BOOT_CONFIG_SHAPE, "initramfs?": is_text, "mutable?": bool, "etc_from?": is_text, "etc_state?": is_text,
+    "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "initramfs?": is_text, "own_etc?": is_text,
+    "etc_from?": is_text, "etc_state?": is_text,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
 }  # fmt: skip
 
@@ -5025,6 +5026,7 @@ class Deployment(NamedTuple):
     conflicts_folder: str = ""
     without_effect: Sequence[str] = ()  # changes of the running /etc that a deployment cannot have
     initramfs: str = ""  # initramfs_inputs() of its initramfs; empty if that is the snapshot's own
+    own_etc: str = ""  # etc_state() of its own /etc when it was made, or carried to
 
     @property
     def entry(self) -> str:
@@ -5125,7 +5127,7 @@ class Menu:
         return "\n".join([*lines, "}"])
 
 
-# --- Deployments: slots that the menu boots --------------------------------------------------------------------
+# --- Slots: which deployment is where --------------------------------------------------------------------------
 
 
 def root_uuid(layout: Layout) -> str:
@@ -5164,6 +5166,65 @@ def noted_slot(layout: Layout) -> str:
     """The slot that was booted last, as the boot noted; empty if it did not, or another deployment is there now."""
     slot, ident = slot_and_id(layout.booted)
     return slot if slot and own_slot_and_id(layout, slot) == (slot, ident) else ""
+
+
+# --- What only one deployment has ------------------------------------------------------------------------------
+
+
+def is_elsewhere(path: str, base: Path, etc: Path, other: Path) -> bool:
+    """Whether a change of a path in an /etc, since its base, is in another /etc too."""
+    if is_same(etc / path, other / path):
+        return True
+    if path == "fstab":
+        was, now, theirs = (set(fstab_of_user(read_text(one / path))) for one in (base, etc, other))
+    elif path in ACCOUNT_FILES:
+        was, now, theirs = (set(lines_of(read_text(one / path))) for one in (base, etc, other))
+    else:
+        return False
+    return now - was <= theirs and not (was - now) & theirs
+
+
+def unsaved_drift(layout: Layout, menu: Menu, slot: str, running: str) -> list[str]:
+    """The changed paths in the /etc of a slot that runs no longer, as far as no other deployment has the changes."""
+    base, etc = layout.etc(slot), layout.rootfs(slot) / "etc"
+    deployment = menu.deployments.get(slot)
+    if not is_subvolume(base) or not is_directory(etc):
+        return []
+    state = etc_state(etc)
+    if deployment and deployment.own_etc == state:  # what it got from another deployment, nothing else
+        return []
+    if any(other.etc_from == slot and other.etc_state == state for other in menu.deployments.values()):
+        return []
+    other = layout.rootfs(running) / "etc"
+    drift = [path for path in etc_drift(base, etc) if not re.fullmatch(IDENTITY, path)]
+    return [path for path in drift if not is_elsewhere(path, base, etc, other)]
+
+
+def change_while_running(layout: Layout, deployment: Deployment) -> str:
+    """A path that was changed in a mutable deployment as it ran, and that its snapshot does not have; empty if none."""
+    root, own = layout.rootfs(deployment.slot), layout.rootfs(deployment.snapshot)
+    made = status_of(place_inside(root, IN_ROOT_ID))  # the last thing that was written in it
+    if not deployment.mutable or made is None:
+        return ""
+    is_source = is_subvolume(own) and subvolume_id(own) == deployment.source
+    todo = [name for name in os.listdir(root) if name not in MOUNTED_OVER]
+    while todo:
+        path = todo.pop()
+        status = status_of(root / path)
+        if status is None or path == IN_ROOT_LIVE or path.endswith("/__pycache__"):
+            continue
+        if status.st_ctime_ns > made.st_ctime_ns and not is_same(root / path, own / path):
+            return path
+        if stat.S_ISDIR(status.st_mode):
+            names = set(os.listdir(root / path))
+            if status.st_ctime_ns > made.st_ctime_ns and is_source and is_directory(own / path):
+                for removed in sorted(set(os.listdir(own / path)) - names):
+                    return f"{path}/{removed}"
+            todo += [f"{path}/{name}" for name in names]
+    return ""
+
+
+# --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
 class Deployments:
@@ -5226,16 +5287,30 @@ class Deployments:
         private = layout.work("deploy") / "private"  # /var, where an initramfs was made
         return [path for path in (*new, *merged, private) if os.path.lexists(path)]
 
-    def deploy(self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False) -> tuple[Deployment, bool]:
+    def deploy(
+        self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False, fresh: bool = False
+    ) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
         # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
         # another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
         if not fresh_etc and (found := self._up_to_date(snapshot, state, secondary)):
             return found, False
+        current = self.menu.deployments.get(self.running)
+        if (
+            current
+            and current.snapshot == snapshot
+            and not fresh
+            and (path := change_while_running(self.layout, current))
+        ):
+            what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
+            hint = "ash rollback keeps it as a snapshot; --fresh starts again from the snapshot"
+            raise AshError(what, hint, REFUSED)
         slot = self._free_slot(secondary)
         try:
             deployment = self._build(snapshot, slot, state, fresh_etc)
+            if slot in self.menu.deployments:
+                self._keep_drift(slot)
         except BaseException:
             self._delete_unfinished()
             raise
@@ -5256,10 +5331,33 @@ class Deployments:
         return None
 
     def _free_slot(self, secondary: bool) -> str:
-        """The first slot that is neither booted, or was last, nor the newest one known to boot."""
+        """The first slot that is neither booted, or was last, nor the newest one known to boot.
+
+        One with changes that no other deployment has is only taken if there is no other.
+        """
         slots = SECONDARY_SLOTS if secondary else SLOTS
         good = self.ran if self.ran in slots else self.menu.last_good
-        return next(slot for slot in slots if slot not in (self.ran, good))
+        free = [slot for slot in slots if slot not in (self.ran, good)]
+        return next((slot for slot in free if not self._is_unique(slot)), free[0])
+
+    def _is_unique(self, slot: str) -> bool:
+        """Whether a slot has changes that no other deployment has."""
+        deployment = self.menu.deployments.get(slot)
+        if deployment and change_while_running(self.layout, deployment):
+            return True
+        return bool(self.running and unsaved_drift(self.layout, self.menu, slot, self.running))
+
+    def _keep_drift(self, slot: str) -> None:
+        """Copy the changes of /etc that only a slot has, which is to be replaced, to a conflicts directory."""
+        layout = self.layout
+        if not self.running or not (paths := unsaved_drift(layout, self.menu, slot, self.running)):
+            return
+        with readonly_view(layout, layout.rootfs(slot)) as root:
+            merge = self.etc_merge(layout.etc(slot), root, root / "etc", self.menu.deployments[slot].snapshot, slot)
+            merge.identity = False
+            merge.merge(fresh=True)
+        place = f"/var/{merge.conflicts.relative_to(layout.var)}"
+        console.say(f"only the deployment that is replaced had these changes of /etc: {listed(paths)}; see {place}")
 
     def _build(self, snapshot: int, slot: str, state: str, fresh_etc: bool) -> Deployment:
         """Create the new deployment beside its slot, merge /etc into it, and determine how it boots."""
@@ -5270,17 +5368,18 @@ class Deployments:
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
         self._mount_mutable_directories(new, snapshot)
         deployment = self._unconfigured(new, slot, os.urandom(8).hex(), snapshot, source)
-        write_inside(new, IN_ROOT_ID, deployment.note)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if self.running:
             deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
         try:
-            return self._configure(deployment, new, deployment.carried)
+            deployment = self._configure(deployment, new, deployment.carried)
         except AshError as error:
             if deployment.conflicts_folder:
                 remove_tree(layout.var / deployment.conflicts_folder.removeprefix("/var/"))
             hint = self._hint_about(deployment) or error.hint
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
+        write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
+        return deployment._replace(own_etc=etc_state(new / "etc"))
 
     def _hint_about(self, deployment: Deployment) -> str:
         """What to do if a deployment cannot be made: something in the running /etc may be wrong. Empty if it is not."""
@@ -5447,7 +5546,7 @@ class Deployments:
         self._finish_carry()
         paths = list(carried.carried)
         carried = carried._replace(carried=list(dict.fromkeys([*deployment.carried, *paths])))
-        self.menu.deployments[slot] = carried
+        self.menu.deployments[slot] = carried = carried._replace(own_etc=etc_state(etc))
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
         remove_tree(intent)
@@ -5456,6 +5555,8 @@ class Deployments:
         except AshError as error:
             what = f"carried over, but what is made from it is not: {error.message}"
             raise AshError(f"{listed(paths)}: {what}", self._hint_about(carried) or error.hint) from None
+        write_inside(layout.rootfs(slot), IN_ROOT_ID, configured.note)
+        configured = configured._replace(own_etc=etc_state(etc))
         if configured != carried:
             self.menu.deployments[slot] = configured
             self.write_menu()
@@ -6347,19 +6448,20 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
 
 
 def deploy_snapshot(
-    system: System, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False
+    system: System, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False, fresh: bool = False
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
-    With `fresh_etc`, changes of the running /etc are not carried over. Returns the deployment, and whether it is a new
-    one: an up-to-date one is reused.
+    With `fresh_etc`, changes of the running /etc are not carried over; with `fresh`, what was changed in a mutable
+    deployment of the same snapshot as it ran is left behind, which is REFUSED without it. Returns the deployment, and
+    whether it is a new one: an up-to-date one is reused.
     """
     system.require(snapshot)
     roll_back_live(system)
     with system.deploying() as deployments:
         system.require(snapshot)
         deployments.recover()
-        return deployments.deploy(snapshot, secondary=secondary, fresh_etc=fresh_etc)
+        return deployments.deploy(snapshot, secondary=secondary, fresh_etc=fresh_etc, fresh=fresh)
 
 
 def save_drift(system: System) -> tuple[Change, EtcMerge]:
@@ -6432,6 +6534,7 @@ class Request(NamedTuple):
     files: bool = False
     force: bool = False
     format: str = "text"
+    fresh: bool = False
     fresh_etc: bool = False
     jobs: int = 1
     keep: bool = False
@@ -7321,6 +7424,7 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     options=[
         flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
+        flag("--fresh", help="leave behind what was changed in a mutable deployment of N as it ran"),
     ],
     answer=DEPLOYED_SHAPE,
 )  # fmt: skip
@@ -7328,7 +7432,8 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     number = request.snapshot
     yield would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
-        deployment, changed = deploy_snapshot(system, number, secondary=request.secondary, fresh_etc=request.fresh_etc)
+        options = {"secondary": request.secondary, "fresh_etc": request.fresh_etc, "fresh": request.fresh}
+        deployment, changed = deploy_snapshot(system, number, **options)
     return deployed_reply(deployment, changed)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, program
-from tests.system.disk_system import System
+from tests.support import FAILED, REFUSED, program
+from tests.system.disk_system import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 
 def menu_titles(system: System) -> list[str]:
@@ -251,3 +251,58 @@ def test_a_slot_as_default_subvolume_does_not_break_a_deploy(system: System, sna
         assert (system.root(slot) / "etc/time").read_text() == f"{time}\n"
         assert not system.remains()
     assert "ID 5 " in program("btrfs", "subvolume", "get-default", system.files.top)
+
+
+def run_again(system: System, slot: str) -> Machine:
+    """The machine with another deployment booted, as chosen in the menu."""
+    path = system.files.state / "menu"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "last_booted": slot}))
+    return Machine(system)
+
+
+def test_a_slot_with_changes_that_no_other_has_is_taken_last(machine: Machine) -> None:
+    system, first = machine.system, machine.slot
+    (machine.etc / "carried").touch()
+    second = machine.running("deploy", system.clone())["slot"]
+    (system.root(second) / "etc/only-in-second").write_text("x\n")  # it ran
+    run_again(system, first)
+    third = machine.running("deploy", system.clone())["slot"]
+    assert len({first, second, third}) == 3
+    assert machine.running("deploy", system.clone())["slot"] == third, "all changes of the third are the first's"
+    (system.root(third) / "etc/only-in-third").touch()
+    done = machine.run("deploy", system.clone())
+    assert "only-in-second" in done.stderr
+    assert "carried" not in done.stderr.partition("changes of /etc")[2]
+    (kept,) = (system.files.var / "lib/ash/conflicts").glob("*/etc/only-in-second")
+    assert kept.read_text() == "x\n"
+    assert (system.root(third) / "etc/only-in-third").exists()
+    # What is carried elsewhere, or is the same elsewhere, is not the only one.
+    (system.root(third) / "etc/only-in-third").unlink()
+    (machine.etc / "carried").write_text("2\n")
+    (system.root(third) / "etc/carried").write_text("2\n")
+    assert machine.running("deploy", system.clone())["slot"] in (second, third)
+    assert not system.remains()
+
+
+def test_a_changed_mutable_deployment_is_not_replaced_unasked(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    machine.boot()
+    root = system.root(machine.slot)
+    (machine.etc / "edited").touch()
+    assert machine.running("deploy", snapshot)["changed"] is True, "/etc is carried"
+    (root / "opt/file").touch()
+    with system.nothing_changes():
+        error = machine.run("deploy", snapshot, status=REFUSED).error
+    assert "/opt/file" in error
+    assert "ash rollback" in error
+    machine.running("deploy", snapshot, "--fresh")
+    kept = machine.running("rollback")["snapshot"]
+    assert (system.root(kept) / "opt/file").exists()
+    (root / "opt/file").unlink()
+    (root / "usr/bin/env").unlink()
+    assert "/usr/bin/env" in machine.run("deploy", snapshot, status=REFUSED).error
+    machine.running("deploy", system.clone())  # another one
+    for number in (snapshot, kept):
+        system.ash("immutable", number)
