@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Programs in a transaction are isolated: no disks, no other processes, no services."""
+"""Programs in a transaction are isolated: no disks, no other processes, no services, nothing outside of their root."""
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support import program
+from ash import CAPABILITIES
+from tests.support import ASH, CHECKOUT, program
 from tests.system.disk_system import System, names_below
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -25,12 +29,13 @@ def inside(system: System) -> dict[str, str]:
         "virtualisation": "systemd-detect-virt; echo $?",
         "first process": "tr '\\0' '\\n' < /proc/1/environ",
         "environment": "env",
+        "root of process 1": "ls /proc/1/root /proc/1/cwd",
         "processes": "ls -d /proc/[0-9]* | wc -l",
         "sys": "mkdir /sys/x 2>&1; echo 1 2>&1 > /sys/kernel/profiling; grep ' /sys ' /proc/mounts",
         "proc/sys": "{ echo other > /proc/sys/kernel/hostname; } 2>&1; { echo 1 > /proc/sys/vm/drop_caches; } 2>&1",
         "policy": "policy-rc.d ssh start; echo $?; ls -l /usr/sbin/policy-rc.d",
         "namespaces": "for n in mnt pid ipc uts; do readlink /proc/self/ns/$n; done",
-        "hostname": "hostname inside-of-it; hostname",
+        "hostname": "hostname inside-of-it 2>&1; hostname",
         "run": "ls -A /run; ls -A /tmp",
         "pty": "python3 -c 'import pty, os; print(os.ttyname(pty.openpty()[1]))'",
         "links": "readlink /dev/fd /dev/stdin /dev/ptmx; echo x > /dev/null; head -c 4 /dev/zero | wc -c",
@@ -70,6 +75,11 @@ def test_pid_1_names_the_container(inside: dict[str, str]) -> None:
     assert {"container=ash", "SYSTEMD_OFFLINE=1"} <= set(inside["first process"].splitlines())
 
 
+def test_the_root_of_process_1_leads_nowhere(inside: dict[str, str]) -> None:
+    """It has only the same root once more."""
+    assert set(inside["root of process 1"].split()) == {"/proc/1/root:", "/proc/1/cwd:", "init", "root"}
+
+
 def test_the_callers_environment_is_not_inherited(inside: dict[str, str]) -> None:
     lines = inside["environment"].splitlines()
     assert "evil" not in inside["environment"]
@@ -86,7 +96,7 @@ def test_namespaces_are_private(inside: dict[str, str]) -> None:
 
 
 def test_the_hosts_hostname_does_not_change(inside: dict[str, str]) -> None:
-    assert inside["hostname"] == "inside-of-it"
+    assert "inside-of-it" not in inside["hostname"].splitlines()
     assert socket.gethostname() != "inside-of-it"
 
 
@@ -132,6 +142,116 @@ def test_one_transaction_does_not_see_anothers_processes(system: System, snapsho
         assert "4714" not in system.ash(
             "run", other, "sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
         ).stdout.replace("4714 &", "")
+
+
+# Ways out: attempts.py tries them. docs/design.md has them in a table.
+
+
+@pytest.fixture(scope="module")
+def attempts(system: System) -> dict[str, str]:
+    """What attempts.py got from each way out of a transaction that fails, and of the same with --privileged."""
+    number = system.clone()
+    script = (CHECKOUT / "tests/system/attempts.py").read_text()
+    before = system.state()
+    ended = system.ash("run", number, "python3", "-c", f"{script}\nraise SystemExit(3)", status=3)
+    assert system.state() == before
+    answers: dict[str, str] = json.loads(ended.stdout)
+    return answers
+
+
+REFUSED_BY_THE_KERNEL = [
+    "load a module", "set the clock", "take a network interface down", "read root's keys", "add a key",
+    "type into the terminal", "change the kernel log", "reboot", "set the host name", "use a swap file",
+    "load a BPF program", "trace the whole machine", "open a file by its handle",
+    "mount a tmpfs", "unmount /proc/sys", "make /sys writable", "enter a namespace",
+    "make a user namespace",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attempt", REFUSED_BY_THE_KERNEL)
+def test_what_would_change_the_machine_is_refused(attempts: dict[str, str], attempt: str) -> None:
+    assert attempts[attempt] in ("EPERM", "EACCES", "ENOSYS")  # ENOSYS: this kernel was built without it
+
+
+@pytest.mark.parametrize("place", ["/", "/etc", "/var/lib", "/home", "/root", "/tmp", "/run", "/dev/shm"])
+def test_device_nodes_do_not_work_wherever_they_are_made(attempts: dict[str, str], place: str) -> None:
+    assert attempts[f"read a disk through a node in {place}"] == "EACCES"
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["/dev/new", "/proc/sys/kernel/hostname", "/proc/irq/default_smp_affinity", "/sys/kernel/profiling", "/proc/1/exe"],
+)
+def test_what_belongs_to_the_machine_is_read_only(attempts: dict[str, str], place: str) -> None:
+    assert attempts[f"write to {place}"] in ("EROFS", "ENOENT")
+
+
+def test_leaving_the_chroot_leads_to_the_same_root(attempts: dict[str, str]) -> None:
+    assert attempts["leave the chroot"] == "init root"
+
+
+def test_a_user_namespace_outside_of_the_chroot_gains_nothing(attempts: dict[str, str]) -> None:
+    gained = json.loads(attempts["make a user namespace outside of the chroot"])
+    assert gained.pop("mount a tmpfs") == "done", "of its own"
+    assert set(gained.values()) <= {"EPERM", "EINVAL", "EROFS", "EACCES", "ENOENT", "ENOSYS"}, gained
+    assert len(gained) > 10
+
+
+def test_only_the_capabilities_that_packages_need_are_left(attempts: dict[str, str]) -> None:
+    ours = re.search(r"CapPrm:\s*(\w+)", Path("/proc/self/status").read_text())
+    assert ours
+    kept = sum(1 << number for number in CAPABILITIES.values()) & int(ours[1], 16)
+    sets = json.loads(attempts["capabilities"])
+    assert sets == {"CapInh": 0, "CapPrm": kept, "CapEff": kept, "CapBnd": kept, "CapAmb": 0}
+
+
+def test_what_packages_need_still_works(attempts: dict[str, str]) -> None:
+    """Capabilities of files, immutable files, FIFOs, other users, servers' ports, own processes."""
+    wanted = [
+        "set a file capability",
+        "make a file immutable",
+        "mkfifo",
+        "become another user",
+        "bind port 1",
+        "send a ping's packet",
+        "trace an own process",
+        "set a priority",
+        "chroot",
+        "connect to the network",
+    ]
+    assert {name: attempts[name] for name in wanted} == dict.fromkeys(wanted, "done")
+
+
+def test_the_network_is_the_machines(system: System) -> None:
+    """Also its abstract sockets."""
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as abstract:
+        tcp.bind(("127.0.0.1", 0))
+        abstract.bind("\0ash-test-isolation")
+        for server in (tcp, abstract):
+            server.listen()
+        script = f"""import socket
+socket.create_connection({tcp.getsockname()})
+socket.socket(socket.AF_UNIX).connect(b"\\0ash-test-isolation")"""
+        system.ash("run", system.clone(), "python3", "-c", script)
+
+
+def test_directories_that_the_caller_has_open_are_not_inherited(system: System, tmp_path: Path) -> None:
+    (tmp_path / "secret").touch()
+    inherited = os.open(tmp_path, os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    argv = [*ASH, "--image", str(system.image), "run", str(system.clone()), "sh", "-c", "ls /proc/self/fd/*/ | cat"]
+    ended = subprocess.run(argv, capture_output=True, text=True, pass_fds=[inherited], check=True)
+    os.close(inherited)
+    assert "secret" not in ended.stdout
+
+
+def test_a_privileged_program_may_do_more_and_the_history_says_so(system: System, snapshot: int) -> None:
+    script = "mount -t tmpfs x /mnt && touch /mnt/x && test -e /dev/loop-control"
+    assert system.ash("run", snapshot, "sh", "-c", script, status=32)
+    system.ash("run", "--privileged", snapshot, "sh", "-c", script)
+    line = system.ash("--json", "log", snapshot).json["history"][-1]
+    assert "--privileged" in line["arguments"]
+    assert line["result"] == "done"
 
 
 # Scripts that write to a disk on real hardware

@@ -18,7 +18,7 @@ WRITES_EVERYWHERE = """
 echo x > /etc/mark; echo x > /usr/mark; echo x > /boot/mark
 echo x > /var/lib/mark; mkdir -p /var/cache/mark; echo x > /var/log/mark; echo x > /var/mark
 echo 'nameserver 192.0.2.1' > /etc/resolv.conf; rm -f /etc/issue; rm -rf /var/lib/misc /var/mail
-echo x > /tmp/mark; echo x > /run/mark; hostname other
+echo x > /tmp/mark; echo x > /run/mark
 """
 
 
