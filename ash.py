@@ -3688,6 +3688,27 @@ def is_remainder(live: Path, origin: Path) -> bool:
     return all(is_directory(live / path) or is_untouched(path, origin, live) for path in paths_below(live))
 
 
+def database_links(manager: PackageManager, root: Path) -> dict[str, str]:
+    """The symlinks in /var to a root's package database, and their targets; not those that it has no directory for."""
+    database = path_inside(root, IN_ROOT_DB)
+    owned = {name: in_database(name) for name in manager.database}
+    return {name: f"/{path}" for name, path in owned.items() if (database / path[len(IN_ROOT_DB) + 1 :]).is_dir()}
+
+
+def is_link_to(path: Path, target: str) -> bool:
+    return path.is_symlink() and os.readlink(path) == target
+
+
+def restore_links(var: Path, links: Mapping[str, str]) -> None:
+    """Make missing symlinks to the package database again; what is in the place of one stays."""
+    for name, target in links.items():
+        if not os.path.lexists(var / name):
+            about_to(f"link {name}")
+            with contextlib.suppress(FileExistsError, NotADirectoryError):  # something is in the place of its parent
+                (var / name).parent.mkdir(parents=True, exist_ok=True)
+                (var / name).symlink_to(target)
+
+
 class ChangedMeanwhile(AshError):
     """Another process has changed what was about to be replaced."""
 
@@ -3716,15 +3737,19 @@ class VarMerge:
         self._placed: list[tuple[Path, tuple[int, int] | None]] = []  # paths of the entry, and their inodes since then
         self._deleted: list[Path] = []
 
-    def entries(self) -> list[str]:
-        """The entries that the transaction changed, relative to /var."""
+    def names(self) -> list[str]:
+        """The entries that the transaction touched, relative to /var."""
         found = []
         for name in sorted(os.listdir(self.upper)):
             if name in ENTRY_DIRECTORIES and is_directory(self.upper / name) and not (self.origin / name).is_symlink():
                 found += [f"{name}/{entry}" for entry in sorted(os.listdir(self.upper / name))]
             else:
                 found.append(name)
-        return [entry for entry in found if not is_merged(self.upper / entry, self.origin / entry)]
+        return found
+
+    def entries(self) -> list[str]:
+        """The entries that the transaction changed."""
+        return [entry for entry in self.names() if not is_merged(self.upper / entry, self.origin / entry)]
 
     def decide(self, entry: str) -> str:
         """Decide what to do with an entry: "nothing", "newest", "append", "aside" or "place"."""
@@ -3737,9 +3762,10 @@ class VarMerge:
             return "newest"
         if entry in self.manager.logs and os.path.lexists(live):
             return "append"
-        if change_token(live) != change_token(self.origin / entry) or is_open(live, self._opened):
+        deletes = is_directory(live) and not is_directory(changed) and not is_whiteout(changed)
+        if (deletes and entry not in self.delete) or change_token(live) != change_token(self.origin / entry):
             return "aside"
-        return "place"
+        return "aside" if is_open(live, self._opened) else "place"
 
     def redecide(self, entry: str) -> str:
         """Decide again on an entry that was decided "place" when the merge was interrupted: it may be half applied."""
@@ -3813,13 +3839,17 @@ class VarMerge:
         aside = self.conflicts / entry
         try:
             make_private_directory(self.conflicts)
-            self._with_room(self._place, self.upper / entry, aside, None)
+            self._with_room(self.copy, self.upper / entry, aside)
         except (AshError, OSError) as error:
             self.failed.setdefault(entry, self._why(error))
             with contextlib.suppress(AshError, OSError):
                 remove_tree(aside, protected=True)
             return False
         return True
+
+    def copy(self, changed: Path, target: Path) -> None:
+        """Copy a path of the upper directory to one that is not merged; what is in the target stays."""
+        self._place(changed, target, None)
 
     def _put_back(self) -> None:
         """Restore an entry that could not be put in place whole, except where another process changed it since."""
@@ -3914,7 +3944,7 @@ class VarMerge:
     def _place_file(self, changed: Path, target: Path, links: dict[tuple[int, int], Path]) -> None:
         """Replace a file; names of one file in the upper directory, which are in `links`, become names of one again."""
         if is_directory(target) and any(seen.is_neighbour for seen in look_through(target)):
-            raise AshError(f"{target} has a subvolume or a mount in it")
+            raise AshError("there is a subvolume or a mount in it")
         target.parent.mkdir(parents=True, exist_ok=True)
         status = changed.lstat()
         inode = status.st_dev, status.st_ino
@@ -4403,6 +4433,7 @@ class WorkDir:
         The caller holds merge_lock().
         """
         merge = self.var_merge(delete)
+        restore_links(self.layout.var, database_links(self.package_manager, self.layout.rootfs(self.snapshot)))
         if entries and self.upper.exists():  # it is the first to go when all is done
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
             with nosymfollow(self.layout.var), nosymfollow(self.upper):
@@ -4600,7 +4631,7 @@ class Transaction:
             raise
         snapshot_subvolume(self.original, self.root)
         copy_directory_attributes(self.var, self.place.upper)
-        self._lay_out_database_files()
+        self._lay_out_database()
 
     def show(self, path: Path) -> str:
         """Make a file of the outside visible to the programs in the transaction; returns its path there."""
@@ -4703,6 +4734,7 @@ class Transaction:
         require_directories(self.root)
         self._require_entry_directories()
         mark_variant(self.root)
+        self._take_database_directories()
         self._refuse_foreign_writes()
         self._settle_accounts()
         self._take_database_files()
@@ -4713,6 +4745,7 @@ class Transaction:
         touched = any(path.startswith(IN_ROOT_DB) for path in paths)
         before, after = (self.package_manager.installed(root) if touched else {} for root in (self.original, self.root))
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
+        delete = [entry for entry in delete if not self._was_moved(entry, paths)]
         return Delta(paths, before, after, entries, delete)
 
     def _require_entry_directories(self) -> None:
@@ -4746,15 +4779,62 @@ class Transaction:
         there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
         return [self.layout.home / name for name in sorted(names & there) if is_directory(self.layout.home / name)]
 
-    def _lay_out_database_files(self) -> None:
-        """Put the snapshot's own single files of the package database into its /var."""
-        for name in self.package_manager.database_files:
+    def _lay_out_database(self) -> None:
+        """Put into /var the symlinks to the package database that it lacks, and the database's single files."""
+        manager = self.package_manager
+        links = database_links(manager, self.root)
+        for name in (*links, *manager.database_files):
             own, shown = place_inside(self.root, in_database(name)), self.place.upper / name
-            if own.is_file() and not own.is_symlink() and has_real_parents(self.var, name):
+            is_missing = name in links and not is_link_to(self.var / name, links[name])
+            is_file = name not in links and own.is_file() and not own.is_symlink()
+            if (is_missing or is_file) and has_real_parents(self.var, name):
                 for directory in reversed(Path(name).parents[:-1]):
                     (self.place.upper / directory).mkdir(exist_ok=True)
                     copy_directory_attributes(self.var / directory, self.place.upper / directory)
-                copy_file(own, shown)
+                if is_file:
+                    copy_file(own, shown)
+                else:
+                    shown.symlink_to(links[name])
+
+    def _take_database_directories(self) -> None:
+        """Take what was written in the place of symlinks to the package database into the snapshot.
+
+        All snapshots have these symlinks in common: what deletes or replaces one changes only the own database.
+        """
+        for name, target in database_links(self.package_manager, self.original).items():
+            shown, own = self.place.upper / name, path_inside(self.root, target)
+            is_hidden = self._reopen_parents(name)
+            if not os.path.lexists(shown) and not is_hidden:
+                continue
+            if is_directory(shown):
+                self.place.var_merge().copy(shown, own)
+            elif os.path.lexists(shown) and not is_whiteout(shown) and not is_link_to(shown, target):
+                raise AshError(
+                    f"/var/{name} must stay a symlink to {target}", "keep the package database there", REFUSED
+                )
+            remove_tree(shown)
+            if is_hidden:
+                shown.symlink_to(target)
+
+    def _reopen_parents(self, name: str) -> bool:
+        """Make the parents of a path of /var directories again where a transaction deleted one.
+
+        Returns whether one of them hides what /var had in it.
+        """
+        is_hidden = False
+        for parent in reversed(Path(name).parents[:-1]):
+            here = self.place.upper / parent
+            if not os.path.lexists(here) and not is_hidden:
+                return False
+            if not os.path.lexists(here) or is_whiteout(here):
+                here.unlink(missing_ok=True)
+                here.mkdir()
+                os.setxattr(here, "trusted.overlay.opaque", b"y")
+                copy_directory_attributes(self.var / parent, here)
+            elif not is_directory(here):
+                raise AshError(f"/var/{parent} must stay a directory", "the package database is in it", REFUSED)
+            is_hidden |= is_opaque(here)
+        return is_hidden
 
     def _take_database_files(self) -> None:
         """Take the single files of the package database from /var back into the snapshot."""
@@ -4788,6 +4868,25 @@ class Transaction:
             if self.package_manager.claims(after, entry)
             and not self.package_manager.claims(before, entry) - self.package_manager.claims(after, entry)
         ]
+
+    def _was_moved(self, entry: str, paths: Mapping[str, str]) -> bool:
+        """Whether a deleted or replaced entry has a copy in the transaction: it was moved. The live one stays then.
+
+        A copy has a file of the same size and mtime, which mv(1) keeps.
+        """
+        there = self.place.upper / entry
+        if is_directory(there) and not is_opaque(there):
+            return False
+        before = self._sizes_and_times(self.var / entry)
+        others = [self.place.upper / name for name in self.place.var_merge().names() if name != entry]
+        others += [self.root / path for path, kind in paths.items() if kind == "added"]
+        return bool(before) and any(not before.isdisjoint(self._sizes_and_times(other)) for other in others)
+
+    @staticmethod
+    def _sizes_and_times(path: Path) -> set[tuple[int, int]]:
+        """The size and mtime of each file below a path that is not empty."""
+        found = (seen.status for seen in look_through(path))
+        return {(s.st_size, s.st_mtime_ns) for s in found if s and stat.S_ISREG(s.st_mode) and s.st_size}
 
     def _refuse_foreign_writes(self) -> None:
         """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
@@ -6258,7 +6357,8 @@ def delete_data(system: System, change: Change) -> Change:
             if any(system.package_manager.claims(root, entry) for root in others):
                 kept.append(path)
             elif has_real_parents(system.layout.var, str(inside)):
-                remove_tree(system.layout.var / inside)
+                left = remove_beside_neighbours(system.layout.var / inside)
+                kept += [f"/var/{neighbour.relative_to(system.layout.var)}" for neighbour in left]
         sync_filesystem(system.layout.snapshots)
     return change._replace(kept=kept)
 
@@ -9086,6 +9186,7 @@ class Fsck:
         yield from self._account_ids(numbers)
         yield from self._nested()
         yield from self._unmerged()
+        yield from self._links()
         yield from self._mounts(numbers)
         yield from self._confirmed(self.system.lock("deploy"), self._menu)
 
@@ -9182,6 +9283,27 @@ class Fsck:
             self.lost.take(*place.leftovers())
         else:
             place.recover(tree)
+
+    def _links(self) -> Iterator[Problem]:
+        """Look at the symlinks in /var to the package database, which all snapshots have in common."""
+        base = self.layout.rootfs(BASE)
+        for name, target in database_links(self.system.package_manager, base).items() if is_whole(base) else ():
+            link, repair = self.layout.var / name, partial(self._restore_link, name, target)
+            what = f"/var/{name}, a symlink to the package database,"
+            if not os.path.lexists(link):
+                yield Problem(f"{what} is missing", None, "make it again", repair, "merge")
+            elif not is_link_to(link, target):
+                remedy = "move what is there to /var/lib/ash/conflicts, make the symlink again"
+                yield Problem(f"{what} was replaced", None, remedy, repair, "merge")
+
+    def _restore_link(self, name: str, target: str) -> None:
+        link = self.layout.var / name
+        if os.path.lexists(link) and not is_link_to(link, target):
+            aside = self.layout.conflicts(BASE)
+            make_private_directory(aside)
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            rename(link, aside / name)
+        restore_links(self.layout.var, {name: target})
 
     def _unmerged(self) -> Iterator[Problem]:
         for path in unmerged_directories(self.layout):

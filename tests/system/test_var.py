@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, OURS_IN_RUN, VAR, make_deb, program, wait_until
+from ash import load_distro
+from tests.support import DISTRIBUTION, FAILED, OURS_IN_RUN, VAR, make_deb, program, wait_until
 from tests.system.disk_system import System, facts
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
 
 
 def conflicts(system: System, snapshot: int) -> Path:
@@ -398,3 +399,112 @@ def test_changes_of_metadata_alone_are_put_in_place(system: System, snapshot: in
     assert os.getxattr(lib / "xattr", "user.note") == b"n"
     assert (lib / "mode").stat().st_mode & 0o777 == 0o600
     assert no_conflicts(system, snapshot)
+
+
+def links(system: System) -> dict[str, str]:
+    """The symlinks in /var to the package database, and their targets; only those that are there."""
+    names = load_distro(DISTRIBUTION).package_manager.database
+    return {name: os.readlink(system.files.var / name) for name in names if (system.files.var / name).is_symlink()}
+
+
+def test_the_links_to_the_package_database_are_never_merged(system: System, snapshot: int) -> None:
+    before, sibling = links(system), system.clone()
+    assert len(before) > 20
+    script = """
+        mkdir /var/cache/ash-test; rm -rf /var/cache/*; rm -rf /var/lib/systemd /var/lib/dkms
+        mkdir -p /var/lib/dkms/new /var/cache/debconf; echo x > /var/lib/dkms/new/file
+    """
+    system.shell(snapshot, script)
+    assert links(system) == before
+    assert (system.root(snapshot) / "usr/share/ash/db/dkms/new/file").read_text() == "x\n"
+    assert os.listdir(system.root(snapshot) / "usr/share/ash/db/cache/debconf"), "deleting a link deletes nothing"
+    assert not (system.root(sibling) / "usr/share/ash/db/dkms/new").exists()
+    system.shell(
+        snapshot, "test -e /var/lib/dkms/new/file; test -L /var/lib/dpkg; rm /var/lib/dpkg; mkdir /var/lib/dpkg"
+    )
+    assert links(system) == before
+    assert "dpkg" in system.ash("--json", "list", snapshot).json["packages"]
+    system.ash("undo", snapshot)
+    system.ash("undo", snapshot)
+    error = system.shell(snapshot, "ln -sfn /opt /var/lib/dkms", status=OURS_IN_RUN).error
+    assert "/var/lib/dkms must stay a symlink" in error
+    assert links(system) == before
+    system.is_sound()
+
+
+def test_fsck_restores_the_links_to_the_package_database(system: System, snapshot: int) -> None:
+    before, var = links(system), system.files.var
+    (var / "lib/dkms").unlink()
+    (var / "lib/dpkg").unlink()
+    (var / "lib/dpkg").mkdir()
+    (var / "lib/dpkg/status").write_text("of nobody\n")
+    system.shell(snapshot, "test -L /var/lib/dkms; test -s /var/lib/dpkg/status; ! grep nobody /var/lib/dpkg/status")
+    assert (var / "lib/dkms").is_symlink(), "a missing one is made again by any commit"
+    found = [problem["what"] for problem in system.ash("--json", "fsck", status=FAILED).json["damage"]]
+    assert found == ["/var/lib/dpkg, a symlink to the package database, was replaced"]
+    system.ash("fsck", "--repair")
+    assert links(system) == before
+    assert (conflicts(system, 0) / "lib/dpkg/status").read_text() == "of nobody\n"
+
+
+def test_a_nested_subvolume_in_an_entry_is_no_change_of_it(system: System, snapshot: int) -> None:
+    entry = system.files.var / "lib/layers"
+    entry.mkdir()
+    for name in ("file", "gone"):
+        (entry / name).write_text("old\n")
+    program("btrfs", "subvolume", "create", entry / "layer")
+    with (entry / "layer/db").open("w") as in_use:
+        in_use.write("live\n")
+        in_use.flush()
+        system.shell(snapshot, "cd /var/lib/layers; echo new > file; rm gone; touch new")
+    assert sorted(os.listdir(entry)) == ["file", "layer", "new"]
+    assert (entry / "file").read_text() == "new\n"
+    assert no_conflicts(system, snapshot)
+    system.shell(snapshot, "rm -r /var/lib/layers")
+    assert os.listdir(entry) == ["layer"]
+    assert (entry / "layer/db").read_text() == "live\n"
+    error = system.shell(snapshot, "rm -r /var/lib/layers; echo x > /var/lib/layers", status=OURS_IN_RUN).stderr
+    assert "/var/lib/layers: there is a subvolume" in error
+    assert (entry / "layer/db").read_text() == "live\n"
+
+
+def test_data_beside_a_nested_subvolume_can_be_deleted(system: System, snapshot: int, tmp_path: Path) -> None:
+    purged = '[ "$1" != purge ] || rm -rf /var/lib/ash-test-layers'
+    made = "mkdir -p /var/lib/ash-test-layers; echo d > /var/lib/ash-test-layers/d"
+    system.ash("install", snapshot, make_deb(tmp_path, "ash-test-layers", postinst=made, postrm=purged))
+    data = system.files.var / "lib/ash-test-layers"
+    program("btrfs", "subvolume", "create", data / "layer")
+    (data / "layer/live").touch()
+    done = system.ash("--json", "remove", snapshot, "ash-test-layers", "--purge", "--delete-data").json
+    assert done["kept"] == ["/var/lib/ash-test-layers/layer"]
+    assert os.listdir(data) == ["layer"]
+    assert os.listdir(data / "layer") == ["live"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "mv /var/lib/moves /var/lib/moved",
+        "mv /var/lib/moves /opt/moved",
+        "mv /var/lib/moves /var/lib/moved; ln -s moved /var/lib/moves",
+        "mv /var/lib/moves /var/lib/moved; mkdir /var/lib/moves; echo new > /var/lib/moves/new",
+    ],
+)
+def test_what_a_transaction_moves_away_stays(system: System, snapshot: int, script: str) -> None:
+    """The transaction's snapshot may never run, while the running system writes where it always did."""
+    entry = system.files.var / "lib/moves"
+    (entry / "deep").mkdir(parents=True, exist_ok=True)
+    (entry / "deep/db").write_text("data\n")
+    told = system.ash("--json", "run", snapshot, "sh", "-ec", script).json
+    assert (entry / "deep/db").read_text() == "data\n"
+    assert told["kept"] or told["conflicts"]
+    copies = [system.files.var / "lib/moved", system.root(snapshot) / "opt/moved"]
+    assert [copy / "deep/db" for copy in copies if (copy / "deep/db").exists()]
+    program("rm", "-rf", system.files.var / "lib/moved")
+
+
+def test_a_file_that_a_transaction_moves_away_stays(system: System, snapshot: int) -> None:
+    (system.files.var / "lib/file-moves").write_text("data\n")
+    system.shell(snapshot, "mv /var/lib/file-moves /var/lib/file-moved")
+    for name in ("file-moves", "file-moved"):
+        assert (system.files.var / "lib" / name).read_text() == "data\n"
