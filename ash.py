@@ -2492,6 +2492,7 @@ class Init:
     name: ClassVar[str] = ""
     program: ClassVar[str] = ""  # a root boots with it if this is there
     enable: ClassVar[Sequence[str]] = ()  # the command that enables a service in a root; the service's name follows
+    marker: ClassVar[str] = ""  # the directory, from the root, by which programs know that it is running
 
     def is_running(self) -> bool:
         """Whether it is the init system of the running machine."""
@@ -2508,14 +2509,24 @@ class Init:
         """The services that the new paths of a running root would have started at boot, in the order to start them."""
         return []
 
-    def reload(self, added: Iterable[str] = (), check: bool = True) -> None:
-        """Have the running init system read its files again, and apply new ones that are applied at boot."""
+    def changed_services(self, paths: Mapping[str, str]) -> list[str]:  # noqa: ARG002
+        """The services whose definitions were changed."""
+        return []
+
+    def apply_settings(self, paths: Mapping[str, str]) -> None:
+        """Apply new and changed settings of the running root that are otherwise applied at boot."""
+
+    def reload(self, check: bool = True) -> None:
+        """Have the running init system read its files again."""
 
     def is_active(self, service: str) -> bool:  # noqa: ARG002
         return False
 
     def start(self, service: str, check: bool = True) -> None:
         """Start a service; unless `check`, failure is ignored."""
+
+    def restart(self, services: Sequence[str], how: str = "restart", check: bool = True) -> None:
+        """Restart services, or ("reload") have them read their configuration; unless `check`, failure is ignored."""
 
     def stop(self, service: str, check: bool = True) -> None:
         """Stop a service; unless `check`, failure is ignored, and forgotten by the init system too."""
@@ -2527,6 +2538,7 @@ class Systemd(Init):
     name = "systemd"
     program = "usr/bin/systemctl"
     enable = ("systemctl", "enable")
+    marker = "run/systemd/system"
 
     UNITS: ClassVar[str] = "usr/lib/systemd/system"
     # The text of each of ash's units, and the directory with the symlink that starts it at boot.
@@ -2541,12 +2553,13 @@ class Systemd(Init):
     # A symlink in a directory of another unit makes a unit start with that one.
     WANTED: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
     UNIT_FILE: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
-    TMPFILES: ClassVar[str] = r"usr/lib/tmpfiles\.d/([^/]+\.conf)"
+    SETTINGS: ClassVar[str] = r"(?:etc|usr/lib)/({})\.d/([^/]+\.{})"
+    SYSCTL_KEY: ClassVar[str] = r"^\s*-?([\w./-]*\w)"  # up to a pattern
     START_TIMEOUT: ClassVar[int] = 300  # seconds
     TIMED_OUT: ClassVar[int] = 124  # the exit status of timeout(1)
 
     def is_running(self) -> bool:
-        return Path("/run/systemd/system").is_dir()  # as sd_booted(3) does
+        return Path("/", self.marker).is_dir()  # as sd_booted(3) does
 
     def install_units(self, root: Path, executable: str) -> None:
         """Write the units and link those with a wants directory; a root without systemd's unit directory gets none."""
@@ -2571,9 +2584,30 @@ class Systemd(Init):
         # systemd refuses a socket whose service has started before it.
         return sorted(due, key=lambda unit: (not unit.endswith(".socket"), unit))
 
-    def reload(self, added: Iterable[str] = (), check: bool = True) -> None:
-        if tmpfiles := sorted(found[1] for path in added if (found := re.fullmatch(self.TMPFILES, path))):
-            run(["systemd-tmpfiles", "--create", *tmpfiles], check=False)  # its errors do not stop a boot either
+    def changed_services(self, paths: Mapping[str, str]) -> list[str]:
+        found = (re.fullmatch(self.UNIT_FILE, path) for path, kind in paths.items() if kind == "changed")
+        return sorted({unit[1] for unit in found if unit})
+
+    def apply_settings(self, paths: Mapping[str, str]) -> None:
+        """Apply users, temporary files, kernel parameters, and rules for devices."""
+        new = sorted(path for path, kind in paths.items() if kind != "removed")
+
+        def files(directory: str, suffix: str = "conf") -> list[re.Match[str]]:
+            pattern = self.SETTINGS.format(directory, suffix)
+            return [found for path in new if (found := re.fullmatch(pattern, path))]
+
+        commands = [["systemd-sysusers", *(file[2] for file in files("sysusers"))]]
+        commands.append(["systemd-tmpfiles", "--create", *(file[2] for file in files("tmpfiles"))])
+        texts = [read_text(path_inside(Path("/"), file[0])) for file in files("sysctl")]
+        keys = {key for text in texts for key in re.findall(self.SYSCTL_KEY, text, re.MULTILINE)}
+        # All files, of which later ones may set these keys too, but no other keys: they may have been set by hand.
+        commands.append(["/usr/lib/systemd/systemd-sysctl", *(f"--prefix={key}" for key in sorted(keys))])
+        for command in [one for one in commands if len(one) > (2 if "--create" in one else 1)]:
+            run(command, check=False)  # its errors do not stop a boot either
+        if files("udev/rules", "rules"):
+            run(["udevadm", "control", "--reload"], check=False)
+
+    def reload(self, check: bool = True) -> None:
         run(["systemctl", "daemon-reload"], check=check)
 
     def is_active(self, service: str) -> bool:
@@ -2581,13 +2615,18 @@ class Systemd(Init):
 
     def start(self, service: str, check: bool = True) -> None:
         """Start a unit, with a timeout: systemd lets a oneshot unit start forever."""
+        self.restart([service], "start", check)
+
+    def restart(self, services: Sequence[str], how: str = "restart", check: bool = True) -> None:
+        """Restart, start or reload units at once, as systemd wants a socket and its service, with the same timeout."""
         if not check:
-            run(["systemctl", "start", service], check=False)
+            run(["systemctl", how, *services], check=False)
             return
         with signals_heard():
-            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", "start", service], ok=(0, self.TIMED_OUT))
+            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", how, *services], ok=(0, self.TIMED_OUT))
         if done.returncode == self.TIMED_OUT:
-            raise AshError(f"{service} has not started within {self.START_TIMEOUT} s", f"systemctl status {service}")
+            names = " ".join(services)
+            raise AshError(f"{names} has not started within {self.START_TIMEOUT} s", f"systemctl status {names}")
 
     def stop(self, service: str, check: bool = True) -> None:
         run(["systemctl", "stop", service], check=check)
@@ -2627,8 +2666,36 @@ def schedule_reboot(message: str) -> str:
     return "shutdown -c"
 
 
+# Where scripts of packages, while they run for the running system, leave what they would do with services: a line
+# `ACTION SERVICE` each.
+ASKED_OF_SERVICES = "run/ash/services"
+RELOADS = ("reload", "reload-or-restart", "try-reload-or-restart", "reload-or-try-restart")
+
+
+def asked_services(text: str) -> dict[str, str]:
+    """What scripts asked to be done with services that run, by the lines of ASKED_OF_SERVICES: restart, or reload."""
+    asked: dict[str, str] = {}
+    for line in lines_of(text):
+        action, _, service = line.partition(" ")
+        if service and action != "stop":
+            how = "reload" if action in RELOADS and asked.get(service, "reload") == "reload" else "restart"
+            asked[service] = how
+    return asked
+
+
+def outdated_programs(paths: Container[str]) -> list[str]:
+    """The running programs that use a file of these paths (from the root) as it was before: "NAME (PID)" each."""
+    found = []
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        with contextlib.suppress(OSError):  # it has ended
+            maps = re.findall(r" /(\S.*) \(deleted\)$", (process / "maps").read_text(errors="replace"), re.MULTILINE)
+            if any(path in paths for path in maps) and int(process.name) != os.getpid():
+                found.append(f"{(process / 'comm').read_text(errors='replace').strip()} ({process.name})")
+    return found
+
+
 class Services:
-    """Stops and starts services when files of the running system change, and names them in `live`."""
+    """Stops, starts and restarts services when files of the running system change, and names them in `live`."""
 
     def __init__(self, live: LiveResult, running: bool) -> None:
         self.live = live
@@ -2642,15 +2709,28 @@ class Services:
                 self.init.stop(service)
                 self.live.stopped.append(service)
 
-    def start(self, paths: Mapping[str, str]) -> None:
-        """Make new files effective, and start the new services that a boot would start."""
+    def start(self, paths: Mapping[str, str], asked: str = "") -> None:
+        """Make changed files effective, and start the new services that a boot would start.
+
+        Args:
+            paths: what changed, {path: kind of change}.
+            asked: what the scripts of packages asked to be done with services; those that run are restarted.
+        """
         if self.running:
             run(["ldconfig"])  # so that programs find new libraries
-        added = [path for path, kind in paths.items() if kind == "added"]
-        self.init.reload(added)
-        for service in self.init.due_services(added):
+        self.init.apply_settings(paths)
+        self.init.reload()
+        active = {service: how for service, how in asked_services(asked).items() if self.init.is_active(service)}
+        self.live.restarted += active
+        for how in sorted({*active.values()}, reverse=True):  # restart, then reload
+            self.init.restart([service for service in active if active[service] == how], how)
+        for service in self.init.due_services([path for path, kind in paths.items() if kind == "added"]):
             self.live.started.append(service)
             self.init.start(service)
+        if self.running:
+            changed = [one for one in self.init.changed_services(paths) if self.init.is_active(one)]
+            self.live.outdated = [one for one in changed if one not in self.live.restarted]
+            self.live.outdated += outdated_programs({path for path, kind in paths.items() if kind != "added"})
 
     def put_back(self) -> None:
         """Undo stop() and start() once the old files are back; failures are ignored."""
@@ -2659,6 +2739,8 @@ class Services:
         for service in self.live.started:
             self.init.stop(service, check=False)
         self.init.reload(check=False)
+        if self.live.restarted:
+            self.init.restart(self.live.restarted, check=False)
         for service in self.live.stopped:
             self.init.start(service, check=False)
 
@@ -6433,6 +6515,8 @@ class LiveResult:
         self.changed = False
         self.started: list[str] = []
         self.stopped: list[str] = []
+        self.restarted: list[str] = []  # or made to read their configuration again
+        self.outdated: list[str] = []  # services and programs that still run as they were before
         self.waiting: list[str] = []  # what needs a reboot
         self.conflicts: list[str] = []  # of /etc and /var
         self.conflicts_folders: list[str] = []
@@ -6445,10 +6529,12 @@ class LiveResult:
         lines = [f"the running system is {'changed too' if self.changed else 'unchanged'}"]
         lines += [f"  started: {listed(self.started)}"] if self.started else []
         lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
+        lines += [f"  restarted: {listed(self.restarted)}"] if self.restarted else []
         if self.conflicts:
             lines.append(f"  changed meanwhile, left as it is: {listed(self.conflicts)}")
             lines += [f"  the new version is in {directory}" for directory in self.conflicts_folders]
         lines += [f"  needs a deploy and a reboot: {listed(self.waiting)}"] if self.waiting else []
+        lines += [f"  runs as before until it is restarted: {listed(self.outdated)}"] if self.outdated else []
         return "\n".join(lines)
 
 
@@ -6561,6 +6647,22 @@ class LiveTransaction(Transaction):
         self.place = LiveWorkDir(system, self.snapshot)
         self.original, self.root, self.var = self.place.before, self.place.root, self.place.origin
         self.live = LiveResult()
+        self.services = Services(self.live, system.running)
+
+    @property
+    def asked(self) -> Path:
+        """What scripts of packages ask to be done with services."""
+        return self.place.private / "services"
+
+    def chroot(self) -> Chroot:
+        """Where scripts of packages find the init system running, so that they tell what they would restart."""
+        chroot, marker = super().chroot(), self.services.init.marker
+        if not marker:
+            return chroot
+        directory = self.place.private / "marker"
+        directory.mkdir(exist_ok=True)
+        self.asked.touch()
+        return chroot._replace(binds=[*chroot.binds, (directory, marker), (self.asked, ASKED_OF_SERVICES)])
 
     def _begin(self) -> None:
         self.place.directory.mkdir(parents=True, exist_ok=True)
@@ -6574,7 +6676,7 @@ class LiveTransaction(Transaction):
 
     def _apply_live(self, stack: ExitStack) -> None:
         """Apply the change, or roll it back. The stack holds the lock "deploy" until either is done."""
-        place, services = self.place, Services(self.live, self.system.running)
+        place, services = self.place, self.services
         try:
             found = self._conclude()
             replaced = {name for name, old in found.before.items() if found.after.get(name) != old}
@@ -6596,7 +6698,7 @@ class LiveTransaction(Transaction):
                 raise AshError(
                     "; ".join(f"/var/{entry} cannot be changed: {why}" for entry, why in merge.failed.items())
                 )
-            services.start(found.paths)
+            services.start(found.paths, read_text(self.asked))
             if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
             sync_filesystem(self.layout.snapshots)
@@ -6850,8 +6952,8 @@ def would(text: str, **data: Any) -> Reply:
 PACKAGES_SHAPE = {"added": {"*": str}, "removed": {"*": str}, "upgraded": {"*": [str]}}
 CHANGE_SHAPE = {"snapshot": int, "changed": bool, "packages": PACKAGES_SHAPE, "conflicts": [str], "kept": [str]}
 LIVE_SHAPE = {
-    "changed": bool, "started": [str], "stopped": [str], "waiting": [str], "conflicts": [str],
-    "conflicts_folders": [str], "error": str,
+    "changed": bool, "started": [str], "stopped": [str], "restarted": [str], "outdated": [str], "waiting": [str],
+    "conflicts": [str], "conflicts_folders": [str], "error": str,
 }  # fmt: skip
 ERROR_SHAPE = {"message": str, "hint": str, "status": int}
 DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": object}

@@ -23,6 +23,13 @@ WantedBy=multi-user.target
 SOCKET = "[Socket]\nListenStream=/run/ash-test/socket\n[Install]\nWantedBy=sockets.target\n"
 BROKEN = "[Service]\nType=oneshot\nExecStart=false\n[Install]\nWantedBy=multi-user.target\n"
 ENABLE = "systemctl enable {}.service"
+# As dh_installsystemd(1) puts it into the script of a package.
+RESTART = """\
+if [ -d /run/systemd/system ]; then
+    systemctl --system daemon-reload
+    deb-systemd-invoke restart ash-test-daemon.socket ash-test-daemon.service
+fi
+"""
 NUMBERS = range(1, 6)
 
 
@@ -40,6 +47,12 @@ def archives(directory: Path) -> None:
         }
         script = f"chmod 755 /usr/bin/ash-test; {ENABLE.format('ash-test-daemon')} ash-test-daemon.socket"
         archive.add("ash-test-daemon", files=daemon, postinst=script)
+        newer = {
+            "usr/lib/systemd/system/ash-test-daemon.service": UNIT.replace("ready", "newer"),
+            "usr/lib/sysctl.d/ash-test.conf": "kernel.domainname = ash-test\n",
+            "usr/lib/tmpfiles.d/ash-test.conf": "d /run/ash-test\nd /run/ash-test-newer\n",
+        }
+        archive.add("ash-test-daemon", "2", files={**daemon, **newer}, postinst=f"{script}\n{RESTART}")
         broken = {"usr/lib/systemd/system/ash-test-broken.service": BROKEN}
         archive.add("ash-test-broken", files=broken, postinst=ENABLE.format("ash-test-broken"))
 
@@ -78,7 +91,7 @@ def prepare(disk: Disk, directory: Path) -> None:
 
 def installs_live(machine: Machine) -> None:
     """A service is started at once and stopped at once; one that fails to start is rolled back."""
-    report = said(machine, "ash install ash-test-daemon")
+    report = said(machine, "ash install ash-test-daemon=1")
     assert "started: ash-test-daemon.socket, ash-test-daemon.service" in report
     active = "systemctl is-active ash-test-daemon.socket ash-test-daemon"
     assert said(machine, f"ash-test && {active} && cat /run/ash-test/state").split() == [
@@ -87,6 +100,10 @@ def installs_live(machine: Machine) -> None:
         "active",
         "ready",
     ]
+    report = said(machine, "ash install /home/1/ash-test-daemon_2_all.deb")
+    assert "restarted: ash-test-daemon.socket, ash-test-daemon.service" in report
+    assert said(machine, f"{active} && cat /run/ash-test/state").split() == ["active", "active", "newer"]
+    assert said(machine, "test -d /run/ash-test-newer && cat /proc/sys/kernel/domainname") == "ash-test"
     assert "ash-test-daemon" in said(machine, "ash -q list 1")
     assert said(machine, "ash diff") == "no difference"
     refused(machine, "touch /usr/bin/written", "Read-only file system")

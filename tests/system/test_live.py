@@ -353,7 +353,7 @@ def half_put(machine: Machine, number: int, package: Path, step: str = "") -> No
 
 # Replaces the start of services, which must not happen on this machine.
 STARTS = """
-def start(self, paths):
+def start(self, paths, asked=""):
     self.live.started.append("ash-test.service")
     raise {}
 ash.Services.start = start
@@ -373,6 +373,41 @@ def test_services_started_before_an_interruption_are_reported(
     assert "ash: the effects of starting ash-test.service are not undone\n" in said
     assert usr(machine.system.root(machine.slot)) == before
     assert not machine.system.remains()
+
+
+# An init system whose services are all active, and which prints what it is to do. Programs find it running.
+ACTIVE = """\
+class Fake(ash.Init):
+    marker = "run/systemd/system"
+    is_active = lambda self, service: True
+    restart = lambda self, services, how="restart", check=True: print(how, *services, file=sys.stderr)
+began = ash.LiveTransaction.__init__
+def begin(self, system):
+    began(self, system)
+    self.services.init = Fake()
+ash.LiveTransaction.__init__ = begin
+"""
+# By dh_installsystemd(1), of one package that is stopped before its files are replaced, and of one that is not.
+SCRIPTS = {
+    "prerm": "[ ! -d /run/systemd/system ] || deb-systemd-invoke stop ash-test.service",
+    "postinst": """\
+if [ -d /run/systemd/system ]; then
+    systemctl --system daemon-reload
+    deb-systemd-invoke start ash-test.service
+    deb-systemd-invoke restart other.socket other.service
+fi""",
+}
+
+
+def test_services_are_restarted_as_the_scripts_of_packages_ask(machine: Machine, tmp_path: Path) -> None:
+    number = machine.system.clone()
+    machine.running("install", number, deb(tmp_path, "1", **SCRIPTS), "--live")
+    done = machine.run("--json", "install", number, deb(tmp_path, "2", **SCRIPTS), "--live", patch=ACTIVE)
+    asked = ["ash-test.service", "other.socket", "other.service"]
+    assert done.json["live"]["restarted"] == asked
+    assert f"restart {' '.join(asked)}" in done.stderr
+    assert not machine.system.remains()
+    machine.running("remove", number, "ash-test-live", "--live")
 
 
 def test_waiting_for_a_deploy_can_be_interrupted(machine: Machine, tmp_path: Path) -> None:

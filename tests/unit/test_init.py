@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Init systems: which one a root has, ash's units, and services when the files of the running system change."""
 
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import ash
-from ash import INIT_SYSTEMS, Init, LiveResult, Services, Systemd, init_of
+from ash import INIT_SYSTEMS, Init, LiveResult, Services, Systemd, asked_services, init_of
 
 pytestmark = pytest.mark.budget(5)
 
@@ -79,6 +82,80 @@ def test_removed_services_are_stopped_and_started_again_when_the_change_is_undon
     assert (started, live.stopped) == (["other.service"], ["a.service"])
     services.put_back()
     assert started == ["other.service", "a.service"]
+
+
+@pytest.fixture
+def programs(started: list[str], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The programs that are run on a machine with systemd, on which a.service and b.socket are active."""
+    started += ["a.service", "b.socket"]
+    programs: list[list[str]] = []
+    done = subprocess.CompletedProcess[str]([], 0, "", "")
+
+    def run(argv: Sequence[str | Path], **_: object) -> subprocess.CompletedProcess[str]:
+        programs.append([*map(str, argv)])
+        return done
+
+    monkeypatch.setattr(ash, "run", run)
+    return programs
+
+
+def test_services_are_restarted_as_the_scripts_of_packages_ask(programs: list[list[str]]) -> None:
+    live = LiveResult()
+    asked = "stop a.service\nstart a.service\nreload b.socket\nrestart not-active.service\nstop b.socket\n"
+    Services(live, running=True).start({"usr/bin/a": "changed"}, asked)
+    assert live.restarted == ["a.service", "b.socket"]
+    assert [words[-2:] for words in programs if words[0] == "timeout"] == [
+        ["restart", "a.service"],
+        ["reload", "b.socket"],
+    ]
+    assert asked_services("reload x.service\nrestart x.service\nreload x.service\n") == {"x.service": "restart"}
+
+
+def test_restarted_services_are_restarted_once_more_when_the_change_is_undone(programs: list[list[str]]) -> None:
+    services = Services(LiveResult(), running=True)
+    services.start({}, "restart a.service\n")
+    programs.clear()
+    services.put_back()
+    assert ["systemctl", "restart", "a.service"] in programs
+
+
+def test_new_settings_are_applied(programs: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "# a comment\nnet.ipv4.ip_forward = 1\n-vm/swappiness=10\nnet.ipv6.conf.*.forwarding = 1\n"
+    monkeypatch.setattr(ash, "read_text", lambda _: text)
+    monkeypatch.setattr(ash, "path_inside", lambda _, path: tmp_path / path)
+    kinds = {
+        "usr/lib/sysusers.d/a.conf": "added",
+        "etc/tmpfiles.d/a.conf": "changed",
+        "usr/lib/tmpfiles.d/gone.conf": "removed",
+        "usr/lib/sysctl.d/50-a.conf": "changed",
+        "usr/lib/udev/rules.d/a.rules": "changed",
+        "usr/lib/udev/rules.d/README": "changed",
+    }
+    Systemd().apply_settings(kinds)
+    keys = ["net.ipv4.ip_forward", "net.ipv6.conf", "vm/swappiness"]
+    assert programs == [
+        ["systemd-sysusers", "a.conf"],
+        ["systemd-tmpfiles", "--create", "a.conf"],
+        ["/usr/lib/systemd/systemd-sysctl", *(f"--prefix={key}" for key in keys)],
+        ["udevadm", "control", "--reload"],
+    ]
+    programs.clear()
+    Systemd().apply_settings({"usr/share/x": "added"})
+    assert programs == []
+
+
+def test_what_still_runs_as_before_is_named(programs: list[list[str]], tmp_path: Path) -> None:
+    assert not [one for one in programs if "restart" in one]
+    program = tmp_path / "daemon"
+    shutil.copy("/bin/sleep", program)
+    with subprocess.Popen([program, "60"]) as process:
+        program.unlink()
+        live = LiveResult()
+        paths = {str(program).lstrip("/"): "changed", f"{UNITS}/a.service": "changed", f"{UNITS}/c.service": "changed"}
+        Services(live, running=True).start(paths)
+        process.kill()
+    assert live.outdated == ["a.service", f"daemon ({process.pid})"]
+    assert "runs as before until it is restarted: a.service" in live.text()
 
 
 def test_a_system_that_does_not_run_has_no_services(started: list[str]) -> None:
