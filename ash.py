@@ -9250,6 +9250,32 @@ def is_description(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and path.stat().st_size > 0
 
 
+def restore_link(layout: Layout, name: str, target: str) -> None:
+    """Make a symlink to the package database again; what is in its place moves to a conflicts directory."""
+    link = layout.var / name
+    if os.path.lexists(link) and not is_link_to(link, target):
+        aside = layout.conflicts(BASE)
+        make_private_directory(aside)
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        rename(link, aside / name)
+    restore_links(layout.var, {name: target})
+
+
+def problems_of_var(system: System) -> Iterator[Problem]:
+    """Look at what merges could not put into /var, and at the symlinks to the package database, which all share."""
+    for path in unmerged_directories(system.layout):
+        yield Problem(f"{path} has what could not be put into /var", None, "move it where it belongs, or delete it")
+    base = system.layout.rootfs(BASE)
+    for name, target in database_links(system.package_manager, base).items() if is_whole(base) else ():
+        link, repair = system.layout.var / name, partial(restore_link, system.layout, name, target)
+        what = f"/var/{name}, a symlink to the package database,"
+        if not os.path.lexists(link):
+            yield Problem(f"{what} is missing", None, "make it again", repair, "merge")
+        elif not is_link_to(link, target):
+            remedy = "move what is there to /var/lib/ash/conflicts, make the symlink again"
+            yield Problem(f"{what} was replaced", None, remedy, repair, "merge")
+
+
 # --- Finding and repairing problems ----------------------------------------------------------------------------
 
 
@@ -9287,8 +9313,7 @@ class Fsck:
         yield from self._last_number(numbers)
         yield from self._account_ids(numbers)
         yield from self._nested()
-        yield from self._unmerged()
-        yield from self._links()
+        yield from problems_of_var(self.system)
         yield from self._mounts(numbers)
         yield from self._confirmed(self.system.lock("deploy"), self._menu)
 
@@ -9385,31 +9410,6 @@ class Fsck:
             self.lost.take(*place.leftovers())
         else:
             place.recover(tree)
-
-    def _links(self) -> Iterator[Problem]:
-        """Look at the symlinks in /var to the package database, which all snapshots have in common."""
-        base = self.layout.rootfs(BASE)
-        for name, target in database_links(self.system.package_manager, base).items() if is_whole(base) else ():
-            link, repair = self.layout.var / name, partial(self._restore_link, name, target)
-            what = f"/var/{name}, a symlink to the package database,"
-            if not os.path.lexists(link):
-                yield Problem(f"{what} is missing", None, "make it again", repair, "merge")
-            elif not is_link_to(link, target):
-                remedy = "move what is there to /var/lib/ash/conflicts, make the symlink again"
-                yield Problem(f"{what} was replaced", None, remedy, repair, "merge")
-
-    def _restore_link(self, name: str, target: str) -> None:
-        link = self.layout.var / name
-        if os.path.lexists(link) and not is_link_to(link, target):
-            aside = self.layout.conflicts(BASE)
-            make_private_directory(aside)
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            rename(link, aside / name)
-        restore_links(self.layout.var, {name: target})
-
-    def _unmerged(self) -> Iterator[Problem]:
-        for path in unmerged_directories(self.layout):
-            yield Problem(f"{path} has what could not be put into /var", None, "move it where it belongs, or delete it")
 
     # Snapshots
 
