@@ -1708,7 +1708,8 @@ def origins(number: int, history: Sequence[Mapping[str, Any]]) -> dict[int, int]
 
 # From <linux/btrfs.h>. We call these ioctls ourselves: each run of the program `btrfs` takes 3 ms.
 BTRFS_IOC_SNAP_CREATE_V2, BTRFS_IOC_SUBVOL_CREATE_V2, BTRFS_IOC_SNAP_DESTROY = 0x50009417, 0x50009418, 0x5000940F
-BTRFS_IOC_SYNC, BTRFS_IOC_SUBVOL_SETFLAGS, BTRFS_IOC_FS_INFO = 0x9408, 0x4008941A, 0x8400941F
+BTRFS_IOC_SYNC, BTRFS_IOC_SUBVOL_SETFLAGS = 0x9408, 0x4008941A
+BTRFS_IOC_FS_INFO, BTRFS_IOC_DEV_INFO = 0x8400941F, 0xD000941E
 BTRFS_IOC_GET_SUBVOL_INFO, BTRFS_IOC_GET_SUBVOL_ROOTREF, BTRFS_IOC_INO_LOOKUP_USER = 0x81F8943C, 0xD000943D, 0xD000943E
 BTRFS_SUBVOL_RDONLY, BTRFS_ROOT_SUBVOL_RDONLY = 2, 1  # the flag in a request, and in a root item (<linux/btrfs_tree.h>)
 VOLUME_ARGUMENTS = struct.Struct("=q8xQ32x4040s")  # btrfs_ioctl_vol_args_v2: fd, -, flags, -, name
@@ -1826,8 +1827,10 @@ def sync_filesystem(path: Path) -> None:
     ask_btrfs(path, BTRFS_IOC_SYNC)
 
 
-def subvolumes_in_use() -> set[int]:
-    return {m.subvolume for m in mounts() if m.subvolume is not None}
+def is_mounted(path: Path) -> bool:
+    """Whether the subvolume that contains a path is mounted. (Mounts of other btrfs file systems have ids as well.)"""
+    ident, device = subvolume_id(path), mount_of(path).device
+    return any(m.subvolume == ident and m.device == device for m in mounts())
 
 
 def nested_subvolumes(path: Path) -> list[Path]:
@@ -1845,7 +1848,7 @@ def delete_subvolume(path: Path) -> None:
     """Delete a subvolume and all nested ones, unless it is mounted: the kernel would not refuse. It may be missing."""
     if not os.path.lexists(path):
         return
-    if subvolume_id(path) in subvolumes_in_use():
+    if is_mounted(path):
         raise AshError(f"{path.name} is mounted: not deleted", "", REFUSED)
     about_to(f"delete {path.name}")
     arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
@@ -2066,20 +2069,123 @@ def share_written(layout: Layout, number: int, written: Iterable[str], known: di
 # --- Disk images -----------------------------------------------------------------------------------------------
 
 
+SUPERBLOCK_AT, BTRFS_MAGIC = 0x10000, b"_BHRfS_M"  # bytes from the start of the device
+
+
+def uuid_text(uuid: bytes) -> str:
+    digits = uuid.hex()
+    return "-".join([digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]])
+
+
 def file_system_id(path: Path) -> str:
     """The UUID of the btrfs file system that contains a directory. Raises OSError if it is another file system."""
     answer = ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024))
-    uuid = answer[16:32].hex()
-    return "-".join([uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]])
+    return uuid_text(answer[16:32])
 
 
-def device_of(path: Path) -> Path:
-    """A device of the btrfs file system that contains a path.
+class Superblock(NamedTuple):
+    """Which file system a btrfs device belongs to; a copy of the device has both UUIDs too."""
 
-    mountinfo is no help: it names the node last used to mount it, and another ash uses a node of its own.
+    uuid: str
+    device_uuid: str
+
+    @classmethod
+    def on(cls, device: Path) -> Superblock | None:
+        """The superblock on a device; None if there is none, or the device cannot be read."""
+        with contextlib.suppress(OSError), device.open("rb", buffering=0) as disk:
+            disk.seek(SUPERBLOCK_AT)
+            block = disk.read(4096)
+            if block[0x40:0x48] == BTRFS_MAGIC:
+                return cls(uuid_text(block[0x20:0x30]), uuid_text(block[0x10B:0x11B]))
+        return None
+
+
+def mounted_devices() -> Iterator[tuple[str, int, Path]]:
+    """The devices of mounted btrfs file systems: the UUID of the mount, the device's number, its usual node.
+
+    If a copy of a mounted file system is mounted as well, the kernel gives that mount a temporary UUID.
     """
-    devices = Path(f"/sys/fs/btrfs/{file_system_id(path)}/devices")
-    return Path("/dev") / min(entry.name for entry in devices.iterdir())
+    for entry in sorted(Path("/sys/fs/btrfs").glob("*/devices/*")):
+        with contextlib.suppress(OSError, ValueError):  # unmounted meanwhile
+            major, minor = map(int, read_text(entry / "dev").split(":"))
+            yield entry.parent.parent.name, os.makedev(major, minor), Path("/dev", entry.name)
+
+
+def is_node(path: Path, number: int) -> bool:
+    """Whether a path is the node of a block device."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return stat.S_ISBLK(status.st_mode) and status.st_rdev == number
+    return False
+
+
+def device_nodes(path: Path) -> list[Path]:
+    """Nodes of mounted devices that may be that of the btrfs that contains a path, the likely ones first.
+
+    None of them is certain: mountinfo names the node that was last used to mount it, perhaps in another namespace; and
+    the kernel forgets the temporary UUID of a copy when that is mounted again.
+    """
+    uuid, named = file_system_id(path), Path(mount_of(path).source)
+    mounted = sorted(mounted_devices(), key=lambda device: device[0] != uuid)
+    nodes = [named for _, number, _ in mounted if is_node(named, number)]
+    nodes += [node for _, number, node in mounted if is_node(node, number)]
+    return list(dict.fromkeys(nodes))
+
+
+def superblock_of(device: int) -> Superblock | None:
+    """The superblock on a block device, by number: as udev has recorded it, which wakes no disk and needs no root.
+
+    Without udev it is read from the device; None if it has none.
+    """
+    number, records = f"{os.major(device)}:{os.minor(device)}", Path("/run/udev/data")
+    if records.is_dir():
+        known = dict(
+            re.findall(r"^E:ID_FS_(TYPE|UUID|UUID_SUB)=(.*)$", read_text(records / f"b{number}"), re.MULTILINE)
+        )
+        is_btrfs = known.get("TYPE") == "btrfs" and known.keys() >= {"UUID", "UUID_SUB"}
+        return Superblock(known["UUID"], known["UUID_SUB"]) if is_btrfs else None
+    node = Path("/dev", Path(f"/sys/dev/block/{number}").resolve().name)
+    return Superblock.on(node) if is_node(node, device) else None
+
+
+def uuid_on_disk(path: Path) -> str | None:
+    """The UUID of the btrfs that contains a path, as it is on its disk; None if no node of the device is known."""
+    return next((there.uuid for node in device_nodes(path) if (there := Superblock.on(node))), None)
+
+
+def _devices_twice(ours: Superblock, own: int) -> list[str]:
+    """The devices of the file system of a superblock that are there twice, except the device `own`, which has it."""
+    found = {ours: [""]}
+    for entry in sorted(Path("/sys/class/block").glob("*")):
+        if any((entry / "holders").glob("*")):
+            continue  # another device, such as a RAID, shows what is on it
+        with contextlib.suppress(OSError, ValueError):  # it was detached meanwhile
+            major, minor = map(int, read_text(entry / "dev").split(":"))
+            number = os.makedev(major, minor)
+            there = superblock_of(number) if number != own else None
+            if there is not None and there.uuid == ours.uuid:
+                found.setdefault(there, []).append(f"/dev/{entry.name}")
+    return [name for names in found.values() if len(names) > 1 for name in names if name]
+
+
+def copies_of_disk(device: Path) -> list[str]:
+    """The other block devices that have the file system of a device, with the same UUIDs."""
+    with contextlib.suppress(OSError):  # another namespace's name of the device
+        own = device.stat().st_rdev
+        if (ours := superblock_of(own) or Superblock.on(device)) is not None:
+            return _devices_twice(ours, own)
+    return []
+
+
+def device_of(path: Path) -> Path | None:
+    """The node by which the kernel knows a device of the btrfs that contains a path; None if it knows none."""
+    (highest,) = struct.unpack_from("=Q", ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024)))
+    for ident in range(1, highest + 1):
+        with contextlib.suppress(OSError):  # a device with this id was removed
+            # struct btrfs_ioctl_dev_info_args: id at 0, the path of the device at 3072.
+            answer = ask_btrfs(path, BTRFS_IOC_DEV_INFO, struct.pack("=Q4088x", ident))
+            return Path(os.fsdecode(answer[3072:].split(b"\0")[0]))
+    return None
 
 
 def mount_top(device: Path, readonly: bool = False) -> Path:
@@ -2089,7 +2195,7 @@ def mount_top(device: Path, readonly: bool = False) -> Path:
     mounted or unmounted it may refuse the other (EEXIST, seen with 6.18): we retry for two seconds.
     """
     top = PRIVATE / "top"
-    top.mkdir()
+    top.mkdir(exist_ok=True)
     flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
     give_up = time.monotonic() + 2
     while True:
@@ -2104,8 +2210,26 @@ def mount_top(device: Path, readonly: bool = False) -> Path:
         time.sleep(0.05)
 
 
+def mount_top_of(path: Path, readonly: bool = False) -> Path:
+    """Mount the top level of the btrfs that contains a path, visible to this process only.
+
+    AshError (REFUSED) if it cannot be found: a copy of a file system has the same UUID, so what was mounted is compared
+    with what is at the path by the kernel's number of the file system.
+    """
+    wanted, others = mount_of(path).device, []
+    for device in device_nodes(path):
+        top = mount_top(device, readonly=True)
+        if mount_of(top).device == wanted:
+            if not readonly:
+                mount("none", top, flags=MS_BIND | MS_REMOUNT | MS_NOATIME)
+            return top
+        others.append(device)
+        libc("umount2", os.fsencode(top), 0)
+    what = f"cannot find the device of {path}" + (f", which is not {listed(others)}" if others else "")
+    raise AshError(what, "detach other disks with the same UUID", REFUSED)
+
+
 GPT_ENTRY, GPT_LIMIT = 128, 1 << 20  # bytes: minimal size of an entry, and more than any table has
-BTRFS_MAGIC_AT, BTRFS_MAGIC = 0x10040, b"_BHRfS_M"  # in the superblock, from the start of the partition
 BTRFS_DEVICES_AT = 0x48  # in the superblock, from the magic number: of how many devices the file system consists
 QCOW_MAGIC = b"QFI\xfb"
 
@@ -2132,7 +2256,7 @@ def btrfs_partition(image: Path) -> tuple[int, int]:
             for at in range(0, len(entries) - GPT_ENTRY + 1, size):
                 first, last = struct.unpack_from("<QQ", entries, at + 32)
                 if 0 < first <= last < sectors:
-                    disk.seek(first * 512 + BTRFS_MAGIC_AT)
+                    disk.seek(first * 512 + SUPERBLOCK_AT + 0x40)
                     superblock = disk.read(BTRFS_DEVICES_AT + 8)
                     if superblock.startswith(BTRFS_MAGIC):
                         devices = int.from_bytes(superblock[BTRFS_DEVICES_AT:], "little")
@@ -2215,10 +2339,18 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
     if loop < 0:
         loop = open_new_loop(disk.fileno(), image, *place)
     try:
-        # A node with another name: GRUB's scripts resolve a loop device to its backing file, which is not a disk.
-        node = PRIVATE / "disk"
-        os.mknod(node, 0o600 | stat.S_IFBLK, os.fstat(loop).st_rdev)
-        return mount_top(node), node
+        # A node with another name: GRUB's scripts resolve a loop device to its backing file, which is not a disk. With
+        # the number in it, it cannot be the name by which another ash has mounted a copy of this disk.
+        number = os.fstat(loop).st_rdev
+        node = PRIVATE / f"disk-{os.major(number)}-{os.minor(number)}"
+        os.mknod(node, 0o600 | stat.S_IFBLK, number)
+        for _ in range(3):  # another process that mounts it too may have given it another name right now
+            top = mount_top(node)
+            there = device_of(top)
+            if there and is_node(there, number):
+                return top, node
+            libc("umount2", os.fsencode(top), 0)
+        raise AshError(f"{image} was to be mounted, but Linux mounted {there}", "unmount other copies of it", REFUSED)
     finally:
         os.close(loop)
 
@@ -5028,6 +5160,13 @@ def fstab_of_ash(text: str) -> list[str]:
     return sorted(line for line in lines_of(text) if fstab_mount_point(line) in OWN_MOUNT_POINTS)
 
 
+def uuid_in_fstab(root: Path) -> str:
+    """The UUID by which a root's fstab names the file system of "/"; empty if it does not."""
+    text = read_text(path_inside(root, "etc/fstab")) if is_directory(root) else ""
+    found = re.search(r"^UUID=(\S+)\s+/\s", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
     """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines of the old text.
 
@@ -6052,6 +6191,17 @@ def is_in_chroot() -> bool:
     return (ours.st_dev, ours.st_ino) != (first.st_dev, first.st_ino)
 
 
+def require_one_disk(root: Mount) -> None:
+    """Raise AshError (REFUSED) if a part of the running system is mounted from a copy of its disk."""
+    for one in mounts():
+        if one.kind != "btrfs" or one.device == root.device or one.target not in OWN_MOUNT_POINTS:
+            continue
+        ours, theirs = (Superblock.on(Path(source)) for source in (root.source, one.source))
+        if one.target == "/.snapshots" or (ours is not None and ours == theirs):
+            what = f"{one.target} is mounted from {one.source}, but / from {root.source}"
+            raise AshError(what, "detach the disk that is a copy, and reboot", REFUSED)
+
+
 class System:
     """A distribution that ash manages: the running one, or one on a mounted disk or a disk image."""
 
@@ -6088,13 +6238,12 @@ class System:
             if found.kind != "btrfs":
                 raise AshError(f"{request.root} is not on btrfs", "mount the root partition there", MISSING)
             # A second, writable mount would also make the user's read-only mount writable.
-            top = mount_top(device_of(request.root), is_readonly(request.root))
+            top = mount_top_of(request.root, is_readonly(request.root))
         return cls._at(top, request)
 
     @classmethod
     def _running(cls, request: Request, changes: bool) -> System:
-        if is_in_chroot() and not request.chroot:
-            raise AshError("ash must not be run inside a chroot", "--chroot overrides this", REFUSED)
+        cls._require_no_chroot(request)
         snapshots = Path("/.snapshots")
         root = next((m for m in reversed(mounts()) if m.target == "/"), None)
         if root is None or root.kind != "btrfs" or not (snapshots / "ash/fstree").exists():
@@ -6104,7 +6253,8 @@ class System:
             return cls(Layout(snapshots, ident[0]), load_distro(ident[1]), running=True)
         require_root("changing the system")
         private_mounts()
-        layout = Layout.at(mount_top(Path(root.source), is_readonly(snapshots)), ident[0])
+        require_one_disk(root)
+        layout = Layout.at(mount_top_of(Path(root.target), is_readonly(snapshots)), ident[0])
         return cls(layout, load_distro(ident[1]), running=True, wait=request.wait)
 
     @classmethod
@@ -6115,7 +6265,24 @@ class System:
         if not there or (request.distro or there[0]) not in there:
             raise AshError(f"there is no {request.distro or 'system'} managed by ash", "", MISSING)
         layout = Layout.at(top, request.distro or there[0])
-        return cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=request.wait)
+        system = cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=request.wait)
+        if system._runs_here():
+            cls._require_no_chroot(request)
+            system.running = True
+        return system
+
+    def _runs_here(self) -> bool:
+        """Whether "/" is a slot or snapshot of this system: so it is the running one, though it was named by --root."""
+        root = mount_of(Path("/"))
+        if root.kind != "btrfs" or root.device != mount_of(self.layout.snapshots).device:
+            return False
+        every: list[int | str] = [*SLOTS, *SECONDARY_SLOTS, *numbered(self.layout.snapshots / "rootfs", "snapshot-")]
+        return any(self._has_id(which, root.subvolume) for which in every)
+
+    @staticmethod
+    def _require_no_chroot(request: Request) -> None:
+        if is_in_chroot() and not request.chroot:
+            raise AshError("ash must not be run inside a chroot", "--chroot overrides this", REFUSED)
 
     # Reading
 
@@ -6175,6 +6342,10 @@ class System:
         """The slot whose /etc counts as the running one: the last that was booted, or if none was yet, the default."""
         return self.booted_slot or noted_slot(self.layout) or self.menu().last_good
 
+    def copies_of_disk(self) -> list[str]:
+        """The attached devices that are copies of the running system's disk."""
+        return copies_of_disk(Path(mount_of(Path("/")).source)) if self.running else []
+
     def note_boot(self) -> None:
         """Note which deployment runs, unless the boot has: not every init system does, nor did deployments before."""
         with contextlib.suppress(AshError, OSError):  # the menu may be damaged, the disk full or read-only
@@ -6213,7 +6384,7 @@ class System:
         self.require(snapshot)
         if snapshot == BASE and not base:
             raise AshError("snapshot 0 is the base: it cannot be changed", "change a copy: ash clone 0", REFUSED)
-        if subvolume_id(self.layout.rootfs(snapshot)) in subvolumes_in_use():
+        if is_mounted(self.layout.rootfs(snapshot)):
             hint = f"change a copy: ash clone {snapshot}"
             raise AshError(f"snapshot {snapshot} is mounted: it cannot be changed", hint, REFUSED)
 
@@ -6292,12 +6463,11 @@ def packages_of(system: System, snapshot: int) -> dict[str, str]:
 def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) -> None:
     """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed, and so `outcome`."""
     deployed = {deployment.snapshot for deployment in system.menu().deployments.values()}
-    in_use = subvolumes_in_use()
     for number in snapshots:
         if number == BASE:
             raise AshError(f"snapshot 0 is the base: it is {outcome}", "", REFUSED)
-        there = subvolume_at(system.layout.rootfs(number))
-        if number == system.current or (there and there.id in in_use):
+        root = system.layout.rootfs(number)
+        if number == system.current or (is_subvolume(root) and is_mounted(root)):
             raise AshError(f"snapshot {number} is booted: it is {outcome}", "", REFUSED)
         if number in deployed:
             hint = "deploy another one, reboot, try again"
@@ -9206,7 +9376,7 @@ class LostFound:
         """Move subvolumes, files or directories here, keeping their paths; AshError (REFUSED) if one is mounted."""
         for path in paths:
             is_sub = is_subvolume(path)
-            if is_sub and subvolume_id(path) in subvolumes_in_use():
+            if is_sub and is_mounted(path):
                 raise AshError(f"{path.name} is mounted: not moved", "", REFUSED)
             target = self._place_for(path)
             readonly = is_sub and Subvolume.at(path).readonly
@@ -9276,6 +9446,82 @@ def problems_of_var(system: System) -> Iterator[Problem]:
             yield Problem(f"{what} was replaced", None, remedy, repair, "merge")
 
 
+# --- Problems with disks and mounts ------------------------------------------------------------------------------
+
+
+def copy_problems(system: System) -> Iterator[Problem]:
+    """Warn of attached copies of the running system's disk."""
+    for device in system.copies_of_disk():
+        what = f"{device} is a copy of this system's disk, with the same UUID: the next boot may use either"
+        yield Problem(what, None, f"detach it, or give it another UUID: btrfstune -u {device}")
+
+
+def record_uuid(layout: Layout, lost: LostFound) -> None:
+    if uuid := uuid_on_disk(layout.snapshots):
+        lost.keep(layout.part)
+        write_file(layout.part, f"{uuid}\n")
+
+
+def renew_uuid_in_fstab(layout: Layout, slot: str, old: str) -> None:
+    """Replace a UUID in the fstab of a slot, in the user's lines too."""
+    path, uuid = path_inside(layout.rootfs(slot), "etc/fstab"), uuid_on_disk(layout.snapshots)
+    if uuid and uuid_in_fstab(layout.rootfs(slot)) == old:
+        rewrite(path, read_text(path).replace(old, uuid))
+
+
+def uuid_problems(layout: Layout, lost: LostFound) -> Iterator[Problem]:
+    """Check what names the UUID of the file system; btrfstune can give it another one."""
+    uuid = uuid_on_disk(layout.snapshots)
+    if uuid is None:
+        return
+    recorded = read_text(layout.part).strip()
+    if recorded != uuid:
+        what = f"ash/part names the UUID {recorded or 'of nothing'}, but the file system has {uuid}"
+        yield Problem(what, None, "write it again", partial(record_uuid, layout, lost), "deploy")
+    for slot in (*SLOTS, *SECONDARY_SLOTS):
+        old = uuid_in_fstab(layout.rootfs(slot))
+        if old not in ("", uuid):
+            what = f"the fstab of snapshot-{slot} names the UUID {old}, but the file system has {uuid}"
+            yield Problem(what, None, "replace it", partial(renew_uuid_in_fstab, layout, slot, old), "deploy")
+    for found in sorted(layout.grub_cfg.parent.glob("*/load.cfg")):
+        old = next(iter(re.findall(r"search\.fs_uuid (\S+)", read_text(found))), uuid)
+        if old != uuid:
+            what = f"GRUB is installed to search for the UUID {old}, but the file system has {uuid}"
+            remedy = "run grub-install and correct EFI/*/grub.cfg on the EFI partition, or put the UUID back: "
+            yield Problem(what, None, f"{remedy}btrfstune -U {old}, while it is not mounted")
+
+
+def unmount_everywhere(target: str) -> None:
+    run(["nsenter", "--mount", "--target", "1", "umount", target])  # ash has a mount namespace of its own
+    run(["umount", target], check=False)  # fails if mounts are shared, as they usually are: already unmounted here
+
+
+def subvolume_below(one: Mount, mounted: Sequence[Mount], device: str) -> int | None:
+    """The id of the subvolume that contains a mount point, if that is on the file system of a device."""
+    above = [m for m in reversed(mounted) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
+    if above and max(above, key=lambda m: len(m.target)).kind == "btrfs":
+        with contextlib.suppress(OSError):
+            directory = Path(one.target).parent
+            if mount_of(directory).device == device:
+                return subvolume_id(directory)
+    return None
+
+
+def mount_problems(system: System, numbers: Sequence[int]) -> Iterator[Problem]:
+    """Check for mounts inside of snapshots."""
+    layout, mounted, device = system.layout, mounts(), mount_of(system.layout.snapshots).device
+    parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
+    of_subvolume = {found.id: number for number, part in parts if (found := subvolume_at(part))}
+    root = next((m.subvolume for m in reversed(mounted) if m.target == "/"), None)  # a snapshot may be booted
+    for one in mounted:
+        inside = subvolume_below(one, mounted, device)
+        if inside in of_subvolume and inside != root:
+            own = system.running and one.target.startswith("/.snapshots/")
+            repair = partial(unmount_everywhere, one.target) if own else None
+            what = f"{one.target} is mounted inside it"
+            yield Problem(what, of_subvolume[inside], f"umount {one.target}", repair)
+
+
 # --- Finding and repairing problems ----------------------------------------------------------------------------
 
 
@@ -9314,8 +9560,10 @@ class Fsck:
         yield from self._account_ids(numbers)
         yield from self._nested()
         yield from problems_of_var(self.system)
-        yield from self._mounts(numbers)
+        yield from mount_problems(self.system, numbers)
+        yield from self._confirmed(self.system.lock("deploy"), partial(uuid_problems, self.layout, self.lost))
         yield from self._confirmed(self.system.lock("deploy"), self._menu)
+        yield from copy_problems(self.system)
 
     def _confirmed(self, lock: Lock, look: Callable[[], Iterable[Problem]]) -> list[Problem]:
         """The problems that are found again with a lock held: the work of another ash is not a problem."""
@@ -9593,34 +9841,6 @@ class Fsck:
             self.lost.take(path)
         finally:
             set_readonly(holder, readonly)
-
-    def _mounts(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        layout, mounted = self.layout, mounts()
-        parts = [(n, part) for n in numbers for part in (layout.rootfs(n), layout.etc(n), layout.boot(n))]
-        of_subvolume = {found.id: number for number, part in parts if (found := subvolume_at(part))}
-        root = next((m.subvolume for m in reversed(mounted) if m.target == "/"), None)  # a snapshot may be booted
-        for one in mounted:
-            inside = self._subvolume_below(one, mounted)
-            if inside in of_subvolume and inside != root:
-                own = self.system.running and one.target.startswith("/.snapshots/")
-                repair = partial(self._unmount, one.target) if own else None
-                what = f"{one.target} is mounted inside it"
-                yield Problem(what, of_subvolume[inside], f"umount {one.target}", repair)
-
-    def _subvolume_below(self, one: Mount, mounted: Sequence[Mount]) -> int | None:
-        """The id of the subvolume that contains a mount point, if that is on this file system."""
-        above = [m for m in reversed(mounted) if one.target.startswith(f"{m.target.rstrip('/')}/") and m is not one]
-        if above and max(above, key=lambda m: len(m.target)).kind == "btrfs":
-            with contextlib.suppress(OSError):
-                directory = Path(one.target).parent
-                if file_system_id(directory) == file_system_id(self.layout.snapshots):
-                    return subvolume_id(directory)
-        return None
-
-    @staticmethod
-    def _unmount(target: str) -> None:
-        run(["nsenter", "--mount", "--target", "1", "umount", target])  # ash has a mount namespace of its own
-        run(["umount", target], check=False)  # fails if mounts are shared, as they usually are: already unmounted here
 
     # Numbers and account ids
 
@@ -10339,7 +10559,7 @@ def interrupted_sessions(system: System) -> list[int]:
         "booted": {"snapshot": int | None, "slot": str | int | None},
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
         "last_booted": str, "running": {"*": str}, "waiting": [int], "unmerged": [str], "drift": {"*": str},
-        "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int,
+        "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": [str],
     },
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
@@ -10350,7 +10570,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     waiting, unmerged = interrupted_sessions(system), unmerged_directories(system.layout)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-    upgraded = last_upgrade(system)
+    upgraded, copies = last_upgrade(system), system.copies_of_disk()
     drift: dict[str, str] = {}
     with contextlib.suppress(AshError, PermissionError):
         drift = running_drift(system)[1]
@@ -10359,7 +10579,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
         "drift": drift,
-        **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size,
+        **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
@@ -10373,6 +10593,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
+        *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies),
     ]
     return Reply(data, "\n".join(lines))
 

@@ -195,29 +195,6 @@ def test_a_broken_grub_cfg_is_rewritten(system: System, snapshot: int) -> None:
     system.boots()
 
 
-def test_what_ran_last_is_kept_on_a_disk_that_is_off_though_no_deploy_has_seen_it_run(
-    system: System, snapshot: int
-) -> None:
-    slot = system.ash("--json", "deploy", snapshot).json["slot"]
-    booted = system.files.state / "booted"
-    booted.write_text((system.root(slot) / "usr/share/ash/deployment").read_text())  # as ash-booted.service does
-    (system.root(slot) / "etc/precious").write_text("of the machine\n")
-    before = system.id_of(slot)
-    try:
-        assert "etc/precious" in system.ash("diff").stdout
-        for number in (system.clone(), system.clone(), system.clone()):
-            answer = system.ash("--json", "deploy", number).json
-            assert (answer["slot"] != slot, answer["carried"]) == (True, ["precious"])
-            assert system.id_of(slot) == before
-        kept = system.ash("--json", "rollback").json
-        assert (kept["from"], (system.root(kept["snapshot"]) / "etc/precious").exists()) == (snapshot, True)
-        assert not (system.root(kept["snapshot"]) / "usr/share/ash/deployment").exists()
-        booted.write_text(json.dumps({"slot": slot, "id": "of-another"}))  # that deployment is gone
-        system.ash("deploy", system.clone())
-    finally:
-        booted.unlink()
-
-
 def test_rollback_on_an_image_keeps_the_last_booted_deployment(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo broken > /etc/which")
     system.ash("deploy", snapshot)
