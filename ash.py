@@ -5743,6 +5743,7 @@ class Deployments:
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
         self._finish_carry()
+        self._finish_withdrawal()
         self._delete_unfinished()
         if self.menu.default and self._grub_cfg() != self._rendered():
             self.write_menu()
@@ -5977,6 +5978,33 @@ class Deployments:
         self.write_menu()
         delete_subvolume(new)
         remove_tree(intent)
+
+    def withdraw(self, snapshot: int) -> list[Deployment]:
+        """Take the secondary deployments of a snapshot out of the menu, and delete them. Returns them.
+
+        AshError (REFUSED) if one of them runs, or is all that can be booted.
+        """
+        menu = self.menu
+        found = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS and one.snapshot == snapshot]
+        for deployment in found:
+            slot = deployment.slot
+            if slot in (self.running, menu.default):
+                hint = "start another deployment, try again"
+                raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
+            self._keep_drift(slot)
+            write_file(self.layout.work("deploy") / "intent", f"withdraw {slot}\n")
+            del menu.deployments[slot]
+            self.write_menu()
+            self._finish_withdrawal()
+            remove_tree(self.layout.work("deploy") / "intent")
+        return found
+
+    def _finish_withdrawal(self) -> None:
+        """Delete a deployment that was taken out of the menu, also if that was interrupted."""
+        intent = re.fullmatch(r"withdraw ([a-z-]+)\n", read_text(self.layout.work("deploy") / "intent"))
+        if intent and intent[1] in SECONDARY_SLOTS and intent[1] not in self.menu.deployments:
+            for part in (self.layout.rootfs(intent[1]), self.layout.etc(intent[1]), self.layout.carried(intent[1])):
+                delete_subvolume(part)
 
     # The running /etc
 
@@ -6462,7 +6490,7 @@ def packages_of(system: System, snapshot: int) -> dict[str, str]:
 
 def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) -> None:
     """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed, and so `outcome`."""
-    deployed = {deployment.snapshot for deployment in system.menu().deployments.values()}
+    deployed = {deployment.snapshot: slot for slot, deployment in system.menu().deployments.items()}
     for number in snapshots:
         if number == BASE:
             raise AshError(f"snapshot 0 is the base: it is {outcome}", "", REFUSED)
@@ -6470,7 +6498,8 @@ def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) 
         if number == system.current or (is_subvolume(root) and is_mounted(root)):
             raise AshError(f"snapshot {number} is booted: it is {outcome}", "", REFUSED)
         if number in deployed:
-            hint = "deploy another one, reboot, try again"
+            is_secondary = deployed[number] in SECONDARY_SLOTS
+            hint = f"ash deploy {number} --no-secondary" if is_secondary else "deploy another one, reboot, try again"
             raise AshError(f"snapshot {number} is deployed: it is {outcome}", hint, REFUSED)
 
 
@@ -7083,6 +7112,7 @@ class Request(NamedTuple):
     keep: bool = False
     live: bool | None = None
     long: bool = False
+    no_secondary: bool = False
     no_upgrade: bool = False
     nuke: bool = False
     patch: bool = False
@@ -7707,25 +7737,26 @@ def minute_of(when: float) -> str:
     answer={
         "tree": [{
             "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
-            "mutable": bool, "date?": str, "packages?": int,
+            "secondary": bool, "mutable": bool, "date?": str, "packages?": int,
         }]
     },
 )  # fmt: skip
 def cmd_tree(system: System, request: Request) -> Reply:
     tree, menu, current = system.tree(), system.menu(), system.current
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
+    secondary = {one.snapshot for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS}
     roots = {number: system.layout.rootfs(number) for number in tree.numbers()}
     by_number: dict[int, dict[str, Any]] = {
         n: {
             "snapshot": n, "parent": tree.parent(n), "description": system.describe(n), "booted": n == current,
-            "deployed": n == next_boot, "mutable": is_writable(root) and is_mutable(root),
+            "deployed": n == next_boot, "secondary": n in secondary, "mutable": is_writable(root) and is_mutable(root),
         }
         for n, root in roots.items()
     }  # fmt: skip
 
     def label(number: int) -> str:
         row = by_number[number]
-        notes = "".join(f" [{mark}]" for mark in ("booted", "mutable") if row[mark])
+        notes = "".join(f" [{mark}]" for mark in ("booted", "secondary", "mutable") if row[mark])
         return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
 
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
@@ -7962,11 +7993,29 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     return Reply(data, text, str(number))
 
 
+def withdrawn_reply(system: System, number: int) -> Reply:
+    """Withdraw a snapshot's secondary deployments; the answer is about the last of them."""
+    with system.deploying() as deployments:
+        deployments.recover()
+        withdrawn = deployments.withdraw(number)
+    text = "is no longer a secondary entry of the boot menu" if withdrawn else "has no secondary entry in the boot menu"
+    last = withdrawn[-1] if withdrawn else None
+    data = {
+        "snapshot": number,
+        "changed": bool(withdrawn),
+        "slot": last.slot if last else "",
+        "id": last.id if last else "",
+    }
+    none: Mapping[str, Any] = {"carried": [], "conflicts": [], "conflicts_folder": "", "without_effect": []}
+    return Reply({**data, **none}, f"snapshot {number} {text}", str(number))
+
+
 @command(
     "deploy", "dep", "d", group=BOOT, usage="deploy [N] [--secondary]", help="boot N from the next start on",
     changes=True, numbers=1, require=System.require,
     options=[
         flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
+        flag("--no-secondary", help="take that entry of N out of the boot menu again"),
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
         flag("--fresh", help="leave behind what was changed in a mutable deployment of N as it ran"),
     ],
@@ -7974,6 +8023,9 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
 )  # fmt: skip
 def cmd_deploy(system: System, request: Request) -> Plan:
     number = request.snapshot
+    if request.no_secondary:
+        yield would(f"take the secondary entry of snapshot {number} out of the boot menu")
+        return withdrawn_reply(system, number)
     yield would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
         options = {"secondary": request.secondary, "fresh_etc": request.fresh_etc, "fresh": request.fresh}
@@ -10558,6 +10610,7 @@ def interrupted_sessions(system: System) -> list[int]:
     answer={
         "booted": {"snapshot": int | None, "slot": str | int | None},
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
+        "secondary": [{"snapshot": int, "slot": str}],
         "last_booted": str, "running": {"*": str}, "waiting": [int], "unmerged": [str], "drift": {"*": str},
         "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": [str],
     },
@@ -10565,6 +10618,7 @@ def interrupted_sessions(system: System) -> list[int]:
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
     default = menu.deployments.get(menu.default)
+    secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     waiting, unmerged = interrupted_sessions(system), unmerged_directories(system.layout)
@@ -10577,6 +10631,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
+        "secondary": [{"snapshot": one.snapshot, "slot": one.slot} for one in secondary],
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
         "drift": drift,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
@@ -10584,6 +10639,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
+        *(f"secondary:    snapshot {one.snapshot} ({one.slot})" for one in secondary),
         *(
             f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"
             for number, holder in running.items()

@@ -92,6 +92,32 @@ def test_a_secondary_deployment_adds_an_entry(system: System, snapshot: int) -> 
     assert f"snapshot {snapshot} is deployed" in system.ash("-y", "del", snapshot, status=5).error
 
 
+def test_a_secondary_deployment_is_shown_and_can_be_taken_back(system: System, snapshot: int) -> None:
+    slot = system.ash("--json", "deploy", snapshot, "--secondary").json["slot"]
+    rows = {row["snapshot"]: row["secondary"] for row in system.ash("--json", "tree").json["tree"]}
+    assert {"snapshot": snapshot, "slot": slot} in system.ash("--json", "status").json["secondary"]
+    assert (rows[snapshot], rows[0]) == (True, False)
+    assert any(f" {snapshot} - " in line and "[secondary]" in line for line in system.ash("tree").stdout.splitlines())
+    assert f"secondary:    snapshot {snapshot} ({slot})\n" in system.ash("status").stdout
+    with system.nothing_changes():
+        system.ash("--dry-run", "deploy", snapshot, "--no-secondary")
+    assert f"ash deploy {snapshot} --no-secondary" in system.ash("-y", "del", snapshot, status=REFUSED).error
+    (system.root(slot) / "etc/only-there").write_text("x\n")
+    killed = system.with_hooks({"kill": f"delete snapshot-{slot}"}, "deploy", snapshot, "--no-secondary")
+    assert "/etc: only-there" in killed.stderr
+    assert not any(f"snapshot {snapshot}: " in title for title in menu_titles(system))
+    system.ash("recover")
+    assert not [path for path in system.subvolumes() if path.endswith(slot)]
+    assert list((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/etc/only-there"))
+    assert not system.remains()
+    answer = system.ash("--json", "deploy", snapshot, "--no-secondary").json
+    assert (answer["changed"], answer["slot"]) == (False, "")
+    system.ash("deploy", snapshot, "--secondary")
+    answer = system.ash("--json", "deploy", snapshot, "--no-secondary").json
+    assert (answer["changed"], answer["slot"]) == (True, slot)
+    system.ash("-y", "del", snapshot)
+
+
 def test_a_secondary_deployment_that_was_booted_stays(system: System, snapshot: int) -> None:
     slot = system.ash("--json", "deploy", snapshot, "--secondary").json["slot"]
     menu = json.loads((system.files.state / "menu").read_text())

@@ -434,6 +434,8 @@ def test_upself_has_the_old_options_for_downloading(command: str, option: str) -
         ("sync 3 --keep", "keep"),
         ("force-sync 3 --keep", "keep"),
         ("deploy 3 --fresh-etc", "fresh_etc"),
+        ("deploy 3 --fresh", "fresh"),
+        ("deploy 3 --no-secondary", "no_secondary"),
         ("del 3 --nuke", "nuke"),
         ("tree -l", "long"),
         ("diff 3 4 --files", "files"),
