@@ -3627,11 +3627,6 @@ class AccountFile:
                 found.setdefault(row[0], number)
         return found
 
-    @property
-    def accounts(self) -> dict[str, list[str]]:
-        """The row of each account, by name; by the whole line where an account may have several ranges."""
-        return {":".join(row) if self.has_ranges else row[0]: row for row in self.rows}
-
 
 def root_shell(root: Path) -> str:
     """The login shell of a root's root user; /bin/sh if that is not installed."""
@@ -5284,33 +5279,78 @@ def is_too_deep(path: str) -> bool:
     return path.count("/") >= MOST_PARENTS or len(os.fsencode(path)) > DEEPEST
 
 
+def is_locked(password: str) -> bool:
+    """Whether a password field of shadow or gshadow matches no password; "!" before a hash keeps that for later."""
+    return password.startswith(("!", "*"))
+
+
+def merge_password(was: str, now: str, theirs: str) -> str | None:
+    """Merge a password field that both sides changed: hash and lock apart, and a new lock wins over a new hash.
+
+    None if both changed the hash, or one changed it and the other unlocked it.
+    """
+    (a, before), (b, live), (c, own) = ((field.lstrip("!"), is_locked(field)) for field in (was, now, theirs))
+    if (b != a and c not in (a, b)) or (before and not (live and own)):
+        return None
+    hashed = b if b != a else c
+    return f"!{hashed}" if (live or own) and not hashed.startswith("*") else hashed
+
+
 def merge_row(
-    was: Sequence[str], now: Sequence[str], theirs: Sequence[str], members: Container[int]
+    was: Sequence[str],
+    now: Sequence[str],
+    theirs: Sequence[str],
+    members: Container[int],
+    passwords: Container[int] = (),
 ) -> list[str] | None:
     """Merge an account's three rows field by field, `members` by name; None if both sides changed the same field."""
     if len({len(row) for row in (was, now, theirs)}) != 1:
         return None
-    merged = []
+    merged: list[str] = []
     for column, (a, b, c) in enumerate(zip(was, now, theirs, strict=True)):
         if column in members:
             before, live, own = (dict.fromkeys(filter(None, text.split(","))) for text in (a, b, c))
             kept = [name for name in own if name not in before or name in live]
             merged.append(",".join(dict.fromkeys([*kept, *(name for name in live if name not in before)])))
-        elif b != a and c not in (a, b):
-            return None
-        else:
+        elif b == a or c in (a, b):
             merged.append(b if b != a else c)
+        elif column in passwords and (password := merge_password(a, b, c)) is not None:
+            merged.append(password)
+        else:
+            return None
     return merged
+
+
+def account_rows(file: AccountFile) -> dict[str, list[str]]:
+    """The rows of an account file by name; comments, ranges and what has the same name again by the whole line."""
+    rows: dict[str, list[str]] = {}
+    for row in file.rows:
+        line = ":".join(row)
+        known_by = line if file.has_ranges or len(row) == 1 or row[0].startswith("#") or row[0] in rows else row[0]
+        while known_by in rows:
+            known_by += "\n"  # the same line again
+        rows[known_by] = row
+    return rows
+
+
+def takes_foreign_id(file: AccountFile, account: Sequence[str], rows: Iterable[Sequence[str]]) -> bool:
+    """Whether an account of a file has the id of one in `rows` with which it does not share it in that file too."""
+    number = file.id_of(account)
+    owners = {row[0] for row in rows if number is not None and file.id_of(row) == number}
+    return not owners <= {row[0] for row in file.rows if file.id_of(row) == number}
 
 
 def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
     """Merge one of ACCOUNT_FILES account by account: its texts in the base, in the running /etc, and in the target.
 
-    Returns the merged text, and the accounts in conflict, which stay as in the target.
+    New lines come before the target's NIS entries ("+..."). Returns the merged text, and the accounts in conflict,
+    which stay as in the target, unless they were locked in the running /etc: a lock wins.
     """
-    result = AccountFile(name, own)
-    old, live, new = AccountFile(name, base).accounts, AccountFile(name, running).accounts, result.accounts
+    result, live_file = AccountFile(name, own), AccountFile(name, running)
+    old, live, new = account_rows(AccountFile(name, base)), account_rows(live_file), account_rows(result)
+    passwords = {1} if name in ("shadow", "gshadow") else set()
     conflicts = []
+    added: list[list[str]] = []
     for account in dict.fromkeys([*old, *live]):
         was, now, theirs = old.get(account), live.get(account), new.get(account)
         if now in (was, theirs):
@@ -5318,17 +5358,25 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
         if theirs == was:
             if now is None:
                 del new[account]
-            elif was is None and name in ("passwd", "group") and now[2:3] in [row[2:3] for row in new.values()]:
-                conflicts.append(account)  # its id belongs to another account
-            else:
+            elif was is not None:
                 new[account] = now
-        elif was is None or now is None or theirs is None:
-            conflicts.append(account)
+            elif name in ("passwd", "group") and takes_foreign_id(live_file, now, new.values()):
+                conflicts.append(account.rstrip("\n"))
+            else:
+                added.append(now)
+            continue
+        rows = was and now and theirs and merge_row(was, now, theirs, MEMBER_COLUMNS.get(name, ()), passwords)
+        if rows:
+            new[account] = rows
         else:
-            merged = merge_row(was, now, theirs, MEMBER_COLUMNS.get(name, ()))
-            conflicts += [account] if merged is None else []
-            new[account] = merged or theirs
-    result.rows = list(new.values())
+            conflicts.append(account.rstrip("\n"))
+            was_locked, locked, still_open = (row and is_locked("".join(row[1:2])) for row in (was, now, theirs))
+            if passwords and theirs and locked and not was_locked and still_open is False:
+                new[account] = [theirs[0], f"!{theirs[1]}", *theirs[2:]]
+    kept = list(new.values())
+    at_end = next((place for place, row in enumerate(kept) if row[0][:1] in ("+", "-")), len(kept))
+    nis = [row for row in added if row[0][:1] in ("+", "-")]
+    result.rows = [*kept[:at_end], *(row for row in added if row not in nis), *kept[at_end:], *nis]
     return str(result), conflicts
 
 
@@ -5718,6 +5766,16 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
+def unfinished_deployments(layout: Layout) -> list[Path]:
+    """Unfinished deployments, and merged /etcs that were not put in place."""
+    kinds = (layout.rootfs, layout.etc, layout.carried)
+    slots = (*SLOTS, *SECONDARY_SLOTS)
+    new = [directory(f"new-{slot}") for slot in slots for directory in kinds]
+    merged = [temporary_name(layout.rootfs(slot) / "etc") for slot in slots]
+    private = layout.work("deploy") / "private"  # /var, where an initramfs was made
+    return [path for path in (*new, *merged, private) if os.path.lexists(path)]
+
+
 class Deployments:
     """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy"."""
 
@@ -5758,8 +5816,8 @@ class Deployments:
                 replace_subvolume(new, self.layout.carried(intent[1]))
 
     def _delete_unfinished(self) -> None:
-        """Delete what unfinished() finds. What cannot be deleted stays, with a warning: it must not stop the rest."""
-        for left in self.unfinished():
+        """Delete unfinished_deployments(). What cannot be deleted stays, with a warning: it must not stop the rest."""
+        for left in unfinished_deployments(self.layout):
             try:
                 if is_subvolume(left):
                     delete_subvolume(left)
@@ -5769,15 +5827,6 @@ class Deployments:
                 if is_out_of_space(error):
                     raise
                 console.say(f"ash: {left.name} cannot be deleted: {reason(error)}")
-
-    def unfinished(self) -> list[Path]:
-        """Unfinished deployments, and merged /etcs that were not put in place."""
-        layout, slots = self.layout, (*SLOTS, *SECONDARY_SLOTS)
-        kinds = (layout.rootfs, layout.etc, layout.carried)
-        new = (directory(f"new-{slot}") for slot in slots for directory in kinds)
-        merged = (temporary_name(layout.rootfs(slot) / "etc") for slot in slots)
-        private = layout.work("deploy") / "private"  # /var, where an initramfs was made
-        return [path for path in (*new, *merged, private) if os.path.lexists(path)]
 
     def deploy(
         self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False, fresh: bool = False
@@ -9574,6 +9623,13 @@ def mount_problems(system: System, numbers: Sequence[int]) -> Iterator[Problem]:
             yield Problem(what, of_subvolume[inside], f"umount {one.target}", repair)
 
 
+def copy_boot_file(source: Path, target: Path) -> None:
+    """Copy a file of /boot to a deployment that lacks it."""
+    if not target.is_file():
+        with replace(target) as new:
+            run(["cp", "-a", "--reflink=auto", source, new])
+
+
 # --- Finding and repairing problems ----------------------------------------------------------------------------
 
 
@@ -9658,15 +9714,9 @@ class Fsck:
     def _deploy(self) -> Iterator[Problem]:
         if (self.layout.work("deploy") / "intent").exists():
             yield Problem("a deploy was interrupted", None, "clean up after it", self._recover_deploy, "deploy")
-        elif left := self._unfinished_deployments():
+        elif left := unfinished_deployments(self.layout):
             what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a deploy"
             yield Problem(what, None, "delete it", self._recover_deploy, "deploy")
-
-    def _unfinished_deployments(self) -> list[Path]:
-        try:
-            return self.system.deployments().unfinished()
-        except AshError:  # the menu file is damaged, which is reported elsewhere
-            return []
 
     def _recover_deploy(self) -> None:
         self.system.deployments().recover()
@@ -9998,16 +10048,10 @@ class Fsck:
             what = f"{root.name} lacks {name}, which the boot menu uses"
             sources = [boot / name for boot in boots if (boot / name).is_file()]
             if sources and is_subvolume(root):
-                copy = partial(self._copy_boot_file, sources[0], target)
+                copy = partial(copy_boot_file, sources[0], target)
                 yield Problem(what, number, "copy it from the snapshot", copy, "deploy")
             else:
                 yield Problem(what, number, "ash deploy N, of a snapshot that has a kernel")
-
-    @staticmethod
-    def _copy_boot_file(source: Path, target: Path) -> None:
-        if not target.is_file():
-            with replace(target) as new:
-                run(["cp", "-a", "--reflink=auto", source, new])
 
     def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
         number, base = deployment.snapshot, self.layout.etc(deployment.slot)

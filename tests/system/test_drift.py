@@ -326,7 +326,6 @@ def test_etc_update_saves_the_drift_to_the_booted_snapshot(machine: Machine, sna
     machine.deploy(snapshot)
     assert (machine.next_etc / "ssh/ssh_host_rsa_key").read_text() == "key\n"
     assert (machine.next_etc / "machine-id").read_text().startswith("0123456789abcdef")
-    system.ash("undo", snapshot, status=REFUSED)
 
 
 def test_etc_update_is_three_way(machine: Machine, snapshot: int) -> None:
@@ -447,6 +446,7 @@ def test_a_carry_keeps_edits_that_were_made_while_the_target_ran(machine: Machin
 
 def test_a_carry_that_was_cut_off_is_repeated(machine: Machine) -> None:
     machine.running("deploy", machine.system.clone())
+    conflicts = set((machine.files.var / "lib/ash/conflicts").glob("*/etc/later"))
     for step in ("rename .ash-new to later", "exchange .ash-new and etc", "exchange etc-carried-new-", "write menu"):
         (machine.etc / "later").write_text(f"{step}\n")
         killed = machine.system.with_hooks({"kill": step, "booted": machine.slot}, "carry")
@@ -456,7 +456,7 @@ def test_a_carry_that_was_cut_off_is_repeated(machine: Machine) -> None:
         (machine.etc / "later").write_text(f"after {step}\n")
         assert machine.running("carry")["carried"] == ["later"]
         assert (machine.next_etc / "later").read_text() == f"after {step}\n"
-        assert not list((machine.files.var / "lib/ash/conflicts").glob("*/etc/later"))
+        assert set((machine.files.var / "lib/ash/conflicts").glob("*/etc/later")) == conflicts
 
 
 def kernel_options(machine: Machine) -> str:

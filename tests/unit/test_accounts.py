@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, free_id
+from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, account_rows, free_id
 
 pytestmark = pytest.mark.budget(15)
 
@@ -138,7 +138,7 @@ def test_a_symlink_counts_as_an_empty_file(tmp_path: Path) -> None:
 def test_the_first_range_of_an_account_is_its_id() -> None:
     file = AccountFile("subuid", "ada:100000:65536\nada:300000:65536\n")
     assert file.ids == {"ada": 100000}
-    assert list(file.accounts) == ["ada:100000:65536", "ada:300000:65536"]
+    assert list(account_rows(file)) == ["ada:100000:65536", "ada:300000:65536"]
 
 
 def test_the_registry_survives_a_round_trip_and_damage_is_an_error(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_no_account_of_either_side_is_lost_silently(sides: tuple[str, Accounts, 
         if now == was:
             assert result.get(account) == theirs, f"{account}: only the new side changed it"
         elif account in conflicts:
-            assert result.get(account) == theirs, f"{account}: a conflict must keep the target's row"
+            locked = theirs and (f"!{theirs[0]}", *theirs[1:])
+            kept = (theirs, locked) if name == "shadow" and now and now[0] == "!" else (theirs,)
+            assert result.get(account) in kept, f"{account}: a conflict must keep the target's row, or lock it"
         elif theirs in (was, now):
             assert result.get(account) == now, f"{account}: only the running side changed it, or both did the same"
         else:
@@ -77,8 +79,10 @@ def test_no_account_gets_the_id_of_another(sides: tuple[str, Accounts, Accounts,
     result = read(merged)
     brought = {account for account in result if account not in own}
     for account in brought - base.keys():
-        others = {columns[1] for other, columns in result.items() if other != account and other not in brought}
-        assert result[account][1] not in others
+        number = result[account][1]
+        shared = {other for other, columns in running.items() if columns[1] == number}  # on purpose
+        others = {other for other, columns in result.items() if columns[1] == number and other not in brought}
+        assert others <= shared
 
 
 @given(three_way)
@@ -99,6 +103,46 @@ def test_changes_to_different_fields_are_both_kept() -> None:
 def test_two_new_passwords_conflict_and_the_targets_is_kept() -> None:
     base, running, own = "ada:a:1:::::\n", "ada:b:2:::::\nbob:x:1:::::\n", "ada:c:3:::::\n"
     assert merge_accounts("shadow", base, running, own) == ("ada:c:3:::::\nbob:x:1:::::\n", ["ada"])
+
+
+@pytest.mark.parametrize(
+    ("base", "running", "own", "merged"),
+    [
+        ("$1", "!$1", "$2", "!$2"),  # usermod -L
+        ("$1", "$2", "!$1", "!$2"),
+        ("$1", "!", "$2", "!$2"),  # a conflict too
+        ("$1", "!$1", "!$1", "!$1"),
+        ("", "!", "$2", "!$2"),
+        ("$1", "!*", "$2", "!$2"),
+        ("!$1", "$1", "!$2", "!$2"),  # a conflict too: the running system has unlocked the old password
+        ("!$1", "$1", "!$1", "$1"),
+        ("$1", "*", "$1", "*"),
+    ],
+)
+def test_a_lock_of_an_account_wins_over_a_new_password(base: str, running: str, own: str, merged: str) -> None:
+    rows = [f"ada:{password}:1:0:99999:7:::\n" for password in (base, running, own)]
+    assert merge_accounts("shadow", *rows)[0] == f"ada:{merged}:1:0:99999:7:::\n"
+    new = "".join(rows[1:2])
+    if running.startswith("!") and not own.startswith("!"):
+        assert merge_accounts("shadow", "", new, rows[2])[0] == f"ada:!{own}:1:0:99999:7:::\n"
+
+
+def test_nis_entries_and_comments_are_carried() -> None:
+    own = "root:x:0:0::/:\nbob:x:1001:1001::/:\n+@own::::::\n"
+    running = (
+        "root:x:0:0::/:\n# people\n# people\n# a:b\n# a:c\nada:x:1000:1000::/:\n+@staff::::::\n-eve::::::\n+::::::\n"
+    )
+    added = "# people\n# people\n# a:b\n# a:c\nada:x:1000:1000::/:\n"
+    merged = f"root:x:0:0::/:\nbob:x:1001:1001::/:\n{added}+@own::::::\n+@staff::::::\n-eve::::::\n+::::::\n"
+    assert merge_accounts("passwd", "root:x:0:0::/:\n", running, own) == (merged, [])
+    assert merge_accounts("passwd", running, running, merged) == (merged, [])
+    assert merge_accounts("passwd", running, running.replace("# people\n", "", 1), merged)[0].count("# people") == 1
+
+
+def test_a_second_account_with_the_same_id_on_purpose_is_carried() -> None:
+    base = "root:x:0:0::/:\n"
+    running = f"{base}toor:x:0:0::/:/bin/zsh\n"
+    assert merge_accounts("passwd", base, running, base) == (running, [])
 
 
 def test_group_members_are_merged_one_by_one() -> None:
