@@ -107,9 +107,22 @@ RESERVE, RESERVE_OF_TREES, ATTRIBUTE = 4 << 20, 16 << 20, 16000
 class AshError(Exception):
     """An error for the user: what is wrong, what to do about it unless that is obvious, and ash's exit status."""
 
+    errno = 0  # the kernel's reason, unless the error that this one was raised from has it
+
     def __init__(self, message: str, hint: str = "", status: int = FAILED) -> None:
         super().__init__(message)
         self.message, self.hint, self.status = message, hint, status
+
+
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ProgramError(AshError):
+    """A program failed. The kernel's reason is known from its output, or else from the message, if a disk was full."""
+
+    def __init__(self, message: str, hint: str = "", output: str = "") -> None:
+        super().__init__(message, hint)
+        self.errno = next((number for number in OUT_OF_SPACE if os.strerror(number) in (output or message)), 0)
 
 
 def reason(error: BaseException) -> str:
@@ -122,8 +135,13 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Whether an error was caused by a full disk, ours or a child process's."""
-    return os.strerror(errno.ENOSPC) in reason(error)
+    """Whether an error was caused by a full disk or a quota, in ash or in a child process."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AshError | OSError) and cause.errno in OUT_OF_SPACE:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 class HangUp(Exception):
@@ -155,6 +173,7 @@ class Console:
         self.quiet = False
         self.json = False
         self.quiet_progress = False  # progress is reported in another way
+        self.warned: set[str] = set()
         self.started = time.monotonic()
 
     @property
@@ -166,6 +185,12 @@ class Console:
         """Print a message that is not part of the command's result to stderr."""
         if not self.silent:
             print(printable(text), file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """say() a warning, once."""
+        if text not in self.warned:
+            self.warned.add(text)
+            self.say(f"warning: {text}")
 
 
 console = Console()
@@ -259,7 +284,8 @@ def run(
     except FileNotFoundError:
         raise AshError(f"{words[0]} is not installed", f"install the package that contains {words[0]}") from None
     if check and done.returncode not in ok:
-        raise AshError(f"{' '.join(words[:3])} failed ({done.returncode}): {last_words(done.stderr or done.stdout)}")
+        output = done.stderr or done.stdout
+        raise ProgramError(f"{' '.join(words[:3])} failed ({done.returncode}): {last_words(output)}", output=output)
     return done
 
 
@@ -956,10 +982,13 @@ def write_inside(root: Path, path: str, text: str) -> None:
     write_text(place, text)
 
 
-def write_file(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace one of ash's own files; after a crash it has the old content or the new, once this returned the new."""
+def write_file(path: Path, text: str, mode: int = 0o644, durable: bool = True) -> None:
+    """Replace one of ash's own files; after a crash it has the old content or the new, once this returned the new.
+
+    Unless it is `durable`, the caller syncs.
+    """
     about_to(f"write {path.name}")
-    with replace(path, token=path.name, durable=True) as new:
+    with replace(path, token=path.name, durable=durable) as new:
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
             os.fchmod(descriptor, mode)
@@ -1543,13 +1572,19 @@ class Configuration:
         self.values = values
 
     @classmethod
-    def parse(cls, text: str) -> Configuration:
-        """Parse `key::value` lines; empty lines and comments are skipped. Raises AshError (USAGE) for other lines."""
+    def parse(cls, text: str, strict: bool = False) -> Configuration:
+        """Parse `key::value` lines; empty lines and comments are skipped. Raises AshError (USAGE) for other lines.
+
+        A key that ash does not know may be for a later version: it is an error with `strict`, else a warning.
+        """
         values = {}
         for number, line in enumerate(lines_of(text), start=1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             key, separator, value = line.partition("::")
+            if separator and re.fullmatch(r"\w+", key.strip()) and key.strip() not in cls.KEYS and not strict:
+                console.warn(f"line {number} of ash.conf has no effect: this ash knows no key {key.strip()}")
+                continue
             if not separator or key.strip() not in cls.KEYS:
                 hint = f"a line is KEY::VALUE; keys are {', '.join(sorted(cls.KEYS))}"
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", hint, USAGE)
@@ -2459,7 +2494,7 @@ class PackageManager(Protocol):
         """Download packages and their dependencies without installing them."""
 
 
-class PackageError(AshError):
+class PackageError(ProgramError):
     """The package manager failed; the message is its output."""
 
 
@@ -3580,7 +3615,7 @@ def machine_chroot(
         stderr.seek(0)
         output, errors = (stream.read().decode(errors="replace") for stream in (stdout, stderr))
     if status:
-        raise AshError(f"{argv[0]} failed ({status}): {last_words(errors or output)}")
+        raise ProgramError(f"{argv[0]} failed ({status}): {last_words(errors or output)}", output=errors)
     for line in lines_of(errors):
         if re.match(tell, line):
             console.say(one_line(line))
@@ -4452,8 +4487,8 @@ def load_intent(directory: Path) -> Intent | None:
         raise AshError(f"the intent file of {about} is damaged", hint) from None
 
 
-def save_intent(directory: Path, intent: Intent) -> None:
-    write_file(directory / "intent", json.dumps(intent._asdict()))
+def save_intent(directory: Path, intent: Intent, durable: bool = True) -> None:
+    write_file(directory / "intent", json.dumps(intent._asdict()), durable=durable)
 
 
 def new_id() -> str:
@@ -4555,7 +4590,7 @@ class WorkDir:
         delete_subvolume(self.before)
         delete_subvolume(self.origin)
         for directory in ("etc", "boot"):
-            delete_subvolume(self.layout.copy(directory, f"new-{self.snapshot}"))
+            delete_subvolume(self.layout.copy(directory, f"new-{self.name}"))  # nobody else's: we hold the lock NAME
         for leftover in self.files:
             remove_tree(leftover)
 
@@ -6728,6 +6763,13 @@ def delete_work_directories(system: System, snapshots: Sequence[int]) -> None:
                 raise
 
 
+def recover_each(system: System, snapshots: Sequence[int]) -> None:
+    """Finish or undo the interrupted work on snapshots whose locks are held."""
+    tree = system.tree()
+    for number in snapshots:
+        system.workdir(number).recover(tree)
+
+
 def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = False) -> list[int]:
     """Delete snapshots with their descendants, all or none: AshError if one is in use or locked. Returns them."""
     tree, numbers = system.tree(), numbers_to_delete(system, snapshots, remains)
@@ -6738,15 +6780,19 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
             system.workdir(number).recover(tree)
         stack.enter_context(system.lock("deploy"))
         require_replaceable(system, numbers, "not deleted")
+        undo = stack.enter_context(ExitStack())  # if the tree cannot be changed, or after a power cut
+        undo.callback(recover_each, system, numbers)
+        for number in numbers:
+            save_intent(system.layout.work(number), deletion, durable=False)
+        sync_filesystem(system.layout.snapshots)  # once for all, and before the lock "state" is taken
         with system.editing_tree() as tree:
             if late := sorted({n for one in snapshots if one in tree for n in tree.branch(one)} - {*numbers}):
                 what = f"{listed(late)} was created below it meanwhile: nothing is deleted"
                 raise AshError(what, "repeat the command to delete that too", LOCKED)
-            for number in numbers:
-                save_intent(system.layout.work(number), deletion)
             for snapshot in snapshots:
                 if snapshot in tree:
                     tree.remove(snapshot)
+        undo.pop_all()
         system.with_reserve(partial(delete_parts, system, numbers))
         deletion.record(system.workdir(numbers[0]))
         system.with_reserve(partial(delete_work_directories, system, numbers))
@@ -7724,7 +7770,9 @@ def report(error: AshError, command: Command | None) -> int:
 def as_ash_error(error: Exception) -> AshError:
     """Turn an exception that nothing caught into an error for the user; with -v, raise one of ash's own bugs again."""
     if isinstance(error, OSError):  # such as a full or broken disk
-        return AshError(reason(error))
+        found = AshError(reason(error))
+        found.errno = error.errno or 0
+        return found
     if isinstance(error, ModuleNotFoundError):  # an installed ash has its libraries beside it
         hint = f"install python3-{error.name}, or use the ash that is on the disk"
         return AshError(f"Python has no module {error.name}", hint)
@@ -8432,7 +8480,7 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
             raise AshError(f"/etc/ash.conf of snapshot {number} is not a regular file")
         path.parent.mkdir(exist_ok=True)
         text = edit_text(read_text(path) or CONF_EXAMPLE)
-        Configuration.parse(text)
+        Configuration.parse(text, strict=True)
         if text != read_text(path):
             write_text(path, text)
     return Reply(change_data(work.change), work.change.summary())
@@ -9641,6 +9689,7 @@ class Fsck:
     """
 
     LOOKS = 10  # at a snapshot that other processes keep changing
+    PATIENCE = 60.0  # seconds to wait for its lock then
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -9775,7 +9824,21 @@ class Fsck:
                 continue
             if not found or self._version(number) == before:
                 return found
-        return []
+        return self._locked_look_at(number)
+
+    def _locked_look_at(self, number: int) -> list[Problem]:
+        """The problems of a snapshot while nobody else can change it."""
+        directory = self.layout.work(number)
+        lock = Lock(directory / "lock", f"snapshot {number}", max(self.system.wait, self.PATIENCE))
+        try:
+            lock.__enter__()
+        except AshError as error:
+            return [Problem(f"it was not checked, since others change it all the time: {error.message}", number)]
+        with ExitStack() as stack:
+            stack.push(lock)
+            if number not in self.system.tree():  # deleted, and its work directory made again by the lock
+                remove_work_directory(directory)
+            return list(self._look_at(number))
 
     def _version(self, number: int) -> tuple[object, ...]:
         """A token that changes when the snapshot is changed."""
@@ -10135,13 +10198,22 @@ NIGHTLY_WAIT = 3600.0  # seconds to wait for a lock when nobody waits for the re
 CLOCK_SLACK = 60  # seconds that a clock may have been set back
 
 
-def require_clock(system: System) -> None:
-    """Raise AshError if the clock is behind ash's newest state file: signatures would seem to be from the future."""
+def doubt_about_clock(system: System) -> str:
+    """A warning if the clock is behind ash's newest state file: it is wrong, or was wrong then. Else empty.
+
+    If it is wrong, signatures may seem to be from the future, which the package manager reports. If it was, nothing
+    must come of it, so the files get the present time, and the warning is given once.
+    """
     layout = system.layout
-    last = max(path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists())
-    if time.time() < last - CLOCK_SLACK:
-        now, then = (time.strftime("%Y-%m-%d %H:%M", time.localtime(t)) for t in (time.time(), last))
-        raise AshError(f"the clock is wrong: it says {now}, but ash last changed something on {then}", "set the clock")
+    times = {path: path.stat().st_mtime for path in (layout.tree, layout.history, layout.upstate) if path.exists()}
+    now, last = time.time(), max(times.values())
+    if now >= last - CLOCK_SLACK:
+        return ""
+    for path in (path for path, when in times.items() if when > now):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+    here, there = (time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) for when in (now, last))
+    return f"the clock is or was wrong: it says {here}, but ash last changed something on {there}"
 
 
 def is_in_window(window: str) -> bool:
@@ -10189,6 +10261,7 @@ class AutoUpgrade:
         self.original = self._root_id()
         self.kept: int | None = None  # the sibling with the former state
         self.parent: int | None = None  # of both
+        self.doubt = ""  # about the clock
         self.upgraded = ""  # what was done to the snapshot, while the base is being upgraded
         self.missing: list[str] = []  # what repositories that could not be used said
 
@@ -10205,7 +10278,9 @@ class AutoUpgrade:
 
     def run(self) -> Reply:
         """Do everything except the reboot."""
-        require_clock(self.system)
+        self.doubt = doubt_about_clock(self.system)
+        if self.doubt:
+            console.warn(self.doubt)
         self.system.require_changeable(self.number)
         if self.policy == "check":
             planned = self._change(self.number)
@@ -10349,7 +10424,8 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
                 record_upgrade(system, FAILED, f"{state}{reason(error)}")
             raise
         without = f"; without some repositories: {listed(upgrading.missing)}" if upgrading.missing else ""
-        record_upgrade(system, 0, f"{lines_of(reply.text)[0]}{without}")
+        doubt = f"; {upgrading.doubt}" if upgrading.doubt else ""
+        record_upgrade(system, 0, f"{lines_of(reply.text)[0]}{without}{doubt}")
         return upgrading.reboot(reply)
 
 

@@ -136,7 +136,9 @@ def test_an_invalid_ash_conf_is_reported_in_one_line(system: System, snapshot: i
     assert "line 1 of ash.conf" in system.ash("run", snapshot, "true", status=125).error
     assert "line 1 of ash.conf" in system.ash("deploy", snapshot, status=USAGE).error
     system.ash("undo", snapshot)
-    system.ash("run", snapshot, "true")
+    system.shell(snapshot, "echo of_tomorrow::1 > /etc/ash.conf")  # a key of a later ash
+    assert "of_tomorrow" in system.ash("run", snapshot, "true").stderr
+    assert system.ash("deploy", snapshot).stderr.count("of_tomorrow") == 1
 
 
 def test_edit_conf_refuses_invalid_lines(

@@ -2,6 +2,7 @@
 """The grammar of the command line, including the forms that the old ash took."""
 
 import contextlib
+import errno
 import inspect
 import io
 import json
@@ -663,18 +664,31 @@ def test_a_torn_or_odd_partition_table_is_refused(content: bytes, tmp_path: Path
 # A full disk
 
 
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def raised_from(error: AshError, cause: Exception) -> AshError:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("name", "error", "calls"),
     [
-        ("undo", AshError("No space left on device"), 2),
-        ("undo", ash.CommittedButUnfinished("No space left on device"), 1),  # a second undo would be a redo
-        ("recover", ash.CommittedButUnfinished("No space left on device"), 2),
+        ("undo", FULL, 2),
+        ("undo", OSError(errno.EDQUOT, "Disk quota exceeded"), 2),
+        ("undo", raised_from(AshError("not deleted"), FULL), 2),
+        ("undo", ash.ProgramError("cp failed (1)", output="cp: error writing: No space left on device"), 2),
+        ("undo", ash.PackageError("E: Write error - write (122: Disk quota exceeded)"), 2),
+        ("undo", raised_from(ash.CommittedButUnfinished("unfinished"), FULL), 1),  # a second undo would be a redo
+        ("recover", raised_from(ash.CommittedButUnfinished("unfinished"), FULL), 2),
         ("undo", AshError("another reason"), 1),
-        ("clone", AshError("No space left on device"), 1),  # does not free any
+        ("undo", AshError("a file is named No space left on device"), 1),
+        ("clone", FULL, 1),  # does not free any
     ],
 )
 def test_commands_that_free_space_retry_with_the_reserve(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: AshError, calls: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: Exception, calls: int
 ) -> None:
     called = []
 
@@ -686,7 +700,7 @@ def test_commands_that_free_space_retry_with_the_reserve(
     monkeypatch.setattr(ash.History, "append", lambda *_: None)
     command = ash.find_command(name)._replace(function=fails)
     system = ash.System(ash.Layout(tmp_path, "debian"), ash.Distro())
-    with pytest.raises(AshError):
+    with pytest.raises(type(error)):
         ash.change_system(command, system, ash.Request())
     assert len(called) == calls
 

@@ -171,6 +171,14 @@ def test_values_of_a_configuration_are_ascii(line: str) -> None:
         Configuration.parse(line)
 
 
+def test_a_key_of_a_later_ash_is_a_warning_unless_somebody_edits(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "of_tomorrow::1\naur::True\n"
+    assert Configuration.parse(text).values == Configuration.parse(text).values == {"aur": "True"}
+    assert capsys.readouterr().err == "warning: line 1 of ash.conf has no effect: this ash knows no key of_tomorrow\n"
+    with pytest.raises(AshError, match=r"line 1 of ash\.conf is wrong"):
+        Configuration.parse(text, strict=True)
+
+
 @given(
     st.text()
     | st.lists(

@@ -72,6 +72,18 @@ def test_what_an_older_ash_wrote_is_read(text: str, expected: ash.Intent, tmp_pa
     assert (type(loaded), loaded) == (type(expected), expected)
 
 
+def test_a_live_change_does_not_delete_what_a_transaction_of_the_same_snapshot_has(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[Path] = []
+    monkeypatch.setattr(ash, "delete_subvolume", deleted.append)
+    ash.LiveWorkDir(system, 5).drop()
+    theirs = {system.layout.copy(directory, "new-5") for directory in ("etc", "boot")}
+    assert not theirs & {*deleted}
+    ash.WorkDir(system, 5).drop()
+    assert theirs <= {*deleted}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "x"}', '{"state": []}', older("commit", new="x")])
 def test_a_damaged_file_has_a_hint_how_to_drop_it(text: str, tmp_path: Path) -> None:
     work = tmp_path / "5"
