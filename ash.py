@@ -329,9 +329,12 @@ def bind(source: Path, target: Path, readonly: bool = False) -> None:
 
 
 @contextmanager
-def nosymfollow(directory: Path) -> Iterator[None]:
-    """Mount a directory `nosymfollow` for the block; checking components one by one would be a race."""
-    mount(directory, directory, flags=MS_BIND)
+def nosymfollow(directory: Path, source: Path | None = None) -> Iterator[None]:
+    """Mount a directory `nosymfollow` for the block; checking components one by one would be a race.
+
+    What is mounted below it is hidden. With `source`, that directory is mounted there.
+    """
+    mount(source or directory, directory, flags=MS_BIND)
     try:
         mount("none", directory, flags=MS_BIND | MS_REMOUNT | MS_NOATIME | MS_NOSYMFOLLOW)
         yield
@@ -3953,6 +3956,35 @@ def restore_links(var: Path, links: Mapping[str, str]) -> None:
                 (var / name).symlink_to(target)
 
 
+SEPARATE = ("log", "cache", "tmp")  # may be file systems of their own, with everything below them
+
+
+def may_be_separate(manager: PackageManager, directory: str) -> bool:
+    """Whether a directory of /var may be a file system or subvolume of its own.
+
+    Logs and caches may: a transaction does not see what is there, and what it writes is merged by the rules for these.
+    """
+    separate = (*SEPARATE, *manager.logs, *manager.caches)
+    return any(directory == name or directory.startswith(f"{name}/") for name in separate)
+
+
+def mounts_in_var(running: bool) -> list[str]:
+    """The directories of the running system's /var that something is mounted on, oldest first."""
+    targets = [mount.target for mount in mounts() if mount.target.startswith("/var/")] if running else []
+    return [str(Path(target).relative_to("/var")) for target in dict.fromkeys(targets)]
+
+
+@contextmanager
+def live_var(var: Path, separate: Iterable[str]) -> Iterator[None]:
+    """Mount the live /var `nosymfollow` for the block, and in it what the running system has mounted on `separate`."""
+    with ExitStack() as stack:
+        stack.enter_context(nosymfollow(var))
+        for directory in separate:
+            if is_directory(var / directory):
+                stack.enter_context(nosymfollow(var / directory, Path("/var", directory)))
+        yield
+
+
 class ChangedMeanwhile(AshError):
     """Another process has changed what was about to be replaced."""
 
@@ -4004,12 +4036,17 @@ class VarMerge:
             return "nothing"
         if entry in self.manager.caches:
             return "newest"
-        if entry in self.manager.logs and os.path.lexists(live):
+        if entry in self.manager.logs and (os.path.lexists(live) or self._is_separate(live.parent)):
             return "append"
         deletes = is_directory(live) and not is_directory(changed) and not is_whiteout(changed)
         if (deletes and entry not in self.delete) or change_token(live) != change_token(self.origin / entry):
             return "aside"
         return "aside" if is_open(live, self._opened) else "place"
+
+    def _is_separate(self, directory: Path) -> bool:
+        """Whether a directory is not in the subvolume of /var."""
+        status = status_of(directory)
+        return status is not None and status.st_dev != self.live.stat().st_dev
 
     def redecide(self, entry: str) -> str:
         """Decide again on an entry that was decided "place" when the merge was interrupted: it may be half applied."""
@@ -4680,11 +4717,16 @@ class WorkDir:
         restore_links(self.layout.var, database_links(self.package_manager, self.layout.rootfs(self.snapshot)))
         if entries and self.upper.exists():  # it is the first to go when all is done
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
-            with nosymfollow(self.layout.var), nosymfollow(self.upper):
+            with self.live_var(), nosymfollow(self.upper):
                 self._merge(merge, entries)
             for entry in merge.unmerged:
                 self._keep_unmerged(self.unmerged_of(merge), entry)
         return merge
+
+    def live_var(self) -> contextlib.AbstractContextManager[None]:
+        """Mount the live /var for a merge."""
+        separate = [path for path in mounts_in_var(self.system.running) if may_be_separate(self.package_manager, path)]
+        return live_var(self.layout.var, separate)
 
     def with_outcome(self, change: Change, merge: VarMerge) -> Change:
         """A change, with what became of it in /var."""
@@ -4739,7 +4781,10 @@ class WorkDir:
                 merge.in_conflict.append(entry)
             elif before != MERGED:
                 # The decision "place" may be old, and others may have changed the entry since.
-                decision = merge.redecide(entry) if before == "place" else before or merge.decide(entry)
+                try:
+                    decision = merge.redecide(entry) if before == "place" else before or merge.decide(entry)
+                except OSError:  # somebody changes it right now
+                    decision = "aside"
                 self._note(entry, decision, durable=decision == "place")
                 merge.merge(entry, decision)
                 about_to(f"note that {entry} is merged")
@@ -4821,6 +4866,7 @@ class Transaction:
             lock = stack.enter_context(self.system.lock(self.place.name))
             os.set_inheritable(lock.descriptor, True)
             self.system.require_changeable(self.snapshot, self.base)
+            self._require_database()
             if self.resume:
                 self._resume()
             else:
@@ -4852,6 +4898,14 @@ class Transaction:
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
         self.intent = Open(kept.homes, kept.caller)
         save_intent(self.place.directory, self.intent)
+
+    def _require_database(self) -> None:
+        """Refuse file systems of their own on which the symlinks to the package database would have to be."""
+        for here in mounts_in_var(self.system.running):
+            hidden = [name for name in self.package_manager.database if name.startswith(f"{here}/") or name == here]
+            if hidden and not may_be_separate(self.package_manager, here):
+                what = f"/var/{here} is a file system of its own: /var/{hidden[0]} must be on the one of /var"
+                raise AshError(what, "mount file systems deeper in it", REFUSED)
 
     def _require_space(self) -> None:
         self.system.keep_reserve()
@@ -4966,7 +5020,7 @@ class Transaction:
             with (
                 contextlib.suppress(AshError, OSError),  # not worth a second error
                 merge_lock(self.layout),
-                nosymfollow(self.layout.var),
+                self.place.live_var(),
                 nosymfollow(self.place.upper),
             ):
                 merge = self.place.var_merge()
@@ -5134,13 +5188,13 @@ class Transaction:
 
     def _refuse_foreign_writes(self) -> None:
         """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
-        foreign = {str(Path(m.target).relative_to("/var")) for m in mounts() if m.target.startswith("/var/")}
+        foreign = mounts_in_var(self.system.running)
         paths = paths_below(self.place.upper)
         self._refuse_too_deep(paths)
         for here in sorted({path.rpartition("/")[0] for path in paths}):
             origin = self.var / here
             nested = is_directory(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
-            if nested or (self.system.running and here in foreign):
+            if (nested or here in foreign) and not may_be_separate(self.package_manager, here):
                 what = f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it"
                 raise AshError(what, "make that change outside of ash", REFUSED)
 
@@ -6862,7 +6916,7 @@ class LiveWorkDir(WorkDir):
             token = from_json(read_text(self.decisions), self.DECISIONS)["token"]
         except ValueError:  # the merge had not begun
             return
-        with nosymfollow(self.layout.var):
+        with self.live_var():
             for entry in (self.layout.var / inside for inside in entries):
                 below = paths_below(entry) if is_directory(entry) else ()
                 beside = temporary_name(entry, token)

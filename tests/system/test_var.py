@@ -9,15 +9,16 @@ import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ash import load_distro
 from tests.support import DISTRIBUTION, FAILED, OURS_IN_RUN, VAR, make_deb, program, wait_until
-from tests.system.disk_system import System, facts
+from tests.system.disk_system import Machine, System, facts
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(100)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(110)]
 
 
 def conflicts(system: System, snapshot: int) -> Path:
@@ -508,3 +509,64 @@ def test_a_file_that_a_transaction_moves_away_stays(system: System, snapshot: in
     system.shell(snapshot, "mv /var/lib/file-moves /var/lib/file-moved")
     for name in ("file-moves", "file-moved"):
         assert (system.files.var / "lib" / name).read_text() == "data\n"
+
+
+RUNNING = """
+init = ash.System.__init__
+def as_running(self, *args, **options):
+    init(self, *args, **options)
+    self.running = True
+ash.System.__init__ = as_running
+"""
+
+
+@contextlib.contextmanager
+def file_systems(*places: str) -> Iterator[None]:
+    """Mount empty file systems in this machine's /var, which no other process sees."""
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            program("mount", "-t", "tmpfs", "ash-test", place)
+            stack.callback(program, "umount", place)
+        yield
+
+
+def test_logs_and_caches_may_be_file_systems_of_their_own(machine: Machine, snapshot: int) -> None:
+    var = machine.files.var
+    script = """
+        mkdir -p /var/log/apt /var/cache/apt/archives /var/log/daemon
+        for log in dpkg.log apt/history.log unknown.log daemon/log; do echo transaction >> /var/log/$log; done
+        for file in both new archives/a.deb; do echo transaction > /var/cache/apt/$file; done
+        touch -d 2001-01-01 /var/cache/apt/both
+    """
+    (var / "cache/apt").mkdir(parents=True, exist_ok=True)
+    with file_systems("/var/log", "/var/cache/apt"):
+        Path("/var/log/dpkg.log").write_text("live\n")
+        Path("/var/cache/apt/both").write_text("live\n")
+        Path("/var/cache/apt/mine").write_text("live\n")
+        Path("/var/log/unknown.log").write_text("live\n")
+        done = machine.run("--json", "run", snapshot, "sh", "-ec", f"{script}touch /etc/mark", patch=RUNNING).json
+        assert done["conflicts"] == ["/var/log/unknown.log"]
+        assert Path("/var/log/dpkg.log").read_text() == "live\ntransaction\n"
+        assert Path("/var/log/unknown.log").read_text() == "live\n"
+        for path in ("log/apt/history.log", "log/daemon/log", "cache/apt/new", "cache/apt/archives/a.deb"):
+            assert Path("/var", path).read_text() == "transaction\n", path
+        assert [Path("/var/cache/apt", name).read_text() for name in ("both", "mine")] == ["live\n", "live\n"]
+        machine.run("run", snapshot, "sh", "-c", "echo again >> /var/log/dpkg.log", patch=RUNNING)
+        assert Path("/var/log/dpkg.log").read_text() == "live\ntransaction\nagain\n"
+    assert (conflicts(machine.system, snapshot) / "log/unknown.log").read_text() == "transaction\n"
+    assert not (var / "log/daemon").exists(), "nothing is hidden below the mount"
+    assert (machine.system.root(snapshot) / "etc/mark").exists()
+
+
+def test_data_on_file_systems_of_their_own_are_refused(machine: Machine, snapshot: int) -> None:
+    with file_systems("/var/lib/misc"):
+        script = "echo x > /var/lib/misc/data; touch /etc/mark"
+        error = machine.run("run", snapshot, "sh", "-ec", script, patch=RUNNING, status=OURS_IN_RUN).error
+        assert "/var/lib/misc is a file system" in error
+        machine.run("run", snapshot, "touch", "/etc/other", patch=RUNNING)
+    with file_systems("/var/lib"):
+        script = "touch /home/it-ran"
+        error = machine.run("run", snapshot, "sh", "-ec", script, patch=RUNNING, status=OURS_IN_RUN).error
+        assert "/var/lib is a file system of its own" in error
+    assert not (machine.system.home / "it-ran").exists(), "known before the work"
