@@ -4590,14 +4590,17 @@ class WorkDir:
         self.overlay_work = self.private / "overlay"
         self.decisions = self.directory / "decisions"
         self.merged = self.directory / "merged"
+        self.strict = True  # see recover()
 
-    def recover(self, tree: Tree, drop_kept: bool = False) -> None:
+    def recover(self, tree: Tree, drop_kept: bool = False, *, strict: bool = False) -> None:
         """Finish or undo interrupted work. `drop_kept` also drops what waits for its user, or is damaged.
+
+        A commit stands: what fails again is passed over, if fsck can repair it later, unless it is `strict`.
 
         Raises:
             AshError: there is such work (REFUSED, if it waits), and `drop_kept` is not given.
         """
-        intent = self.intent(drop_kept)
+        intent, self.strict = self.intent(drop_kept), strict
         if intent is not None and not (drop_kept and isinstance(intent, Kept)):
             intent.recover(self, tree)
         elif self.leftovers():  # without an intent file: a power cut brought back what was deleted
@@ -4687,10 +4690,12 @@ class WorkDir:
         layout, n = self.layout, self.snapshot
         merge = self.merge_into_var(intent.entries, intent.delete)
         for directory in intent.copies if isinstance(intent, Commit) else ():
-            renew_copy(layout, n, directory)
+            with self._passing_over(again):
+                renew_copy(layout, n, directory)
         changed = intent.facts.get("packages")
         if changed is None or any(changed.values()) or not layout.packages(n).exists():
-            write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
+            with self._passing_over(again):
+                write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
         var = {"conflicts": [f"/var/{entry}" for entry in merge.in_conflict], "kept": list(merge.kept)}
@@ -4703,6 +4708,16 @@ class WorkDir:
         delete_subvolume(self.root)  # a power cut may have brought it back, if only /var was changed
         self._clear()
         return merge
+
+    @contextmanager
+    def _passing_over(self, again: bool) -> Iterator[None]:
+        """Pass over an error if this step failed before and another change waits: fsck finds what is left."""
+        try:
+            yield
+        except (AshError, OSError) as error:
+            if not again or self.strict:
+                raise
+            console.say(one_line(f"ash: snapshot {self.snapshot}: {reason(error)} (ash fsck --repair repairs it)"))
 
     def merge_lock(self, entries: Sequence[str]) -> contextlib.AbstractContextManager[object]:
         """The lock for merging these entries of /var, or nothing if there are none."""
@@ -6895,7 +6910,7 @@ class LiveWorkDir(WorkDir):
     def __init__(self, system: System, snapshot: int = BASE) -> None:
         super().__init__(system, snapshot, "live")
 
-    def recover(self, tree: Tree, drop_kept: bool = False) -> None:  # noqa: ARG002
+    def recover(self, tree: Tree, drop_kept: bool = False, *, strict: bool = False) -> None:  # noqa: ARG002
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
             self.roll_back(drop_kept)
 
@@ -7043,6 +7058,7 @@ class LiveTransaction(Transaction):
             etc = place.apply(self.slot, place.before, self.root)
             merge = place.merge_into_var(found.entries, found.delete)
             if merge.failed:
+                remove_tree(place.unmerged_of(merge))
                 raise AshError(
                     "; ".join(f"/var/{entry} cannot be changed: {why}" for entry, why in merge.failed.items())
                 )
@@ -7153,7 +7169,7 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
             continue
         try:
             with system.lock(place.name):
-                place.recover(system.tree(), drop_kept)
+                place.recover(system.tree(), drop_kept, strict=True)
             recovered.append(place.name)
         except Exception as error:  # of any kind: the other snapshots must be recovered all the same
             if not isinstance(error, AshError) or error.status != LOCKED:  # locked: an ash is at work
@@ -9862,7 +9878,7 @@ class Fsck:
         elif intent is None or not is_subvolume(self.layout.rootfs(number)):
             self.lost.take(*place.leftovers())
         else:
-            place.recover(tree)
+            place.recover(tree, strict=True)
 
     # Snapshots
 

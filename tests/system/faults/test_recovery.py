@@ -297,3 +297,18 @@ def test_a_failed_commit_is_not_resumed(system: System, snapshot: int) -> None:
     system.ash("recover")
     assert not [*(system.files.var / "lib").glob(f"*-{snapshot}")]
     assert not system.remains()
+
+
+def test_what_fails_after_the_commit_stops_no_later_change(system: System, snapshot: int) -> None:
+    failing = {"fail": f"exchange etc-new-{snapshot} and etc-{snapshot}"}
+    ended = system.with_hooks(failing, "run", snapshot, "sh", "-c", "echo 1 > /etc/mark")
+    assert "is not finished" in ended.stderr
+    assert system.with_hooks(failing, "recover").returncode == FAILED, "it can still be finished"
+    before = system.id_of(snapshot)
+    ended = system.with_hooks(failing, "run", snapshot, "sh", "-c", "echo 2 > /usr/mark")
+    assert ended.returncode == DONE, ended
+    assert "ash fsck --repair repairs it" in ended.stderr
+    assert system.id_of(snapshot) != before
+    assert "differs" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    system.is_sound()
