@@ -721,6 +721,22 @@ def is_same(one: Path, other: Path, *, from_overlay: bool = False) -> bool:
     return True
 
 
+def same_attributes(one: Path, other: Path) -> bool:
+    """Whether two regular files or directories have the same owner, mode, extended attributes and inode flags."""
+    a, b = one.lstat(), other.lstat()
+    owned = (a.st_mode, a.st_uid, a.st_gid) == (b.st_mode, b.st_uid, b.st_gid)
+    return owned and extended_attributes(one) == extended_attributes(other) and flags_of(one) == flags_of(other)
+
+
+def same_content(one: Path, other: Path) -> bool:
+    """Whether two regular files have the same content."""
+    with open_descriptor(one) as a, open_descriptor(other) as b:
+        while (piece := os.read(a, 1 << 16)) == os.read(b, 1 << 16):
+            if not piece:
+                return True
+    return False
+
+
 def is_untouched(path: str, one: Path, other: Path) -> bool:
     """Whether `path` is the same inode, unchanged since (ctime), below a subvolume and below its snapshot."""
     a, b = (status_of(root / path) if has_real_parents(root, path) else None for root in (one, other))
@@ -2450,6 +2466,10 @@ class PackageManager(Protocol):
 
     def config_files(self, root: Path) -> set[str]:
         """The configuration files of all packages, as paths from the root."""
+
+    def is_default(self, root: Path, path: str, content: bytes) -> bool:  # noqa: ARG002
+        """Whether a configuration file of a package in this root has the content that the package delivers."""
+        return False
 
     def files(self, root: Path, directory: str) -> set[str]:
         """The paths below a directory that packages own, relative to it; files made by scripts are unknown."""
@@ -5370,10 +5390,13 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     for path in sorted(paths_below(base) | paths_below(running)):
         if re.fullmatch(NOT_DRIFT, path):
             continue
-        with contextlib.suppress(PermissionError):  # not readable and of another mtime: counts as changed
+        before, now = (status_of(etc / path) for etc in (base, running))
+        try:
             if is_same(base / path, running / path) or is_special(running / path):
                 continue
-        before, now = os.path.lexists(base / path), os.path.lexists(running / path)
+        except PermissionError:  # for an account that may not read it, an equal mtime must do
+            if before and now and before.st_mtime_ns == now.st_mtime_ns:
+                continue
         drift[path] = "changed" if before and now else "added" if now else "removed"
     return drift
 
@@ -5488,7 +5511,8 @@ class EtcMerge:
     """Carries the changes made to a running /etc, which was once as in `base`, over into another one.
 
     Args:
-        conflicts: the directory for running versions of files that both sides changed.
+        conflicts: the directory for the version that loses, of files that both sides changed.
+        is_default: whether a path of the target, with this content, is as its package delivers it: it loses.
         own_fstab: renders the target's fstab with the user's lines of the given text.
     """
 
@@ -5496,13 +5520,21 @@ class EtcMerge:
     keep_conflicts = True  # whether to write anything to `conflicts`
 
     def __init__(
-        self, base: Path, running: Path, target: Path, conflicts: Path, own_fstab: Callable[[str], str]
+        self,
+        base: Path,
+        running: Path,
+        target: Path,
+        conflicts: Path,
+        own_fstab: Callable[[str], str],
+        *,
+        is_default: Callable[[str, bytes], bool] = lambda *_: False,
     ) -> None:
         self.base = base
         self.running = running
         self.target = target
         self.conflicts = conflicts
         self.own_fstab = own_fstab
+        self.is_default = is_default
         self.drift: Mapping[str, str] = {}  # as merge() found it
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
@@ -5543,8 +5575,42 @@ class EtcMerge:
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
+        elif reachable and all(size_of(one) >= 0 for one in (own, now, was)) and self._carry_facet(own, now, was):
+            self.carried.append(path)
+        elif reachable and size_of(now) >= 0 and self._is_default(path):
+            self._set_aside(path, self.target)
+            replace_by_copy(now, own, protected=True)
+            self.carried.append(path)
         elif not (is_directory(now) and is_directory(own)):
             self._set_aside(path)
+        elif is_directory(was) and not same_attributes(own, was):
+            self.in_conflict.append(path)
+
+    @staticmethod
+    def _carry_facet(own: Path, now: Path, was: Path) -> bool:
+        """Merge a file of which one side changed the content and the other owner, mode or other attributes.
+
+        Returns whether that was so.
+        """
+        if same_content(now, was) and same_attributes(own, was):
+            content, attributes = own, now
+        elif same_attributes(now, was) and same_content(own, was):
+            content, attributes = now, own
+        else:
+            return False
+        flags = flags_of(attributes)
+        unprotect(own)
+        with unprotected(own.parent), replace(own) as new:
+            copy_file(content, new)
+            with open_descriptor(attributes) as source, open_descriptor(new) as target:
+                copy_attributes(source, target)
+        if flags & PROTECTING:
+            protect(own, flags)
+        return True
+
+    def _is_default(self, path: str) -> bool:
+        own = self.target / path
+        return size_of(own) >= 0 and self.is_default(f"etc/{path}", read_bytes(own))
 
     def _would_hide_changes(self, path: str) -> bool:
         """Whether a directory that the running /etc replaced by something else has changes of the target in it."""
@@ -5582,9 +5648,14 @@ class EtcMerge:
         own = self.target / path
         if not has_real_parents(self.target, path) or not os.path.lexists(own):
             return
-        if not is_same(own, self.base / path) or (is_directory(own) and any(own.iterdir())):
+        if is_directory(own) and any(own.iterdir()):
             self.in_conflict.append(path)
             return
+        if not is_same(own, self.base / path):
+            if not self._is_default(path):
+                self.in_conflict.append(path)
+                return
+            self._set_aside(path, self.target)
         remove_tree(own, protected=True)
         self.carried.append(path)
 
@@ -5597,8 +5668,12 @@ class EtcMerge:
                 replace_by_copy(self.running / path, own, protected=True)
 
     def _set_aside(self, path: str, loser: Path | None = None) -> None:
-        """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory."""
+        """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory.
+
+        The default of a package gets the name that dpkg gives it there, NAME.dist.
+        """
         version = (loser or self.running) / path
+        path += ".dist" if loser and path != "fstab" else ""
         self.in_conflict.append(path)
         if self.keep_conflicts and not is_directory(version):
             make_private_directory(self.conflicts)
@@ -6166,7 +6241,8 @@ class Deployments:
         layout = self.layout
         own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
-        return EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab)
+        is_default = partial(self.distro.package_manager.is_default, target.parent)
+        return EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab, is_default=is_default)
 
     def _carry_etc(self, deployment: Deployment, target: Path, base: Path, state: str, fresh: bool) -> Deployment:
         """Carry the running /etc's changes since `base` into `target`, and keep it as the base of the next carry.

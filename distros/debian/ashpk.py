@@ -374,6 +374,15 @@ esac
         lines = registry.read_text(errors="replace").splitlines() if registry.is_file() else []
         return {path.lstrip("/") for path in own | {line.split()[-1] for line in lines if line.strip()}}
 
+    def is_default(self, root: Path, path: str, content: bytes) -> bool:
+        """By the checksums that dpkg has of its conffiles, and ucf of its files."""
+        import hashlib
+
+        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        known = {f" /{path} {digest}", f" /{path} {digest} obsolete", f"{digest}  /{path}"}
+        lists = database(root, "dpkg/status"), database(root, "ucf/hashfile")
+        return any(not known.isdisjoint(read_text(file).split("\n")) for file in lists)
+
     def files(self, root: Path, directory: str) -> set[str]:
         """The paths in dpkg's file lists, and the files that ucf manages."""
         start = f"/{directory}/"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DONE, FAILED, REFUSED, program
+from tests.support import DONE, FAILED, REFUSED, make_deb, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -207,6 +207,34 @@ def test_every_deployment_gets_the_machines_identity(machine: Machine, snapshot:
     machine.system.shell(other, "echo ffffffffffffffffffffffffffffffff > /etc/machine-id")
     machine.deploy(other)
     assert (machine.next_etc / "machine-id").read_text().startswith("0123456789abcdef")
+
+
+def test_an_edit_wins_over_a_new_default_of_its_package(machine: Machine, snapshot: int, tmp_path: Path) -> None:
+    system, names = machine.system, ("edited", "same", "both")
+    conf = [f"etc/ash-test/{name}.conf" for name in names]
+
+    def install(version: str) -> None:
+        files = {**dict.fromkeys(conf, f"{version}\n"), "DEBIAN/conffiles": "".join(f"/{path}\n" for path in conf)}
+        system.ash("install", "--not-live", snapshot, make_deb(tmp_path, "ash-test-conf", version, files=files))
+
+    install("1")
+    machine.deploy(snapshot)
+    machine.boot()
+    for name in ("edited", "both"):
+        (machine.etc / f"ash-test/{name}.conf").write_text("mine\n")
+    system.shell(snapshot, "echo theirs > /etc/ash-test/both.conf")
+    install("2")
+    answer = machine.deploy(snapshot)
+    found = {name: (machine.next_etc / f"ash-test/{name}.conf").read_text() for name in names}
+    assert found == {"edited": "mine\n", "same": "2\n", "both": "theirs\n"}
+    assert (answer["carried"], answer["conflicts"]) == (
+        ["ash-test/edited.conf"],
+        ["ash-test/both.conf", "ash-test/edited.conf.dist"],
+    )
+    aside = machine.aside(answer) / "ash-test"
+    assert ((aside / "edited.conf.dist").read_text(), (aside / "both.conf").read_text()) == ("2\n", "mine\n")
+    machine.boot()
+    assert machine.deploy(system.clone(snapshot))["conflicts"] == []
 
 
 def test_the_users_lines_of_fstab_are_carried_and_ashs_are_rendered(machine: Machine, snapshot: int) -> None:

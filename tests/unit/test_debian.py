@@ -7,7 +7,18 @@ from typing import cast
 
 import pytest
 
-from ash import FAILED, MISSING, REFUSED, Distro, PackageError, RepositoryError, Transaction, load_distro, lost_needs
+from ash import (
+    FAILED,
+    IN_ROOT_DB,
+    MISSING,
+    REFUSED,
+    Distro,
+    PackageError,
+    RepositoryError,
+    Transaction,
+    load_distro,
+    lost_needs,
+)
 from distros.debian.ashpk import Apt, Debian, apt_error, bytes_of, only_excluded_failed, planned, usable_repositories
 
 APT = Debian.package_manager
@@ -32,6 +43,15 @@ Version: 2
 Package: libc6
 Status: hold ok installed
 Version: 2:41-1
+"""
+CONFFILES = """\
+Package: tool
+Status: install ok installed
+Version: 1
+Conffiles:
+ /etc/tool.conf 401b30e3b8b5d629635a5c613cdb7919
+ /etc/tool.old 009520053b00386d1173f3988c55d192 obsolete
+Description: a tool
 """
 SIMULATION = """\
 NOTE: This is only a simulation!
@@ -277,3 +297,19 @@ def test_what_ash_needs_is_missed_where_it_was_before(tmp_path: Path) -> None:
     (after / "usr/bin/btrfs").unlink()
     assert lost_needs(Debian(), before, after) == ["python3-minimal", "btrfs-progs", "every kernel"]
     assert lost_needs(Debian(), after, after) == []
+
+
+def test_a_packages_default_is_known_by_its_checksum(tmp_path: Path) -> None:
+    database = tmp_path / IN_ROOT_DB
+    assert not APT.is_default(tmp_path, "etc/tool.conf", b"x\n")
+    (database / "dpkg").mkdir(parents=True)
+    (database / "dpkg/status").write_text(CONFFILES)
+    (database / "ucf").mkdir()
+    (database / "ucf/hashfile").write_text("401b30e3b8b5d629635a5c613cdb7919  /etc/default/tool\n")
+    found = {
+        (path, content)
+        for path in ("etc/tool.conf", "etc/tool.old", "etc/default/tool", "etc/other")
+        for content in (b"x\n", b"y\n")
+        if APT.is_default(tmp_path, path, content)
+    }
+    assert found == {("etc/tool.conf", b"x\n"), ("etc/tool.old", b"y\n"), ("etc/default/tool", b"x\n")}

@@ -257,6 +257,44 @@ def test_a_file_that_both_changed_is_kept_and_the_running_version_is_set_aside(m
     assert os.listdir(merge.target) == os.listdir(merge.running), "no leftovers for programs to read"
 
 
+def test_an_edit_wins_over_a_packages_new_default(merge: EtcMerge) -> None:
+    for name in ("file", "other", "dir/one", "dir/two"):
+        (merge.target / name).write_text("default\n")
+    (merge.target / "dir/two").write_text("changed on purpose\n")
+    for name in ("file", "dir/two", "link"):
+        (merge.running / name).unlink()
+        (merge.running / name).write_text("mine\n")
+    (merge.running / "dir/one").unlink()
+    merge.is_default = lambda path, content: path.startswith("etc/") and content == b"default\n"
+    merge.merge()
+    assert (merge.target / "file").read_text() == "mine\n"
+    assert not (merge.target / "dir/one").exists(), "a deleted one stays deleted"
+    assert (merge.target / "other").read_text() == "default\n", "not edited"
+    assert (merge.target / "dir/two").read_text() == "changed on purpose\n"
+    assert merge.carried == ["file", "link", "dir/one"]
+    assert merge.in_conflict == ["dir/two", "file.dist", "dir/one.dist"]
+    aside = [set_aside(merge, path) for path in ("file.dist", "dir/one.dist", "dir/two")]
+    assert aside == ["default\n", "default\n", "mine\n"]
+
+
+def test_content_of_one_side_and_attributes_of_the_other_are_merged(merge: EtcMerge) -> None:
+    (merge.running / "file").chmod(0o600)
+    os.setxattr(merge.running / "file", "user.note", b"n")
+    (merge.target / "file").write_text("theirs\n")
+    (merge.running / "other").write_text("mine\n")
+    (merge.target / "other").chmod(0o640)
+    (merge.running / "dir/one").chmod(0o600)
+    (merge.target / "dir/one").chmod(0o640)
+    (merge.running / "dir").chmod(0o700)
+    (merge.target / "dir").chmod(0o750)
+    merge.merge()
+    file, other = merge.target / "file", merge.target / "other"
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("theirs\n", 0o600)
+    assert os.getxattr(file, "user.note") == b"n"
+    assert (other.read_text(), other.stat().st_mode & 0o777) == ("mine\n", 0o640)
+    assert (merge.carried, merge.in_conflict) == (["file", "other"], ["dir", "dir/one"])
+
+
 def test_the_same_change_on_both_sides_is_not_a_conflict(merge: EtcMerge) -> None:
     for side in (merge.running, merge.target):
         (side / "file").write_text("same\n")
