@@ -5564,6 +5564,7 @@ class EtcMerge:
         return {path: kind for path, kind in drift.items() if path not in deep}
 
     def _carry(self, path: str) -> None:
+        """Carry a path that was added or changed, or record that it is in conflict."""
         own, now, was = self.target / path, self.running / path, self.base / path
         reachable = has_real_parents(self.target, path)
         if path == "fstab" and not any(one.is_symlink() for one in (own, now, was)):
@@ -5670,7 +5671,7 @@ class EtcMerge:
     def _set_aside(self, path: str, loser: Path | None = None) -> None:
         """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory.
 
-        The default of a package gets the name that dpkg gives it there, NAME.dist.
+        There the default of a package has the name NAME.dist.
         """
         version = (loser or self.running) / path
         path += ".dist" if loser and path != "fstab" else ""
