@@ -3950,9 +3950,23 @@ def remove_beside_neighbours(path: Path) -> list[Path]:
     return neighbours
 
 
+def is_as_it_was(now: os.stat_result | None, before: os.stat_result | None) -> bool:
+    """Whether two lstat(2) are of the same inode, unchanged; another name of it may have been replaced since."""
+    if now is None or before is None or now.st_ino != before.st_ino:
+        return False
+    if now.st_ctime_ns == before.st_ctime_ns:
+        return True
+    same = all(getattr(now, name) == getattr(before, name) for name in ("st_mtime_ns", "st_size", "st_mode", "st_uid"))
+    return same and now.st_nlink != before.st_nlink
+
+
 def is_remainder(live: Path, origin: Path) -> bool:
-    """Whether a live directory has nothing but what it had, as while it is being deleted."""
-    return all(is_directory(live / path) or is_untouched(path, origin, live) for path in paths_below(live))
+    """Whether a live path has nothing but what it had, as while it is being deleted. Neighbours do not count."""
+    for seen in look_through(live):
+        is_file = seen.status is None or not stat.S_ISDIR(seen.status.st_mode)
+        if is_file and not is_as_it_was(seen.status, status_of(origin / Path(seen.path).relative_to(live))):
+            return False
+    return True
 
 
 def database_links(manager: PackageManager, root: Path) -> dict[str, str]:
@@ -4107,13 +4121,13 @@ class VarMerge:
                     self._with_room(self._append, changed, live, origin)
                 else:
                     self._with_room(self._place, changed, live, origin, newest=decision == "newest")
-            except ChangedMeanwhile:
-                decision = "aside"
             except (AshError, OSError) as error:
-                self.failed[entry] = self._why(error)
+                if not isinstance(error, ChangedMeanwhile):
+                    self.failed[entry] = self._why(error)
+                if decision == "place":
+                    self._put_back()
                 decision = "aside"
         if decision == "aside":
-            self._put_back()
             decision = "aside" if self._set_aside(entry) else "keep"
         if decision == "keep":
             self.unmerged.append(entry)
@@ -4176,6 +4190,15 @@ class VarMerge:
             else:
                 live.unlink()
 
+    def delete_torn(self, entry: str) -> None:
+        """Delete the temporary files that an interrupted merge of an entry left."""
+        live = self.live / entry
+        beside = temporary_name(live, self.token)
+        below = paths_below(live) if is_directory(live) else ()
+        for path in (beside, *(live / inside for inside in below if inside.endswith(beside.name))):
+            if os.path.lexists(path):
+                remove_tree(path, protected=True)
+
     def add_files(self, pattern: str) -> None:
         """Add new regular files that match a glob pattern, and nothing else; no symlink is followed."""
         for changed in sorted(self.upper.glob(pattern)):
@@ -4210,29 +4233,29 @@ class VarMerge:
             before = origin / theirs.relative_to(target) if origin else None
             if is_whiteout(ours):
                 deleted.append(theirs)
+            elif is_special(ours) or (newest and not is_directory(ours) and is_newer(theirs, ours)):
+                continue
+            elif before and not newest and not is_directory(theirs) and self._is_changed(theirs, before, ours):
+                raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
             elif is_directory(ours):
                 directories.append((ours, theirs))
                 self._place_directory(ours, theirs)
                 known = os.listdir(before) if before and is_opaque(ours) and is_directory(before) else []
                 deleted += [theirs / name for name in known if name not in names]
-            elif is_special(ours) or (newest and is_newer(theirs, ours)):
-                continue
-            elif before and not newest and self._is_changed(theirs, before, ours):
+            elif before and not newest and is_directory(theirs) and not is_remainder(theirs, before):
                 raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
             else:
                 self._place_file(ours, theirs, links)
         for theirs in deleted if origin else ():
-            self._delete(theirs)
+            self._delete(theirs, newest)
         for ours, theirs in reversed(directories):  # the modes of new ones, and mtimes, which filling them changed
             copy_directory_attributes(ours, theirs, from_overlay=True)
 
     @staticmethod
     def _is_changed(live: Path, origin: Path, ours: Path) -> bool:
         """Whether a live file is neither as it was nor as the transaction has it."""
-        now, before = status_of(live), status_of(origin)
-        if now is None or (before and (now.st_ino, now.st_ctime_ns) == (before.st_ino, before.st_ctime_ns)):
-            return False
-        return not (is_remainder(live, origin) if is_directory(live) else is_placed(ours, live))
+        now = status_of(live)
+        return not (now is None or is_as_it_was(now, status_of(origin)) or is_placed(ours, live))
 
     def _place_directory(self, changed: Path, target: Path) -> None:
         """Restrict a directory, or create one for root alone, before anything new is in it."""
@@ -4258,12 +4281,14 @@ class VarMerge:
             replace_by_copy(changed, target, self.token, from_overlay=True)
         self._placed.append((target, inode_of(target)))
 
-    def _delete(self, live: Path) -> None:
+    def _delete(self, live: Path, newest: bool) -> None:
         """Delete what the transaction deleted, if that applies to this entry; else it is kept, and reported."""
         if not os.path.lexists(live):
             return
         path = live.relative_to(self.live)
         if {str(path), *map(str, path.parents)} & {*self.delete}:
+            if not newest and not is_remainder(live, self._original(live)):
+                raise ChangedMeanwhile(f"{live} was changed meanwhile")
             self._deleted.append(live)
             self.kept += [f"/var/{neighbour.relative_to(self.live)}" for neighbour in remove_beside_neighbours(live)]
         else:
@@ -4274,9 +4299,14 @@ class VarMerge:
         for (ours, theirs, before), names in walk(changed, live, origin):
             if is_whiteout(ours):
                 continue
-            if not os.path.lexists(theirs):
+            if not os.path.lexists(theirs) and is_directory(ours):
+                self._place_directory(ours, theirs)
+            elif not os.path.lexists(theirs) and size_of(ours) >= 0 and size_of(before) > 0:
+                with replace(theirs, token=self.token) as new:  # the rest is elsewhere, or was rotated away
+                    copy_file(ours, new, from_overlay=True)
+                    new.write_bytes(read_bytes(ours)[size_of(before) :])
+            elif not os.path.lexists(theirs):
                 self._place(ours, theirs, before)
-                names.clear()
             elif is_directory(ours):
                 names[:] = names if is_directory(theirs) else ()
             elif stat.S_ISREG(theirs.lstat().st_mode) and stat.S_ISREG(ours.lstat().st_mode):
@@ -4287,8 +4317,8 @@ class VarMerge:
         known = origin.lstat().st_size if os.path.lexists(origin) else 0
         ours = os.fdopen(open_regular(changed), "rb")
         with ours, os.fdopen(open_regular(live, os.O_RDWR | os.O_APPEND), "r+b") as log:
-            for file in (ours, log):
-                file.seek(min(known, os.fstat(file.fileno()).st_size))
+            ours.seek(known)
+            log.seek(known if os.fstat(log.fileno()).st_size >= known else 0)  # 0: it was rotated
             added = ours.read()
             if added not in log.read():  # else this was interrupted before the entry was recorded as merged
                 about_to(f"append to {live.name}")
@@ -4822,6 +4852,8 @@ class WorkDir:
                     decision = "aside"
                 self._note(entry, decision, durable=decision == "place")
                 merge.merge(entry, decision)
+                if before:
+                    merge.delete_torn(entry)
                 about_to(f"note that {entry} is merged")
                 kept = "keep" if entry in merge.unmerged else SET_ASIDE if entry in merge.in_conflict else MERGED
                 self._note(entry, kept)
@@ -7008,12 +7040,11 @@ class LiveWorkDir(WorkDir):
             token = from_json(read_text(self.decisions), self.DECISIONS)["token"]
         except ValueError:  # the merge had not begun
             return
+        merge = self.var_merge()
+        merge.token = token
         with self.live_var():
-            for entry in (self.layout.var / inside for inside in entries):
-                below = paths_below(entry) if is_directory(entry) else ()
-                beside = temporary_name(entry, token)
-                for path in (beside, *(entry / one for one in below if one.endswith(beside.name))):
-                    remove_tree(path)
+            for entry in entries:
+                merge.delete_torn(entry)
 
     def deploy_lock(self) -> Lock:
         """The lock "deploy"; a live change waits for it."""
