@@ -4769,9 +4769,14 @@ class WorkDir:
                 raise
             console.say(one_line(f"ash: snapshot {self.snapshot}: {reason(error)} (ash fsck --repair repairs it)"))
 
-    def merge_lock(self, entries: Sequence[str]) -> contextlib.AbstractContextManager[object]:
-        """The lock for merging these entries of /var, or nothing if there are none."""
-        return merge_lock(self.layout, wait=600) if entries else contextlib.nullcontext()
+    @contextmanager
+    def merge_lock(self, entries: Sequence[str]) -> Iterator[None]:
+        """Hold the lock for merging these entries of /var, if there are any. A wait for it can be interrupted."""
+        with ExitStack() as stack:
+            if entries:
+                with signals_heard():
+                    stack.enter_context(merge_lock(self.layout, wait=600))
+            yield
 
     def merge_into_var(self, entries: Sequence[str], delete: Sequence[str]) -> VarMerge:
         """Merge these entries of /var, unless that has been done; in those of `delete`, deletions are applied.
@@ -5050,8 +5055,7 @@ class Transaction:
         intent: Commit | Merge
         try:
             found = self._conclude()
-            with signals_heard():
-                stack.enter_context(place.merge_lock(found.entries))
+            stack.enter_context(place.merge_lock(found.entries))
             changed = bool(found.paths) or bool(found.entries)
             change = Change.between(self.snapshot, found.before, found.after)._replace(changed=changed)
             facts = {"packages": change.packages()}
@@ -7158,7 +7162,7 @@ class LiveTransaction(Transaction):
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
             with signals_heard():
                 stack.enter_context(place.deploy_lock())
-                stack.enter_context(place.merge_lock(found.entries))
+            stack.enter_context(place.merge_lock(found.entries))
             slot = self.layout.rootfs(self.slot)
             save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries))
             sync_filesystem(self.layout.snapshots)

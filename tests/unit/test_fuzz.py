@@ -257,19 +257,22 @@ def test_an_intent_file(text: str, tmp_path: Path) -> None:
         assert type(ash.load_intent(tmp_path)) is type(intent)
 
 
-DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee", "decided": {"lib/x": "place", "log/y": "append"}}
+DECISIONS = {"aside": "5-2026-01-01T000000", "token": "c0ffee"}
 
 
-@given(text=texts_like(DECISIONS))
+@given(text=st.one_of(texts_like(DECISIONS), texts_like(["lib/x", "place"])), noted=st.booleans())
+@example(text='["lib/x", "elsewhere"]', noted=True)
+@example(text='["lib/x", "place"', noted=True)
 @FUZZ
-def test_a_file_of_merge_decisions(text: str, tmp_path: Path) -> None:
-    """If it cannot be read, the merge decides again: entries already merged equal those of the transaction."""
+def test_the_files_of_a_merge(text: str, noted: bool, tmp_path: Path) -> None:
+    """If they cannot be read, the merge decides again: entries already merged equal those of the transaction."""
     layout = Layout.at(tmp_path, "debian")
     place = WorkDir(System(layout, Debian()), 5)
     for directory in (place.upper / "lib/x", place.origin / "lib", layout.var / "lib"):
         directory.mkdir(parents=True, exist_ok=True)
-    place.merged.unlink(missing_ok=True)
-    written(place.decisions, text)
+    for file in (place.merged, place.decisions):
+        file.unlink(missing_ok=True)
+    written(place.merged if noted else place.decisions, text)
     merge = ash.VarMerge(place.upper, place.origin, layout.var, Debian.package_manager, layout.conflicts(5), delete=())
     either(lambda: place._merge(merge, ["lib/x"]))
     assert {path.name for path in tmp_path.iterdir()} <= {"@.snapshots_debian", "@var_debian"}
