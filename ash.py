@@ -1226,6 +1226,7 @@ class Layout:
 # Relative to a root file system.
 IN_ROOT_DB, IN_ROOT_SNAP, IN_ROOT_MUTABLE = "usr/share/ash/db", "usr/share/ash/snap", "usr/share/ash/mutable"
 IN_ROOT_ID = "usr/share/ash/deployment"  # in a deployment: its slot and id
+IN_ROOT_SAVED = "usr/share/ash/saved"  # names what `etc-update` or `rollback` saved from a running /etc
 IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
 
 
@@ -5654,11 +5655,33 @@ class EtcMerge:
         own, now = self.target / path, self.running / path
         return is_directory(own) and not is_directory(now) and bool(first_difference(own, self.base / path))
 
-    def _carry_fstab(self, own: Path, now: Path, was: Path) -> None:
+    def lacks(self, path: str) -> bool:
+        """Whether the target lacks what the running /etc has at a path, or has what that has not."""
+        own, now = self.target / path, self.running / path
+        if path == "fstab":
+            theirs = fstab_of_user(read_text(own))
+            return any(line not in theirs for line in fstab_of_user(read_text(now)))
+        return not is_same(own, now)
+
+    def bring(self, path: str) -> None:
+        """Carry a path, whatever the target has there, since the user asked for it."""
+        own, now = self.target / path, self.running / path
+        if not has_real_parents(self.target, path):
+            self._set_aside(path)
+        elif path == "fstab":
+            self._carry_fstab(own, now, None)
+        elif os.path.lexists(now):
+            replace_by_copy(now, own)
+            self.carried.append(path)
+        elif not is_directory(own) or not any(own.iterdir()):
+            remove_tree(own)
+            self.carried.append(path)
+
+    def _carry_fstab(self, own: Path, now: Path, was: Path | None) -> None:
         """Carry the user's lines, which win over the target's; a target that had others is set aside."""
-        texts = [read_text(path) for path in (own, now, was)]
+        texts = [read_text(path) if path else "" for path in (own, now, was)]
         ours, live, before = map(fstab_of_user, texts)
-        if (changed := fstab_of_ash(texts[1])) != fstab_of_ash(texts[2]):
+        if was and (changed := fstab_of_ash(texts[1])) != fstab_of_ash(texts[2]):
             places = dict.fromkeys(fstab_mount_point(line) for line in changed if line not in lines_of(texts[2]))
             self.without_effect.append(f"fstab, the lines of {listed(places or OWN_MOUNT_POINTS)}: they are ash's own")
         if live in (before, ours):
@@ -5719,6 +5742,23 @@ class EtcMerge:
             copy_file(version, aside)
 
 
+def saved_paths(root: Path) -> list[str]:
+    """The paths in /etc that were saved from a running system into a snapshot, or into a deployment's."""
+    try:
+        paths: list[str] = from_json(read_text(place_inside(root, IN_ROOT_SAVED)), {"etc": [is_inner_path]})["etc"]
+    except ValueError:  # none were
+        return []
+    return paths
+
+
+def note_saved(root: Path, paths: Iterable[str]) -> None:
+    """Note in a root that changes of these paths in /etc were saved. Accounts and identity are the machine's."""
+    known = set(saved_paths(root))
+    saved = {path for path in paths if path not in ACCOUNT_FILES and not re.fullmatch(IDENTITY, path)}
+    if saved - known:
+        write_inside(root, IN_ROOT_SAVED, json.dumps({"etc": sorted(saved | known)}) + "\n")
+
+
 def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
     """Make paths of a root what they are in another, each file atomically; safe to repeat after an interruption."""
     exists = {path: has_real_parents(source, path) and os.path.lexists(source / path) for path in paths}
@@ -5758,6 +5798,7 @@ def make_bootable(layout: Layout, distro: Distro, root: Path, which: int | str, 
 DEPLOYMENT_SHAPE = {
     "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "initramfs?": is_text, "own_etc?": is_text,
+    "only_saved?": [is_text],
     "etc_from?": is_text, "etc_state?": is_text,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
 }  # fmt: skip
@@ -5781,6 +5822,7 @@ class Deployment(NamedTuple):
     conflicts_folder: str = ""
     without_effect: Sequence[str] = ()  # changes of the running /etc that a deployment cannot have
     initramfs: str = ""  # initramfs_inputs() of its initramfs; empty if that is the snapshot's own
+    only_saved: Sequence[str] = ()  # what other snapshots have from the running /etc, and this deployment has not
     own_etc: str = ""  # etc_state() of its own /etc when it was made, or carried to
 
     @property
@@ -6045,13 +6087,20 @@ class Deployments:
                 console.say(f"ash: {left.name} cannot be deleted: {reason(error)}")
 
     def deploy(
-        self, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False, fresh: bool = False
+        self,
+        snapshot: int,
+        *,
+        secondary: bool = False,
+        fresh_etc: bool = False,
+        fresh: bool = False,
+        with_saved: bool = False,
     ) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
         # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
         # another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
-        if not fresh_etc and (found := self._up_to_date(snapshot, state, secondary)):
+        found = None if fresh_etc else self._up_to_date(snapshot, state, secondary)
+        if found and not (with_saved and found.only_saved):
             return found, False
         current = self.menu.deployments.get(self.running)
         if (
@@ -6065,7 +6114,7 @@ class Deployments:
             raise AshError(what, hint, REFUSED)
         slot = self._free_slot(secondary)
         try:
-            deployment = self._build(snapshot, slot, state, fresh_etc)
+            deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
             if slot in self.menu.deployments:
                 self._keep_drift(slot)
         except BaseException:
@@ -6116,7 +6165,7 @@ class Deployments:
         place = f"/var/{merge.conflicts.relative_to(layout.var)}"
         console.say(f"only the deployment that is replaced had these changes of /etc: {listed(paths)}; see {place}")
 
-    def _build(self, snapshot: int, slot: str, state: str, fresh_etc: bool) -> Deployment:
+    def _build(self, snapshot: int, slot: str, state: str, fresh_etc: bool, with_saved: bool) -> Deployment:
         """Create the new deployment beside its slot, merge /etc into it, and determine how it boots."""
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
@@ -6128,6 +6177,8 @@ class Deployments:
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if self.running:
             deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
+        if self.running and not fresh_etc:
+            deployment = self._bring_saved(deployment, new, with_saved)
         try:
             deployment = self._configure(deployment, new, deployment.carried)
         except AshError as error:
@@ -6137,6 +6188,33 @@ class Deployments:
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
         return deployment._replace(own_etc=etc_state(new / "etc"))
+
+    def _bring_saved(self, deployment: Deployment, root: Path, wanted: bool) -> Deployment:
+        """Name what was saved from the running /etc into other snapshots only, or, if `wanted`, carry it too.
+
+        What the waiting deployment of the same snapshot has of it is carried in any case: it was drift at that deploy.
+        """
+        layout, before = self.layout, self.menu.deployments.get(self.menu.default)
+        settled = {*saved_paths(root), *deployment.carried, *deployment.conflicts}
+        saved = [path for path in saved_paths(layout.rootfs(self.running)) if path not in settled]
+        if not saved:
+            return deployment
+        again = before and (before.snapshot, before.etc_from) == (deployment.snapshot, self.running)
+        carried = before.carried if before and again else ()
+        with readonly_view(layout, layout.rootfs(self.running)) as running, nosymfollow(root / "etc"):
+            base = layout.etc(self.running)
+            merge = self.etc_merge(base, running, root / "etc", deployment.snapshot, deployment.slot)
+            lacking = [path for path in saved if merge.lacks(path)]
+            for path in lacking:
+                if wanted or path in carried:
+                    merge.bring(path)
+        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
+        return deployment._replace(
+            carried=[*deployment.carried, *merge.carried],
+            conflicts=[*deployment.conflicts, *merge.in_conflict],
+            conflicts_folder=deployment.conflicts_folder or directory,
+            only_saved=[path for path in lacking if path not in (*merge.carried, *merge.in_conflict)],
+        )
 
     def _hint_about(self, deployment: Deployment) -> str:
         """What to do if a deployment cannot be made: something in the running /etc may be wrong. Empty if it is not."""
@@ -7297,20 +7375,20 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
 
 
 def deploy_snapshot(
-    system: System, snapshot: int, *, secondary: bool = False, fresh_etc: bool = False, fresh: bool = False
+    system: System, snapshot: int, *, secondary: bool = False, **options: bool
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
-    With `fresh_etc`, changes of the running /etc are not carried over; with `fresh`, what was changed in a mutable
-    deployment of the same snapshot as it ran is left behind, which is REFUSED without it. Returns the deployment, and
-    whether it is a new one: an up-to-date one is reused.
+    With `fresh_etc`, changes of the running /etc are not carried over; with `with_saved`, those that were saved into
+    other snapshots are too. `fresh` leaves changes of a mutable deployment of the same snapshot behind, which is REFUSED
+    without it. Returns the deployment, and whether it is new: an up-to-date one is reused.
     """
     system.require(snapshot)
     roll_back_live(system)
     with system.deploying() as deployments:
         system.require(snapshot)
         deployments.recover()
-        return deployments.deploy(snapshot, secondary=secondary, fresh_etc=fresh_etc, fresh=fresh)
+        return deployments.deploy(snapshot, secondary=secondary, **options)
 
 
 def save_drift(system: System) -> tuple[Change, EtcMerge]:
@@ -7332,6 +7410,8 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             merge = deployments.etc_merge(base, running, work.root / "etc", number, number)
             merge.identity = False
             merge.merge()
+            for root in (work.root, system.layout.rootfs(slot)):  # the snapshot may be undone, or another be deployed
+                note_saved(root, merge.carried)
             settings = [path for path in merge.carried if re.fullmatch(system.distro.initramfs_settings, path)]
             for kernel in [one for one in kernels_of(work.root) if one.initramfs and settings]:
                 with step(f"making the initramfs of {kernel.name} again, for {listed(settings)}"):
@@ -7400,6 +7480,7 @@ class Request(NamedTuple):
     secondary: bool = False
     shell: bool = False
     strict: bool = False
+    with_saved: bool = False
 
     @property
     def snapshot(self) -> int:
@@ -8248,7 +8329,7 @@ def cmd_sub(system: System, request: Request) -> Reply:
 
 DEPLOYED_SHAPE = {
     "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
-    "conflicts_folder": str, "without_effect": [str],
+    "conflicts_folder": str, "without_effect": [str], "only_saved": [str],
 }  # fmt: skip
 
 
@@ -8262,12 +8343,17 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     if changed and deployment.conflicts:
         text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
         text += listed(deployment.conflicts)
+    if changed and deployment.only_saved:
+        text += (
+            f"\n  saved in another snapshot, not in {number} (--with-saved brings it): {listed(deployment.only_saved)}"
+        )
     if changed:
         text += "".join(f"\n  without effect: {one_line(what)}" for what in deployment.without_effect)
     data = {
         "snapshot": number, "changed": changed, "slot": deployment.slot, "id": deployment.id,
         "carried": list(deployment.carried), "conflicts": list(deployment.conflicts),
         "conflicts_folder": deployment.conflicts_folder, "without_effect": list(deployment.without_effect),
+        "only_saved": list(deployment.only_saved),
     }  # fmt: skip
     return Reply(data, text, str(number))
 
@@ -8285,7 +8371,13 @@ def withdrawn_reply(system: System, number: int) -> Reply:
         "slot": last.slot if last else "",
         "id": last.id if last else "",
     }
-    none: Mapping[str, Any] = {"carried": [], "conflicts": [], "conflicts_folder": "", "without_effect": []}
+    none: Mapping[str, Any] = {
+        "carried": [],
+        "conflicts": [],
+        "conflicts_folder": "",
+        "without_effect": [],
+        "only_saved": [],
+    }
     return Reply({**data, **none}, f"snapshot {number} {text}", str(number))
 
 
@@ -8296,6 +8388,7 @@ def withdrawn_reply(system: System, number: int) -> Reply:
         flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
         flag("--no-secondary", help="take that entry of N out of the boot menu again"),
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
+        flag("--with-saved", help="bring along what was saved from the running /etc into another snapshot"),
         flag("--fresh", help="leave behind what was changed in a mutable deployment of N as it ran"),
     ],
     answer=DEPLOYED_SHAPE,
@@ -8308,6 +8401,7 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     yield would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
         options = {"secondary": request.secondary, "fresh_etc": request.fresh_etc, "fresh": request.fresh}
+        options["with_saved"] = request.with_saved
         deployment, changed = deploy_snapshot(system, number, **options)
     return deployed_reply(deployment, changed)
 
@@ -8367,6 +8461,8 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         stack.callback(delete_subvolume, copy)
         for mark in (IN_ROOT_SNAP, IN_ROOT_ID, IN_ROOT_LIVE):
             place_inside(copy, mark).unlink(missing_ok=True)
+        if is_subvolume(layout.etc(slot)):
+            note_saved(copy, etc_drift(layout.etc(slot), copy / "etc"))
         of = system.snapshot_of(slot)
         with new_snapshot(system, copy, description, of, None) as number, system.editing_tree() as tree:
             tree.add(number, None)

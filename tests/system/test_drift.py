@@ -456,6 +456,58 @@ def test_what_a_deploy_carried_stays_carried_after_etc_update(machine: Machine) 
     assert not (new / "precious").exists()
 
 
+def test_a_second_deploy_keeps_what_the_first_carried(machine: Machine) -> None:
+    other = machine.system.clone()
+    (machine.etc / "precious").write_text("x\n")
+    machine.running("deploy", other)
+    machine.running("etc-update")
+    (machine.etc / "later").touch()
+    answer = machine.running("deploy", other)
+    assert (sorted(answer["carried"]), answer["only_saved"]) == (["later", "precious"], [])
+    assert (machine.next_etc / "precious").read_text() == "x\n"
+
+
+def test_what_was_saved_into_one_snapshot_is_named_by_a_deploy_of_another(machine: Machine, snapshot: int) -> None:
+    system, etc = machine.system, machine.etc
+    other = system.clone()
+    (etc / "new").mkdir()
+    (etc / "new/precious").write_text("x\n")
+    (etc / "motd").write_text("mine\n")
+    (etc / "issue").unlink()
+    with (etc / "fstab").open("a") as fstab:
+        fstab.write("LABEL=data /data ext4 nofail 0 2\n")
+    saved = ["fstab", "issue", "motd", "new", "new/precious"]
+    assert sorted(machine.running("etc-update")["carried"]) == saved
+    answer = machine.running("deploy", other)
+    assert (answer["carried"], answer["only_saved"]) == ([], saved)
+    assert machine.running("deploy", system.clone(snapshot))["only_saved"] == [], "a copy of it has them"
+    done = machine.run("deploy", other).stdout
+    assert "--with-saved" in done
+    assert "new/precious" in done
+    assert machine.running("deploy", other)["changed"] is False
+    answer = machine.running("deploy", other, "--with-saved")
+    assert (sorted(answer["carried"]), answer["only_saved"]) == (saved, [])
+    new = machine.next_etc
+    assert ((new / "new/precious").read_text(), (new / "motd").read_text()) == ("x\n", "mine\n")
+    assert not (new / "issue").exists()
+    assert (new / "fstab").read_text().count(" /data ") == 1
+    assert (new.parent / "data").is_dir()
+    system.boots()
+    system.ash("undo", snapshot)
+    assert "new/precious" in machine.running("deploy", snapshot)["only_saved"], "the snapshot has them no longer"
+
+
+def test_what_a_rollback_saved_is_named_by_a_deploy_of_another_snapshot(machine: Machine) -> None:
+    other = machine.system.clone()
+    (machine.etc / "own").write_text("mine\n")
+    machine.running("rollback")
+    machine.boot()
+    assert (machine.etc / "own").read_text() == "mine\n"
+    answer = machine.running("deploy", other)
+    assert (answer["carried"], answer["only_saved"]) == ([], ["own"])
+    assert machine.running("deploy", other, "--with-saved")["carried"] == ["own"]
+
+
 def test_a_carry_keeps_edits_that_were_made_while_the_target_ran(machine: Machine) -> None:
     """The new deployment runs, then the old one again, from the menu: its later edits are merged into the new one."""
     machine.running("deploy", machine.system.clone())

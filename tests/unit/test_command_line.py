@@ -436,6 +436,7 @@ def test_upself_has_the_old_options_for_downloading(command: str, option: str) -
         ("force-sync 3 --keep", "keep"),
         ("deploy 3 --fresh-etc", "fresh_etc"),
         ("deploy 3 --fresh", "fresh"),
+        ("deploy 3 --with-saved", "with_saved"),
         ("deploy 3 --no-secondary", "no_secondary"),
         ("del 3 --nuke", "nuke"),
         ("tree -l", "long"),
