@@ -6021,6 +6021,67 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
     return ""
 
 
+# --- What is made from a deployment's /etc -----------------------------------------------------------------------
+
+
+def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None:
+    """Have a root's fstab mount the mutable directories that its ash.conf names."""
+    old = read_text(path_inside(root, "etc/fstab"))
+    lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES)]
+    for kept, seen in mutable_directories(root, snapshot):
+        make_mutable_directory(layout, kept)
+        path_inside(root, seen).mkdir(parents=True, exist_ok=True)
+        where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
+        lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
+    if (text := "\n".join([*lines, ""])) != old:
+        write_inside(root, "etc/fstab", text)
+
+
+def make_initramfs(layout: Layout, distro: Distro, root: Path, kernel: Kernel) -> None:
+    """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there."""
+    private = layout.work("deploy") / "private"
+    remove_tree(private)
+    make_private_directory(private)
+    upper, work = private / "upper", private / "work"
+    for directory in (upper, work):
+        directory.mkdir(mode=0o755)
+    try:
+        with readonly_view(layout, layout.var) as var:
+            overlays = {"var": Overlay(var, upper, work)}
+            machine_chroot(root, [*distro.make_initramfs, kernel.version], overlays=overlays)
+    finally:
+        remove_tree(private)
+
+
+def renew_initramfs(
+    root: Path, deployment: Deployment, settings: Sequence[str], *, layout: Layout, distro: Distro, menu: Menu
+) -> Deployment:
+    """Make a deployment's initramfs again, since these of its settings changed; or copy that of another one."""
+    names = [f"boot/{name}" for name in deployment.config.initrds]
+    image = f"boot/{deployment.config.kernel}"
+    kernel = next((one for one in kernels_of(root) if image in one.images and one.initramfs in names), None)
+    tool = distro.make_initramfs[0]
+    if not names:  # it boots without one
+        return deployment
+    if kernel is None or not any(path_inside(root, f"{path}/{tool}").exists() for path in SYSTEM_PATH.split(":")):
+        what = f"{listed(settings)}, in the initramfs: this snapshot has no {tool} that makes it"
+        return deployment._replace(without_effect=[*deployment.without_effect, what])
+    own = layout.rootfs(deployment.snapshot)
+    inputs = ""
+    if subvolume_id(own) == deployment.source and path_inside(own, kernel.initramfs).is_file():
+        inputs = initramfs_inputs(root, distro.initramfs_settings, path_inside(own, kernel.initramfs))
+    target = path_inside(root, kernel.initramfs)
+    for known in menu.deployments.values():
+        made = path_inside(layout.rootfs(known.slot), kernel.initramfs)
+        if inputs and known.initramfs == inputs and made.is_file():
+            with replace(target) as new:
+                run(["cp", "-a", "--reflink=auto", made, new])
+            return deployment._replace(initramfs=inputs)
+    with step(f"making the initramfs again, for {listed(settings)}"):
+        make_initramfs(layout, distro, root, kernel)
+    return deployment._replace(initramfs=inputs)
+
+
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
@@ -6172,7 +6233,7 @@ class Deployments:
         snapshot_subvolume(layout.rootfs(snapshot), new)
         make_bootable(layout, self.distro, new, slot, self.uuid)
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
-        self._mount_mutable_directories(new, snapshot)
+        mount_mutable_directories(self.layout, new, snapshot)
         deployment = self._unconfigured(new, slot, os.urandom(8).hex(), snapshot, source)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if self.running:
@@ -6230,66 +6291,15 @@ class Deployments:
         configuration and initramfs. Returns it with the result.
         """
         if "ash.conf" in changed:
-            self._mount_mutable_directories(root, deployment.snapshot)
+            mount_mutable_directories(self.layout, root, deployment.snapshot)
         make_mount_points(root)
         if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
             inputs, config = self._boot_config(root, self.menu.deployments.values())
             deployment = deployment._replace(inputs=inputs, config=config)
         settings = [path for path in changed if re.fullmatch(self.distro.initramfs_settings, path)]
-        return self._renew_initramfs(deployment, root, settings) if settings else deployment
-
-    def _mount_mutable_directories(self, root: Path, snapshot: int) -> None:
-        """Have a root's fstab mount the mutable directories that its ash.conf names."""
-        old = read_text(path_inside(root, "etc/fstab"))
-        lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES)]
-        for kept, seen in mutable_directories(root, snapshot):
-            make_mutable_directory(self.layout, kept)
-            path_inside(root, seen).mkdir(parents=True, exist_ok=True)
-            where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
-            lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
-        if (text := "\n".join([*lines, ""])) != old:
-            write_inside(root, "etc/fstab", text)
-
-    def _renew_initramfs(self, deployment: Deployment, root: Path, settings: Sequence[str]) -> Deployment:
-        """Make a deployment's initramfs again, since these of its settings changed; or copy that of another one."""
-        names = [f"boot/{name}" for name in deployment.config.initrds]
-        image = f"boot/{deployment.config.kernel}"
-        kernel = next((one for one in kernels_of(root) if image in one.images and one.initramfs in names), None)
-        tool = self.distro.make_initramfs[0]
-        if not names:  # it boots without one
+        if not settings:
             return deployment
-        if kernel is None or not any(path_inside(root, f"{path}/{tool}").exists() for path in SYSTEM_PATH.split(":")):
-            what = f"{listed(settings)}, in the initramfs: this snapshot has no {tool} that makes it"
-            return deployment._replace(without_effect=[*deployment.without_effect, what])
-        own = self.layout.rootfs(deployment.snapshot)
-        inputs = ""
-        if subvolume_id(own) == deployment.source and path_inside(own, kernel.initramfs).is_file():
-            inputs = initramfs_inputs(root, self.distro.initramfs_settings, path_inside(own, kernel.initramfs))
-        target = path_inside(root, kernel.initramfs)
-        for known in self.menu.deployments.values():
-            made = path_inside(self.layout.rootfs(known.slot), kernel.initramfs)
-            if inputs and known.initramfs == inputs and made.is_file():
-                with replace(target) as new:
-                    run(["cp", "-a", "--reflink=auto", made, new])
-                return deployment._replace(initramfs=inputs)
-        with step(f"making the initramfs again, for {listed(settings)}"):
-            self._make_initramfs(root, kernel)
-        return deployment._replace(initramfs=inputs)
-
-    def _make_initramfs(self, root: Path, kernel: Kernel) -> None:
-        """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there."""
-        private = self.layout.work("deploy") / "private"
-        remove_tree(private)
-        make_private_directory(private)
-        upper, work = private / "upper", private / "work"
-        for directory in (upper, work):
-            directory.mkdir(mode=0o755)
-        try:
-            with readonly_view(self.layout, self.layout.var) as var:
-                overlays = {"var": Overlay(var, upper, work)}
-                machine_chroot(root, [*self.distro.make_initramfs, kernel.version], overlays=overlays)
-        finally:
-            remove_tree(private)
+        return renew_initramfs(root, deployment, settings, layout=self.layout, distro=self.distro, menu=self.menu)
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
@@ -7380,7 +7390,7 @@ def deploy_snapshot(
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
     With `fresh_etc`, changes of the running /etc are not carried over; with `with_saved`, those that were saved into
-    other snapshots are too. `fresh` leaves changes of a mutable deployment of the same snapshot behind, which is REFUSED
+    other snapshots are too. `fresh` leaves changes of a mutable deployment of this snapshot behind, which is REFUSED
     without it. Returns the deployment, and whether it is new: an up-to-date one is reused.
     """
     system.require(snapshot)
