@@ -1899,34 +1899,71 @@ def nested_subvolumes(path: Path) -> list[Path]:
     return found
 
 
-def delete_subvolume(path: Path) -> None:
-    """Delete a subvolume and all nested ones, unless it is mounted: the kernel would not refuse. It may be missing."""
-    if not os.path.lexists(path):
-        return
-    if is_mounted(path):
-        raise AshError(f"{path.name} is mounted: not deleted", "", REFUSED)
+def is_default_subvolume(path: Path) -> bool:
+    """Whether a subvolume is the one that is mounted if none is named."""
+    said = run(["btrfs", "subvolume", "get-default", path.parent]).stdout  # such as "ID 258 gen 7 top level 5 path x"
+    return said.split()[1:2] == [str(subvolume_id(path))]
+
+
+DEFERRED = "deleted-"  # the beginning of the name of a subvolume that is yet to be deleted
+DEFERRED_IN = ("rootfs", "etc", "boot")  # the directories of @.snapshots_D with such
+
+
+def defer_deletion(path: Path) -> None:
+    """Set a subvolume aside that cannot be deleted now; delete_deferred() does it later. OSError if that fails."""
+    rename(path, path.with_name(f"{DEFERRED}{path.name}.{os.urandom(4).hex()}"))
+    console.say(f"{path.name} is in use, such as by btrfs send: its space is freed later")
+
+
+def destroy_subvolume(path: Path) -> bool:
+    """Delete a subvolume and all nested ones. False if btrfs does not permit it now: it is being sent."""
     about_to(f"delete {path.name}")
     arguments = struct.pack("=q4088s", 0, os.fsencode(path.name))  # struct btrfs_ioctl_vol_args
     destroy = partial(ask_btrfs, path.parent, BTRFS_IOC_SNAP_DESTROY, arguments)
     try:
-        destroy()
-    except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            set_readonly(path, False)
-            for nested in nested_subvolumes(path):
-                delete_subvolume(nested)
-        elif error.errno == errno.EPERM and flags_of(path) & PROTECTING:
-            set_readonly(path, False)
-            unprotect(path)
-        elif error.errno == errno.EPERM:
-            # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the id of the top level.
-            run(["btrfs", "subvolume", "set-default", "5", path.parent])
-        else:
-            raise AshError(f"cannot delete {path.name}: {error.strerror}") from error
         try:
             destroy()
-        except OSError as again:
-            raise AshError(f"cannot delete {path.name}: {again.strerror}") from again
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                set_readonly(path, False)
+                if not all(destroy_subvolume(nested) for nested in nested_subvolumes(path)):
+                    return False
+            elif error.errno == errno.EPERM and flags_of(path) & PROTECTING:
+                set_readonly(path, False)
+                unprotect(path)
+            elif error.errno == errno.EPERM and is_default_subvolume(path):
+                # The old ash made a slot the default subvolume, which cannot be deleted. 5 is the id of the top level.
+                run(["btrfs", "subvolume", "set-default", "5", path.parent])
+            else:
+                raise
+            destroy()
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            return False
+        raise AshError(f"cannot delete {path.name}: {error.strerror}") from error
+    return True
+
+
+def delete_subvolume(path: Path, even_mounted: bool = False) -> None:
+    """Delete a subvolume and all nested ones. It may be missing.
+
+    One that is being sent (`btrfs send`) cannot be deleted before that ends: it gets another name until then. One that
+    is mounted is not deleted, though the kernel would not refuse: with `even_mounted` it gets another name, else that
+    is an AshError.
+    """
+    if not os.path.lexists(path):
+        return
+    mounted = is_mounted(path)
+    if mounted and not even_mounted:
+        raise AshError(f"{path.name} is mounted: not deleted", "", REFUSED)
+    if not mounted and destroy_subvolume(path):
+        return
+    if path.parent.name not in DEFERRED_IN:
+        raise AshError(f"cannot delete {path.name}: it is in use, such as by btrfs send", "", REFUSED)
+    try:
+        defer_deletion(path)
+    except OSError as error:
+        raise AshError(f"cannot delete {path.name}: {error.strerror}") from error
 
 
 def subvolumes_inside(path: Path) -> list[Path]:
@@ -1963,9 +2000,18 @@ def replace_subvolume(new: Path, target: Path) -> None:
     """Rename a subvolume over another one, which is then deleted, or to a free name."""
     if target.exists():
         exchange(new, target)
-        delete_subvolume(new)
+        delete_subvolume(new, even_mounted=True)
     else:
         rename(new, target)
+
+
+def delete_deferred(layout: Layout) -> None:
+    """Delete the subvolumes whose deletion had to be deferred, unless they are still in use."""
+    for directory in DEFERRED_IN:
+        for path in (layout.snapshots / directory).glob(f"{DEFERRED}*"):
+            with contextlib.suppress(AshError, OSError):  # another ash deletes it, or the next one does
+                if not is_mounted(path):
+                    destroy_subvolume(path)
 
 
 def renew_copy(layout: Layout, snapshot: int, directory: str) -> None:
@@ -2585,6 +2631,7 @@ Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service
 Conflicts=shutdown.target
 Before=shutdown.target
 ConditionPathExistsGlob=|/.snapshots/ash/work/*/[!l]*
+ConditionPathExistsGlob=|/.snapshots/[ber]*/deleted-*
 ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-chr*
 ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
 
@@ -4752,7 +4799,7 @@ class WorkDir:
         var = {"conflicts": [f"/var/{entry}" for entry in merge.in_conflict], "kept": list(merge.kept)}
         self.record(intent.caller, {"id": intent.id, **intent.facts, **var}, [n], again)
         if isinstance(intent, Commit) and self.root.exists():
-            delete_subvolume(layout.undo(n))
+            delete_subvolume(layout.undo(n), even_mounted=True)
             rename(self.root, layout.undo(n))
         if is_writable(layout.undo(n)):  # that of a mutable snapshot
             set_readonly(layout.undo(n))
@@ -4944,6 +4991,7 @@ class Transaction:
                 self._resume()
             else:
                 self.place.recover(self.system.tree())
+                delete_deferred(self.layout)
                 self._require_space()
                 stack.callback(self.place.drop)
                 self._begin()
@@ -6329,7 +6377,7 @@ class Deployments:
             menu.default = slot
         menu.deployments[slot] = deployment
         self.write_menu()
-        delete_subvolume(new)
+        delete_subvolume(new, even_mounted=True)
         remove_tree(intent)
 
     def withdraw(self, snapshot: int) -> list[Deployment]:
@@ -7044,6 +7092,7 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
     """Delete snapshots with their descendants, all or none: AshError if one is in use or locked. Returns them."""
     tree, numbers = system.tree(), numbers_to_delete(system, snapshots, remains)
     deletion = Deletion(numbers, system.caller, new_id())
+    delete_deferred(system.layout)
     with ExitStack() as stack:
         for number in numbers:
             stack.enter_context(system.lock(number))
@@ -7375,6 +7424,7 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
             if not isinstance(error, AshError) or error.status != LOCKED:  # locked: an ash is at work
                 errors.append(error)
     delete_stale_views(system.layout)
+    delete_deferred(system.layout)
     with system.deploying() as deployments:
         deployments.recover()
     if errors:

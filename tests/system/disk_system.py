@@ -160,7 +160,7 @@ class System(Disk):
     def remains(self) -> set[str]:
         """What an unfinished change has left behind: working copies, half-made deployments, intents, overlays."""
         listed = {path.rpartition("/")[2]: path for path in self.subvolumes() if "/lost+found/" not in path}
-        odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/", f"{path}/{name}")}
+        odd = {path for name, path in listed.items() if re.search(r"-chr\d+$|-new-|/work/|/deleted-", f"{path}/{name}")}
         files = {str(p.relative_to(self.files.state)) for p in (self.files.state / "work").glob("*/*")}
         # The temporary file of a killed ash is overwritten by the next one.
         return odd | {name for name in files if not name.endswith(("/lock", "/.ash-new-intent"))}

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Undo, and undo of the undo."""
 
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import LOCKED, MISSING, REFUSED, USAGE, make_deb
+from tests.support import DONE, LOCKED, MISSING, REFUSED, USAGE, make_deb, program
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(30)]
@@ -87,3 +91,60 @@ def test_undo_leaves_var_and_names_packages_whose_state_is_newer(system: System,
     assert (system.files.var / "lib/ash-test-state.v").read_text() == "2\n", "undo does not touch /var"
     redo = system.ash("undo", snapshot)
     assert "newer" not in redo.stdout
+
+
+@contextlib.contextmanager
+def being_sent(subvolume: Path) -> Iterator[None]:
+    """A `btrfs send` that has begun, and does not end before the block."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(["btrfs", "send", subvolume], stdout=writer, stderr=subprocess.DEVNULL)
+    os.close(writer)
+    try:
+        os.read(reader, 1)
+        yield
+    finally:
+        os.close(reader)
+        process.kill()
+        process.wait(timeout=30)
+
+
+def deferred(system: System) -> list[str]:
+    return [
+        path.name for name in ("rootfs", "etc", "boot") for path in (system.files.snapshots / name).glob("deleted-*")
+    ]
+
+
+def test_a_snapshot_that_is_being_sent_can_be_changed_and_deleted(
+    system: System, snapshot: int, tmp_path: Path
+) -> None:
+    other = system.clone()
+    program("btrfs", "subvolume", "set-default", str(system.id_of(other)), system.files.top)
+    with being_sent(system.root(snapshot)), being_sent(system.files.etc(snapshot)):
+        for time in range(4):
+            system.shell(snapshot, f"echo {time} > /etc/time")
+        assert len(deferred(system)) == 2  # what was the snapshot before, and its /etc
+        assert (system.files.undo(snapshot) / "etc/time").read_text() == "2\n"
+        system.ash("undo", snapshot)
+        assert (system.root(snapshot) / "etc/time").read_text() == "2\n"
+    with being_sent(system.root(snapshot)):
+        assert "freed later" in system.ash("-y", "del", snapshot).stderr
+        assert snapshot not in system.files.tree()
+        assert system.ash("--json", "log").json["history"][-1]["result"] == "done"
+        assert len(deferred(system)) == 1
+        assert f"ID {system.id_of(other)} " in program("btrfs", "subvolume", "get-default", system.files.top)
+    system.ash("-y", "del", other)  # the default subvolume of the file system can be deleted too
+    assert "ID 5 " in program("btrfs", "subvolume", "get-default", system.files.top)
+    assert not deferred(system)
+    system.is_sound()
+    (directory := tmp_path / "mounted").mkdir()
+    snapshot = system.clone()
+    system.shell(snapshot, "echo 1 > /etc/time")
+    program("mount", "--bind", system.files.undo(snapshot), directory)
+    try:
+        system.shell(snapshot, "echo 2 > /etc/time")
+        assert len(deferred(system)) == 1
+        assert not (directory / "etc/time").exists()
+    finally:
+        program("umount", directory)
+    assert system.ash("recover").status == DONE
+    assert not deferred(system)
