@@ -3253,6 +3253,8 @@ class Distro:
     executable: ClassVar[str] = "usr/bin/ash"  # from the root; elsewhere if another program has that name
     admin_group: ClassVar[str] = "wheel"  # its members may use sudo
     not_live: ClassVar[str] = "(?!)"  # matches packages that a running system cannot replace: libc, init, dbus
+    prompt_variables: ClassVar[Sequence[str]] = ()  # what shells show of these in their prompt tells where they run
+    has_aur: ClassVar[bool] = False  # whether the key `aur` of ash.conf has an effect
     needs: ClassVar[Mapping[str, str]] = {}  # programs that ash and the boot need in a root: {name: its package}
 
     def __init_subclass__(cls) -> None:
@@ -6813,7 +6815,8 @@ class System:
         """Raise AshError unless a snapshot exists and may be changed: not a mounted one, the base only with `base`."""
         self.require(snapshot)
         if snapshot == BASE and not base:
-            raise AshError("snapshot 0 is the base: it cannot be changed", "change a copy: ash clone 0", REFUSED)
+            then = ", ash deploy of the copy, then reboot" if self.current == BASE else ""
+            raise AshError("snapshot 0 is the base: it cannot be changed", f"change a copy: ash clone 0{then}", REFUSED)
         if is_mounted(self.layout.rootfs(snapshot)):
             hint = f"change a copy: ash clone {snapshot}"
             raise AshError(f"snapshot {snapshot} is mounted: it cannot be changed", hint, REFUSED)
@@ -7537,6 +7540,7 @@ class Request(NamedTuple):
     purge: bool = False
     repair: bool = False
     resume: bool = False
+    running: bool = False
     secondary: bool = False
     shell: bool = False
     strict: bool = False
@@ -8623,9 +8627,33 @@ def reclaim_terminal() -> None:
 
 
 def ask_whether_to_keep(status: int) -> str:
-    """Ask what to do after a shell that failed. Returns "y", "n" or "back"."""
-    answer = input(f"the shell exited with status {status}: keep the changes? [y/N/back] ").strip().lower()
-    return {"y": "y", "yes": "y", "b": "back", "back": "back"}.get(answer, "n")
+    """Ask what to do after a shell that failed, or whose last command did: "y", "n" or "back".
+
+    Raises HangUp at the end of the input, as when the terminal goes away: the work is kept.
+    """
+    question = f"the shell exited with status {status}: keep the changes? [Y/n/back] "
+    answers = {"": "y", "y": "y", "yes": "y", "n": "n", "no": "n", "b": "back", "back": "back"}
+    while True:
+        try:
+            answer = answers.get(input(question).strip().lower())
+        except EOFError:
+            print(file=sys.stderr)
+            raise HangUp from None
+        if answer:
+            return answer
+        question = "y keeps them, n drops them, back returns to the shell: keep the changes? [Y/n/back] "
+
+
+def executable_inside(work: Transaction) -> list[tuple[Path, str]]:
+    """A bind mount with a copy of ash for a shell in a snapshot, where it says that it must not be run in there."""
+    directory = work.place.private / "snapshots"
+    if not work.layout.executable.is_file() or not is_directory(work.root / ".snapshots"):
+        return []
+    (directory / "ash").mkdir(parents=True, exist_ok=True)
+    copy = directory / "ash/ash"
+    copy.unlink(missing_ok=True)
+    copy_file(work.layout.executable, copy)
+    return [(directory, ".snapshots")]
 
 
 def warn_of_lost_needs(work: Transaction) -> None:
@@ -8641,15 +8669,20 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
     """
     refuse_json()
     with raise_on_hangup(), Transaction(system, number, resume=resume, base=number == BASE) as work:
-        work.binds += binds
+        work.binds += [*binds, *executable_inside(work)]
         shell = root_shell(work.root)
-        console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, `exit 1` drops them")
         terminal = sys.stdin.isatty()
+        fails = "it asks if the last command failed" if terminal else "another status than 0 drops them"
+        console.say(f"ash: a shell in snapshot {number}; `exit` keeps the changes, {fails}")
         while True:
             status = work.chroot().run([shell])
             if terminal:
                 reclaim_terminal()
-            answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
+            try:
+                answer = "y" if status == 0 else ask_whether_to_keep(status) if terminal else "n"
+            except HangUp:
+                console.say(f"ash: the changes wait: ash chroot {number} --resume, or ash unlock {number}")
+                raise
             if answer == "y":
                 warn_of_lost_needs(work)
                 break
@@ -8705,7 +8738,7 @@ def kill_children() -> None:
             os.waitpid(-1, 0)
 
 
-def run_unlocked(root: Path, argv: Sequence[str]) -> int:
+def run_unlocked(root: Path, argv: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program in the running system with its root (given on a writable mount) writable; return its exit status.
 
     Processes that it leaves behind are killed: they would keep the writable root.
@@ -8729,7 +8762,7 @@ def run_unlocked(root: Path, argv: Sequence[str]) -> int:
                     bound.append(f"{one}/")
             os.chroot(unlocked)
             os.chdir("/root")
-            os.execve(argv[0], list(argv), clean_environment())
+            os.execve(argv[0], list(argv), {**clean_environment(), **environment})
         except (AshError, OSError) as error:
             print(one_line(f"ash: {reason(error)}"), file=sys.stderr)
         os._exit(status)
@@ -8756,7 +8789,8 @@ def cmd_live_chroot(system: System, request: Request) -> Plan:
         LiveWorkDir(system).recover(system.tree())
         write_inside(system.layout.rootfs(slot), IN_ROOT_LIVE, "")
         console.say("ash: a writable shell in the running system; the next deployment will not have its changes")
-        status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))])
+        prompt = dict.fromkeys(system.distro.prompt_variables, "live")
+        status = run_unlocked(system.layout.rootfs(slot), [root_shell(Path("/"))], prompt)
     sync_filesystem(system.layout.snapshots)
     if status:
         raise CommandFailed(status, f"the shell exited with status {status}; its changes stay")
@@ -8802,24 +8836,74 @@ def edit_text(text: str) -> str:
         return read_text(Path(file.name))
 
 
+def edit_configuration(system: System, text: str) -> str:
+    """Let the user edit the text of an ash.conf until it is valid; AshError (USAGE) if he gives up."""
+    while True:
+        text = edit_text(text)
+        try:
+            configuration = Configuration.parse(text, strict=True)
+            if configuration.is_on("aur") and not system.distro.has_aur:
+                raise AshError("aur::True has no effect: this distribution has no AUR", "", USAGE)
+            return text
+        except AshError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            print(one_line(f"ash: {error.message}{hint}"), file=sys.stderr)
+            try:
+                again = input("edit it again? [Y/n] ").strip().lower()
+            except EOFError:
+                again = "n"
+            if again not in ("", "y", "yes"):
+                raise
+
+
+def regular_file(root: Path, path: str, whose: str) -> Path:
+    """A path in a root; AshError if something else than a regular file is there."""
+    there = path_inside(root, path)
+    if os.path.lexists(there) and not there.is_file():
+        raise AshError(f"/{path} of {whose} is not a regular file")
+    return there
+
+
+def edit_running(system: System, number: int) -> Reply:
+    """Edit the /etc/ash.conf of the running system, whose snapshot has the number."""
+    path = regular_file(Path("/"), "etc/ash.conf", "the running system")
+    before = read_text(path)
+    text = edit_configuration(system, before or CONF_EXAMPLE)
+    if text != before:
+        about_to("write ash.conf")
+        rewrite(path, text)
+    said = "nothing to change" if text == before else "the running /etc/ash.conf is changed; deploy carries it over"
+    return Reply(change_data(Change(number, changed=text != before)), said)
+
+
 @command(
-    "edit-conf", "edit", group=INSIDE, usage="edit-conf [N]", help="edit N's /etc/ash.conf",
-    **CHANGES_ONE, answer=CHANGE_SHAPE,
+    "edit-conf", "edit", group=INSIDE, usage="edit-conf [N] [--running]",
+    help="edit /etc/ash.conf of N, or of the running system", changes=True, numbers=1,
+    options=[flag("--running", help="that of the running system, where the keys of the machine are read from")],
+    answer=CHANGE_SHAPE,
 )  # fmt: skip
 def cmd_edit_conf(system: System, request: Request) -> Plan:
     number = request.snapshot
-    yield would(f"edit /etc/ash.conf of snapshot {number}")
+    if request.running and number != system.current:
+        raise AshError(
+            f"snapshot {number} is not running", f"ash edit-conf {number}, or ash edit-conf --running", USAGE
+        )
+    if not request.running:
+        if number == BASE == system.current:
+            raise AshError("snapshot 0 is the base: it cannot be changed", "ash edit-conf --running", REFUSED)
+        system.require_changeable(number)
+    yield would(f"edit /etc/ash.conf of {'the running system' if request.running else f'snapshot {number}'}")
     if not sys.stdin.isatty():
         hint = "without one, ash run N COMMAND can change the file"
         raise AshError("there is no terminal for the editor", hint, USAGE)
+    if request.running:
+        return edit_running(system, number)
     with Transaction(system, number) as work:
-        path = path_inside(work.root, "etc/ash.conf")
-        if os.path.lexists(path) and not path.is_file():
-            raise AshError(f"/etc/ash.conf of snapshot {number} is not a regular file")
+        path = regular_file(work.root, "etc/ash.conf", f"snapshot {number}")
         path.parent.mkdir(exist_ok=True)
-        text = edit_text(read_text(path) or CONF_EXAMPLE)
-        Configuration.parse(text, strict=True)
-        if text != read_text(path):
+        before = read_text(path)
+        text = edit_configuration(system, before or CONF_EXAMPLE)
+        if text != before:
             write_text(path, text)
     return Reply(change_data(work.change), work.change.summary())
 
@@ -9258,7 +9342,7 @@ def hold(system: System, request: Request, held: bool) -> Plan:
         raise AshError(f"snapshot {number} does not have {listed(lacking)}", f"ash list {number}", MISSING)
     yield would(f"{'hold' if held else 'unhold'} in snapshot {number}: {listed(packages)}")
     work = partial(system.package_manager.hold, packages=packages, held=held)
-    done = change_snapshot(system, number, "holding packages of", work)
+    done = change_snapshot(system, number, f"{'' if held else 'un'}holding packages of", work)
     text = f"{listed(packages)} {'held' if held else 'no longer held'}" if done.changed else "nothing to change"
     return changes_reply([done])._replace(text=f"snapshot {number}: {text}")
 
@@ -10773,7 +10857,8 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
 def cmd_check(system: System, request: Request) -> Reply:
     last = last_upgrade(system)
     if last is None:
-        raise AshError("no automatic upgrade has run yet", "ash auto-upgrade", MISSING)
+        text = "no automatic upgrade has run yet (ash auto-upgrade)"
+        return Reply({"failed": False, "time": "", "message": text}, text)
     text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
     text += f": {last['message']}" if last["message"] else ""
     return Reply(last, text, status=FAILED if last["failed"] else 0)
@@ -11126,23 +11211,41 @@ def cmd_version(request: Request) -> Reply:
     return Reply({"ash": ASH_VERSION, "distro": distro}, f"ash {ASH_VERSION} ({distro})", ASH_VERSION)
 
 
+HELP_WIDTH, HELP_INDENT = 80, 28  # of a console
+
+
+def help_table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines of a console's width: a term, and beside it, or below a long one, its explanation."""
+    import textwrap
+
+    lines = []
+    for term, explanation in rows:
+        first, *more = textwrap.wrap(explanation, HELP_WIDTH - HELP_INDENT, break_on_hyphens=False)
+        fits = len(term) + 4 <= HELP_INDENT
+        lines += [f"  {term:{HELP_INDENT - 2}}{first}"] if fits else [f"  {term}", f"{'':{HELP_INDENT}}{first}"]
+        lines += [f"{'':{HELP_INDENT}}{line}" for line in more]
+    return lines
+
+
 def overview() -> str:
     """The help without a command."""
     lines = ["ash keeps the system as a tree of read-only snapshots.", ""]
     lines += ["usage: ash [OPTIONS] COMMAND [SNAPSHOT] ..."]
     for group in GROUPS:
-        lines += ["", f"{group}:", *(f"  {c.usage:38} {c.help}" for c in commands_of(group))]
-    lines += ["", "Options of every command:"]
-    lines += [f"  {', '.join(option.flags):38} {option.help}" for option in GLOBAL_OPTIONS]
-    lines += ["", "Without SNAPSHOT, a command works on the booted one. `ash help COMMAND` explains a command."]
+        lines += ["", f"{group}:", *help_table((c.usage, c.help) for c in commands_of(group))]
+    lines += ["", "Options of every command:", *help_table((o.usage(), o.help) for o in GLOBAL_OPTIONS)]
+    lines += ["", "Without SNAPSHOT, a command works on the booted one.", "`ash help COMMAND` explains a command."]
     return "\n".join(lines)
 
 
 def explain(command: Command) -> str:
     """The help of one command."""
-    also = f"\nalso: {', '.join(command.aliases)}" if command.aliases else ""
-    lines = [f"usage: ash {command.usage}{also}", "", command.help, "", "options:"]
-    lines += [f"  {option.usage():38} {option.help}" for option in (*command.all_options(), *GLOBAL_OPTIONS)]
+    import textwrap
+
+    also = [f"also: {', '.join(command.aliases)}"] if command.aliases else []
+    options = [(option.usage(), option.help) for option in (*command.all_options(), *GLOBAL_OPTIONS)]
+    text = textwrap.fill(command.help, HELP_WIDTH)
+    lines = [f"usage: ash {command.usage}", *also, "", text, "", "options:", *help_table(options)]
     return "\n".join(lines)
 
 

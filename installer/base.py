@@ -3,6 +3,7 @@
 
 from ash import (
     BASE,
+    CONF_EXAMPLE,
     IN_ROOT_DB,
     AccountIds,
     Distro,
@@ -61,6 +62,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
         if (root / "var" / name).exists():
             (root / "var" / name).rename(root / in_database(name))
     distro.package_manager.prepare_base(root)
+    (root / "etc/ash.conf").write_text(CONF_EXAMPLE)
     ids = AccountIds()
     ids.learn(root / "etc")
     write_file(layout.ids, ids.dump())

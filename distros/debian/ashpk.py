@@ -616,6 +616,7 @@ class Debian(Distro):
     )
     admin_group = "sudo"
     not_live = "libc6|libc-bin|systemd|systemd-sysv|init|sysvinit-core|dbus|dbus-daemon|dbus-broker"
+    prompt_variables = ("debian_chroot",)
     needs: ClassVar[Mapping[str, str]] = {
         "python3": "python3-minimal",
         "btrfs": "btrfs-progs",

@@ -154,7 +154,16 @@ def test_edit_conf_refuses_invalid_lines(
     for text, status in (("mutable_dirs::opt/a\n", DONE), ("what is this\n", USAGE), ("unknown::1\n", USAGE)):
         (tmp_path / "new").write_text(text)
         with system.terminal("edit-conf", snapshot) as terminal:
+            if status != DONE:
+                terminal.expect(r"edit it again\? \[Y/n\] ")
+                terminal.type("n\n")
             assert terminal.wait() == status
+    (tmp_path / "new").write_text("aur::True\n")
+    with system.terminal("edit-conf", snapshot) as terminal:
+        terminal.expect(r"no AUR.*edit it again\? \[Y/n\] ")
+        (tmp_path / "new").write_text("mutable_dirs::opt/a\n")
+        terminal.type("\n")
+        assert terminal.wait() == DONE
     assert (system.root(snapshot) / "etc/ash.conf").read_text() == "mutable_dirs::opt/a\n"
     assert "hostile" not in (tmp_path / "environment").read_text()
     assert system.remains() == set()

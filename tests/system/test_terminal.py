@@ -37,7 +37,7 @@ def test_editing_resolv_conf_in_the_example_of_lwn(system: System, snapshot: int
     system.ash("deploy", 0)
 
 
-@pytest.mark.parametrize(("answer", "kept"), [("y", True), ("n", False), ("", False), ("N", False)])
+@pytest.mark.parametrize(("answer", "kept"), [("y", True), ("n", False), ("", True), ("No", False)])
 def test_a_failed_shell_asks_whether_to_keep_the_changes(
     system: System, snapshot: int, answer: str, kept: bool
 ) -> None:
@@ -45,7 +45,7 @@ def test_a_failed_shell_asks_whether_to_keep_the_changes(
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
         terminal.type("echo kept > /etc/mark; exit 7\n")
-        terminal.expect(r"status 7: keep the changes\? \[y/N/back\] ")
+        terminal.expect(r"status 7: keep the changes\? \[Y/n/back\] ")
         terminal.type(f"{answer}\n")
         assert terminal.wait() == (0 if kept else 7)
     assert (system.id_of(snapshot) != before) == kept
@@ -53,11 +53,34 @@ def test_a_failed_shell_asks_whether_to_keep_the_changes(
     assert not system.remains()
 
 
+def test_the_question_is_asked_until_it_is_answered(system: System, snapshot: int) -> None:
+    with system.terminal("chroot", snapshot) as terminal:
+        prompt(terminal)
+        terminal.type("echo kept > /etc/mark; exit 7\n")
+        terminal.expect(r"\[Y/n/back\] ")
+        terminal.type("perhaps\n")
+        terminal.expect(r"n drops them.*\[Y/n/back\] ")
+        terminal.type("\x04")
+        terminal.expect(f"--resume, or ash unlock {snapshot}")
+        assert terminal.wait() == 128 + signal.SIGHUP
+    assert not (system.root(snapshot) / "etc/mark").exists()
+    system.ash("chroot", snapshot, "--resume", input="test -e /etc/mark\n")
+    assert (system.root(snapshot) / "etc/mark").exists()
+
+
+def test_ash_says_inside_that_it_must_not_be_run_there(system: System, snapshot: int) -> None:
+    said = system.ash("chroot", snapshot, input="ash tree; echo status $?; echo x > /.snapshots/ash/ash; exit 0\n")
+    assert "must not be run inside a chroot" in said.stderr
+    assert f"status {REFUSED}" in said.stdout
+    assert (system.files.state / "ash").stat().st_size > 2
+    assert not list((system.root(snapshot) / ".snapshots").iterdir())
+
+
 def test_back_reopens_the_shell_with_its_changes(system: System, snapshot: int) -> None:
     with system.terminal("chroot", snapshot) as terminal:
         prompt(terminal)
         terminal.type("echo one > /etc/one; exit 1\n")
-        terminal.expect(r"\[y/N/back\] ")
+        terminal.expect(r"\[Y/n/back\] ")
         terminal.type("back\n")
         prompt(terminal)
         terminal.type("cat /etc/one > /etc/two; exit\n")

@@ -80,6 +80,14 @@ def test_help_prints_each_format(kind: str) -> None:
     assert printed == f"{FORMATS[kind]()}\n"
 
 
+@pytest.mark.parametrize("words", [[], *([command.name] for command in COMMANDS)])
+def test_help_fits_a_console(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ash.main(["help", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert any(line.startswith("  --image FILE ") for line in lines)
+
+
 def test_an_installed_ash_prints_the_rendered_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ash, "HERE", tmp_path)
     (tmp_path / "help").mkdir()
