@@ -2861,10 +2861,12 @@ class Systemd(Init):
             run(["systemctl", how, *services], check=False)
             return
         with signals_heard():
-            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", how, *services], ok=(0, self.TIMED_OUT))
-        if done.returncode == self.TIMED_OUT:
-            names = " ".join(services)
-            raise AshError(f"{names} has not started within {self.START_TIMEOUT} s", f"systemctl status {names}")
+            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", how, *services], check=False)
+        if done.returncode:
+            names = " ".join([one for one in services if not self.is_active(one)] or services)
+            late = done.returncode == self.TIMED_OUT
+            why = f"has not started within {self.START_TIMEOUT} s" if late else f"failed: {last_words(done.stderr)}"
+            raise AshError(f"{how} of {names} {why}", f"systemctl status {names}")
 
     def stop(self, service: str, check: bool = True) -> None:
         run(["systemctl", "stop", service], check=check)
