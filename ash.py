@@ -2658,6 +2658,25 @@ ExecStart=sync /.snapshots/ash/booted.new
 ExecStart=mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted
 ExecStart=sync /.snapshots/ash
 """
+# For an empty /etc/machine-id, as in an image that is copied to many machines, or a missing one. The root is read-only
+# when systemd looks at it: it puts an id from /run over the file, and the writable /etc then hides that from
+# systemd-machine-id-commit.service.
+MACHINE_ID_UNIT = """\
+[Unit]
+Description=Keep the machine id that was chosen at the first boot
+DefaultDependencies=no
+RequiresMountsFor=/etc /run
+Before=local-fs.target
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionFileNotEmpty=|!/etc/machine-id
+ConditionFileNotEmpty=|/run/machine-id
+
+[Service]
+Type=oneshot
+ExecStart=sh -c 'if [ -s /run/machine-id ]; then cp -T /run/machine-id /etc/machine-id; else systemd-machine-id-setup; fi'
+ExecStart=sync /etc/machine-id
+"""
 # Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.
 PROTECT_UNIT = """\
 [Unit]
@@ -2785,6 +2804,7 @@ class Systemd(Init):
         "ash-upgrade.timer": (UPGRADE_TIMER, ""),
         "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
         "ash-booted.service": (BOOTED_UNIT, "local-fs.target.wants"),
+        "ash-machine-id.service": (MACHINE_ID_UNIT, "local-fs.target.wants"),
         "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
         "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
     }

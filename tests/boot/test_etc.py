@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Changes of the running /etc are carried into the next deployment and merged with those of the snapshot."""
 
+import os
+import re
+
 import pytest
 
 from installer.machine import Machine
@@ -15,8 +18,14 @@ def test_edits_of_the_running_system_are_carried(disk: Disk, boot: Boot) -> None
     disk.ash("clone", 0)
     disk.ash("install", 1, "chrony")
     disk.ash("run", 1, "sh", "-c", "echo of the snapshot >> /etc/issue")
+    with disk.files() as files:
+        os.truncate(files.root("deploy") / "etc/machine-id", 0)
     with boot(disk) as machine:
         machine.login()
+        ident = said(machine, "cat /etc/machine-id")
+        assert re.fullmatch("[0-9a-f]{32}", ident)
+        assert ident == said(machine, "systemd-id128 machine-id")
+        said(machine, "test -d /run/log/journal/$(cat /etc/machine-id) -o -d /var/log/journal/$(cat /etc/machine-id)")
         edit(machine)
         report = said(machine, "ash deploy 1")
         assert "passwd" in report
@@ -26,6 +35,7 @@ def test_edits_of_the_running_system_are_carried(disk: Disk, boot: Boot) -> None
         machine.reboot()
         machine.login("root", "new password")
         runs_snapshot(machine, 1)
+        assert said(machine, "cat /etc/machine-id") == ident
         find(machine)
         said(machine, "ash etc-update")
         assert said(machine, "ash diff") == "no difference"

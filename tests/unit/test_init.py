@@ -55,6 +55,7 @@ def test_units_run_ash_and_those_that_every_boot_needs_are_wanted(root: Path, ex
     wanted = {path.relative_to(root / UNITS).as_posix() for path in (root / UNITS).glob("*.wants/*")}
     assert wanted == {
         "local-fs.target.wants/ash-booted.service",
+        "local-fs.target.wants/ash-machine-id.service",
         "local-fs.target.wants/ash-recover.service",
         "sysinit.target.wants/ash-carry.service",
         "sysinit.target.wants/ash-protect.service",
