@@ -2674,7 +2674,7 @@ ConditionFileNotEmpty=|/run/machine-id
 
 [Service]
 Type=oneshot
-ExecStart=sh -c 'if [ -s /run/machine-id ]; then cp -T /run/machine-id /etc/machine-id; else systemd-machine-id-setup; fi'
+ExecStart=sh -c 'cp -T /run/machine-id /etc/machine-id || systemd-machine-id-setup'
 ExecStart=sync /etc/machine-id
 """
 # Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.
@@ -5499,13 +5499,14 @@ def etc_drift(base: Path, running: Path) -> dict[str, str]:
     for path in sorted(paths_below(base) | paths_below(running)):
         if re.fullmatch(NOT_DRIFT, path):
             continue
-        before, now = (status_of(etc / path) for etc in (base, running))
+        one, other = base / path, running / path
         try:
-            if is_same(base / path, running / path) or is_special(running / path):
+            if is_same(one, other) or is_special(other):
                 continue
         except PermissionError:  # for an account that may not read it, an equal mtime must do
-            if before and now and before.st_mtime_ns == now.st_mtime_ns:
+            if one.lstat().st_mtime_ns == other.lstat().st_mtime_ns:
                 continue
+        before, now = os.path.lexists(one), os.path.lexists(other)
         drift[path] = "changed" if before and now else "added" if now else "removed"
     return drift
 
