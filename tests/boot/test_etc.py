@@ -38,7 +38,7 @@ def test_edits_of_the_running_system_are_carried(disk: Disk, boot: Boot) -> None
         assert said(machine, "cat /etc/machine-id") == ident
         find(machine)
         said(machine, "ash etc-update")
-        assert said(machine, "ash diff") == "^ /etc/machine-id", "the identity is never saved"
+        assert said(machine, "ash diff") == "no difference"
         machine.poweroff()
     with disk.files() as files:
         assert "late" in (files.root(1) / "etc/hosts").read_text()
