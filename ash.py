@@ -1565,7 +1565,7 @@ CONF_EXAMPLE = """\
 # ash's configuration: key::value lines, lists by comma.
 # Of this snapshot:
 # mutable_dirs::opt/games
-# mutable_dirs_shared::srv
+# mutable_dirs_shared::usr/local
 # Of the machine, read from the running system's /etc. What `ash auto-upgrade` does, every night if ash-upgrade.timer
 # is enabled: none, check, stage (upgrade but do not deploy), deploy, reboot (in the window).
 # auto_upgrade::deploy
@@ -1630,6 +1630,18 @@ def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
     conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
     own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
     return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
+
+
+# Directories of a root that are mounted from /var, by lines that are written once: writable, shared by all snapshots.
+SHARED_DIRECTORIES = ("mnt", "srv")
+
+
+def shared_directories(root: Path) -> list[str]:
+    """Those of the SHARED_DIRECTORIES that a root's fstab mounts from /var."""
+    lines = lines_of(read_text(path_inside(root, "etc/fstab")))
+    return [
+        name for name in SHARED_DIRECTORIES if any(line.split()[:2] == [f"/var/{name}", f"/{name}"] for line in lines)
+    ]
 
 
 def make_mutable_directory(layout: Layout, kept: str) -> Path:
@@ -5085,7 +5097,9 @@ class Transaction:
 
     def chroot(self) -> Chroot:
         """The environment in which programs run on the working copy."""
-        mutable = []
+        mutable = [
+            (self.root / "var" / one, one) for one in shared_directories(self.root) if is_directory(self.var / one)
+        ]
         for kept, seen in mutable_directories(self.root, self.snapshot):
             mutable.append((make_mutable_directory(self.layout, kept), seen))
         return Chroot(
@@ -5395,6 +5409,11 @@ def uuid_in_fstab(root: Path) -> str:
     return found[1] if found else ""
 
 
+def shared_line(name: str) -> str:
+    """The line of fstab that mounts one of the SHARED_DIRECTORIES."""
+    return f"/var/{name} /{name} none bind,nofail,{mount_option_after('/var')} 0 0"
+
+
 def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable: bool = False) -> str:
     """The fstab of a snapshot or slot: ash's lines for its own mount points, then the user's lines of the old text.
 
@@ -5424,6 +5443,9 @@ def render_fstab(layout: Layout, uuid: str, which: int | str, old: str, mutable:
         line(disk, "/home", "btrfs", volume("@home")),
         line("/.snapshots/ash/root", "/root", "none", bound),
         line("tmpfs", "/tmp", "tmpfs", "mode=1777,nosuid,nodev"),
+        line("tmpfs", "/media", "tmpfs", "mode=0755,nosuid,nodev"),
+        # A boot does not wait for these, so that it goes on if somebody deletes the directories in /var.
+        *(shared_line(name) for name in SHARED_DIRECTORIES),
     ]
     there = {fstab_mount_point(text) for text in lines_of(old)}
     missing = [] if "/.snapshots" in there else [text for text in first if fstab_mount_point(text) not in there]

@@ -5,6 +5,7 @@ from ash import (
     BASE,
     CONF_EXAMPLE,
     IN_ROOT_DB,
+    SHARED_DIRECTORIES,
     AccountIds,
     Distro,
     Layout,
@@ -70,6 +71,8 @@ def split_base(layout: Layout, distro: Distro) -> None:
         run(["cp", "-a", "--reflink=auto", f"{root / directory}/.", shared])
         remove_tree(root / directory)
         (root / directory).mkdir()
+    for directory in SHARED_DIRECTORIES:
+        (layout.var / directory).mkdir(exist_ok=True)
     make_bootable(layout, distro, root, BASE, layout.part.read_text().strip())
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)

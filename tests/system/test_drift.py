@@ -187,18 +187,18 @@ def test_a_fresh_etc_has_the_snapshots_files_and_the_machines_identity(machine: 
     (etc / "own").write_text("mine\n")
     (etc / "motd").write_text("mine\n")
     with (etc / "fstab").open("a") as fstab:
-        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+        fstab.write("UUID=1234-ABCD /stick vfat nofail 0 0\n")
     answer = machine.deploy(snapshot, "--fresh-etc")
     new = machine.next_etc
     assert (new / "machine-id").read_text().startswith("0123456789abcdef")
     assert (new / "ssh/ssh_host_ed25519_key").read_text() == "key\n"
     assert not (new / "own").exists()
     assert (new / "motd").read_bytes() == (machine.system.root(snapshot) / "etc/motd").read_bytes()
-    assert "/srv" not in (new / "fstab").read_text()
+    assert "/stick" not in (new / "fstab").read_text()
     assert answer["carried"] == []
     aside = machine.aside(answer)
     assert ((aside / "own").read_text(), (aside / "motd").read_text()) == ("mine\n", "mine\n")
-    assert "/srv" in (aside / "fstab").read_text()
+    assert "/stick" in (aside / "fstab").read_text()
 
 
 def test_every_deployment_gets_the_machines_identity(machine: Machine, snapshot: int) -> None:
@@ -239,12 +239,12 @@ def test_an_edit_wins_over_a_new_default_of_its_package(machine: Machine, snapsh
 
 def test_the_users_lines_of_fstab_are_carried_and_ashs_are_rendered(machine: Machine, snapshot: int) -> None:
     with (machine.etc / "fstab").open("a") as fstab:
-        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+        fstab.write("UUID=1234-ABCD /stick vfat nofail 0 0\n")
     answer = machine.deploy(machine.system.clone(snapshot))
     assert answer["carried"] == ["fstab"]
     slot = machine.system.boots()
     lines = (machine.next_etc / "fstab").read_text().splitlines()
-    assert lines.count("UUID=1234-ABCD /srv vfat nofail 0 0") == 1
+    assert lines.count("UUID=1234-ABCD /stick vfat nofail 0 0") == 1
     assert [line for line in lines if line.split()[1:2] == ["/boot/efi"]]
     assert len([line for line in lines if line.split()[1:2] == ["/"]]) == 1
     assert all(f"snapshot-{slot}" in line for line in lines if "/rootfs/snapshot-" in line)
@@ -280,12 +280,12 @@ def test_a_mutable_directory_does_not_conflict_with_the_users_lines(machine: Mac
     machine.deploy(snapshot)
     machine.boot()
     with (machine.etc / "fstab").open("a") as fstab:
-        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+        fstab.write("UUID=1234-ABCD /stick vfat nofail 0 0\n")
     other = system.clone(snapshot)
     answer = machine.deploy(other)
     text = (machine.next_etc / "fstab").read_text()
     assert answer["conflicts"] == []
-    assert text.count("/srv") == 1
+    assert text.count("/stick") == 1
     assert [line.split()[0] for line in text.splitlines() if "/opt/games" in line.split()[1:2]] == [
         f"/.snapshots/mutable_dirs/snapshot-{other}/opt/games"
     ]
@@ -297,10 +297,10 @@ def test_a_mutable_directory_is_not_saved_as_a_users_line(machine: Machine, snap
     machine.deploy(snapshot)
     machine.boot()
     with (machine.etc / "fstab").open("a") as fstab:
-        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+        fstab.write("UUID=1234-ABCD /stick vfat nofail 0 0\n")
     assert system.ash("--json", "etc-update").json["carried"] == ["fstab"]
     saved = (system.root(snapshot) / "etc/fstab").read_text()
-    assert ("mutable_dirs" in saved, " /srv " in saved) == (False, True)
+    assert ("mutable_dirs" in saved, " /stick " in saved) == (False, True)
     machine.deploy(snapshot)
     assert (machine.next_etc / "fstab").read_text().count(" /opt/games ") == 1
 
@@ -334,7 +334,7 @@ def test_etc_update_saves_the_drift_to_the_booted_snapshot(machine: Machine, sna
     (etc / "ssh").mkdir(exist_ok=True)
     (etc / "ssh/ssh_host_rsa_key").write_text("key\n")
     with (etc / "fstab").open("a") as fstab:
-        fstab.write("UUID=1234-ABCD /srv vfat nofail 0 0\n")
+        fstab.write("UUID=1234-ABCD /stick vfat nofail 0 0\n")
     add_user(etc, "bea", 1003)
     answer = system.ash("--json", "etc-update").json
     assert (answer["changed"], answer["snapshot"]) == (True, snapshot)
@@ -345,7 +345,7 @@ def test_etc_update_saves_the_drift_to_the_booted_snapshot(machine: Machine, sna
     assert not (saved / "ssh/ssh_host_rsa_key").exists()
     assert "0123456789abcdef" not in (saved / "machine-id").read_text()
     fstab_lines = (saved / "fstab").read_text().splitlines()
-    assert "UUID=1234-ABCD /srv vfat nofail 0 0" in fstab_lines
+    assert "UUID=1234-ABCD /stick vfat nofail 0 0" in fstab_lines
     assert all(f"snapshot-{snapshot}" in line for line in fstab_lines if "/rootfs/snapshot-" in line)
     assert set(system.ash("--json", "diff").json["drift"]) <= {"machine-id", "ssh/ssh_host_rsa_key"}
     assert (system.files.etc(snapshot) / "own").exists()

@@ -574,3 +574,12 @@ def test_data_on_file_systems_of_their_own_are_refused(machine: Machine, snapsho
         error = machine.run("run", snapshot, "sh", "-ec", script, patch=RUNNING, status=OURS_IN_RUN).error
         assert "/var/lib is a file system of its own" in error
     assert not (machine.system.home / "it-ran").exists(), "known before the work"
+
+
+def test_srv_and_mnt_are_shared_by_all_snapshots(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo shared > /srv/mark")
+    assert (system.files.var / "srv/mark").read_text() == "shared\n"
+    assert not (system.root(snapshot) / "srv/mark").exists()
+    assert system.shell(system.clone(), "cat /srv/mark; echo other > /srv/mark; exit 0").stdout == "shared\n"
+    system.ash("run", snapshot, "sh", "-c", "echo lost > /mnt/lost; exit 1", status=1)
+    assert not (system.files.var / "mnt/lost").exists()

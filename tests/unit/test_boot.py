@@ -25,6 +25,7 @@ from ash import (
     make_mount_points,
     merge_fstab,
     render_fstab,
+    shared_directories,
 )
 
 pytestmark = pytest.mark.budget(10)
@@ -47,7 +48,7 @@ def entries(text: str) -> dict[str, list[str]]:
 
 def test_fstab_mounts_ashs_volumes_by_uuid() -> None:
     found = entries(render_fstab(LAYOUT, UUID, "deploy-aux", ""))
-    assert list(found) == ["/", "/.snapshots", "/etc", "/var", "/home", "/root", "/tmp"]
+    assert list(found) == ["/", "/.snapshots", "/etc", "/var", "/home", "/root", "/tmp", "/media", "/mnt", "/srv"]
     assert all(len(line) == 6 for line in found.values())
     assert {found[point][0] for point in ("/", "/.snapshots", "/var", "/home")} == {f"UUID={UUID}"}
 
@@ -59,6 +60,16 @@ def test_fstab_mounts_the_slots_root_read_only_and_its_etc_over_it() -> None:
     assert "ro" in options
     assert found["/etc"][0] == "/.snapshots/rootfs/snapshot-deploy-aux/etc"
     assert "bind" in found["/etc"][3].split(",")
+
+
+def test_mnt_and_srv_are_directories_of_the_shared_var(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/fstab").write_text(render_fstab(LAYOUT, UUID, 3, ""))
+    assert shared_directories(tmp_path) == ["mnt", "srv"]
+    (tmp_path / "etc/fstab").write_text(render_fstab(LAYOUT, UUID, 3, "LABEL=data /srv ext4 defaults 0 2\n"))
+    assert shared_directories(tmp_path) == ["mnt"]
+    older = "".join(f"{line}\n" for line in render_fstab(LAYOUT, UUID, 3, "").splitlines() if "/var/" not in line)
+    assert "/var/srv" not in render_fstab(LAYOUT, UUID, 3, older), "what is not there in an older system stays so"
 
 
 def test_setuid_programs_in_snapshots_do_not_run() -> None:
@@ -90,11 +101,12 @@ def test_lines_of_fstab_that_ash_wrote_once_are_the_users() -> None:
 
 def test_lines_on_the_roots_file_system_follow_its_uuid() -> None:
     old = (
-        render_fstab(LAYOUT, "0b1c2d3e", 3, "") + "UUID=0b1c2d3e /srv btrfs subvol=@srv 0 0\nUUID=77 /data ext4 x 0 0\n"
+        render_fstab(LAYOUT, "0b1c2d3e", 3, "")
+        + "UUID=0b1c2d3e /exports btrfs subvol=@exports 0 0\nUUID=77 /data ext4 x 0 0\n"
     )
     found = entries(render_fstab(LAYOUT, UUID, 3, old))
     assert {point: line[0] for point, line in found.items() if line[0].startswith("UUID=")} == {
-        **dict.fromkeys(("/", "/.snapshots", "/var", "/home", "/srv"), f"UUID={UUID}"),
+        **dict.fromkeys(("/", "/.snapshots", "/var", "/home", "/exports"), f"UUID={UUID}"),
         "/data": "UUID=77",
     }
 
