@@ -1674,13 +1674,22 @@ class History:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
-    def append(self, entry: Mapping[str, Any], again: bool = False) -> None:
-        """Append a line and sync it. If the disk is full or the lock is held for too long, the line is lost.
+    def append(self, entry: Mapping[str, Any], again: bool = False) -> bool:
+        """Append a line and sync it. False if the lock is held for too long; on a full disk the line is lost.
 
         With `again`, skip the line if one with its "id" exists: an interrupted process may have written it.
         """
+        try:
+            self._append(entry, again)
+        except (AshError, OSError) as error:
+            is_locked = isinstance(error, AshError) and error.status == LOCKED
+            console.say(f"warning: this is {'not yet' if is_locked else 'not'} in the history: {reason(error)}")
+            return not is_locked
+        return True
+
+    def _append(self, entry: Mapping[str, Any], again: bool) -> None:
         line = json.dumps({"time": time.strftime(self.TIME_FORMAT), **entry}).encode() + b"\n"
-        with contextlib.suppress(OSError, AshError), state_lock(self.layout), self.layout.history.open("ab+") as file:
+        with state_lock(self.layout), self.layout.history.open("ab+") as file:
             if again and entry["id"] and any(known.get("id") == entry["id"] for known in self.read()):
                 return
             if file.tell():
@@ -2108,6 +2117,38 @@ def changed_paths(old: Path, new: Path) -> dict[str, str]:
         except OSError as error:
             raise AshError(f"cannot compare {old.name} with {new.name}: {error.strerror}") from error
         return changes_in_stream(stream.read())
+
+
+# From <linux/btrfs.h>: _IOWR(0x94, 17, struct btrfs_ioctl_search_args_v2): a key (a tree, 0 for that of the directory;
+# ranges of object ids, offsets, transactions and types; a number of items), the size of the buffer, the buffer.
+BTRFS_IOC_TREE_SEARCH_V2 = 0xC0709411
+SEARCH_KEY, SEARCH_BUFFER = struct.Struct("=QQQQQQQIIII32xQ"), 1 << 20
+SEARCH_HEADER = struct.Struct("=QQQII")  # of each item: transaction, object id, offset, type, length
+BTRFS_INODE_ITEM = 1
+U64_MAX = 2**64 - 1
+
+
+def changed_inodes(subvolume: Path, since: int) -> set[int]:
+    """The inodes of a subvolume that were changed in btrfs transactions later than a number."""
+    if not Subvolume.at(subvolume).readonly:
+        sync_filesystem(subvolume)  # the search does not see what is only in memory
+    found: set[int] = set()
+    first = SUBVOLUME_INODE
+    while first < U64_MAX:
+        key = (0, first, U64_MAX, 0, U64_MAX, since + 1, U64_MAX, BTRFS_INODE_ITEM, BTRFS_INODE_ITEM, U32_MAX, 0)
+        answer = ask_btrfs(
+            subvolume, BTRFS_IOC_TREE_SEARCH_V2, SEARCH_KEY.pack(*key, SEARCH_BUFFER).ljust(SEARCH_BUFFER + 112, b"\0")
+        )
+        (items,) = struct.unpack_from("=I", answer, 64)
+        at, first = 112, first if items else U64_MAX
+        for _ in range(items):
+            _, inode, _, kind, length = SEARCH_HEADER.unpack_from(answer, at)
+            at += SEARCH_HEADER.size
+            # struct btrfs_inode_item begins with the transactions of its creation and of its last change.
+            if kind == BTRFS_INODE_ITEM and struct.unpack_from("=Q", answer, at + 8)[0] > since:
+                found.add(inode)
+            at, first = at + length, inode + 1
+    return found
 
 
 def delete_stale_views(layout: Layout) -> None:
@@ -4593,16 +4634,20 @@ class Birth(NamedTuple):
         n = place.snapshot
         if n in tree:
             description = self.description or place.system.describe(n)
-            self._replace(parent=tree.parent(n), description=description).record(place, again=True)
+            if not self._replace(parent=tree.parent(n), description=description).record(place, again=True):
+                raise AshError(f"the creation of snapshot {n} is not in the history yet", "ash recover", LOCKED)
         else:
             place.delete_snapshot()
             sync_filesystem(place.layout.snapshots)
         place.drop()
 
-    def record(self, place: WorkDir, again: bool = False) -> None:
+    def record(self, place: WorkDir, again: bool = False) -> bool:
+        """Write the history's line, with the btrfs transaction of the last change that the snapshot was born with."""
         facts = {"from": self.source, "parent": self.parent, "description": self.description}
         concerned = {self.source, place.snapshot, *([] if self.parent is None else [self.parent])}
-        place.record(self.caller, {"id": self.id, **facts}, concerned, again)
+        born = subvolume_at(place.layout.rootfs(place.snapshot))
+        since = {"ctransid": born.ctransid} if born else {}
+        return place.record(self.caller, {"id": self.id, **facts, **since}, concerned, again)
 
 
 class Deletion(NamedTuple):
@@ -4618,12 +4663,13 @@ class Deletion(NamedTuple):
         if place.snapshot not in tree:
             place.delete_snapshot()
             sync_filesystem(place.layout.snapshots)
-            self.record(place, again=True)
+            if not self.record(place, again=True):
+                raise AshError(f"the deletion of {place.snapshot} is not in the history yet", "ash recover", LOCKED)
         place.drop()
 
-    def record(self, place: WorkDir, again: bool = False) -> None:
+    def record(self, place: WorkDir, again: bool = False) -> bool:
         """Write the history's line: one for all the snapshots."""
-        place.record(self.caller, {"id": self.id, "deleted": list(self.snapshots)}, self.snapshots, again)
+        return place.record(self.caller, {"id": self.id, "deleted": list(self.snapshots)}, self.snapshots, again)
 
 
 Intent = Open | Kept | LiveChange | Commit | Merge | Birth | Deletion
@@ -4748,24 +4794,28 @@ class WorkDir:
 
     def record(
         self, caller: Mapping[str, Any] | None, facts: Mapping[str, Any], snapshots: Iterable[int], again: bool
-    ) -> None:
-        """Write a commit's line to the history, unless it has no caller; with `again` it may be there already."""
-        if caller is not None:
-            done = {"snapshot": self.snapshot, "changed": True, **facts, **caller}
-            self.system.history.append({**done, "snapshots": sorted(snapshots), "result": "done"}, again)
-            self.system.recorded |= caller is self.system.caller
+    ) -> bool:
+        """Write a commit's line to the history, unless it has no caller; with `again` it may be there already.
+
+        False if the history is locked: then the intent has to stay, so that recovery writes the line.
+        """
+        if caller is None:
+            return True
+        self.system.recorded |= caller is self.system.caller
+        done = {"snapshot": self.snapshot, "changed": True, **facts, **caller}
+        return self.system.history.append({**done, "snapshots": sorted(snapshots), "result": "done"}, again)
 
     def drop(self) -> None:
         """Delete everything that a transaction left. The intent file goes last, so that this can be interrupted too."""
         delete_subvolume(self.root)
         self._clear()
 
-    def _clear(self) -> None:
+    def _clear(self, but_intent: bool = False) -> None:
         delete_subvolume(self.before)
         delete_subvolume(self.origin)
         for directory in ("etc", "boot"):
             delete_subvolume(self.layout.copy(directory, f"new-{self.name}"))  # nobody else's: we hold the lock NAME
-        for leftover in self.files:
+        for leftover in self.files[:-1] if but_intent else self.files:
             remove_tree(leftover)
 
     @property
@@ -4833,14 +4883,17 @@ class WorkDir:
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
         var = {"conflicts": [f"/var/{entry}" for entry in merge.in_conflict], "kept": list(merge.kept)}
-        self.record(intent.caller, {"id": intent.id, **intent.facts, **var}, [n], again)
+        facts = {**var, **intent.facts}
+        recorded = self.record(intent.caller, {"id": intent.id, **facts}, [n], again)
         if isinstance(intent, Commit) and self.root.exists():
             delete_subvolume(layout.undo(n), even_mounted=True)
             rename(self.root, layout.undo(n))
         if is_writable(layout.undo(n)):  # that of a mutable snapshot
             set_readonly(layout.undo(n))
         delete_subvolume(self.root)  # a power cut may have brought it back, if only /var was changed
-        self._clear()
+        if not recorded:  # nothing else is left to do
+            save_intent(self.directory, Merge(facts=facts, caller=intent.caller, id=intent.id))
+        self._clear(but_intent=not recorded)
         return merge
 
     @contextmanager
@@ -6981,9 +7034,10 @@ def new_snapshot(
         write_packages(layout, number, system.package_manager.installed(source) if packages is None else packages)
         write_file(layout.description(number), f"{description}\n")
         yield number
-        birth.record(place)
+        recorded = birth.record(place)
         undo.pop_all()
-        remove_tree(place.directory / "intent")
+        if recorded:
+            remove_tree(place.directory / "intent")
 
 
 @contextmanager
@@ -7161,8 +7215,8 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
                     tree.remove(snapshot)
         undo.pop_all()
         system.with_reserve(partial(delete_parts, system, numbers))
-        deletion.record(system.workdir(numbers[0]))
-        system.with_reserve(partial(delete_work_directories, system, numbers))
+        if deletion.record(system.workdir(numbers[0])):
+            system.with_reserve(partial(delete_work_directories, system, numbers))
     return numbers
 
 
@@ -9666,7 +9720,15 @@ def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int
     return failed
 
 
-TREE_SHAPE = {"changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}, "live?": LIVE_SHAPE}
+TREE_SHAPE = {
+    "changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}, "skipped?": [int], "live?": LIVE_SHAPE,
+}  # fmt: skip
+
+
+def changeable_branch(tree: Tree, snapshot: int) -> list[int]:
+    """A snapshot and its branches, without the base, which has commands of its own, if it has branches."""
+    numbers = tree.branch(snapshot)
+    return [number for number in numbers if number != BASE] or numbers
 
 
 def tree_reply(system: System, request: Request, pool: JobPool, live: LiveResult | None = None) -> Reply:
@@ -9689,6 +9751,9 @@ def tree_reply(system: System, request: Request, pool: JobPool, live: LiveResult
     lines += [live.text()] if live else []
     snapshots = [change_data(change) for change in pool.changes]
     data: dict[str, Any] = {"changed": bool(changed), "snapshots": snapshots, "failed": errors}
+    if request.snapshot == BASE and BASE not in {job.number for job in pool.jobs}:
+        lines.append("snapshot 0 is the base: it was passed over (ash base-update upgrades it)")
+        data["skipped"] = [BASE]
     data |= {"live": vars(live)} if live else {}
     return Reply(data, "\n".join(lines), status=FAILED if errors or (live and live.error) else 0)
 
@@ -9700,7 +9765,7 @@ def tree_reply(system: System, request: Request, pool: JobPool, live: LiveResult
 )  # fmt: skip
 def cmd_tree_run(system: System, request: Request) -> Plan:
     tree, pool = system.tree(), JobPool(system, "ran in", request.jobs, shown=True)
-    numbers = tree.branch(request.snapshot)
+    numbers = changeable_branch(tree, request.snapshot)
     if request.dry_run:
         for number in numbers:
             system.require_changeable(number)
@@ -9716,7 +9781,7 @@ def cmd_tree_run(system: System, request: Request) -> Plan:
 )  # fmt: skip
 def cmd_tree_upgrade(system: System, request: Request) -> Reply:
     tree, pool = system.tree(), JobPool(system, "upgrading", request.jobs)
-    numbers = tree.branch(request.snapshot)
+    numbers = changeable_branch(tree, request.snapshot)
     failed = {} if request.dry_run else fetch_once(system, numbers, request.strict)
     work = partial(upgrade, fetch=request.dry_run, strict=request.strict, download_only=request.download_only)
 
@@ -9741,7 +9806,7 @@ def cmd_tree_upgrade(system: System, request: Request) -> Reply:
 def cmd_tree_rmpkg(system: System, request: Request) -> Reply:
     packages = [name for names in packages_named(system, request) for name in names]
     tree, pool = system.tree(), JobPool(system, "removing from", request.jobs)
-    numbers = tree.branch(request.snapshot)
+    numbers = changeable_branch(tree, request.snapshot)
 
     having = ask_each(numbers, lambda number: installed_of(system, number, packages))
     if len(having) == len(numbers) and not any(having.values()):
@@ -9801,8 +9866,7 @@ class ParentSync:
     def __call__(self, work: Transaction) -> None:
         """Apply the parent's packages and new configuration to a transaction on the branch."""
         self._follow_packages(work)
-        # The history's times are in seconds: a file of that very second may be older than the branch.
-        self._follow_configuration(work, timestamp_of(self._history[self._since - 1]) + 1 if self._since else 0)
+        self._follow_configuration(work)
 
     def fetch(self, work: Transaction) -> None:
         """Download the packages that the branch is to get."""
@@ -9848,17 +9912,32 @@ class ParentSync:
             hint = f"ash remove {self.number} {' '.join(pushed_out)} allows it"
             raise AshError(f"the parent's packages conflict with {listed(pushed_out)}", hint)
 
-    def _follow_configuration(self, work: Transaction, parted: float) -> None:
-        """Copy the files of the parent's /etc that are newer than `parted` and that the branch lacks.
+    def _newer_than_parting(self) -> Callable[[Path], bool]:
+        """Tells which files of the parent were changed since the two parted: by btrfs's transactions, not by clocks.
+
+        Where an older ash created the branch, times decide.
+        """
+        if not self._since:
+            return lambda _: True
+        parting = self._history[self._since - 1]
+        if is_u32(parting.get("ctransid")):
+            inodes = changed_inodes(self.root, parting["ctransid"])
+            return lambda path: path.lstat().st_ino in inodes
+        # The history's times are in seconds: a file of that very second may be older than the branch.
+        parted = timestamp_of(parting) + 1
+        return lambda path: path.lstat().st_ctime >= parted
+
+    def _follow_configuration(self, work: Transaction) -> None:
+        """Copy the files of the parent's /etc that are newer than the parting of the two and that the branch lacks.
 
         Files of packages come with their packages only, and so do symlinks to them. A file of no package that was
         deleted in the branch comes back if the parent has changed it since: it cannot be told from a new one.
         """
-        theirs, ours = self.root / "etc", work.root / "etc"
+        theirs, ours, is_newer = self.root / "etc", work.root / "etc", self._newer_than_parting()
         of_packages = self.system.package_manager.files(self.root, "etc")
         for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
             excluded = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
-            is_new = (theirs / path).lstat().st_ctime >= parted and not os.path.lexists(ours / path)
+            is_new = is_newer(theirs / path) and not os.path.lexists(ours / path)
             if is_new and not excluded and has_real_parents(ours, path) and not self._dangles(work.root, path):
                 replace_by_copy(theirs / path, ours / path, protected=True)
 
@@ -9871,12 +9950,24 @@ class ParentSync:
         return False
 
 
+def finish_interrupted(system: System, numbers: Sequence[int]) -> None:
+    """Finish or undo interrupted changes of snapshots first, since the history, which has them then, is to decide."""
+
+    def recover(number: int) -> None:
+        with system.lock(number):
+            system.workdir(number).recover(system.tree())
+
+    ask_each([number for number in numbers if system.workdir(number).leftovers()], recover)
+
+
 def sync_tree(system: System, request: Request, upgrades: bool) -> Reply:
     """Give each branch of a tree the packages and the new configuration of its parent, after upgrading all."""
     tree, pool = system.tree(), JobPool(system, "synchronizing", request.jobs, after_parents=True)
-    numbers = tree.branch(request.snapshot)
+    every, numbers = tree.branch(request.snapshot), changeable_branch(tree, request.snapshot)
     live = goes_live(system, request, numbers)
-    above = {number: parent for number in numbers if (parent := tree.parent(number)) in numbers and parent is not None}
+    if not request.dry_run:
+        finish_interrupted(system, every)
+    above = {number: parent for number in numbers if (parent := tree.parent(number)) in every and parent is not None}
     following = {number: ParentSync(system, parent, number, request.keep) for number, parent in above.items()}
     failed = fetch_once(system, numbers, request.strict) if upgrades and not request.dry_run else {}
     if not request.dry_run:

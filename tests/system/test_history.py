@@ -25,8 +25,12 @@ def entries_of(system: System, command: str, snapshot: int) -> list[dict[str, An
 
 def test_a_change_succeeds_even_if_the_history_cannot_be_written(system: System, snapshot: int) -> None:
     with Lock(system.files.state / "work/state/lock", "the test"):
-        system.ash("run", snapshot, "touch", "/etc/mark")
+        assert "not yet in the history" in system.ash("run", snapshot, "touch", "/etc/mark").stderr
     assert (system.root(snapshot) / "etc/mark").exists()
+    assert not entries_of(system, "run", snapshot)
+    system.ash("run", snapshot, "touch", "/etc/later")  # recovers first
+    assert [entry["arguments"][-1] for entry in entries_of(system, "run", snapshot)] == ["/etc/mark", "/etc/later"]
+    system.is_sound()
 
 
 def test_every_change_of_every_command_is_in_the_history(system: System, snapshot: int, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Commands on whole trees: a failure in one branch does not stop the others, and everything is fetched once."""
 
+import json
 import os
 import re
 import time
@@ -561,3 +562,43 @@ def test_packages_from_no_repository_stop_only_their_branch(system: System, tree
     answer = system.ash("--json", "force-sync", tree[0], status=FAILED).json
     assert set(answer["failed"]) == {str(tree[3]), str(tree[4])}
     assert versions(system, tree, "ash-test-other") == ["1", "1", "1", None, None]
+
+
+def test_sync_goes_by_the_order_of_changes_and_not_by_the_clock(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo old > /etc/old-of-parent")
+    branch = system.branch(snapshot)
+    history = system.files.state / "history"
+    born = json.loads(history.read_text().splitlines()[-1])
+    assert born["command"] == "branch"
+    ahead = json.dumps({**born, "time": "2099-01-01T00:00:00+0000"})  # the clock was ahead
+    history.write_text("\n".join([*history.read_text().splitlines()[:-1], ahead, ""]))
+    system.shell(branch, "rm /etc/old-of-parent")
+    system.shell(snapshot, "echo new > /etc/new-of-parent; mkdir /etc/new-of-parent.d; touch /etc/new-of-parent.d/file")
+    system.ash("force-sync", snapshot)
+    assert (system.root(branch) / "etc/new-of-parent").read_text() == "new\n"
+    assert (system.root(branch) / "etc/new-of-parent.d/file").exists()
+    assert not (system.root(branch) / "etc/old-of-parent").exists(), "it was deleted in the branch on purpose"
+
+
+def test_sync_knows_what_a_killed_command_has_removed(system: System, snapshot: int, tmp_path: Path) -> None:
+    package = make_deb(tmp_path, "ash-test-removed")
+    system.ash("install", snapshot, str(package))
+    branch = system.branch(snapshot)
+    package.unlink()
+    system.killed_before("write the history", "tree-rmpkg", branch, "ash-test-removed")
+    assert "ash-test-removed" not in system.files.in_root(branch, "dpkg-query", "-W", "-f", "${Package} ")
+    system.ash("force-sync", snapshot)
+    assert "ash-test-removed" not in system.files.in_root(branch, "dpkg-query", "-W", "-f", "${Package} ")
+    assert "tree-rmpkg" in [entry["command"] for entry in system.ash("--json", "log", branch).json["history"]]
+
+
+def test_the_branches_of_the_base_are_changed_and_the_base_is_passed_over(system: System) -> None:
+    branch, base = system.branch(0), system.id_of(0)
+    for line in ("tree-run 0 touch /etc/mark", "force-sync 0"):
+        answer = system.ash("--json", *line.split()).json
+        assert (answer["skipped"], answer["failed"]) == ([0], {})
+    assert "snapshot 0 is the base: it was passed over" in system.ash("tree-run", 0, "true").stdout
+    assert (system.root(branch) / "etc/mark").exists()
+    assert system.id_of(0) == base
+    system.ash("-y", "del", branch)
+    assert "snapshot 0 is the base" in system.ash("tree-run", 0, "true", status=FAILED).stdout
