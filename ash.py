@@ -7696,7 +7696,8 @@ def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     name = "preserve_whitespace"
     spaces = {name: True} if name in tabulate.tabulate.__code__.co_varnames else {}
     cells = [[one_line(str(cell)) for cell in row] for row in rows]
-    return str(tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True, **spaces))
+    text = tabulate.tabulate(cells, headers=headers, tablefmt="plain", disable_numparse=True, **spaces)
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def require_confirmation(request: Request, question: str) -> None:
@@ -8400,6 +8401,13 @@ def packages_summary(packages: Mapping[str, Mapping[str, Any]]) -> str:
     return " ".join(f"{sign}{name}" for kind, sign in signs.items() for name in packages.get(kind, {}))
 
 
+def what_was_done(entry: Mapping[str, Any]) -> str:
+    """The command of a line of the history, its result, and the packages that it changed."""
+    command = " ".join(["ash", *map(str, entry.get("arguments", []))])
+    packages = " ".join(packages_summary(change.get("packages", {})) for change in entry.get("changes", [entry]))
+    return f"{command}: {entry.get('result', '')}" + (f", {packages}" if packages.strip() else "")
+
+
 @command(
     "log", "history", group=TREE, usage="log [N]",
     help="show the history: what was done, when, by whom, with what result", numbers=1, snapshot_optional=True,
@@ -8416,14 +8424,12 @@ def cmd_log(system: System, request: Request) -> Reply:
         [
             entry.get("time", ""),
             user_name(entry.get("user", 0)),
-            " ".join(["ash", *map(str, entry.get("arguments", []))]),
             " ".join(map(str, entry.get("snapshots", []))),
-            entry.get("result", ""),
-            " ".join(packages_summary(change.get("packages", {})) for change in entry.get("changes", [entry])),
+            what_was_done(entry),
         ]
         for entry in entries
     ]
-    return Reply({"history": entries}, text_table(rows, ["time", "user", "command", "snapshots", "result", "packages"]))
+    return Reply({"history": entries}, text_table(rows, ["time", "user", "snapshots", "command: result, packages"]))
 
 
 @command(
@@ -9092,6 +9098,21 @@ def package_reply(request: Request, changes: Sequence[Change], live: LiveResult 
     return would_change(changes) if request.dry_run else changes_reply(changes, live)
 
 
+def repositories_hint(system: System, number: int) -> str:
+    """What to do if the running /etc has other repositories than a snapshot; empty if it has the same."""
+    slot = system.booted_slot
+    if not slot:
+        return ""
+    roots = (Path("/") if system.running else system.layout.rootfs(slot), system.layout.rootfs(number))
+    running, own = map(system.package_manager.repositories, roots)
+    if running == own:
+        return ""
+    differ = "the repositories in the running /etc are not those of"
+    if number == system.current != BASE:
+        return f"{differ} snapshot {number}: ash etc-update saves them into it"
+    return f"{differ} snapshot {number}: ash deploy {number}, reboot, ash etc-update"
+
+
 def refusal_of_removal(snapshot: int, needed: Sequence[str]) -> AshError:
     what = f"this would remove {listed(needed)}, which ash needs: snapshot {snapshot} is unchanged"
     return AshError(what, "--force removes it all the same", REFUSED)
@@ -9120,7 +9141,12 @@ def change_snapshot(
     Raises AshError (REFUSED) if the change removes what ash needs, unless `force`.
     """
     with step(f"{doing} snapshot {number}"), Transaction(system, number, simulate=simulate, base=base) as transaction:
-        work(transaction)
+        try:
+            work(transaction)
+        except AshError as error:
+            if error.status == MISSING and (hint := repositories_hint(system, number)):
+                error.hint = hint
+            raise
         if not force:
             require_needs(transaction)
     return transaction.change
@@ -9475,7 +9501,8 @@ def cmd_refresh(system: System, request: Request) -> Plan:
     changes = [change_snapshot(system, n, "fetching the package lists of", work, base=True) for n in snapshots]
     is_new = any(change.changed for change in changes)
     text = f"updated the package lists of {listed(snapshots)}" if is_new else "no new package lists"
-    return changes_reply(changes)._replace(text=text)
+    hints = [hint for number in snapshots if (hint := repositories_hint(system, number))]
+    return changes_reply(changes)._replace(text="\n".join([text, *(f"  {hint}" for hint in hints)]))
 
 
 @command(

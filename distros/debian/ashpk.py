@@ -274,6 +274,12 @@ DPkg::Pre-Install-Pkgs {"/run/ash/room";};
 Dir::Cache::pkgcache "/run/ash/pkgcache.bin";
 APT::Get::List-Cleanup "false";
 """
+    # In the running system, whose /usr is read-only, apt would fetch everything, and then dpkg would fail.
+    READ_ONLY_CONF = """\
+APT::Install::Pre-Invoke {"test -w /usr || \
+grep -qzxE -e '-[a-z]*[sd]|--(simulate|just-print|dry-run|no-act|print-uris|download-only)' /proc/$PPID/cmdline || \
+{ echo 'ash: this system is read-only. To install: ash install PACKAGE. See: ash help' >&2; exit 1; }";};
+"""
     # apt pipes it the packages that it is about to unpack. Sizes are in KiB; 262144 KiB is ash's SPACE_FLOOR.
     ROOM = """\
 #!/bin/sh
@@ -316,7 +322,7 @@ esac
         if old.exists():
             old.rename(marks / "extended_states")
         conf = root / "etc/apt/apt.conf.d/05ash"
-        conf.write_text(f'Dir::State::extended_states "/{IN_ROOT_DB}/apt/extended_states";\n')
+        conf.write_text(f'Dir::State::extended_states "/{IN_ROOT_DB}/apt/extended_states";\n{self.READ_ONLY_CONF}')
         dkms = root / "etc/dkms/framework.conf.d/ash.conf"  # dkms compares this path with the targets of symlinks
         dkms.parent.mkdir(parents=True, exist_ok=True)
         dkms.write_text(f'dkms_tree="/{in_database("lib/dkms")}"\n')

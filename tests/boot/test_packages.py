@@ -91,6 +91,7 @@ def prepare(disk: Disk, directory: Path) -> None:
 
 def installs_live(machine: Machine) -> None:
     """A service is started at once and stopped at once; one that fails to start is rolled back."""
+    refused(machine, "apt-get install -y ash-test-daemon", "ash install PACKAGE")
     report = said(machine, "ash install ash-test-daemon=1")
     assert "started: ash-test-daemon.socket, ash-test-daemon.service" in report
     active = "systemctl is-active ash-test-daemon.socket ash-test-daemon"

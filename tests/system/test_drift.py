@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DONE, FAILED, REFUSED, make_deb, program
+from tests.support import DONE, FAILED, MISSING, REFUSED, make_deb, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -652,3 +652,15 @@ def test_rollback_keeps_the_running_system_with_its_etc(machine: Machine) -> Non
 def test_fsck_finds_nothing_afterwards(system: System) -> None:
     """The last test of this module."""
     assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_install_says_that_the_running_etc_has_other_repositories(machine: Machine) -> None:
+    number = machine.system.ash("--json", "status").json["next"]["snapshot"]
+    (machine.etc / "apt/sources.list.d/acme.list").write_text("deb [trusted=yes] file:/nowhere ./\n")
+    hint = f"are not those of snapshot {number}: ash etc-update"
+    assert hint in machine.run("install", number, "ash-test-acme", status=MISSING).stderr
+    other = machine.system.clone()
+    hint = f"are not those of snapshot {other}: ash deploy {other}, reboot, ash etc-update"
+    assert hint in machine.run("install", other, "ash-test-acme", status=MISSING).stderr
+    machine.run("etc-update")
+    assert "are not those" not in machine.run("install", number, "ash-test-acme", status=MISSING).stderr

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Parsing the output and files of apt and dpkg."""
 
+import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -313,3 +316,22 @@ def test_a_packages_default_is_known_by_its_checksum(tmp_path: Path) -> None:
         if APT.is_default(tmp_path, path, content)
     }
     assert found == {("etc/tool.conf", b"x\n"), ("etc/tool.old", b"y\n"), ("etc/default/tool", b"x\n")}
+
+
+def test_apt_itself_says_in_a_read_only_system_which_command_to_use(tmp_path: Path) -> None:
+    apt = shutil.which("apt-get") or pytest.skip("needs apt")
+    conf = tmp_path / "apt.conf"
+    conf.write_text(Apt.READ_ONLY_CONF.replace("/usr", str(tmp_path / "missing")))
+    environment = {**os.environ, "APT_CONFIG": str(conf), "LC_ALL": "C.UTF-8"}
+
+    def said(*words: str) -> str:
+        argv = [apt, "-o", "Debug::NoLocking=1", "-o", f"Dir::State::lists={tmp_path}", "-o", f"Dir::Cache={tmp_path}"]
+        argv += words
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
+        return done.stdout + done.stderr
+
+    assert "ash install PACKAGE" in said("--yes", "install", "apt")
+    assert "ash install PACKAGE" not in said("--simulate", "install", "apt")
+    assert "ash install PACKAGE" not in said("-s", "install", "apt")
+    conf.write_text(Apt.READ_ONLY_CONF.replace("/usr", str(tmp_path)))
+    assert "ash install PACKAGE" not in said("--simulate", "install", "apt")
