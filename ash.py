@@ -9024,6 +9024,9 @@ def cmd_etc_update(system: System, request: Request) -> Plan:
     lines = [f"saved into snapshot {change.snapshot}: {listed(merge.carried)}" if merge.carried else "nothing to save"]
     if merge.in_conflict:
         lines.append(f"  not saved, since the snapshot changed them too: {listed(merge.in_conflict)}")
+    if identity := [path for path in merge.drift if re.fullmatch(IDENTITY, path)]:
+        lines.append(f"  not saved, since every snapshot runs with those of the machine: {listed(identity)}")
+    lines += [f"  without effect: {one_line(what)}" for what in merge.without_effect]
     return Reply(data, "\n".join(lines))
 
 

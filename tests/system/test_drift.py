@@ -664,3 +664,12 @@ def test_install_says_that_the_running_etc_has_other_repositories(machine: Machi
     assert hint in machine.run("install", other, "ash-test-acme", status=MISSING).stderr
     machine.run("etc-update")
     assert "are not those" not in machine.run("install", number, "ash-test-acme", status=MISSING).stderr
+
+
+def test_etc_update_names_what_it_does_not_save(machine: Machine) -> None:
+    before = (machine.etc / "machine-id").read_text()
+    (machine.etc / "machine-id").write_text(f"{'0' * 31}1\n")
+    assert (
+        "not saved, since every snapshot runs with those of the machine: machine-id" in machine.run("etc-update").stdout
+    )
+    (machine.etc / "machine-id").write_text(before)
