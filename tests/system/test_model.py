@@ -152,7 +152,7 @@ class Model(RuleBasedStateMachine):
     def undo(self, data: st.DataObject) -> None:
         number = self.pick(data)
         before = self.known[number].undo
-        if before is None or number in self.deployed():
+        if before is None:
             self.system.ash("undo", number, status=REFUSED)
             return
         self.system.ash("undo", number)
