@@ -1184,6 +1184,11 @@ class Layout:
     def etc(self, which: int | str) -> Path:
         return self.snapshots / f"etc/etc-{which}"
 
+    @property
+    def private(self) -> list[Path]:
+        """The directories of root alone: they keep files with the modes that they had, which were tightened since."""
+        return [self.snapshots / name for name in ("rootfs", "etc", "boot")]
+
     def carried(self, slot: str) -> Path:
         """The /etc whose changes a slot's deployment has: the base for what is carried into it later."""
         return self.etc(f"carried-{slot}")
@@ -1692,6 +1697,7 @@ class History:
         with state_lock(self.layout), self.layout.history.open("ab+") as file:
             if again and entry["id"] and any(known.get("id") == entry["id"] for known in self.read()):
                 return
+            self.make_private()
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else b"\n" + line  # a crash has torn the last one
@@ -1700,8 +1706,24 @@ class History:
             file.flush()
             os.fsync(file.fileno())
 
+    @property
+    def is_private(self) -> bool:
+        """Whether only root and the group adm may read it: what was typed may contain passwords."""
+        with contextlib.suppress(FileNotFoundError):
+            return not self.layout.history.stat().st_mode & 0o027
+        return True
+
+    def make_private(self) -> None:
+        """Give it to the group adm of the base, if that has it, and to nobody else."""
+        if not self.is_private:
+            groups = read_text(path_inside(self.layout.rootfs(BASE), "etc/group"))
+            found = re.search(r"^adm:[^:]*:(\d{1,9}):", groups, re.MULTILINE)
+            about_to("make the history private")
+            os.chown(self.layout.history, 0, int(found[1]) if found else 0)
+            self.layout.history.chmod(0o640)
+
     def read(self) -> list[dict[str, Any]]:
-        """All lines, oldest first, without those that a crash has torn."""
+        """All lines, oldest first, without those that a crash has torn; PermissionError if we may not read it."""
         entries = []
         for line in lines_of(read_text(self.layout.history)):
             with contextlib.suppress(ValueError):
@@ -4705,7 +4727,8 @@ def load_intent(directory: Path) -> Intent | None:
 
 
 def save_intent(directory: Path, intent: Intent, durable: bool = True) -> None:
-    write_file(directory / "intent", json.dumps(intent._asdict()), durable=durable)
+    text = json.dumps(intent._asdict())
+    write_file(directory / "intent", text, mode=0o600, durable=durable)  # it has what was typed
 
 
 def new_id() -> str:
@@ -6841,6 +6864,9 @@ class System:
         """The slot of the running deployment; None if none runs."""
         if not self.running:
             return None
+        if not self.sees_snapshots:
+            name = self._root_name()
+            return name if name in (*SLOTS, *SECONDARY_SLOTS) else None
         root = self._root_id()
         return next((slot for slot in (*SLOTS, *SECONDARY_SLOTS) if self._has_id(slot, root)), None)
 
@@ -6850,8 +6876,25 @@ class System:
         slot = self.booted_slot
         if slot or not self.running:
             return slot
+        if not self.sees_snapshots:
+            return next((number for number in self.tree().numbers() if str(number) == self._root_name()), None)
         root = self._root_id()
         return next((number for number in self.tree().numbers() if self._has_id(number, root)), None)
+
+    @property
+    def sees_snapshots(self) -> bool:
+        """Whether this process may look into snapshots and deployments; only root may."""
+        return os.access(self.layout.private[0], os.X_OK)
+
+    @staticmethod
+    def _root_name() -> str:
+        """What is mounted as "/", by the name that the kernel has for it; only for those who may not see its id.
+
+        It is right as long as ash never exchanges what runs.
+        """
+        options = next(m.options for m in reversed(mounts()) if m.target == "/")
+        found = re.search(r"/rootfs/snapshot-([\w-]+)", options)
+        return found[1] if found else ""
 
     @staticmethod
     def _root_id() -> int | None:
@@ -6900,7 +6943,17 @@ class System:
     def current(self) -> int | None:
         """The number of the booted snapshot; None if this system is not running."""
         booted = self.booted
+        if isinstance(booted, str) and not self.sees_snapshots:
+            return to_number(read_text(Path("/", IN_ROOT_SNAP)))
         return None if booted is None else self.snapshot_of(booted)
+
+    def make_private(self) -> None:
+        """Close the directories of all snapshots to all but root, as an older ash did not."""
+        with contextlib.suppress(OSError):  # fsck reports what is wrong with them
+            for directory in self.layout.private:
+                if directory.stat().st_mode & 0o077:
+                    about_to(f"make {directory.name} private")
+                    directory.chmod(0o700)
 
     # Checks
 
@@ -8127,7 +8180,10 @@ def carry_out(command: Command, system: System, request: Request) -> Reply:
         return plan
     try:
         planned = next(plan)
-        return planned if request.dry_run else next(plan)
+        if request.dry_run:
+            return planned
+        system.make_private()
+        return next(plan)
     except StopIteration as end:
         reply: Reply = end.value
         return reply
@@ -8196,6 +8252,8 @@ def report(error: AshError, command: Command | None) -> int:
 
 def as_ash_error(error: Exception) -> AshError:
     """Turn an exception that nothing caught into an error for the user; with -v, raise one of ash's own bugs again."""
+    if isinstance(error, PermissionError) and os.geteuid() != 0:
+        return AshError(reason(error), "sudo ash ...", REFUSED)
     if isinstance(error, OSError):  # such as a full or broken disk
         found = AshError(reason(error))
         found.errno = error.errno or 0
@@ -8261,19 +8319,20 @@ def minute_of(when: float) -> str:
     answer={
         "tree": [{
             "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
-            "secondary": bool, "mutable": bool, "date?": str, "packages?": int,
+            "secondary": bool, "mutable": bool | None, "date?": str, "packages?": int,
         }]
     },
 )  # fmt: skip
 def cmd_tree(system: System, request: Request) -> Reply:
-    tree, menu, current = system.tree(), system.menu(), system.current
+    tree, menu, current, sees = system.tree(), system.menu(), system.current, system.sees_snapshots
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
     secondary = {one.snapshot for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS}
     roots = {number: system.layout.rootfs(number) for number in tree.numbers()}
     by_number: dict[int, dict[str, Any]] = {
         n: {
             "snapshot": n, "parent": tree.parent(n), "description": system.describe(n), "booted": n == current,
-            "deployed": n == next_boot, "secondary": n in secondary, "mutable": is_writable(root) and is_mutable(root),
+            "deployed": n == next_boot, "secondary": n in secondary,
+            "mutable": is_writable(root) and is_mutable(root) if sees else None,
         }
         for n, root in roots.items()
     }  # fmt: skip
@@ -8287,10 +8346,11 @@ def cmd_tree(system: System, request: Request) -> Reply:
     text, rows = tree.draw(label, ascii_only), list(by_number.values())
     if request.long:
         for number, row in by_number.items():
-            row["date"] = minute_of(Subvolume.at(roots[number]).made)
+            if sees:
+                row["date"] = minute_of(Subvolume.at(roots[number]).made)
             row["packages"] = len(packages_of(system, number))
         drawn = text.splitlines()[1:]
-        table = [[line, row["date"], row["packages"]] for line, row in zip(drawn, rows, strict=True)]
+        table = [[line, row.get("date", ""), row["packages"]] for line, row in zip(drawn, rows, strict=True)]
         text = text_table(table, ["snapshot", "date", "packages"])
     return Reply({"tree": rows}, text)
 
@@ -8419,6 +8479,9 @@ def what_was_done(entry: Mapping[str, Any]) -> str:
     },
 )  # fmt: skip
 def cmd_log(system: System, request: Request) -> Reply:
+    if not os.access(system.layout.history, os.R_OK) and system.layout.history.exists():
+        hint = "sudo ash log, or become a member of the group adm"
+        raise AshError("the history may be read by root and the group adm only", hint, REFUSED)
     entries = [e for e in system.history.read() if {*request.snapshots} <= {*e.get("snapshots", [])}]
     rows = [
         [
@@ -10244,6 +10307,17 @@ def subvolume_below(one: Mount, mounted: Sequence[Mount], device: str) -> int | 
     return None
 
 
+def reader_problems(system: System) -> Iterator[Problem]:
+    """What others than root may read, and should not."""
+    for directory in system.layout.private:
+        if directory.is_dir() and directory.stat().st_mode & 0o077:
+            what = f"{directory.name} can be entered by others: it keeps files that were readable once"
+            yield Problem(what, None, "make it root's alone", system.make_private)
+    if not system.history.is_private:
+        what = "the history can be read by others: it keeps what was typed, passwords too"
+        yield Problem(what, None, "leave it to root and the group adm", system.history.make_private, "state")
+
+
 def mount_problems(system: System, numbers: Sequence[int]) -> Iterator[Problem]:
     """Check for mounts inside of snapshots."""
     layout, mounted, device = system.layout, mounts(), mount_of(system.layout.snapshots).device
@@ -10305,6 +10379,7 @@ class Fsck:
         yield from self._account_ids(numbers)
         yield from self._nested()
         yield from problems_of_var(self.system)
+        yield from reader_problems(self.system)
         yield from mount_problems(self.system, numbers)
         yield from self._confirmed(self.system.lock("deploy"), partial(uuid_problems, self.layout, self.lost))
         yield from self._confirmed(self.system.lock("deploy"), self._menu)
@@ -11051,33 +11126,22 @@ class Difference(NamedTuple):
         return "\n".join(lines) or "no difference"
 
 
-def kind_of_change(old: Path, new: Path) -> str:
-    """How a path differs: "added", "removed", "changed", or "" if it does not or we may not read it."""
-    with contextlib.suppress(PermissionError):
-        if is_same(old, new):
-            return ""
-        return "changed" if old.exists() and new.exists() else "added" if new.exists() else "removed"
-    return ""
-
-
 def compare(system: System, old: int, new: int, all_files: bool) -> Difference:
     """Compare two snapshots: versions of packages, configuration files and, with `all_files`, every path.
 
-    Without root's privileges only the configuration files of packages are compared.
+    Without root's privileges only the packages are compared, which is said.
     """
     roots = system.layout.rootfs(old), system.layout.rootfs(new)
-    before, after = packages_of(system, old), packages_of(system, new)
+    packages = Change.between(new, packages_of(system, old), packages_of(system, new))
+    if not system.sees_snapshots:
+        console.say("ash: only packages are compared: files of snapshots can be read by root alone")
+        return Difference(packages, {}, {})
     listed = set().union(*map(system.package_manager.config_files, roots))
-    if os.geteuid() == 0 and system.layout.top is not None:
-        with ExitStack() as stack:
-            views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
-            paths = changed_paths(*views)
-        config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
-        files = paths if all_files else {}
-    else:
-        config = {path: kind for path in sorted(listed) if (kind := kind_of_change(roots[0] / path, roots[1] / path))}
-        files = {}
-    return Difference(Change.between(new, before, after), config, files)
+    with ExitStack() as stack:
+        views = [stack.enter_context(readonly_view(system.layout, root)) for root in roots]
+        paths = changed_paths(*views)
+    config = {path: kind for path, kind in paths.items() if path in listed or path.startswith("etc/")}
+    return Difference(packages, config, paths if all_files else {})
 
 
 def patch(old: Path, new: Path, path: str) -> str:
@@ -11131,8 +11195,8 @@ def cmd_diff(system: System, request: Request) -> Reply:
         raise AshError("diff needs two snapshots: this system is not running", "ash diff A B", USAGE)
     system.require(old)
     system.require(new)
-    if request.files:
-        require_root("comparing all files")
+    if request.files or request.patch:
+        require_root("comparing files")
     difference = compare(system, old, new, request.files)
     text = difference.text()
     if request.patch:
@@ -11305,10 +11369,10 @@ def cmd_upself(system: System, request: Request) -> Plan:
 
 
 def interrupted_sessions(system: System) -> list[int]:
-    """The snapshots with a session that a hangup interrupted."""
+    """The snapshots with a session that a hangup interrupted; only root may know."""
     found = []
     for number, directory in numbered(system.layout.work(""), "").items():
-        with contextlib.suppress(AshError):  # damaged: fsck reports it
+        with contextlib.suppress(AshError, PermissionError):  # damaged: fsck reports it
             if isinstance(load_intent(directory), Kept):
                 found.append(number)
     return found
@@ -11335,8 +11399,9 @@ def cmd_status(system: System, request: Request) -> Reply:
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     upgraded, copies = last_upgrade(system), system.copies_of_disk()
     drift: dict[str, str] = {}
-    with contextlib.suppress(AshError, PermissionError):
-        drift = running_drift(system)[1]
+    with contextlib.suppress(AshError):
+        if system.sees_snapshots:
+            drift = running_drift(system)[1]
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
@@ -11345,6 +11410,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         "drift": drift,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
+    shown = f"{len(drift)} paths (ash diff)" if drift else "none" if system.sees_snapshots else "only root can see it"
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
@@ -11357,7 +11423,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         *(f"not in /var:  what is in {path}" for path in unmerged),
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
-        f"/etc drift:   {len(drift)} paths (ash diff)" if drift else "/etc drift:   none",
+        f"/etc drift:   {shown}",
         *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies),
     ]
     return Reply(data, "\n".join(lines))

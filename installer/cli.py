@@ -2,6 +2,7 @@
 """The installer's command line: make an image, boot it, try it out."""
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -47,6 +48,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.umask(0o022)  # the caller's would be that of the new system's files
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)

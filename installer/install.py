@@ -208,8 +208,9 @@ def _make_subvolumes(top: Path, distro: str) -> Layout:
     layout = Layout.at(top, distro)
     for prefix in Layout.SUBVOLUMES:
         create_subvolume(layout.volume(prefix))
-    for directory in (layout.rootfs(BASE).parent, layout.etc(BASE).parent, layout.boot(BASE).parent, layout.ash):
-        directory.mkdir()
+    for directory in layout.private:
+        directory.mkdir(mode=0o700)
+    layout.ash.mkdir()
     create_subvolume(layout.rootfs(BASE))
     return layout
 

@@ -42,13 +42,13 @@ settings.load_profile("ash")
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disk image as the installer makes it; tests change only copies of it. tests/run makes one for all processes."""
+    """A disk image as the installer makes it under umask 077; tests change only copies of it. tests/run makes one for all processes."""
     if ready := os.environ.get("ASH_TEST_IMAGE"):
         return Path(ready)
     made = tmp_path_factory.mktemp("image") / "disk.img"
     rootfs = os.environ.get("ASH_TEST_ROOTFS")
     source = ["--rootfs", rootfs] if rootfs else []
-    subprocess.run([sys.executable, CHECKOUT / "init.py", "--image", made, *source], check=True)
+    subprocess.run([sys.executable, CHECKOUT / "init.py", "--image", made, *source], check=True, umask=0o077)
     return made
 
 
