@@ -2857,6 +2857,10 @@ class Init:
     def start(self, service: str, check: bool = True) -> None:
         """Start a service; unless `check`, failure is ignored."""
 
+    def restartable(self, services: Iterable[str]) -> list[str]:
+        """Those of running services that can be restarted together."""
+        return list(services)
+
     def restart(self, services: Sequence[str], how: str = "restart", check: bool = True) -> None:
         """Restart services, or ("reload") have them read their configuration; unless `check`, failure is ignored."""
 
@@ -2950,8 +2954,18 @@ class Systemd(Init):
         """Start a unit, with a timeout: systemd lets a oneshot unit start forever."""
         self.restart([service], "start", check)
 
+    def restartable(self, services: Iterable[str]) -> list[str]:
+        """Without the sockets whose service runs, and is not to be restarted."""
+        units = list(services)
+        service_of = {unit: f"{unit.removesuffix('.socket')}.service" for unit in units if unit.endswith(".socket")}
+        return [one for one in units if (of := service_of.get(one)) is None or of in units or not self.is_active(of)]
+
     def restart(self, services: Sequence[str], how: str = "restart", check: bool = True) -> None:
-        """Restart, start or reload units at once, as systemd wants a socket and its service, with the same timeout."""
+        """Restart, start or reload units, with the same timeout."""
+        if how == "restart" and any(one.endswith(".socket") for one in services):
+            # systemctl asks for one unit after the other, and a socket cannot start while its service runs.
+            run(["timeout", str(self.START_TIMEOUT), "systemctl", "stop", *services], check=False)
+            services, how = sorted(services, key=lambda unit: not unit.endswith(".socket")), "start"
         if not check:
             run(["systemctl", how, *services], check=False)
             return
@@ -3056,15 +3070,16 @@ class Services:
         self.init.apply_settings(paths)
         self.init.reload()
         active = {service: how for service, how in asked_services(asked).items() if self.init.is_active(service)}
-        self.live.restarted += active
-        for how in sorted({*active.values()}, reverse=True):  # restart, then reload
-            self.init.restart([service for service in active if active[service] == how], how)
+        restartable = self.init.restartable(active)
+        self.live.restarted += restartable
+        for how in sorted({active[service] for service in restartable}, reverse=True):  # restart, then reload
+            self.init.restart([service for service in restartable if active[service] == how], how)
         for service in self.init.due_services([path for path, kind in paths.items() if kind == "added"]):
             self.live.started.append(service)
             self.init.start(service)
         if self.running:
             changed = [one for one in self.init.changed_services(paths) if self.init.is_active(one)]
-            self.live.outdated = [one for one in changed if one not in self.live.restarted]
+            self.live.outdated = [one for one in dict.fromkeys([*active, *changed]) if one not in self.live.restarted]
             self.live.outdated += outdated_programs({path for path, kind in paths.items() if kind != "added"})
 
     def put_back(self) -> None:

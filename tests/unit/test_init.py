@@ -112,6 +112,17 @@ def test_services_are_restarted_as_the_scripts_of_packages_ask(programs: list[li
     assert asked_services("reload x.service\nrestart x.service\nreload x.service\n") == {"x.service": "restart"}
 
 
+def test_a_socket_is_restarted_with_its_service_or_not_at_all(programs: list[list[str]], started: list[str]) -> None:
+    started += ["b.service", "c.socket", "c.service"]
+    live = LiveResult()
+    Services(live, running=True).start({}, "restart b.service\nrestart b.socket\nrestart c.socket\n")
+    assert [words[3:] for words in programs if words[0] == "timeout"] == [
+        ["stop", "b.service", "b.socket"],
+        ["start", "b.socket", "b.service"],
+    ]
+    assert (live.restarted, live.outdated) == (["b.service", "b.socket"], ["c.socket"])
+
+
 def test_restarted_services_are_restarted_once_more_when_the_change_is_undone(programs: list[list[str]]) -> None:
     services = Services(LiveResult(), running=True)
     services.start({}, "restart a.service\n")
