@@ -3033,14 +3033,14 @@ def asked_services(text: str) -> dict[str, str]:
 
 
 def outdated_programs(paths: Container[str]) -> list[str]:
-    """The running programs that use a file of these paths (from the root) as it was before: "NAME (PID)" each."""
-    found = []
+    """The running programs that use a file of these paths (from the root) as it was before: "NAME (PID PID)" each."""
+    found: dict[str, list[str]] = {}
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with contextlib.suppress(OSError):  # it has ended
             maps = re.findall(r" /(\S.*) \(deleted\)$", (process / "maps").read_text(errors="replace"), re.MULTILINE)
             if any(path in paths for path in maps) and int(process.name) != os.getpid():
-                found.append(f"{(process / 'comm').read_text(errors='replace').strip()} ({process.name})")
-    return found
+                found.setdefault((process / "comm").read_text(errors="replace").strip(), []).append(process.name)
+    return [f"{name} ({' '.join(pids)})" for name, pids in found.items()]
 
 
 class Services:
