@@ -5730,6 +5730,18 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
     return str(result), conflicts
 
 
+def replace_by_parts(content: Path, attributes: Path, target: Path) -> None:
+    """Replace a regular file by one with the content of a file, and owner, mode and other attributes of another."""
+    flags = flags_of(attributes)
+    unprotect(target)
+    with unprotected(target.parent), replace(target) as new:
+        copy_file(content, new)
+        with open_descriptor(attributes) as source, open_descriptor(new) as copy:
+            copy_attributes(source, copy)
+    if flags & PROTECTING:
+        protect(target, flags)
+
+
 class EtcMerge:
     """Carries the changes made to a running /etc, which was once as in `base`, over into another one.
 
@@ -5792,6 +5804,7 @@ class EtcMerge:
         reachable = has_real_parents(self.target, path)
         if path == "fstab" and not any(one.is_symlink() for one in (own, now, was)):
             self._carry_fstab(own, now, was)
+            self._carry_attributes(path)
         elif reachable and is_same(own, now):
             pass
         elif reachable and is_same(own, was) and not self._would_hide_changes(path):
@@ -5799,6 +5812,7 @@ class EtcMerge:
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
             self._carry_accounts(path)
+            self._carry_attributes(path)
         elif reachable and all(size_of(one) >= 0 for one in (own, now, was)) and self._carry_facet(own, now, was):
             self.carried.append(path)
         elif reachable and size_of(now) >= 0 and self._is_default(path):
@@ -5822,15 +5836,19 @@ class EtcMerge:
             content, attributes = now, own
         else:
             return False
-        flags = flags_of(attributes)
-        unprotect(own)
-        with unprotected(own.parent), replace(own) as new:
-            copy_file(content, new)
-            with open_descriptor(attributes) as source, open_descriptor(new) as target:
-                copy_attributes(source, target)
-        if flags & PROTECTING:
-            protect(own, flags)
+        replace_by_parts(content, attributes, own)
         return True
+
+    def _carry_attributes(self, path: str) -> None:
+        """Carry owner, mode and other attributes of a file whose content is merged line by line."""
+        own, now, was = self.target / path, self.running / path, self.base / path
+        if any(size_of(one) < 0 for one in (own, now, was)) or same_attributes(now, was) or same_attributes(now, own):
+            return
+        if same_attributes(own, was):
+            replace_by_parts(own, now, own)
+            self.carried += [path] if path not in self.carried else []
+        elif path not in self.in_conflict:
+            self.in_conflict.append(path)
 
     def _is_default(self, path: str) -> bool:
         own = self.target / path

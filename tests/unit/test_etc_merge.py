@@ -295,6 +295,27 @@ def test_content_of_one_side_and_attributes_of_the_other_are_merged(merge: EtcMe
     assert (merge.carried, merge.in_conflict) == (["file", "other"], ["dir", "dir/one"])
 
 
+def test_attributes_of_files_that_are_merged_line_by_line_are_carried(merge: EtcMerge) -> None:
+    for side in (merge.base, merge.running, merge.target):
+        (side / "passwd").write_text("root:x:0:0::/:\n")
+        (side / "group").write_text("root:x:0:\n")
+    (merge.target / "passwd").write_text("root:x:0:0::/:\nbob:x:1:1::/:\n")
+    (merge.target / "group").write_text("root:x:0:\nbob:x:1:\n")
+    (merge.target / "fstab").write_text("UUID=1 / btrfs subvol=new 0 0\nUUID=2 /boot/efi vfat x 0 0\n")
+    for name in ("passwd", "group", "fstab"):
+        (merge.running / name).chmod(0o600)
+    (merge.target / "group").chmod(0o640)
+    merge.merge()
+    assert [(merge.target / name).stat().st_mode & 0o777 for name in ("passwd", "group", "fstab")] == [
+        0o600,
+        0o640,
+        0o600,
+    ]
+    assert "bob" in (merge.target / "passwd").read_text()
+    assert "subvol=new" in (merge.target / "fstab").read_text()
+    assert (merge.carried, merge.in_conflict) == (["fstab", "passwd"], ["group"])
+
+
 def test_the_same_change_on_both_sides_is_not_a_conflict(merge: EtcMerge) -> None:
     for side in (merge.running, merge.target):
         (side / "file").write_text("same\n")
