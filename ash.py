@@ -676,17 +676,21 @@ def set_inode_flags(descriptor: int, flags: int, among: int) -> None:
     fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, changed.to_bytes(4, sys.byteorder) + bytes(4))
 
 
+def same_bytes(one: int, other: int) -> bool:
+    """Whether two open files have the same content."""
+    while (piece := os.read(one, 1 << 16)) == os.read(other, 1 << 16):
+        if not piece:
+            return True
+    return False
+
+
 def same_files(one: Path, other: Path, *, content: bool, from_overlay: bool) -> bool:
     """Whether two files or directories have the same flags, and with `content` the same content."""
-    size = 1 << 16
     try:
         with open_descriptor(one) as a, open_descriptor(other) as b:
             ours, theirs = inode_flags(a, from_overlay), inode_flags(b)
-            if ours | (theirs & NOCOW if from_overlay else 0) != theirs:
-                return False
-            while content and (piece := os.read(a, size)) == os.read(b, size):
-                content = bool(piece)
-            return not content
+            same_flags = ours | (theirs & NOCOW if from_overlay else 0) == theirs
+            return same_flags and (not content or same_bytes(a, b))
     except OSError as error:  # one was deleted or replaced meanwhile
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise
@@ -731,10 +735,7 @@ def same_attributes(one: Path, other: Path) -> bool:
 def same_content(one: Path, other: Path) -> bool:
     """Whether two regular files have the same content."""
     with open_descriptor(one) as a, open_descriptor(other) as b:
-        while (piece := os.read(a, 1 << 16)) == os.read(b, 1 << 16):
-            if not piece:
-                return True
-    return False
+        return same_bytes(a, b)
 
 
 def is_untouched(path: str, one: Path, other: Path) -> bool:
