@@ -1232,6 +1232,7 @@ class Layout:
 # Relative to a root file system.
 IN_ROOT_DB, IN_ROOT_SNAP, IN_ROOT_MUTABLE = "usr/share/ash/db", "usr/share/ash/snap", "usr/share/ash/mutable"
 IN_ROOT_ID = "usr/share/ash/deployment"  # in a deployment: its slot and id
+IN_ROOT_MENU = "usr/share/ash/menu"  # in a deployment: what is around its entries in grub.cfg
 IN_ROOT_SAVED = "usr/share/ash/saved"  # names what `etc-update` or `rollback` saved from a running /etc
 IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
 
@@ -3212,11 +3213,17 @@ class BootTools:
 
 BOOT_CONFIG_SHAPE = {
     "kernel": is_inner_path, "initrds": [is_inner_path], "options": is_line,
-    "rootflags?": is_line, "header?": [is_line], "foreign?": is_text,
+    "rootflags?": is_line, "classes?": is_line, "header?": [is_line], "foreign?": is_text,
 }  # fmt: skip
-# Sections (by the name of their script) with Linux entries, or with settings that ash makes itself.
-NOT_FOREIGN = r"(00_header|05_\w+|10_linux\w*|20_linux_xen|41_custom)$"
 MENU_HEADER = r"(?m:^\s*(serial .*|terminal_(?:in|out)put .*|set (?:timeout|timeout_style|gfxmode)=.*)$)"
+MENU_TEXT_SHAPE = {"header": [is_line], "foreign": is_text}
+# Sections (by the name of their script) with Linux entries, which ash's own replace.
+LINUX_SECTION = r"\d+_linux\w*$"
+LINUX_ENTRY = r"(?m:^\s*menuentry ('[^'\n]*'|\"[^\"\n]*\")(.*)\{$)"
+UNUSED_SECTION = r"41_custom$"  # includes a file that is not there
+# Options of a Linux entry that the others of the menu get too: who may start it, and how a theme shows it.
+ENTRY_OPTION = r"--(?:class|users)[ =](?:'[^'\n]*'|\"[^\"\n]*\"|[\w,.+-]+)|--unrestricted"
+MADE_IN = "/snapshot-@SLOT@/"  # in a text from mkconfig: the root that it ran in, which any slot may be
 OWN_OPTION = r"root=.*|ro|rw|rootflags=.*"  # options of the kernel that ash sets
 # The files in /boot that decide what the tools find there: images, initramfs and microcode.
 BOOT_FILE = r"(?s:vmlinu.*|Image-.*|initr.*|.*\.img|.*-ucode.*)"
@@ -3266,8 +3273,10 @@ class BootConfig(NamedTuple):
     initrds: Sequence[str]
     options: str
     rootflags: str = ""  # besides the subvolume
-    header: Sequence[str] = ()  # terminals and timeout
-    foreign: str = ""  # other systems, and the user's own entries
+    classes: str = ""  # options of the menu's Linux entries
+    # Around the entries for Linux: settings, users with passwords, a theme; other systems and the user's own entries.
+    header: Sequence[str] = ()
+    foreign: str = ""
 
     @classmethod
     def parse(cls, text: str, specified: Sequence[str] = ()) -> BootConfig:
@@ -3284,7 +3293,13 @@ class BootConfig(NamedTuple):
         if entry is None:
             raise AshError("there is no kernel that GRUB can boot", "install a kernel package")
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
-        foreign = [body.strip() for name, body in sections if not re.search(NOT_FOREIGN, name)]
+        linux = next((n for n, (name, _) in enumerate(sections) if re.search(LINUX_SECTION, name)), 0)
+        first = re.search(LINUX_ENTRY, sections[linux][1]) if sections else None
+        kept = [
+            (place < linux, body.strip("\n"))
+            for place, (name, body) in enumerate(sections)
+            if not re.search(f"{LINUX_SECTION}|{UNUSED_SECTION}", name)
+        ]
         words = entry.options.split()
         flags = [f for word in words if word.startswith("rootflags=") for f in word.partition("=")[2].split(",")]
         kernel, *initrds = (path.rpartition("/boot/")[2].lstrip("/") for path in (entry.kernel, *entry.initrds))
@@ -3293,9 +3308,15 @@ class BootConfig(NamedTuple):
             initrds,
             options=" ".join(word for word in words if not re.fullmatch(OWN_OPTION, word)),
             rootflags=",".join(flag for flag in flags if not flag.startswith("subvol")),
-            header=list(dict.fromkeys(line.strip() for line in re.findall(MENU_HEADER, text))),
-            foreign="\n".join(body for body in foreign if "menuentry " in body),
+            classes=" ".join(re.findall(ENTRY_OPTION, first[2])) if first else "",
+            header=[line for is_before, body in kept if is_before for line in lines_of(body)],
+            foreign="\n".join(body for is_before, body in kept if not is_before and body),
         )
+
+    def without_text(self) -> BootConfig:
+        """The same without what only root may read: of the text around the entries, terminals and timeout are left."""
+        lines = re.findall(MENU_HEADER, "\n".join(self.header))
+        return self._replace(header=list(dict.fromkeys(line.strip() for line in lines)), foreign="")
 
 
 def specified_entries(root: Path) -> list[Path]:
@@ -6041,6 +6062,23 @@ class Deployment(NamedTuple):
         return json.dumps({"slot": self.slot, "id": self.id}) + "\n"
 
 
+def write_menu_text(root: Path, config: BootConfig) -> None:
+    """Keep what a deployment's mkconfig printed around the entries in the deployment; only root can read it there."""
+    text = json.dumps({"header": list(config.header), "foreign": config.foreign})
+    with replace(place_inside(root, IN_ROOT_MENU)) as new:
+        new.touch(mode=0o600)
+        write_text(new, text)
+
+
+def menu_text(root: Path) -> BootConfig | None:
+    """What write_menu_text() kept in a deployment; None if an older ash made it."""
+    try:
+        text = from_json(read_text(place_inside(root, IN_ROOT_MENU)), MENU_TEXT_SHAPE)
+    except ValueError:
+        return None
+    return BootConfig("", (), "", header=text["header"], foreign=text["foreign"])
+
+
 class Menu:
     """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
 
@@ -6093,40 +6131,45 @@ class Menu:
         default = self.deployments[self.default]
         last = self.deployments.get(self.last_booted)
         others = [d for slot, d in self.deployments.items() if slot in SECONDARY_SLOTS]
-        entries = [self._entry(default, layout, uuid, describe)]
-        if last and last is not default:
-            entries.append(self._entry(last, layout, uuid, describe, " (last booted deployment)"))
-        entries += [self._entry(other, layout, uuid, describe, " (secondary)") for other in others]
+        # It is in the deployment, since all can read the menu file. If it is missing, an older ash made that.
+        text = menu_text(layout.rootfs(self.default)) or default.config
+        made_in, here = MADE_IN, f"/snapshot-{self.default}/"
+        header, foreign = "\n".join(text.header).replace(made_in, here), text.foreign.replace(made_in, here)
+        marks = [(default, "")]
+        marks += [(last, " (last booted deployment)")] if last and last is not default else []
+        marks += [(other, " (secondary)") for other in others]
+        entries = []
+        for one, mark in marks:
+            title = f"{one.name}, snapshot {one.snapshot}: {describe(one.snapshot)}{mark}"
+            # The default's settings say which users there are, so its options say who may start an entry.
+            start = ["menuentry", grub_quoted(title), "--id", one.entry, *filter(None, [default.config.classes]), "{"]
+            entries.append("\n".join([" ".join(start), *self._commands(one, layout, uuid), "}"]))
         lines = [
             "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
+            *(map(usable_in_header, lines_of(header)) if text is default.config else [header]),
             f'set default_id="{default.entry}"',
             f'set fallback_id="{(last or default).entry}"',
             'set default="$default_id"',
             'set fallback="$fallback_id"',
             *grub_preamble(uuid),
             "set gfxpayload=keep",
-            *map(usable_in_header, default.config.header),
         ]
-        return "\n".join([*lines, *entries, default.config.foreign, ""])
+        return "\n".join([*lines, *entries, foreign, ""])
 
     @staticmethod
-    def _entry(
-        deployment: Deployment, layout: Layout, uuid: str, describe: Callable[[int], str], mark: str = ""
-    ) -> str:
+    def _commands(deployment: Deployment, layout: Layout, uuid: str) -> list[str]:
+        """What GRUB does to start a deployment."""
         name = layout.rootfs_name(deployment.slot)
-        title = f"{deployment.name}, snapshot {deployment.snapshot}: {describe(deployment.snapshot)}{mark}"
         boot = f"/{name}/boot"
         flags = ",".join(filter(None, [f"subvol={name}", deployment.config.rootflags]))
         mode = "rw" if deployment.mutable else "ro"
         options = f"root=UUID={uuid} rootflags={flags} {mode} ash.deployment={deployment.id}"
-        lines = [
-            f"menuentry {grub_quoted(title)} --id {deployment.entry} {{",
+        initrds = " ".join(f"{boot}/{name}" for name in deployment.config.initrds)
+        return [
             f"    {grub_search(uuid)}",
             f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip(),
+            *([f"    initrd {initrds}"] if initrds else []),
         ]
-        if deployment.config.initrds:
-            lines.append(f"    initrd {' '.join(f'{boot}/{name}' for name in deployment.config.initrds)}")
-        return "\n".join([*lines, "}"])
 
 
 # --- Slots: which deployment is where --------------------------------------------------------------------------
@@ -6213,7 +6256,8 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
     while todo:
         path = todo.pop()
         status = status_of(root / path)
-        if status is None or path == IN_ROOT_LIVE or path.endswith("/__pycache__"):
+        own_files = (IN_ROOT_LIVE, IN_ROOT_SAVED, IN_ROOT_MENU)
+        if status is None or path in own_files or path.endswith("/__pycache__"):
             continue
         if status.st_ctime_ns > made.st_ctime_ns and not is_same(root / path, own / path):
             return path
@@ -6739,12 +6783,17 @@ class Deployments:
         default = read_text(path_inside(root, "etc/default/grub"))
         probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
         for deployment in known:
-            if deployment.inputs == inputs and not probes:
-                return inputs, deployment.config
+            text = menu_text(self.layout.rootfs(deployment.slot))
+            if deployment.inputs == inputs and text and not probes:
+                write_menu_text(root, text)
+                return inputs, deployment.config.without_text()
         self.layout.grub_cfg.parent.mkdir(exist_ok=True)
         binds = {self.layout.grub_cfg.parent: tools.directory}
         made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
-        return inputs, BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+        made = made.replace(f"/{root.name}/", MADE_IN)
+        config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+        write_menu_text(root, config)
+        return inputs, config.without_text()
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since."""
@@ -8725,7 +8774,7 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
         delete_subvolume(copy)
         snapshot_subvolume(layout.rootfs(slot), copy)
         stack.callback(delete_subvolume, copy)
-        for mark in (IN_ROOT_SNAP, IN_ROOT_ID, IN_ROOT_LIVE):
+        for mark in (IN_ROOT_SNAP, IN_ROOT_ID, IN_ROOT_LIVE, IN_ROOT_MENU):
             place_inside(copy, mark).unlink(missing_ok=True)
         if is_subvolume(layout.etc(slot)):
             note_saved(copy, etc_drift(layout.etc(slot), copy / "etc"))

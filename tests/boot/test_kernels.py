@@ -11,6 +11,14 @@ from tests.support import Disk
 pytestmark = [pytest.mark.boot, pytest.mark.budget(280)]
 
 
+# The menu asks for a password to edit an entry; anybody may start one.
+PASSWORD = r"""
+printf '#!/bin/sh\necho "set superusers=root"; echo "password root secret"\n' > /etc/grub.d/01_password
+chmod 700 /etc/grub.d/01_password
+sed -i 's/^CLASS="/&--unrestricted /' /etc/grub.d/10_linux
+"""
+
+
 def test_siblings_with_different_kernels_boot_in_turn(disk: Disk, boot: Boot) -> None:
     disk.clone()
     disk.clone()
@@ -21,6 +29,7 @@ def test_siblings_with_different_kernels_boot_in_turn(disk: Disk, boot: Boot) ->
     (cloud,) = kernels(disk, 2)
     assert cloud != generic
     disk.ash("deploy", 1)
+    disk.ash("run", 2, "sh", "-c", PASSWORD)
     disk.ash("deploy", 2)
 
     with boot(disk) as machine:

@@ -214,6 +214,31 @@ def test_the_last_menus_are_kept(system: System, snapshot: int) -> None:
     assert len(kept) <= 5
 
 
+def test_a_password_in_the_menu_is_kept_and_only_root_can_read_it(system: System, snapshot: int) -> None:
+    users = "set superusers=root\npassword_pbkdf2 root grub.pbkdf2.sha512.10000.AA.BB\n"
+    script = f"#!/bin/sh\ncat <<END\n{users}END\n"
+    system.shell(
+        snapshot,
+        f"printf %s '{script}' > /etc/grub.d/01_password; chmod 700 /etc/grub.d/01_password; "
+        "sed -i 's/^CLASS=\"/&--unrestricted /' /etc/grub.d/10_linux; echo GRUB_TIMEOUT_STYLE=hidden >> /etc/default/grub",
+    )
+    for number in (snapshot, system.clone(snapshot)):  # mkconfig runs for the first one only
+        slot = system.ash("--json", "deploy", number).json["slot"]
+        text = system.files.grub_cfg.read_text()
+        program("grub-script-check", system.files.grub_cfg)
+        assert text.index(users) < text.index("menuentry '")
+        assert "set timeout_style=hidden\n    set timeout=5\n" in text
+        for entry in re.findall(r"^menuentry .* --id .*", text, re.MULTILINE):
+            assert "--unrestricted" in entry, entry
+        assert "grub.pbkdf2" not in (system.files.state / "menu").read_text(), "all can read it"
+        assert (system.root(slot) / "usr/share/ash/menu").stat().st_mode & 0o077 == 0
+    (system.root(slot) / "usr/share/ash/menu").unlink()
+    system.ash("recover")
+    assert "set timeout=" in system.files.grub_cfg.read_text()
+    system.ash("boot", number)
+    assert users in system.files.grub_cfg.read_text()
+
+
 def test_a_broken_grub_cfg_is_rewritten(system: System, snapshot: int) -> None:
     system.ash("deploy", snapshot)
     system.files.grub_cfg.write_text("broken")

@@ -42,7 +42,42 @@ def test_terminals_and_timeout_are_kept() -> None:
     assert "serial --unit=0 --speed=115200" in header
     assert "terminal_input console serial" in header
     assert header.index("serial --unit=0 --speed=115200") < header.index("terminal_input console serial")
-    assert [line for line in header if line.startswith("set timeout=")][-1] == "set timeout=5"
+    assert [line.strip() for line in header if "set timeout" in line][1:3] == [
+        "set timeout_style=menu",
+        "set timeout=5",
+    ]
+
+
+def test_what_the_scripts_print_around_the_entries_is_kept_whole() -> None:
+    """Users and passwords, a theme, functions, and conditions, in their order; ash's entries take the place of Linux's."""
+    users = "set superusers=root\npassword_pbkdf2 root grub.pbkdf2.sha512.10000.AA.BB\n"
+    section = f"### BEGIN /etc/grub.d/01_password ###\n{users}### END /etc/grub.d/01_password ###\n\n"
+    late = section.replace("01_password", "42_late").replace("=root", "=late")
+    text = MKCONFIG.replace("### BEGIN /etc/grub.d/05", f"{section}### BEGIN /etc/grub.d/05") + late
+    config = BootConfig.parse(text)
+    header = "\n".join(config.header)
+    between = text.partition("### BEGIN /etc/grub.d/00_header ###\n")[2].partition("### BEGIN /etc/grub.d/10_linux")[0]
+    wanted = [line for line in between.splitlines() if line and not line.startswith("###")]
+    assert [line for line in header.splitlines() if line] == wanted
+    assert users in header
+    assert "set superusers=late" in config.foreign
+    assert "grub.pbkdf2" not in str(config.without_text()), "all can read the menu file"
+    assert "terminal_output console serial" in config.without_text().header
+
+
+@pytest.mark.parametrize(
+    ("options", "classes"),
+    [
+        ("--class gnu-linux --class os", "--class gnu-linux --class os"),
+        ("--class os --unrestricted", "--class os --unrestricted"),
+        ("--users 'ada bob' --id x --hotkey=l", "--users 'ada bob'"),
+        ('--users "" --class=os', '--users "" --class=os'),
+        ("", ""),
+    ],
+)
+def test_entries_have_the_options_of_the_linux_entries(options: str, classes: str) -> None:
+    text = MKCONFIG.replace("--class gnu-linux --class gnu --class os", options)
+    assert BootConfig.parse(text).classes == classes
 
 
 def test_foreign_entries_are_kept_and_linux_entries_dropped() -> None:
@@ -65,7 +100,7 @@ def test_fedoras_kernel_is_taken_from_its_entry() -> None:
     assert list(config.initrds) == ["initramfs-6.11.10-300.fc41.x86_64.img"]
     assert config.options == "rhgb quiet"
     assert config.rootflags == ""
-    assert "set timeout=5" in config.header
+    assert "  set timeout=5" in config.header
     assert "UEFI Firmware Settings" in config.foreign
 
 
