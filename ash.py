@@ -4302,12 +4302,12 @@ class VarMerge:
                 if live.parent.is_symlink():
                     raise ChangedMeanwhile(f"{live.parent} is a symlink")
                 if decision == "append":
-                    self._with_room(self._append, changed, live, origin)
+                    self.with_room(self._append, changed, live, origin)
                 else:
-                    self._with_room(self._place, changed, live, origin, newest=decision == "newest")
+                    self.with_room(self._place, changed, live, origin, newest=decision == "newest")
             except (AshError, OSError) as error:
                 if not isinstance(error, ChangedMeanwhile):
-                    self.failed[entry] = self._why(error)
+                    self.failed[entry] = self.why(error)
                 if decision == "place":
                     self._put_back()
                 decision = "aside"
@@ -4319,11 +4319,11 @@ class VarMerge:
             self.in_conflict.append(entry)
 
     @staticmethod
-    def _why(error: Exception) -> str:
+    def why(error: Exception) -> str:
         """The reason without the path, which is that of ash's own mount."""
         return error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
 
-    def _with_room(self, work: Callable[..., None], *paths: Path | None, **options: bool) -> None:
+    def with_room(self, work: Callable[..., None], *paths: Path | None, **options: bool) -> None:
         """Call a function that can be repeated; if the disk is full, make room and repeat it."""
         try:
             work(*paths, **options)
@@ -4338,9 +4338,9 @@ class VarMerge:
         aside = self.conflicts / entry
         try:
             make_private_directory(self.conflicts)
-            self._with_room(self.copy, self.upper / entry, aside)
+            self.with_room(self.copy, self.upper / entry, aside)
         except (AshError, OSError) as error:
-            self.failed.setdefault(entry, self._why(error))
+            self.failed.setdefault(entry, self.why(error))
             with contextlib.suppress(AshError, OSError):
                 remove_tree(aside, protected=True)
             return False
@@ -4429,7 +4429,7 @@ class VarMerge:
             elif before and not newest and is_directory(theirs) and not is_remainder(theirs, before):
                 raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
             else:
-                self._place_file(ours, theirs, links)
+                self.place_file(ours, theirs, links)
         for theirs in deleted if origin else ():
             self._delete(theirs, newest)
         for ours, theirs in reversed(directories):  # the modes of new ones, and mtimes, which filling them changed
@@ -4449,7 +4449,7 @@ class VarMerge:
         self._placed.append((target, inode_of(target)))
         copy_directory_attributes(changed, target, from_overlay=True)
 
-    def _place_file(self, changed: Path, target: Path, links: dict[tuple[int, int], Path]) -> None:
+    def place_file(self, changed: Path, target: Path, links: dict[tuple[int, int], Path]) -> None:
         """Replace a file; names of one file in the upper directory, which are in `links`, become names of one again."""
         if is_directory(target) and any(seen.is_neighbour for seen in look_through(target)):
             raise AshError("there is a subvolume or a mount in it")
@@ -4494,11 +4494,11 @@ class VarMerge:
             elif is_directory(ours):
                 names[:] = names if is_directory(theirs) else ()
             elif stat.S_ISREG(theirs.lstat().st_mode) and stat.S_ISREG(ours.lstat().st_mode):
-                self._append_to_file(ours, theirs, before)
+                self.append_to_file(ours, theirs, max(0, size_of(before)))
 
     @staticmethod
-    def _append_to_file(changed: Path, live: Path, origin: Path) -> None:
-        known = origin.lstat().st_size if os.path.lexists(origin) else 0
+    def append_to_file(changed: Path, live: Path, known: int) -> None:
+        """Append to a live file what is in the transaction's after `known` bytes."""
         ours = os.fdopen(open_regular(changed), "rb")
         with ours, os.fdopen(open_regular(live, os.O_RDWR | os.O_APPEND), "r+b") as log:
             ours.seek(known)
@@ -4507,6 +4507,228 @@ class VarMerge:
             if added not in log.read():  # else this was interrupted before the entry was recorded as merged
                 about_to(f"append to {live.name}")
                 log.write(added)
+
+
+# --- The merge into /home and /root: path by path; nothing is deleted ------------------------------------------
+
+HOMES = ("home", "root")  # the shared directories that are merged by path, as a root names them
+# The histories of shells and the like. Each session writes to one: that alone is no change of a snapshot.
+HISTORY_FILE = re.compile(r"\.\w+_history|\.histfile")
+# Kinds of file systems on which the ctimes are set by the clock of this machine.
+LOCAL_KINDS = ("btrfs", "ext2", "ext3", "ext4", "xfs", "f2fs", "bcachefs", "tmpfs")
+NEVER_LOWER = ("autofs", "cifs", "smb3", "vfat", "exfat")  # cannot be the lower directory of an overlay
+COPIED_UP = "trusted.overlay.origin"  # overlayfs sets it on directories that the lower one has, too
+CLOCK_REALTIME_COARSE = 5  # <linux/time.h>
+BEGUN = "trusted.overlay.ash.begun"  # on a path whose attributes are being put in place
+SHOWN = "trusted.overlay.ash.shown"  # on an upper directory: the live directory, if it is none of ash's own
+
+
+class Clock(NamedTuple):
+    """The time, in nanoseconds since 1970, by the clock that the kernel takes for ctimes."""
+
+    now: int
+    booted: int  # when the machine was started, by the same clock
+
+    @classmethod
+    def read(cls) -> Clock:
+        now = time.clock_gettime_ns(CLOCK_REALTIME_COARSE)
+        return cls(now, now - time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+    def was_set_back(self) -> bool:
+        """Whether the clock was set back since: what is changed after that has a ctime that may be too old."""
+        return self.read().booted < self.booted - 10**9
+
+
+def has_attribute(path: Path, name: str) -> bool:
+    """Whether a path, which is not followed, has an extended attribute."""
+    with contextlib.suppress(OSError):
+        return os.getxattr(path, name, follow_symlinks=False) is not None
+    return False
+
+
+def common_lines(one: Path, other: Path) -> int:
+    """The size in bytes of the lines with which two files begin."""
+    pairs = zip(read_bytes(one).splitlines(True), read_bytes(other).splitlines(True), strict=False)
+    return sum(len(a) for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def live_of(upper: Path) -> Path | None:
+    """The live directory that an upper directory is about; None if it is one of ash's own."""
+    with contextlib.suppress(OSError):
+        return Path(os.fsdecode(os.getxattr(upper, SHOWN)))
+    return None
+
+
+class HomeMerge:
+    """Merges what a transaction wrote to /home or /root into the live directory.
+
+    Each path is decided right before it is put in place: new ones are, and changed ones where nobody has changed the
+    live one. Otherwise the live one stays, and the transaction's goes to the conflicts directory. Nothing is deleted.
+    What is in place already is passed over, so an interrupted merge is repeated.
+
+    Args:
+        name: one of HOMES.
+        overlay: what the transaction saw: below, a snapshot of the live directory, or that directory itself.
+        live: the live directory.
+        since: when the transaction began, in nanoseconds since 1970; 0 if the ctimes in `live` say nothing.
+        var: the merge into /var. It has the conflicts directory, and the token of temporary names.
+        is_missing: the file system of the live directory is not mounted, as early at boot; all is set aside.
+    """
+
+    def __init__(
+        self, name: str, overlay: Overlay, live: Path, since: int, var: VarMerge, *, is_missing: bool = False
+    ) -> None:
+        self.name = name
+        self.upper = overlay.upper
+        self.live = live
+        self.since = since
+        self.var = var
+        self.origin = overlay.lower
+        self.has_snapshot = self.origin != live
+        self.is_missing = is_missing
+        # As in VarMerge, but paths in /home or /root.
+        self.in_conflict: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.unmerged: list[str] = []
+        self.kept: list[str] = []  # what the transaction deleted
+        self._links: dict[tuple[int, int], Path] = {}  # see VarMerge.place_file()
+
+    def is_changed(self) -> bool:
+        """Whether the transaction changed anything but the histories of shells. Deletions do not count."""
+        for (ours, before), names in walk(self.upper, self.origin):
+            if not is_whiteout(ours) and not self._is_in_place(ours, before):
+                return True
+            names[:] = [name for name in names if not HISTORY_FILE.fullmatch(name)]
+        return False
+
+    def merge(self) -> None:
+        """Merge all that was changed. Safe to interrupt and to repeat."""
+        if self.is_missing:
+            self._set_all_aside()
+            return
+        filled = []
+        for (ours, theirs, before), names in walk(self.upper, self.live, self.origin):
+            if is_whiteout(ours):
+                self.kept += [self._inside(ours)] if os.path.lexists(theirs) else []
+                continue
+            self.kept += [self._inside(ours / name) for name in self._deleted(ours, theirs, names)]
+            decision = self._decide(ours, theirs, before)
+            if decision == "nothing" and not is_directory(ours) and (inode := inode_of(ours)):
+                self._links.setdefault(inode, theirs)
+            if decision == "aside" or (decision != "nothing" and not self._apply(decision, ours, theirs)):
+                whole = not (is_directory(ours) and is_directory(theirs))
+                self._set_aside(ours, whole)
+                if whole:
+                    names.clear()
+            elif decision == "place" and is_directory(ours):
+                filled.append((ours, theirs))
+        for ours, theirs in reversed(filled):
+            with contextlib.suppress(AshError, OSError):  # it is only about mtimes, which filling them changed
+                copy_directory_attributes(ours, theirs, from_overlay=True)
+
+    def _decide(self, ours: Path, theirs: Path, before: Path) -> str:
+        """Decide what to do with a path that is not a deletion: "nothing", "place", "append" or "aside"."""
+        if self._is_in_place(ours, theirs):
+            return "nothing"
+        if has_attribute(ours, BEGUN) and is_directory(ours) == is_directory(theirs):  # this was interrupted
+            return "place"
+        if self.has_snapshot and self._is_in_place(ours, before) and (is_directory(theirs) or not is_directory(ours)):
+            return "nothing"  # it was only opened for writing, or it is above something that was changed
+        if not os.path.lexists(theirs):
+            return "aside" if self._was_there(ours, before) else "place"
+        is_file = HISTORY_FILE.fullmatch(ours.name) and size_of(ours) >= 0 and size_of(theirs) >= 0
+        if self._is_unchanged(theirs, before):
+            return "place"
+        return "append" if is_file else "aside"
+
+    @cached_property
+    def _opened(self) -> OpenFiles:
+        return OpenFiles(self.live)
+
+    @staticmethod
+    def _is_in_place(ours: Path, theirs: Path) -> bool:
+        return is_special(ours) or is_placed(ours, theirs)
+
+    def _was_there(self, ours: Path, before: Path) -> bool:
+        """Whether a path existed when the transaction began; without a snapshot this is known of directories only."""
+        if self.has_snapshot:
+            return os.path.lexists(before)
+        return is_directory(ours) and has_attribute(ours, COPIED_UP)
+
+    def _is_unchanged(self, theirs: Path, before: Path) -> bool:
+        """Whether nobody changed a live path since the transaction began, so that it may be replaced."""
+        now = status_of(theirs)
+        if now is None:
+            return False
+        if is_directory(theirs):
+            was_same = is_same(theirs, before) if self.has_snapshot else now.st_ctime_ns < self.since
+            return was_same and is_directory(before)
+        if is_open(theirs, self._opened):
+            return False
+        if not self.has_snapshot:
+            return now.st_ctime_ns < self.since
+        was = status_of(before)
+        return was is not None and (was.st_ino, was.st_ctime_ns) == (now.st_ino, now.st_ctime_ns)
+
+    def _deleted(self, ours: Path, there: Path, names: Sequence[str]) -> list[str]:
+        """What the transaction deleted along with a directory that it then made again."""
+        if not is_directory(ours) or not is_opaque(ours) or not is_directory(there):
+            return []
+        return sorted({*os.listdir(there)} - {*names, temporary_name(there / "x", self.var.token).name})
+
+    def _apply(self, decision: str, ours: Path, theirs: Path) -> bool:
+        """Apply "place" or "append" to a path, without what is below it; returns whether that was possible."""
+        if is_directory(theirs) and not is_directory(ours):
+            return False  # what is in there would be deleted
+        about_to(f"put {theirs.name} in place")
+        try:
+            if decision == "append":
+                VarMerge.append_to_file(ours, theirs, common_lines(ours, theirs))
+                return True
+            if (is_directory(ours) and is_directory(theirs)) or flags_of(ours, from_overlay=True) & PROTECTING:
+                os.setxattr(ours, BEGUN, b"y")  # what follows takes several steps
+            self.var.with_room(self._replace, ours, theirs)
+        except (AshError, OSError) as error:
+            self.failed[self._inside(ours)] = self.var.why(error)
+            return False
+        return True
+
+    def _replace(self, ours: Path, theirs: Path) -> None:
+        if is_directory(ours):
+            replace_by_copy(ours, theirs, self.var.token, from_overlay=True)
+        else:
+            self.var.place_file(ours, theirs, self._links)
+
+    def _set_all_aside(self) -> None:
+        for ours in [path for path in sorted(self.upper.iterdir()) if not is_special(path)]:
+            self.failed[self._inside(ours)] = f"{self.live} is not mounted"
+            self._set_aside(ours, whole=True)
+
+    def _set_aside(self, ours: Path, whole: bool) -> None:
+        """Copy a path to the conflicts directory; a directory without what is below it, unless the `whole`."""
+        inside = self._inside(ours)
+        aside = self.var.conflicts / self.name / inside
+        self.in_conflict.append(inside)
+        try:
+            make_private_directory(self.var.conflicts)
+            if whole:
+                self.var.with_room(self.var.copy, ours, aside)
+            else:
+                aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+                copy_directory_attributes(ours, aside, from_overlay=True)
+        except (AshError, OSError) as error:
+            self.failed.setdefault(inside, self.var.why(error))
+            with contextlib.suppress(AshError, OSError):
+                remove_tree(aside, protected=True)
+            if whole:
+                self.unmerged.append(inside)
+
+    def _inside(self, ours: Path) -> str:
+        return str(ours.relative_to(self.upper))
+
+    def shown(self, path: str) -> str:
+        """A path in the live directory, as users know it."""
+        return str(Path("/", self.name, path))
 
 
 # --- Changes ---------------------------------------------------------------------------------------------------
@@ -4561,13 +4783,13 @@ class Change(NamedTuple):
 
     def summary(self, verb: str = "changed") -> str:
         """The text for the user."""
-        if not self.changed:
-            return f"snapshot {self.snapshot}: nothing to change"
-        lines = [f"snapshot {self.snapshot} {verb}"]
+        lines = [f"snapshot {self.snapshot} {verb}" if self.changed else f"snapshot {self.snapshot}: nothing to change"]
         lines += [one_line(f"  + {name} {version}") for name, version in self.added.items()]
         lines += [one_line(f"  - {name} {version}") for name, version in self.removed.items()]
         lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
-        lines += [f"  left in place: {one_line(path)} (--delete-data deletes it)" for path in self.kept]
+        for path in self.kept:
+            hint = "--delete-data deletes it" if path.startswith("/var/") else "ash deletes nothing there"
+            lines.append(f"  left in place: {one_line(path)} ({hint})")
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
         return "\n".join([*lines, *self.conflict_lines()])
 
@@ -4600,14 +4822,14 @@ def read_packages(layout: Layout, snapshot: int) -> dict[str, str] | None:
         return None
 
 
-# --- Intents and work directories: work under way, and what recovery does with it ------------------------------
+# --- Intents: work under way, and what recovery does with it ---------------------------------------------------
 
 
 class Open(NamedTuple):
     """A transaction runs."""
 
-    homes: Sequence[str] = ()  # the home directories that existed when it began
     caller: Mapping[str, Any] | None = None
+    clock: Sequence[int] = ()  # a Clock of when it began
     state: str = "open"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
@@ -4617,8 +4839,8 @@ class Open(NamedTuple):
 class Kept(NamedTuple):
     """A transaction whose terminal hung up; its working copy waits for `chroot --resume` or `unlock`."""
 
-    homes: Sequence[str] = ()
     caller: Mapping[str, Any] | None = None
+    clock: Sequence[int] = ()
     state: str = "kept"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
@@ -4642,7 +4864,7 @@ class LiveChange(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """A snapshot is exchanged for a new state, then /var is merged."""
+    """A snapshot is exchanged for a new state, then /var, /home and /root are merged."""
 
     old: int = 0  # subvolume ids before and after
     new: int = 0
@@ -4652,6 +4874,7 @@ class Commit(NamedTuple):
     facts: Mapping[str, Any] = {}  # what the history says of it: "packages", as Change.packages() gives them
     caller: Mapping[str, Any] | None = None  # user and command, for the history; None keeps it out
     id: str = ""  # of its line in the history
+    clock: Sequence[int] = ()  # a Clock of when the transaction began
     state: str = "commit"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
@@ -4664,13 +4887,14 @@ class Commit(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """A transaction that changed nothing but /var is being merged; fields as in Commit."""
+    """A transaction that changed nothing but /var, /home and /root is being merged; fields as in Commit."""
 
     entries: Sequence[str] = ()
     delete: Sequence[str] = ()
     facts: Mapping[str, Any] = {}
     caller: Mapping[str, Any] | None = None
     id: str = ""
+    clock: Sequence[int] = ()
     state: str = "merge"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
@@ -4740,11 +4964,12 @@ CALLER_SHAPE = {"user": is_u32, "command": str, "arguments": [str]}
 INTENT_SHAPE = {
     "state": lambda state: state in tuple(INTENTS),
     "id?": str, "old?": is_u32, "new?": is_u32, "source?": is_u32, "snapshots?": [is_u32], "description?": str,
-    "entries?": [is_inner_path], "delete?": [is_inner_path], "homes?": [str],
+    "entries?": [is_inner_path], "delete?": [is_inner_path],
     "copies?": [lambda directory: directory in ("etc", "boot")],
     "caller?": lambda caller: caller is None or has_shape(caller, CALLER_SHAPE),
     "slot?": lambda slot: slot in ("", *SLOTS, *SECONDARY_SLOTS),
     "parent?": lambda parent: parent is None or is_u32(parent),
+    "clock?": lambda clock: has_shape(clock, [int]) and len(clock) in (0, len(Clock._fields)),
     "facts?": lambda facts: has_shape(facts, {"packages?": History.PACKAGE_KEYS}),
 }  # fmt: skip
 
@@ -4785,6 +5010,9 @@ def is_coming_or_going(directory: Path) -> bool:
     return state_of_work(directory) == "number"
 
 
+# --- Work directories: what a transaction keeps, and the second half of a commit -------------------------------
+
+
 def remove_work_directory(directory: Path) -> None:
     """Delete the work directory of a snapshot that no longer exists, if nothing but its lock is in it."""
     if os.listdir(directory) == ["lock"]:
@@ -4802,6 +5030,33 @@ def merge_lock(layout: Layout, wait: float = 0) -> Lock:
 
 
 MERGED, SET_ASIDE = "merged", "set aside"  # noted of an entry of /var when it is done
+
+
+class Merged(NamedTuple):
+    """What a merge into /var, /home and /root did not put in place, or delete."""
+
+    conflicts: list[str]
+    kept: list[str]
+    failed: dict[str, str]  # why some of the conflicts could not be put in place, though nobody else changed them
+    unmerged: list[str]  # those of the conflicts that could not be set aside either
+    directory: Path  # with the transaction's version of the other conflicts
+
+    @classmethod
+    def of(cls, merge: VarMerge, homes: Sequence[HomeMerge]) -> Merged:
+        """The sum of several merges."""
+        var = cls(
+            [f"/var/{entry}" for entry in merge.in_conflict],
+            [*merge.kept],
+            {f"/var/{entry}": why for entry, why in merge.failed.items()},
+            [f"/var/{entry}" for entry in merge.unmerged],
+            merge.conflicts,
+        )
+        for home in homes:
+            var.conflicts.extend(map(home.shown, home.in_conflict))
+            var.kept.extend(map(home.shown, home.kept))
+            var.failed.update({home.shown(path): why for path, why in home.failed.items()})
+            var.unmerged.extend(map(home.shown, home.unmerged))
+        return var
 
 
 class CommittedButUnfinished(AshError):
@@ -4824,6 +5079,7 @@ class WorkDir:
         self.root = self.layout.working_copy(self.name)
         self.before = self.directory / "before"  # a copy of the old state, where one is needed
         self.origin = self.directory / "var"
+        self.home_origin = self.directory / "home"
         # Some directories of /var are writable by everybody: their copies here must not be reachable.
         self.private = self.directory / "private"
         self.upper = self.private / "upper"
@@ -4871,8 +5127,8 @@ class WorkDir:
         self._clear()
 
     def _clear(self, but_intent: bool = False) -> None:
-        delete_subvolume(self.before)
-        delete_subvolume(self.origin)
+        for subvolume in (self.before, self.origin, self.home_origin):
+            delete_subvolume(subvolume)
         for directory in ("etc", "boot"):
             delete_subvolume(self.layout.copy(directory, f"new-{self.name}"))  # nobody else's: we hold the lock NAME
         for leftover in self.files[:-1] if but_intent else self.files:
@@ -4886,7 +5142,8 @@ class WorkDir:
 
     def leftovers(self) -> list[Path]:
         """Everything that a transaction left, the intent file last."""
-        return [path for path in (self.root, self.before, self.origin, *self.files) if os.path.lexists(path)]
+        subvolumes = (self.root, self.before, self.origin, self.home_origin)
+        return [path for path in (*subvolumes, *self.files) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
         """The parts of the snapshot itself that exist."""
@@ -4910,7 +5167,7 @@ class WorkDir:
         exchange(rootfs, new)
         return intent
 
-    def finish(self, intent: Commit | Merge, again: bool = False) -> VarMerge:
+    def finish(self, intent: Commit | Merge, again: bool = False) -> Merged:
         """Everything after the exchange, `again` if it was interrupted. Safe to interrupt: recovery resumes here.
 
         The caller holds merge_lock().
@@ -4920,19 +5177,19 @@ class WorkDir:
         """
         try:
             tries = itertools.chain([again], itertools.repeat(True))
-            merge = self.system.with_reserve(lambda: self._finish(intent, next(tries)))
+            merged = self.system.with_reserve(lambda: self._finish(intent, next(tries)))
         except Exception as error:
             what = f"snapshot {self.snapshot} is changed, but this is not finished: {reason(error)}"
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
-        if again and merge.in_conflict:  # nobody else will say so
-            told = self.with_outcome(Change(self.snapshot), merge).conflict_lines()
+        if again and merged.conflicts:  # nobody else will say so
+            told = self.with_outcome(Change(self.snapshot), merged).conflict_lines()
             console.say("\n".join([f"snapshot {self.snapshot}: an interrupted change is finished", *told]))
-        return merge
+        return merged
 
-    def _finish(self, intent: Commit | Merge, again: bool) -> VarMerge:
-        """Merge /var, renew the copies of /etc and /boot, record packages and history, keep undo-N."""
+    def _finish(self, intent: Commit | Merge, again: bool) -> Merged:
+        """Merge /var, /home and /root, renew the copies of /etc and /boot, record packages and history, keep undo-N."""
         layout, n = self.layout, self.snapshot
-        merge = self.merge_into_var(intent.entries, intent.delete)
+        merged = self.merge(intent.entries, intent.delete, intent.clock)
         for directory in intent.copies if isinstance(intent, Commit) else ():
             with self._passing_over(again):
                 renew_copy(layout, n, directory)
@@ -4942,19 +5199,19 @@ class WorkDir:
                 write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
         sync_filesystem(layout.snapshots)
-        var = {"conflicts": [f"/var/{entry}" for entry in merge.in_conflict], "kept": list(merge.kept)}
-        facts = {**var, **intent.facts}
+        outcome = {"conflicts": merged.conflicts, "kept": merged.kept}
+        facts = {**outcome, **intent.facts}
         recorded = self.record(intent.caller, {"id": intent.id, **facts}, [n], again)
         if isinstance(intent, Commit) and self.root.exists():
             delete_subvolume(layout.undo(n), even_mounted=True)
             rename(self.root, layout.undo(n))
         if is_writable(layout.undo(n)):  # that of a mutable snapshot
             set_readonly(layout.undo(n))
-        delete_subvolume(self.root)  # a power cut may have brought it back, if only /var was changed
+        delete_subvolume(self.root)  # a power cut may have brought it back, if it was not exchanged
         if not recorded:  # nothing else is left to do
             save_intent(self.directory, Merge(facts=facts, caller=intent.caller, id=intent.id))
         self._clear(but_intent=not recorded)
-        return merge
+        return merged
 
     @contextmanager
     def _passing_over(self, again: bool) -> Iterator[None]:
@@ -4968,59 +5225,98 @@ class WorkDir:
 
     @contextmanager
     def merge_lock(self, entries: Sequence[str]) -> Iterator[None]:
-        """Hold the lock for merging these entries of /var, if there are any. A wait for it can be interrupted."""
+        """Hold the lock for merging these entries of /var, and /home and /root, if there is anything to merge.
+
+        A wait for it can be interrupted.
+        """
         with ExitStack() as stack:
-            if entries:
+            if entries or self.changed_homes():
                 with signals_heard():
                     stack.enter_context(merge_lock(self.layout, wait=600))
             yield
 
-    def merge_into_var(self, entries: Sequence[str], delete: Sequence[str]) -> VarMerge:
-        """Merge these entries of /var, unless that has been done; in those of `delete`, deletions are applied.
+    def merge(self, entries: Sequence[str], delete: Sequence[str], clock: Sequence[int]) -> Merged:
+        """Merge into /var, /home and /root, unless that has been done. The caller holds merge_lock().
 
-        The caller holds merge_lock().
+        Args:
+            entries: those of /var to merge.
+            delete: those in which deletions are applied.
+            clock: a Clock of when the transaction began; empty if that is not known.
         """
-        merge = self.var_merge(delete)
+        merge, homes = self.var_merge(delete), self.changed_homes()
         restore_links(self.layout.var, database_links(self.package_manager, self.layout.rootfs(self.snapshot)))
-        if entries and self.upper.exists():  # it is the first to go when all is done
+        merged: list[HomeMerge] = []
+        if self.upper.exists() and (entries or homes):  # it is the first to go when all is done
             # A process of the transaction may still have a directory here open: it must not plant symlinks.
-            with self.live_var(), nosymfollow(self.upper):
+            with self.live_var(), nosymfollow(self.private):
                 self._merge(merge, entries)
+                noted = self._noted()
+                for home in [self.home_merge(name, merge, clock) for name in homes if noted.get(f"/{name}") != MERGED]:
+                    with nosymfollow(home.live) if home.live.is_dir() else contextlib.nullcontext():
+                        home.merge()
+                    merged.append(home)
             for entry in merge.unmerged:
-                self._keep_unmerged(self.unmerged_of(merge), entry)
-        return merge
+                self._keep_unmerged(merge.conflicts.name, self.upper, entry)
+                self._note(entry, SET_ASIDE)
+            for home in merged:
+                for path in home.unmerged:
+                    self._keep_unmerged(merge.conflicts.name, self.private, f"{home.name}/{path}")
+                about_to(f"note that /{home.name} is merged")
+                self._note(f"/{home.name}", MERGED)
+        return Merged.of(merge, merged)
 
     def live_var(self) -> contextlib.AbstractContextManager[None]:
         """Mount the live /var for a merge."""
         separate = [path for path in mounts_in_var(self.system.running) if may_be_separate(self.package_manager, path)]
         return live_var(self.layout.var, separate)
 
-    def with_outcome(self, change: Change, merge: VarMerge) -> Change:
-        """A change, with what became of it in /var."""
-        is_aside = bool({*merge.in_conflict} - {*merge.unmerged})
-        folders = [f"/var/{merge.conflicts.relative_to(self.layout.var)}"] if is_aside else []
-        folders += (
-            [f"/.snapshots/{self.unmerged_of(merge).relative_to(self.layout.snapshots)}"] if merge.unmerged else []
-        )
+    def home_overlays(self) -> dict[str, Overlay]:
+        """What a transaction sees of HOMES: below, a snapshot of the live directory if it has one, or the live one."""
+        lower = {name: self.live_home(name) for name in HOMES}
+        if os.path.lexists(self.home_origin):
+            lower["home"] = self.home_origin
+        return {name: Overlay(lower[name], self.private / name, self.private / f"overlay-{name}") for name in HOMES}
+
+    def live_home(self, name: str) -> Path:
+        """The live directory of one of HOMES, as it was when the transaction began."""
+        upper = self.private / name
+        own = self.layout.home if name == "home" else self.layout.home_root
+        return live_of(upper) or own if upper.exists() else self.system.homes[name]
+
+    def lacks(self, name: str) -> bool:
+        """Whether the live directory of one of HOMES is on a file system of its own that is not mounted now."""
+        return live_of(self.private / name) not in (None, self.system.homes.get(name))
+
+    def changed_homes(self) -> list[str]:
+        """Those HOMES to which the transaction wrote."""
+        there = {name: overlay for name, overlay in self.home_overlays().items() if is_directory(overlay.upper)}
+        return [name for name, one in there.items() if os.listdir(one.upper) or not is_placed(one.upper, one.lower)]
+
+    def home_merge(self, name: str, var: VarMerge, clock: Sequence[int] = ()) -> HomeMerge:
+        """The merge of one of HOMES. `clock` is a Clock of when the transaction began; empty if that is not known."""
+        live, began = self.live_home(name), Clock(*clock) if clock else None
+        known = began is not None and not began.was_set_back() and mount_of(live).kind in LOCAL_KINDS
+        since = began.now if began and known else 0
+        return HomeMerge(name, self.home_overlays()[name], live, since, var, is_missing=self.lacks(name))
+
+    def with_outcome(self, change: Change, merged: Merged) -> Change:
+        """A change, with what became of it in the shared directories."""
+        name, is_aside = merged.directory.name, bool({*merged.conflicts} - {*merged.unmerged})
+        folders = [f"/var/{merged.directory.relative_to(self.layout.var)}"] if is_aside else []
+        if merged.unmerged:
+            folders.append(f"/.snapshots/{(self.layout.unmerged / name).relative_to(self.layout.snapshots)}")
         return change._replace(
-            conflicts=[f"/var/{entry}" for entry in merge.in_conflict],
-            conflicts_folder=listed(folders),
-            failed={f"/var/{entry}": why for entry, why in merge.failed.items()},
-            kept=merge.kept,
+            conflicts=merged.conflicts, conflicts_folder=listed(folders), failed=merged.failed, kept=merged.kept
         )
 
-    def unmerged_of(self, merge: VarMerge) -> Path:
-        """Where the entries of a merge are kept that could not be put anywhere in /var."""
-        return self.layout.unmerged / merge.conflicts.name
-
-    def _keep_unmerged(self, directory: Path, entry: str) -> None:
-        """Keep an entry for which there is no room in /var: to rename it takes none."""
-        if os.path.lexists(self.upper / entry):
+    def _keep_unmerged(self, name: str, upper: Path, path: str) -> None:
+        """Keep, in a directory of this name, what could not be put anywhere: to rename it takes no room."""
+        directory = self.layout.unmerged / name
+        if os.path.lexists(upper / path):
             self.layout.unmerged.mkdir(exist_ok=True)
             directory.mkdir(mode=0o700, exist_ok=True)
-            (directory / entry).parent.mkdir(parents=True, exist_ok=True)
-            rename(self.upper / entry, directory / entry)
-        self._note(entry, SET_ASIDE)
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            rename(upper / path, directory / path)
 
     def var_merge(self, delete: Sequence[str] = ()) -> VarMerge:
         layout = self.layout
@@ -5088,6 +5384,7 @@ class Delta(NamedTuple):
     after: Mapping[str, str]
     entries: Sequence[str]  # of /var
     delete: Sequence[str]  # those of them in which deletions are applied
+    homes: bool  # whether /home or /root was changed
 
     @property
     def directories(self) -> set[str]:
@@ -5152,7 +5449,7 @@ class Transaction:
         with self._stack:
             if isinstance(error, HangUp):
                 sync_filesystem(self.layout.snapshots)  # the programs inside have synced nothing
-                save_intent(self.place.directory, Kept(self.intent.homes, self.intent.caller))
+                save_intent(self.place.directory, Kept(self.intent.caller, self.intent.clock))
             elif error is not None or self.simulate:
                 try:
                     self._keep_downloads()
@@ -5166,7 +5463,8 @@ class Transaction:
         kept = load_intent(self.place.directory)
         if not isinstance(kept, Kept):
             raise AshError(f"no unfinished work waits in snapshot {self.snapshot}", "leave out --resume", REFUSED)
-        self.intent = Open(kept.homes, kept.caller)
+        self.intent = Open(kept.caller, kept.clock)
+        self._make_upper_directories()  # an older ash had none for /home and /root
         save_intent(self.place.directory, self.intent)
 
     def _require_database(self) -> None:
@@ -5185,21 +5483,44 @@ class Transaction:
             raise AshError(what, FREES_SPACE, REFUSED)
 
     def _begin(self) -> None:
+        """Create the intent, the snapshots and the upper directories."""
         self.place.directory.mkdir(parents=True, exist_ok=True)
-        self.intent = Open(sorted(os.listdir(self.layout.home)), self.system.caller)
+        self.intent = Open(self.system.caller, Clock.read())
         save_intent(self.place.directory, self.intent)
         self.place.private.mkdir(mode=0o700)
-        for directory in (self.place.upper, self.place.overlay_work):
-            directory.mkdir()
         try:
             snapshot_subvolume(self.layout.var, self.var, readonly=True)
         except AshError as error:
             if "Text file busy" in error.message:
                 raise AshError("a swap file in /var is in use", "move it to a subvolume of its own", REFUSED) from None
             raise
+        if self.system.homes["home"] == self.layout.home:
+            try:
+                snapshot_subvolume(self.layout.home, self.place.home_origin, readonly=True)
+            except AshError as error:
+                if "Text file busy" not in error.message:  # with a swap file in use, the live one is below
+                    raise
         snapshot_subvolume(self.original, self.root)
-        copy_directory_attributes(self.var, self.place.upper)
+        self._make_upper_directories()
         self._lay_out_database()
+
+    def _overlays(self) -> dict[str, Overlay]:
+        """What programs see of the shared directories, by path from the root."""
+        var = Overlay(self.var, self.place.upper, self.place.overlay_work)
+        return {"var": var, **self.place.home_overlays()}
+
+    def _make_upper_directories(self) -> None:
+        own = (self.var, self.place.home_origin, self.layout.home, self.layout.home_root)
+        for name, overlay in self._overlays().items():
+            if self.place.lacks(name):
+                hint = f"mount it, or drop the session: ash unlock {self.snapshot}"
+                raise AshError(f"/{name} was on another file system when the session began", hint, REFUSED)
+            overlay.work.mkdir(exist_ok=True)
+            if not overlay.upper.exists():
+                overlay.upper.mkdir()
+                copy_directory_attributes(overlay.lower, overlay.upper)
+                if overlay.lower not in own:
+                    os.setxattr(overlay.upper, SHOWN, os.fsencode(overlay.lower))
 
     def show(self, path: Path) -> str:
         """Make a file of the outside visible to the programs in the transaction; returns its path there."""
@@ -5218,8 +5539,8 @@ class Transaction:
         return Chroot(
             self.root,
             {**self.package_manager.environment},
-            {"var": Overlay(self.var, self.place.upper, self.place.overlay_work)},
-            [(self.layout.home, "home"), (self.layout.home_root, "root"), *mutable, *self.binds],
+            self._overlays(),
+            [*mutable, *self.binds],
             self.package_manager.transient,
         )
 
@@ -5245,7 +5566,7 @@ class Transaction:
         """Conclude the working copy, then exchange it for the snapshot.
 
         The exchange is the commit: what is interrupted before it is dropped, what is interrupted after it is finished
-        by recovery. If only /var was changed there is no exchange; the intent file is the commit then.
+        by recovery. If only /var, /home or /root was changed there is no exchange; the intent file is the commit then.
         """
         with ExitStack() as stack:
             self._commit_to(self.place, stack)
@@ -5256,17 +5577,17 @@ class Transaction:
         try:
             found = self._conclude()
             stack.enter_context(place.merge_lock(found.entries))
-            changed = bool(found.paths) or bool(found.entries)
+            changed = bool(found.paths) or bool(found.entries) or found.homes
             change = Change.between(self.snapshot, found.before, found.after)._replace(changed=changed)
             facts = {"packages": change.packages()}
             caller = self.system.caller if change.changed else None
             if found.paths:
                 copies = sorted(found.directories & {"etc", "boot"})
                 commit = Commit(entries=found.entries, delete=found.delete, copies=copies, facts=facts, caller=caller)
-                intent = place.swap(self.root, commit)
+                intent = place.swap(self.root, commit._replace(clock=self.intent.clock))
             else:
                 delete_subvolume(self.root)
-                intent = Merge(found.entries, found.delete, facts, caller, new_id())
+                intent = Merge(found.entries, found.delete, facts, caller, new_id(), self.intent.clock)
                 save_intent(place.directory, intent)
                 sync_filesystem(self.layout.snapshots)
         except BaseException:
@@ -5274,13 +5595,13 @@ class Transaction:
                 save_intent(place.directory, self.intent)  # if dropping is interrupted, recovery must not finish it
             place.drop()
             raise
-        merge = place.finish(intent)
-        self.change = place.with_outcome(change, merge)._replace(
+        merged = place.finish(intent)
+        self.change = place.with_outcome(change, merged)._replace(
             written=[path for path, kind in found.paths.items() if kind != "removed"],
         )
         self.system.done += [self.change] if self.change.changed else []
-        if merge.failed:
-            what = f"snapshot {self.snapshot} is changed, but not everything in /var could be put in place"
+        if merged.failed:
+            what = f"snapshot {self.snapshot} is changed, but not all shared files could be put in place"
             raise CommittedButUnfinished(
                 what, f"make room or mend the cause, then look in {self.change.conflicts_folder}"
             )
@@ -5310,12 +5631,14 @@ class Transaction:
         unprotect(self.root)  # an immutable root could not be exchanged
         set_readonly(self.root)
         paths = self._changed_paths()
-        entries = self.place.var_merge().entries()
+        merge = self.place.var_merge()
+        entries = merge.entries()
+        homes = any(self.place.home_merge(name, merge).is_changed() for name in self.place.changed_homes())
         touched = any(path.startswith(IN_ROOT_DB) for path in paths)
         before, after = (self.package_manager.installed(root) if touched else {} for root in (self.original, self.root))
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
         delete = [entry for entry in delete if not self._was_moved(entry, paths)]
-        return Delta(paths, before, after, entries, delete)
+        return Delta(paths, before, after, entries, delete, homes)
 
     def _require_entry_directories(self) -> None:
         """Refuse a symlink in the place of /var/lib and the like: what others have there would be elsewhere."""
@@ -5336,17 +5659,20 @@ class Transaction:
             write_file(self.layout.ids, numbers.dump())
         if renumbering.accounts:
             directories: dict[Path, Path | None] = {self.root: self.original, self.place.upper: self.var}
-            directories |= dict.fromkeys(self._new_homes(before))
-            with nosymfollow(self.layout.home):
-                renumbering.apply(self.root, directories)
+            renumbering.apply(self.root, directories | self._new_homes(before))
 
-    def _new_homes(self, before: Path) -> list[Path]:
-        """The home directories in the shared /home that the transaction created along with their accounts."""
+    def _new_homes(self, before: Path) -> dict[Path, Path | None]:
+        """The home directories that the transaction wrote to for its new accounts, and what they were before."""
         known = AccountFile.read(before / "passwd").ids
         rows = AccountFile.read(self.root / "etc/passwd").rows
-        names = {row[5].removeprefix("/home/") for row in rows if len(row) > 5 and row[0] not in known}
-        there = {*os.listdir(self.layout.home)} - {*self.intent.homes}
-        return [self.layout.home / name for name in sorted(names & there) if is_directory(self.layout.home / name)]
+        paths = {row[5].strip("/") for row in rows if len(row) > 5 and row[0] not in known}
+        found: dict[Path, Path | None] = {}
+        for name, overlay in self.place.home_overlays().items():
+            for path in sorted(path.removeprefix(f"{name}/") for path in paths if path.startswith(f"{name}/")):
+                home = overlay.upper / path
+                if is_inner_path(path) and has_real_parents(overlay.upper, path) and is_directory(home):
+                    found[home] = overlay.lower / path
+        return found
 
     def _lay_out_database(self) -> None:
         """Put into /var the symlinks to the package database that it lacks, and the database's single files."""
@@ -5458,24 +5784,27 @@ class Transaction:
         return {(s.st_size, s.st_mtime_ns) for s in found if s and stat.S_ISREG(s.st_mode) and s.st_size}
 
     def _refuse_foreign_writes(self) -> None:
-        """Refuse changes below other mounts and nested subvolumes of /var: the overlay does not show what is there."""
-        foreign = mounts_in_var(self.system.running)
-        paths = paths_below(self.place.upper)
-        self._refuse_too_deep(paths)
-        for here in sorted({path.rpartition("/")[0] for path in paths}):
-            origin = self.var / here
-            nested = is_directory(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
-            if (nested or here in foreign) and not may_be_separate(self.package_manager, here):
-                what = f"/var/{here} is a file system or subvolume of its own: a transaction cannot change it"
-                raise AshError(what, "make that change outside of ash", REFUSED)
+        """Refuse changes below other mounts and nested subvolumes of shared directories: overlays do not show them."""
+        foreign = {m.target for m in mounts()} if self.system.running else set()
+        for name, overlay in self._overlays().items():
+            paths = paths_below(overlay.upper)
+            self._refuse_too_deep(name, paths)
+            is_snapshot = overlay.lower in (self.var, self.place.home_origin)
+            for here in sorted({path.rpartition("/")[0] for path in paths} - {""}):
+                origin, shown = overlay.lower / here, f"/{name}/{here}"
+                nested = is_snapshot and is_directory(origin) and origin.lstat().st_ino == EMPTY_SUBVOLUME_INODE
+                is_log_or_cache = name == "var" and may_be_separate(self.package_manager, here)
+                if (nested or shown in foreign) and not is_log_or_cache:
+                    what = f"{shown} is a file system or subvolume of its own: a transaction cannot change it"
+                    raise AshError(what, "make that change outside of ash", REFUSED)
 
     @staticmethod
-    def _refuse_too_deep(paths: Iterable[str]) -> None:
-        """Refuse paths below /var that are too long to be merged."""
+    def _refuse_too_deep(name: str, paths: Iterable[str]) -> None:
+        """Refuse paths below a shared directory that are too long to be merged."""
         for path in paths:
             if len(path) * 4 > DEEPEST and len(os.fsencode(path)) > DEEPEST:  # the first test is the cheap one
                 entry = "/".join(path.split("/")[:2])
-                raise AshError(f"the directories below /var/{entry} are nested too deeply to be merged", "", REFUSED)
+                raise AshError(f"the directories below /{name}/{entry} are nested too deeply to be merged", "", REFUSED)
 
 
 # --- fstab: ash's own mounts, and the user's lines -------------------------------------------------------------
@@ -7064,6 +7393,16 @@ class System:
         what = f"snapshot {name}" if isinstance(name, int) else f"{name} of {self.layout.distro}"
         return Lock(self.layout.work(name) / "lock", what, self.wait)
 
+    @cached_property
+    def homes(self) -> Mapping[str, Path]:
+        """The live directories of HOMES: ash's own, or on the running system what is mounted in their place."""
+        found = {"home": self.layout.home, "root": self.layout.home_root}
+        for name, own in found.items():
+            path = Path("/", name)
+            if self.running and mount_of(path).target == str(path) and inode_of(path) not in (None, inode_of(own)):
+                found[name] = own if mount_of(path).kind in NEVER_LOWER else path
+        return found
+
     def workdir(self, snapshot: int) -> WorkDir:
         return WorkDir(self, snapshot)
 
@@ -7270,9 +7609,9 @@ def make_mutable(system: System, snapshot: int, mutable: bool) -> bool:
 def delete_data(system: System, change: Change) -> Change:
     """Delete what removed packages left in /var; what other snapshots' packages claim is `kept` in the result."""
     others = [system.layout.rootfs(n) for n in system.tree().numbers() if n != change.snapshot]
-    kept = []
     with merge_lock(system.layout, wait=600), nosymfollow(system.layout.var):
-        for path in change.kept:
+        kept = [path for path in change.kept if not path.startswith("/var/")]
+        for path in sorted({*change.kept} - {*kept}):
             inside = Path(path).relative_to("/var")
             entry = str(Path(*inside.parts[:2])) if inside.parts[0] in ENTRY_DIRECTORIES else inside.parts[0]
             if any(system.package_manager.claims(root, entry) for root in others):
@@ -7369,7 +7708,7 @@ class LiveResult:
         self.restarted: list[str] = []  # or made to read their configuration again
         self.outdated: list[str] = []  # services and programs that still run as they were before
         self.waiting: list[str] = []  # what needs a reboot
-        self.conflicts: list[str] = []  # of /etc and /var
+        self.conflicts: list[str] = []  # of /etc, /var, /home and /root
         self.conflicts_folders: list[str] = []
         self.error = ""
 
@@ -7409,16 +7748,22 @@ class LiveWorkDir(WorkDir):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.apply(intent.slot, self.root, self.before)
-            self._delete_unfinished_in_var(intent.entries)
+            self._delete_unfinished(intent.entries)
             self.mark_done()
         self.drop()
 
-    def _delete_unfinished_in_var(self, entries: Iterable[str]) -> None:
-        """Delete the temporary copies of an interrupted /var merge, which a rollback does not resume."""
+    def _delete_unfinished(self, entries: Iterable[str]) -> None:
+        """Delete the temporary copies of an interrupted merge, which a rollback does not resume."""
         try:
             token = from_json(read_text(self.decisions), self.DECISIONS)["token"]
         except ValueError:  # the merge had not begun
             return
+        for name, overlay in self.home_overlays().items():
+            live = self.live_home(name)
+            with nosymfollow(live):
+                for inside in {path.rpartition("/")[0] for path in paths_below(overlay.upper)}:
+                    if is_directory(live / inside):
+                        remove_tree(temporary_name(live / inside / "x", token))
         merge = self.var_merge()
         merge.token = token
         with self.live_var():
@@ -7543,12 +7888,10 @@ class LiveTransaction(Transaction):
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
             etc = place.apply(self.slot, place.before, self.root)
-            merge = place.merge_into_var(found.entries, found.delete)
-            if merge.failed:
-                remove_tree(place.unmerged_of(merge))
-                raise AshError(
-                    "; ".join(f"/var/{entry} cannot be changed: {why}" for entry, why in merge.failed.items())
-                )
+            merged = place.merge(found.entries, found.delete, self.intent.clock)
+            if merged.failed:
+                remove_tree(self.layout.unmerged / merged.directory.name)
+                raise AshError("; ".join(f"{path} cannot be changed: {why}" for path, why in merged.failed.items()))
             services.start(found.paths, read_text(self.asked))
             if found.directories - {"boot"}:
                 write_inside(slot, IN_ROOT_LIVE, "")
@@ -7564,9 +7907,8 @@ class LiveTransaction(Transaction):
                 console.say(f"ash: {done}")
             raise
         self.live.changed = bool(found.directories - {"boot"})
-        self.live.conflicts = [f"/etc/{path}" for path in etc.in_conflict]
-        self.live.conflicts += [f"/var/{entry}" for entry in merge.in_conflict]
-        directories = [directory for directory in dict.fromkeys((etc.conflicts, merge.conflicts)) if directory.is_dir()]
+        self.live.conflicts = [*(f"/etc/{path}" for path in etc.in_conflict), *merged.conflicts]
+        directories = [path for path in dict.fromkeys((etc.conflicts, merged.directory)) if path.is_dir()]
         self.live.conflicts_folders = [f"/var/{directory.relative_to(self.layout.var)}" for directory in directories]
         place.drop()
 
@@ -8974,7 +9316,7 @@ def cmd_run(system: System, request: Request) -> Plan:
     change = run_in(system, request.snapshot, request.command, request.privileged)
     if request.privileged and not change.changed:  # what it did outside of the snapshot, nothing else tells
         system.history.append({**(system.caller or {}), "snapshots": [request.snapshot], "result": "done"})
-    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts else "")
+    return Reply({**change_data(change), "status": 0}, change.summary() if change.conflicts or change.kept else "")
 
 
 def kill_children() -> None:

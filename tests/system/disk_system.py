@@ -230,7 +230,9 @@ class System(Disk):
             after: what it runs after the block.
         """
         mark = uuid.uuid4().hex
-        wait = f"touch /home/started-{mark}; while [ ! -e /home/go-{mark} ]; do sleep 0.02; done"
+        started, go = f"started-{mark}", f"go-{mark}"  # in the working copy, which the test sees, too
+        wait = f"touch /{started}; while [ ! -e /{go} ]; do sleep 0.02; done; rm /{started} /{go}"
+        working_copy = self.root(f"chr{snapshot}")
         argv = self._argv(["run", snapshot, "sh", "-ec", f"{script}\n{wait}\n{after}"])
         process = subprocess.Popen(
             argv,
@@ -242,10 +244,10 @@ class System(Disk):
         )
         work = AtWork(process, mark)
         try:
-            wait_until(lambda: (self.home / f"started-{mark}").exists() or process.poll() is not None)
+            wait_until(lambda: (working_copy / started).exists() or process.poll() is not None)
             assert process.poll() is None, process.communicate()
             yield work
-            (self.home / f"go-{mark}").touch()
+            (working_copy / go).touch()
             out, err = process.communicate(timeout=120)
             work.outcome = Outcome(process.returncode, out, err)
             assert process.returncode == status, work.outcome
@@ -253,8 +255,6 @@ class System(Disk):
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-            for name in ("started", "go"):
-                (self.home / f"{name}-{mark}").unlink(missing_ok=True)
 
     def killed_before(self, step: str, *words: str | int) -> None:
         """Kill a command before its first step whose name starts like this."""

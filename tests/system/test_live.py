@@ -110,23 +110,22 @@ def shapes(directory: Path, version: str, after: str = "") -> Path:
 
 
 # In the script of a package: wait in the running system, not in the snapshot, until install_while() goes on.
-WAITS = "if [ -e /usr/share/ash/snap ]; then touch /home/waits; while [ ! -e /home/go ]; do sleep 0.1; done; fi"
+WAITS = "if [ -e /usr/share/ash/snap ]; then touch /waits; while [ ! -e /go ]; do sleep 0.1; done; rm /waits /go; fi"
 
 
 def install_while(
     machine: Machine, number: int, package: Path, happens: Callable[[], object], status: int = DONE
 ) -> dict[str, Any]:
     """Install a package whose script has WAITS, and let something happen meanwhile; returns the answer."""
-    waits, go = (machine.system.home / name for name in ("waits", "go"))
+    waits, go = (machine.system.root("chrlive") / name for name in ("waits", "go"))
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(machine.running, "install", number, package, "--live", status=status)
         try:
             wait_until(lambda: waits.exists() or answer.done(), 100)
             happens()
         finally:
-            go.touch()
-    waits.unlink()
-    go.unlink()
+            if waits.exists():
+                go.touch()
     return answer.result()
 
 

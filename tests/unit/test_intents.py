@@ -15,11 +15,11 @@ pytestmark = pytest.mark.budget(5)
 
 CALLER = {"user": 1000, "command": "install", "arguments": ["install", "5", "hello"]}
 RECORDS: list[ash.Intent] = [
-    ash.Open(["ada"], CALLER),
-    ash.Kept(["ada"], CALLER),
+    ash.Open(CALLER, [2, 1]),
+    ash.Kept(CALLER, [2, 1]),
     ash.LiveChange("deploy", 260, ["lib/x"]),
-    ash.Commit(261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee"),
-    ash.Merge(["cache/x"], ["cache/x"], {}, CALLER, "c0ffee"),
+    ash.Commit(261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee", [2, 1]),
+    ash.Merge(["cache/x"], ["cache/x"], {}, CALLER, "c0ffee", [2, 1]),
     ash.Birth(3, 0, "a branch", CALLER, "c0ffee"),
     ash.Deletion([5, 6], CALLER, "c0ffee"),
 ]
@@ -51,8 +51,8 @@ def test_what_is_written_is_read_back(intent: ash.Intent, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (older("open", homes=["ada"], caller=CALLER), ash.Open(["ada"], CALLER)),
-        (older("kept", homes=["ada"], caller=CALLER), ash.Kept(["ada"], CALLER)),
+        (older("open", homes=["ada"], caller=CALLER), ash.Open(CALLER)),
+        (older("kept", homes=["ada"], caller=CALLER), ash.Kept(CALLER)),
         (
             older("commit", old=261, new=262, entries=["lib/x"], copies=["boot", "etc"], delete=["lib/x"], caller=CALLER),
             ash.Commit(261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {}, CALLER),

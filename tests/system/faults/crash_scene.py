@@ -33,7 +33,8 @@ from tests.support import (
 )
 
 SCRIPT = (
-    "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x"
+    "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x; "
+    "for home in /home /root; do echo new > $home/mark/x; mkdir -p $home/mark-new; echo new > $home/mark-new/x; done"
 )
 SHELL = ["sh", "-ec", SCRIPT]
 
@@ -105,7 +106,7 @@ NO_SPACE = (os.strerror(errno.ENOSPC), "too little free space")
 # It only changes the executable; test_upself.py kills it.
 ELSEWHERE = {"upself"}
 
-# A path as ash has the disk image mounted; in /home, which the tests do not compare.
+# A path as ash has the disk image mounted; in /home, where the tests only compare their own files.
 FILLER = PRIVATE / "top" / HOME / "filler"
 
 
@@ -115,7 +116,7 @@ class View:
 
     snapshots: dict[int, Any]
     undo: dict[str, str]
-    var: dict[str, str]
+    var: dict[str, str]  # the files of the tests in the shared directories
     secondary: list[str]
     running: list[str]  # the files of the tests in the running deployment
     lost_found: set[str]  # the contents of what was moved there
@@ -206,7 +207,8 @@ class Scene:
         there = make_deb(directory, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
         disk.ash("base-update", "--shell", input=use_only("file:/home/archive"))
         disk.ash(
-            "run", disk.clone(), "sh", "-ec", "mkdir /var/lib/mark; echo old > /etc/mark; echo old > /var/lib/mark/x"
+            "run", disk.clone(), "sh", "-ec", "echo old > /etc/mark; "
+            "for home in /var/lib /home /root; do mkdir $home/mark; echo old > $home/mark/x; done",
         )
         disk.ash("install", 1, make_deb(directory, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
         disk.ash("install", disk.branch(1), there)
@@ -473,8 +475,13 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
             snapshots={row["snapshot"]: (row, marks(files, row["snapshot"])) for row in map(without_boot, rows)},
             undo={path.name: text(path / "etc/mark") for path in sorted((files.snapshots / "rootfs").glob("undo-*"))},
             var={
-                str(path.relative_to(files.var)): text(path)
-                for path in (*files.var.glob("*/mark*"), *files.var.glob("lib/mark*/*"))
+                str(path.relative_to(files.top)): text(path)
+                for path in (
+                    *files.var.glob("*/mark*"),
+                    *files.var.glob("lib/mark*/*"),
+                    *files.home.glob("mark*/*"),
+                    *files.state.glob("root/mark*/*"),
+                )
             },
             secondary=[f"{d['snapshot']}" for d in secondary],
             running=[text(files.root(menu["last_booted"]) / path) for path in IN_RUNNING],

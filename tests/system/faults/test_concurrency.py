@@ -222,11 +222,12 @@ def test_eight_concurrent_commands_lose_nothing(system: System, tmp_path: Path) 
 
 
 def test_two_installs_run_at_the_same_time(system: System, tmp_path: Path) -> None:
-    meet = "touch /home/{0}; for n in $(seq 600); do [ -e /home/{1} ] && exit 0; sleep 0.1; done; exit 1"
-    packages = [
-        make_deb(tmp_path, f"ash-test-{one}", postinst=meet.format(one, other))
-        for one, other in (("here", "there"), ("there", "here"))
-    ]
+    meet = "touch /here; for n in $(seq 600); do [ -e /go ] && rm /here /go && exit 0; sleep 0.1; done; exit 1"
+    packages = [make_deb(tmp_path, f"ash-test-{name}", postinst=meet) for name in ("one", "other")]
     numbers = [system.clone(), system.clone()]
     installs = [system.start("install", number, deb) for number, deb in zip(numbers, packages, strict=True)]
+    working_copies = [system.root(f"chr{number}") for number in numbers]
+    wait_until(lambda: all((root / "here").exists() for root in working_copies), 120)
+    for root in working_copies:
+        (root / "go").touch()
     assert [install.wait(timeout=180) for install in installs] == [DONE, DONE]
