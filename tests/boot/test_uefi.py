@@ -26,7 +26,10 @@ def test_deploy_and_the_last_booted_deployment(disk: Disk, boot: Boot) -> None:
         said(machine, "test -e /usr/share/in-1")
         is_immutable(machine)
         begun = "sh -c 'touch /usr/share/half /var/lib/half; touch /begun; sleep 1000'"
-        said(machine, f"(ash run 1 {begun} > /dev/null 2>&1 &); until test -e /.snapshots/rootfs/snapshot-chr1/begun; do sleep 1; done; sync")
+        said(
+            machine,
+            f"(ash run 1 {begun} > /dev/null 2>&1 &); until test -e /.snapshots/rootfs/snapshot-chr1/begun; do sleep 1; done; sync",
+        )
 
         machine.reset()
         machine.choose(r"snapshot 1: ")

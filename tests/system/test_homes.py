@@ -55,7 +55,9 @@ def test_new_and_changed_paths_are_put_in_place(system: System, snapshot: int, h
             (live / "t" / name).write_text("old\n")
     new = "mkdir -p new/sub; echo new > new/sub/x; ln new/sub/x new/y; ln -s sub/x new/link; chown -R 7:8 new; chmod 750 new"
     changed = "echo new > changed; chmod 600 attributes; ln -sf changed link; rm kind; mkdir kind; touch kind/x"
-    answer = system.ash("--json", "run", snapshot, "sh", "-ec", in_both(f"{new}; touch -d @1 new; {changed}; chmod 711 .")).json
+    answer = system.ash(
+        "--json", "run", snapshot, "sh", "-ec", in_both(f"{new}; touch -d @1 new; {changed}; chmod 711 .")
+    ).json
     assert (answer["changed"], answer["conflicts"], answer["kept"]) == (True, [], [])
     for live in homes.values():
         top = live / "t"
@@ -71,7 +73,10 @@ def test_new_and_changed_paths_are_put_in_place(system: System, snapshot: int, h
         assert not list(live.rglob(".ash-new*"))
     assert not system.remains()
     with system.nothing_changes():
-        assert system.ash("--json", "run", snapshot, "sh", "-ec", in_both("cat changed; : >> changed")).json["changed"] is False
+        assert (
+            system.ash("--json", "run", snapshot, "sh", "-ec", in_both("cat changed; : >> changed")).json["changed"]
+            is False
+        )
 
 
 def test_deletions_are_not_applied_but_reported(system: System, snapshot: int, homes: dict[str, Path]) -> None:
@@ -84,7 +89,9 @@ def test_deletions_are_not_applied_but_reported(system: System, snapshot: int, h
     answer = system.ash("--json", "run", snapshot, "sh", "-ec", script).json
     assert (sorted(answer["kept"]), answer["conflicts"]) == (kept, [])
     for live in homes.values():
-        assert {(live / "t" / path).read_text() for path in ("a", "directory/b", "again/d", "moved/x", "to/x")} == {"old\n"}
+        assert {(live / "t" / path).read_text() for path in ("a", "directory/b", "again/d", "moved/x", "to/x")} == {
+            "old\n"
+        }
         assert (live / "t/again/c").read_text() == "new\n"
     outcome = system.ash("run", snapshot, "rm", "-r", "/root/t/a")
     assert outcome.stdout.splitlines() == [
@@ -177,7 +184,9 @@ def test_an_interrupted_merge_is_finished_at_each_step(system: System, snapshot:
     for live in homes.values():
         (live / "t/changed").write_text("old\n")
         (live / "t/directory").mkdir()
-    script = in_both("echo $0 > changed; mkdir -p $0/sub; echo new > $0/sub/x; chmod 7$0 directory; chown $0 directory; rm -f gone")
+    script = in_both(
+        "echo $0 > changed; mkdir -p $0/sub; echo new > $0/sub/x; chmod 7$0 directory; chown $0 directory; rm -f gone"
+    )
     for number, step in enumerate(("put changed in place", "copy .ash-new", r"rename \S+ to changed", "put x in place",
                                    "put directory in place", "note that /home", "note that /root", "remove private")):  # fmt: skip
         name = f"{number}{number}"
@@ -205,12 +214,16 @@ def test_a_resumed_session_still_has_its_files(system: System, snapshot: int, ho
         terminal.expect("written-42")
     wait_until(lambda: not system.processes())
     assert not (homes["root"] / "t/x").exists()
-    assert system.ash("chroot", snapshot, "--resume", input="cat /root/t/x /home/t/x\n", status=DONE).stdout.startswith("kept\nkept\n")
+    assert system.ash("chroot", snapshot, "--resume", input="cat /root/t/x /home/t/x\n", status=DONE).stdout.startswith(
+        "kept\nkept\n"
+    )
     assert {(live / "t/x").read_text() for live in homes.values()} == {"kept\n"}
 
 
 # Show a directory, in the first argument, as /home, as if another file system were mounted there.
-ON_ANOTHER_FILE_SYSTEM = "ash.System.homes = property(lambda self: {{'home': ash.Path({!r}), 'root': self.layout.home_root}})"
+ON_ANOTHER_FILE_SYSTEM = (
+    "ash.System.homes = property(lambda self: {{'home': ash.Path({!r}), 'root': self.layout.home_root}})"
+)
 
 
 def test_a_home_on_another_file_system(machine: Machine, snapshot: int, tmp_path: Path) -> None:
@@ -220,7 +233,9 @@ def test_a_home_on_another_file_system(machine: Machine, snapshot: int, tmp_path
     script = "echo ours | tee /home/new /home/changed /home/both; echo theirs > {{}}; rm /home/deleted"
     before = set(machine.system.home.iterdir())
     changes = f"{patch}\nmerge = ash.HomeMerge.merge\n"
-    meanwhile = f"ash.HomeMerge.merge = lambda self: (ash.Path({str(tmp_path / 'both')!r}).write_text('theirs'), merge(self))"
+    meanwhile = (
+        f"ash.HomeMerge.merge = lambda self: (ash.Path({str(tmp_path / 'both')!r}).write_text('theirs'), merge(self))"
+    )
     outcome = machine.run("run", snapshot, "sh", "-ec", script, patch=changes + meanwhile)
     found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert found == {"new": "ours\n", "changed": "ours\n", "both": "theirs", "deleted": "old\n"}
@@ -229,9 +244,7 @@ def test_a_home_on_another_file_system(machine: Machine, snapshot: int, tmp_path
     assert set(machine.system.home.iterdir()) == before
 
 
-def test_a_home_that_is_not_mounted_when_the_merge_is_finished(
-    machine: Machine, snapshot: int, tmp_path: Path
-) -> None:
+def test_a_home_that_is_not_mounted_when_the_merge_is_finished(machine: Machine, snapshot: int, tmp_path: Path) -> None:
     """As early at boot. What is below the mount point is another directory, where nothing of it belongs."""
     patch = f"{ON_ANOTHER_FILE_SYSTEM.format(str(tmp_path))}\nash.HomeMerge.merge = lambda self: ash.os._exit(9)"
     system, before = machine.system, set(machine.system.home.iterdir())

@@ -18,7 +18,9 @@ RECORDS: list[ash.Intent] = [
     ash.Open(CALLER, [2, 1]),
     ash.Kept(CALLER, [2, 1]),
     ash.LiveChange("deploy", 260, ["lib/x"]),
-    ash.Commit(261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee", [2, 1]),
+    ash.Commit(
+        261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee", [2, 1]
+    ),
     ash.Merge(["cache/x"], ["cache/x"], {}, CALLER, "c0ffee", [2, 1]),
     ash.Birth(3, 0, "a branch", CALLER, "c0ffee"),
     ash.Deletion([5, 6], CALLER, "c0ffee"),

@@ -207,7 +207,11 @@ class Scene:
         there = make_deb(directory, "ash-test-there", files={"usr/share/ash-test-there": "x\n"})
         disk.ash("base-update", "--shell", input=use_only("file:/home/archive"))
         disk.ash(
-            "run", disk.clone(), "sh", "-ec", "echo old > /etc/mark; "
+            "run",
+            disk.clone(),
+            "sh",
+            "-ec",
+            "echo old > /etc/mark; "
             "for home in /var/lib /home /root; do mkdir $home/mark; echo old > $home/mark/x; done",
         )
         disk.ash("install", 1, make_deb(directory, "ash-test-gone", files={"usr/share/ash-test-gone": "x\n"}))
