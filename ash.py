@@ -3834,6 +3834,12 @@ def machine_chroot(
 ID_FILES = ("passwd", "group", "subuid", "subgid")
 FIRST_HUMAN, LAST_HUMAN, LAST_SYSTEM = 1000, 60000, 999  # login.defs of Debian, Arch and Fedora
 SUBORDINATES = 65536  # the size of the range that useradd gives a user
+NO_HOMES = frozenset({"", "/", "/nonexistent", "/dev/null", "/home", "/root", "/var", "/var/empty", "/var/lib"})
+
+
+def is_of_people(number: int) -> bool:
+    """Whether a uid or gid is of the login range, which neither the system nor "nobody" has."""
+    return FIRST_HUMAN <= number <= LAST_HUMAN
 
 
 class AccountFile:
@@ -3869,6 +3875,27 @@ class AccountFile:
                 found.setdefault(row[0], number)
         return found
 
+    @property
+    def people(self) -> dict[str, int]:
+        """The ids of the login range, by name: those of people and of their groups."""
+        return {name: number for name, number in self.ids.items() if is_of_people(number) and name[:1] not in "+-"}
+
+    @property
+    def passwords(self) -> dict[str, str]:
+        """The field of the password of each account of a shadow file, by name."""
+        return {row[0]: row[1] for row in reversed(self.rows) if len(row) > 1}
+
+    def row(self, account: str) -> list[str] | None:
+        """An account's first row, which is the one that counts."""
+        return next((row for row in self.rows if row[0] == account), None)
+
+    def put(self, account: str, *rows: list[str]) -> None:
+        """Replace the rows of an account in their place; new ones come before the entries of NIS."""
+        end = next((index for index, row in enumerate(self.rows) if row[0][:1] in ("+", "-")), len(self.rows))
+        where = next((index for index, row in enumerate(self.rows) if row[0] == account), end)
+        others = [[row for row in part if row[0] != account] for part in (self.rows[:where], self.rows[where:])]
+        self.rows = [*others[0], *rows, *others[1]]
+
 
 def root_shell(root: Path) -> str:
     """The login shell of a root's root user; /bin/sh if that is not installed."""
@@ -3887,6 +3914,53 @@ def free_id(name: str, like: int, taken: Container[int]) -> int:
     if number is None:
         raise AshError(f"no free id is left for {name}", "delete accounts that are no longer used")
     return number
+
+
+def has_password(field: str) -> bool:
+    """Whether a field of shadow has a password, locked or not."""
+    return field.lstrip("!") not in ("", "*", "x")
+
+
+def home_of(row: Sequence[str]) -> str:
+    """The home directory in a row of passwd; empty if it has none that is an account's own."""
+    home = os.path.normpath(row[5]) if len(row) > 5 and row[5].startswith("/") else ""
+    return "" if home in NO_HOMES else home
+
+
+def is_renamed(old: Sequence[str], new: Sequence[str], password: str, other: str) -> bool:
+    """Whether two rows of passwd, with the fields of their passwords, are one account that was renamed.
+
+    It has the same number, and the same home or password: a hash has a salt, so no two accounts have the same.
+    """
+    same_password = has_password(password) and password.lstrip("!") == other.lstrip("!")
+    return old[2:3] == new[2:3] != [] and (same_password or home_of(old) == home_of(new) != "")
+
+
+def new_ids(kind: str, own: Mapping[str, int], machine: Mapping[str, int], known: Mapping[str, int]) -> dict[str, int]:
+    """The new ids of accounts of a snapshot that differ from, or clash with, those of the people of the machine.
+
+    Args:
+        kind: the name of the file, for free_id().
+        own: the ids in the snapshot.
+        machine: all ids in the running system.
+        known: the ids in the registry.
+
+    An account that shares the id of one of those people on purpose, in the snapshot, follows it.
+    """
+    found: dict[str, int] = {}
+    people = {name: number for name, number in machine.items() if is_of_people(number)}
+    for number in dict.fromkeys(own.values()):
+        names = [name for name, its in own.items() if its == number]
+        there, others = ([n for n in names if (n in people) is of_machine] for of_machine in (True, False))
+        found |= {name: people[name] for name in there if people[name] != number}
+        if not others or not is_of_people(number):
+            continue
+        new = people[there[0]] if there else known.get(others[0], number)
+        rest = {found.get(name, its) for name, its in own.items() if name not in names}
+        if not there and (new in machine.values() or new in rest or not is_of_people(new)):
+            new = free_id(kind, number, {*known.values(), *own.values(), *machine.values(), *found.values()})
+        found |= {name: new for name in others if new != number}
+    return found
 
 
 def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
@@ -3912,6 +3986,22 @@ def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], gr
         set_inode_flags(file, flags, PROTECTING)
 
 
+def re_own(directories: Mapping[Path, Path | None], users: Mapping[int, int], groups: Mapping[int, int]) -> None:
+    """Map the owners of directories, or files, with all below them; unless the original has the same owner.
+
+    A directory comes after what is below it: as long as this is not finished, its owner is the old one.
+    """
+    done = set()
+    for directory, original in directories.items() if users or groups else ():
+        about_to(f"re-own {directory.name}")
+        for inside in (*paths_below(directory), ""):
+            inode = inode_of(directory / inside)
+            if inode is not None and inode not in done:  # not deleted meanwhile, nor another link to the same file
+                done.add(inode)
+                with contextlib.suppress(FileNotFoundError):
+                    chown_by_map(directory / inside, original / inside if original else None, users, groups)
+
+
 class Renumbering(NamedTuple):
     """New ids for accounts of a root."""
 
@@ -3934,20 +4024,19 @@ class Renumbering(NamedTuple):
                     row[3] = str(groups[group])
             if str(file) != before:
                 write_text(root / "etc" / name, str(file))
-        done = set()
-        for directory, original in directories.items() if users or groups else ():
-            for inside in ("", *paths_below(directory)):
-                inode = inode_of(directory / inside)
-                if inode is not None and inode not in done:  # not deleted meanwhile, nor another link to the same file
-                    done.add(inode)
-                    chown_by_map(directory / inside, original / inside if original else None, users, groups)
+        re_own(directories, users, groups)
 
 
 class AccountIds:
-    """The registry of ids ever given to an account, by name, for each of ID_FILES."""
+    """The registry of ids ever given to an account, by name, for each of ID_FILES.
 
-    def __init__(self, given: Mapping[str, dict[str, int]] = {}) -> None:
+    It also has the new names of users that were renamed. Two names may have one id, until the account of a snapshot
+    that clashes with one of the running system gets another one, with its files.
+    """
+
+    def __init__(self, given: Mapping[str, dict[str, int]] = {}, renamed: Mapping[str, str] = {}) -> None:
         self.given = {name: given.get(name, {}) for name in ID_FILES}
+        self.renamed = dict(renamed)
 
     @classmethod
     def load(cls, path: Path) -> AccountIds:
@@ -3955,20 +4044,34 @@ class AccountIds:
         if not path.exists():
             return cls()
         try:
-            return cls(from_json(read_text(path), {f"{name}?": {"*": is_u32} for name in ID_FILES}))
+            shape = {f"{name}?": {"*": is_u32} for name in ID_FILES} | {"renamed?": {"*": is_text}}
+            found = from_json(read_text(path), shape)
+            return cls(found, found.get("renamed", {}))
         except ValueError:
             raise AshError(
                 f"the registry of uids and gids {path} is damaged", "ash fsck --repair rebuilds it"
             ) from None
 
     def dump(self) -> str:
-        return json.dumps(self.given) + "\n"
+        return json.dumps({**self.given, "renamed": self.renamed}) + "\n"
+
+    def copy(self) -> AccountIds:
+        return AccountIds({name: dict(ids) for name, ids in self.given.items()}, self.renamed)
 
     def learn(self, etc: Path) -> None:
         """Record the accounts of an /etc that are not known yet."""
         for name in ID_FILES:
             for account, number in AccountFile.read(etc / name).ids.items():
                 self.given[name].setdefault(account, number)
+
+    def learn_machine(self, etc: Path) -> None:
+        """Record the accounts of the running /etc: its people have the numbers that count, whatever was recorded."""
+        self.learn(etc)
+        people = {name: AccountFile.read(etc / name).people for name in ("passwd", "group")}
+        for name in ID_FILES:
+            known = people["group" if name == "group" else "passwd"]
+            ids = AccountFile.read(etc / name).ids
+            self.given[name].update({account: number for account, number in ids.items() if account in known})
 
     def reconcile(self, etc: Path) -> Renumbering:
         """Find and record ids for accounts of an /etc that share one, or that have another one elsewhere.
@@ -3981,8 +4084,9 @@ class AccountIds:
             there, given = AccountFile.read(etc / name).ids, self.given[name]
             for number in sorted(set(there.values())):
                 accounts = [account for account, its in there.items() if its == number]
-                keeper = next((account for account in accounts if given.get(account, number) == number), None)
-                for account in [one for one in accounts if one != keeper]:
+                keepers = [one for one in accounts if given.get(one) == number]
+                keepers = keepers or [one for one in accounts if one not in given]
+                for account in [one for one in accounts if one not in keepers[:1]]:
                     new = given.get(account, number)
                     if new in there.values():
                         new = free_id(name, number, {*given.values(), *there.values()})
@@ -3996,21 +4100,54 @@ class AccountIds:
         wanted: dict[str, dict[str, int]] = {}
         moves: dict[str, dict[int, int]] = {}
         unchanged = set()
+        renamed = self._learn_renames(before, after)
         for name in ID_FILES:
             old, new = AccountFile.read(before / name).ids, AccountFile.read(after / name).ids
             given = self.given[name]
+            for was, now in renamed["group" if name == "group" else "passwd"].items():
+                if was in old and now in new:
+                    old[now] = old.pop(was)
+                    given[now] = given.pop(was, old[now])
             unchanged |= {user for user, uid in new.items() if old.get(user) == uid} if name == "passwd" else set()
             for account, number in new.items():
                 shared = list(new.values()).count(number) > 1  # on purpose: no tool gives an id twice by itself
                 if old.get(account) == number or shared:
                     given.setdefault(account, number)
                     continue
-                if account not in given:
-                    taken = {*given.values(), *(n for other, n in new.items() if other != account)}
+                others = {other: n for other, n in new.items() if other != account}
+                if account not in given or any(old.get(other) == n == given[account] for other, n in others.items()):
+                    taken = {*given.values(), *others.values()}
                     given[account] = number if number not in given.values() else free_id(name, number, taken)
                 if given[account] != number:
                     wanted.setdefault(name, {})[account] = moves.setdefault(name, {})[number] = given[account]
         return Renumbering(wanted, moves, unchanged)
+
+    def _learn_renames(self, before: Path, after: Path) -> dict[str, dict[str, str]]:
+        """The new names of users and groups that were renamed between two states of /etc, by the old ones.
+
+        A group was renamed if it has the same number, and still is the primary group of a user.
+        """
+        old, new = (AccountFile.read(etc / "passwd") for etc in (before, after))
+        shadows = [
+            {row[0]: row[1] for row in AccountFile.read(etc / "shadow").rows if len(row) > 1} for etc in (before, after)
+        ]
+        users: dict[str, str] = {}
+        for was, now in itertools.product(old.rows, new.rows):
+            is_gone, is_new = was[0] in old.ids.keys() - new.ids.keys(), now[0] in new.ids.keys() - old.ids.keys()
+            if is_gone and is_new and is_renamed(was, now, shadows[0].get(was[0], ""), shadows[1].get(now[0], "")):
+                users[was[0]] = now[0]
+        primary = {
+            row[3] for row in old.rows if len(row) > 3 and (new.row(users.get(row[0], row[0])) or [])[3:4] == row[3:4]
+        }
+        gids, later = (AccountFile.read(etc / "group").ids for etc in (before, after))
+        groups = {
+            was: now
+            for (was, gid), (now, its) in itertools.product(gids.items(), later.items())
+            if gid == its and str(gid) in primary and was not in later and now not in gids
+        }
+        self.renamed.update(users)
+        self.renamed = {was: now for was, now in self.renamed.items() if was not in users.values()}
+        return {"passwd": users, "group": groups}
 
 
 # --- The merge into /var: entry by entry; if in doubt, the live one stays --------------------------------------
@@ -5655,6 +5792,9 @@ class Transaction:
             return
         with self.system.lock("state"):
             numbers = AccountIds.load(self.layout.ids)
+            with contextlib.suppress(AshError):  # the menu is damaged
+                if slot := self.system.last_good_slot():
+                    numbers.learn_machine(self.layout.rootfs(slot) / "etc")
             renumbering = numbers.settle(before, self.root / "etc")
             write_file(self.layout.ids, numbers.dump())
         if renumbering.accounts:
@@ -6041,11 +6181,11 @@ def takes_foreign_id(file: AccountFile, account: Sequence[str], rows: Iterable[S
     return not owners <= {row[0] for row in file.rows if file.id_of(row) == number}
 
 
-def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, list[str]]:
+def merge_accounts(name: str, base: str, running: str, own: str, settled: Container[str] = ()) -> tuple[str, list[str]]:
     """Merge one of ACCOUNT_FILES account by account: its texts in the base, in the running /etc, and in the target.
 
     New lines come before the target's NIS entries ("+..."). Returns the merged text, and the accounts in conflict,
-    which stay as in the target, unless they were locked in the running /etc: a lock wins.
+    which stay as in the target, unless they were locked in the running /etc: a lock wins. `settled` accounts stay, too.
     """
     result, live_file = AccountFile(name, own), AccountFile(name, running)
     old, live, new = account_rows(AccountFile(name, base)), account_rows(live_file), account_rows(result)
@@ -6054,7 +6194,7 @@ def merge_accounts(name: str, base: str, running: str, own: str) -> tuple[str, l
     added: list[list[str]] = []
     for account in dict.fromkeys([*old, *live]):
         was, now, theirs = old.get(account), live.get(account), new.get(account)
-        if now in (was, theirs):
+        if now in (was, theirs) or account.partition(":")[0] in settled:
             continue
         if theirs == was:
             if now is None:
@@ -6125,6 +6265,7 @@ class EtcMerge:
         self.carried: list[str] = []
         self.in_conflict: list[str] = []
         self.without_effect: list[str] = []  # changes that were not carried since ash decides these
+        self.settled: Mapping[str, Container[str]] = {}  # the accounts whose rows the target has as they are to be
 
     def merge(self, fresh: bool = False) -> None:
         """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
@@ -6252,7 +6393,7 @@ class EtcMerge:
 
     def _carry_accounts(self, path: str) -> None:
         was, now, own = (read_text(directory / path) for directory in (self.base, self.running, self.target))
-        merged, conflicts = merge_accounts(path, was, now, own)
+        merged, conflicts = merge_accounts(path, was, now, own, self.settled.get(path, ()))
         if merged != own:
             rewrite(self.target / path, merged)
             self.carried.append(path)
@@ -6328,6 +6469,417 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
             remove_tree(target / path, protected=True)
 
 
+# --- People: their accounts follow the machine into each deployment --------------------------------------------
+
+
+def later_password(was: Sequence[str] | None, now: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """The password and the day of its change, of an account's three rows of shadow.
+
+    What only the running system changed counts. Else a lock wins, a password over none, and of two passwords the one
+    that was set later; of one day, or if the running system's must be changed at the next login, that one.
+    """
+    if now[1] == theirs[1] or (was is not None and was[1:3] == theirs[1:3]):
+        return [*now[1:3]]
+    ours = has_password(now[1])
+    if ours != has_password(theirs[1]):
+        return [*(now if ours else theirs)[1:3]]
+    if not ours:  # "" lets everybody in
+        return [*(now if now[1] else theirs)[1:3]]
+    day, other = to_number(now[2]), to_number(theirs[2])
+    field, date = (theirs if day and other and other > day else now)[1:3]
+    return ["!" * (is_locked(now[1]) or is_locked(theirs[1])) + field.lstrip("!"), date]
+
+
+def merge_person(
+    was: Sequence[str] | None, now: Sequence[str], theirs: Sequence[str] | None, columns: Container[int]
+) -> list[str]:
+    """Merge a person's three rows: as in the running system, but `columns` as in the target if only that changed them.
+
+    `was` and `theirs` are None if there is no row.
+    """
+    if theirs is None or was is None or len({len(row) for row in (was, now, theirs)}) != 1:
+        return [*now]
+    return [
+        c if column in columns and a == b else b for column, (a, b, c) in enumerate(zip(was, now, theirs, strict=True))
+    ]
+
+
+def merge_shadow(was: Sequence[str] | None, now: Sequence[str], theirs: Sequence[str] | None) -> list[str]:
+    """Merge a person's three rows of shadow; `was` and `theirs` are None if there is no row."""
+    if theirs is None or len(now) < 9 or len(theirs) < 9:
+        return [*now]
+    row = merge_person(was, now, theirs, {3, 4, 5, 6, 8})
+    row[1:3] = later_password(was, now, theirs)
+    if was is None or was[7:8] != theirs[7:8]:  # the day on which the account expires: the first
+        row[7] = min(filter(None, [now[7], theirs[7]]), key=lambda day: to_number(day) or 0, default="")
+    return row
+
+
+def range_of_ids(starts: Mapping[int, int]) -> dict[int, int]:
+    """The new ids by old ones of ranges that moved, by their starts."""
+    return {old + offset: new + offset for old, new in starts.items() for offset in range(SUBORDINATES)}
+
+
+# Mailboxes and crontabs, by the name of their user, and jobs of at, below /var.
+SPOOLS = ("mail", "spool/mail", "spool/cron", "spool/cron/crontabs", "spool/cron/tabs")
+AT_SPOOLS = ("spool/cron/atjobs", "spool/at", "spool/atd", "spool/atjobs")
+
+
+class Accounts:
+    """The account files of an /etc."""
+
+    def __init__(self, etc: Path) -> None:
+        self.etc = etc
+        self.files = {name: AccountFile.read(etc / name) for name in sorted(ACCOUNT_FILES)}
+        self.before = {name: str(file) for name, file in self.files.items()}
+
+    def __getitem__(self, name: str) -> AccountFile:
+        return self.files[name]
+
+    def is_usable(self) -> bool:
+        """Whether people can be looked up and changed there: a damaged file must not look as if all were deleted."""
+        return "root" in self["passwd"].ids and not any((self.etc / name).is_symlink() for name in self.files)
+
+    def members(self) -> Iterator[tuple[list[str], int]]:
+        """The rows and columns that list members."""
+        for name, columns in MEMBER_COLUMNS.items():
+            for row in self[name].rows:
+                yield from ((row, column) for column in sorted(columns) if column < len(row))
+
+    def delete_users(self, names: Container[str]) -> None:
+        for name in ("passwd", "shadow", "subuid", "subgid"):
+            self[name].rows = [row for row in self[name].rows if row[0] not in names]
+        for row, column in self.members():
+            if any(member in names for member in row[column].split(",")):
+                row[column] = ",".join(member for member in row[column].split(",") if member not in names)
+
+    def orphans(self) -> dict[str, set[str]]:
+        """The names in shadow and gshadow that passwd and group do not have."""
+        return {
+            name: {row[0] for row in self[name].rows if len(row) > 1 and row[0][:1] not in ("+", "-", "#")}
+            - self[of].ids.keys()
+            for name, of in (("shadow", "passwd"), ("gshadow", "group"))
+        }
+
+    def delete_groups(self, names: Container[str]) -> None:
+        for name in ("group", "gshadow"):
+            self[name].rows = [row for row in self[name].rows if row[0] not in names]
+
+    def rename_user(self, old: str, new: str) -> None:
+        for name in ("passwd", "shadow", "subuid", "subgid"):
+            for row in self[name].rows:
+                row[0] = new if row[0] == old else row[0]
+        for row, column in self.members():
+            row[column] = ",".join(new if member == old else member for member in row[column].split(","))
+
+    def rename_group(self, old: str, new: str) -> None:
+        for name in ("group", "gshadow"):
+            for row in self[name].rows:
+                row[0] = new if row[0] == old else row[0]
+
+    def write(self) -> list[str]:
+        """Write what was changed; returns the names of those files."""
+        changed = [name for name, file in self.files.items() if str(file) != self.before[name]]
+        for name in changed:
+            rewrite(self.etc / name, str(self.files[name]))
+        return changed
+
+
+class Belongings(NamedTuple):
+    """What is a user's own on the shared volumes, and the ids that it gets with him."""
+
+    user: str
+    home: str  # empty if he has none of his own
+    users: Mapping[int, int]  # new ids by old ones
+    groups: Mapping[int, int]
+
+    def re_own(self, layout: Layout) -> None:
+        """Re-own his home, mail, crontab and at jobs; repeating it is harmless. What is his goes by its name alone."""
+        var, first, rest = layout.var, *self.home.lstrip("/").partition("/")[::2]
+        volumes = {"home": layout.home, "root": layout.home_root, "var": var}
+        places = [(volumes[first], rest)] if first in volumes and rest else []
+        places += [(var, f"{spool}/{self.user}") for spool in SPOOLS]
+        with nosymfollow(layout.home), nosymfollow(layout.home_root), nosymfollow(var):
+            for volume, path in places:
+                if has_real_parents(volume, path) and os.path.lexists(volume / path):
+                    re_own({volume / path: None}, self.users, self.groups)
+            for spool in AT_SPOOLS:
+                if has_real_parents(var, f"{spool}/job") and is_directory(var / spool):
+                    self._re_own_at_jobs(var / spool)
+
+    def _re_own_at_jobs(self, spool: Path) -> None:
+        """Re-own at jobs, which contain the name, uid and gid of their user."""
+        for job in sorted(spool.iterdir()):
+            status = status_of(job)
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_uid not in self.users:
+                continue
+            text = read_text(job)
+            if re.search(rf"^# mail\s+{re.escape(self.user)}\s", text, re.MULTILINE):
+                uid = self.users[status.st_uid]
+                gid = self.groups.get(status.st_gid, status.st_gid)
+                header = f"# atrun uid={uid} gid={gid}"
+                rewrite(job, re.sub(r"^# atrun uid=\d+ gid=\d+", header, text, count=1, flags=re.MULTILINE))
+                re_own({job: None}, self.users, self.groups)
+
+
+class PeopleMerge:
+    """Brings the people of the running system into the /etc of a snapshot or deployment.
+
+    These are the accounts of the login range with their groups, passwords and ranges of ids, and root's password. The
+    running system decides who there is, and with which ids; whoever exists only in the target stays, if need be with
+    other ids. The constructor decides everything, and records ids in `ids`; write() changes the target.
+
+    Args:
+        base: the /etc from which the running one comes: who is missing since then was deleted.
+        strict: raise AshError (REFUSED) if it is unknown whose files are in a home; otherwise they keep their owner.
+    """
+
+    def __init__(self, base: Path, running: Path, target: Path, ids: AccountIds, strict: bool = True) -> None:
+        self.base, self.running, self.own = Accounts(base), Accounts(running), Accounts(target)
+        self.ids = ids
+        self.strict = strict
+        self.names: list[str] = []  # of people who are not in the target as they were
+        self.notes: list[str] = []
+        self.people: dict[str, int] = {}
+        self.users: dict[int, int] = {}  # of the target: new ids by old ones
+        self.groups: dict[int, int] = {}
+        self.renumbered: dict[
+            str, dict[str, int]
+        ] = {}  # for each of ID_FILES, the new ids of the target's own accounts
+        self.belongings: list[Belongings] = []
+        self.settled: dict[str, set[str]] = {name: set() for name in ACCOUNT_FILES}  # not to be merged again
+        self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
+        self._groups = self.own["group"].ids.keys() | self.base["group"].ids.keys() | self.running["group"].ids.keys()
+        if not (self.running.is_usable() and self.own.is_usable()):
+            return
+        ids.learn_machine(running)
+        self.people = self.running["passwd"].people
+        before = {user: self._facts(user) for user in self.own["passwd"].people}
+        self._rename()
+        self._former = {*self.own["passwd"].ids}
+        self._delete()
+        self._renumber()
+        self._bring_groups()
+        self._bring_users()
+        self._bring_members()
+        self._settle(self.people, self.running["group"].people)
+        every = sorted({*before, *self.people})
+        self.names = [user for user in every if before.get(user, self._facts("")) != self._facts(user)]
+
+    def write(self) -> list[str]:
+        """Write the account files of the target; returns the names of those that are not as they were."""
+        return self.own.write()
+
+    def prune(self, target: Path) -> None:
+        """Delete rows and memberships of accounts that the merge of /etc has left out, from a target that has it."""
+        accounts = Accounts(target)
+        if accounts.is_usable():
+            accounts.delete_users(self._users - accounts["passwd"].ids.keys())
+            accounts.delete_groups(self._groups - accounts["group"].ids.keys())
+            accounts.write()
+
+    def _facts(self, user: str) -> list[list[str]]:
+        """What is known of a user, to compare: rows, and the groups that list him."""
+        rows = [self.own[name].row(user) or [] for name in ("passwd", "shadow", "subuid", "subgid")]
+        return [*map(list, rows), [row[0] for row in self.own["group"].rows if user in ",".join(row[3:4]).split(",")]]
+
+    def _settle(self, users: Iterable[str] = (), groups: Iterable[str] = ()) -> None:
+        for name, settled in self.settled.items():
+            settled.update(groups if name in MEMBER_COLUMNS else users)
+
+    def _rename(self) -> None:
+        """Give users who were renamed on one side the same name on both: the one that was given later."""
+        now, own, later = self.running["passwd"], self.own["passwd"], dict[str, str]()
+        ours, theirs = self.running["shadow"].passwords, self.own["shadow"].passwords
+        for theirs_name, ours_name in itertools.product(own.people.keys() - now.ids.keys(), [*self.people]):
+            passwords = theirs.get(theirs_name, ""), ours.get(ours_name, "")
+            if ours_name in own.ids:
+                continue
+            if is_renamed(own.row(theirs_name) or [], now.row(ours_name) or [], *passwords):
+                self._settle([theirs_name, ours_name])
+                if self.ids.renamed.get(ours_name) == theirs_name and theirs_name not in self.base["passwd"].ids:
+                    self.running.rename_user(ours_name, theirs_name)
+                    self.base.rename_user(ours_name, theirs_name)
+                    self.people[theirs_name] = self.people.pop(ours_name)
+                    later[ours_name] = theirs_name
+                else:
+                    self.own.rename_user(theirs_name, ours_name)
+        primary = {row[3] for row in own.rows if len(row) > 3 and row[0] in self.people}
+        for group, gid in self.running["group"].people.items():
+            olds = [old for old, its in self.own["group"].ids.items() if its == gid and str(gid) in primary]
+            if group not in self.own["group"].ids and olds and olds[0] not in self.running["group"].ids:
+                self._settle(groups=[group, olds[0]])
+                if later.get(group) == olds[0]:
+                    self.running.rename_group(group, olds[0])
+                    self.base.rename_group(group, olds[0])
+                else:
+                    self.own.rename_group(olds[0], group)
+
+    def _delete(self) -> None:
+        """Delete from the target who was deleted in the running system."""
+        users = self.base["passwd"].people.keys() - self.running["passwd"].ids.keys()
+        self.own.delete_users(users)
+        groups = self.base["group"].people.keys() - self.running["group"].ids.keys()
+        used = {to_number(row[3]) for row in self.own["passwd"].rows if len(row) > 3}
+        groups -= {group for group, gid in self.own["group"].ids.items() if gid in used}
+        self.own.delete_groups(groups)
+        self._settle(users, groups)
+
+    def _renumber(self) -> None:
+        """Give accounts of the target the ids that they have in the running system, or others than people there."""
+        own = {name: self.own[name].ids for name in ID_FILES}
+        known = {name: dict(self.ids.given[name]) for name in ID_FILES}
+        new = {name: new_ids(name, own[name], self.running[name].ids, known[name]) for name in ("passwd", "group")}
+        self.users, self.groups = (
+            {own[name][account]: number for account, number in new[name].items()} for name in ("passwd", "group")
+        )
+        for name, numbers in new.items():
+            for account, number in numbers.items():
+                if row := self.own[name].row(account):
+                    row[2] = str(number)
+        for row in self.own["passwd"].rows:
+            row[3:4] = [str(self.groups.get(to_number(gid) or 0, gid)) for gid in row[3:4]]
+        new |= {name: self._new_ranges(name) for name in ("subuid", "subgid")}
+        self.renumbered = new
+        moves = dict[str, dict[str, dict[int, int]]]()  # on the shared volumes, for accounts of the target alone
+        for name, numbers in new.items():
+            here = numbers.keys() - self.running["group" if name == "group" else "passwd"].ids.keys()
+            olds = {a: {own[name][a], known[name].get(a, own[name][a])} - {numbers[a]} for a in here}
+            moves[name] = {account: dict.fromkeys(olds[account], numbers[account]) for account in here}
+            self.ids.given[name].update({account: numbers[account] for account in here})
+            self._settle(*([(), here] if name == "group" else [here]))
+        groups = {old: number for move in moves["group"].values() for old, number in move.items()}
+        for user in sorted({*moves["passwd"], *moves["subuid"], *moves["subgid"]}):
+            uids, row = moves["passwd"].get(user, {}), self.own["passwd"].row(user) or []
+            home = self._home_apart(user, row, uids)
+            for old, number in uids.items():
+                if old == own["passwd"][user]:
+                    self.notes.append(f"{user} of the snapshot has the uid {number}, since {old} is taken")
+            users = uids | range_of_ids(moves["subuid"].get(user, {}))
+            self.belongings.append(Belongings(user, home, users, groups | range_of_ids(moves["subgid"].get(user, {}))))
+
+    def _new_ranges(self, name: str) -> dict[str, int]:
+        """Move the ranges of ids of the target's own users away from those of people of the running system."""
+        found: dict[str, int] = {}
+        taken = [start for user, start in self.running[name].ids.items() if user in self.people]
+        for user in self.own["passwd"].people.keys() - self.running["passwd"].ids.keys():
+            row = self.own[name].row(user) or []
+            start = self.own[name].id_of(row)
+            if start is None:
+                continue
+            new = self.ids.given[name].get(user, start)
+            if any(abs(new - other) < SUBORDINATES for other in taken):
+                every = [*self.ids.given[name].values(), *self.own[name].ids.values(), *taken]
+                places = itertools.count(start, SUBORDINATES)
+                new = next(place for place in places if all(abs(place - other) >= SUBORDINATES for other in every))
+            if new != start:
+                row[1], found[user] = str(new), new
+        return found
+
+    def _home_apart(self, user: str, row: Sequence[str], olds: Container[int]) -> str:
+        """The home of a user who gets another uid; empty if somebody with the old one may have files in it."""
+        home = home_of(row)
+        for other, uid in self.people.items():
+            its = home_of(self.running["passwd"].row(other) or [])
+            if uid in olds and home and its and (f"{home}/".startswith(f"{its}/") or f"{its}/".startswith(f"{home}/")):
+                what = f"{user} of the snapshot and {other} of the running system have the same uid {uid}"
+                if self.strict:
+                    hint = "ash cannot tell whose files are whose: usermod --uid for one of them"
+                    raise AshError(f"{what}, and homes that are not apart: {home}, {its}", hint, REFUSED)
+                self.notes.append(f"{what}: files in {home} keep their owner")
+                return ""
+        return home
+
+    def _bring_groups(self) -> None:
+        """Bring the groups of the login range, and others that are the primary group of somebody, without members."""
+        primary = {row[3] for row in self.running["passwd"].rows if len(row) > 3 and row[0] in self.people}
+        people, gids = self.running["group"].people, {*self.own["group"].ids.values()}
+        for group, gid in self.running["group"].ids.items():
+            if group in people or (str(gid) in primary and gid not in gids):
+                for name, columns in MEMBER_COLUMNS.items():
+                    was, now, theirs = (side[name].row(group) for side in (self.base, self.running, self.own))
+                    if now is not None:
+                        row = merge_person(was, now, theirs, {1})
+                        for column in [c for c in columns if c < len(row)]:
+                            row[column] = theirs[column] if theirs and column < len(theirs) else ""
+                        self.own[name].put(group, row)
+
+    def _bring_users(self) -> None:
+        """Bring rows of people, whose primary group may have another gid in the target, and root's password."""
+        names = {gid: group for group, gid in reversed(self.running["group"].ids.items())}
+        for user in ("root", *self.people):
+            was, now, theirs = (side["shadow"].row(user) for side in (self.base, self.running, self.own))
+            if now is not None:
+                self.own["shadow"].put(user, merge_shadow(was, now, theirs))
+        self.settled["shadow"].add("root")
+        for user in self.people:
+            was, now, theirs = (side["passwd"].row(user) for side in (self.base, self.running, self.own))
+            if now is None:
+                continue
+            row = merge_person(was, now, theirs, {4, 6})
+            if len(row) > 3:
+                gid = to_number(row[3])
+                row[3] = str(self.own["group"].ids.get(names.get(gid, ""), gid)) if gid is not None else row[3]
+            self.own["passwd"].put(user, row)
+            for name in ("subuid", "subgid"):
+                rows = [[*r] for r in self.running[name].rows if r[0] == user]
+                if rows or self.base[name].row(user):
+                    self.own[name].put(user, *rows)
+
+    def _bring_members(self) -> None:
+        """Merge the members of groups: people are in those of the running system, if they exist."""
+        missing: dict[str, list[str]] = {}
+        for name, columns in MEMBER_COLUMNS.items():
+            for now in self.running[name].rows:
+                was, theirs = (side[name].row(now[0]) for side in (self.base, self.own))
+                if theirs is None and name == "group":
+                    missing[now[0]] = [user for user in ",".join(now[3:4]).split(",") if user in self.people]
+                for column in [c for c in sorted(columns) if theirs and c < len(theirs) and c < len(now)]:
+                    for user in self._merge_members(was, now, theirs or [], column):
+                        if name == "group":
+                            self.notes.append(f"{user} is still in the group {now[0]}, as in the snapshot")
+        for group, users in missing.items():
+            if users:
+                self.notes.append(f"the snapshot has no group {group}, so {listed(users)} cannot be in it")
+
+    def _merge_members(
+        self, was: Sequence[str] | None, now: Sequence[str], theirs: list[str], column: int
+    ) -> list[str]:
+        """Merge a field of members, in the target's row; returns the people who are members in the target alone."""
+        before, live, own = (row[column].split(",") if row and column < len(row) else [] for row in (was, now, theirs))
+        kept = [
+            user
+            for user in own
+            if user in live or not (user in before or (user in self.people and user not in self._former))
+        ]
+        added = [user for user in live if user not in own and (user in self.people or user not in before)]
+        theirs[column] = ",".join(dict.fromkeys(filter(None, [*kept, *added])))
+        return [user for user in kept if user in self.people and user not in live]
+
+    def renumbering(self) -> Renumbering:
+        """The new ids alone, for a target that is to have only those of its own accounts."""
+        return Renumbering(self.renumbered, {"passwd": self.users, "group": self.groups})
+
+    def clashes(self) -> list[str]:
+        """Sentences about accounts of the target with an id that somebody else has in the running system."""
+        found = []
+        for name, numbers in self.renumbered.items():
+            old, now = AccountFile.read(self.own.etc / name).ids, self.running[name].ids
+            owners = {number: account for account, number in reversed(now.items())}
+            found += [
+                f"{account} has the id {old[account]} in {name}, as {owners[old[account]]} in the running system"
+                for account in numbers.keys() - now.keys()
+                if old.get(account) in owners
+            ]
+        return sorted(found)
+
+    def lacking_shells(self, root: Path) -> list[str]:
+        """Sentences about people whose shell a root does not have."""
+        rows = [self.own["passwd"].row(user) or [] for user in (self.people if self.names else ())]
+        lacking = [row for row in rows if len(row) > 6 and row[6] and not path_inside(root, row[6]).exists()]
+        return [f"the snapshot has no {row[6]}, the shell of {row[0]}" for row in lacking]
+
+
 # --- The boot menu: deployments, and the grub.cfg that boots them ----------------------------------------------
 
 
@@ -6356,6 +6908,7 @@ DEPLOYMENT_SHAPE = {
     "only_saved?": [is_text],
     "etc_from?": is_text, "etc_state?": is_text,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
+    "people?": [is_text], "notes?": [is_text],
 }  # fmt: skip
 
 
@@ -6379,6 +6932,8 @@ class Deployment(NamedTuple):
     initramfs: str = ""  # initramfs_inputs() of its initramfs; empty if that is the snapshot's own
     only_saved: Sequence[str] = ()  # what other snapshots have from the running /etc, and this deployment has not
     own_etc: str = ""  # etc_state() of its own /etc when it was made, or carried to
+    people: Sequence[str] = ()  # whose accounts are as in the running system, and were not in the snapshot
+    notes: Sequence[str] = ()  # on accounts
 
     @property
     def entry(self) -> str:
@@ -6815,7 +7370,7 @@ class Deployments:
         deployment = self._unconfigured(new, slot, os.urandom(8).hex(), snapshot, source)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if self.running:
-            deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh_etc)
+            deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh=fresh_etc)
         if self.running and not fresh_etc:
             deployment = self._bring_saved(deployment, new, with_saved)
         try:
@@ -6947,7 +7502,9 @@ class Deployments:
         is_default = partial(self.distro.package_manager.is_default, target.parent)
         return EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab, is_default=is_default)
 
-    def _carry_etc(self, deployment: Deployment, target: Path, base: Path, state: str, fresh: bool) -> Deployment:
+    def _carry_etc(
+        self, deployment: Deployment, target: Path, base: Path, state: str, *, fresh: bool = False, strict: bool = True
+    ) -> Deployment:
         """Carry the running /etc's changes since `base` into `target`, and keep it as the base of the next carry.
 
         Returns the deployment with the result recorded.
@@ -6959,12 +7516,11 @@ class Deployments:
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(layout, layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.etc_merge(base, root, target, deployment.snapshot, deployment.slot)
-            with state_lock(layout, self.wait):
-                ids = AccountIds.load(layout.ids)
-                ids.learn(merge.running)
-                write_file(layout.ids, ids.dump())
+            people = self.bring_people(merge, strict)
             merge.merge(fresh)
+            people.prune(target)
             self._move_base(merge, layout.carried(f"new-{deployment.slot}"))
+            notes = [*people.notes, *people.lacking_shells(target.parent)]
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from="" if fresh else running,
@@ -6973,7 +7529,27 @@ class Deployments:
             conflicts=list(dict.fromkeys([*deployment.conflicts, *merge.in_conflict])),
             conflicts_folder=directory or deployment.conflicts_folder,
             without_effect=list(dict.fromkeys([*deployment.without_effect, *merge.without_effect])),
+            people=list(dict.fromkeys([*deployment.people, *people.names])),
+            notes=list(dict.fromkeys([*deployment.notes, *notes])),
         )
+
+    def bring_people(self, merge: EtcMerge, strict: bool = True) -> PeopleMerge:
+        """Bring the people of the running system into the target of a merge of /etc, before that takes place.
+
+        AshError (REFUSED) if an account has to get another uid, and (`strict`) it is unknown which files are its own.
+        """
+        with state_lock(self.layout, self.wait):
+            ids = AccountIds.load(self.layout.ids)
+            people = PeopleMerge(merge.base, merge.running, merge.target, ids, strict)
+            write_file(self.layout.ids, ids.dump())
+        merge.carried += people.write()
+        merge.settled = people.settled
+        root = merge.target.parent
+        with nosymfollow(root) if people.users or people.groups else contextlib.nullcontext():
+            re_own({root: None}, people.users, people.groups)
+        for belongings in people.belongings:
+            belongings.re_own(self.layout)
+        return people
 
     def carry(self) -> list[str]:
         """Carry what was changed in the running /etc since the next boot's was made over into it. Returns the paths."""
@@ -6991,7 +7567,7 @@ class Deployments:
         write_file(intent, f"{slot}\n")  # has the boot service clean up
         with unprotected(etc), replace(etc, directories=True) as new:
             copy_tree(etc, new)
-            carried = self._carry_etc(deployment._replace(carried=()), new, base, state, fresh=False)
+            carried = self._carry_etc(deployment._replace(carried=()), new, base, state, strict=False)
             write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
         self._finish_carry()
@@ -8049,7 +8625,10 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             base = system.layout.etc(slot)
             merge = deployments.etc_merge(base, running, work.root / "etc", number, number)
             merge.identity = False
+            people = deployments.bring_people(merge)
             merge.merge()
+            people.prune(merge.target)
+            merge.carried = list(dict.fromkeys(merge.carried))
             for root in (work.root, system.layout.rootfs(slot)):  # the snapshot may be undone, or another be deployed
                 note_saved(root, merge.carried)
             settings = [path for path in merge.carried if re.fullmatch(system.distro.initramfs_settings, path)]
@@ -8986,7 +9565,7 @@ def cmd_sub(system: System, request: Request) -> Reply:
 
 DEPLOYED_SHAPE = {
     "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
-    "conflicts_folder": str, "without_effect": [str], "only_saved": [str],
+    "conflicts_folder": str, "without_effect": [str], "only_saved": [str], "people": [str], "notes": [str],
 }  # fmt: skip
 
 
@@ -8997,6 +9576,10 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
         text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
+    if changed and deployment.people:
+        text += f"\n  accounts as in the running system: {listed(deployment.people)}"
+    if changed:
+        text += "".join(f"\n  {one_line(note)}" for note in deployment.notes)
     if changed and deployment.conflicts:
         text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
         text += listed(deployment.conflicts)
@@ -9011,6 +9594,7 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
         "carried": list(deployment.carried), "conflicts": list(deployment.conflicts),
         "conflicts_folder": deployment.conflicts_folder, "without_effect": list(deployment.without_effect),
         "only_saved": list(deployment.only_saved),
+        "people": list(deployment.people), "notes": list(deployment.notes),
     }  # fmt: skip
     return Reply(data, text, str(number))
 
@@ -10765,6 +11349,106 @@ def copy_boot_file(source: Path, target: Path) -> None:
             run(["cp", "-a", "--reflink=auto", source, new])
 
 
+# --- Problems of accounts --------------------------------------------------------------------------------------
+
+
+class AccountCheck:
+    """The part of fsck that is about accounts: their ids in the registry, the snapshots and the running system.
+
+    Args:
+        changing: opens a transaction on a snapshot.
+    """
+
+    def __init__(
+        self, system: System, lost: LostFound, changing: Callable[[int], contextlib.AbstractContextManager[Transaction]]
+    ) -> None:
+        self.system = system
+        self.layout = system.layout
+        self.lost = lost
+        self._changing = changing
+
+    def problems(self, numbers: Sequence[int]) -> Iterator[Problem]:
+        """Check the registry of ids, and the accounts of the snapshots against it."""
+        rebuild = "rebuild it from the snapshots", self._rebuild_ids, "state"
+        if not self.layout.ids.exists():
+            yield Problem("the registry of uids and gids is missing", None, *rebuild)
+        try:
+            registry = AccountIds.load(self.layout.ids)
+        except AshError as error:
+            yield Problem(error.message, None, *rebuild)
+            return
+        running = self._running_etc()
+        if running is not None:
+            registry.learn_machine(running)
+        known = registry.given
+        remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
+        for number, name in itertools.product(numbers, ID_FILES):
+            ids = AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids
+            for what in self._id_clashes(name, ids, known[name]):
+                yield Problem(what, number, remedy, partial(self._reassign_ids, number))
+        for number in numbers:
+            yield from self._accounts(number, running, registry)
+
+    def _accounts(self, number: int, running: Path | None, registry: AccountIds) -> Iterator[Problem]:
+        """Check the accounts of a snapshot against those of the running /etc, and each other."""
+        etc = self.layout.rootfs(number) / "etc"
+        people = PeopleMerge(running, running, etc, registry.copy(), strict=False) if running else None
+        for what in people.clashes() if people else ():
+            yield Problem(what, number, "assign a new one, also to its files", partial(self._reassign_ids, number))
+        for name, orphans in Accounts(etc).orphans().items():
+            if orphans:
+                what = f"{name} has rows of accounts that do not exist: {listed(sorted(orphans))}"
+                yield Problem(what, number, "delete these rows", partial(self._delete_orphans, number))
+
+    def _running_etc(self) -> Path | None:
+        """The running /etc; None if nothing is deployed, or the menu is damaged."""
+        with contextlib.suppress(AshError):
+            if slot := self.system.last_good_slot():
+                return self.layout.rootfs(slot) / "etc"
+        return None
+
+    @staticmethod
+    def _id_clashes(name: str, accounts: Mapping[str, int], known: Mapping[str, int]) -> Iterator[str]:
+        owners: dict[int, str] = {}
+        for account, ident in accounts.items():
+            if ident in owners:
+                yield f"{account} and {owners[ident]} share the id {ident} in {name}"
+            owners[ident] = account
+            if known.get(account, ident) != ident:
+                yield f"{account} has the id {ident} in {name}, but {known[account]} elsewhere"
+
+    def _rebuild_ids(self) -> None:
+        self.lost.keep(self.layout.ids)
+        ids = AccountIds()
+        every: list[int | str] = [*sorted(self.system.tree().numbers()), *SLOTS, *SECONDARY_SLOTS]
+        for which in every:
+            ids.learn(self.layout.rootfs(which) / "etc")
+        write_file(self.layout.ids, ids.dump())
+
+    def _reassign_ids(self, number: int) -> None:
+        with self._changing(number) as work:
+            with self.system.lock("state"):
+                ids, running, etc = AccountIds.load(self.layout.ids), self._running_etc(), work.root / "etc"
+                people = PeopleMerge(running, running, etc, ids) if running else None
+                write_file(self.layout.ids, ids.dump())
+            if people is not None:
+                people.renumbering().apply(work.root, {work.root: None})
+                for belongings in people.belongings:
+                    belongings.re_own(self.layout)
+            with self.system.lock("state"):
+                ids = AccountIds.load(self.layout.ids)
+                renumbering = ids.reconcile(etc)
+                write_file(self.layout.ids, ids.dump())
+            renumbering.apply(work.root, {work.root: None})
+
+    def _delete_orphans(self, number: int) -> None:
+        with self._changing(number) as work:
+            accounts = Accounts(work.root / "etc")
+            for name, orphans in accounts.orphans().items():
+                accounts[name].rows = [row for row in accounts[name].rows if row[0] not in orphans]
+            accounts.write()
+
+
 # --- Finding and repairing problems ----------------------------------------------------------------------------
 
 
@@ -10801,7 +11485,7 @@ class Fsck:
             yield from self._snapshot(number)
         yield from self._strays(numbers)
         yield from self._last_number(numbers)
-        yield from self._account_ids(numbers)
+        yield from AccountCheck(self.system, self.lost, self._changing).problems(numbers)
         yield from self._nested()
         yield from problems_of_var(self.system)
         yield from reader_problems(self.system)
@@ -11095,7 +11779,7 @@ class Fsck:
         finally:
             set_readonly(holder, readonly)
 
-    # Numbers and account ids
+    # Numbers
 
     def _last_number(self, numbers: Sequence[int]) -> Iterator[Problem]:
         last, highest = to_number(read_text(self.layout.last)), max(numbers, default=0)
@@ -11110,47 +11794,6 @@ class Fsck:
         there = numbered(self.layout.snapshots / "rootfs", "snapshot-")
         given = [entry[0] for entry in births(self.system.history.read())]
         write_file(self.layout.last, f"{max(known, *there, *given, *self.system.tree().numbers(), 0)}\n")
-
-    def _account_ids(self, numbers: Sequence[int]) -> Iterator[Problem]:
-        rebuild = "rebuild it from the snapshots", self._rebuild_ids, "state"
-        if not self.layout.ids.exists():
-            yield Problem("the registry of uids and gids is missing", None, *rebuild)
-        try:
-            known = AccountIds.load(self.layout.ids).given
-        except AshError as error:
-            yield Problem(error.message, None, *rebuild)
-            return
-        remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
-        for number, name in itertools.product(numbers, ID_FILES):
-            ids = AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids
-            for what in self._id_clashes(name, ids, known[name]):
-                yield Problem(what, number, remedy, partial(self._reassign_ids, number))
-
-    @staticmethod
-    def _id_clashes(name: str, accounts: Mapping[str, int], known: Mapping[str, int]) -> Iterator[str]:
-        owners: dict[int, str] = {}
-        for account, ident in accounts.items():
-            if ident in owners:
-                yield f"{account} and {owners[ident]} share the id {ident} in {name}"
-            owners[ident] = account
-            if known.get(account, ident) != ident:
-                yield f"{account} has the id {ident} in {name}, but {known[account]} elsewhere"
-
-    def _rebuild_ids(self) -> None:
-        self.lost.keep(self.layout.ids)
-        ids = AccountIds()
-        every: list[int | str] = [*sorted(self.system.tree().numbers()), *SLOTS, *SECONDARY_SLOTS]
-        for which in every:
-            ids.learn(self.layout.rootfs(which) / "etc")
-        write_file(self.layout.ids, ids.dump())
-
-    def _reassign_ids(self, number: int) -> None:
-        with self._changing(number) as work:
-            with self.system.lock("state"):
-                ids = AccountIds.load(self.layout.ids)
-                renumbering = ids.reconcile(work.root / "etc")
-                write_file(self.layout.ids, ids.dump())
-            renumbering.apply(work.root, {work.root: None})
 
     # Deployments and the boot menu
 

@@ -55,6 +55,7 @@ def machine(system: System, snapshot: int) -> Machine:
     system.ash("deploy", snapshot, "--fresh-etc")
     machine = Machine(system)
     machine.boot()
+    machine.forget_people()
     return machine
 
 

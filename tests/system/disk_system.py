@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from ash import RECOVER_UNIT, btrfs_partition, load_distro
+from ash import ACCOUNT_FILES, RECOVER_UNIT, btrfs_partition, load_distro
 from installer import executable
 from tests.support import (
     CHECKOUT,
@@ -383,6 +383,12 @@ class Machine:
     def etc(self) -> Path:
         """The running /etc."""
         return self.system.root(self.slot) / "etc"
+
+    def forget_people(self) -> None:
+        """Delete the people of other tests from the running system."""
+        for name in ACCOUNT_FILES:
+            if (base := self.files.etc(self.slot) / name).exists():
+                shutil.copyfile(base, self.etc / name)
 
     def deploy(self, snapshot: int, *options: str) -> dict[str, Any]:
         """Deploy; returns ash's answer."""

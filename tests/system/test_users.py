@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import make_deb
-from tests.system.disk_system import System
+from tests.support import FAILED, REFUSED, make_deb, program
+from tests.system.disk_system import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
 
 def ids_of(system: System, snapshot: int, file: str = "passwd") -> dict[str, int]:
@@ -161,3 +161,138 @@ def test_a_second_name_for_root_takes_no_files_from_root(system: System, snapsho
     assert owner(system.root(snapshot) / "usr/lib/ash-test-root/x") == (0, 0)
     assert owner(system.files.var / "lib/ash-test-root") == (0, 0)
     assert ids_of(system, snapshot)["root"] == 0
+
+
+def test_fsck_finds_rows_of_accounts_that_are_gone(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo gone:!:20000:0:99999:7::: >> /etc/shadow")
+    problems = system.ash("--json", "fsck", status=FAILED).json["damage"]
+    assert "shadow has rows of accounts that do not exist: gone" in [problem["what"] for problem in problems]
+    system.ash("fsck", "--repair")
+    assert "gone" not in (system.root(snapshot) / "etc/shadow").read_text()
+
+
+# People of the running system
+
+
+def useradd(machine: Machine, *words: str, home: str = "") -> None:
+    """Add a person to the running system, with a home and a file in it."""
+    name = words[-1]
+    home = home or f"home/{name}"
+    program("useradd", "--root", machine.etc.parent, "--home-dir", f"/{home}", *words)
+    directory = machine.system.home / home.removeprefix("home/")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "file").write_text(f"{name}\n")
+    for path in (directory, directory / "file"):
+        os.chown(path, *owner_in(machine.etc, name))
+
+
+def owner_in(etc: Path, name: str) -> tuple[int, int]:
+    """The uid and gid of a person in an /etc."""
+    row = next(line.split(":") for line in (etc / "passwd").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(row[2]), int(row[3])
+
+
+def chpasswd(etc: Path, name: str, field: str, day: int) -> None:
+    """Set the password field of an account, and the day of the change."""
+    shadow = etc / "shadow"
+    lines = [line.split(":") for line in shadow.read_text().splitlines()]
+    changed = [[name, field, str(day), *row[3:]] if row[0] == name else row for row in lines]
+    shadow.write_text("".join(f"{':'.join(row)}\n" for row in changed))
+
+
+def password(etc: Path, name: str) -> str:
+    return next(line.split(":")[1] for line in (etc / "shadow").read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def test_a_deploy_has_everybody_whatever_was_saved_in_between(machine: Machine) -> None:
+    system = machine.system
+    other = system.clone()
+    useradd(machine, "pat")
+    chpasswd(machine.etc, "root", "$y$new", 20500)
+    assert "passwd" in machine.running("etc-update")["carried"]
+    assert not {"passwd", "shadow"} & system.ash("--json", "diff").json["drift"].keys()
+    answer = machine.deploy(other)
+    assert (answer["people"], answer["notes"]) == (["pat"], [])
+    assert {"passwd", "shadow", "group", "gshadow", "subuid", "subgid"} <= set(answer["carried"])
+    new = machine.next_etc
+    assert (owner_in(new, "pat"), password(new, "root")) == (owner(system.home / "pat"), "$y$new")
+    assert "accounts as in the running system: pat" in system.ash("deploy", system.clone()).stdout
+    fresh = machine.deploy(other, "--fresh-etc")
+    assert (fresh["people"], owner_in(machine.next_etc, "pat")) == (["pat"], owner(system.home / "pat"))
+    number = machine.running("rollback")["snapshot"]
+    chpasswd(machine.etc, "pat", "$y$pat", 20501)
+    program("userdel", "--root", machine.etc.parent, "pat")
+    machine.running("carry")
+    assert "pat" not in (machine.next_etc / "passwd").read_text(), "who is deleted is deleted"
+    assert "pat" in (system.root(number) / "etc/passwd").read_text()
+
+
+def test_of_two_with_one_uid_the_one_of_the_snapshot_gets_another_with_all_that_is_his(
+    machine: Machine, snapshot: int
+) -> None:
+    system, other = machine.system, machine.system.clone()
+    spools = "/var/mail /var/spool/cron/crontabs /var/spool/cron/atjobs"
+    system.shell(
+        other,
+        f"useradd -m --uid 2000 dave; mkdir -p {spools} /usr/lib/of-dave /home/staff; "
+        "useradd -m -d /home/staff/erin --uid 2001 erin; "
+        "cd /var/spool/cron; touch /var/mail/dave crontabs/dave /home/dave/file /usr/lib/of-dave/x; chown dave: "
+        "/var/mail/dave crontabs/dave /home/dave/file /usr/lib/of-dave/x; mkdir -p /srv/of; chown erin: /srv/of; "
+        "printf '#!/bin/sh\\n# atrun uid=%s gid=%s\\n# mail dave 0\\n' $(id -u dave) $(id -g dave) > atjobs/a1; "
+        "sed s/dave/carol/ atjobs/a1 > atjobs/a2; chown dave: atjobs/a1 atjobs/a2; chmod 700 atjobs/a*",
+    )
+    old = ids_of(system, other)
+    first, second = 2000, 2001
+    assert {owner(system.home / "staff/erin"), owner(system.root(other) / "srv/of")} == {(second, second)}
+    for name, uid in (("carol", first), ("frank", second)):
+        useradd(machine, "--uid", f"{uid}", "--user-group", name)
+    carol = owner_in(machine.etc, "carol")
+    assert carol[0] == first
+    problems = [problem["what"] for problem in system.ash("--json", "fsck", status=FAILED).json["damage"]]
+    assert f"dave has the id {first} in passwd, as carol in the running system" in problems
+    answer = machine.deploy(other)
+    new, root = machine.next_etc, machine.next_etc.parent
+    dave, erin = owner_in(new, "dave"), owner_in(new, "erin")
+    assert owner_in(new, "carol") == carol
+    assert not {dave[0], erin[0]} & {*old.values(), *ids_of(system, 0).values(), first, second}
+    assert answer["people"] == ["carol", "dave", "erin", "frank"]
+    assert f"dave of the snapshot has the uid {dave[0]}, since {first} is taken" in answer["notes"]
+    spool = system.files.var / "spool/cron"
+    his = [system.home / "dave", system.home / "dave/file", system.files.var / "mail/dave", spool / "crontabs/dave"]
+    assert {owner(path) for path in (*his, spool / "atjobs/a1", root / "usr/lib/of-dave/x")} == {dave}
+    assert f"# atrun uid={dave[0]} gid={dave[1]}\n" in (spool / "atjobs/a1").read_text()
+    assert owner(spool / "atjobs/a2")[0] == first, "it is another's"
+    assert {owner(path) for path in (system.home / "carol", system.home / "carol/file")} == {carol}
+    assert {owner(path) for path in (system.home / "staff/erin", root / "srv/of")} == {erin}
+    system.ash("fsck", "--repair")
+    assert ids_of(system, other)["dave"] == dave[0]
+    assert owner(system.root(other) / "usr/lib/of-dave/x") == dave
+    machine.deploy(other)
+    machine.boot()
+    assert owner_in(machine.etc, "carol") == carol
+    assert machine.running("etc-update")["conflicts"] == []
+    assert owner_in(system.root(other) / "etc", "carol") == carol, "she keeps the uid that her home has"
+    program("userdel", "--root", machine.etc.parent, "carol")
+    useradd(machine, "--uid", f"{first}", "--user-group", "gail")
+    machine.running("etc-update")
+    assert owner_in(system.root(other) / "etc", "gail") == owner(system.home / "gail") == carol
+
+
+def test_homes_that_are_not_apart_are_refused(machine: Machine) -> None:
+    other = machine.system.clone()
+    machine.system.shell(other, "useradd --no-create-home --uid 3000 --home-dir /home/shared/of-one one")
+    useradd(machine, "--uid", "3000", "two", home="home/shared")
+    with machine.system.nothing_changes():
+        error = machine.system.ash("deploy", other, status=REFUSED).error
+    assert ("one" in error, "two" in error) == (True, True)
+    machine.system.ash("del", other, "-y")
+
+
+def test_usermod_renames_a_user(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "useradd --create-home --password '$y$j9T$salt$hash' rick")
+    uid, gid = ids_of(system, snapshot)["rick"], ids_of(system, snapshot, "group")["rick"]
+    system.shell(snapshot, "usermod --login dick rick; groupmod --new-name dick rick")
+    assert (ids_of(system, snapshot)["dick"], ids_of(system, snapshot, "group")["dick"]) == (uid, gid)
+    assert owner(system.home / "rick")[0] == uid
+    system.shell(snapshot, "usermod --login nick --home /home/nick --move-home dick; useradd rick")
+    assert ids_of(system, snapshot)["nick"] == uid != ids_of(system, snapshot)["rick"]
