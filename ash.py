@@ -744,6 +744,16 @@ def is_untouched(path: str, one: Path, other: Path) -> bool:
     return a is not None and b is not None and (a.st_ino, a.st_ctime_ns) == (b.st_ino, b.st_ctime_ns)
 
 
+def is_as_it_was(now: os.stat_result | None, before: os.stat_result | None) -> bool:
+    """Whether two lstat(2) are of the same inode, unchanged; another name of it may have been replaced since."""
+    if now is None or before is None or now.st_ino != before.st_ino:
+        return False
+    if now.st_ctime_ns == before.st_ctime_ns:
+        return True
+    same = all(getattr(now, name) == getattr(before, name) for name in ("st_mtime_ns", "st_size", "st_mode", "st_uid"))
+    return same and now.st_nlink != before.st_nlink
+
+
 def first_difference(one: Path, other: Path) -> str:
     """The first relative path at which two directories differ; empty if they do not."""
     return next((p for p in sorted(paths_below(one) | paths_below(other)) if not is_same(one / p, other / p)), "")
@@ -956,11 +966,18 @@ def replace(path: Path, *, token: str = "", durable: bool = False, directories: 
 
 
 def replace_by_copy(
-    source: Path, target: Path, token: str = "", *, from_overlay: bool = False, protected: bool = False
+    source: Path,
+    target: Path,
+    token: str = "",
+    *,
+    from_overlay: bool = False,
+    protected: bool = False,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Replace a path atomically by a copy of a file, or of a directory without its contents. `token`: see replace().
 
     Args:
+        check: called once the copy is made; what it raises keeps the target.
         from_overlay: the source is in an overlay's upper directory; the target is NOCOW if it, or its directory, was.
         protected: replace the target even if it, or its directory, is immutable or append-only.
     """
@@ -981,6 +998,7 @@ def replace_by_copy(
                 copy_directory_attributes(source, new, from_overlay=from_overlay)
             else:
                 copy_file(source, new, from_overlay=from_overlay, nocow=nocow)
+            check()
     if protection:
         protect(target, protection)
 
@@ -1074,6 +1092,12 @@ def mounts(process: str = "self") -> list[Mount]:
         target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), shown)
         found.append(Mount(target, kind, source, options, device, ident))
     return found
+
+
+def mounts_in_var(running: bool) -> list[str]:
+    """The directories of the running system's /var that something is mounted on, oldest first."""
+    targets = [mount.target for mount in mounts() if mount.target.startswith("/var/")] if running else []
+    return [str(Path(target).relative_to("/var")) for target in dict.fromkeys(targets)]
 
 
 def mount_of(path: Path) -> Mount:
@@ -4271,16 +4295,6 @@ def remove_beside_neighbours(path: Path) -> list[Path]:
     return neighbours
 
 
-def is_as_it_was(now: os.stat_result | None, before: os.stat_result | None) -> bool:
-    """Whether two lstat(2) are of the same inode, unchanged; another name of it may have been replaced since."""
-    if now is None or before is None or now.st_ino != before.st_ino:
-        return False
-    if now.st_ctime_ns == before.st_ctime_ns:
-        return True
-    same = all(getattr(now, name) == getattr(before, name) for name in ("st_mtime_ns", "st_size", "st_mode", "st_uid"))
-    return same and now.st_nlink != before.st_nlink
-
-
 def is_remainder(live: Path, origin: Path) -> bool:
     """Whether a live path has nothing but what it had, as while it is being deleted. Neighbours do not count."""
     for seen in look_through(live):
@@ -4321,12 +4335,6 @@ def may_be_separate(manager: PackageManager, directory: str) -> bool:
     """
     separate = (*SEPARATE, *manager.logs, *manager.caches)
     return any(directory == name or directory.startswith(f"{name}/") for name in separate)
-
-
-def mounts_in_var(running: bool) -> list[str]:
-    """The directories of the running system's /var that something is mounted on, oldest first."""
-    targets = [mount.target for mount in mounts() if mount.target.startswith("/var/")] if running else []
-    return [str(Path(target).relative_to("/var")) for target in dict.fromkeys(targets)]
 
 
 @contextmanager
@@ -4556,15 +4564,17 @@ class VarMerge:
                 deleted.append(theirs)
             elif is_special(ours) or (newest and not is_directory(ours) and is_newer(theirs, ours)):
                 continue
-            elif before and not newest and not is_directory(theirs) and self._is_changed(theirs, before, ours):
-                raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
             elif is_directory(ours):
+                if before and not newest:
+                    self._require_unchanged(theirs, before, ours)
                 directories.append((ours, theirs))
                 self._place_directory(ours, theirs)
                 known = os.listdir(before) if before and is_opaque(ours) and is_directory(before) else []
                 deleted += [theirs / name for name in known if name not in names]
             elif before and not newest and is_directory(theirs) and not is_remainder(theirs, before):
                 raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
+            elif before and not newest:
+                self.place_file(ours, theirs, links, partial(self._require_unchanged, theirs, before, ours))
             else:
                 self.place_file(ours, theirs, links)
         for theirs in deleted if origin else ():
@@ -4573,10 +4583,13 @@ class VarMerge:
             copy_directory_attributes(ours, theirs, from_overlay=True)
 
     @staticmethod
-    def _is_changed(live: Path, origin: Path, ours: Path) -> bool:
-        """Whether a live file is neither as it was nor as the transaction has it."""
+    def _require_unchanged(live: Path, origin: Path, ours: Path) -> None:
+        """Raise ChangedMeanwhile if a live file is neither as it was nor as the transaction has it."""
         now = status_of(live)
-        return not (now is None or is_as_it_was(now, status_of(origin)) or is_placed(ours, live))
+        if now is None or stat.S_ISDIR(now.st_mode):
+            return
+        if not is_as_it_was(now, status_of(origin)) and not is_placed(ours, live):
+            raise ChangedMeanwhile(f"{live} was changed meanwhile")
 
     def _place_directory(self, changed: Path, target: Path) -> None:
         """Restrict a directory, or create one for root alone, before anything new is in it."""
@@ -4586,8 +4599,17 @@ class VarMerge:
         self._placed.append((target, inode_of(target)))
         copy_directory_attributes(changed, target, from_overlay=True)
 
-    def place_file(self, changed: Path, target: Path, links: dict[tuple[int, int], Path]) -> None:
-        """Replace a file; names of one file in the upper directory, which are in `links`, become names of one again."""
+    def place_file(
+        self,
+        changed: Path,
+        target: Path,
+        links: dict[tuple[int, int], Path],
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Replace a file; names of one file in the upper directory, which are in `links`, become names of one again.
+
+        `check` is called right before the target is replaced; what it raises keeps it.
+        """
         if is_directory(target) and any(seen.is_neighbour for seen in look_through(target)):
             raise AshError("there is a subvolume or a mount in it")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -4598,8 +4620,9 @@ class VarMerge:
             with replace(target, token=self.token, directories=True) as new:
                 about_to(f"link {new.name}")
                 os.link(first, new, follow_symlinks=False)
+                check()
         else:
-            replace_by_copy(changed, target, self.token, from_overlay=True)
+            replace_by_copy(changed, target, self.token, from_overlay=True, check=check)
         self._placed.append((target, inode_of(target)))
 
     def _delete(self, live: Path, newest: bool) -> None:

@@ -293,6 +293,17 @@ def test_each_entry_is_decided_right_before_it_is_put_in_place(system: System, s
     assert {path.name: path.read_text() for path in aside.iterdir()} == dict.fromkeys(["a", "z", "new"], "new\n")
 
 
+def test_a_file_that_changes_while_its_replacement_is_copied_stays(system: System, snapshot: int) -> None:
+    live = system.files.var / "lib/window"
+    live.mkdir()
+    (live / "db").write_text("old\n")
+    hook = {"do": [r"copy \.ash-new", "sh", "-c", f"echo live > /run/ash/top/{VAR}/lib/window/db"]}
+    ended = system.with_hooks(hook, "--json", "run", snapshot, "sh", "-c", "echo new > /var/lib/window/db")
+    assert json.loads(ended.stdout)["conflicts"] == ["/var/lib/window"]
+    assert (live / "db").read_text() == "live\n"
+    assert os.listdir(live) == ["db"], "no torn copy is left"
+
+
 def test_a_wait_for_other_merges_can_be_interrupted(system: System, snapshot: int, tmp_path: Path) -> None:
     before = system.id_of(snapshot)
     lock = system.files.state / "work/merge/lock"
