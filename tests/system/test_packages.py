@@ -228,6 +228,7 @@ def test_the_package_ash_does_not_replace_our_executable(system: System, snapsho
 
 
 def test_what_ash_needs_is_removed_only_by_force(system: System, snapshot: int, tmp_path: Path) -> None:
+    system.shell(snapshot, "touch /etc/mark")  # the first change of a system makes its reserve
     with system.nothing_changes():
         outcome = system.ash("remove", snapshot, "btrfs-progs", status=REFUSED)
         assert "btrfs-progs, which ash needs" in outcome.error
