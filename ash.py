@@ -7329,10 +7329,10 @@ class Deployments:
             what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
             hint = "ash rollback keeps it as a snapshot; --fresh starts again from the snapshot"
             raise AshError(what, hint, REFUSED)
-        slot = self._free_slot(secondary)
+        slot, has_unique_changes = self._free_slot(secondary)
         try:
             deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
-            if slot in self.menu.deployments:
+            if has_unique_changes and slot in self.menu.deployments:
                 self._keep_drift(slot)
         except BaseException:
             self._delete_unfinished()
@@ -7353,15 +7353,16 @@ class Deployments:
                 return found
         return None
 
-    def _free_slot(self, secondary: bool) -> str:
+    def _free_slot(self, secondary: bool) -> tuple[str, bool]:
         """The first slot that is neither booted, or was last, nor the newest one known to boot.
 
-        One with changes that no other deployment has is only taken if there is no other.
+        One with changes that no other deployment has is only taken if there is no other. Returns whether it has.
         """
         slots = SECONDARY_SLOTS if secondary else SLOTS
         good = self.ran if self.ran in slots else self.menu.last_good
         free = [slot for slot in slots if slot not in (self.ran, good)]
-        return next((slot for slot in free if not self._is_unique(slot)), free[0])
+        expendable = next((slot for slot in free if not self._is_unique(slot)), None)
+        return expendable or free[0], expendable is None
 
     def _is_unique(self, slot: str) -> bool:
         """Whether a slot has changes that no other deployment has."""
