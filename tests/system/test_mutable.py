@@ -9,7 +9,7 @@ import pytest
 from tests.support import DONE, FAILED, REFUSED, SNAPSHOTS, USAGE
 from tests.system.disk_system import System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
 
 def mark(system: System, snapshot: int) -> str:
@@ -160,7 +160,7 @@ def test_edit_conf_refuses_invalid_lines(
             assert terminal.wait() == status
     (tmp_path / "new").write_text("aur::True\n")
     with system.terminal("edit-conf", snapshot) as terminal:
-        terminal.expect(r"no AUR.*edit it again\? \[Y/n\] ")
+        terminal.expect(r"no AUR\s+edit it again\? \[Y/n\] ")
         (tmp_path / "new").write_text("mutable_dirs::opt/a\n")
         terminal.type("\n")
         assert terminal.wait() == DONE
