@@ -6616,13 +6616,20 @@ class Belongings(NamedTuple):
     users: Mapping[int, int]  # new ids by old ones
     groups: Mapping[int, int]
 
-    def re_own(self, layout: Layout) -> None:
-        """Re-own his home, mail, crontab and at jobs; repeating it is harmless. What is his goes by its name alone."""
-        var, first, rest = layout.var, *self.home.lstrip("/").partition("/")[::2]
-        volumes = {"home": layout.home, "root": layout.home_root, "var": var}
+    def re_own(self, var: Path, homes: Mapping[str, Path]) -> None:
+        """Re-own his home, mail, crontab and at jobs; repeating it is harmless. What is his goes by its name alone.
+
+        Args:
+            var: the live /var.
+            homes: the live /home and /root, see System.homes.
+        """
+        first, _, rest = self.home.lstrip("/").partition("/")
+        volumes = {**homes, "var": var}
         places = [(volumes[first], rest)] if first in volumes and rest else []
         places += [(var, f"{spool}/{self.user}") for spool in SPOOLS]
-        with nosymfollow(layout.home), nosymfollow(layout.home_root), nosymfollow(var):
+        with ExitStack() as stack:
+            for volume in volumes.values():
+                stack.enter_context(nosymfollow(volume))
             for volume, path in places:
                 if has_real_parents(volume, path) and os.path.lexists(volume / path):
                     re_own({volume / path: None}, self.users, self.groups)
@@ -7261,6 +7268,7 @@ class Deployments:
     ) -> None:
         self.layout = layout
         self.distro = distro
+        self.homes: Mapping[str, Path] = {"home": layout.home, "root": layout.home_root}
         self.menu = Menu.load(layout.menu)
         self.uuid = root_uuid(layout)
         self.booted = booted
@@ -7572,7 +7580,7 @@ class Deployments:
         with nosymfollow(root) if people.users or people.groups else contextlib.nullcontext():
             re_own({root: None}, people.users, people.groups)
         for belongings in people.belongings:
-            belongings.re_own(self.layout)
+            belongings.re_own(self.layout.var, self.homes)
         return people
 
     def carry(self) -> list[str]:
@@ -7865,7 +7873,9 @@ class System:
         return Menu.load(self.layout.menu)
 
     def deployments(self) -> Deployments:
-        return Deployments(self.layout, self.distro, booted=self.booted_slot, describe=self.describe, wait=self.wait)
+        found = Deployments(self.layout, self.distro, booted=self.booted_slot, describe=self.describe, wait=self.wait)
+        found.homes = self.homes
+        return found
 
     def describe(self, snapshot: int) -> str:
         """A snapshot's description, on one line."""
@@ -11458,7 +11468,7 @@ class AccountCheck:
             if people is not None:
                 people.renumbering().apply(work.root, {work.root: None})
                 for belongings in people.belongings:
-                    belongings.re_own(self.layout)
+                    belongings.re_own(self.layout.var, self.system.homes)
             with self.system.lock("state"):
                 ids = AccountIds.load(self.layout.ids)
                 renumbering = ids.reconcile(etc)

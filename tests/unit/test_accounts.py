@@ -291,6 +291,11 @@ def test_reconcile_finds_a_free_id_if_another_account_has_the_known_one(tmp_path
     assert moves == {105: wanted["_chrony"]}
 
 
+def test_reconcile_lets_the_known_account_keep_a_shared_id_also_if_it_stands_last(tmp_path: Path) -> None:
+    _, wanted, _ = reconciled({"_chrony": 100}, {"tor": 100, "_chrony": 100}, tmp_path)
+    assert wanted.keys() == {"tor"}
+
+
 @given(
     st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105)),
     st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105), min_size=1),
