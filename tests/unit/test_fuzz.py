@@ -231,8 +231,8 @@ def test_a_file_of_account_ids(text: str, tmp_path: Path) -> None:
 
 CALLER = {"user": 0, "command": "run", "arguments": ["run", "5", "true"]}
 INTENTS: list[dict[str, object]] = [
-    ash.Open(["ada"], CALLER)._asdict(),
-    ash.Kept(["ada"])._asdict(),
+    ash.Open(CALLER, [5, 6])._asdict(),
+    ash.Kept(CALLER)._asdict(),
     ash.LiveChange("deploy", 5, ["lib/x"])._asdict(),
     ash.Commit(5, 6, ["lib/x"], ["lib/x"], ["etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee")._asdict(),
     ash.Merge(["lib/x"], ["lib/x"])._asdict(),
@@ -279,7 +279,9 @@ def test_the_files_of_a_merge(text: str, noted: bool, tmp_path: Path) -> None:
     assert {path.name for path in layout.var.iterdir()} == {"lib"}
 
 
-CONFIG = BootConfig("vmlinuz-1", ["initrd.img-1"], "quiet", "", ["set timeout=5"], "menuentry 'x' {\n}")
+CONFIG = BootConfig(
+    "vmlinuz-1", ["initrd.img-1"], "quiet", "", "--unrestricted", ["set timeout=5"], "menuentry 'x' {\n}"
+)
 DEPLOYED = Deployment("deploy", "c0ffee", 3, 261, "Debian", "digest", CONFIG, carried=["motd"])
 MENU = json.loads(Menu("deploy", "", {"deploy": DEPLOYED, "deploy-aux": DEPLOYED._replace(slot="deploy-aux")}).dump())
 

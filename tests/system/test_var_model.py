@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Random sequences of transactions beside live writers: /var loses nothing that either of them wrote.
+
+The writers are those that real services have: a SQLite database in WAL mode, a log, a queue directory, a file that is
+replaced. What a service wrote stays. What a transaction wrote is in place, or in the conflicts folder and named.
+
+ASH_TEST_STEPS says how many steps a sequence has, ASH_TEST_SEQUENCES how many sequences there are.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from tests.system.disk_system import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+
+STEPS = int(os.environ.get("ASH_TEST_STEPS", "8"))
+SEQUENCES = int(os.environ.get("ASH_TEST_SEQUENCES", "30"))
+DATABASE, LOG, QUEUE, SINGLE = "lib/app-db/live.db", "log/app.log", "spool/app-queue", "lib/app-single/data"
+ENTRIES = {DATABASE: "lib/app-db", LOG: "log/app.log", QUEUE: "spool/app-queue", SINGLE: "lib/app-single"}
+KINDS = sorted(ENTRIES)
+
+# Writes one piece of data as each kind of service would. Both sides use it: on the live /var and in a transaction.
+WRITE = """\
+import os, sqlite3, sys
+place, kind, token = sys.argv[1:]
+path = os.path.join(place, kind)
+if kind.endswith(".db"):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with sqlite3.connect(path, isolation_level=None, timeout=60) as db:
+        db.execute("pragma journal_mode = wal")
+        db.execute("create table if not exists t (x text)")
+        db.execute("insert into t values (?)", (token,))
+    db.close()
+elif kind.endswith(".log"):
+    with open(path, "a") as log:
+        log.write(token + "\\n")
+elif kind.endswith("-queue"):
+    os.makedirs(path, exist_ok=True)
+    with open(os.path.join(path, token), "w") as item:
+        item.write(token)
+else:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".new", "w") as new:
+        new.write(token)
+    os.rename(path + ".new", path)
+"""
+
+
+def tokens_in(var: Path, kind: str) -> list[str]:
+    """What a /var, or a conflicts folder, has of a kind; raises sqlite3.DatabaseError if a database is damaged."""
+    path = var / kind
+    if not path.exists():
+        return []
+    if kind == DATABASE:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as db:
+            assert db.execute("pragma integrity_check").fetchone() == ("ok",)
+            return [row[0] for row in db.execute("select x from t")]
+    if kind == QUEUE:
+        return sorted(item.name for item in path.iterdir())
+    return path.read_text().split()
+
+
+class VarModel(RuleBasedStateMachine):
+    """Transactions and live writers on a real system, with an account of what each of them wrote."""
+
+    system: System
+    numbers = itertools.count(1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.var = self.system.files.var
+        for entry in ENTRIES.values():
+            path = self.var / entry
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(self.var / "lib/ash/conflicts", ignore_errors=True)
+        self.snapshots = [self.system.clone() for _ in range(2)]
+        self.expected: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        self.connections = contextlib.ExitStack()
+
+    def teardown(self) -> None:
+        self.connections.close()
+        assert self.system.ash("--json", "fsck").json["damage"] == []
+
+    def token(self) -> str:
+        return f"t{next(self.numbers):06}"
+
+    def write_live(self, kind: str) -> None:
+        """What a service writes beside everything else."""
+        token = self.token()
+        script = compile(WRITE.replace("sys.argv[1:]", repr([str(self.var), kind, token])), "WRITE", "exec")
+        exec(script, {})  # noqa: S102 (the text above)
+        self.expect(kind, token)
+        note(f"live {kind}: {token}")
+
+    def expect(self, kind: str, token: str) -> None:
+        self.expected[kind] = [token] if kind == SINGLE else [*self.expected[kind], token]
+
+    @rule(kind=st.sampled_from(KINDS))
+    def live_write(self, kind: str) -> None:
+        self.write_live(kind)
+
+    @rule()
+    def open_database(self) -> None:
+        """A service keeps its database open from now on."""
+        if (self.var / DATABASE).exists():
+            db = self.connections.enter_context(contextlib.closing(sqlite3.connect(self.var / DATABASE, timeout=60)))
+            db.execute("select count(*) from t").fetchone()
+
+    @rule()
+    def close_database(self) -> None:
+        self.connections.close()
+
+    @rule(
+        which=st.integers(0, 1),
+        kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3, unique=True),
+        meanwhile=st.lists(st.sampled_from(KINDS), max_size=2, unique=True),
+        fails=st.booleans(),
+    )
+    def transaction(self, which: int, kinds: Sequence[str], meanwhile: Sequence[str], fails: bool) -> None:
+        """A transaction writes some entries, while services write some."""
+        written = {kind: self.token() for kind in kinds}
+        script = "\n".join(f"python3 -c '{WRITE}' /var {kind} {token}" for kind, token in written.items())
+        with self.system.at_work(
+            self.snapshots[which], script, status=9 if fails else 0, after="exit 9" if fails else ""
+        ) as work:
+            for kind in meanwhile:
+                self.write_live(kind)
+        note(f"transaction {written}, fails: {fails}: {work.ended.stdout}{work.ended.stderr}")
+        if fails:
+            return
+        said = work.ended.stdout + work.ended.stderr
+        for kind, token in written.items():
+            if f"/var/{ENTRIES[kind]}" in said:
+                aside = [token for folder in self.conflict_folders() for token in tokens_in(folder, kind)]
+                assert token in aside, f"{token} of {kind} is neither in place nor in the conflicts folder"
+            else:
+                self.expect(kind, token)
+
+    def conflict_folders(self) -> Iterator[Path]:
+        yield from (self.var / "lib/ash/conflicts").glob("*")
+
+    @rule(which=st.integers(0, 1))
+    def undo(self, which: int) -> None:
+        """Undo leaves /var alone."""
+        self.system.ash("run", self.snapshots[which], "touch", f"/etc/{self.token()}")
+        self.system.ash("undo", self.snapshots[which])
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        for kind, wanted in self.expected.items():
+            assert sorted(tokens_in(self.var, kind)) == sorted(wanted), kind
+
+
+def test_no_sequence_of_transactions_and_live_writes_loses_data_in_var(system: System) -> None:
+    VarModel.system = system
+    chosen = settings(
+        max_examples=SEQUENCES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+        phases=[Phase.generate],  # a sequence takes seconds: shrinking would take longer than reading it
+    )
+    run_state_machine_as_test(VarModel, settings=chosen)
