@@ -14,6 +14,7 @@ import pytest
 pytestmark = pytest.mark.budget(5)
 
 TESTS = Path(__file__).resolve().parent.parent
+PROMISES = (TESTS.parent / "README.md").read_text().partition("## What you can rely on")[2].partition("\n## ")[0]
 NAMED = set(re.findall(r"`((?:\w+/)*\w+\.py)`", (TESTS / "README.md").read_text()))
 
 
@@ -37,6 +38,15 @@ def test_every_module_is_in_the_readme() -> None:
 def test_the_readme_names_only_files_that_exist() -> None:
     known = {path.name for directory in (TESTS.parent.glob("*.py"), TESTS.rglob("*.py")) for path in directory}
     assert {name for name in NAMED if not (TESTS / name).is_file() and name not in known} == set()
+
+
+def test_each_promise_of_the_project_has_tests() -> None:
+    promised = re.findall(r"^\* \*\*(.+?)\.\*\*", PROMISES, re.MULTILINE)
+    assert len(promised) > 5
+    rows = dict(re.findall(r"^\| ([^|*`]+) \| (`.*`) \|$", (TESTS / "README.md").read_text(), re.MULTILINE))
+    for promise in promised:
+        for module, _, test in (name.strip("`").partition("::") for name in rows[promise].split(", ")):
+            assert f"def {test or 'test_'}" in (TESTS / module).read_text(), f"{promise}: {module}::{test}"
 
 
 @pytest.mark.parametrize(
