@@ -4895,6 +4895,13 @@ class HomeMerge:
 
 # --- Changes ---------------------------------------------------------------------------------------------------
 
+MAILBOXES = ("mail", "spool/mail")  # people's, as their homes are: nothing is deleted there
+
+
+def is_deletable(path: str) -> bool:
+    """Whether ash deletes in /var, /home or /root what a transaction has deleted; `path` begins with "/"."""
+    return path.startswith("/var/") and not any(f"{path}/".startswith(f"/var/{one}/") for one in MAILBOXES)
+
 
 class Change(NamedTuple):
     """What a command did to a snapshot, for the user, for `--json` and for the history."""
@@ -4950,7 +4957,7 @@ class Change(NamedTuple):
         lines += [one_line(f"  - {name} {version}") for name, version in self.removed.items()]
         lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
         for path in self.kept:
-            hint = "--delete-data deletes it" if path.startswith("/var/") else "ash deletes nothing there"
+            hint = "--delete-data deletes it" if is_deletable(path) else "ash deletes nothing there"
             lines.append(f"  left in place: {one_line(path)} ({hint})")
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
         return "\n".join([*lines, *self.conflict_lines()])
@@ -5799,7 +5806,7 @@ class Transaction:
         touched = any(path.startswith(IN_ROOT_DB) for path in paths)
         before, after = (self.package_manager.installed(root) if touched else {} for root in (self.original, self.root))
         delete = self._entries_to_delete_in(entries, before.keys() - after.keys())
-        delete = [entry for entry in delete if not self._was_moved(entry, paths)]
+        delete = [one for one in delete if is_deletable(f"/var/{one}") and not self._was_moved(one, paths)]
         return Delta(paths, before, after, entries, delete, homes)
 
     def _require_entry_directories(self) -> None:
@@ -8222,7 +8229,7 @@ def delete_data(system: System, change: Change) -> Change:
     """Delete what removed packages left in /var; what other snapshots' packages claim is `kept` in the result."""
     others = [system.layout.rootfs(n) for n in system.tree().numbers() if n != change.snapshot]
     with merge_lock(system.layout, wait=600), nosymfollow(system.layout.var):
-        kept = [path for path in change.kept if not path.startswith("/var/")]
+        kept = [path for path in change.kept if not is_deletable(path)]
         for path in sorted({*change.kept} - {*kept}):
             inside = Path(path).relative_to("/var")
             entry = str(Path(*inside.parts[:2])) if inside.parts[0] in ENTRY_DIRECTORIES else inside.parts[0]

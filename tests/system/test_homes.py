@@ -164,12 +164,15 @@ def test_histories_of_shells_are_appended_and_are_no_change(
         assert (live / "t/.bash_history").read_text() == "one\ntwo\noutside\nthree\n"
 
 
-def test_a_deleted_user_keeps_the_live_home(system: System, snapshot: int) -> None:
-    system.shell(snapshot, "useradd --create-home erin; echo x > /home/erin/x")
+def test_a_deleted_user_keeps_the_live_home_and_mailbox(system: System, snapshot: int) -> None:
+    system.shell(
+        snapshot, "useradd --create-home erin; echo x | tee /home/erin/x > /var/mail/erin; chown erin: /var/mail/erin"
+    )
     sibling = system.branch(snapshot)
-    outcome = system.shell(sibling, "userdel --remove erin 2> /dev/null")
-    assert "left in place: /home/erin" in outcome.stdout
-    assert (system.home / "erin/x").read_text() == "x\n"
+    outcome = system.shell(sibling, "userdel --remove erin 2> /dev/null; test ! -e /var/mail/erin")
+    for path in ("/home/erin", "/var/mail/erin"):
+        assert f"left in place: {path} (ash deletes nothing there)" in outcome.stdout
+    assert (system.home / "erin/x").read_text() == (system.files.var / "mail/erin").read_text() == "x\n"
 
 
 def test_a_change_below_a_nested_subvolume_is_refused(system: System, snapshot: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ash import VarMerge
+from ash import Change, VarMerge, is_deletable
 from distros.debian.ashpk import Debian
 from tests.support import CHECKOUT
 
@@ -53,6 +53,24 @@ def test_symlinks_are_not_followed(merge: VarMerge, tmp_path: Path, side: str) -
     merge.add_files("cache/libdnf5/*/packages/*.rpm")
     assert {path.name for path in (tmp_path / "elsewhere").rglob("*")} == before
     assert not (tmp_path / "live/cache/apt/archives/new.deb").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "deletable"),
+    [
+        ("/var/lib/mail", True),
+        ("/var/mailman", True),
+        ("/var/spool/mailbox/x", True),
+        ("/var/mail", False),
+        ("/var/mail/ada", False),
+        ("/var/spool/mail", False),
+        ("/home/ada", False),
+        ("/root/x", False),
+    ],
+)
+def test_mailboxes_are_kept_as_homes_are(path: str, deletable: bool) -> None:
+    assert is_deletable(path) is deletable
+    assert ("--delete-data" in Change(1, kept=[path]).summary()) is deletable
 
 
 @pytest.mark.parametrize("mounted", [True, False])
