@@ -4774,10 +4774,11 @@ class HomeMerge:
                 self.kept += [self._inside(ours)] if os.path.lexists(theirs) else []
                 continue
             self.kept += [self._inside(ours / name) for name in self._deleted(ours, theirs, names)]
+            now = status_of(theirs)
             decision = self._decide(ours, theirs, before)
             if decision == "nothing" and not is_directory(ours) and (inode := inode_of(ours)):
                 self._links.setdefault(inode, theirs)
-            if decision == "aside" or (decision != "nothing" and not self._apply(decision, ours, theirs)):
+            if decision == "aside" or (decision != "nothing" and not self._apply(decision, ours, theirs, now)):
                 whole = not (is_directory(ours) and is_directory(theirs))
                 self._set_aside(ours, whole)
                 if whole:
@@ -4829,8 +4830,7 @@ class HomeMerge:
             return False
         if not self.has_snapshot:
             return now.st_ctime_ns < self.since
-        was = status_of(before)
-        return was is not None and (was.st_ino, was.st_ctime_ns) == (now.st_ino, now.st_ctime_ns)
+        return is_as_it_was(now, status_of(before))
 
     def _deleted(self, ours: Path, there: Path, names: Sequence[str]) -> list[str]:
         """What the transaction deleted along with a directory that it then made again."""
@@ -4838,8 +4838,11 @@ class HomeMerge:
             return []
         return sorted({*os.listdir(there)} - {*names, temporary_name(there / "x", self.var.token).name})
 
-    def _apply(self, decision: str, ours: Path, theirs: Path) -> bool:
-        """Apply "place" or "append" to a path, without what is below it; returns whether that was possible."""
+    def _apply(self, decision: str, ours: Path, theirs: Path, now: os.stat_result | None) -> bool:
+        """Apply "place" or "append" to a path, without what is below it; returns whether that was possible.
+
+        It is not if the live path is no longer as it was `now`, when it was decided on.
+        """
         if is_directory(theirs) and not is_directory(ours):
             return False  # what is in there would be deleted
         about_to(f"put {theirs.name} in place")
@@ -4849,17 +4852,24 @@ class HomeMerge:
                 return True
             if (is_directory(ours) and is_directory(theirs)) or flags_of(ours, from_overlay=True) & PROTECTING:
                 os.setxattr(ours, BEGUN, b"y")  # what follows takes several steps
-            self.var.with_room(self._replace, ours, theirs)
+            self.var.with_room(partial(self._replace, now), ours, theirs)
+        except ChangedMeanwhile:
+            return False
         except (AshError, OSError) as error:
             self.failed[self._inside(ours)] = self.var.why(error)
             return False
         return True
 
-    def _replace(self, ours: Path, theirs: Path) -> None:
+    def _replace(self, now: os.stat_result | None, ours: Path, theirs: Path) -> None:
+        def check() -> None:
+            there = status_of(theirs)
+            if there and not is_as_it_was(there, now):
+                raise ChangedMeanwhile(f"{theirs} was changed meanwhile")
+
         if is_directory(ours):
-            replace_by_copy(ours, theirs, self.var.token, from_overlay=True)
+            replace_by_copy(ours, theirs, self.var.token, from_overlay=True, check=check)
         else:
-            self.var.place_file(ours, theirs, self._links)
+            self.var.place_file(ours, theirs, self._links, check)
 
     def _set_all_aside(self) -> None:
         for ours in [path for path in sorted(self.upper.iterdir()) if not is_special(path)]:

@@ -53,11 +53,11 @@ def test_new_and_changed_paths_are_put_in_place(system: System, snapshot: int, h
     for live in homes.values():
         for name in ("changed", "attributes", "link", "kind"):
             (live / "t" / name).write_text("old\n")
+    (homes["home"] / "t/other-name").hardlink_to(homes["home"] / "t/attributes")  # the first is replaced before it
     new = "mkdir -p new/sub; echo new > new/sub/x; ln new/sub/x new/y; ln -s sub/x new/link; chown -R 7:8 new; chmod 750 new"
     changed = "echo new > changed; chmod 600 attributes; ln -sf changed link; rm kind; mkdir kind; touch kind/x"
-    answer = system.ash(
-        "--json", "run", snapshot, "sh", "-ec", in_both(f"{new}; touch -d @1 new; {changed}; chmod 711 .")
-    ).json
+    script = in_both(f"{new}; touch -d @1 new; {changed}; chmod 711 .") + "; chmod 600 /home/t/other-name"
+    answer = system.ash("--json", "run", snapshot, "sh", "-ec", script).json
     assert (answer["changed"], answer["conflicts"], answer["kept"]) == (True, [], [])
     for live in homes.values():
         top = live / "t"

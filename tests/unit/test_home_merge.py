@@ -4,6 +4,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ def live(tmp_path: Path) -> Path:
     return tmp_path / "live"
 
 
-def merged(live: Path, since: int) -> HomeMerge:
-    """Merge a changed file and a new one into the live directory."""
+def merged(live: Path, since: int, new: str = "ours\n") -> HomeMerge:
+    """Merge a changed file and a new one into the live directory, where that is `new` then."""
     upper = live.parent / "upper"
     upper.mkdir()
     (upper / "file").write_text("ours\n")
@@ -34,7 +35,7 @@ def merged(live: Path, since: int) -> HomeMerge:
     into_var = VarMerge(upper, var, var, Debian.package_manager, conflicts, delete=())
     merge = HomeMerge("home", Overlay(live, upper, live.parent / "work"), live, since, into_var)
     merge.merge()
-    assert (live / "new").read_text() == "ours\n"
+    assert (live / "new").read_text() == new
     assert sorted(os.listdir(live)) == ["file", "new"]
     return merge
 
@@ -73,3 +74,22 @@ def test_the_lines_that_two_histories_share(one: str, other: str, size: int, tmp
     (tmp_path / "one").write_text(one)
     (tmp_path / "other").write_text(other)
     assert ash.common_lines(tmp_path / "one", tmp_path / "other") == size
+
+
+@pytest.mark.parametrize("name", ["file", "new"])
+def test_a_path_that_changes_while_its_replacement_is_copied_stays(
+    live: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_meanwhile(source: Path, target: Path, **options: Any) -> None:
+        copy_file(source, target, **options)
+        if source == live.parent / "upper" / name and not target.is_relative_to(live.parent / "var"):
+            with (live / name).open("a") as file:
+                file.write("theirs\n")
+
+    later = (live / "file").stat().st_ctime_ns + 1
+    copy_file = ash.copy_file
+    monkeypatch.setattr(ash, "copy_file", write_meanwhile)
+    merge = merged(live, later, new="theirs\n" if name == "new" else "ours\n")
+    assert (live / name).read_text().endswith("theirs\n")
+    assert (merge.in_conflict, merge.failed) == ([name], {})
+    assert (merge.var.conflicts / "home" / name).read_text() == "ours\n"
