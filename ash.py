@@ -4773,9 +4773,13 @@ class HomeMerge:
             if is_whiteout(ours):
                 self.kept += [self._inside(ours)] if os.path.lexists(theirs) else []
                 continue
-            self.kept += [self._inside(ours / name) for name in self._deleted(ours, theirs, names)]
-            now = status_of(theirs)
-            decision = self._decide(ours, theirs, before)
+            now, decision = status_of(theirs), "aside"
+            with contextlib.suppress(OSError):  # it is deleted in this instant, or cannot be read: it stays
+                self.kept += [self._inside(ours / name) for name in self._deleted(ours, theirs, names)]
+                decision = self._decide(ours, theirs, before)
+            torn = temporary_name(theirs, self.var.token)
+            if decision != "place" and os.path.lexists(torn):  # an interrupted merge had decided otherwise
+                remove_tree(torn, protected=True)
             if decision == "nothing" and not is_directory(ours) and (inode := inode_of(ours)):
                 self._links.setdefault(inode, theirs)
             if decision == "aside" or (decision != "nothing" and not self._apply(decision, ours, theirs, now)):

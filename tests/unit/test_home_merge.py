@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The merge into /home and /root, where the live directory itself was below the overlay: times decide."""
 
+import errno
 import os
 import time
 from pathlib import Path
@@ -93,3 +94,28 @@ def test_a_path_that_changes_while_its_replacement_is_copied_stays(
     assert (live / name).read_text().endswith("theirs\n")
     assert (merge.in_conflict, merge.failed) == ([name], {})
     assert (merge.var.conflicts / "home" / name).read_text() == "ours\n"
+
+
+def test_a_path_that_cannot_be_read_stays(live: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(file: Path | int) -> dict[str, bytes]:
+        if file == live / "file":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return {}
+
+    monkeypatch.setattr(ash, "extended_attributes", read)
+    (live / "file").write_text("mine\n")  # of the transaction's size, so that more is compared
+    assert merged(live, time.time_ns()).in_conflict == ["file"]
+
+
+def test_what_an_interrupted_merge_left_is_deleted_also_if_it_is_decided_otherwise_now(live: Path) -> None:
+    var = live.parent / "var"
+    upper = live.parent / "upper"
+    upper.mkdir()
+    (var / "lib").mkdir(parents=True)
+    (upper / "file").write_text("ours\n")
+    into_var = VarMerge(upper, var, var, Debian.package_manager, var / "lib/ash/conflicts/1", delete=())
+    torn = ash.temporary_name(live / "file", into_var.token)
+    torn.write_text("ou")
+    merge = HomeMerge("home", Overlay(live, upper, live.parent / "work"), live, 0, into_var)
+    merge.merge()
+    assert (merge.in_conflict, os.listdir(live)) == (["file"], ["file"])
