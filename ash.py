@@ -6321,7 +6321,7 @@ class EtcMerge:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
             elif fresh:
-                self._set_aside(path)
+                self.set_aside(path)
             else:
                 self._carry(path)
         for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
@@ -6354,11 +6354,11 @@ class EtcMerge:
         elif reachable and all(size_of(one) >= 0 for one in (own, now, was)) and self._carry_facet(own, now, was):
             self.carried.append(path)
         elif reachable and size_of(now) >= 0 and self._is_default(path):
-            self._set_aside(path, self.target)
+            self.set_aside(path, self.target)
             replace_by_copy(now, own, protected=True)
             self.carried.append(path)
         elif not (is_directory(now) and is_directory(own)):
-            self._set_aside(path)
+            self.set_aside(path)
         elif is_directory(was) and not same_attributes(own, was):
             self.in_conflict.append(path)
 
@@ -6409,7 +6409,7 @@ class EtcMerge:
         """Carry a path, whatever the target has there, since the user asked for it."""
         own, now = self.target / path, self.running / path
         if not has_real_parents(self.target, path):
-            self._set_aside(path)
+            self.set_aside(path)
         elif path == "fstab":
             self._carry_fstab(own, now, None)
         elif os.path.lexists(now):
@@ -6430,7 +6430,7 @@ class EtcMerge:
             return
         merged, clashes = merge_fstab(before, live, ours)
         if clashes:
-            self._set_aside("fstab", self.target)
+            self.set_aside("fstab", self.target)
         if merged != ours:
             mutable = [line for line in lines_of(texts[0]) if line.startswith(MUTABLE_DIRECTORIES)]
             text = self.own_fstab("\n".join([*fstab_of_ash(texts[0]), *merged, ""]))
@@ -6444,7 +6444,7 @@ class EtcMerge:
             rewrite(self.target / path, merged)
             self.carried.append(path)
         if conflicts:
-            self._set_aside(path)
+            self.set_aside(path)
 
     def _carry_removal(self, path: str) -> None:
         own = self.target / path
@@ -6457,7 +6457,7 @@ class EtcMerge:
             if not self._is_default(path):
                 self.in_conflict.append(path)
                 return
-            self._set_aside(path, self.target)
+            self.set_aside(path, self.target)
         remove_tree(own, protected=True)
         self.carried.append(path)
 
@@ -6469,7 +6469,7 @@ class EtcMerge:
             if has_real_parents(self.target, path):
                 replace_by_copy(self.running / path, own, protected=True)
 
-    def _set_aside(self, path: str, loser: Path | None = None) -> None:
+    def set_aside(self, path: str, loser: Path | None = None) -> None:
         """Record a conflict, and copy the loser's version, by default the running one, to the conflicts directory.
 
         There the default of a package has the name NAME.dist.
@@ -6701,6 +6701,7 @@ class PeopleMerge:
         ] = {}  # for each of ID_FILES, the new ids of the target's own accounts
         self.belongings: list[Belongings] = []
         self.settled: dict[str, set[str]] = {name: set() for name in ACCOUNT_FILES}  # not to be merged again
+        self._former = {*self.own["passwd"].ids}  # users whom the target had
         self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
         self._groups = self.own["group"].ids.keys() | self.base["group"].ids.keys() | self.running["group"].ids.keys()
         if not (self.running.is_usable() and self.own.is_usable()):
@@ -6723,13 +6724,28 @@ class PeopleMerge:
         """Write the account files of the target; returns the names of those that are not as they were."""
         return self.own.write()
 
-    def prune(self, target: Path) -> None:
-        """Delete rows and memberships of accounts that the merge of /etc has left out, from a target that has it."""
-        accounts = Accounts(target)
+    def prune(self, merge: EtcMerge) -> None:
+        """Delete rows and memberships of accounts that the merge of /etc has left out from its target.
+
+        So are accounts that it brought, but whose group it left out, if the target has another one with that id.
+        """
+        accounts = Accounts(merge.target)
         if accounts.is_usable():
-            accounts.delete_users(self._users - accounts["passwd"].ids.keys())
+            strangers = {row[0] for row in accounts["passwd"].rows if self._is_in_foreign_group(row, accounts["group"])}
+            accounts.delete_users((self._users - accounts["passwd"].ids.keys()) | strangers)
             accounts.delete_groups(self._groups - accounts["group"].ids.keys())
             accounts.write()
+            if strangers and "passwd" not in merge.in_conflict:
+                merge.set_aside("passwd")
+
+    def _is_in_foreign_group(self, row: Sequence[str], groups: AccountFile) -> bool:
+        """Whether a row of passwd that only the running system had names a group that is another one there."""
+        gid = to_number(row[3]) if len(row) > 3 else None
+        there, here = (
+            {name for name, its in file.ids.items() if its == gid} for file in (self.running["group"], groups)
+        )
+        brought = row[0] in self.running["passwd"].ids and row[0] not in self._former and row[0] not in self.people
+        return brought and bool(here) and bool(there) and there.isdisjoint(here)
 
     def _facts(self, user: str) -> list[list[str]]:
         """What is known of a user, to compare: rows, and the groups that list him."""
@@ -7573,7 +7589,7 @@ class Deployments:
             merge = self.etc_merge(base, root, target, deployment.snapshot, deployment.slot)
             people = self.bring_people(merge, strict)
             merge.merge(fresh)
-            people.prune(target)
+            people.prune(merge)
             self._move_base(merge, layout.carried(f"new-{deployment.slot}"))
             notes = [*people.notes, *people.lacking_shells(target.parent)]
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
@@ -8684,7 +8700,7 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             merge.identity = False
             people = deployments.bring_people(merge)
             merge.merge()
-            people.prune(merge.target)
+            people.prune(merge)
             merge.carried = list(dict.fromkeys(merge.carried))
             for root in (work.root, system.layout.rootfs(slot)):  # the snapshot may be undone, or another be deployed
                 note_saved(root, merge.carried)

@@ -65,7 +65,7 @@ def bring(base: Path, running: Path, own: Path, ids: AccountIds) -> tuple[People
     merge = EtcMerge(base, running, own, own.parent / "conflicts/7-now", str)
     merge.settled = people.settled
     merge.merge()
-    people.prune(own)
+    people.prune(merge)
     return people, merge
 
 
@@ -288,6 +288,29 @@ def test_rows_of_accounts_that_are_gone_are_pruned(tmp_path: Path) -> None:
     assert merge.in_conflict == ["group", "passwd"]
     assert all("_one" not in (own / name).read_text() for name in ACCOUNT_FILES)
     assert "of-the-network" in (own / "subuid").read_text()
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["the target's passwd is as it was", "both changed theirs"])
+def test_an_account_does_not_get_into_the_group_that_has_its_group_s_id_in_the_target(
+    tmp_path: Path, changed: bool
+) -> None:
+    base, running, own = (write(tmp_path / side, {}) for side in ("base", "running", "own"))
+    shadow = "_one:!:20000::::::\n"
+    for etc, lines in (
+        (running, {"passwd": "_one:x:980:990::/:/bin/sh\n_sharing:x:981:995::/:/bin/sh\n", "shadow": shadow}),
+        (running, {"group": "_one:x:990:\n_new:x:995:\n"}),
+        (own, {"group": "_two:x:990:\n", "passwd": "_two:x:985:990::/:/bin/sh\n" if changed else ""}),
+    ):
+        for name, text in lines.items():
+            with (etc / name).open("a") as file:
+                file.write(text)
+    _, merge = bring(base, running, own, AccountIds())
+    assert merge.in_conflict == ["group", "passwd"]
+    assert AccountFile.read(own / "group").ids == {"root": 0, "_two": 990, "_new": 995}
+    users = AccountFile.read(own / "passwd").ids
+    assert users == {"root": 0, "_sharing": 981, **({"_two": 985} if changed else {})}
+    assert "_one" not in (own / "shadow").read_text()
+    assert "_one" in (merge.conflicts / "etc/passwd").read_text()
 
 
 def test_a_damaged_passwd_deletes_nobody(tmp_path: Path) -> None:
