@@ -2757,7 +2757,6 @@ Type=oneshot
 ExecStart=cp -T /{IN_ROOT_ID} /.snapshots/ash/booted.new
 ExecStart=sync /.snapshots/ash/booted.new
 ExecStart=mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted
-ExecStart=sync /.snapshots/ash
 """
 # For an empty /etc/machine-id, as in an image that is copied to many machines, or a missing one. The root is read-only
 # when systemd looks at it: it puts an id from /run over the file, and the writable /etc then hides that from
