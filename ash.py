@@ -6483,6 +6483,21 @@ class EtcMerge:
             copy_file(version, aside)
 
 
+def copy_moved_base(merge: EtcMerge, new: Path, but: Sequence[str] = ()) -> None:
+    """Copy the base of a merge to a new subvolume, with the changes of the running /etc, except for these paths."""
+    delete_subvolume(new)
+    snapshot_subvolume(merge.base, new)
+    with nosymfollow(new):
+        for path, kind in merge.drift.items():
+            if path in but or is_too_deep(path) or not has_real_parents(new, path):
+                continue
+            if kind != "removed":
+                replace_by_copy(merge.running / path, new / path, protected=True)
+            else:
+                remove_tree(new / path, protected=True)
+    set_readonly(new)
+
+
 def saved_paths(root: Path) -> list[str]:
     """The paths in /etc that were saved from a running system into a snapshot, or into a deployment's."""
     try:
@@ -6974,7 +6989,7 @@ DEPLOYMENT_SHAPE = {
     "slot": is_text, "id": is_name, "snapshot": is_u32, "source": is_u32, "name": is_text, "inputs": is_text,
     "config": BOOT_CONFIG_SHAPE, "mutable?": bool, "initramfs?": is_text, "own_etc?": is_text,
     "only_saved?": [is_text],
-    "etc_from?": is_text, "etc_state?": is_text,
+    "etc_from?": is_text, "etc_state?": is_text, "fresh_etc?": bool,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
     "people?": [is_text], "notes?": [is_text],
 }  # fmt: skip
@@ -6993,6 +7008,7 @@ class Deployment(NamedTuple):
     mutable: bool = False
     etc_from: str = ""  # the slot whose changes to /etc were carried over
     etc_state: str = ""  # etc_state() of that /etc when they were
+    fresh_etc: bool = False  # they were not, but set aside
     carried: Sequence[str] = ()
     conflicts: Sequence[str] = ()
     conflicts_folder: str = ""
@@ -7013,6 +7029,10 @@ class Deployment(NamedTuple):
         """The text of the file in its root that says which one it is; a boot copies it to `ash/booted`."""
         return json.dumps({"slot": self.slot, "id": self.id}) + "\n"
 
+    def has_changes_of(self, slot: str, state: str) -> bool:
+        """Whether the changes to the /etc of a slot, of which `state` is the etc_state(), were carried over."""
+        return (self.etc_from, self.etc_state, self.fresh_etc) == (slot, state, False)
+
 
 def write_menu_text(root: Path, config: BootConfig) -> None:
     """Keep what a deployment's mkconfig printed around the entries in the deployment; only root can read it there."""
@@ -7029,6 +7049,12 @@ def menu_text(root: Path) -> BootConfig | None:
     except ValueError:
         return None
     return BootConfig("", (), "", header=text["header"], foreign=text["foreign"])
+
+
+def lacks_menu_text(layout: Layout, deployment: Deployment) -> bool:
+    """Whether the menu_text() of a deployment is lost; an older ash did not write one, nor `own_etc`."""
+    root = layout.rootfs(deployment.slot)
+    return bool(deployment.own_etc) and is_subvolume(root) and menu_text(root) is None
 
 
 class Menu:
@@ -7077,6 +7103,14 @@ class Menu:
             for slot, deployment in self.deployments.items()
         }
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
+
+    def take_out(self, slot: str) -> bool:
+        """Remove the deployment in a slot, if there is one; nothing more is carried from this slot into the others."""
+        is_there = slot in self.deployments
+        for one in [one for one in self.deployments.values() if one.etc_from == slot]:
+            self.deployments[one.slot] = one._replace(etc_from="")
+        self.deployments.pop(slot, None)
+        return is_there
 
     def render(self, layout: Layout, uuid: str, describe: Callable[[int], str]) -> str:
         """The text of grub.cfg."""
@@ -7165,6 +7199,16 @@ def noted_slot(layout: Layout) -> str:
     return slot if slot and own_slot_and_id(layout, slot) == (slot, ident) else ""
 
 
+def unfinished_deployments(layout: Layout) -> list[Path]:
+    """Unfinished deployments, and merged /etcs that were not put in place."""
+    kinds = (layout.rootfs, layout.etc, layout.carried)
+    slots = (*SLOTS, *SECONDARY_SLOTS)
+    new = [directory(f"new-{slot}") for slot in slots for directory in kinds]
+    merged = [temporary_name(layout.rootfs(slot) / "etc") for slot in slots]
+    private = layout.work("deploy") / "private"  # /var, where an initramfs was made
+    return [path for path in (*new, *merged, private) if os.path.lexists(path)]
+
+
 # --- What only one deployment has ------------------------------------------------------------------------------
 
 
@@ -7190,7 +7234,7 @@ def unsaved_drift(layout: Layout, menu: Menu, slot: str, running: str) -> list[s
     state = etc_state(etc)
     if deployment and deployment.own_etc == state:  # what it got from another deployment, nothing else
         return []
-    if any(other.etc_from == slot and other.etc_state == state for other in menu.deployments.values()):
+    if any(other.has_changes_of(slot, state) for other in menu.deployments.values()):
         return []
     other = layout.rootfs(running) / "etc"
     drift = [path for path in etc_drift(base, etc) if not re.fullmatch(IDENTITY, path)]
@@ -7220,6 +7264,19 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
                     return f"{path}/{removed}"
             todo += [f"{path}/{name}" for name in names]
     return ""
+
+
+def change_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
+    deployment = menu.deployments.get(slot)
+    return change_while_running(layout, deployment) if deployment else ""
+
+
+def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
+    """Raise AshError (REFUSED) if the deployment in a slot, which is to be deleted, was changed as it ran."""
+    if path := change_in_slot(layout, menu, slot):
+        number = menu.deployments[slot].snapshot
+        what = f"the deployment of snapshot {number} in {slot} is mutable, and was changed: /{one_line(path)}"
+        raise AshError(what, "start it: ash rollback keeps it as a snapshot; --fresh deletes it", REFUSED)
 
 
 # --- What is made from a deployment's /etc -----------------------------------------------------------------------
@@ -7284,16 +7341,6 @@ def renew_initramfs(
 
 
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
-
-
-def unfinished_deployments(layout: Layout) -> list[Path]:
-    """Unfinished deployments, and merged /etcs that were not put in place."""
-    kinds = (layout.rootfs, layout.etc, layout.carried)
-    slots = (*SLOTS, *SECONDARY_SLOTS)
-    new = [directory(f"new-{slot}") for slot in slots for directory in kinds]
-    merged = [temporary_name(layout.rootfs(slot) / "etc") for slot in slots]
-    private = layout.work("deploy") / "private"  # /var, where an initramfs was made
-    return [path for path in (*new, *merged, private) if os.path.lexists(path)]
 
 
 class Deployments:
@@ -7376,6 +7423,8 @@ class Deployments:
             hint = "ash rollback keeps it as a snapshot; --fresh starts again from the snapshot"
             raise AshError(what, hint, REFUSED)
         slot, has_unique_changes = self._free_slot(secondary)
+        if has_unique_changes and not fresh:
+            require_unchanged(self.layout, self.menu, slot)
         try:
             deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
             if has_unique_changes and slot in self.menu.deployments:
@@ -7394,7 +7443,7 @@ class Deployments:
             if found is None or found.mutable or (found.snapshot, found.source) != (snapshot, source):
                 continue
             was_changed = os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE))
-            has_changes = found.etc_from == self.running and found.etc_state == state
+            has_changes = found.has_changes_of(self.running, state)
             if not was_changed and (slot == self.running or has_changes):
                 return found
         return None
@@ -7407,20 +7456,18 @@ class Deployments:
         slots = SECONDARY_SLOTS if secondary else SLOTS
         good = self.ran if self.ran in slots else self.menu.last_good
         free = [slot for slot in slots if slot not in (self.ran, good)]
-        expendable = next((slot for slot in free if not self._is_unique(slot)), None)
-        return expendable or free[0], expendable is None
+        # Its changes of /etc are kept, others are not.
+        unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
+        expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
+        return expendable or [*unchanged, *free][0], expendable is None
 
-    def _is_unique(self, slot: str) -> bool:
-        """Whether a slot has changes that no other deployment has."""
-        deployment = self.menu.deployments.get(slot)
-        if deployment and change_while_running(self.layout, deployment):
-            return True
-        return bool(self.running and unsaved_drift(self.layout, self.menu, slot, self.running))
+    def _unsaved_drift(self, slot: str) -> list[str]:
+        return unsaved_drift(self.layout, self.menu, slot, self.running) if self.running else []
 
     def _keep_drift(self, slot: str) -> None:
         """Copy the changes of /etc that only a slot has, which is to be replaced, to a conflicts directory."""
         layout = self.layout
-        if not self.running or not (paths := unsaved_drift(layout, self.menu, slot, self.running)):
+        if not (paths := self._unsaved_drift(slot)):
             return
         with readonly_view(layout, layout.rootfs(slot)) as root:
             merge = self.etc_merge(layout.etc(slot), root, root / "etc", self.menu.deployments[slot].snapshot, slot)
@@ -7513,7 +7560,7 @@ class Deployments:
         sync_filesystem(layout.snapshots)
         if self.ran in menu.deployments:
             menu.last_booted = self.ran
-        if menu.deployments.pop(slot, None) and menu.default:
+        if menu.take_out(slot) and menu.default:
             if menu.default == slot:
                 menu.default = menu.last_booted or next(iter(menu.deployments), "")
             if menu.default:
@@ -7535,21 +7582,22 @@ class Deployments:
         delete_subvolume(new, even_mounted=True)
         remove_tree(intent)
 
-    def withdraw(self, snapshot: int) -> list[Deployment]:
+    def withdraw(self, snapshot: int, fresh: bool = False) -> list[Deployment]:
         """Take the secondary deployments of a snapshot out of the menu, and delete them. Returns them.
 
-        AshError (REFUSED) if one of them runs, or is all that can be booted.
+        AshError (REFUSED) if one of them runs, is all that can be booted, or (unless `fresh`) was changed as it ran.
         """
         menu = self.menu
         found = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS and one.snapshot == snapshot]
-        for deployment in found:
-            slot = deployment.slot
-            if slot in (self.running, menu.default):
-                hint = "start another deployment, try again"
-                raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
+        if any(one.slot in (self.running, menu.default) for one in found):
+            hint = "start another deployment, try again"
+            raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
+        for slot in [] if fresh else [one.slot for one in found]:
+            require_unchanged(self.layout, self.menu, slot)
+        for slot in [one.slot for one in found]:
             self._keep_drift(slot)
             write_file(self.layout.work("deploy") / "intent", f"withdraw {slot}\n")
-            del menu.deployments[slot]
+            menu.take_out(slot)
             self.write_menu()
             self._finish_withdrawal()
             remove_tree(self.layout.work("deploy") / "intent")
@@ -7589,12 +7637,13 @@ class Deployments:
             people = self.bring_people(merge, strict)
             merge.merge(fresh)
             people.prune(merge)
-            self._move_base(merge, layout.carried(f"new-{deployment.slot}"))
+            copy_moved_base(merge, layout.carried(f"new-{deployment.slot}"))
             notes = [*people.notes, *people.lacking_shells(target.parent)]
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
-            etc_from="" if fresh else running,
+            etc_from=running,
             etc_state=state,
+            fresh_etc=fresh,
             carried=list(dict.fromkeys([*deployment.carried, *merge.carried])),
             conflicts=list(dict.fromkeys([*deployment.conflicts, *merge.in_conflict])),
             conflicts_folder=directory or deployment.conflicts_folder,
@@ -7621,29 +7670,40 @@ class Deployments:
             belongings.re_own(self.layout.var, self.homes)
         return people
 
-    def carry(self) -> list[str]:
-        """Carry what was changed in the running /etc since the next boot's was made over into it. Returns the paths."""
+    def carry(self) -> Deployment | None:
+        """Carry what was changed in the running /etc since the next boot's was made over into it; None if nothing was.
+
+        If that was made with a fresh /etc, the changes go to the conflicts directory. Returns the deployment with the
+        paths `carried` now, and those in conflict now.
+        """
         deployment, layout = self.menu.deployments.get(self.menu.default), self.layout
         if deployment is None or deployment.etc_from != self.booted:
-            return []
+            return None
         state = etc_state(layout.rootfs(deployment.etc_from) / "etc")
         if state == deployment.etc_state:
-            return []
+            return None
         slot = deployment.slot
         etc, before = layout.rootfs(slot) / "etc", layout.carried(slot)
         # Not what the running deployment started with: what was carried by the deploy may have been saved since.
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
         intent = layout.work("deploy") / "intent"
+        # What was changed in the waiting deployment, if it has run, stays a change of it.
+        is_as_made, was_changed = deployment.own_etc == etc_state(etc), change_while_running(layout, deployment)
         write_file(intent, f"{slot}\n")  # has the boot service clean up
         with unprotected(etc), replace(etc, directories=True) as new:
             copy_tree(etc, new)
-            carried = self._carry_etc(deployment._replace(carried=()), new, base, state, strict=False)
+            only_new = deployment._replace(carried=(), conflicts=())
+            carried = self._carry_etc(only_new, new, base, state, fresh=deployment.fresh_etc, strict=False)
             write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
             sync_filesystem(layout.snapshots)
         self._finish_carry()
-        paths = list(carried.carried)
-        carried = carried._replace(carried=list(dict.fromkeys([*deployment.carried, *paths])))
-        self.menu.deployments[slot] = carried = carried._replace(own_etc=etc_state(etc))
+        paths, conflicts = list(carried.carried), list(carried.conflicts)
+        carried = carried._replace(
+            carried=list(dict.fromkeys([*deployment.carried, *paths])),
+            conflicts=list(dict.fromkeys([*deployment.conflicts, *conflicts])),
+            own_etc=etc_state(etc) if is_as_made else deployment.own_etc,
+        )
+        self.menu.deployments[slot] = carried
         write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
         remove_tree(intent)
@@ -7652,33 +7712,20 @@ class Deployments:
         except AshError as error:
             what = f"carried over, but what is made from it is not: {error.message}"
             raise AshError(f"{listed(paths)}: {what}", self._hint_about(carried) or error.hint) from None
-        write_inside(layout.rootfs(slot), IN_ROOT_ID, configured.note)
-        configured = configured._replace(own_etc=etc_state(etc))
+        if not was_changed:
+            write_inside(layout.rootfs(slot), IN_ROOT_ID, configured.note)
+        if is_as_made:
+            configured = configured._replace(own_etc=etc_state(etc))
         if configured != carried:
             self.menu.deployments[slot] = configured
             self.write_menu()
-        return paths
+        return configured._replace(carried=paths, conflicts=conflicts)
 
     def rebase_drift(self, slot: str, merge: EtcMerge) -> None:
         """Move the slot's drift base forward to the /etc that was merged, except for conflicts."""
         new = self.layout.etc(f"new-{slot}")
-        self._move_base(merge, new, merge.in_conflict)
+        copy_moved_base(merge, new, merge.in_conflict)
         replace_subvolume(new, self.layout.etc(slot))
-
-    @staticmethod
-    def _move_base(merge: EtcMerge, new: Path, but: Sequence[str] = ()) -> None:
-        """Copy the base of a merge to a new subvolume, with the changes of the running /etc, except for these paths."""
-        delete_subvolume(new)
-        snapshot_subvolume(merge.base, new)
-        with nosymfollow(new):
-            for path, kind in merge.drift.items():
-                if path in but or is_too_deep(path) or not has_real_parents(new, path):
-                    continue
-                if kind != "removed":
-                    replace_by_copy(merge.running / path, new / path, protected=True)
-                else:
-                    remove_tree(new / path, protected=True)
-        set_readonly(new)
 
     # The menu
 
@@ -7688,6 +7735,10 @@ class Deployments:
         Raises:
             CommittedButUnfinished: the menu file was replaced, grub.cfg was not.
         """
+        default = self.menu.deployments[self.menu.default]
+        if lacks_menu_text(self.layout, default):  # without it, whoever starts the machine could change the entries
+            inputs, config = self._boot_config(self.layout.rootfs(default.slot), known=())
+            self.menu.deployments[default.slot] = default._replace(inputs=inputs, config=config)
         write_file(self.layout.menu, self.menu.dump())
         try:
             self._write_grub_cfg()
@@ -7985,7 +8036,8 @@ class System:
             slot = self.booted_slot if self.running else None
             deployment = self.menu().deployments.get(slot) if slot else None
             if slot and deployment and noted_slot(self.layout) != slot:
-                write_inside(self.layout.rootfs(slot), IN_ROOT_ID, deployment.note)
+                if own_slot_and_id(self.layout, slot) != (slot, deployment.id):  # its time tells what was changed since
+                    write_inside(self.layout.rootfs(slot), IN_ROOT_ID, deployment.note)
                 write_file(self.layout.booted, deployment.note)
 
     def running_slot(self) -> str:
@@ -9671,27 +9723,19 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     return Reply(data, text, str(number))
 
 
-def withdrawn_reply(system: System, number: int) -> Reply:
+def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
     """Withdraw a snapshot's secondary deployments; the answer is about the last of them."""
     with system.deploying() as deployments:
         deployments.recover()
-        withdrawn = deployments.withdraw(number)
+        withdrawn = deployments.withdraw(number, fresh)
     text = "is no longer a secondary entry of the boot menu" if withdrawn else "has no secondary entry in the boot menu"
     last = withdrawn[-1] if withdrawn else None
     data = {
-        "snapshot": number,
-        "changed": bool(withdrawn),
-        "slot": last.slot if last else "",
-        "id": last.id if last else "",
-    }
-    none: Mapping[str, Any] = {
-        "carried": [],
-        "conflicts": [],
-        "conflicts_folder": "",
-        "without_effect": [],
-        "only_saved": [],
-    }
-    return Reply({**data, **none}, f"snapshot {number} {text}", str(number))
+        "snapshot": number, "changed": bool(withdrawn), "slot": last.slot if last else "",
+        "id": last.id if last else "", "carried": [], "conflicts": [], "conflicts_folder": "", "without_effect": [],
+        "only_saved": [], "people": [], "notes": [],
+    }  # fmt: skip
+    return Reply(data, f"snapshot {number} {text}", str(number))
 
 
 @command(
@@ -9702,7 +9746,7 @@ def withdrawn_reply(system: System, number: int) -> Reply:
         flag("--no-secondary", help="take that entry of N out of the boot menu again"),
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
         flag("--with-saved", help="bring along what was saved from the running /etc into another snapshot"),
-        flag("--fresh", help="leave behind what was changed in a mutable deployment of N as it ran"),
+        flag("--fresh", help="leave behind what was changed in a mutable deployment as it ran"),
     ],
     answer=DEPLOYED_SHAPE,
 )  # fmt: skip
@@ -9710,7 +9754,7 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     number = request.snapshot
     if request.no_secondary:
         yield would(f"take the secondary entry of snapshot {number} out of the boot menu")
-        return withdrawn_reply(system, number)
+        return withdrawn_reply(system, number, request.fresh)
     yield would(f"deploy snapshot {number}")
     with step(f"deploying snapshot {number}"):
         options = {"secondary": request.secondary, "fresh_etc": request.fresh_etc, "fresh": request.fresh}
@@ -9818,16 +9862,20 @@ def cmd_boot(system: System, request: Request) -> Plan:
 @command(
     "carry", group=BOOT, usage="carry",
     help="carry changes of /etc over to the deployment for the next boot (done at shutdown)", changes=True,
-    answer={"changed": bool, "carried": [str]},
+    answer={"changed": bool, "carried": [str], "conflicts": [str]},
 )  # fmt: skip
 def cmd_carry(system: System, request: Request) -> Plan:
     yield would("carry changes of the running /etc over to the deployment for the next boot")
     roll_back_live(system)
     with system.deploying() as deployments:
         deployments.recover()
-        carried = deployments.carry()
+        found = deployments.carry()
+    carried, conflicts = (list(found.carried), list(found.conflicts)) if found else ([], [])
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
-    return Reply({"changed": bool(carried), "carried": carried}, text)
+    if found and conflicts:
+        text += f"\n  left behind (copies are in {found.conflicts_folder}): {listed(conflicts)}"
+    changed = bool(carried or conflicts)
+    return Reply({"changed": changed, "carried": carried, "conflicts": conflicts}, text)
 
 
 @command(
@@ -11881,6 +11929,10 @@ class Fsck:
             return
         for deployment in menu.deployments.values():
             yield from self._boot_files(deployment)
+            if lacks_menu_text(self.layout, deployment):
+                what = f"{IN_ROOT_MENU} of snapshot-{deployment.slot}, which has the boot menu's passwords, is missing"
+                restore = partial(self._restore_menu_text, deployment)
+                yield Problem(what, deployment.snapshot, "renew the boot configuration", restore, "deploy")
             yield from self._drift_base(deployment)
         if not deployments.is_grub_cfg_current():
             what = "grub.cfg differs from what ash wrote last"
@@ -11900,6 +11952,10 @@ class Fsck:
         if not deployments.is_grub_cfg_current():
             deployments.write_menu()
 
+    def _restore_menu_text(self, deployment: Deployment) -> None:
+        if lacks_menu_text(self.layout, deployment):
+            self.system.deployments().renew_boot_config(deployment.snapshot)
+
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         layout, root, number = self.layout, self.layout.rootfs(deployment.slot), deployment.snapshot
         boots = layout.rootfs(number) / "boot", layout.undo(number) / "boot", layout.boot(number)
@@ -11916,6 +11972,7 @@ class Fsck:
                 yield Problem(what, number, "ash deploy N, of a snapshot that has a kernel")
 
     def _drift_base(self, deployment: Deployment) -> Iterator[Problem]:
+        """Check what changes to /etc are compared with: in the deployment, and what is carried into it."""
         number, base = deployment.snapshot, self.layout.etc(deployment.slot)
         if not is_subvolume(base):
             what = f"{base.name} is missing: changes to the deployment's /etc are unknown"
@@ -11923,9 +11980,28 @@ class Fsck:
             yield Problem(what, number, "copy the snapshot's /etc", restore, "deploy")
         elif not Subvolume.at(base).readonly:
             yield self._writable(base, number, "deploy")
-        carried = self.layout.carried(deployment.slot)
-        if is_subvolume(carried) and not Subvolume.at(carried).readonly:
-            yield self._writable(carried, number, "deploy")
+        carried, source = self.layout.carried(deployment.slot), self.layout.etc(deployment.etc_from)
+        if is_subvolume(carried):
+            if not Subvolume.at(carried).readonly:
+                yield self._writable(carried, number, "deploy")
+        elif deployment.own_etc and deployment.etc_from:  # else an older ash made it, or nothing is carried into it
+            what = f"{carried.name} is missing: what was carried into the deployment is unknown"
+            if is_subvolume(source):
+                restore = partial(self._restore_carried, carried, deployment)
+                yield Problem(what, number, f"copy {source.name}", restore, "deploy")
+            else:
+                yield Problem(what, number, "ash deploy N")
+
+    def _restore_carried(self, carried: Path, deployment: Deployment) -> None:
+        """Copy the drift base of the slot that was carried: of what is carried again, nothing is lost or taken back."""
+        new = self.layout.carried(f"new-{deployment.slot}")
+        if is_subvolume(carried):
+            return
+        if os.path.lexists(carried):
+            self.lost.take(carried)
+        delete_subvolume(new)
+        snapshot_subvolume(self.layout.etc(deployment.etc_from), new, readonly=True)
+        rename(new, carried)
 
     def _restore_drift_base(self, base: Path, deployment: Deployment) -> None:
         """Copy a snapshot's /etc to a slot's missing drift base; more counts as drift than was changed."""
@@ -12521,6 +12597,7 @@ def interrupted_sessions(system: System) -> list[int]:
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
         "secondary": [{"snapshot": int, "slot": str}],
         "last_booted": str, "running": {"*": str}, "waiting": [int], "unmerged": [str], "drift": {"*": str},
+        "only_there": [{"slot": str, "snapshot": int, "paths": [str]}],
         "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": [str],
     },
 )  # fmt: skip
@@ -12535,15 +12612,19 @@ def cmd_status(system: System, request: Request) -> Reply:
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     upgraded, copies = last_upgrade(system), system.copies_of_disk()
     drift: dict[str, str] = {}
+    only_there: list[dict[str, Any]] = []
     with contextlib.suppress(AshError):
         if system.sees_snapshots:
-            drift = running_drift(system)[1]
+            running_slot, drift = running_drift(system)
+            for slot, one in sorted(menu.deployments.items()):
+                if slot != running_slot and (paths := unsaved_drift(system.layout, menu, slot, running_slot)):
+                    only_there.append({"slot": slot, "snapshot": one.snapshot, "paths": paths})
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "secondary": [{"snapshot": one.snapshot, "slot": one.slot} for one in secondary],
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
-        "drift": drift,
+        "drift": drift, "only_there": only_there,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
     shown = f"{len(drift)} paths (ash diff)" if drift else "none" if system.sees_snapshots else "only root can see it"
@@ -12560,6 +12641,10 @@ def cmd_status(system: System, request: Request) -> Reply:
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {shown}",
+        *(
+            f"only there:   changes of /etc in {one['slot']} (snapshot {one['snapshot']}): {listed(one['paths'])}"
+            for one in only_there
+        ),
         *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies),
     ]
     return Reply(data, "\n".join(lines))

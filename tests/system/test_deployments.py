@@ -312,6 +312,83 @@ def test_a_slot_with_changes_that_no_other_has_is_taken_last(machine: Machine) -
     assert not system.remains()
 
 
+def test_what_a_deployment_has_of_its_own_stays_known_after_a_carry_into_it(machine: Machine) -> None:
+    """It ran and was edited, then the machine was started into the former one again, where /etc was edited too."""
+    system, first, other = machine.system, machine.slot, machine.system.clone()
+    system.ash("mutable", other)
+    second = machine.running("deploy", other)["slot"]
+    (system.root(second) / "etc/only-in-second").write_text("x\n")
+    (system.root(second) / "opt/file").touch()
+    run_again(system, first)
+    only_there = {"slot": second, "snapshot": other, "paths": ["only-in-second"]}
+    assert only_there in machine.running("status")["only_there"]
+    line = f"only there:   changes of /etc in {second} (snapshot {other}): only-in-second\n"
+    assert line in machine.run("status").stdout
+    (machine.etc / "later").touch()
+    assert machine.running("carry")["carried"] == ["later"]
+    assert only_there in machine.running("status")["only_there"]
+    third = machine.running("deploy", system.clone())["slot"]
+    assert third not in (first, second)
+    (system.root(third) / "etc/only-in-third").touch()
+    assert machine.running("deploy", system.clone())["slot"] == third, "changes outside of /etc are not kept aside"
+    for path in ("etc/only-in-second", "opt/file"):
+        (system.root(second) / path).unlink()
+    system.ash("immutable", other)
+
+
+def test_all_free_slots_have_changed_mutable_deployments(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    system.ash("mutable", other)
+    slots = set()
+    for _ in range(2):
+        slot = machine.running("deploy", other, "--secondary")["slot"]
+        (system.root(slot) / "opt/file").touch()
+        slots.add(slot)
+    assert len(slots) == 2
+    with system.nothing_changes():
+        error = machine.run("deploy", other, "--secondary", status=REFUSED).error
+        assert "/opt/file" in error
+        assert "/opt/file" in machine.run("deploy", other, "--no-secondary", status=REFUSED).error
+    assert machine.running("deploy", other, "--secondary", "--fresh")["slot"] in slots
+    assert machine.running("deploy", other, "--no-secondary", "--fresh")["changed"]
+    system.ash("immutable", other)
+
+
+def test_nothing_is_carried_from_another_deployment_in_the_same_slot(machine: Machine) -> None:
+    system = machine.system
+    second = machine.running("deploy", system.clone(), "--secondary")["slot"]
+    run_again(system, second)
+    default = machine.running("deploy", system.clone())["slot"]
+    machine.boot()
+    machine.running("deploy", system.clone(), "--secondary")
+    machine.running("deploy", system.clone(), "--secondary")
+    run_again(system, second)
+    (machine.etc / "later").touch()
+    assert machine.running("carry")["changed"] is False
+    assert not (system.root(default) / "etc/later").exists()
+    for number in {one["snapshot"] for one in machine.running("status")["secondary"]}:
+        run_again(system, default)
+        machine.running("deploy", number, "--no-secondary")
+
+
+def test_passwords_of_the_menu_that_are_lost_are_made_again(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    system.shell(
+        other,
+        "printf 'set superusers=me\\npassword me secret\\n' > /etc/grub.d/01_users.txt; "
+        "printf '#!/bin/sh\\ncat /etc/grub.d/01_users.txt\\n' > /etc/grub.d/01_users; chmod 755 /etc/grub.d/01_users",
+    )
+    root = system.root(machine.running("deploy", other)["slot"])
+    for command in ("recover", "fsck"):
+        (root / "usr/share/ash/menu").unlink()
+        if command == "fsck":
+            assert "usr/share/ash/menu of" in system.ash("fsck", status=FAILED).stdout
+        system.ash(command, *["--repair"] * (command == "fsck"))
+        assert "password me secret" in system.files.grub_cfg.read_text()
+        assert (root / "usr/share/ash/menu").stat().st_mode & 0o777 == 0o600
+    system.is_sound()
+
+
 def test_a_changed_mutable_deployment_is_not_replaced_unasked(system: System, snapshot: int) -> None:
     system.ash("mutable", snapshot)
     system.ash("deploy", snapshot, "--fresh-etc")

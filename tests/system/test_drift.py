@@ -629,11 +629,30 @@ def test_the_distributions_own_tool_makes_an_initramfs_for_a_deployment(machine:
     assert not [name for name in os.listdir(root / "var") if name != "tmp"]
 
 
-def test_at_shutdown_nothing_is_carried_into_a_fresh_etc(machine: Machine, snapshot: int) -> None:
-    machine.running("deploy", machine.system.clone(snapshot), "--fresh-etc")
-    (machine.etc / "own").touch()
-    assert machine.running("carry")["changed"] is False
+def test_at_shutdown_later_edits_are_kept_beside_a_fresh_etc(machine: Machine) -> None:
+    other = machine.system.clone()
+    machine.running("deploy", other, "--fresh-etc")
+    (machine.etc / "own").write_text("later\n")
+    said = machine.run("carry").stdout
+    assert re.search(r"left behind \(copies are in /var/lib/ash/conflicts/\S+\): own", said)
     assert not (machine.next_etc / "own").exists()
+    (kept,) = (machine.files.var / "lib/ash/conflicts").glob(f"{other}-*/etc/own")
+    assert kept.read_text() == "later\n"
+    assert machine.running("carry") == {**machine.running("carry"), "changed": False, "conflicts": []}
+    assert "own" in machine.running("deploy", other)["carried"], "without the option it is not up to date"
+
+
+def test_fsck_finds_that_the_base_of_the_carry_is_lost(machine: Machine) -> None:
+    system = machine.system
+    (machine.etc / "before").write_text("1\n")
+    slot = machine.running("deploy", system.clone())["slot"]
+    program("btrfs", "subvolume", "delete", system.files.etc(f"carried-{slot}"))
+    assert f"etc-carried-{slot} is missing" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    system.is_sound()
+    (machine.etc / "after").write_text("2\n")
+    assert machine.running("carry")["carried"] == ["after"]
+    assert [(machine.next_etc / name).read_text() for name in ("before", "after")] == ["1\n", "2\n"]
 
 
 def test_at_shutdown_without_a_new_deployment_nothing_happens(machine: Machine) -> None:

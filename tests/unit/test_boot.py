@@ -281,6 +281,17 @@ def test_the_menu_file_is_read_as_written(tmp_path: Path) -> None:
     assert rendered(again) == rendered(menu)
 
 
+def test_nothing_is_carried_from_a_slot_that_was_taken_out_of_the_menu() -> None:
+    from_deploy = deployment("deploy-aux", 1)._replace(etc_from="deploy", etc_state="x")
+    menu = Menu("deploy-aux", "deploy", {"deploy": deployment("deploy", 0), "deploy-aux": from_deploy})
+    assert from_deploy.has_changes_of("deploy", "x")
+    assert not from_deploy._replace(fresh_etc=True).has_changes_of("deploy", "x"), "they were left behind"
+    assert menu.take_out("deploy")
+    assert list(menu.deployments) == ["deploy-aux"]
+    assert not menu.deployments["deploy-aux"].etc_from
+    assert not menu.take_out("deploy")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"default": "x", "last_booted": "", "deployments": {"x": {}}}'])
 def test_a_damaged_menu_file_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "menu").write_text(text)
