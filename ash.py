@@ -3998,15 +3998,21 @@ def new_ids(kind: str, own: Mapping[str, int], machine: Mapping[str, int], known
 
 def chown_by_map(path: Path, original: Path | None, users: Mapping[int, int], groups: Mapping[int, int]) -> None:
     """Map a file's uid and gid to new ones, except for those that `original` has too; keep its mode."""
-    now, was = path.lstat(), status_of(original) if original else None
-    user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
-    group = groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
-    if (user, group) == (-1, -1):
+    was = status_of(original) if original else None
+
+    def new_owner(now: os.stat_result) -> tuple[int, int]:
+        user = users.get(now.st_uid, -1) if was is None or was.st_uid != now.st_uid else -1
+        return user, groups.get(now.st_gid, -1) if was is None or was.st_gid != now.st_gid else -1
+
+    now = path.lstat()
+    if new_owner(now) == (-1, -1):
         return
     if not (stat.S_ISREG(now.st_mode) or stat.S_ISDIR(now.st_mode)):
-        os.chown(path, user, group, follow_symlinks=False)
+        os.chown(path, *new_owner(now), follow_symlinks=False)
         return
     with open_descriptor(path) as file:  # after fchown its new owner may put a symlink in its place
+        now = os.fstat(file)  # its owner may have put another file in its place
+        user, group = new_owner(now)
         capabilities = None
         with contextlib.suppress(OSError):
             capabilities = os.getxattr(file, "security.capability")
@@ -4595,6 +4601,7 @@ class VarMerge:
     def _place_directory(self, changed: Path, target: Path) -> None:
         """Restrict a directory, or create one for root alone, before anything new is in it."""
         if not is_directory(target):
+            self._deleted += [target] if os.path.lexists(target) else []
             target.unlink(missing_ok=True)
             target.mkdir(mode=0o700, parents=True)
         self._placed.append((target, inode_of(target)))

@@ -5,11 +5,13 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ash
 from ash import ID_FILES, AccountFile, AccountIds, AshError, Renumbering, account_rows, free_id, is_misnumbered
 
 pytestmark = pytest.mark.budget(15)
@@ -252,6 +254,24 @@ def test_account_files_keep_owner_and_mode(root: Path) -> None:
     NEW.apply(root, {})
     status = (root / "etc/passwd").stat()
     assert (status.st_gid, status.st_mode & 0o777) == (42, 0o640)
+
+
+@needs_root
+def test_the_owner_of_a_file_does_not_get_another_one_by_putting_it_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap_and_open(path: Path, *arguments: Any) -> Any:
+        (tmp_path / "of-root").replace(tmp_path / "own")
+        return real(path, *arguments)
+
+    (tmp_path / "own").touch()
+    os.chown(tmp_path / "own", 1000, 1000)
+    (tmp_path / "of-root").touch(0o600)
+    real = ash.open_descriptor
+    monkeypatch.setattr(ash, "open_descriptor", swap_and_open)
+    ash.chown_by_map(tmp_path / "own", None, {1000: 1001}, {1000: 1001})
+    status = (tmp_path / "own").stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 0, 0o600)
 
 
 def reconciled(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """The merge into /var: downloads that are kept when a transaction fails, and which files are open."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,25 @@ def test_symlinks_are_not_followed(merge: VarMerge, tmp_path: Path, side: str) -
 def test_mailboxes_are_kept_as_homes_are(path: str, deletable: bool) -> None:
     assert is_deletable(path) is deletable
     assert ("--delete-data" in Change(1, kept=[path]).summary()) is deletable
+
+
+def test_a_file_that_no_directory_can_replace_for_lack_of_room_is_put_back(
+    merge: VarMerge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(path: Path, *arguments: Any, **options: Any) -> None:
+        if path == merge.live / "cache/x":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *arguments, **options)
+
+    (merge.upper / "cache/x").mkdir()
+    (merge.live / "cache/x").write_text("live")
+    (merge.origin / "cache").mkdir(parents=True)
+    (merge.origin / "cache/x").hardlink_to(merge.live / "cache/x")
+    real = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    merge.merge("cache/x", "place")
+    assert (merge.live / "cache/x").read_text() == "live"
+    assert merge.failed == {"cache/x": "No space left on device"}
 
 
 @pytest.mark.parametrize("mounted", [True, False])
