@@ -2760,7 +2760,7 @@ ExecStart=mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted
 """
 # For an empty /etc/machine-id, as in an image that is copied to many machines, or a missing one. The root is read-only
 # when systemd looks at it: it puts an id from /run over the file, and the writable /etc then hides that from
-# systemd-machine-id-commit.service.
+# systemd-machine-id-commit.service. An id that is there stays: a soft reboot may leave another one in /run.
 MACHINE_ID_UNIT = """\
 [Unit]
 Description=Keep the machine id that was chosen at the first boot
@@ -2774,7 +2774,8 @@ ConditionFileNotEmpty=|/run/machine-id
 
 [Service]
 Type=oneshot
-ExecStart=sh -c 'cp -T /run/machine-id /etc/machine-id || systemd-machine-id-setup'
+ExecStart=sh -c 'grep -qx "[0-9a-f][0-9a-f]*" /etc/machine-id || cp -T /run/machine-id /etc/machine-id || \
+    systemd-machine-id-setup'
 ExecStart=sync /etc/machine-id
 """
 # Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Init systems: which one a root has, ash's units, and services when the files of the running system change."""
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -61,6 +62,22 @@ def test_units_run_ash_and_those_that_every_boot_needs_are_wanted(root: Path, ex
         "sysinit.target.wants/ash-protect.service",
     }
     assert all((root / UNITS / name).is_file() for name in wanted)
+
+
+@pytest.mark.parametrize("before", [None, "", "uninitialized\n", f"{'a' * 32}\n"])
+@pytest.mark.parametrize("chosen", [None, f"{'b' * 32}\n"])
+def test_a_machine_id_that_is_there_stays(root: Path, before: str | None, chosen: str | None) -> None:
+    Systemd().install_units(root, "usr/bin/ash")
+    unit = (root / UNITS / "ash-machine-id.service").read_text()
+    script = next(line for line in unit.splitlines() if line.startswith("ExecStart=sh -c "))
+    etc, run = root / "machine-id", root / "run-machine-id"
+    for path, text in ((etc, before), (run, chosen)):
+        if text is not None:
+            path.write_text(text)
+    script = script.replace("/etc/machine-id", str(etc)).replace("/run/machine-id", str(run))
+    script = script.replace("systemd-machine-id-setup", f"echo made > {etc}")
+    subprocess.run(shlex.split(script.removeprefix("ExecStart=")), check=True)
+    assert etc.read_text() == (before if before and before[0] == "a" else chosen or "made\n")
 
 
 def test_a_root_without_systemd_gets_no_units(tmp_path: Path) -> None:
