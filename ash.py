@@ -6645,10 +6645,12 @@ class Accounts:
             for row in self[name].rows:
                 row[0] = new if row[0] == old else row[0]
 
-    def write(self) -> list[str]:
-        """Write what was changed; returns the names of those files."""
+    def write(self, like: Path | None = None) -> list[str]:
+        """Write what was changed; returns the names of those files. New ones have owner and mode of those in `like`."""
         changed = [name for name, file in self.files.items() if str(file) != self.before[name]]
         for name in changed:
+            if like and not os.path.lexists(self.etc / name) and size_of(like / name) >= 0:
+                copy_file(like / name, self.etc / name)
             rewrite(self.etc / name, str(self.files[name]))
         return changed
 
@@ -6744,7 +6746,7 @@ class PeopleMerge:
 
     def write(self) -> list[str]:
         """Write the account files of the target; returns the names of those that are not as they were."""
-        return self.own.write()
+        return self.own.write(like=self.running.etc)
 
     def prune(self, merge: EtcMerge) -> None:
         """Delete rows and memberships of accounts that the merge of /etc has left out from its target.

@@ -313,6 +313,17 @@ def test_an_account_does_not_get_into_the_group_that_has_its_group_s_id_in_the_t
     assert "_one" in (merge.conflicts / "etc/passwd").read_text()
 
 
+def test_passwords_are_as_secret_as_before_where_there_were_none(tmp_path: Path) -> None:
+    base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
+    for name in ("shadow", "gshadow"):
+        for etc in (base, running):
+            (etc / name).chmod(0o640)
+        (own / name).unlink()
+    bring(base, running, own, AccountIds())
+    assert HASH in (own / "shadow").read_text()
+    assert {(own / name).stat().st_mode & 0o777 for name in ("shadow", "gshadow")} == {0o640}
+
+
 def test_a_damaged_passwd_deletes_nobody(tmp_path: Path) -> None:
     base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
     (running / "passwd").write_text("")
