@@ -7302,7 +7302,7 @@ def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None
         where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
         lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
     if (text := "\n".join([*lines, ""])) != old:
-        write_inside(root, "etc/fstab", text)
+        rewrite(path_inside(root, "etc/fstab"), text)
 
 
 def make_initramfs(layout: Layout, distro: Distro, root: Path, kernel: Kernel) -> None:
@@ -7342,7 +7342,7 @@ def renew_initramfs(
     for known in menu.deployments.values():
         made = path_inside(layout.rootfs(known.slot), kernel.initramfs)
         if inputs and known.initramfs == inputs and made.is_file():
-            with replace(target) as new:
+            with replace(target, durable=True) as new:
                 run(["cp", "-a", "--reflink=auto", made, new])
             return deployment._replace(initramfs=inputs)
     with step(f"making the initramfs again, for {listed(settings)}"):

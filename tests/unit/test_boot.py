@@ -24,6 +24,7 @@ from ash import (
     is_directory,
     make_mount_points,
     merge_fstab,
+    mount_mutable_directories,
     render_fstab,
     shared_directories,
 )
@@ -155,6 +156,18 @@ def test_no_line_of_fstab_is_lost_silently(base: list[str], running: list[str], 
             assert line in merged or line in clashes, "a line that was changed in the target"
     assert merge_fstab(base, base, own) == (own, [])
     assert sorted(merge_fstab(base, running, base)[0]) == sorted(running)
+
+
+def test_a_power_cut_leaves_a_whole_fstab_when_mutable_directories_are_added(tmp_path: Path) -> None:
+    """At shutdown this is the fstab of the next boot."""
+    root, layout = tmp_path / "root", Layout(tmp_path, "debian")
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/ash.conf").write_text("mutable_dirs::opt/games\n")
+    (root / "etc/fstab").write_text("tmpfs /tmp tmpfs defaults 0 0\n")
+    with (root / "etc/fstab").open() as old:
+        mount_mutable_directories(layout, root, 3)
+        assert old.read() == "tmpfs /tmp tmpfs defaults 0 0\n", "it is replaced, not edited"
+    assert "/opt/games none bind" in (root / "etc/fstab").read_text()
 
 
 def test_mount_points_of_the_users_lines_are_made(tmp_path: Path) -> None:
