@@ -9217,6 +9217,10 @@ def described(words: Iterable[str]) -> str:
 NEEDED_WORDS = {"packages": "a package", "profile": "a profile", "command": "a command", "description": "a description"}
 
 
+# Options of which a command line may have only one.
+CONTRADICTIONS = (("live", "not_live"), ("secondary", "no_secondary"), ("fresh_etc", "with_saved"))
+
+
 def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -> Request:
     """Make a request of the options and words of a command line; AshError (USAGE) if it does not fit the command."""
     program: Sequence[str] = values.pop("command", [])
@@ -9239,8 +9243,10 @@ def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -
     if command.words in NEEDED_WORDS and not taken[command.words] and not instead:
         missing = f"{command.name} needs {NEEDED_WORDS[command.words]}"
         raise AshError(missing, command.hint or f"ash {command.usage}", USAGE)
-    if values.get("live") and values.get("not_live"):
-        raise AshError("--live and --not-live contradict each other", "leave out one of them", USAGE)
+    for one, other in CONTRADICTIONS:
+        if values.get(one) and values.get(other):
+            both = " and ".join(f"--{name.replace('_', '-')}" for name in (one, other))
+            raise AshError(f"{both} contradict each other", "leave out one of them", USAGE)
     live = False if values.pop("not_live", False) else values.pop("live", None)
     every = len(os.sched_getaffinity(0)) if values.pop("parallel", False) else 1
     jobs = values.pop("jobs", 0) or every

@@ -389,6 +389,11 @@ def test_live_commands_share_their_options(command: str) -> None:
     assert "--not-live" in refused(f"{command} 3 {words} --live --not-live").message
 
 
+@pytest.mark.parametrize("options", ["--secondary --no-secondary", "--fresh-etc --with-saved"])
+def test_options_of_deploy_that_contradict_each_other_are_refused(options: str) -> None:
+    assert refused(f"deploy 3 {options}").message == f"{options.replace(' ', ' and ')} contradict each other"
+
+
 LIVE, NOT_LIVE = ("-l", "--live"), ("-nl", "--not-live")
 
 
