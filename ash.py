@@ -7618,7 +7618,7 @@ class Deployments:
         intent = re.fullmatch(r"withdraw ([a-z-]+)\n", read_text(self.layout.work("deploy") / "intent"))
         if intent and intent[1] in SECONDARY_SLOTS and intent[1] not in self.menu.deployments:
             for part in (self.layout.rootfs(intent[1]), self.layout.etc(intent[1]), self.layout.carried(intent[1])):
-                delete_subvolume(part)
+                delete_subvolume(part, even_mounted=True)
 
     # The running /etc
 

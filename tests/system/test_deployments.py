@@ -118,6 +118,22 @@ def test_a_secondary_deployment_is_shown_and_can_be_taken_back(system: System, s
     system.ash("-y", "del", snapshot)
 
 
+def test_a_secondary_deployment_that_is_mounted_is_taken_back_and_deleted_later(
+    system: System, snapshot: int, tmp_path: Path
+) -> None:
+    slot = system.ash("--json", "deploy", snapshot, "--secondary").json["slot"]
+    program("mount", "--bind", system.root(slot), tmp_path)
+    try:
+        system.ash("deploy", snapshot, "--no-secondary")
+        assert "secondary" not in "".join(menu_titles(system))
+        system.ash("deploy", snapshot)
+        assert (tmp_path / "etc/passwd").exists()
+    finally:
+        program("umount", tmp_path)
+    system.ash("recover")
+    assert not system.remains()
+
+
 def test_a_secondary_deployment_that_was_booted_stays(system: System, snapshot: int) -> None:
     slot = system.ash("--json", "deploy", snapshot, "--secondary").json["slot"]
     menu = json.loads((system.files.state / "menu").read_text())
