@@ -6886,13 +6886,20 @@ class PeopleMerge:
     def _bring_groups(self) -> None:
         """Bring the groups of the login range, and others that are the primary group of somebody, without members."""
         primary = {row[3] for row in self.running["passwd"].rows if len(row) > 3 and row[0] in self.people}
-        people, gids = self.running["group"].people, {*self.own["group"].ids.values()}
-        for group, gid in self.running["group"].ids.items():
-            if group in people or (str(gid) in primary and gid not in gids):
+        people, own, there = self.running["group"].people, self.own["group"].ids, self.running["group"].ids
+        for group, gid in there.items():
+            if group in people or (str(gid) in primary and group not in own):
+                new = gid
+                if group not in people and gid in own.values():
+                    new = free_id("group", gid, {*own.values(), *there.values(), *self.ids.given["group"].values()})
+                    own[group] = new
+                    self._settle(groups=[group])
+                    self.notes.append(f"the group {group} has the gid {new} in the snapshot, since {gid} is taken")
                 for name, columns in MEMBER_COLUMNS.items():
                     was, now, theirs = (side[name].row(group) for side in (self.base, self.running, self.own))
                     if now is not None:
                         row = merge_person(was, now, theirs, {1})
+                        row[2:3] = [str(new)] if name == "group" else row[2:3]
                         for column in [c for c in columns if c < len(row)]:
                             row[column] = theirs[column] if theirs and column < len(theirs) else ""
                         self.own[name].put(group, row)

@@ -313,6 +313,25 @@ def test_an_account_does_not_get_into_the_group_that_has_its_group_s_id_in_the_t
     assert "_one" in (merge.conflicts / "etc/passwd").read_text()
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_nobody_gets_into_the_group_that_has_the_id_of_his_own_in_the_target(case: Case, known: bool) -> None:
+    """The group gets another id there, also if the running system has just got it; back there it has its own again."""
+    staff, other = {"staff": (999, "")}, {"_packages": (999, "")}
+    ada = {"ada": {"uid": 1000, "group": False}}
+    base, running, own = (case.directory / side for side in ("base", "running", "own"))
+    for etc in (base, running):
+        write(etc, ada, staff if known or etc == running else {})
+        (etc / "passwd").write_text((etc / "passwd").read_text().replace(":1000:1000:", ":1000:999:"))
+    people, merge = bring(base, running, write(own, {}, other), case.ids)
+    groups = AccountFile.read(own / "group").ids
+    assert (groups["_packages"], merge.in_conflict) == (999, [])
+    assert case.rows("passwd")["ada"][1:3] == ["1000", str(groups["staff"])] != ["1000", "999"]
+    assert people.notes == [f"the group staff has the gid {groups['staff']} in the snapshot, since 999 is taken"]
+    bring(own, own, running, case.ids)
+    assert "ada:x:1000:999:" in (running / "passwd").read_text()
+    assert AccountFile.read(running / "group").ids["staff"] == 999
+
+
 def test_passwords_are_as_secret_as_before_where_there_were_none(tmp_path: Path) -> None:
     base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
     for name in ("shadow", "gshadow"):
