@@ -7300,10 +7300,11 @@ def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
 
 
 def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None:
-    """Have a root's fstab mount the mutable directories that its ash.conf names."""
-    old = read_text(path_inside(root, "etc/fstab"))
-    lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES)]
-    for kept, seen in mutable_directories(root, snapshot):
+    """Have a root's fstab mount the mutable directories that its ash.conf names, also in place of shared ones."""
+    old, mutable = read_text(path_inside(root, "etc/fstab")), mutable_directories(root, snapshot)
+    shared = [shared_line(seen) for _, seen in mutable if seen in SHARED_DIRECTORIES]  # systemd takes the first line
+    lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES) and line not in shared]
+    for kept, seen in mutable:
         make_mutable_directory(layout, kept)
         path_inside(root, seen).mkdir(parents=True, exist_ok=True)
         where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"

@@ -170,6 +170,16 @@ def test_a_power_cut_leaves_a_whole_fstab_when_mutable_directories_are_added(tmp
     assert "/opt/games none bind" in (root / "etc/fstab").read_text()
 
 
+def test_a_mutable_directory_is_mounted_in_place_of_a_shared_one(tmp_path: Path) -> None:
+    root, layout = tmp_path / "root", Layout(tmp_path, "debian")
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/ash.conf").write_text("mutable_dirs_shared::srv\n")
+    (root / "etc/fstab").write_text(render_fstab(LAYOUT, UUID, 3, ""))
+    mount_mutable_directories(layout, root, 3)
+    found = entries((root / "etc/fstab").read_text())
+    assert (found["/srv"][0], found["/mnt"][0]) == ("/.snapshots/mutable_dirs/srv", "/var/mnt")
+
+
 def test_mount_points_of_the_users_lines_are_made(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "file").touch()
