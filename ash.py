@@ -6724,6 +6724,7 @@ class PeopleMerge:
             str, dict[str, int]
         ] = {}  # for each of ID_FILES, the new ids of the target's own accounts
         self.belongings: list[Belongings] = []
+        self.missing: dict[str, list[str]] = {}  # groups that the target had not before the merge, and people in them
         self.settled: dict[str, set[str]] = {name: set() for name in ACCOUNT_FILES}  # not to be merged again
         self._former = {*self.own["passwd"].ids}  # users whom the target had
         self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
@@ -6751,7 +6752,8 @@ class PeopleMerge:
     def prune(self, merge: EtcMerge) -> None:
         """Delete rows and memberships of accounts that the merge of /etc has left out from its target.
 
-        So are accounts that it brought, but whose group it left out, if the target has another one with that id.
+        So are accounts that it brought, but whose group it left out, if the target has another one with that id. Notes
+        the groups that are still missing.
         """
         accounts = Accounts(merge.target)
         if accounts.is_usable():
@@ -6759,17 +6761,21 @@ class PeopleMerge:
             accounts.delete_users((self._users - accounts["passwd"].ids.keys()) | strangers)
             accounts.delete_groups(self._groups - accounts["group"].ids.keys())
             accounts.write()
+            for group in [name for name, users in self.missing.items() if users and not accounts["group"].row(name)]:
+                what = f"the snapshot has no group {group}, so {listed(self.missing[group])} cannot be in it"
+                self.notes.append(what)
             if strangers and "passwd" not in merge.in_conflict:
                 merge.set_aside("passwd")
 
     def _is_in_foreign_group(self, row: Sequence[str], groups: AccountFile) -> bool:
         """Whether a row of passwd that only the running system had names a group that is another one there."""
-        gid = to_number(row[3]) if len(row) > 3 else None
+        if row[0] not in self.running["passwd"].ids or row[0] in self._former or row[0] in self.people:
+            return False
+        gid = to_number("".join(row[3:4]))
         there, here = (
             {name for name, its in file.ids.items() if its == gid} for file in (self.running["group"], groups)
         )
-        brought = row[0] in self.running["passwd"].ids and row[0] not in self._former and row[0] not in self.people
-        return brought and bool(here) and bool(there) and there.isdisjoint(here)
+        return bool(here) and bool(there) and there.isdisjoint(here)
 
     def _facts(self, user: str) -> list[list[str]]:
         """What is known of a user, to compare: rows, and the groups that list him."""
@@ -6928,19 +6934,15 @@ class PeopleMerge:
 
     def _bring_members(self) -> None:
         """Merge the members of groups: people are in those of the running system, if they exist."""
-        missing: dict[str, list[str]] = {}
         for name, columns in MEMBER_COLUMNS.items():
             for now in self.running[name].rows:
                 was, theirs = (side[name].row(now[0]) for side in (self.base, self.own))
                 if theirs is None and name == "group":
-                    missing[now[0]] = [user for user in ",".join(now[3:4]).split(",") if user in self.people]
+                    self.missing[now[0]] = [user for user in ",".join(now[3:4]).split(",") if user in self.people]
                 for column in [c for c in sorted(columns) if theirs and c < len(theirs) and c < len(now)]:
                     for user in self._merge_members(was, now, theirs or [], column):
                         if name == "group":
                             self.notes.append(f"{user} is still in the group {now[0]}, as in the snapshot")
-        for group, users in missing.items():
-            if users:
-                self.notes.append(f"the snapshot has no group {group}, so {listed(users)} cannot be in it")
 
     def _merge_members(
         self, was: Sequence[str] | None, now: Sequence[str], theirs: list[str], column: int

@@ -332,6 +332,14 @@ def test_nobody_gets_into_the_group_that_has_the_id_of_his_own_in_the_target(cas
     assert AccountFile.read(running / "group").ids["staff"] == 999
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_group_that_is_carried_is_not_said_to_be_missing(case: Case, known: bool) -> None:
+    docker = {"docker": (998, "ada")}
+    people = case.merge(ADA, ADA, ADA, groups=(docker if known else {}, docker, {}))
+    assert ("docker" in case.rows("group")) is not known
+    assert people.notes == (["the snapshot has no group docker, so ada cannot be in it"] if known else [])
+
+
 def test_passwords_are_as_secret_as_before_where_there_were_none(tmp_path: Path) -> None:
     base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
     for name in ("shadow", "gshadow"):
