@@ -7319,7 +7319,7 @@ def make_initramfs(layout: Layout, distro: Distro, root: Path, kernel: Kernel) -
     """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there."""
     private = layout.work("deploy") / "private"
     remove_tree(private)
-    make_private_directory(private)
+    private.mkdir(mode=0o700)
     upper, work = private / "upper", private / "work"
     for directory in (upper, work):
         directory.mkdir(mode=0o755)

@@ -603,6 +603,7 @@ def test_the_initramfs_is_made_again_where_its_settings_changed(machine: Machine
     system.shell(other, f"cat > /usr/sbin/{tool} <<'END'\n{INITRAMFS_TOOL}END\necho '# none' > /etc/crypttab")
     (machine.etc / "modprobe.d/early.conf").write_text("blacklist early\n")
     assert "making the initramfs again, for modprobe.d/early.conf" in machine.run("deploy", other).stderr
+    assert (system.files.state / "work/deploy").stat().st_mode & 0o777 == 0o755, "status looks into it for everybody"
     made = initramfs(machine.next_etc.parent)
     assert ("blacklist early" in made, "# none" in made) == (True, True)
     system.shell(other, "touch /etc/mark")
