@@ -6729,8 +6729,10 @@ class PeopleMerge:
         self._former = {*self.own["passwd"].ids}  # users whom the target had
         self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
         self._groups = self.own["group"].ids.keys() | self.base["group"].ids.keys() | self.running["group"].ids.keys()
-        if not (self.running.is_usable() and self.own.is_usable()):
-            return
+        for which, accounts in (("running system", self.running), ("snapshot", self.own)):
+            if not accounts.is_usable():
+                self.notes.append(f"no accounts were brought: those of the {which} are damaged, or in symlinks")
+                return
         ids.learn_machine(running)
         self.people = self.running["passwd"].people
         before = {user: self._facts(user) for user in self.own["passwd"].people}

@@ -355,8 +355,10 @@ def test_a_damaged_passwd_deletes_nobody(tmp_path: Path) -> None:
     base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
     (running / "passwd").write_text("")
     before = (own / "passwd").read_text()
-    assert PeopleMerge(base, running, own, AccountIds()).write() == []
+    people = PeopleMerge(base, running, own, AccountIds())
+    assert people.write() == []
     assert (own / "passwd").read_text() == before
+    assert "no accounts were brought: those of the running system" in people.notes[0]
 
 
 def test_clashes_of_a_snapshot_with_the_running_system_are_named(tmp_path: Path) -> None:
