@@ -248,9 +248,10 @@ def _old_timezones(directory: Path) -> dict[str, str]:
         directory: the time zone database, with the lists tzdata.zi and zone.tab.
     """
     data, table = directory / "tzdata.zi", directory / "zone.tab"
-    lines = data.read_text().splitlines() if data.is_file() else []
+    if not (data.is_file() and table.is_file()):  # a host may lack them
+        return {}
     today = {line.split("\t")[2] for line in table.read_text().splitlines() if line.count("\t") > 1}
-    links = [line.split() for line in lines if line.startswith("L ")]
+    links = [line.split() for line in data.read_text().splitlines() if line.startswith("L ")]
     return {new: of for _, of, new in links if new not in today and not new.startswith("Etc/") and new != "UTC"}
 
 

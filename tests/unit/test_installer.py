@@ -10,7 +10,7 @@ from ash import USAGE, AshError
 from distros.debian import installer as debian
 from distros.debian.installer import SECURITY, DebianInstaller
 from installer import cli, install
-from installer.distribution import Settings, Source
+from installer.distribution import Settings, Source, _old_timezones
 
 pytestmark = pytest.mark.budget(5)
 
@@ -23,6 +23,13 @@ def test_an_old_name_of_a_timezone_is_refused_at_once(name: str) -> None:
         DebianInstaller().check(Settings(timezone=name))
     today = {"US/Eastern": "America/New_York", "GB": "Europe/London", "Asia/Calcutta": "Asia/Kolkata"}
     assert caught.value.hint == f"use {today[name]}"
+
+
+def test_a_host_without_lists_of_timezones_knows_no_old_names(tmp_path: Path) -> None:
+    (tmp_path / "tzdata.zi").write_text("L America/New_York US/Eastern\nL Europe/Brussels Europe/Amsterdam\n")
+    assert _old_timezones(tmp_path) == {}, "which of these are names of today is not known"
+    (tmp_path / "zone.tab").write_text("#comment\nNL\t+5222+00454\tEurope/Amsterdam\n")
+    assert _old_timezones(tmp_path) == {"US/Eastern": "America/New_York"}
 
 
 @pytest.mark.parametrize("name", ["UTC", "Etc/UTC", "Etc/GMT+1", "Europe/Berlin", "Europe/Oslo", "America/New_York"])
