@@ -8903,14 +8903,28 @@ def text_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
+def ask(question: str) -> str:
+    """Ask the user, on stderr: a program may read stdout. EOFError at the end of the input."""
+    with contextlib.suppress(OSError):  # the terminal has hung up
+        print(question, end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower()
+    except EOFError:
+        with contextlib.suppress(OSError):
+            print(file=sys.stderr)
+        raise
+
+
 def require_confirmation(request: Request, question: str) -> None:
     """Ask the user unless -y was given; AshError if the answer is not yes or there is no terminal."""
     if request.yes:
         return
     if not sys.stdin.isatty():
         raise AshError(f"{question}? There is no terminal to ask on", "-y answers yes", USAGE)
-    if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise AshError("nothing was changed", "", FAILED)
+    with contextlib.suppress(EOFError):
+        if ask(f"{question}? [y/N] ") in ("y", "yes"):
+            return
+    raise AshError("nothing was changed", "", FAILED)
 
 
 class CommandFailed(AshError):
@@ -9960,9 +9974,8 @@ def ask_whether_to_keep(status: int) -> str:
     answers = {"": "y", "y": "y", "yes": "y", "n": "n", "no": "n", "b": "back", "back": "back"}
     while True:
         try:
-            answer = answers.get(input(question).strip().lower())
+            answer = answers.get(ask(question))
         except EOFError:
-            print(file=sys.stderr)
             raise HangUp from None
         if answer:
             return answer
@@ -10174,7 +10187,7 @@ def edit_configuration(system: System, text: str) -> str:
             hint = f" ({error.hint})" if error.hint else ""
             print(one_line(f"ash: {error.message}{hint}"), file=sys.stderr)
             try:
-                again = input("edit it again? [Y/n] ").strip().lower()
+                again = ask("edit it again? [Y/n] ")
             except EOFError:
                 again = "n"
             if again not in ("", "y", "yes"):

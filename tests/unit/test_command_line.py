@@ -8,6 +8,7 @@ import io
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -754,3 +755,17 @@ def test_a_table_keeps_the_spaces_that_indent_the_tree() -> None:
         ash.text_table([["0", "base"], ["  1", "web"]], ["snapshot", "description"]).splitlines()[-1]
         == "  1         web"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "goes_on"), [("y\n", True), (" YES\n", True), ("n\n", False), ("\n", False), ("", False)]
+)
+def test_a_question_is_asked_on_stderr_and_the_end_of_the_input_is_no(
+    typed: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    with contextlib.nullcontext() if goes_on else pytest.raises(AshError, match="nothing was changed"):
+        ash.require_confirmation(ash.Request(), "delete snapshot 3")
+    said = capsys.readouterr()
+    assert (said.out, said.err.strip()) == ("", "delete snapshot 3? [y/N]")
