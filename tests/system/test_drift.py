@@ -416,7 +416,13 @@ def test_an_edit_after_the_deploy_is_carried_at_shutdown(machine: Machine, snaps
     (machine.etc / "before").write_text("1\n")
     answer = machine.running("deploy", machine.system.clone(snapshot))
     assert answer["carried"] == ["before"]
-    assert machine.running("carry") == {"version": 1, "command": "carry", "changed": False, "carried": []}
+    assert machine.running("carry") == {
+        "version": 1,
+        "command": "carry",
+        "changed": False,
+        "carried": [],
+        "conflicts": [],
+    }
     (machine.etc / "before").write_text("2\n")
     (machine.etc / "after").write_text("a\n")
     (machine.etc / "issue").unlink()
