@@ -116,6 +116,7 @@ def test_booting(system: System, snapshot: int) -> None:
     slot = check(system, "deploy", snapshot, "--secondary")["slot"]
     assert "secondary" in slot
     check(system, "boot", snapshot)
+    check(system, "deploy", snapshot, "--no-secondary")
     check(system, "carry")
     (system.root("deploy") / "etc/drifted").touch()
     check(system, "diff")
