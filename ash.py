@@ -7605,12 +7605,15 @@ class Deployments:
         remove_tree(intent)
 
     def withdraw(self, snapshot: int, fresh: bool = False) -> list[Deployment]:
-        """Take the secondary deployments of a snapshot out of the menu, and delete them. Returns them.
+        """Take a snapshot's secondary deployments out of the menu, and delete them. Returns them.
+
+        So are others that the menu does not show any more, which were kept for the changes that only they have.
 
         AshError (REFUSED) if one of them runs, is all that can be booted, or (unless `fresh`) was changed as it ran.
         """
         menu = self.menu
-        found = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS and one.snapshot == snapshot]
+        shown = {self.running, menu.default, menu.last_booted} - {*SECONDARY_SLOTS}
+        found = [one for slot, one in menu.deployments.items() if slot not in shown and one.snapshot == snapshot]
         if any(one.slot in (self.running, menu.default) for one in found):
             hint = "start another deployment, try again"
             raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
@@ -7628,7 +7631,7 @@ class Deployments:
     def _finish_withdrawal(self) -> None:
         """Delete a deployment that was taken out of the menu, also if that was interrupted."""
         intent = re.fullmatch(r"withdraw ([a-z-]+)\n", read_text(self.layout.work("deploy") / "intent"))
-        if intent and intent[1] in SECONDARY_SLOTS and intent[1] not in self.menu.deployments:
+        if intent and intent[1] in (*SLOTS, *SECONDARY_SLOTS) and intent[1] not in self.menu.deployments:
             for part in (self.layout.rootfs(intent[1]), self.layout.etc(intent[1]), self.layout.carried(intent[1])):
                 delete_subvolume(part, even_mounted=True)
 
@@ -8190,7 +8193,10 @@ def packages_of(system: System, snapshot: int) -> dict[str, str]:
 
 def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) -> None:
     """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed, and so `outcome`."""
-    deployed = {deployment.snapshot: slot for slot, deployment in system.menu().deployments.items()}
+    menu = system.menu()
+    deployed = {one.snapshot for one in menu.deployments.values()}
+    slots = (menu.default, menu.last_booted, system.last_good_slot())
+    shown = {menu.deployments[slot].snapshot for slot in slots if slot in menu.deployments}
     for number in snapshots:
         if number == BASE:
             raise AshError(f"snapshot 0 is the base: it is {outcome}", "", REFUSED)
@@ -8198,8 +8204,7 @@ def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) 
         if number == system.current or (is_subvolume(root) and is_mounted(root)):
             raise AshError(f"snapshot {number} is booted: it is {outcome}", "", REFUSED)
         if number in deployed:
-            is_secondary = deployed[number] in SECONDARY_SLOTS
-            hint = f"ash deploy {number} --no-secondary" if is_secondary else "deploy another one, reboot, try again"
+            hint = "deploy another one, reboot, try again" if number in shown else f"ash deploy {number} --no-secondary"
             raise AshError(f"snapshot {number} is deployed: it is {outcome}", hint, REFUSED)
 
 
@@ -9766,11 +9771,12 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
 
 
 def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
-    """Withdraw a snapshot's secondary deployments; the answer is about the last of them."""
+    """Withdraw a snapshot's secondary deployments and the like; the answer is about the last of them."""
     with system.deploying() as deployments:
         deployments.recover()
         withdrawn = deployments.withdraw(number, fresh)
-    text = "is no longer a secondary entry of the boot menu" if withdrawn else "has no secondary entry in the boot menu"
+    slots = listed(one.slot for one in withdrawn)
+    text = f"is no longer deployed in {slots}" if withdrawn else "has no secondary entry in the boot menu"
     last = withdrawn[-1] if withdrawn else None
     data = {
         "snapshot": number, "changed": bool(withdrawn), "slot": last.slot if last else "",
@@ -9785,7 +9791,7 @@ def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
     changes=True, numbers=1, require=System.require,
     options=[
         flag("--secondary", "--sec", "-2", help="one more entry in the boot menu, not the default"),
-        flag("--no-secondary", help="take that entry of N out of the boot menu again"),
+        flag("--no-secondary", help="delete N's deployments but the default, the running and the last booted one"),
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
         flag("--with-saved", help="bring along what was saved from the running /etc into another snapshot"),
         flag("--fresh", help="leave behind what was changed in a mutable deployment as it ran"),
