@@ -267,7 +267,7 @@ def test_a_dry_run_changes_nothing(system: System, snapshot: int, words: list[st
         (["chroot", "0"], OURS_IN_RUN),
         (["auto-upgrade", NOWHERE], MISSING),
         (["auto-upgrade", "0"], REFUSED),
-        (["tree-run", "0", "true"], REFUSED),
+        (["run", "0", "true"], OURS_IN_RUN),
     ],
 )
 def test_a_dry_run_fails_if_the_command_would(system: System, words: list[str | int], status: int) -> None:
