@@ -5722,7 +5722,9 @@ class Transaction:
     def chroot(self) -> Chroot:
         """The environment in which programs run on the working copy."""
         mutable = [
-            (self.root / "var" / one, one) for one in shared_directories(self.root) if is_directory(self.var / one)
+            (path_inside(self.root, f"var/{one}"), one)
+            for one in shared_directories(self.root)
+            if is_directory(self.var / one)
         ]
         for kept, seen in mutable_directories(self.root, self.snapshot):
             mutable.append((make_mutable_directory(self.layout, kept), seen))

@@ -54,12 +54,12 @@ def test_a_deployment_is_the_snapshot_and_what_it_needs_to_boot(system: System, 
 def test_fstab_of_the_user_is_kept(system: System, snapshot: int) -> None:
     system.shell(
         snapshot,
-        "echo 'LABEL=data /srv ext4 nofail 0 2 # mine' >> /etc/fstab; "
-        "sed -i 's/^tmpfs.*/tmpfs \\/tmp tmpfs size=9g 0 0/' /etc/fstab",
+        "echo 'LABEL=data /data ext4 nofail 0 2 # mine' >> /etc/fstab; "
+        "sed -i 's/^tmpfs .tmp .*/tmpfs \\/tmp tmpfs size=9g 0 0/' /etc/fstab",
     )
     slot = system.ash("--json", "deploy", snapshot).json["slot"]
     text = (system.root(slot) / "etc/fstab").read_text()
-    assert "LABEL=data /srv ext4 nofail 0 2 # mine" in text.splitlines()
+    assert "LABEL=data /data ext4 nofail 0 2 # mine" in text.splitlines()
     assert len(re.findall(r" /boot/efi ", text)) == 1
     assert text.count(" /tmp ") == text.count("tmpfs /tmp tmpfs size=9g 0 0") == 1
     assert len(re.findall(r" / btrfs ", text)) == 1

@@ -361,12 +361,12 @@ def test_symlinks_in_place_of_mount_points_do_not_lead_out_of_the_snapshot(syste
     root = system.root(snapshot)
     for name in ("dev", "proc", "run", "sys", "tmp", "var"):
         ash.remove_tree(root / name)
-        (root / "srv" / name).mkdir()
-        (root / name).symlink_to(f"/srv/{name}")
+        (root / "opt" / name).mkdir()
+        (root / name).symlink_to(f"/opt/{name}")
     system.shell(
         snapshot,
         "test -c /dev/null; test -f /proc/self/status; test -d /run/lock; test -d /sys/kernel; test -d /var/lib;"
-        "for name in dev proc run sys tmp var; do mountpoint -q /srv/$name; done",
+        "for name in dev proc run sys tmp var; do mountpoint -q /opt/$name; done",
     )
     tried(system, "deploy", snapshot)
 
@@ -670,10 +670,10 @@ def test_an_unrecoverable_work_directory_does_not_block_others(
     layout = Layout.at(system.files.top, DISTRIBUTION)
     recover = ash.WorkDir.recover
 
-    def failing(place: ash.WorkDir, tree: ash.Tree, drop_kept: bool = False) -> None:
+    def failing(place: ash.WorkDir, tree: ash.Tree, drop_kept: bool = False, *, strict: bool = False) -> None:
         if place.name == snapshot:
             raise RecursionError("too deep")
-        recover(place, tree, drop_kept)
+        recover(place, tree, drop_kept, strict=strict)
 
     monkeypatch.setattr(ash.WorkDir, "recover", failing)
     with pytest.raises(RecursionError):
