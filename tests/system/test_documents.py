@@ -536,13 +536,13 @@ def test_the_last_working_deployment_is_made_permanent(world: World) -> None:
 def test_the_configuration_of_a_snapshot_is_edited_with_nano(world: World, tmp_path: Path) -> None:
     with world.running.terminal(f"EDITOR=nano ash edit-conf {world['N']}", tmp_path) as terminal:
         terminal.expect("GNU nano")
-        terminal.type("aur::True\r\x0f")  # ^O
+        terminal.type("auto_upgrade::deploy\r\x0f")  # ^O
         terminal.expect("Write")
         terminal.type("\r")
         terminal.expect("Wrote")
         terminal.type("\x18")  # ^X
         assert terminal.wait() == DONE
-    assert (world.root("N") / "etc/ash.conf").read_text().startswith("aur::True\n")
+    assert (world.root("N") / "etc/ash.conf").read_text().startswith("auto_upgrade::deploy\n")
     world.type("ash install {N} firefox")
     world.type("ash upgrade {N}")
 
