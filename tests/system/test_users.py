@@ -237,13 +237,13 @@ def test_of_two_with_one_uid_the_one_of_the_snapshot_gets_another_with_all_that_
         f"useradd -m --uid 2000 dave; mkdir -p {spools} /usr/lib/of-dave /home/staff; "
         "useradd -m -d /home/staff/erin --uid 2001 erin; "
         "cd /var/spool/cron; touch /var/mail/dave crontabs/dave /home/dave/file /usr/lib/of-dave/x; chown dave: "
-        "/var/mail/dave crontabs/dave /home/dave/file /usr/lib/of-dave/x; mkdir -p /srv/of; chown erin: /srv/of; "
+        "/var/mail/dave crontabs/dave /home/dave/file /usr/lib/of-dave/x; mkdir -p /usr/lib/of-erin; chown erin: /usr/lib/of-erin; "
         "printf '#!/bin/sh\\n# atrun uid=%s gid=%s\\n# mail dave 0\\n' $(id -u dave) $(id -g dave) > atjobs/a1; "
         "sed s/dave/carol/ atjobs/a1 > atjobs/a2; chown dave: atjobs/a1 atjobs/a2; chmod 700 atjobs/a*",
     )
     old = ids_of(system, other)
     first, second = 2000, 2001
-    assert {owner(system.home / "staff/erin"), owner(system.root(other) / "srv/of")} == {(second, second)}
+    assert {owner(system.home / "staff/erin"), owner(system.root(other) / "usr/lib/of-erin")} == {(second, second)}
     for name, uid in (("carol", first), ("frank", second)):
         useradd(machine, "--uid", f"{uid}", "--user-group", name)
     carol = owner_in(machine.etc, "carol")
@@ -263,7 +263,7 @@ def test_of_two_with_one_uid_the_one_of_the_snapshot_gets_another_with_all_that_
     assert f"# atrun uid={dave[0]} gid={dave[1]}\n" in (spool / "atjobs/a1").read_text()
     assert owner(spool / "atjobs/a2")[0] == first, "it is another's"
     assert {owner(path) for path in (system.home / "carol", system.home / "carol/file")} == {carol}
-    assert {owner(path) for path in (system.home / "staff/erin", root / "srv/of")} == {erin}
+    assert {owner(path) for path in (system.home / "staff/erin", root / "usr/lib/of-erin")} == {erin}
     system.ash("fsck", "--repair")
     assert ids_of(system, other)["dave"] == dave[0]
     assert owner(system.root(other) / "usr/lib/of-dave/x") == dave
