@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import FAILED, REFUSED, program
-from tests.system.disk_system import Machine, System
+from tests.system.disk_system import Machine, System, open_system
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
 
@@ -328,19 +328,21 @@ def test_a_slot_with_changes_that_no_other_has_is_taken_last(machine: Machine) -
     assert not system.remains()
 
 
-def test_a_deployment_that_is_kept_for_its_changes_alone_can_be_deleted(machine: Machine) -> None:
-    system, first, other = machine.system, machine.slot, machine.system.clone()
-    second = machine.running("deploy", other)["slot"]
-    (system.root(second) / "etc/only-in-second").write_text("x\n")  # it ran
-    run_again(system, first)
-    machine.running("deploy", system.clone())
-    assert f"ash deploy {other} --no-secondary" in system.ash("-y", "del", other, status=REFUSED).error
-    done = machine.run("deploy", other, "--no-secondary")
-    assert "only-in-second" in done.stderr
-    assert list((system.files.var / "lib/ash/conflicts").glob(f"{other}-*/etc/only-in-second"))
-    system.ash("-y", "del", other)
-    assert not system.remains()
-    assert not [path for path in system.subvolumes() if path.endswith(f"snapshot-{second}")]
+def test_a_deployment_that_is_kept_for_its_changes_alone_can_be_deleted(image: Path, tmp_path: Path) -> None:
+    with open_system(image, tmp_path) as system:  # whose other slots are free
+        machine, other = Machine(system), system.clone()
+        first = machine.boot()
+        second = machine.running("deploy", other)["slot"]
+        (system.root(second) / "etc/only-in-second").write_text("x\n")  # it ran
+        run_again(system, first)
+        machine.running("deploy", system.clone())
+        assert f"ash deploy {other} --no-secondary" in system.ash("-y", "del", other, status=REFUSED).error
+        done = machine.run("deploy", other, "--no-secondary")
+        assert "only-in-second" in done.stderr
+        assert list((system.files.var / "lib/ash/conflicts").glob(f"{other}-*/etc/only-in-second"))
+        system.ash("-y", "del", other)
+        assert not system.remains()
+        assert not [path for path in system.subvolumes() if path.endswith(f"snapshot-{second}")]
 
 
 def test_what_a_deployment_has_of_its_own_stays_known_after_a_carry_into_it(machine: Machine) -> None:
