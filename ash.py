@@ -7850,14 +7850,9 @@ class Deployments:
         return inputs, config.without_text()
 
     def is_grub_cfg_current(self) -> bool:
-        """Whether grub.cfg matches the menu file, ignoring titles: a description may have changed since.
-
-        Without the default deployment's root, which has the menu's passwords, it counts as current: what ash would
-        write lacks them.
-        """
-        if not is_subvolume(self.layout.rootfs(self.menu.default)):
-            return True
-        return without_titles(self._grub_cfg()) == without_titles(self._rendered())
+        """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
+        is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
+        return is_gone or without_titles(self._grub_cfg()) == without_titles(self._rendered())
 
     def _rendered(self) -> str:
         return self.menu.render(self.layout, self.uuid, self.describe)
