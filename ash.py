@@ -6705,8 +6705,8 @@ class PeopleMerge:
     """Brings the people of the running system into the /etc of a snapshot or deployment.
 
     These are the accounts of the login range with their groups, passwords and ranges of ids, and root's password. The
-    running system decides who there is, and with which ids; whoever exists only in the target stays, if need be with
-    other ids. The constructor decides everything, and records ids in `ids`; write() changes the target.
+    running system decides who there is, and with which ids; an account that exists only in the target stays, if need be
+    with other ids. The constructor decides everything, and records ids in `ids`; write() changes the target.
 
     Args:
         base: the /etc from which the running one comes: who is missing since then was deleted.
@@ -7764,7 +7764,7 @@ class Deployments:
             CommittedButUnfinished: the menu file was replaced, grub.cfg was not.
         """
         default = self.menu.deployments[self.menu.default]
-        if lacks_menu_text(self.layout, default):  # without it, whoever starts the machine could change the entries
+        if lacks_menu_text(self.layout, default):  # without it, anybody at the console could change the entries
             inputs, config = self._boot_config(self.layout.rootfs(default.slot), known=())
             self.menu.deployments[default.slot] = default._replace(inputs=inputs, config=config)
         write_file(self.layout.menu, self.menu.dump())

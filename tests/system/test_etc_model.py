@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import note
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from tests.support import make_deb
 from tests.system.disk_system import Machine, System
+from tests.system.models import run_sequences
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
@@ -262,12 +263,4 @@ def test_no_sequence_of_edits_and_commands_loses_an_edit_of_etc(system: System, 
     EtcModel.system, EtcModel.upgrade = system, second
     EtcModel.start = system.clone()
     system.ash("install", EtcModel.start, first)
-    chosen = settings(
-        max_examples=SEQUENCES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-        phases=[Phase.generate],  # a sequence takes seconds: shrinking would take longer than reading it
-    )
-    run_state_machine_as_test(EtcModel, settings=chosen)
+    run_sequences(EtcModel, SEQUENCES, STEPS, shrink=False)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support import REFUSED
 from tests.system.disk_system import open_system
+from tests.system.models import run_sequences
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
@@ -193,11 +193,4 @@ class Model(RuleBasedStateMachine):
 
 def test_any_sequence_of_commands_matches_the_model(image: Path, tmp_path: Path) -> None:
     Model.image, Model.directory = image, tmp_path
-    chosen = settings(
-        max_examples=SEQUENCES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-    )
-    run_state_machine_as_test(Model, settings=chosen)
+    run_sequences(Model, SEQUENCES, STEPS, shrink=True)

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import note
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.system.disk_system import System
+from tests.system.models import run_sequences
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
@@ -164,12 +165,4 @@ class VarModel(RuleBasedStateMachine):
 
 def test_no_sequence_of_transactions_and_live_writes_loses_data_in_var(system: System) -> None:
     VarModel.system = system
-    chosen = settings(
-        max_examples=SEQUENCES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        print_blob=True,
-        phases=[Phase.generate],  # a sequence takes seconds: shrinking would take longer than reading it
-    )
-    run_state_machine_as_test(VarModel, settings=chosen)
+    run_sequences(VarModel, SEQUENCES, STEPS, shrink=False)
