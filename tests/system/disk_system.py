@@ -98,9 +98,13 @@ class System(Disk):
         return self.subvolumes()[f"{SNAPSHOTS}/rootfs/snapshot-{which}"]
 
     def mounts(self) -> list[str]:
-        """The mounts of this file system in this process's mount namespace."""
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        return sorted(line.split(" ", 2)[2] for line in lines if line.split()[2] == self._device())
+        """The mounts of this file system in this process's mount namespace, without the name of the device.
+
+        Btrfs has one name for a device, that by which any process mounted or scanned it last.
+        """
+        lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        ours = [line for line in lines if line[2] == self._device()]
+        return sorted(" ".join(line[2:-2] + line[-1:]) for line in ours)
 
     def _device(self) -> str:
         """The device number of this file system in mountinfo."""
