@@ -1296,8 +1296,11 @@ def mark_variant(root: Path) -> None:
 def has_shape(value: Any, shape: Any) -> bool:
     """Whether a value has a shape: type, `object` (any value), union of types, predicate, list or dict of shapes.
 
+    A tuple has alternatives, None among them.
     The key "*" stands for any key. A key that ends in "?" may be missing; keys that are not in the shape are ignored.
     """
+    if isinstance(shape, tuple):
+        return any(value is None if one is None else has_shape(value, one) for one in shape)
     if isinstance(shape, list):
         return isinstance(value, list) and all(has_shape(one, shape[0]) for one in value)
     if isinstance(shape, dict) and "*" in shape:
@@ -2334,16 +2337,18 @@ def device_nodes(path: Path) -> list[Path]:
     return list(dict.fromkeys(nodes))
 
 
+UDEV_RECORDS = Path("/run/udev/data")
+
+
 def superblock_of(device: int) -> Superblock | None:
     """The superblock on a block device, by number: as udev has recorded it, which wakes no disk and needs no root.
 
     Without udev it is read from the device; None if it has none.
     """
-    number, records = f"{os.major(device)}:{os.minor(device)}", Path("/run/udev/data")
-    if records.is_dir():
-        known = dict(
-            re.findall(r"^E:ID_FS_(TYPE|UUID|UUID_SUB)=(.*)$", read_text(records / f"b{number}"), re.MULTILINE)
-        )
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if UDEV_RECORDS.is_dir():
+        record = read_text(UDEV_RECORDS / f"b{number}")
+        known = dict(re.findall(r"^E:ID_FS_(TYPE|UUID|UUID_SUB)=(.*)$", record, re.MULTILINE))
         is_btrfs = known.get("TYPE") == "btrfs" and known.keys() >= {"UUID", "UUID_SUB"}
         return Superblock(known["UUID"], known["UUID_SUB"]) if is_btrfs else None
     node = Path("/dev", Path(f"/sys/dev/block/{number}").resolve().name)
@@ -6422,10 +6427,10 @@ class EtcMerge:
         elif path == "fstab":
             self._carry_fstab(own, now, None)
         elif os.path.lexists(now):
-            replace_by_copy(now, own)
+            replace_by_copy(now, own, protected=True)
             self.carried.append(path)
         elif not is_directory(own) or not any(own.iterdir()):
-            remove_tree(own)
+            remove_tree(own, protected=True)
             self.carried.append(path)
 
     def _carry_fstab(self, own: Path, now: Path, was: Path | None) -> None:
@@ -9685,8 +9690,7 @@ def cmd_del(system: System, request: Request) -> Plan:
     require_replaceable(system, doomed, "not deleted")
     names = ", ".join(map(str, doomed))
     yield would(f"delete {names}", snapshots=doomed)
-    if not console.quiet:
-        require_confirmation(request, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
+    require_confirmation(request, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
     deleted = delete_snapshots(system, request.snapshots, request.nuke)
     return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
 
@@ -12632,10 +12636,10 @@ def cmd_upself(system: System, request: Request) -> Plan:
 
 
 def interrupted_sessions(system: System) -> list[int]:
-    """The snapshots with a session that a hangup interrupted; only root may know."""
+    """The snapshots with a session that a hangup interrupted; PermissionError unless called by root."""
     found = []
     for number, directory in numbered(system.layout.work(""), "").items():
-        with contextlib.suppress(AshError, PermissionError):  # damaged: fsck reports it
+        with contextlib.suppress(AshError):  # damaged: fsck reports it
             if isinstance(load_intent(directory), Kept):
                 found.append(number)
     return found
@@ -12647,9 +12651,9 @@ def interrupted_sessions(system: System) -> list[int]:
         "booted": {"snapshot": int | None, "slot": str | int | None},
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
         "secondary": [{"snapshot": int, "slot": str}],
-        "last_booted": str, "running": {"*": str}, "waiting": [int], "unmerged": [str], "drift": {"*": str},
-        "only_there": [{"slot": str, "snapshot": int, "paths": [str]}],
-        "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": [str],
+        "last_booted": str, "running": {"*": str}, "waiting": ([int], None), "unmerged": [str],
+        "drift": ({"*": str}, None), "only_there": ([{"slot": str, "snapshot": int, "paths": [str]}], None),
+        "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": ([str], None),
     },
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
@@ -12658,18 +12662,23 @@ def cmd_status(system: System, request: Request) -> Reply:
     secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
-    waiting, unmerged = interrupted_sessions(system), unmerged_directories(system.layout)
+    unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
-    upgraded, copies = last_upgrade(system), system.copies_of_disk()
-    drift: dict[str, str] = {}
-    only_there: list[dict[str, Any]] = []
+    # None: unknown, since only root may see it.
+    is_root = system.sees_snapshots
+    waiting = interrupted_sessions(system) if is_root else None
+    copies = system.copies_of_disk() if is_root or UDEV_RECORDS.is_dir() else None
+    drift: dict[str, str] | None = None
+    only_there: list[dict[str, Any]] | None = None
     with contextlib.suppress(AshError):
-        if system.sees_snapshots:
+        if is_root:
             running_slot, drift = running_drift(system)
-            for slot, one in sorted(menu.deployments.items()):
-                if slot != running_slot and (paths := unsaved_drift(system.layout, menu, slot, running_slot)):
-                    only_there.append({"slot": slot, "snapshot": one.snapshot, "paths": paths})
+            only_there = [
+                {"slot": slot, "snapshot": one.snapshot, "paths": paths}
+                for slot, one in sorted(menu.deployments.items())
+                if slot != running_slot and (paths := unsaved_drift(system.layout, menu, slot, running_slot))
+            ]
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
@@ -12678,7 +12687,8 @@ def cmd_status(system: System, request: Request) -> Reply:
         "drift": drift, "only_there": only_there,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
-    shown = f"{len(drift)} paths (ash diff)" if drift else "none" if system.sees_snapshots else "only root can see it"
+    unknown = "nothing to compare with" if is_root else "only root can see it"
+    shown = unknown if drift is None else f"{len(drift)} paths (ash diff)" if drift else "none"
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
@@ -12687,16 +12697,16 @@ def cmd_status(system: System, request: Request) -> Reply:
             f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"
             for number, holder in running.items()
         ),
-        *(f"interrupted:  snapshot {number}: ash chroot {number} --resume" for number in waiting),
+        *(f"interrupted:  snapshot {number}: ash chroot {number} --resume" for number in waiting or ()),
         *(f"not in /var:  what is in {path}" for path in unmerged),
         *([f"last upgrade: {upgraded['time']}: {RESULTS[upgraded['failed']]} (ash check)"] if upgraded else []),
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {shown}",
         *(
             f"only there:   changes of /etc in {one['slot']} (snapshot {one['snapshot']}): {listed(one['paths'])}"
-            for one in only_there
+            for one in only_there or ()
         ),
-        *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies),
+        *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies or ()),
     ]
     return Reply(data, "\n".join(lines))
 
@@ -12757,9 +12767,11 @@ def shape_for_people(shape: Any) -> Any:
     """A shape in words, for JSON: the names of the types that a value may have."""
     if isinstance(shape, Mapping):
         return {key: shape_for_people(one) for key, one in shape.items()}
+    if isinstance(shape, tuple):
+        return {"one of": [shape_for_people(one) for one in shape]}
     if isinstance(shape, list):
         return [shape_for_people(one) for one in shape]
-    names = {type(None): "null", object: "any"}
+    names = {None: "null", type(None): "null", object: "any"}
     kinds = shape.__args__ if isinstance(shape, UnionType) else (shape,)
     return " ".join(names.get(kind, kind.__name__) for kind in kinds)
 

@@ -152,12 +152,14 @@ class Log:
     """The output of the programs of a build, in a file beside the result; it is kept when the build fails."""
 
     def __init__(self, path: Path) -> None:
-        """Create or truncate the log.
+        """Create or truncate the log; it is its owner's alone, as it has the command lines of all programs.
 
         Raises:
             OSError: it cannot be written.
         """
         self.path = path
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # an older ash made it readable by everyone
         self._file = path.open("wb", buffering=0)
         user_owned(path)
 

@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,8 +24,6 @@ ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
 RELEASES = "use stable or a code name such as trixie"
 COMPONENTS = "main,non-free-firmware"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-# Few mirrors have the security updates; some have them beside the release, at MIRROR-security.
-SECURITY = "http://security.debian.org/debian-security"
 ROLLING = ("sid", "unstable", "experimental")  # have neither updates nor security updates of their own
 FETCH = "/usr/lib/apt/apt-helper"  # apt's own way to a repository, with its proxies
 
@@ -36,6 +35,9 @@ HOST_APT_OPTIONS = ("Acquire::Check-Valid-Until", "Acquire::http::Proxy", "Acqui
 # contain them. dpkg need not sync: a crash leaves no image.
 BUILD_ENVIRONMENT = {"INITRD": "No", "SYSTEMD_TMPFILES_FORCE_SUBVOL": "0", "DEBIAN_FRONTEND": "noninteractive"}
 BUILD_OPTIONS = ('--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io")
+
+# A hook of mmdebstrap: prints the repositories that it would use, and ends it before it reaches for them.
+PRINT_SOURCES = 'cat "$1/etc/apt/sources.list"; exit 1'
 
 # Files that mmdebstrap leaves behind.
 LEFT_OVER = (
@@ -168,15 +170,29 @@ def _where(source: Source, root: Path) -> list[str]:
 
 
 def _further_suites(source: Source) -> dict[str, Sequence[str]]:
-    """The suites that belong to a release besides its own: {suite: the URLs where it may be}."""
+    """The suites that belong to a release besides its own: {suite: the URLs where it may be}.
+
+    Few mirrors have the security updates; some have them beside the release, at MIRROR-security.
+    """
     if source.mirror is None or source.release in ROLLING:
         return {}
-    mirror = source.mirror.rstrip("/")
-    return {f"{source.release}-updates": [mirror], f"{source.release}-security": [f"{mirror}-security", SECURITY]}
+    mirror, security = source.mirror.rstrip("/"), f"{source.release}-security"
+    return {f"{source.release}-updates": [mirror], security: [f"{mirror}-security", *_debians_own(security)]}
+
+
+@cache
+def _debians_own(suite: str) -> tuple[str, ...]:
+    """The URLs from which mmdebstrap takes a suite that belongs to a release, if no mirror is named."""
+    with tempfile.TemporaryDirectory(prefix="ash-sources-") as scratch:
+        argv = ["env", f"TMPDIR={scratch}", "mmdebstrap", "--mode=root", "--format=directory", "--variant=custom"]
+        hook = f"--setup-hook={PRINT_SOURCES}"
+        done = run([*host.CONTAINED, *argv, hook, suite.partition("-")[0], f"{scratch}/root"], check=False)
+    sources = re.findall(r"^deb (?:\[[^]]*\] )?(\S+) (\S+) ", done.stderr, re.MULTILINE)
+    return tuple(url for url, its in sources if its == suite)
 
 
 def _repositories(source: Source) -> list[tuple[str, str]]:
-    """The URLs and suites of a mirror, with the updates that it or (security updates) Debian itself has."""
+    """The URLs and suites of a mirror, with the updates that it or (security updates) mmdebstrap's default has."""
     if source.mirror is None:
         return []
     found = [(source.mirror, source.release)]

@@ -476,6 +476,8 @@ def test_a_second_deploy_keeps_what_the_first_carried(machine: Machine) -> None:
 def test_what_was_saved_into_one_snapshot_is_named_by_a_deploy_of_another(machine: Machine, snapshot: int) -> None:
     system, etc = machine.system, machine.etc
     other = system.clone()
+    immutable = "import fcntl; [fcntl.ioctl(open(f'/etc/{name}'), 0x40086602, b'\\x10' + bytes(7)) for name in ('motd', 'issue')]"
+    system.ash("run", other, "python3", "-c", immutable)
     (etc / "new").mkdir()
     (etc / "new/precious").write_text("x\n")
     (etc / "motd").write_text("mine\n")

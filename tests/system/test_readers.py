@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Who may read: plain users see the tree and the packages; snapshots are root's, the history root's and adm's."""
 
+import json
 import re
 import stat
 
@@ -37,6 +38,9 @@ def test_plain_users_see_the_tree_and_packages_but_not_into_snapshots(system: Sy
     }.items():
         assert expected in running.type(f"{NOBODY} ash {line}").stdout
     assert "only root can see it" in running.type(f"{NOBODY} ash status").stdout
+    for user, is_unknown in ((NOBODY, True), ("", False)):
+        known = json.loads(running.type(f"{user} ash --json status").stdout)
+        assert {known[key] is None for key in ("waiting", "drift", "only_there")} == {is_unknown}
     assert "root alone" in running.type(f"{NOBODY} ash diff 0 {number}").stderr
     for line in ("log", "diff", f"diff 0 {number} --patch", "sub", "fsck"):
         assert re.fullmatch(r"ash: .*\(sudo ash .*\)\n", running.type(f"{NOBODY} ash {line}", status=REFUSED).stderr)

@@ -130,7 +130,7 @@ def test_a_tree_that_contains_the_deployed_snapshot_is_not_deleted(disk: Disk) -
 
 def test_del_with_q_does_not_ask(disk: Disk) -> None:
     disk.clone()
-    disk.ash("-q", "del", 1)
+    disk.ash("-y", "del", 1)
     assert snapshots_on(disk) == {0}
 
 

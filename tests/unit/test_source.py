@@ -314,6 +314,11 @@ def test_every_class_and_function_says_what_it_does() -> None:
     assert not without_docstring(SOURCE)
 
 
+def test_no_host_of_a_package_registry_is_named() -> None:
+    text = "\n".join(path.read_text() for pattern in ("*.py", "*.md") for path in CHECKOUT.rglob(pattern))
+    assert not re.findall(r"\b[\w-]+\.(?:debian|ubuntu)\.(?:org|com|net)\b", text)
+
+
 def test_comments_cite_no_file_that_is_not_there() -> None:
     assert not [name for name in files_cited(SOURCE) if not (CHECKOUT / name).exists()]
 

@@ -40,6 +40,12 @@ def test_the_readme_names_only_files_that_exist() -> None:
     assert {name for name in NAMED if not (TESTS / name).is_file() and name not in known} == set()
 
 
+def test_the_table_of_behaviours_has_one_row_for_each_module() -> None:
+    table = (TESTS / "README.md").read_text().partition("## Which module tests what")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", table)
+    assert sorted(named) == sorted(set(named))
+
+
 def test_each_promise_of_the_project_has_tests() -> None:
     promised = re.findall(r"^\* \*\*(.+?)\.\*\*", PROMISES, re.MULTILINE)
     assert len(promised) > 5

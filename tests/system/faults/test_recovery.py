@@ -156,7 +156,7 @@ def test_a_killed_deletion_is_complete_or_did_not_happen(system: System) -> None
     for step in range(5, 80, 4):
         top = system.clone()
         branch = system.branch(top)
-        system.killed_at(step, "-q", "del", top)
+        system.killed_at(step, "-y", "del", top)
         system.ash("tmp")
         assert not system.remains(), f"step {step}"
         system.is_sound()
