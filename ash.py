@@ -7019,7 +7019,7 @@ DEPLOYMENT_SHAPE = {
     "only_saved?": [is_text],
     "etc_from?": is_text, "etc_state?": is_text, "fresh_etc?": bool,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
-    "people?": [is_text], "notes?": [is_text],
+    "people?": [is_text], "notes?": [is_text], "unmade?": [is_text],
 }  # fmt: skip
 
 
@@ -7046,6 +7046,17 @@ class Deployment(NamedTuple):
     own_etc: str = ""  # etc_state() of its own /etc when it was made, or carried to
     people: Sequence[str] = ()  # whose accounts are as in the running system, and were not in the snapshot
     notes: Sequence[str] = ()  # on accounts
+    unmade: Sequence[str] = ()  # paths that were carried; what is made from them is not made yet
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Deployment:
+        """A deployment from what dump() made of it."""
+        config = BootConfig(**fields_of(BootConfig, data["config"]))
+        return cls(**{**fields_of(cls, data), "config": config})
+
+    def dump(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return {**self._asdict(), "config": self.config._asdict()}
 
     @property
     def entry(self) -> str:
@@ -7065,7 +7076,7 @@ class Deployment(NamedTuple):
 def write_menu_text(root: Path, config: BootConfig) -> None:
     """Keep what a deployment's mkconfig printed around the entries in the deployment; only root can read it there."""
     text = json.dumps({"header": list(config.header), "foreign": config.foreign})
-    with replace(place_inside(root, IN_ROOT_MENU)) as new:
+    with replace(place_inside(root, IN_ROOT_MENU), durable=True) as new:
         new.touch(mode=0o600)
         write_text(new, text)
 
@@ -7109,7 +7120,7 @@ class Menu:
             return cls()
         try:
             data = from_json(read_text(path), cls.SHAPE)
-            deployments = {slot: cls._deployment(entry) for slot, entry in data["deployments"].items()}
+            deployments = {slot: Deployment.load(entry) for slot, entry in data["deployments"].items()}
             slots = {*SLOTS, *SECONDARY_SLOTS}
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
@@ -7119,17 +7130,9 @@ class Menu:
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair rebuilds it") from None
 
-    @staticmethod
-    def _deployment(entry: Mapping[str, Any]) -> Deployment:
-        config = BootConfig(**fields_of(BootConfig, entry["config"]))
-        return Deployment(**{**fields_of(Deployment, entry), "config": config})
-
     def dump(self) -> str:
         """The text of the menu file."""
-        entries = {
-            slot: {**deployment._asdict(), "config": deployment.config._asdict()}
-            for slot, deployment in self.deployments.items()
-        }
+        entries = {slot: deployment.dump() for slot, deployment in self.deployments.items()}
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
 
     def take_out(self, slot: str) -> bool:
@@ -7325,19 +7328,50 @@ def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None
 
 
 def make_initramfs(layout: Layout, distro: Distro, root: Path, kernel: Kernel) -> None:
-    """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there."""
-    private = layout.work("deploy") / "private"
+    """Run the tool that makes an initramfs in a deployment, with a copy of /var, which is not mounted there.
+
+    It works on a copy of /boot too: it does not sync what it makes, and the machine may boot from this deployment.
+    """
+    private, boot = layout.work("deploy") / "private", path_inside(root, "boot")
     remove_tree(private)
     private.mkdir(mode=0o700)
-    upper, work = private / "upper", private / "work"
-    for directory in (upper, work):
-        directory.mkdir(mode=0o755)
+    for name in ("var", "boot"):
+        for directory in (private / name, private / f"{name}-work"):
+            directory.mkdir(mode=0o755)
+    made = private / kernel.initramfs
     try:
         with readonly_view(layout, layout.var) as var:
-            overlays = {"var": Overlay(var, upper, work)}
+            lower = {"var": var, "boot": boot}
+            overlays = {name: Overlay(lower[name], private / name, private / f"{name}-work") for name in lower}
             machine_chroot(root, [*distro.make_initramfs, kernel.version], overlays=overlays)
+        if not size_of(made) > 0:
+            raise AshError(f"{distro.make_initramfs[0]} made no {kernel.initramfs}")
+        with replace(path_inside(root, kernel.initramfs), durable=True) as new:
+            copy_file(made, new, from_overlay=True)
     finally:
         remove_tree(private)
+
+
+def boot_config(root: Path, known: Iterable[Deployment], *, layout: Layout, tools: BootTools) -> tuple[str, BootConfig]:
+    """The digest of a root's boot inputs, and its boot configuration.
+
+    mkconfig only runs if no known deployment has the same inputs, or if it may find other systems.
+    """
+    inputs = boot_inputs(root)
+    default = read_text(path_inside(root, "etc/default/grub"))
+    probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
+    for deployment in known:
+        text = menu_text(layout.rootfs(deployment.slot))
+        if deployment.inputs == inputs and text and not probes:
+            write_menu_text(root, text)
+            return inputs, deployment.config.without_text()
+    layout.grub_cfg.parent.mkdir(exist_ok=True)
+    binds = {layout.grub_cfg.parent: tools.directory}
+    made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+    made = made.replace(f"/{root.name}/", MADE_IN)
+    config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+    write_menu_text(root, config)
+    return inputs, config.without_text()
 
 
 def renew_initramfs(
@@ -7369,6 +7403,60 @@ def renew_initramfs(
     return deployment._replace(initramfs=inputs)
 
 
+def configure(
+    root: Path, deployment: Deployment, changed: Sequence[str], *, layout: Layout, distro: Distro, menu: Menu
+) -> Deployment:
+    """Make what is made from a deployment's /etc, where these paths in it have changed: its own mount points, boot
+    configuration and initramfs. Returns it with the result.
+    """
+    if "ash.conf" in changed:
+        mount_mutable_directories(layout, root, deployment.snapshot)
+    make_mount_points(root)
+    if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
+        inputs, config = boot_config(root, menu.deployments.values(), layout=layout, tools=distro.boot_tools)
+        deployment = deployment._replace(inputs=inputs, config=config)
+    settings = [path for path in changed if re.fullmatch(distro.initramfs_settings, path)]
+    if not settings:
+        return deployment
+    return renew_initramfs(root, deployment, settings, layout=layout, distro=distro, menu=menu)
+
+
+def sources_of_boot(distro: Distro, paths: Iterable[str]) -> list[str]:
+    """Those paths in /etc of which configure() makes something."""
+    settings = rf"ash\.conf|fstab|{BOOT_SETTINGS}|{distro.initramfs_settings}"
+    return [path for path in paths if re.fullmatch(settings, path)]
+
+
+def hint_about(distro: Distro, snapshot: int, paths: Iterable[str]) -> str:
+    """What to do if a deployment cannot be made: what it got from the running /etc may be wrong. Empty if not."""
+    names = [f"/etc/{path}" for path in sources_of_boot(distro, paths)]
+    return f"correct {listed(names)} of the running system, or ash deploy {snapshot} --fresh-etc" if names else ""
+
+
+class Carry(NamedTuple):
+    """The intent of a carry into a slot."""
+
+    slot: str
+    inode: int  # of the merged /etc: whether it is in place
+    deployment: Deployment | None = None  # as the menu has it then; an older ash did not note it
+
+    def save(self, path: Path) -> None:
+        noted = self.deployment.dump() if self.deployment else None
+        write_file(path, f"carry {self.slot} {self.inode}\n{json.dumps(noted)}\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Carry | None:
+        """The intent in a file; None if it is not that of a carry."""
+        first, _, rest = read_text(path).partition("\n")
+        found = re.fullmatch("carry ([a-z-]+) ([0-9]+)", first)
+        if not found or found[1] not in (*SLOTS, *SECONDARY_SLOTS):
+            return None
+        intent = cls(found[1], int(found[2]))
+        with contextlib.suppress(ValueError):
+            return intent._replace(deployment=Deployment.load(from_json(rest, DEPLOYMENT_SHAPE)))
+        return intent
+
+
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
@@ -7397,21 +7485,64 @@ class Deployments:
 
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
-        self._finish_carry()
+        carry = self._finish_carry()
         self._finish_withdrawal()
         self._delete_unfinished()
+        if carry and self.menu.default:
+            self._make_rest(carry)
         default = self.menu.default
         if default and is_subvolume(self.layout.rootfs(default)) and self._grub_cfg() != self._rendered():
             self.write_menu()
         remove_tree(self.layout.work("deploy") / "intent")
 
-    def _finish_carry(self) -> None:
-        """If an interrupted carry has put the merged /etc in place, move its base forward too."""
-        intent = re.fullmatch(r"carry ([a-z-]+) ([0-9]+)\n", read_text(self.layout.work("deploy") / "intent"))
-        if intent and intent[1] in (*SLOTS, *SECONDARY_SLOTS):
-            etc, new = self.layout.rootfs(intent[1]) / "etc", self.layout.carried(f"new-{intent[1]}")
-            if is_subvolume(new) and os.path.lexists(etc) and etc.lstat().st_ino == int(intent[2]):
-                replace_subvolume(new, self.layout.carried(intent[1]))
+    def _finish_carry(self) -> Carry | None:
+        """If a carry has put the merged /etc in place, move its base forward, and note the result in the menu file.
+
+        Returns the intent of the carry if the menu has the result.
+        """
+        layout, carry = self.layout, Carry.load(self.layout.work("deploy") / "intent")
+        merged = status_of(layout.rootfs(carry.slot) / "etc") if carry else None
+        if carry is None or merged is None or merged.st_ino != carry.inode:
+            return None
+        new, before = layout.carried(f"new-{carry.slot}"), self.menu.deployments.get(carry.slot)
+        if is_subvolume(new):
+            replace_subvolume(new, layout.carried(carry.slot))
+        if not carry.deployment or not before or before.id != carry.deployment.id:
+            return None
+        self.menu.deployments[carry.slot] = carry.deployment
+        write_file(layout.menu, self.menu.dump())
+        sync_filesystem(layout.snapshots)
+        return carry
+
+    def _make_rest(self, carry: Carry) -> None:
+        """Make what an interrupted carry has not; what cannot be made is named, and fsck finds it."""
+        try:
+            self.make_from_carried(carry.slot)
+        except AshError as error:
+            if is_out_of_space(error) or isinstance(error, CommittedButUnfinished):
+                raise
+            console.say(one_line(f"ash: {reason(error)}"))
+            return
+        console.say(f"ash: an interrupted carry of /etc into {carry.slot} is finished")
+
+    def make_from_carried(self, slot: str) -> Deployment:
+        """Make in a deployment what is made from the paths that were carried into it. Returns it.
+
+        AshError if it cannot be made; then the menu file keeps the names of the paths.
+        """
+        deployment, root = self.menu.deployments[slot], self.layout.rootfs(slot)
+        paths, was_changed = deployment.unmade, change_while_running(self.layout, deployment)
+        try:
+            made = self._configure(deployment, root, paths)._replace(unmade=[])
+        except AshError as error:
+            what = f"{listed(paths)}: carried over, but what is made from it is not: {error.message}"
+            raise AshError(what, hint_about(self.distro, deployment.snapshot, paths) or error.hint) from error
+        if not was_changed:
+            write_file(place_inside(root, IN_ROOT_ID), made.note)  # what is newer was changed as it ran
+        if made != deployment:
+            self.menu.deployments[slot] = made
+            self.write_menu()
+        return made
 
     def _delete_unfinished(self) -> None:
         """Delete unfinished_deployments(). What cannot be deleted stays, with a warning: it must not stop the rest."""
@@ -7470,7 +7601,7 @@ class Deployments:
         source = subvolume_id(self.layout.rootfs(snapshot))
         for slot in SECONDARY_SLOTS if secondary else (self.menu.default,):
             found = self.menu.deployments.get(slot)
-            if found is None or found.mutable or (found.snapshot, found.source) != (snapshot, source):
+            if found is None or found.mutable or (found.snapshot, found.source) != (snapshot, source) or found.unmade:
                 continue
             was_changed = os.path.lexists(place_inside(self.layout.rootfs(slot), IN_ROOT_LIVE))
             has_changes = found.has_changes_of(self.running, state)
@@ -7525,7 +7656,7 @@ class Deployments:
         except AshError as error:
             if deployment.conflicts_folder:
                 remove_tree(layout.var / deployment.conflicts_folder.removeprefix("/var/"))
-            hint = self._hint_about(deployment) or error.hint
+            hint = hint_about(self.distro, snapshot, deployment.carried) or error.hint
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
         return deployment._replace(own_etc=etc_state(new / "etc"))
@@ -7557,29 +7688,8 @@ class Deployments:
             only_saved=[path for path in lacking if path not in (*merge.carried, *merge.in_conflict)],
         )
 
-    def _hint_about(self, deployment: Deployment) -> str:
-        """What to do if a deployment cannot be made: something in the running /etc may be wrong. Empty if it is not."""
-        suspects = rf"ash\.conf|{BOOT_SETTINGS}|{self.distro.initramfs_settings}"
-        names = [f"/etc/{path}" for path in deployment.carried if re.fullmatch(suspects, path)]
-        correct = f"correct {listed(names)} of the running system"
-        return f"{correct}, or ash deploy {deployment.snapshot} --fresh-etc" if names else ""
-
-    # What is made from /etc
-
     def _configure(self, deployment: Deployment, root: Path, changed: Sequence[str]) -> Deployment:
-        """Make what is made from a deployment's /etc, where these paths in it have changed: its own mount points, boot
-        configuration and initramfs. Returns it with the result.
-        """
-        if "ash.conf" in changed:
-            mount_mutable_directories(self.layout, root, deployment.snapshot)
-        make_mount_points(root)
-        if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
-            inputs, config = self._boot_config(root, self.menu.deployments.values())
-            deployment = deployment._replace(inputs=inputs, config=config)
-        settings = [path for path in changed if re.fullmatch(self.distro.initramfs_settings, path)]
-        if not settings:
-            return deployment
-        return renew_initramfs(root, deployment, settings, layout=self.layout, distro=self.distro, menu=self.menu)
+        return configure(root, deployment, changed, layout=self.layout, distro=self.distro, menu=self.menu)
 
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
@@ -7720,39 +7830,34 @@ class Deployments:
         # Not what the running deployment started with: what was carried by the deploy may have been saved since.
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
         intent = layout.work("deploy") / "intent"
-        # What was changed in the waiting deployment, if it has run, stays a change of it.
-        is_as_made, was_changed = deployment.own_etc == etc_state(etc), change_while_running(layout, deployment)
+        is_as_made = deployment.own_etc == etc_state(etc)  # else, it has run: what was changed stays a change of it
         write_file(intent, f"{slot}\n")  # has the boot service clean up
         with unprotected(etc), replace(etc, directories=True) as new:
             copy_tree(etc, new)
             only_new = deployment._replace(carried=(), conflicts=())
-            carried = self._carry_etc(only_new, new, base, state, fresh=deployment.fresh_etc, strict=False)
-            write_file(intent, f"carry {slot} {new.stat().st_ino}\n")
+            found = self._carry_etc(only_new, new, base, state, fresh=deployment.fresh_etc, strict=False)
+            paths, conflicts = list(found.carried), list(found.conflicts)
+            merged = found._replace(
+                carried=list(dict.fromkeys([*deployment.carried, *paths])),
+                conflicts=list(dict.fromkeys([*deployment.conflicts, *conflicts])),
+                unmade=list(dict.fromkeys([*deployment.unmade, *sources_of_boot(self.distro, paths)])),
+            )
+            Carry(slot, new.stat().st_ino, merged).save(intent)
             sync_filesystem(layout.snapshots)
         self._finish_carry()
-        paths, conflicts = list(carried.carried), list(carried.conflicts)
-        carried = carried._replace(
-            carried=list(dict.fromkeys([*deployment.carried, *paths])),
-            conflicts=list(dict.fromkeys([*deployment.conflicts, *conflicts])),
-            own_etc=etc_state(etc) if is_as_made else deployment.own_etc,
-        )
-        self.menu.deployments[slot] = carried
-        write_file(layout.menu, self.menu.dump())
+        try:
+            made = self.make_from_carried(slot)
+        except AshError as error:
+            if not (is_out_of_space(error) or isinstance(error, CommittedButUnfinished)):  # these, recovery finishes
+                remove_tree(intent)
+            raise
+        finally:
+            if is_as_made:
+                self.menu.deployments[slot] = self.menu.deployments[slot]._replace(own_etc=etc_state(etc))
+                write_file(layout.menu, self.menu.dump())
         sync_filesystem(layout.snapshots)
         remove_tree(intent)
-        try:
-            configured = self._configure(carried, layout.rootfs(slot), paths)
-        except AshError as error:
-            what = f"carried over, but what is made from it is not: {error.message}"
-            raise AshError(f"{listed(paths)}: {what}", self._hint_about(carried) or error.hint) from None
-        if not was_changed:
-            write_inside(layout.rootfs(slot), IN_ROOT_ID, configured.note)
-        if is_as_made:
-            configured = configured._replace(own_etc=etc_state(etc))
-        if configured != carried:
-            self.menu.deployments[slot] = configured
-            self.write_menu()
-        return configured._replace(carried=paths, conflicts=conflicts)
+        return made._replace(carried=paths, conflicts=conflicts)
 
     def rebase_drift(self, slot: str, merge: EtcMerge) -> None:
         """Move the slot's drift base forward to the /etc that was merged, except for conflicts."""
@@ -7834,25 +7939,7 @@ class Deployments:
         return Deployment(slot, ident, snapshot, source, name, "", BootConfig("", [], ""), is_mutable(root))
 
     def _boot_config(self, root: Path, known: Iterable[Deployment]) -> tuple[str, BootConfig]:
-        """The digest of a root's boot inputs, and its boot configuration.
-
-        mkconfig only runs if no known deployment has the same inputs, or if it may find other systems.
-        """
-        inputs, tools = boot_inputs(root), self.distro.boot_tools
-        default = read_text(path_inside(root, "etc/default/grub"))
-        probes = re.search(r"^\s*GRUB_DISABLE_OS_PROBER=.?false", default, re.MULTILINE)
-        for deployment in known:
-            text = menu_text(self.layout.rootfs(deployment.slot))
-            if deployment.inputs == inputs and text and not probes:
-                write_menu_text(root, text)
-                return inputs, deployment.config.without_text()
-        self.layout.grub_cfg.parent.mkdir(exist_ok=True)
-        binds = {self.layout.grub_cfg.parent: tools.directory}
-        made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
-        made = made.replace(f"/{root.name}/", MADE_IN)
-        config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
-        write_menu_text(root, config)
-        return inputs, config.without_text()
+        return boot_config(root, known, layout=self.layout, tools=self.distro.boot_tools)
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
@@ -11520,7 +11607,7 @@ def mount_problems(system: System, numbers: Sequence[int]) -> Iterator[Problem]:
 def copy_boot_file(source: Path, target: Path) -> None:
     """Copy a file of /boot to a deployment that lacks it."""
     if not target.is_file():
-        with replace(target) as new:
+        with replace(target, durable=True) as new:
             run(["cp", "-a", "--reflink=auto", source, new])
 
 
@@ -11988,6 +12075,12 @@ class Fsck:
                 what = f"{IN_ROOT_MENU} of snapshot-{deployment.slot}, which has the boot menu's passwords, is missing"
                 restore = partial(self._restore_menu_text, deployment)
                 yield Problem(what, deployment.snapshot, "renew the boot configuration", restore, "deploy")
+            if paths := deployment.unmade:
+                what = (
+                    f"boot menu and initramfs of snapshot-{deployment.slot} are not made from {listed(paths)} in /etc"
+                )
+                make = partial(self._make_from_carried, deployment.slot)
+                yield Problem(what, deployment.snapshot, "make them", make, "deploy")
             yield from self._drift_base(deployment)
         if not deployments.is_grub_cfg_current():
             what = "grub.cfg differs from what ash wrote last"
@@ -12006,6 +12099,11 @@ class Fsck:
         deployments = self.system.deployments()
         if not deployments.is_grub_cfg_current():
             deployments.write_menu()
+
+    def _make_from_carried(self, slot: str) -> None:
+        deployments = self.system.deployments()
+        if slot in deployments.menu.deployments:
+            deployments.make_from_carried(slot)
 
     def _restore_menu_text(self, deployment: Deployment) -> None:
         if lacks_menu_text(self.layout, deployment):

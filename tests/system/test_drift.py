@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DONE, FAILED, MISSING, REFUSED, make_deb, program
+from tests.support import DONE, FAILED, MISSING, REFUSED, Disk, make_deb, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -570,16 +570,21 @@ def test_boot_settings_of_the_running_etc_are_in_the_menu(machine: Machine) -> N
 def test_boot_settings_that_are_wrong_stop_a_deploy_but_not_the_carry_of_the_rest(machine: Machine) -> None:
     system, other = machine.system, machine.system.clone()
     machine.running("deploy", other)
+    right = (machine.etc / "default/grub").read_text()
     with (machine.etc / "default/grub").open("a") as settings:
         settings.write("exit 7\n")
     (machine.etc / "later").touch()
     assert "correct /etc/default/grub of the running system" in machine.run("carry", status=FAILED).error
     assert (machine.next_etc / "later").exists()
     system.boots()
+    assert not system.remains()
+    assert "are not made from default/grub in /etc" in system.ash("fsck", "--repair", status=FAILED).stdout
     system.shell(other, "touch /etc/mark")
     with system.nothing_changes():
         assert "correct /etc/default/grub of the running system" in machine.run("deploy", other, status=FAILED).error
-    machine.running("deploy", other, "--fresh-etc")
+    (machine.etc / "default/grub").write_text(right)
+    machine.running("carry")
+    assert system.ash("--json", "fsck").json["damage"] == []
 
 
 def test_a_mutable_directory_that_the_running_ash_conf_names_is_mounted(machine: Machine) -> None:
@@ -593,9 +598,11 @@ def test_a_mutable_directory_that_the_running_ash_conf_names_is_mounted(machine:
 INITRAMFS_TOOL = """\
 #!/bin/sh
 [ "$1" = -c ] || exit 1
-cat /etc/modprobe.d/* /etc/crypttab > /boot/initrd.img-$3
-ls -ld /var/lib/dpkg/status && cat /proc/sys/kernel/random/uuid >> /boot/initrd.img-$3
-head -c 2000000 /dev/zero >> /boot/initrd.img-$3
+exec > /boot/initrd.img-$3.new
+cat /etc/modprobe.d/* /etc/crypttab
+ls -ld /var/lib/dpkg/status && cat /proc/sys/kernel/random/uuid
+head -c 2000000 /dev/zero
+mv /boot/initrd.img-$3.new /boot/initrd.img-$3
 """
 
 
@@ -604,11 +611,56 @@ def initramfs(root: Path) -> str:
     return path.read_text()
 
 
+def with_initramfs_tool(system: System) -> int:
+    """A snapshot with INITRAMFS_TOOL; returns its number."""
+    number = system.clone()
+    tool = f"cat > /usr/sbin/update-initramfs <<'END'\n{INITRAMFS_TOOL}END"
+    system.shell(number, f"{tool}\necho '# none' > /etc/crypttab")
+    return number
+
+
+def test_what_is_made_from_a_carried_etc_is_made_by_recovery(machine: Machine) -> None:
+    """The power fails, or the shutdown takes too long, when /etc is in place, but not yet initramfs and fstab."""
+    system = machine.system
+    machine.running("deploy", with_initramfs_tool(system))
+    for step in (
+        "exchange etc-carried-new-",
+        "write menu",
+        "run update-initramfs",
+        "rename .ash-new to initrd",
+        "sync",
+    ):
+        (machine.etc / "modprobe.d/cut.conf").write_text(f"# {step}\n")
+        (machine.etc / "ash.conf").write_text(f"mutable_dirs::opt/{len(step)}\n")
+        after = "" if step != "sync" else "rename .ash-new to initrd"
+        killed = system.with_hooks({"kill": step, "after": after, "booted": machine.slot}, "carry")
+        assert killed.returncode == -signal.SIGKILL, (step, killed)
+        said = system.ash("recover").stderr
+        assert f"an interrupted carry of /etc into {system.files.default_slot()} is finished" in said
+        assert f"# {step}\n" in initramfs(machine.next_etc.parent), step
+        assert f" /opt/{len(step)} none bind" in (machine.next_etc / "fstab").read_text()
+        assert not system.remains()
+    assert machine.running("carry")["changed"] is False
+    assert system.ash("--json", "fsck").json["damage"] == []
+
+
+def test_an_initramfs_is_on_the_disk_before_it_replaces_the_one_that_boots(machine: Machine, tmp_path: Path) -> None:
+    system, copy = machine.system, tmp_path / "cut.img"
+    machine.running("deploy", with_initramfs_tool(system))
+    root = machine.next_etc.parent
+    (machine.etc / "modprobe.d/cut.conf").write_text("# later\n")
+    options = {"do": ["rename .ash-new to initrd", "cp", "--sparse=always", str(system.image), str(copy)]}
+    assert system.with_hooks({**options, "booted": machine.slot}, "carry").returncode == DONE
+    assert "# later" in initramfs(root)
+    with Disk(copy).files() as files:
+        (new,) = (files.root(root.name.removeprefix("snapshot-")) / "boot").glob(".ash-new*")
+        assert new.read_text() == initramfs(root)
+    copy.unlink()
+
+
 def test_the_initramfs_is_made_again_where_its_settings_changed(machine: Machine) -> None:
     system = machine.system
-    other = system.clone()
-    tool = "update-initramfs"
-    system.shell(other, f"cat > /usr/sbin/{tool} <<'END'\n{INITRAMFS_TOOL}END\necho '# none' > /etc/crypttab")
+    other = with_initramfs_tool(system)
     (machine.etc / "modprobe.d/early.conf").write_text("blacklist early\n")
     assert "making the initramfs again, for modprobe.d/early.conf" in machine.run("deploy", other).stderr
     assert (system.files.state / "work/deploy").stat().st_mode & 0o777 == 0o755, "status looks into it for everybody"
