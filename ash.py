@@ -5894,13 +5894,18 @@ class Transaction:
     def _take_database_directories(self) -> None:
         """Take what was written in the place of symlinks to the package database into the snapshot.
 
-        All snapshots have these symlinks in common: what deletes or replaces one changes only the own database.
+        All snapshots have these symlinks in common: what deletes or replaces one changes only the own database. If a
+        package is purged and installed again, nothing of what it had stays; if it is purged, nothing at all.
         """
         for name, target in database_links(self.package_manager, self.original).items():
             shown, own = self.place.upper / name, path_inside(self.root, target)
             is_hidden = self._reopen_parents(name)
             if not os.path.lexists(shown) and not is_hidden:
                 continue
+            is_anew = is_directory(shown) and bool(os.listdir(shown))
+            if not is_hidden and (is_anew or (is_whiteout(shown) and self._is_given_up(name))):
+                for old in own.iterdir() if is_directory(own) else ():
+                    remove_tree(old, protected=True)
             if is_directory(shown):
                 self.place.var_merge().copy(shown, own)
             elif os.path.lexists(shown) and not is_whiteout(shown) and not is_link_to(shown, target):
@@ -5910,6 +5915,11 @@ class Transaction:
             remove_tree(shown)
             if is_hidden:
                 shown.symlink_to(target)
+
+    def _is_given_up(self, entry: str) -> bool:
+        """Whether an entry of /var was that of packages that are installed no longer."""
+        claims = self.package_manager.claims
+        return bool(claims(self.original, entry)) and not claims(self.root, entry)
 
     def _reopen_parents(self, name: str) -> bool:
         """Make the parents of a path of /var directories again where a transaction deleted one.
@@ -7278,7 +7288,8 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
     made = status_of(place_inside(root, IN_ROOT_ID))  # the last thing that was written in it
     if not deployment.mutable or made is None:
         return ""
-    is_source = is_subvolume(own) and subvolume_id(own) == deployment.source
+    versions = [own, layout.undo(deployment.snapshot)]
+    source = next((one for one in versions if is_subvolume(one) and subvolume_id(one) == deployment.source), None)
     todo = [name for name in os.listdir(root) if name not in MOUNTED_OVER]
     while todo:
         path = todo.pop()
@@ -7290,9 +7301,11 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
             return path
         if stat.S_ISDIR(status.st_mode):
             names = set(os.listdir(root / path))
-            if status.st_ctime_ns > made.st_ctime_ns and is_source and is_directory(own / path):
+            if status.st_ctime_ns > made.st_ctime_ns and is_directory(own / path):
                 for removed in sorted(set(os.listdir(own / path)) - names):
-                    return f"{path}/{removed}"
+                    # What only the snapshot has got since was never here; if that cannot be told, it may have been.
+                    if source is None or os.path.lexists(source / path / removed):
+                        return f"{path}/{removed}"
             todo += [f"{path}/{name}" for name in names]
     return ""
 
@@ -7308,6 +7321,15 @@ def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
         number = menu.deployments[slot].snapshot
         what = f"the deployment of snapshot {number} in {slot} is mutable, and was changed: /{one_line(path)}"
         raise AshError(what, "start it: ash rollback keeps it as a snapshot; --fresh deletes it", REFUSED)
+
+
+def require_running_unchanged(layout: Layout, menu: Menu, slot: str, snapshot: int) -> None:
+    """Raise AshError (REFUSED) if the deployment in a slot is one of this snapshot, and was changed as it ran."""
+    path = change_in_slot(layout, menu, slot)
+    if path and menu.deployments[slot].snapshot == snapshot:
+        what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
+        hint = "ash rollback keeps it as a snapshot; ash deploy --fresh starts again from the snapshot"
+        raise AshError(what, hint, REFUSED)
 
 
 # --- What is made from a deployment's /etc -----------------------------------------------------------------------
@@ -7573,19 +7595,7 @@ class Deployments:
         found = None if fresh_etc else self._up_to_date(snapshot, state, secondary)
         if found and not (with_saved and found.only_saved):
             return found, False
-        current = self.menu.deployments.get(self.running)
-        if (
-            current
-            and current.snapshot == snapshot
-            and not fresh
-            and (path := change_while_running(self.layout, current))
-        ):
-            what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
-            hint = "ash rollback keeps it as a snapshot; --fresh starts again from the snapshot"
-            raise AshError(what, hint, REFUSED)
-        slot, has_unique_changes = self._free_slot(secondary)
-        if has_unique_changes and not fresh:
-            require_unchanged(self.layout, self.menu, slot)
+        slot, has_unique_changes = self.choose_slot(snapshot, secondary=secondary, fresh=fresh)
         try:
             deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
             if has_unique_changes and slot in self.menu.deployments:
@@ -7608,6 +7618,18 @@ class Deployments:
             if not was_changed and (slot == self.running or has_changes):
                 return found
         return None
+
+    def choose_slot(self, snapshot: int, *, secondary: bool = False, fresh: bool = False) -> tuple[str, bool]:
+        """The slot for a new deployment of a snapshot, and whether it has changes that no other deployment has.
+
+        AshError (REFUSED) if changes in mutable deployments would be left behind or deleted, unless `fresh`.
+        """
+        if not fresh:
+            require_running_unchanged(self.layout, self.menu, self.running, snapshot)
+        slot, has_unique_changes = self._free_slot(secondary)
+        if has_unique_changes and not fresh:
+            require_unchanged(self.layout, self.menu, slot)
+        return slot, has_unique_changes
 
     def _free_slot(self, secondary: bool) -> tuple[str, bool]:
         """The first slot that is neither booted, or was last, nor the newest one known to boot.
@@ -12310,6 +12332,8 @@ class AutoUpgrade:
         if self.doubt:
             console.warn(self.doubt)
         self.system.require_changeable(self.number)
+        if self.policy in ("deploy", "reboot"):
+            self.system.deployments().choose_slot(self.number)  # raises before anything is done
         if self.policy == "check":
             planned = self._change(self.number)
             reply = Reply({**change_data(planned), "changed": False}, self._summary(planned))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.archive import Archive, use_only
-from tests.support import DONE, FAILED, USAGE, program
+from tests.support import DONE, FAILED, REFUSED, USAGE, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(190)]
@@ -120,6 +120,25 @@ def test_a_failed_deploy_changes_nothing(system: System, snapshot: int, archive:
     assert "grub-mkconfig failed" in said
     assert system.files.default_slot() == slot
     system.is_sound()
+
+
+def test_it_is_refused_at_once_if_the_deploy_would_be(system: System, snapshot: int, archive: Archive) -> None:
+    system.ash("mutable", snapshot)
+    system.ash("deploy", snapshot, "--fresh-etc")
+    machine = Machine(system)
+    (system.root(machine.boot()) / "opt/file").touch()
+    configure(system)
+    archive.add("ash-test-tool", "2", files={"usr/share/tool": "two\n"})
+    with archive.served() as url:
+        system.shell(snapshot, use_only(url))
+        before = system.subvolumes()
+        assert "/opt/file" in machine.run("auto-upgrade", snapshot, status=REFUSED).error
+    assert system.subvolumes() == before
+    assert not list((system.files.var / "cache/apt/archives").glob("ash-test-tool_2*")), "nothing was downloaded"
+    assert f"snapshot {snapshot} is as it was" in system.ash("check", status=FAILED).stdout
+    system.ash("deploy", system.clone(), "--fresh-etc")
+    machine.boot()
+    system.ash("immutable", snapshot)
 
 
 def test_problems_that_existed_before_do_not_count(system: System, snapshot: int, archive: Archive) -> None:

@@ -456,6 +456,10 @@ def test_a_changed_mutable_deployment_is_not_replaced_unasked(system: System, sn
     (root / "opt/file").unlink()
     (root / "usr/bin/env").unlink()
     assert "/usr/bin/env" in machine.run("deploy", snapshot, status=REFUSED).error
+    system.shell(snapshot, "touch /usr/bin/before-env")  # which the deployment never had
+    assert "/usr/bin/env" in machine.run("deploy", snapshot, status=REFUSED).error
+    system.shell(snapshot, "rm /usr/bin/before-env")  # now no snapshot is what the deployment was made from
+    assert "/usr/bin/env" in machine.run("deploy", snapshot, status=REFUSED).error
     machine.running("deploy", system.clone())  # another one
     for number in (snapshot, kept):
         system.ash("immutable", number)

@@ -448,6 +448,22 @@ def test_the_links_to_the_package_database_are_never_merged(system: System, snap
     system.is_sound()
 
 
+def test_a_package_that_is_purged_leaves_nothing_in_its_database(system: System, snapshot: int, tmp_path: Path) -> None:
+    before, own = links(system), system.root(snapshot) / "usr/share/ash/db/dkms"
+    purge = 'if [ "$1" = purge ]; then rm -rf /var/lib/dkms; fi'
+    package = make_deb(tmp_path, "dkms", postinst="mkdir -p /var/lib/dkms; touch /var/lib/dkms/state", postrm=purge)
+    system.ash("install", snapshot, package)
+    system.shell(snapshot, "mkdir -p /var/lib/dkms/module/1; touch /var/lib/dkms/module/1/source")
+    system.ash("run", snapshot, "sh", "-ec", "dpkg --purge dkms; mkdir /var/lib/dkms; echo new > /var/lib/dkms/state")
+    assert {path.name: path.read_text() for path in own.iterdir()} == {"state": "new\n"}
+    system.ash("install", snapshot, package)
+    assert (own / "state").exists()
+    system.ash("run", snapshot, "dpkg", "--purge", "dkms")
+    assert list(own.iterdir()) == []
+    assert links(system) == before
+    system.is_sound()
+
+
 def test_fsck_restores_the_links_to_the_package_database(system: System, snapshot: int) -> None:
     before, var = links(system), system.files.var
     (var / "lib/dkms").unlink()
