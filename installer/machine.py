@@ -60,6 +60,8 @@ ESCAPE = re.compile(
     r")"
 )
 HIGHLIGHTED = re.compile(r"\x1b\[\d+;\d+H\*([^\x1b\r\n]+)")
+# What GRUB's menu says while it waits.
+COUNTDOWN = r"highlighted entry will be executed automatically"
 # Where a boot can end instead of at the login prompt.
 DEAD_ENDS = r"Kernel panic - not syncing|\(initramfs\) |grub rescue> |grub> |emergency mode|No bootable device"
 
@@ -331,17 +333,20 @@ class Machine:
         except BrokenPipeError:
             raise self._error("the machine has ended") from None
 
-    def login(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
+    def login(
+        self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, *, hasten: bool = True
+    ) -> None:
         """Wait for the login prompt, log in, and prepare the shell for command().
 
         Args:
             user, password: of the account.
             timeout: in seconds.
+            hasten: start the default entry when GRUB's menu appears, instead of waiting until GRUB does.
 
         Raises:
             MachineError: there was no prompt; at once if the boot ended in a panic or rescue shell.
         """
-        self.enter_shell(user, password, timeout)
+        self.enter_shell(user, password, timeout, hasten=hasten)
         token = secrets.token_hex(4)
         shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
         self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
@@ -349,17 +354,23 @@ class Machine:
         # Keep messages of the kernel and of systemd (by its signal for that) out of the output of commands.
         self.command("dmesg --console-level emerg 2>/dev/null; kill -s RTMIN+21 1 2>/dev/null || true")
 
-    def enter_shell(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS) -> None:
-        """Wait for the login prompt (timeout in seconds) and log in to the user's own shell."""
-        self.await_login(timeout)
+    def enter_shell(
+        self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, *, hasten: bool = True
+    ) -> None:
+        """Wait for the login prompt as login() does, and log in to the user's own shell."""
+        self.await_login(timeout, hasten=hasten)
         self.send(f"{user}\n")
         if self.expect(r"Password: |[#$] ", 60).group() == "Password: ":
             self.send(f"{password}\n")
             self.expect(r"[#$] ", 60)
 
-    def await_login(self, timeout: float = BOOT_SECONDS) -> None:
-        """Wait for the login prompt, for at most timeout seconds, without logging in."""
-        match = self.expect(rf"\S login: |{DEAD_ENDS}", timeout)
+    def await_login(self, timeout: float = BOOT_SECONDS, *, hasten: bool = True) -> None:
+        """Wait for the login prompt as login() does, without logging in."""
+        match = self.expect(rf"\S login: |{DEAD_ENDS}|{COUNTDOWN}", timeout)
+        if re.fullmatch(COUNTDOWN, match.group()):
+            if hasten:
+                self.send("\r")
+            match = self.expect(rf"\S login: |{DEAD_ENDS}", timeout)
         if not match.group().endswith(" login: "):
             raise self._error(f"the boot ended at {match.group().strip()!r}")
 
