@@ -676,12 +676,27 @@ def set_inode_flags(descriptor: int, flags: int, among: int) -> None:
     fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, changed.to_bytes(4, sys.byteorder) + bytes(4))
 
 
+def next_data(file: int, start: int) -> int:
+    """Where the first data of an open file are, from a position on, which may be in a hole; at its end if none are."""
+    try:
+        return os.lseek(file, start, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return max(start, os.fstat(file).st_size)
+
+
 def same_bytes(one: int, other: int) -> bool:
-    """Whether two open files have the same content."""
-    while (piece := os.read(one, 1 << 16)) == os.read(other, 1 << 16):
+    """Whether two open regular files have the same content; what is a hole in both is not read."""
+    start = 0
+    while True:
+        start = min(next_data(one, start), next_data(other, start))
+        piece = os.pread(one, 1 << 16, start)
+        if piece != os.pread(other, 1 << 16, start):
+            return False
         if not piece:
-            return True
-    return False
+            return os.fstat(one).st_size == os.fstat(other).st_size
+        start += len(piece)
 
 
 def same_files(one: Path, other: Path, *, content: bool, from_overlay: bool) -> bool:
@@ -767,15 +782,9 @@ def copy_content(old: int, new: int) -> None:
     try:
         fcntl.ioctl(new, FICLONE, old)
     except OSError:  # for example if one of them is NOCOW
-        end, size = 0, os.fstat(old).st_size
-        os.ftruncate(new, size)
-        while end < size:
-            try:
-                start = os.lseek(old, end, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                break  # there is only a hole left
+        end = 0
+        os.ftruncate(new, os.fstat(old).st_size)
+        while (start := next_data(old, end)) < os.fstat(old).st_size:
             end = os.lseek(old, start, os.SEEK_HOLE)
             os.lseek(new, start, os.SEEK_SET)
             while start < end and (sent := os.sendfile(new, old, start, min(end - start, 1 << 24))):
@@ -1903,6 +1912,13 @@ def is_subvolume(path: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_ino == SUBVOLUME_INODE
 
 
+def is_subvolume_or_its_place(path: Path) -> bool:
+    """Whether a path is a subvolume, or the empty directory that a snapshot has in the place of a nested one."""
+    status = status_of(path)
+    is_one = status is not None and status.st_ino in (SUBVOLUME_INODE, EMPTY_SUBVOLUME_INODE)
+    return is_one and is_directory(path)
+
+
 def subvolume_at(path: Path) -> Subvolume | None:
     """The subvolume whose root is at a path; None if there is none, or it was deleted meanwhile."""
     with contextlib.suppress(FileNotFoundError):
@@ -2693,6 +2709,18 @@ def programs_below(root: Path, directory: str) -> Iterator[str]:
             with file.open("rb") as program:
                 if program.read(4) == b"\x7fELF":
                     yield f"{directory}/{path}"
+
+
+LINKER_SETTINGS = r"ld\.so\.conf(\.d/.*)?"  # the files in /etc that name directories with libraries
+
+
+def update_library_cache(chroot: Chroot, changed: Iterable[str]) -> None:
+    """Have the programs of a root find its libraries where these paths in its /etc say, if they are LINKER_SETTINGS."""
+    is_concerned = any(re.fullmatch(LINKER_SETTINGS, path) for path in changed)
+    if is_concerned and any(path_inside(chroot.root, f"{path}/ldconfig").exists() for path in SYSTEM_PATH.split(":")):
+        status = chroot.run(["ldconfig", "-X"])  # -X: /usr stays as it is
+        if status:
+            raise AshError(f"ldconfig failed ({status})")
 
 
 def unresolved_libraries(chroot: Chroot, programs: Sequence[str]) -> set[str]:
@@ -3975,7 +4003,13 @@ def is_misnumbered(account: str, there: Mapping[str, int], known: Mapping[str, i
     return number != wanted and 0 not in (number, wanted) and list(there.values()).count(number) == 1
 
 
-def new_ids(kind: str, own: Mapping[str, int], machine: Mapping[str, int], known: Mapping[str, int]) -> dict[str, int]:
+def new_ids(
+    kind: str,
+    own: Mapping[str, int],
+    machine: Mapping[str, int],
+    known: Mapping[str, int],
+    newcomers: Container[str] = (),
+) -> dict[str, int]:
     """The new ids of accounts of a snapshot that differ from, or clash with, those of the people of the machine.
 
     Args:
@@ -3983,20 +4017,23 @@ def new_ids(kind: str, own: Mapping[str, int], machine: Mapping[str, int], known
         own: the ids in the snapshot.
         machine: all ids in the running system.
         known: the ids in the registry.
+        newcomers: accounts of the machine that the snapshot is to get; they keep their ids as people do.
 
     An account that shares the id of one of those people on purpose, in the snapshot, follows it.
     """
     found: dict[str, int] = {}
-    people = {name: number for name, number in machine.items() if is_of_people(number)}
+    people = {name: number for name, number in machine.items() if is_of_people(number) or name in newcomers}
     for number in dict.fromkeys(own.values()):
         names = [name for name, its in own.items() if its == number]
         there, others = ([n for n in names if (n in people) is of_machine] for of_machine in (True, False))
         found |= {name: people[name] for name in there if people[name] != number}
-        if not others or not is_of_people(number):
+        if not is_of_people(number):  # the machine's others have their ids everywhere
+            others = [name for name in others if number in people.values() and machine.get(name) != number]
+        if not others:
             continue
         new = people[there[0]] if there else known.get(others[0], number)
         rest = {found.get(name, its) for name, its in own.items() if name not in names}
-        if not there and (new in machine.values() or new in rest or not is_of_people(new)):
+        if not there and (new in machine.values() or new in rest or is_of_people(new) is not is_of_people(number)):
             new = free_id(kind, number, {*known.values(), *own.values(), *machine.values(), *found.values()})
         found |= {name: new for name in others if new != number}
     return found
@@ -6043,6 +6080,13 @@ def fstab_mount_point(line: str) -> str:
     return words[1] if len(words) > 1 and not words[0].startswith("#") else ""
 
 
+def fstab_directory(line: str) -> str:
+    """The mount point of a line of fstab as a path from the root; empty if it is none, or outside of the root."""
+    path = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fstab_mount_point(line))
+    inside = path.strip("/")
+    return inside if path.startswith("/") and is_inner_path(inside) else ""
+
+
 def fstab_of_user(text: str) -> list[str]:
     """The lines of an fstab that are the user's, once they are written: all but those of ash's own mount points."""
     others = [line for line in lines_of(text) if fstab_mount_point(line) not in OWN_MOUNT_POINTS]
@@ -6141,9 +6185,8 @@ def merge_fstab(base: Iterable[str], running: Iterable[str], own: Iterable[str])
 def make_mount_points(root: Path) -> None:
     """Make the directories in a root that its fstab mounts something on."""
     for line in fstab_of_user(read_text(path_inside(root, "etc/fstab"))):
-        path = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fstab_mount_point(line))
-        inside = path.strip("/")
-        if path.startswith("/") and is_inner_path(inside) and inside.partition("/")[0] not in MOUNTED_OVER:
+        inside = fstab_directory(line)
+        if inside and inside.partition("/")[0] not in MOUNTED_OVER:
             with contextlib.suppress(FileExistsError, NotADirectoryError):  # a file may be mounted on a file
                 path_inside(root, inside).mkdir(parents=True, exist_ok=True)
 
@@ -6157,6 +6200,7 @@ IDENTITY = r"machine-id|ssh/ssh_host_[^/]*_key(\.pub)?"
 # These are merged by account and field, and fields that list members by member.
 ACCOUNT_FILES = frozenset({"passwd", "group", "shadow", "gshadow", "subuid", "subgid"})
 MEMBER_COLUMNS = {"group": {3}, "gshadow": {2, 3}}
+ROOT_IN = ("passwd", "shadow", "group", "gshadow")  # of these, the files in which root has a row
 MOST_PARENTS = 100  # of a path in /etc that is carried over: more than any program creates
 
 
@@ -6168,21 +6212,60 @@ def etc_state(etc: Path) -> str:
 
 
 def etc_drift(base: Path, running: Path) -> dict[str, str]:
-    """The changes made to a running /etc: "added", "removed" or "changed" by path, parents first."""
-    drift = {}
-    for path in sorted(paths_below(base) | paths_below(running)):
-        if re.fullmatch(NOT_DRIFT, path):
+    """The changes made to a running /etc: "added", "removed" or "changed" by path, parents first.
+
+    A subvolume in it is a neighbour, as in /var: what is in it is not in snapshots of the /etc.
+    """
+    drift = dict[str, str]()
+    before, now = paths_below(base), paths_below(running)  # a path that leads through a symlink is none
+    neighbours: list[str] = []
+    for path in sorted(before | now):
+        if re.fullmatch(NOT_DRIFT, path) or path.startswith((*neighbours,)):
             continue
         one, other = base / path, running / path
+        is_there = path in now and os.path.lexists(other)
         try:
-            if is_same(one, other) or is_special(other):
+            if (path in before) == is_there and is_same(one, other):
                 continue
         except PermissionError:  # for an account that may not read it, an equal mtime must do
             if one.lstat().st_mtime_ns == other.lstat().st_mtime_ns:
                 continue
-        before, now = os.path.lexists(one), os.path.lexists(other)
-        drift[path] = "changed" if before and now else "added" if now else "removed"
+        if is_there and is_subvolume_or_its_place(other):
+            neighbours.append(f"{path}/")
+        elif not (is_there and is_special(other)):
+            drift[path] = "removed" if not is_there else "changed" if path in before else "added"
     return drift
+
+
+def is_damaged(path: str, base: Path, running: Path) -> bool:
+    """Whether a running /etc has lost what no machine is without: root's account, or every mount of its fstab.
+
+    That is what is left of a file after a crash or on a full disk, not an edit.
+    """
+    if (running / path).is_symlink() or path not in {*ROOT_IN, "fstab"}:
+        return False
+    if path == "fstab":
+        was, now = (any(map(fstab_mount_point, lines_of(read_text(etc / path)))) for etc in (base, running))
+    else:
+        was, now = (AccountFile.read(etc / path).row("root") is not None for etc in (base, running))
+    return was and not now
+
+
+def link_target(etc: Path, path: str, link: Path) -> Path | None:
+    """Where a symlink would lead from a path in the /etc of a root; None if to another mount, or in a circle."""
+    target = os.readlink(link)
+    inside = target if target.startswith("/") else f"{etc.name}/{path.rpartition('/')[0]}/{target}"
+    with contextlib.suppress(AshError):
+        found = path_inside(etc.parent, inside)
+        if found.relative_to(etc.parent).parts[:1] not in {(name,) for name in MOUNTED_OVER}:
+            return found
+    return None
+
+
+def is_free(path: Path, below: Path) -> bool:
+    """Whether a path can be created in a directory: nothing is there, and no file in the place of a parent."""
+    parents = itertools.takewhile(lambda parent: parent != below, path.parents)
+    return not os.path.lexists(path) and all(is_directory(one) or not os.path.lexists(one) for one in parents)
 
 
 def is_too_deep(path: str) -> bool:
@@ -6340,7 +6423,7 @@ class EtcMerge:
     def merge(self, fresh: bool = False) -> None:
         """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
         self.drift = etc_drift(self.base, self.running)
-        drift = self._without_deep_paths(self.drift)
+        drift = self._without_damaged_files(self._without_deep_paths(self.drift))
         for path in [p for p, kind in drift.items() if kind != "removed"]:
             if re.fullmatch(IDENTITY, path):
                 self._carry_identity(path)
@@ -6360,6 +6443,32 @@ class EtcMerge:
         self.in_conflict += [path for path in drift if path in deep and path.rpartition("/")[0] not in deep]
         return {path: kind for path, kind in drift.items() if path not in deep}
 
+    def _without_damaged_files(self, drift: Mapping[str, str]) -> dict[str, str]:
+        """Leave out files that are damaged, and record them as conflicts."""
+        damaged = {path for path in drift if is_damaged(path, self.base, self.running)}
+        self.in_conflict += sorted(damaged)
+        self.without_effect += [f"{path}, which is damaged in the running system" for path in sorted(damaged)]
+        return {path: kind for path, kind in drift.items() if path not in damaged}
+
+    def _is_unchanged(self, path: str) -> bool:
+        """Whether the target has what the base has; a symlink, if it leads there by another name (/lib, /usr/lib)."""
+        own, was = self.target / path, self.base / path
+        if is_same(own, was):
+            return True
+        if not (own.is_symlink() and was.is_symlink()):
+            return False
+        led = link_target(self.target, path, own)
+        return led is not None and led == link_target(self.target, path, was)
+
+    def _leads_nowhere(self, path: str) -> bool:
+        """Whether a symlink would lead to a program, say, that the target's root lacks, unlike that of the target."""
+        own, now = self.target / path, self.running / path
+        if not (own.is_symlink() and now.is_symlink()):
+            return False
+        places = (self.running, now), (self.target, own), (self.target, now)
+        leads = [(place := link_target(etc, path, link)) is not None and place.exists() for etc, link in places]
+        return leads == [True, True, False] and link_target(self.target, path, now) is not None
+
     def _carry(self, path: str) -> None:
         """Carry a path that was added or changed, or record that it is in conflict."""
         own, now, was = self.target / path, self.running / path, self.base / path
@@ -6369,7 +6478,9 @@ class EtcMerge:
             self._carry_attributes(path)
         elif reachable and is_same(own, now):
             pass
-        elif reachable and is_same(own, was) and not self._would_hide_changes(path):
+        elif reachable and self._leads_nowhere(path):
+            self.set_aside(path)
+        elif reachable and self._is_unchanged(path) and not self._would_hide_changes(path):
             replace_by_copy(now, own, protected=True)
             self.carried.append(path)
         elif path in ACCOUNT_FILES and all(one.is_file() and not one.is_symlink() for one in (own, now, was)):
@@ -6477,7 +6588,7 @@ class EtcMerge:
         if is_directory(own) and any(own.iterdir()):
             self.in_conflict.append(path)
             return
-        if not is_same(own, self.base / path):
+        if not self._is_unchanged(path):
             if not self._is_default(path):
                 self.in_conflict.append(path)
                 return
@@ -6503,7 +6614,9 @@ class EtcMerge:
         self.in_conflict.append(path)
         if self.keep_conflicts and not is_directory(version):
             make_private_directory(self.conflicts)
-            aside = self.conflicts / "etc" / path
+            # A symlink that was set aside is no directory for what the other side has below its name.
+            tops = ("etc" if number == 1 else f"etc.{number}" for number in itertools.count(1))
+            aside = next(place for top in tops if is_free(place := self.conflicts / top / path, self.conflicts))
             aside.parent.mkdir(parents=True, exist_ok=True)
             copy_file(version, aside)
 
@@ -6746,8 +6859,9 @@ class PeopleMerge:
         self._former = {*self.own["passwd"].ids}  # users whom the target had
         self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
         self._groups = self.own["group"].ids.keys() | self.base["group"].ids.keys() | self.running["group"].ids.keys()
+        has_lost = any(is_damaged(name, base, running) for name in ROOT_IN)
         for which, accounts in (("running system", self.running), ("snapshot", self.own)):
-            if not accounts.is_usable():
+            if not accounts.is_usable() or (has_lost and accounts is self.running):
                 self.notes.append(f"no accounts were brought: those of the {which} are damaged, or in symlinks")
                 return
         ids.learn_machine(running)
@@ -6847,7 +6961,10 @@ class PeopleMerge:
         """Give accounts of the target the ids that they have in the running system, or others than people there."""
         own = {name: self.own[name].ids for name in ID_FILES}
         known = {name: dict(self.ids.given[name]) for name in ID_FILES}
-        new = {name: new_ids(name, own[name], self.running[name].ids, known[name]) for name in ("passwd", "group")}
+        new = {
+            name: new_ids(name, own[name], self.running[name].ids, known[name], self._newcomers(name))
+            for name in ("passwd", "group")
+        }
         self.users, self.groups = (
             {own[name][account]: number for account, number in new[name].items()} for name in ("passwd", "group")
         )
@@ -6876,6 +6993,20 @@ class PeopleMerge:
             users = uids | range_of_ids(moves["subuid"].get(user, {}))
             self.belongings.append(Belongings(user, home, users, groups | range_of_ids(moves["subgid"].get(user, {}))))
 
+    def _newcomers(self, name: str) -> set[str]:
+        """The accounts made in the running system that get their ids in the target even if others have them there.
+
+        A group alone does not: what it owns on the shared volumes is not known, as that of users is by their homes.
+        """
+        found, own = {file: self.running[file].ids.keys() - self.base[file].ids.keys() for file in ID_FILES}, self.own
+        users = found["passwd"] - own["passwd"].ids.keys()
+        if name == "passwd":
+            return users
+        pairs = {(row[2], row[3]) for row in own["passwd"].rows if len(row) > 3}
+        ids, gids = self.running["passwd"].ids, self.running["group"].ids
+        both = (users & found["group"]) - own["group"].ids.keys()
+        return {account for account in both if (str(ids[account]), str(gids[account])) in pairs}
+
     def _new_ranges(self, name: str) -> dict[str, int]:
         """Move the ranges of ids of the target's own users away from those of people of the running system."""
         found: dict[str, int] = {}
@@ -6897,7 +7028,8 @@ class PeopleMerge:
     def _home_apart(self, user: str, row: Sequence[str], olds: Container[int]) -> str:
         """The home of a user who gets another uid; empty if somebody with the old one may have files in it."""
         home = home_of(row)
-        for other, uid in self.people.items():
+        new = {user: self.running["passwd"].ids[user] for user in self._newcomers("passwd")}
+        for other, uid in {**self.people, **new}.items():
             its = home_of(self.running["passwd"].row(other) or [])
             if uid in olds and home and its and (f"{home}/".startswith(f"{its}/") or f"{its}/".startswith(f"{home}/")):
                 what = f"{user} of the snapshot and {other} of the running system have the same uid {uid}"
@@ -7310,16 +7442,45 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
     return ""
 
 
+def subvolumes_with_data(etc: Path) -> list[str]:
+    """The subvolumes in an /etc that are not empty, as paths in it: no copy and no snapshot has what is in them."""
+    return sorted(str(path.relative_to(etc)) for path in nested_subvolumes(etc) if any(path.iterdir()))
+
+
+def require_no_subvolumes(etc: Path) -> None:
+    """Raise AshError (REFUSED) if an /etc, which is to be replaced by a copy, has subvolumes with data in it."""
+    for path in subvolumes_with_data(etc):
+        what = (
+            f"/etc/{one_line(path)} of {etc.parent.name} is a subvolume: nothing is carried over into that deployment"
+        )
+        raise AshError(what, "start it, and move what is in there", REFUSED)
+
+
+def left_in_place(root: Path) -> list[str]:
+    """Sentences about what no other deployment gets of a running /etc."""
+    return [
+        f"/etc/{one_line(path)} is a subvolume: it is not carried over, and stays in the running deployment"
+        for path in subvolumes_with_data(root / "etc")
+    ]
+
+
 def change_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
-    deployment = menu.deployments.get(slot)
-    return change_while_running(layout, deployment) if deployment else ""
+    """A path in a slot, which is to be replaced, that would be lost, and is not drift; empty if there is none."""
+    deployment, etc = menu.deployments.get(slot), layout.rootfs(slot) / "etc"
+    if not deployment or not is_directory(etc):
+        return ""
+    inside = subvolumes_with_data(etc)
+    return f"etc/{inside[0]}" if inside else change_while_running(layout, deployment)
 
 
 def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
     """Raise AshError (REFUSED) if the deployment in a slot, which is to be deleted, was changed as it ran."""
     if path := change_in_slot(layout, menu, slot):
-        number = menu.deployments[slot].snapshot
-        what = f"the deployment of snapshot {number} in {slot} is mutable, and was changed: /{one_line(path)}"
+        deployment = f"the deployment of snapshot {menu.deployments[slot].snapshot} in {slot}"
+        if is_subvolume(layout.rootfs(slot) / path):
+            what = f"{deployment} has a subvolume that no other one has: /{one_line(path)}"
+            raise AshError(what, "start it, and move what is in there; --fresh deletes it", REFUSED)
+        what = f"{deployment} is mutable, and was changed: /{one_line(path)}"
         raise AshError(what, "start it: ash rollback keeps it as a snapshot; --fresh deletes it", REFUSED)
 
 
@@ -7347,6 +7508,14 @@ def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None
         lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
     if (text := "\n".join([*lines, ""])) != old:
         rewrite(path_inside(root, "etc/fstab"), text)
+
+
+def make_from_etc(layout: Layout, root: Path, snapshot: int, changed: Sequence[str]) -> None:
+    """Make the quick part of what is made from the /etc of a deployment, where these paths in it have changed."""
+    if "ash.conf" in changed:
+        mount_mutable_directories(layout, root, snapshot)
+    make_mount_points(root)
+    update_library_cache(Chroot(root, {"LC_ALL": "C.UTF-8"}), changed)
 
 
 def make_initramfs(layout: Layout, distro: Distro, root: Path, kernel: Kernel) -> None:
@@ -7431,9 +7600,7 @@ def configure(
     """Make what is made from a deployment's /etc, where these paths in it have changed: its own mount points, boot
     configuration and initramfs. Returns it with the result.
     """
-    if "ash.conf" in changed:
-        mount_mutable_directories(layout, root, deployment.snapshot)
-    make_mount_points(root)
+    make_from_etc(layout, root, deployment.snapshot, changed)
     if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
         inputs, config = boot_config(root, menu.deployments.values(), layout=layout, tools=distro.boot_tools)
         deployment = deployment._replace(inputs=inputs, config=config)
@@ -7445,7 +7612,7 @@ def configure(
 
 def sources_of_boot(distro: Distro, paths: Iterable[str]) -> list[str]:
     """Those paths in /etc of which configure() makes something."""
-    settings = rf"ash\.conf|fstab|{BOOT_SETTINGS}|{distro.initramfs_settings}"
+    settings = rf"ash\.conf|fstab|{LINKER_SETTINGS}|{BOOT_SETTINGS}|{distro.initramfs_settings}"
     return [path for path in paths if re.fullmatch(settings, path)]
 
 
@@ -7803,7 +7970,7 @@ class Deployments:
             merge.merge(fresh)
             people.prune(merge)
             copy_moved_base(merge, layout.carried(f"new-{deployment.slot}"))
-            notes = [*people.notes, *people.lacking_shells(target.parent)]
+            notes = [*people.notes, *people.lacking_shells(target.parent), *left_in_place(layout.rootfs(running))]
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from=running,
@@ -7851,6 +8018,7 @@ class Deployments:
         etc, before = layout.rootfs(slot) / "etc", layout.carried(slot)
         # Not what the running deployment started with: what was carried by the deploy may have been saved since.
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
+        require_no_subvolumes(etc)
         intent = layout.work("deploy") / "intent"
         is_as_made = deployment.own_etc == etc_state(etc)  # else, it has run: what was changed stays a change of it
         write_file(intent, f"{slot}\n")  # has the boot service clean up
@@ -8761,11 +8929,37 @@ class LiveTransaction(Transaction):
 Work = Callable[[Transaction], object]
 
 
-def change_live(system: System, doing: str, work: Work) -> LiveResult:
-    """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why."""
+def bring_generated(work: Transaction, newer: Path, older: Path) -> None:
+    """Bring files that scripts made in /etc in the last change of a snapshot, such as keys, before they run again.
+
+    They would make others in the running system, which do not fit what was written to the shared /var the first time.
+    """
+    theirs, ours = newer / "etc", work.root / "etc"
+    made = paths_below(theirs) - paths_below(older / "etc") - paths_below(ours)
+    for path in sorted(made - work.package_manager.files(newer, "etc")):
+        if size_of(theirs / path) < 0 or re.fullmatch(NOT_DRIFT, path):
+            continue
+        for parent in [str(one) for one in reversed(Path(path).parents) if one.name]:
+            if has_real_parents(ours, parent) and not os.path.lexists(ours / parent):
+                replace_by_copy(theirs / parent, ours / parent)
+        if has_real_parents(ours, path):
+            replace_by_copy(theirs / path, ours / path)
+
+
+def change_live(system: System, doing: str, work: Work, done: Sequence[Change] = ()) -> LiveResult:
+    """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why.
+
+    Args:
+        doing: what it does, for messages.
+        work: the change.
+        done: what the same work has done to snapshots before.
+    """
     transaction = LiveTransaction(system)
+    number = transaction.snapshot
     try:
         with step(f"{doing} the running system"), transaction:
+            if any(change.snapshot == number and change.packages_changed() for change in done):
+                bring_generated(transaction, system.layout.rootfs(number), system.layout.undo(number))
             work(transaction)
     except (AshError, OSError) as error:
         console.say(one_line(f"ash: {reason(error)}"))
@@ -8876,6 +9070,15 @@ def deploy_snapshot(
         return deployments.deploy(snapshot, secondary=secondary, **options)
 
 
+def make_again(system: System, work: Transaction, changed: Sequence[str]) -> None:
+    """Make what is made from these paths in /etc, which were brought into a transaction: library cache, initramfs."""
+    update_library_cache(work.chroot(), changed)
+    settings = [path for path in changed if re.fullmatch(system.distro.initramfs_settings, path)]
+    for kernel in [one for one in kernels_of(work.root) if one.initramfs and settings]:
+        with step(f"making the initramfs of {kernel.name} again, for {listed(settings)}"):
+            work.run([*system.distro.make_initramfs, kernel.version])
+
+
 def save_drift(system: System) -> tuple[Change, EtcMerge]:
     """Save the running /etc's changes into the booted snapshot, except ash's fstab lines and the machine's identity.
 
@@ -8900,10 +9103,7 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             merge.carried = list(dict.fromkeys(merge.carried))
             for root in (work.root, system.layout.rootfs(slot)):  # the snapshot may be undone, or another be deployed
                 note_saved(root, merge.carried)
-            settings = [path for path in merge.carried if re.fullmatch(system.distro.initramfs_settings, path)]
-            for kernel in [one for one in kernels_of(work.root) if one.initramfs and settings]:
-                with step(f"making the initramfs of {kernel.name} again, for {listed(settings)}"):
-                    work.run([*system.distro.make_initramfs, kernel.version])
+            make_again(system, work, merge.carried)
         deployments.rebase_drift(slot, merge)
     return work.change, merge
 
@@ -10123,6 +10323,34 @@ def warn_of_lost_needs(work: Transaction) -> None:
         console.say(f"ash: snapshot {work.snapshot} no longer has {listed(lost)}, which ash needs")
 
 
+def hidden_files(work: Transaction) -> dict[str, list[str]]:
+    """The files that a transaction wrote where a deployment has something else mounted, by mount point.
+
+    Transactions see the shared directories, and no other mounts of the user.
+    """
+    roots = [work.root]
+    with contextlib.suppress(AshError):  # the menu is damaged
+        roots += [work.layout.rootfs(slot) for slot in [work.system.last_good_slot()] if slot]
+    lines = [line for root in roots for line in fstab_of_user(read_text(place_inside(root, "etc/fstab")))]
+    at_boot = [line for line in lines if "noauto" not in "".join(line.split()[3:4]).split(",")]
+    found = dict[str, list[str]]()
+    for inside in sorted({fstab_directory(line) for line in at_boot} - {"", *shared_directories(work.root)}):
+        if inside.partition("/")[0] not in MOUNTED_OVER and has_real_parents(work.root, f"{inside}/x"):
+            paths = [f"{inside}/{name}" for name in sorted(paths_below(work.root / inside))]
+            found[inside] = [
+                path
+                for path in paths
+                if not is_directory(work.root / path) and not is_untouched(path, work.original, work.root)
+            ]
+    return {inside: paths for inside, paths in found.items() if paths}
+
+
+def warn_of_hidden_files(work: Transaction) -> None:
+    """Say which files of a transaction nobody will see."""
+    for inside, paths in hidden_files(work).items():
+        console.say(f"ash: /{inside} is a mount point in fstab, and hides what the snapshot has there: {listed(paths)}")
+
+
 def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequence[tuple[Path, str]] = ()) -> Reply:
     """Open a root shell in a snapshot or the base; commit its changes if it exits with 0, or if the user says so.
 
@@ -10146,6 +10374,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
                 raise
             if answer == "y":
                 warn_of_lost_needs(work)
+                warn_of_hidden_files(work)
                 break
             if answer == "n":
                 raise CommandFailed(status, f"snapshot {number} is unchanged: the shell exited with status {status}")
@@ -10171,6 +10400,7 @@ def run_in(system: System, number: int, argv: Sequence[str], privileged: bool = 
         if status:
             raise CommandFailed(status, f"snapshot {number} is unchanged: the command exited with status {status}")
         warn_of_lost_needs(work)
+        warn_of_hidden_files(work)
     return work.change
 
 
@@ -10508,6 +10738,7 @@ def change_snapshot(
             raise
         if not force:
             require_needs(transaction)
+        warn_of_hidden_files(transaction)
     return transaction.change
 
 
@@ -10715,7 +10946,7 @@ def install_profile(system: System, request: Request) -> Reply:
     doing = f"installing {profile.name} into"
     force, simulate = request.force, request.dry_run
     changes = [change_snapshot(system, n, doing, install, simulate=simulate, force=force) for n in request.snapshots]
-    reply = package_reply(request, changes, change_live(system, doing, install) if live else None)
+    reply = package_reply(request, changes, change_live(system, doing, install, changes) if live else None)
     notes = [] if request.dry_run else profile.lines("notes")
     return reply._replace(text="\n".join([reply.text, *notes]))
 
@@ -10754,7 +10985,8 @@ def cmd_install(system: System, request: Request) -> Reply:
         for number in request.snapshots
     ]
     live = live and not is_there(system.layout.rootfs(str(system.booted)))
-    return package_reply(request, changes, change_live(system, "installing into", install) if live else None)
+    done = change_live(system, "installing into", install, changes) if live else None
+    return package_reply(request, changes, done)
 
 
 command(
@@ -10811,7 +11043,7 @@ def cmd_upgrade(system: System, request: Request) -> Reply:
     if request.download_only and not request.dry_run:
         return changes_reply(changes)._replace(text="fetched the packages for the next upgrade")
     again = partial(upgrade, fetch=False)
-    return package_reply(request, changes, change_live(system, "upgrading", again) if live else None)
+    return package_reply(request, changes, change_live(system, "upgrading", again, changes) if live else None)
 
 
 HOLDS: Mapping[str, Any] = {
@@ -11320,12 +11552,14 @@ class ParentSync:
         deleted in the branch comes back if the parent has changed it since: it cannot be told from a new one.
         """
         theirs, ours, is_newer = self.root / "etc", work.root / "etc", self._newer_than_parting()
-        of_packages = self.system.package_manager.files(self.root, "etc")
+        of_packages, brought = self.system.package_manager.files(self.root, "etc"), list[str]()
         for path in sorted(paths_below(theirs) - of_packages, key=lambda path: ((theirs / path).is_symlink(), path)):
             excluded = re.fullmatch(f"{NOT_DRIFT}|{IDENTITY}", path) or is_special(theirs / path)
             is_new = is_newer(theirs / path) and not os.path.lexists(ours / path)
             if is_new and not excluded and has_real_parents(ours, path) and not self._dangles(work.root, path):
                 replace_by_copy(theirs / path, ours / path, protected=True)
+                brought.append(path)
+        make_again(self.system, work, brought)
 
     def _dangles(self, root: Path, path: str) -> bool:
         """Whether a path of the parent's /etc is a symlink that would dangle in another root, and does not here."""

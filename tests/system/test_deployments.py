@@ -328,6 +328,22 @@ def test_a_slot_with_changes_that_no_other_has_is_taken_last(machine: Machine) -
     assert not system.remains()
 
 
+def test_a_subvolume_in_the_waiting_deployment_survives_the_carry(machine: Machine) -> None:
+    system, first = machine.system, machine.slot
+    second = machine.running("deploy", system.clone())["slot"]
+    inside = system.root(second) / "etc/data"
+    program("btrfs", "subvolume", "create", inside)  # it ran
+    (inside / "precious").write_text("x\n")
+    run_again(system, first)
+    (machine.etc / "edit").touch()
+    said = machine.run("carry", status=REFUSED).stderr
+    assert f"/etc/data of snapshot-{second} is a subvolume: nothing is carried over" in said
+    assert (inside / "precious").read_text() == "x\n"
+    (inside / "precious").unlink()
+    machine.running("carry")
+    assert (machine.next_etc / "edit").exists()
+
+
 def test_a_deployment_that_is_kept_for_its_changes_alone_can_be_deleted(image: Path, tmp_path: Path) -> None:
     with open_system(image, tmp_path) as system:  # whose other slots are free
         machine, other = Machine(system), system.clone()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import DONE, FAILED, MISSING, REFUSED, Disk, make_deb, program
-from tests.system.disk_system import Machine, System
+from tests.system.disk_system import Machine, System, open_system
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
@@ -679,6 +679,60 @@ def test_the_initramfs_is_made_again_where_its_settings_changed(machine: Machine
     machine.running("etc-update")
     saved = initramfs(system.root(other))
     assert [line in saved for line in ("blacklist early", "blacklist late", "data /dev/x none")] == [True] * 3
+
+
+def test_libraries_are_found_where_the_running_etc_names_directories(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    library = "cp /lib/*/libc.so.6 /opt/LIB/libash-test.so.1"
+    system.shell(other, "".join(f"mkdir -p /opt/{name}; {library.replace('LIB', name)}\n" for name in ("one", "two")))
+
+    def found(etc: Path) -> list[bool]:
+        return [f"/opt/{name}/".encode() in (etc / "ld.so.cache").read_bytes() for name in ("one", "two")]
+
+    (machine.etc / "ld.so.conf.d/one.conf").write_text("/opt/one\n")
+    machine.deploy(other)
+    assert found(machine.next_etc) == [True, False]
+    (machine.etc / "ld.so.conf.d/two.conf").write_text("/opt/two\n")
+    machine.running("carry")
+    assert found(machine.next_etc) == [True, True]
+    machine.boot()
+    assert found(system.root(other) / "etc") == [False, False]
+    machine.running("etc-update")
+    assert found(system.root(other) / "etc") == [True, True]
+
+
+def test_a_subvolume_in_the_running_etc_is_kept_and_named(image: Path, tmp_path: Path) -> None:
+    with open_system(image, tmp_path) as system:  # whose other slots are free
+        machine, number = Machine(system), system.clone()
+        first = machine.boot()
+        program("btrfs", "subvolume", "create", machine.etc / "data")
+        (machine.etc / "data/precious").write_text("x\n")
+        (machine.etc / "data-2").write_text("an edit\n")
+        assert machine.running("diff")["drift"] == {"data-2": "added"}
+        answer = machine.running("deploy", number)
+        assert answer["notes"] == [
+            "/etc/data is a subvolume: it is not carried over, and stays in the running deployment"
+        ]
+        assert answer["carried"] == ["data-2"]
+        assert not (machine.next_etc / "data").exists()
+        machine.running("carry")
+        machine.boot()
+        for _ in range(3):
+            system.shell(number, "date +%N > /etc/mark")
+            assert machine.running("deploy", number)["slot"] != first
+            machine.boot()
+        assert (system.root(first) / "etc/data/precious").read_text() == "x\n"
+        # With the third slot the same: nothing is deleted unasked, and nothing is carried into it.
+        program("btrfs", "subvolume", "create", machine.etc / "more")
+        (machine.etc / "more/precious").touch()
+        system.shell(number, "date +%N > /etc/mark")
+        machine.running("deploy", number)
+        machine.boot()
+        system.shell(number, "date +%N > /etc/mark")
+        said = machine.run("deploy", number, status=REFUSED).stderr
+        assert re.search(r"has a subvolume that no other one has: /etc/(data|more) \(start it", said)
+        machine.running("deploy", number, "--fresh")
+        assert not system.remains()
 
 
 def test_the_distributions_own_tool_makes_an_initramfs_for_a_deployment(machine: Machine) -> None:

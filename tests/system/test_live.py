@@ -58,6 +58,26 @@ def test_a_package_is_installed_into_the_snapshot_and_the_running_system(machine
     assert not (machine.system.root(machine.slot) / "usr/share/ash-test/file").exists()
 
 
+def test_what_a_script_generates_is_the_same_in_both(machine: Machine, tmp_path: Path) -> None:
+    number = machine.system.ash("--json", "status").json["next"]["snapshot"]
+    key, check = "/etc/ash-test-keys/own/key", "/var/lib/ash-test-keys/check"
+    postinst = f"""umask 077
+mkdir -p {Path(key).parent} {Path(check).parent}
+[ -e {key} ] || head -c 9 /dev/urandom | od -An -tx1 > {key}
+[ -e {check} ] || cp {key} {check}
+echo 1 > /etc/ash-test-keys/each-time
+"""
+    files = {"etc/ash-test-keys/conf": "default\n"}
+    machine.running("install", number, make_deb(tmp_path, "ash-test-keys", files=files, postinst=postinst))
+    roots = [machine.system.root(which) for which in (number, machine.slot)]
+    made = [root / key.lstrip("/") for root in roots]
+    assert made[0].read_text() == made[1].read_text() == (machine.files.var / "lib/ash-test-keys/check").read_text()
+    assert [(path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) for path in made] == [(0o600, 0o700)] * 2
+    assert (roots[1] / "etc/ash-test-keys/conf").read_text() == "default\n"
+    assert machine.system.ash("--json", "diff").json["drift"] == {}
+    machine.running("remove", number, "--purge", "ash-test-keys")
+
+
 def test_undo_takes_a_live_change_out_of_the_running_system(machine: Machine, tmp_path: Path) -> None:
     number, root = machine.system.ash("--json", "status").json["next"]["snapshot"], machine.system.root
     machine.running("install", number, deb(tmp_path))

@@ -171,6 +171,20 @@ def test_a_foreign_package_has_its_architecture_in_its_name(system: System, snap
     assert system.ash("--json", "remove", snapshot, name).json["packages"]["removed"] == {name: "1"}
 
 
+def test_files_below_a_mount_of_fstab_are_named(system: System, snapshot: int, tmp_path: Path) -> None:
+    script = r"printf '/dev/x1 /opt ext4 nofail 0 2\n/dev/x2 /usr/two\\040words ext4 noauto 0 2\n' >> /etc/fstab; mkdir -p /opt/old"
+    assert "hides" not in system.shell(snapshot, script).stderr
+    files = {"opt/ash-test/program": "x\n", "usr/two words/x": "x\n", "srv/ash-test": "x\n"}
+    package = make_deb(tmp_path, "ash-test-hidden", files=files)
+    said = system.ash("install", snapshot, package).stderr
+    assert "/opt is a mount point in fstab, and hides what the snapshot has there: opt/ash-test/program\n" in said
+    assert said.count("hides") == 1, "what is not mounted at boot hides nothing, nor does what a transaction sees"
+    system.shell(snapshot, "sed -i s/noauto/nofail/ /etc/fstab")
+    said = system.shell(snapshot, "echo y > '/usr/two words/x'; echo y > /boot/efi/x; touch /usr/z").stderr
+    assert re.findall("ash: /(.*) is a mount point", said) == ["boot/efi", "usr/two words"]
+    assert "hides" not in system.shell(snapshot, "rm -r /opt/ash-test /boot/efi/x; touch /usr/zz").stderr
+
+
 def test_an_upgrade_keeps_edited_configuration(system: System, snapshot: int, tmp_path: Path) -> None:
     for version in ("1", "2"):
         package = make_deb(

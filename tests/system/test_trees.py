@@ -493,7 +493,10 @@ def test_files_of_a_package_come_only_with_the_package(system: System, old: int)
     system.ash("remove", child, "ash-test-conf", "--purge")
     system.shell(parent, "echo edited > /etc/ash-conf/conf; ln -s ash-conf/conf /etc/to-conf; ln -s new /etc/a-link")
     system.shell(parent, "ln -s /usr/share/ash-conf /etc/to-usr; ln -s /run/nothing /etc/to-run; touch /etc/new")
+    system.shell(parent, "echo /opt/ash-test > /etc/ld.so.conf.d/own.conf")
+    system.shell(child, "mkdir /opt/ash-test; cp /lib/*/libc.so.6 /opt/ash-test/libown.so.1")
     system.ash("force-sync", parent)
+    assert b"/opt/ash-test/" in (system.root(child) / "etc/ld.so.cache").read_bytes()
     there = {path.name for path in (system.root(child) / "etc").iterdir()}
     assert there & {"ash-conf", "to-conf", "to-usr", "to-run", "new", "a-link"} == {"to-run", "new", "a-link"}
 

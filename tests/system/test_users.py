@@ -278,6 +278,29 @@ def test_of_two_with_one_uid_the_one_of_the_snapshot_gets_another_with_all_that_
     assert owner_in(system.root(other) / "etc", "gail") == owner(system.home / "gail") == carol
 
 
+def test_a_service_account_of_the_running_system_keeps_its_uid_and_is_brought(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    data, own = "/var/lib/ash-test-own", "/usr/lib/of-own"
+    make = f"useradd --system --create-home --home-dir {data} own; touch {own}; chown own: {own}"
+    system.shell(other, make)
+    uid = owner(system.root(other) / own.lstrip("/"))[0]
+    words = ["--system", "--uid", str(uid), "--user-group", "--home-dir", "/var/lib/ash-test-mine", "mine"]
+    program("useradd", "--root", machine.etc.parent, *words)
+    answer = machine.deploy(other)
+    assert answer["conflicts"] == []
+    new = machine.next_etc
+    assert owner_in(new, "mine") == owner_in(machine.etc, "mine")
+    assert owner_in(new, "mine")[0] == uid
+    its = owner_in(new, "own")
+    assert its[0] not in (uid, *ids_of(system, 0).values())
+    assert {owner(new.parent / own.lstrip("/")), owner(system.files.var / data.removeprefix("/var/"))} == {its}
+    assert f"own of the snapshot has the uid {its[0]}, since {uid} is taken" in answer["notes"]
+    again = machine.deploy(other, "--fresh")
+    assert (owner_in(machine.next_etc, "own"), again["conflicts"]) == (its, [])
+    system.ash("fsck", "--repair")
+    assert owner_in(system.root(other) / "etc", "own") == its
+
+
 def test_homes_that_are_not_apart_are_refused(machine: Machine) -> None:
     other = machine.system.clone()
     machine.system.shell(other, "useradd --no-create-home --uid 3000 --home-dir /home/shared/of-one one")

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,87 @@ def test_a_directory_that_becomes_a_symlink_hides_no_changes_of_the_target(merge
     assert "dir" in merge.in_conflict
 
 
+def test_what_is_below_a_symlink_that_was_a_directory_is_removed(merge: EtcMerge) -> None:
+    shutil.rmtree(merge.running / "dir")
+    (merge.running / "dir").symlink_to("ssh")
+    (merge.running / "ssh/one").write_text("of ssh\n")  # running/dir/one leads here
+    (merge.target / "dir/one").write_text("theirs\n")
+    merge.is_default = lambda path, _: path == "etc/dir/one"
+    merge.merge()
+    assert merge.drift == {"dir": "changed", "dir/one": "removed", "dir/two": "removed", "ssh/one": "added"}
+    assert os.readlink(merge.conflicts / "etc/dir") == "ssh"
+    assert (merge.conflicts / "etc.2/dir/one.dist").read_text() == "theirs\n"
+    assert not (merge.target / "dir/one").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "left"),
+    [
+        *product(("passwd", "shadow", "group", "gshadow"), ("", "daemon:x:1:1::/:\n", None)),
+        *product(("fstab",), ("", "# a comment\n", None)),
+    ],
+)
+def test_a_damaged_file_is_not_carried(merge: EtcMerge, path: str, left: str | None) -> None:
+    (merge.base / path).write_text("UUID=1 / x x 0 0\n" if path == "fstab" else "root:x:0:0::/:\ndaemon:x:1:1::/:\n")
+    for side in (merge.running, merge.target):
+        shutil.copyfile(merge.base / path, side / path)
+    if left is None:
+        (merge.running / path).unlink()
+    else:
+        (merge.running / path).write_text(left)
+    merge.merge()
+    assert (merge.target / path).read_text() == (merge.base / path).read_text()
+    assert (merge.carried, merge.in_conflict) == ([], [path])
+
+
+def test_a_link_to_the_same_file_by_another_name_is_no_change_of_the_target(merge: EtcMerge) -> None:
+    root = merge.target.parent
+    (root / "usr/lib").mkdir(parents=True)
+    (root / "lib").symlink_to("usr/lib")
+    for side in (merge.base, merge.running, merge.target):
+        (side / "wants").mkdir()
+    for name in ("disabled", "masked", "edited"):
+        (root / "usr/lib" / name).touch()
+        for side in (merge.base, merge.running):
+            (side / "wants" / name).symlink_to(f"/lib/{name}")
+        (merge.target / "wants" / name).symlink_to(f"/usr/lib/{name}")
+    (merge.target / "wants/edited").unlink()
+    (merge.target / "wants/edited").symlink_to("/usr/lib/masked")
+    (root / "usr/lib/relative").touch()
+    for side, target in ((merge.base, "../../lib"), (merge.running, "../../lib"), (merge.target, "../../usr/lib")):
+        (side / "wants/relative").symlink_to(f"{target}/relative")
+    for name in ("disabled", "masked", "edited", "relative"):
+        (merge.running / "wants" / name).unlink()
+    (merge.running / "wants/masked").symlink_to("/dev/null")
+    merge.merge()
+    assert sorted(os.listdir(merge.target / "wants")) == ["edited", "masked"]
+    assert os.readlink(merge.target / "wants/masked") == "/dev/null"
+    assert os.readlink(merge.target / "wants/edited") == "/usr/lib/masked"
+    assert merge.in_conflict == ["wants/edited"]
+
+
+def test_a_link_to_a_program_that_the_target_lacks_is_set_aside(merge: EtcMerge, tmp_path: Path) -> None:
+    running = tmp_path / "root-running/etc"
+    running.parent.mkdir()
+    merge.running.rename(running)
+    merge.running = running
+    for root, programs in ((running.parent, ("a", "b", "c")), (merge.target.parent, ("a", "c"))):
+        (root / "usr/bin").mkdir(parents=True)
+        for program in programs:
+            (root / "usr/bin" / program).touch()
+    changes = {"one": "/usr/bin/b", "two": "/usr/bin/c", "off": "/dev/null", "resolv": "/run/x", "wrong": "/usr/bin/d"}
+    for name, target in changes.items():
+        for side in (merge.base, merge.target):
+            (side / name).symlink_to("/usr/bin/a")
+        (running / name).symlink_to(target)
+    merge.merge()
+    assert os.readlink(merge.target / "one") == "/usr/bin/a"
+    assert os.readlink(merge.conflicts / "etc/one") == "/usr/bin/b"
+    assert merge.in_conflict == ["one"]
+    for name, target in changes.items():
+        assert name == "one" or os.readlink(merge.target / name) == target
+
+
 @pytest.mark.parametrize("depth", ["new", "sub/new"])
 def test_nothing_is_written_through_a_symlink_out_of_the_target(merge: EtcMerge, tmp_path: Path, depth: str) -> None:
     outside = tmp_path / "outside"
@@ -502,26 +584,40 @@ def test_a_fresh_etc_sets_all_drift_aside(merge: EtcMerge) -> None:
 
 PATHS = ["a", "b", "a/x", "a/y", "a/z/deep"]
 FOLDERS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["1", "2"]), max_size=5)
-EDITS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["3", "4", None]), max_size=3)
+EDITS = st.dictionaries(st.sampled_from(PATHS), st.sampled_from(["3", "4", "-> b", "-> /c", None]), max_size=3)
 
 
-Edits = dict[str, str | None]  # the new text by path; None deletes it
+Edits = dict[str, str | None]  # the new text by path, or the target of a symlink; None deletes it
 
 
 def fill(directory: Path, files: Mapping[str, str | None]) -> None:
-    """Create a directory with files; a path that is a parent of another becomes a directory."""
+    """Create a directory with files; a path below a symlink is none, one that is a parent of another a directory."""
     directory.mkdir()
-    for path in sorted((path for path, text in files.items() if text is not None), reverse=True):
-        if not (directory / path).is_dir():
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            (directory / path).write_text(files[path] or "")
+    links = {path for path, text in files.items() if text and text.startswith("->")}
+    hidden = {path for path in files for link in links if path.startswith(f"{link}/")}
+    for path in sorted((path for path, text in files.items() if text is not None and path not in hidden), reverse=True):
+        text, place = files[path] or "", directory / path
+        if not place.is_dir():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path in links:
+                place.symlink_to(text.removeprefix("-> "))
+            else:
+                place.write_text(text)
 
 
 def contents(directory: Path) -> dict[str, str]:
-    return {str(p.relative_to(directory)): p.read_text() for p in directory.rglob("*") if p.is_file()}
+    """The text of each file below a directory, and the target of each symlink."""
+    found = {}
+    for place, directories, names in os.walk(directory):
+        for path in (Path(place, name) for name in (*directories, *names)):
+            if path.is_symlink():
+                found[str(path.relative_to(directory))] = f"-> {os.readlink(path)}"
+            elif path.is_file():
+                found[str(path.relative_to(directory))] = path.read_text()
+    return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(FOLDERS, EDITS, EDITS)
 def test_no_file_of_either_side_is_lost_silently(
     tmp_path_factory: pytest.TempPathFactory, base: Edits, running: Edits, own: Edits
@@ -533,7 +629,11 @@ def test_no_file_of_either_side_is_lost_silently(
     merge = EtcMerge(top / "base", top / "running", top / "target", top / "conflicts/7-now", str)
     merge.merge()
     result = contents(top / "target")
-    aside = contents(merge.conflicts / "etc") if merge.conflicts.exists() else {}
+    aside = {
+        path.partition("/")[2]: text
+        for path, text in sorted(contents(merge.conflicts).items())
+        if merge.conflicts.exists()
+    }
     for path in {*before, *live, *new}:
         was, now, theirs = before.get(path), live.get(path), new.get(path)
         if now not in (was, None) and result.get(path) != now:

@@ -242,6 +242,19 @@ def test_an_equal_size_and_mtime_do_not_stand_for_equal_content(tmp_path: Path) 
     assert ash.is_same(one, other)
 
 
+def test_holes_are_not_read_to_compare_files(tmp_path: Path) -> None:
+    for name, inside, end in (("one", b"x", 1 << 42), ("same", b"x", 1 << 42), ("other", b"y", 1 << 42)):
+        with (tmp_path / name).open("wb") as file:
+            os.pwrite(file.fileno(), inside, 1 << 41)
+            file.truncate(end)
+    with (tmp_path / "zeros").open("wb") as file:  # where the others have a hole
+        os.pwrite(file.fileno(), b"\0" * 9999, 1 << 30)
+        os.pwrite(file.fileno(), b"x", 1 << 41)
+        file.truncate(1 << 42)
+    same = [ash.is_same(tmp_path / "one", tmp_path / name) for name in ("one", "same", "other", "zeros")]
+    assert same == [True, True, False, True]
+
+
 def test_a_copy_of_a_sparse_file_has_the_same_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ash, "FICLONE", 0)  # as between file systems
     source, copy = tmp_path / "source", tmp_path / "copy"

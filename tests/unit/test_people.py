@@ -278,16 +278,18 @@ def test_a_user_who_was_renamed_in_the_snapshot_has_the_new_name(case: Case) -> 
     assert case.ids.renamed == {"bob": "ada"}
 
 
-def test_rows_of_accounts_that_are_gone_are_pruned(tmp_path: Path) -> None:
-    """A system account clashes: its row in passwd is left behind, and so is the one in shadow."""
+def test_a_service_account_keeps_its_ids_and_that_of_the_target_gets_others(tmp_path: Path) -> None:
     one, two = ({f"_{name}": {"uid": 990}} for name in ("one", "two"))
     base, running, own = write(tmp_path / "base", {}), write(tmp_path / "running", one), write(tmp_path / "own", two)
-    with (own / "subuid").open("a") as subuid:
-        subuid.write("of-the-network:300000:65536\n")
-    _, merge = bring(base, running, own, AccountIds())
-    assert merge.in_conflict == ["group", "passwd"]
-    assert all("_one" not in (own / name).read_text() for name in ACCOUNT_FILES)
-    assert "of-the-network" in (own / "subuid").read_text()
+    people, merge = bring(base, running, own, AccountIds())
+    assert merge.in_conflict == []
+    for name in ("passwd", "group"):
+        assert AccountFile.read(own / name).ids == {"root": 0, "_one": 990, "_two": 999}
+    assert people.notes == ["_two of the snapshot has the uid 999, since 990 is taken"]
+    assert [(one.user, one.users, one.groups) for one in people.belongings] == [("_two", {990: 999}, {990: 999})]
+    # Who has it everywhere, or shares it on purpose, keeps it.
+    known = write(tmp_path / "known", {**two, **one})
+    assert bring(known, known, write(tmp_path / "other", two), AccountIds())[0].belongings == []
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["the target's passwd is as it was", "both changed theirs"])
@@ -296,6 +298,8 @@ def test_an_account_does_not_get_into_the_group_that_has_its_group_s_id_in_the_t
 ) -> None:
     base, running, own = (write(tmp_path / side, {}) for side in ("base", "running", "own"))
     shadow = "_one:!:20000::::::\n"
+    with (own / "subuid").open("a") as subuid:
+        subuid.write("of-the-network:300000:65536\n")
     for etc, lines in (
         (running, {"passwd": "_one:x:980:990::/:/bin/sh\n_sharing:x:981:995::/:/bin/sh\n", "shadow": shadow}),
         (running, {"group": "_one:x:990:\n_new:x:995:\n"}),
@@ -309,7 +313,8 @@ def test_an_account_does_not_get_into_the_group_that_has_its_group_s_id_in_the_t
     assert AccountFile.read(own / "group").ids == {"root": 0, "_two": 990, "_new": 995}
     users = AccountFile.read(own / "passwd").ids
     assert users == {"root": 0, "_sharing": 981, **({"_two": 985} if changed else {})}
-    assert "_one" not in (own / "shadow").read_text()
+    assert all("_one" not in (own / name).read_text() for name in ACCOUNT_FILES), "not in shadow either"
+    assert "of-the-network" in (own / "subuid").read_text()
     assert "_one" in (merge.conflicts / "etc/passwd").read_text()
 
 
