@@ -6262,6 +6262,16 @@ def link_target(etc: Path, path: str, link: Path) -> Path | None:
     return None
 
 
+def missing_modules(root: Path, file: Path) -> set[str]:
+    """The modules that a file of /etc/pam.d names and a root lacks, but for those that may be missing ("-auth")."""
+    named = re.findall(
+        r"^(?:auth|account|password|session)\s+(?:\[.*?\]|\S+)\s+(\S+\.so)\b", read_text(file), re.MULTILINE
+    )
+    roots = [path_inside(root, name) for name in ("lib", "lib64", "usr/lib", "usr/lib64")]
+    places = [place for one in roots for place in (*one.glob("security"), *one.glob("*/security"))]
+    return {name for name in named if not any((place / name.rpartition("/")[2]).exists() for place in places)}
+
+
 def is_free(path: Path, below: Path) -> bool:
     """Whether a path can be created in a directory: nothing is there, and no file in the place of a parent."""
     parents = itertools.takewhile(lambda parent: parent != below, path.parents)
@@ -6469,6 +6479,15 @@ class EtcMerge:
         leads = [(place := link_target(etc, path, link)) is not None and place.exists() for etc, link in places]
         return leads == [True, True, False] and link_target(self.target, path, now) is not None
 
+    def _locks_out(self, path: str) -> bool:
+        """Whether nobody could log in with a file of pam.d, since it names a module that the target does not have."""
+        own, now = self.target / path, self.running / path
+        if not (path.startswith("pam.d/") and size_of(own) >= 0 and size_of(now) >= 0):
+            return False
+        lacking = missing_modules(self.target.parent, now) - missing_modules(self.running.parent, now)
+        self.without_effect += [f"{path}: the snapshot has no {module}" for module in sorted(lacking)]
+        return bool(lacking)
+
     def _carry(self, path: str) -> None:
         """Carry a path that was added or changed, or record that it is in conflict."""
         own, now, was = self.target / path, self.running / path, self.base / path
@@ -6478,7 +6497,7 @@ class EtcMerge:
             self._carry_attributes(path)
         elif reachable and is_same(own, now):
             pass
-        elif reachable and self._leads_nowhere(path):
+        elif reachable and (self._leads_nowhere(path) or self._locks_out(path)):
             self.set_aside(path)
         elif reachable and self._is_unchanged(path) and not self._would_hide_changes(path):
             replace_by_copy(now, own, protected=True)
@@ -7447,21 +7466,26 @@ def subvolumes_with_data(etc: Path) -> list[str]:
     return sorted(str(path.relative_to(etc)) for path in nested_subvolumes(etc) if any(path.iterdir()))
 
 
-def require_no_subvolumes(etc: Path) -> None:
-    """Raise AshError (REFUSED) if an /etc, which is to be replaced by a copy, has subvolumes with data in it."""
-    for path in subvolumes_with_data(etc):
-        what = (
-            f"/etc/{one_line(path)} of {etc.parent.name} is a subvolume: nothing is carried over into that deployment"
-        )
+def etc_to_replace(root: Path) -> Path:
+    """The /etc of a root, to be replaced by a copy. Raises AshError (REFUSED) if it has subvolumes with data in it."""
+    for path in subvolumes_with_data(root / "etc"):
+        what = f"/etc/{one_line(path)} of {root.name} is a subvolume: nothing is carried over into that deployment"
         raise AshError(what, "start it, and move what is in there", REFUSED)
+    return root / "etc"
 
 
-def left_in_place(root: Path) -> list[str]:
-    """Sentences about what no other deployment gets of a running /etc."""
-    return [
+def left_in_place(running: Path, root: Path) -> list[str]:
+    """Sentences about what a new deployment does not have of the running one, though its /etc needs it."""
+    said = [
         f"/etc/{one_line(path)} is a subvolume: it is not carried over, and stays in the running deployment"
-        for path in subvolumes_with_data(root / "etc")
+        for path in subvolumes_with_data(running / "etc")
     ]
+    lines = [line.split() for line in fstab_of_user(read_text(place_inside(root, "etc/fstab")))]
+    for kind in dict.fromkeys(line[2] for line in lines if len(line) > 2 and is_name(line[2])):
+        helpers = [f"{directory}/mount.{kind}" for directory in SYSTEM_PATH.split(":")]
+        runs, is_there = (any(path_inside(one, path).exists() for path in helpers) for one in (running, root))
+        said += [f"the snapshot has no mount.{kind}, for a line of fstab"] if runs and not is_there else []
+    return said
 
 
 def change_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
@@ -7486,8 +7510,9 @@ def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
 
 def require_running_unchanged(layout: Layout, menu: Menu, slot: str, snapshot: int) -> None:
     """Raise AshError (REFUSED) if the deployment in a slot is one of this snapshot, and was changed as it ran."""
-    path = change_in_slot(layout, menu, slot)
-    if path and menu.deployments[slot].snapshot == snapshot:
+    deployment = menu.deployments.get(slot)
+    path = change_while_running(layout, deployment) if deployment and deployment.snapshot == snapshot else ""
+    if path:
         what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
         hint = "ash rollback keeps it as a snapshot; ash deploy --fresh starts again from the snapshot"
         raise AshError(what, hint, REFUSED)
@@ -7970,7 +7995,11 @@ class Deployments:
             merge.merge(fresh)
             people.prune(merge)
             copy_moved_base(merge, layout.carried(f"new-{deployment.slot}"))
-            notes = [*people.notes, *people.lacking_shells(target.parent), *left_in_place(layout.rootfs(running))]
+            notes = [
+                *people.notes,
+                *people.lacking_shells(target.parent),
+                *left_in_place(layout.rootfs(running), target.parent),
+            ]
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
         return deployment._replace(
             etc_from=running,
@@ -8015,10 +8044,9 @@ class Deployments:
         if state == deployment.etc_state:
             return None
         slot = deployment.slot
-        etc, before = layout.rootfs(slot) / "etc", layout.carried(slot)
+        etc, before = etc_to_replace(layout.rootfs(slot)), layout.carried(slot)
         # Not what the running deployment started with: what was carried by the deploy may have been saved since.
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
-        require_no_subvolumes(etc)
         intent = layout.work("deploy") / "intent"
         is_as_made = deployment.own_etc == etc_state(etc)  # else, it has run: what was changed stays a change of it
         write_file(intent, f"{slot}\n")  # has the boot service clean up
@@ -12278,6 +12306,8 @@ class Fsck:
             for path in subvolumes_inside(todo.pop()):
                 inside = path.relative_to(rootfs)
                 of_snapshot = re.fullmatch(r"(?:snapshot-(?:chr)?|undo-)(\d+)", inside.parts[0])
+                if not of_snapshot and inside.parts[1] == "etc" and any(path.iterdir()):
+                    continue  # a user's, which its deployment is kept for
                 lock = int(of_snapshot[1]) if of_snapshot else "deploy"
                 repair = partial(self._take_nested, path, rootfs / inside.parts[0])
                 yield Problem(f"{inside} is a nested subvolume", None, "move it to lost+found", repair, lock)

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 from pathlib import Path
@@ -701,6 +702,31 @@ def test_libraries_are_found_where_the_running_etc_names_directories(machine: Ma
     assert found(system.root(other) / "etc") == [True, True]
 
 
+def test_what_the_running_etc_needs_and_a_snapshot_lacks_does_not_lock_out(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    (module,) = system.root(machine.slot).glob("usr/lib/*/security/pam_permit.so")
+    shutil.copyfile(module, module.with_name("pam_ash.so"))
+    helper = system.root(machine.slot) / "usr/sbin/mount.ashfs"
+    helper.touch()
+    before = (machine.etc / "pam.d/common-auth").read_text()
+    for name, line in {
+        "pam.d/common-auth": "auth [success=1 default=ignore] pam_ash.so\n",
+        "pam.d/common-session": "session optional pam_permit.so\n-session optional pam_ash.so\nauth required pam_gone.so\n",
+        "fstab": "x /data ashfs nofail 0 0\n",
+    }.items():
+        with (machine.etc / name).open("a") as file:
+            file.write(line)
+    answer = machine.deploy(other)
+    assert (machine.next_etc / "pam.d/common-auth").read_text() == before
+    assert "pam_ash" in (machine.aside(answer) / "pam.d/common-auth").read_text()
+    assert answer["conflicts"] == ["pam.d/common-auth"]
+    assert answer["without_effect"] == ["pam.d/common-auth: the snapshot has no pam_ash.so"]
+    assert sorted(answer["carried"]) == ["fstab", "pam.d/common-session"]
+    assert answer["notes"] == ["the snapshot has no mount.ashfs, for a line of fstab"]
+    for path in (module.with_name("pam_ash.so"), helper):
+        path.unlink()
+
+
 def test_a_subvolume_in_the_running_etc_is_kept_and_named(image: Path, tmp_path: Path) -> None:
     with open_system(image, tmp_path) as system:  # whose other slots are free
         machine, number = Machine(system), system.clone()
@@ -721,6 +747,7 @@ def test_a_subvolume_in_the_running_etc_is_kept_and_named(image: Path, tmp_path:
             system.shell(number, "date +%N > /etc/mark")
             assert machine.running("deploy", number)["slot"] != first
             machine.boot()
+        machine.running("fsck", "--repair")
         assert (system.root(first) / "etc/data/precious").read_text() == "x\n"
         # With the third slot the same: nothing is deleted unasked, and nothing is carried into it.
         program("btrfs", "subvolume", "create", machine.etc / "more")
