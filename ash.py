@@ -5447,11 +5447,14 @@ class WorkDir:
 
     @contextmanager
     def _passing_over(self, again: bool) -> Iterator[None]:
-        """Pass over an error if this step failed before and another change waits: fsck finds what is left."""
+        """Pass over an error if this step failed before and another change waits: fsck finds what is left.
+
+        Not over a full disk while there is the reserve: with_reserve() releases it, and tries once more.
+        """
         try:
             yield
         except (AshError, OSError) as error:
-            if not again or self.strict:
+            if not again or self.strict or (is_out_of_space(error) and self.layout.reserve.exists()):
                 raise
             console.say(one_line(f"ash: snapshot {self.snapshot}: {reason(error)} (ash fsck --repair repairs it)"))
 
