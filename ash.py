@@ -6981,7 +6981,8 @@ class PeopleMerge:
 
     def _renumber(self) -> None:
         """Give accounts of the target the ids that they have in the running system, or others than people there."""
-        own = {name: self.own[name].ids for name in ID_FILES}
+        gone = {name: self.base[name].ids.keys() - self.running[name].ids.keys() for name in ID_FILES}
+        own = {name: {a: i for a, i in self.own[name].ids.items() if a not in gone[name]} for name in ID_FILES}
         known = {name: dict(self.ids.given[name]) for name in ID_FILES}
         new = {
             name: new_ids(name, own[name], self.running[name].ids, known[name], self._newcomers(name))
@@ -7897,7 +7898,7 @@ class Deployments:
             for path in lacking:
                 if wanted or path in carried:
                     merge.bring(path)
-        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
+        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.conflicts.is_dir() else ""
         return deployment._replace(
             carried=[*deployment.carried, *merge.carried],
             conflicts=[*deployment.conflicts, *merge.in_conflict],
@@ -8003,7 +8004,7 @@ class Deployments:
                 *people.lacking_shells(target.parent),
                 *left_in_place(layout.rootfs(running), target.parent),
             ]
-        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.in_conflict else ""
+        directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.conflicts.is_dir() else ""
         return deployment._replace(
             etc_from=running,
             etc_state=state,
@@ -10088,6 +10089,11 @@ DEPLOYED_SHAPE = {
 }  # fmt: skip
 
 
+def place_of_copies(deployment: Deployment) -> str:
+    """Where copies of what was left behind are; there are none of what was only deleted, or is damaged."""
+    return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
+
+
 def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     """The answer of a command that deploys."""
     number = deployment.snapshot
@@ -10100,8 +10106,7 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     if changed:
         text += "".join(f"\n  {one_line(note)}" for note in deployment.notes)
     if changed and deployment.conflicts:
-        text += f"\n  left behind because of conflicts (copies are in {deployment.conflicts_folder}): "
-        text += listed(deployment.conflicts)
+        text += f"\n  left behind because of conflicts{place_of_copies(deployment)}: {listed(deployment.conflicts)}"
     if changed and deployment.only_saved:
         text += (
             f"\n  saved in another snapshot, not in {number} (--with-saved brings it): {listed(deployment.only_saved)}"
@@ -10269,7 +10274,7 @@ def cmd_carry(system: System, request: Request) -> Plan:
     carried, conflicts = (list(found.carried), list(found.conflicts)) if found else ([], [])
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
     if found and conflicts:
-        text += f"\n  left behind (copies are in {found.conflicts_folder}): {listed(conflicts)}"
+        text += f"\n  left behind{place_of_copies(found)}: {listed(conflicts)}"
     changed = bool(carried or conflicts)
     return Reply({"changed": changed, "carried": carried, "conflicts": conflicts}, text)
 

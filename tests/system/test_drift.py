@@ -152,8 +152,12 @@ def test_deploy_reports_what_it_carried_and_what_not(machine: Machine, snapshot:
     (machine.etc / "own").touch()
     text = machine.system.ash("deploy", snapshot).stdout
     assert "own" in text.split("carried over")[1].splitlines()[0]
-    assert "motd" in text.split("left behind")[1]
-    assert "/var/lib/ash/conflicts/" in text
+    assert re.search(r"left behind because of conflicts \(copies are in /var/lib/ash/conflicts/\S+\): motd\n", text)
+    other = machine.system.clone()
+    machine.system.shell(other, "echo theirs > /etc/issue")
+    (machine.etc / "issue").unlink()
+    text = machine.system.ash("deploy", other).stdout
+    assert "left behind because of conflicts: issue\n" in text, "there is no copy of what was deleted"
 
 
 def test_drift_is_carried_from_deployment_to_deployment(machine: Machine, snapshot: int) -> None:

@@ -287,6 +287,11 @@ def test_a_service_account_keeps_its_ids_and_that_of_the_target_gets_others(tmp_
         assert AccountFile.read(own / name).ids == {"root": 0, "_one": 990, "_two": 999}
     assert people.notes == ["_two of the snapshot has the uid 999, since 990 is taken"]
     assert [(one.user, one.users, one.groups) for one in people.belongings] == [("_two", {990: 999}, {990: 999})]
+    # Who was deleted in the running system gets none.
+    was, now = write(tmp_path / "was", two), write(tmp_path / "now", one)
+    people, merge = bring(was, now, own := write(tmp_path / "its", two), AccountIds())
+    assert (people.notes, people.belongings, merge.in_conflict) == ([], [], [])
+    assert AccountFile.read(own / "passwd").ids == AccountFile.read(own / "group").ids == {"root": 0, "_one": 990}
     # Who has it everywhere, or shares it on purpose, keeps it.
     known = write(tmp_path / "known", {**two, **one})
     assert bring(known, known, write(tmp_path / "other", two), AccountIds())[0].belongings == []
