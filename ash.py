@@ -3141,12 +3141,15 @@ class Services:
             self.live.outdated = [one for one in dict.fromkeys([*active, *changed]) if one not in self.live.restarted]
             self.live.outdated += outdated_programs({path for path, kind in paths.items() if kind != "added"})
 
+    def stop_started(self) -> None:
+        """Stop what start() started; failures are ignored."""
+        for service in self.live.started:
+            self.init.stop(service, check=False)
+
     def put_back(self) -> None:
         """Undo stop() and start() once the old files are back; failures are ignored."""
         if self.running:
             run(["ldconfig"], check=False)
-        for service in self.live.started:
-            self.init.stop(service, check=False)
         self.init.reload(check=False)
         if self.live.restarted:
             self.init.restart(self.live.restarted, check=False)
@@ -4224,23 +4227,7 @@ class AccountIds:
         return {"passwd": users, "group": groups}
 
 
-# --- The merge into /var: entry by entry; if in doubt, the live one stays --------------------------------------
-
-# Directories whose entries are merged one by one; everything else directly in /var is one entry.
-ENTRY_DIRECTORIES = ("lib", "spool", "www", "cache", "log")
-
-
-def is_whiteout(path: Path) -> bool:
-    """Whether a path in an overlay's upper directory marks a deletion."""
-    status = path.lstat()
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
-
-
-def is_opaque(path: Path) -> bool:
-    """Whether a directory in an overlay's upper directory hides everything in the lower one."""
-    with contextlib.suppress(OSError):
-        return os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y"
-    return False
+# --- Files that processes have open or mapped ------------------------------------------------------------------
 
 
 def mapped_files(process: Path, device: str, known: set[str]) -> list[Path]:
@@ -4312,6 +4299,25 @@ def is_open(path: Path, opened: Container[tuple[int, int]]) -> bool:
     """Whether a file is open, or any file below a directory."""
     found = (seen.status for seen in look_through(path))
     return any((file.st_dev, file.st_ino) in opened for file in found if file and not stat.S_ISDIR(file.st_mode))
+
+
+# --- The merge into /var: entry by entry; if in doubt, the live one stays --------------------------------------
+
+# Directories whose entries are merged one by one; everything else directly in /var is one entry.
+ENTRY_DIRECTORIES = ("lib", "spool", "www", "cache", "log")
+
+
+def is_whiteout(path: Path) -> bool:
+    """Whether a path in an overlay's upper directory marks a deletion."""
+    status = path.lstat()
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def is_opaque(path: Path) -> bool:
+    """Whether a directory in an overlay's upper directory hides everything in the lower one."""
+    with contextlib.suppress(OSError):
+        return os.getxattr(path, "trusted.overlay.opaque", follow_symlinks=False) == b"y"
+    return False
 
 
 def is_newer(one: Path, other: Path) -> bool:
@@ -4468,13 +4474,16 @@ class VarMerge:
             return self.decide(entry)
         return "place" if self._is_half_applied(changed, origin, live) else "aside"
 
-    def _is_half_applied(self, changed: Path, origin: Path, live: Path) -> bool:
-        """Whether everything in a live entry is either as it was or as it will be, so that nobody else changed it."""
+    def _is_half_applied(self, changed: Path, origin: Path, live: Path, restored: bool = False) -> bool:
+        """Whether everything in a live entry is either as it was or as it will be, so that nobody else changed it.
+
+        With `restored`, a part may have been made again as it was.
+        """
         beside = temporary_name(live, self.token).name
         for (now, new, old), names in walk(live, changed, origin):
             if not os.path.lexists(now) or change_token(now) == change_token(old):
                 names.clear()
-            elif is_directory(new) and is_directory(now):
+            elif (restored and is_same(now, old)) or (is_directory(new) and is_directory(now)):
                 names[:] = [name for name in names if name != beside]
             elif is_directory(now):  # it is being deleted
                 if not is_remainder(now, old):
@@ -4547,11 +4556,17 @@ class VarMerge:
 
     def _put_back(self) -> None:
         """Restore an entry that could not be put in place whole, except where another process changed it since."""
-        for live in self._deleted:
-            for old, now in (paths for paths, _ in walk(self._original(live), live)):
-                self._restore(old, now, inode_of(now) if is_directory(old) and is_directory(now) else None)
+        replaced = [live for live, _ in self._placed if is_directory(self._original(live)) and not is_directory(live)]
+        self._make_again(self._deleted)
         for live, inode in reversed(self._placed):
             self._restore(self._original(live), live, inode)
+        self._make_again(replaced)  # what was in these directories
+
+    def _make_again(self, paths: Iterable[Path]) -> None:
+        """Copy what is missing of live paths, with all below them, from what they were."""
+        for live in paths:
+            for old, now in (both for both, _ in walk(self._original(live), live)):
+                self._restore(old, now, inode_of(now) if is_directory(old) and is_directory(now) else None)
 
     def _original(self, live: Path) -> Path:
         return self.origin / live.relative_to(self.live)
@@ -4568,6 +4583,29 @@ class VarMerge:
                 live.rmdir()
             else:
                 live.unlink()
+
+    def take_back(self, entry: str) -> bool:
+        """Make an entry that was placed, or partly so, what it was before. Safe to interrupt and to repeat.
+
+        Returns whether it is; it stays if somebody else has changed it since, or has a file of it open.
+        """
+        changed, origin, live = (directory / entry for directory in (self.upper, self.origin, self.live))
+        is_ours = not live.parent.is_symlink() and self._is_half_applied(changed, origin, live, restored=True)
+        if not is_ours or is_open(live, self._opened):
+            return False
+        self._placed, self._deleted = [], []
+        for (ours, now, old), names in walk(changed, live, origin):
+            if is_directory(old) and not is_directory(ours):
+                self._deleted.append(now)  # with what was in it, even if the directory itself is there again
+            elif is_whiteout(ours):
+                self._deleted.append(now)
+            if not is_special(ours) and not is_same(now, old):
+                self._placed.append((now, inode_of(now)))
+            if is_directory(ours) and is_opaque(ours) and is_directory(old):
+                self._deleted += [now / name for name in os.listdir(old) if name not in names]
+        self._put_back()
+        paths = [*(path for path, _ in self._placed), *self._deleted]
+        return all(is_same(old, now) for path in paths for (old, now), _ in walk(self._original(path), path))
 
     def delete_torn(self, entry: str) -> None:
         """Delete the temporary files that an interrupted merge of an entry left."""
@@ -4842,6 +4880,19 @@ class HomeMerge:
             with contextlib.suppress(AshError, OSError):  # it is only about mtimes, which filling them changed
                 copy_directory_attributes(ours, theirs, from_overlay=True)
 
+    def placed(self) -> list[str]:
+        """The paths that are in place, and were not before the transaction; not what is below one of them."""
+        found = []
+        for (ours, theirs, before), names in walk(self.upper, self.live, self.origin):
+            now = status_of(theirs)
+            if now is None or is_whiteout(ours) or HISTORY_FILE.fullmatch(ours.name):
+                continue
+            is_new = not self._is_in_place(ours, before) if self.has_snapshot else now.st_ctime_ns >= self.since
+            if is_new and self._is_in_place(ours, theirs) and not (is_directory(ours) and is_directory(before)):
+                found.append(self._inside(ours))
+                names.clear()
+        return found
+
     def _decide(self, ours: Path, theirs: Path, before: Path) -> str:
         """Decide what to do with a path that is not a deletion: "nothing", "place", "append" or "aside"."""
         if self._is_in_place(ours, theirs):
@@ -5088,6 +5139,7 @@ class LiveChange(NamedTuple):
     slot: str = ""
     old: int = 0  # the subvolume id of the slot: another deployment in it has nothing of this change
     entries: Sequence[str] = ()  # the entries of /var that are being merged
+    clock: Sequence[int] = ()  # a Clock of when the transaction began
     state: str = "live"
 
     def recover(self, place: WorkDir, tree: Tree) -> None:  # noqa: ARG002
@@ -5257,8 +5309,18 @@ def unmerged_directories(layout: Layout) -> list[str]:
     return [f"/.snapshots/{layout.unmerged.relative_to(layout.snapshots)}/{name}" for name in names]
 
 
-def merge_lock(layout: Layout, wait: float = 0) -> Lock:
-    return Lock(layout.work("merge") / "lock", "merging into /var", wait)
+class MergeLock(Lock):
+    """The lock for merging. Whoever gets it deletes the file `live-only` beside it, which a live change makes."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        with contextlib.suppress(OSError):  # a read-only file system
+            self.path.with_name("live-only").unlink()
+        return self
+
+
+def merge_lock(layout: Layout, wait: float = 0) -> MergeLock:
+    return MergeLock(layout.work("merge") / "lock", "merging into /var", wait)
 
 
 MERGED, SET_ASIDE = "merged", "set aside"  # noted of an entry of /var when it is done
@@ -5298,7 +5360,8 @@ class CommittedButUnfinished(AshError):
 class WorkDir:
     """What a transaction keeps in the work directory of its snapshot; the snapshot's lock protects it."""
 
-    DECISIONS: ClassVar[Mapping[str, Any]] = {"aside": is_name, "token": is_name}
+    # An older ash decided on all entries before the first was merged, and noted only that one was.
+    DECISIONS: ClassVar[Mapping[str, Any]] = {"aside": is_name, "token": is_name, "decided?": {"*": is_text}}
     NOTED: ClassVar[Sequence[str]] = ("nothing", "newest", "append", "aside", "place", "keep", MERGED, SET_ASIDE)
 
     def __init__(self, system: System, snapshot: int, name: str = "") -> None:
@@ -5572,7 +5635,8 @@ class WorkDir:
             write_file(self.decisions, json.dumps(known), mode=0o600)  # the token is a secret
         merge.token = known["token"]
         merge.conflicts = merge.conflicts.with_name(known["aside"])
-        noted = self._noted()
+        decided = {entry: what for entry, what in known.get("decided", {}).items() if what in self.NOTED}
+        noted = {**decided, **self._noted()}
         for entry in entries:
             before = noted.get(entry, "")
             if before == SET_ASIDE:
@@ -5593,11 +5657,16 @@ class WorkDir:
 
     def _noted(self) -> dict[str, str]:
         """What was noted last of each entry: a decision, or MERGED."""
-        found = {}
+        return {entry: notes[-1] for entry, notes in self.notes().items()}
+
+    def notes(self) -> dict[str, list[str]]:
+        """All that was noted of each entry, in order."""
+        found: dict[str, list[str]] = {}
         for line in lines_of(read_text(self.merged)):
             with contextlib.suppress(ValueError):  # torn, and so the entry was not touched yet
-                entry, noted = from_json(line, [str])
-                found[entry] = noted if noted in self.NOTED else ""
+                noted = from_json(line, lambda value: isinstance(value, str) or has_shape(value, [str]))
+                entry, what = [noted, MERGED] if isinstance(noted, str) else noted
+                found.setdefault(entry, []).append(what if what in self.NOTED else "")
         return found
 
     def _note(self, entry: str, what: str, durable: bool = False) -> None:
@@ -8755,12 +8824,14 @@ class LiveResult:
         self.waiting: list[str] = []  # what needs a reboot
         self.conflicts: list[str] = []  # of /etc, /var, /home and /root
         self.conflicts_folders: list[str] = []
+        self.kept: list[str] = []  # of what failed: what is in place in /var, /home and /root
         self.error = ""
 
     def text(self) -> str:
         """The result for people."""
         if self.error:
-            return f"the running system is unchanged: {one_line(self.error)}"
+            but = f", except for {listed(self.kept)}" if self.kept else ""
+            return f"the running system is unchanged{but}: {one_line(self.error)}"
         lines = [f"the running system is {'changed too' if self.changed else 'unchanged'}"]
         lines += [f"  started: {listed(self.started)}"] if self.started else []
         lines += [f"  stopped: {listed(self.stopped)}"] if self.stopped else []
@@ -8781,39 +8852,82 @@ class LiveWorkDir(WorkDir):
 
     def __init__(self, system: System, snapshot: int = BASE) -> None:
         super().__init__(system, snapshot, "live")
+        self.alone = self.layout.work("merge") / "live-only"  # exists until somebody else merges, see MergeLock
 
     def recover(self, tree: Tree, drop_kept: bool = False, *, strict: bool = False) -> None:  # noqa: ARG002
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
-            self.roll_back(drop_kept)
+            if kept := self.roll_back(drop_kept):
+                console.say(
+                    one_line(f"ash: an interrupted change of the running system is undone, except for {listed(kept)}")
+                )
 
-    def roll_back(self, drop_kept: bool = False) -> None:
-        """recover() for callers that hold the lock "deploy", or have applied nothing."""
-        intent = self.intent(drop_kept)
+    def roll_back(self, drop_kept: bool = False) -> list[str]:
+        """recover() for callers that hold the lock "deploy", or have applied nothing.
+
+        Returns what stays in place in /var, /home and /root.
+        """
+        intent, kept = self.intent(drop_kept), []
         if isinstance(intent, LiveChange):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.apply(intent.slot, self.root, self.before)
-            self._delete_unfinished(intent.entries)
+            kept = self._take_back(intent.entries, intent.clock)
             self.mark_done()
         self.drop()
+        return kept
 
-    def _delete_unfinished(self, entries: Iterable[str]) -> None:
-        """Delete the temporary copies of an interrupted merge, which a rollback does not resume."""
+    def _take_back(self, entries: Iterable[str], clock: Sequence[int]) -> list[str]:
+        """Undo a merge, as far as nobody else has changed the entries since. Returns what stays.
+
+        What was added to logs and caches is not counted.
+        """
         try:
             token = from_json(read_text(self.decisions), self.DECISIONS)["token"]
         except ValueError:  # the merge had not begun
-            return
-        for name, overlay in self.home_overlays().items():
-            live = self.live_home(name)
-            with nosymfollow(live):
-                for inside in {path.rpartition("/")[0] for path in paths_below(overlay.upper)}:
-                    if is_directory(live / inside):
-                        remove_tree(temporary_name(live / inside / "x", token))
-        merge = self.var_merge()
+            return []
+        merge, notes = self.var_merge(), self.notes()
         merge.token = token
+        placed = [entry for entry in entries if "place" in notes.get(entry, ())]
+        placed = [entry for entry in placed if notes[entry][-1] not in (SET_ASIDE, "keep")]
         with self.live_var():
             for entry in entries:
                 merge.delete_torn(entry)
+            left = placed and self._take_back_entries(merge, placed)
+        kept = [f"/var/{entry}" for entry in left]
+        for home in [self.home_merge(name, merge, clock) for name in self.changed_homes()]:
+            if not home.is_missing:
+                with nosymfollow(home.live):
+                    with contextlib.suppress(OSError):  # somebody deletes there right now
+                        kept += map(home.shown, home.placed())
+                    for inside in {path.rpartition("/")[0] for path in paths_below(home.upper)}:
+                        if is_directory(home.live / inside):
+                            remove_tree(temporary_name(home.live / inside / "x", token))
+        sync_filesystem(self.layout.snapshots)
+        return kept
+
+    def _take_back_entries(self, merge: VarMerge, placed: Sequence[str]) -> list[str]:
+        """Take entries of /var back, unless another change was merged since, which may have needed them.
+
+        Returns those that stay.
+        """
+
+        def is_back(entry: str) -> bool:
+            try:
+                return merge.take_back(entry)
+            except OSError:  # somebody changes it right now
+                return False
+
+        try:
+            with Lock(self.layout.work("merge") / "lock", "merging into /var", wait=600):
+                if not self.alone.exists():
+                    return [*placed]
+                return [entry for entry in placed if not is_back(entry)]
+        except AshError:  # others merge all the time
+            return [*placed]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.alone, *super().files)
 
     def deploy_lock(self) -> Lock:
         """The lock "deploy"; a live change waits for it."""
@@ -8927,13 +9041,17 @@ class LiveTransaction(Transaction):
             self.live.waiting = sorted(path for path in found.paths if path.startswith("boot/"))
             with signals_heard():
                 stack.enter_context(place.deploy_lock())
-            stack.enter_context(place.merge_lock(found.entries))
             slot = self.layout.rootfs(self.slot)
-            save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries))
+            save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries, self.intent.clock))
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
-            etc = place.apply(self.slot, place.before, self.root)
-            merged = place.merge(found.entries, found.delete, self.intent.clock)
+            # Not while services start: that may take minutes, and some of them may run ash.
+            with place.merge_lock(found.entries):
+                etc = place.apply(self.slot, place.before, self.root)
+                if found.entries:
+                    about_to("note that nobody else has merged")
+                    place.alone.touch()
+                merged = place.merge(found.entries, found.delete, self.intent.clock)
             if merged.failed:
                 remove_tree(self.layout.unmerged / merged.directory.name)
                 raise AshError("; ".join(f"{path} cannot be changed: {why}" for path, why in merged.failed.items()))
@@ -8943,9 +9061,12 @@ class LiveTransaction(Transaction):
             sync_filesystem(self.layout.snapshots)
             place.mark_done()
         except BaseException as error:
-            place.roll_back()
+            services.stop_started()  # they may have files open that are taken back
+            self.live.kept = place.roll_back()
             services.put_back()
             done = f"the effects of starting {listed(self.live.started)} are not undone" if self.live.started else ""
+            if self.live.kept and not isinstance(error, AshError | OSError):
+                console.say(one_line(f"ash: the running system is unchanged, except for {listed(self.live.kept)}"))
             if done and isinstance(error, AshError):
                 raise AshError(f"{error.message}; {done}", error.hint, error.status) from error
             if done:  # such as KeyboardInterrupt, which has no message
@@ -9232,7 +9353,7 @@ PACKAGES_SHAPE = {"added": {"*": str}, "removed": {"*": str}, "upgraded": {"*": 
 CHANGE_SHAPE = {"snapshot": int, "changed": bool, "packages": PACKAGES_SHAPE, "conflicts": [str], "kept": [str]}
 LIVE_SHAPE = {
     "changed": bool, "started": [str], "stopped": [str], "restarted": [str], "outdated": [str], "waiting": [str],
-    "conflicts": [str], "conflicts_folders": [str], "error": str,
+    "conflicts": [str], "conflicts_folders": [str], "kept": [str], "error": str,
 }  # fmt: skip
 ERROR_SHAPE = {"message": str, "hint": str, "status": int}
 DRY_RUN_SHAPE = {"changed": bool, "dry_run": bool, "would": str | list, "*?": object}

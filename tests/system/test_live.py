@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -391,6 +392,61 @@ def test_services_started_before_an_interruption_are_reported(
     said = machine.run(*words, status=status, patch=STARTS.format(end)).stderr
     assert "ash: the effects of starting ash-test.service are not undone\n" in said
     assert usr(machine.system.root(machine.slot)) == before
+    assert not machine.system.remains()
+
+
+# Replaces the start of services by one that fails after another process has changed an entry of /var.
+FAILS = """
+def start(self, paths, asked=""):
+    ash.Path("{}/lib/ash-test-used/by-others").touch()
+    print("merging is locked:", ash.is_held(ash.Path("{}/work/merge/lock")), file=sys.stderr)
+    raise OSError(5, "broken")
+ash.Services.start = start
+"""
+
+
+def test_a_rollback_takes_back_what_nobody_else_changed_in_var(machine: Machine, tmp_path: Path) -> None:
+    var, number = machine.files.var, machine.system.clone()
+    for name in ("ash-test-old/gone.d/deep", "ash-test-old/kept", "ash-test-old/sub/edited"):
+        (var / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (var / "lib" / name).write_text("before\n")
+    script = """
+        [ -e /usr/share/ash/snap ] || exit 0
+        mkdir -p /var/lib/ash-test-new/deep /var/lib/ash-test-used
+        touch /var/lib/ash-test-new/deep/file /var/lib/ash-test-used/file /home/ash-test-live
+        cd /var/lib/ash-test-old
+        rm -r gone.d; echo after > gone.d; echo after > sub/edited; touch sub/added; chmod 700 sub
+    """
+    before = names_below(var / "lib/ash-test-old")
+    words = ("install", number, deb(tmp_path, postinst=script), "--live")
+    patch = FAILS.format(var, machine.files.state)
+
+    def is_back() -> None:
+        assert names_below(var / "lib/ash-test-old") == before
+        assert (var / "lib/ash-test-old/gone.d/deep").read_text() == "before\n"
+        assert not (var / "lib/ash-test-new").exists()
+        assert not machine.system.remains()
+
+    done = machine.run("--json", *words, status=FAILED, patch=patch)
+    assert done.json["live"]["kept"] == ["/var/lib/ash-test-used", "/home/ash-test-live"]
+    assert "merging is locked: False" in done.stderr
+    assert (var / "lib/ash-test-used/by-others").exists()
+    is_back()
+    shutil.rmtree(var / "lib/ash-test-used")
+    (machine.files.home / "ash-test-live").unlink()
+    merged = {"kill": "write live$", "after": "note that lib/ash-test-used", "booted": machine.slot}
+    for options, argv in ((merged, words), ({"kill": "rename .* to edited"}, ("recover",))):
+        assert machine.system.with_hooks(options, *argv).returncode == -signal.SIGKILL
+        assert (var / "lib/ash-test-new").exists() is (argv == words)
+    said = machine.system.ash("recover").stderr
+    assert "an interrupted change of the running system is undone, except for /home/ash-test-live" in said
+    assert not (var / "lib/ash-test-used").exists()
+    is_back()
+    half_put(machine, number, tmp_path / "ash-test-live_1_all.deb", "write live$")
+    machine.system.shell(number, "mkdir /var/lib/ash-test-other")  # this change may need what is in place
+    said = machine.system.ash("recover").stderr
+    assert "except for /var/lib/ash-test-new, /var/lib/ash-test-old, /var/lib/ash-test-used\n" in said
+    assert (var / "lib/ash-test-new/deep/file").exists()
     assert not machine.system.remains()
 
 

@@ -17,7 +17,7 @@ CALLER = {"user": 1000, "command": "install", "arguments": ["install", "5", "hel
 RECORDS: list[ash.Intent] = [
     ash.Open(CALLER, [2, 1]),
     ash.Kept(CALLER, [2, 1]),
-    ash.LiveChange("deploy", 260, ["lib/x"]),
+    ash.LiveChange("deploy", 260, ["lib/x"], [2, 1]),
     ash.Commit(
         261, 262, ["lib/x"], ["lib/x"], ["boot", "etc"], {"packages": {"added": {"x": "1"}}}, CALLER, "c0ffee", [2, 1]
     ),

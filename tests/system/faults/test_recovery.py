@@ -2,6 +2,7 @@
 """Commands killed at any step: all or nothing, nothing is left behind, and the next command works."""
 
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -108,6 +109,30 @@ def test_an_interrupted_merge_is_resumed(system: System, snapshot: int) -> None:
     assert not list((system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*"))
     assert not system.remains()
     system.is_sound()
+
+
+def test_a_merge_that_an_older_ash_began_is_finished(system: System, snapshot: int) -> None:
+    """It decided on all entries first, then noted those that were merged."""
+    lib, names = system.files.var / "lib", [f"{name}-{snapshot}" for name in ("first", "second", "third")]
+    for name in names:
+        (lib / name).mkdir()
+        (lib / name / "one").write_text("old\n")
+    script = "; ".join(f"cd /var/lib/{name}; echo new | tee one two" for name in names)
+    killed_in_the_merge(system, snapshot, script, rf"note that lib/{names[1]} is merged")
+    work = system.files.state / f"work/{snapshot}"
+    decisions = json.loads((work / "decisions").read_text())
+    two = lib / names[1] / "two"
+    two.rename(two.with_name(f".ash-new-{decisions['token']}"))  # as if it had been killed a little earlier
+    decided = {f"lib/{name}": "place" for name in names}
+    (work / "decisions").write_text(json.dumps({**decisions, "decided": decided}))
+    (work / "merged").write_text(f"{json.dumps(f'lib/{names[0]}')}\n")
+    (lib / names[0] / "one").write_text("later\n")  # it was merged, and is in use
+    system.ash("recover")
+    found = {str(path.relative_to(lib)): path.read_text() for name in names for path in (lib / name).iterdir()}
+    new = {f"{name}/{file}": "new\n" for name in names for file in ("one", "two")}
+    assert found == {**new, f"{names[0]}/one": "later\n"}
+    assert not list((lib / "ash/conflicts").glob(f"{snapshot}-*"))
+    assert not system.remains()
 
 
 def killed_in_the_merge(system: System, snapshot: int, script: str, step: str) -> None:
