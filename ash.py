@@ -4821,11 +4821,20 @@ class HomeMerge:
         live: the live directory.
         since: when the transaction began, in nanoseconds since 1970; 0 if the ctimes in `live` say nothing.
         var: the merge into /var. It has the conflicts directory, and the token of temporary names.
+        before: a directory that is as the live directory itself was when the transaction began, if there is one.
         is_missing: the file system of the live directory is not mounted, as early at boot; all is set aside.
     """
 
     def __init__(
-        self, name: str, overlay: Overlay, live: Path, since: int, var: VarMerge, *, is_missing: bool = False
+        self,
+        name: str,
+        overlay: Overlay,
+        live: Path,
+        since: int,
+        var: VarMerge,
+        *,
+        before: Path | None = None,
+        is_missing: bool = False,
     ) -> None:
         self.name = name
         self.upper = overlay.upper
@@ -4834,6 +4843,7 @@ class HomeMerge:
         self.var = var
         self.origin = overlay.lower
         self.has_snapshot = self.origin != live
+        self.top = before if before and is_directory(before) else None
         self.is_missing = is_missing
         # As in VarMerge, but paths in /home or /root.
         self.in_conflict: list[str] = []
@@ -4845,7 +4855,8 @@ class HomeMerge:
     def is_changed(self) -> bool:
         """Whether the transaction changed anything but the histories of shells. Deletions do not count."""
         for (ours, before), names in walk(self.upper, self.origin):
-            if not is_whiteout(ours) and not self._is_in_place(ours, before):
+            known = self._before(ours, before) or before
+            if not is_whiteout(ours) and not self._is_in_place(ours, known):
                 return True
             names[:] = [name for name in names if not HISTORY_FILE.fullmatch(name)]
         return False
@@ -4863,7 +4874,7 @@ class HomeMerge:
             now, decision = status_of(theirs), "aside"
             with contextlib.suppress(OSError):  # it is deleted in this instant, or cannot be read: it stays
                 self.kept += [self._inside(ours / name) for name in self._deleted(ours, theirs, names)]
-                decision = self._decide(ours, theirs, before)
+                decision = self._decide(ours, theirs, self._before(ours, before))
             torn = temporary_name(theirs, self.var.token)
             if decision != "place" and os.path.lexists(torn):  # an interrupted merge had decided otherwise
                 remove_tree(torn, protected=True)
@@ -4893,13 +4904,17 @@ class HomeMerge:
                 names.clear()
         return found
 
-    def _decide(self, ours: Path, theirs: Path, before: Path) -> str:
+    def _before(self, ours: Path, origin: Path) -> Path | None:
+        """What a path was when the transaction began; None if that is not known, since the origin is the live one."""
+        return self.top if self.top and ours == self.upper else origin if self.has_snapshot else None
+
+    def _decide(self, ours: Path, theirs: Path, before: Path | None) -> str:
         """Decide what to do with a path that is not a deletion: "nothing", "place", "append" or "aside"."""
         if self._is_in_place(ours, theirs):
             return "nothing"
         if has_attribute(ours, BEGUN) and is_directory(ours) == is_directory(theirs):  # this was interrupted
             return "place"
-        if self.has_snapshot and self._is_in_place(ours, before) and (is_directory(theirs) or not is_directory(ours)):
+        if before and self._is_in_place(ours, before) and (is_directory(theirs) or not is_directory(ours)):
             return "nothing"  # it was only opened for writing, or it is above something that was changed
         if not os.path.lexists(theirs):
             return "aside" if self._was_there(ours, before) else "place"
@@ -4916,25 +4931,23 @@ class HomeMerge:
     def _is_in_place(ours: Path, theirs: Path) -> bool:
         return is_special(ours) or is_placed(ours, theirs)
 
-    def _was_there(self, ours: Path, before: Path) -> bool:
+    def _was_there(self, ours: Path, before: Path | None) -> bool:
         """Whether a path existed when the transaction began; without a snapshot this is known of directories only."""
-        if self.has_snapshot:
+        if before:
             return os.path.lexists(before)
         return is_directory(ours) and has_attribute(ours, COPIED_UP)
 
-    def _is_unchanged(self, theirs: Path, before: Path) -> bool:
+    def _is_unchanged(self, theirs: Path, before: Path | None) -> bool:
         """Whether nobody changed a live path since the transaction began, so that it may be replaced."""
         now = status_of(theirs)
         if now is None:
             return False
         if is_directory(theirs):
-            was_same = is_same(theirs, before) if self.has_snapshot else now.st_ctime_ns < self.since
-            return was_same and is_directory(before)
+            is_old = not self.has_snapshot and now.st_ctime_ns < self.since
+            return is_old or (before is not None and is_directory(before) and is_same(theirs, before))
         if is_open(theirs, self._opened):
             return False
-        if not self.has_snapshot:
-            return now.st_ctime_ns < self.since
-        return is_as_it_was(now, status_of(before))
+        return is_as_it_was(now, status_of(before)) if before else now.st_ctime_ns < self.since
 
     def _deleted(self, ours: Path, there: Path, names: Sequence[str]) -> list[str]:
         """What the transaction deleted along with a directory that it then made again."""
@@ -5588,14 +5601,20 @@ class WorkDir:
     def changed_homes(self) -> list[str]:
         """Those HOMES to which the transaction wrote."""
         there = {name: overlay for name, overlay in self.home_overlays().items() if is_directory(overlay.upper)}
-        return [name for name, one in there.items() if os.listdir(one.upper) or not is_placed(one.upper, one.lower)]
+        top = {name: before if is_directory(before := self.home_before(name)) else there[name].lower for name in there}
+        return [name for name, one in there.items() if os.listdir(one.upper) or not is_placed(one.upper, top[name])]
+
+    def home_before(self, name: str) -> Path:
+        """An empty directory that is as one of HOMES was when the transaction began; an older ash made none."""
+        return self.private / f"before-{name}"
 
     def home_merge(self, name: str, var: VarMerge, clock: Sequence[int] = ()) -> HomeMerge:
         """The merge of one of HOMES. `clock` is a Clock of when the transaction began; empty if that is not known."""
         live, began = self.live_home(name), Clock(*clock) if clock else None
         known = began is not None and not began.was_set_back() and mount_of(live).kind in LOCAL_KINDS
         since = began.now if began and known else 0
-        return HomeMerge(name, self.home_overlays()[name], live, since, var, is_missing=self.lacks(name))
+        overlay, before = self.home_overlays()[name], self.home_before(name)
+        return HomeMerge(name, overlay, live, since, var, before=before, is_missing=self.lacks(name))
 
     def with_outcome(self, change: Change, merged: Merged) -> Change:
         """A change, with what became of it in the shared directories."""
@@ -5823,6 +5842,9 @@ class Transaction:
             if not overlay.upper.exists():
                 overlay.upper.mkdir()
                 copy_directory_attributes(overlay.lower, overlay.upper)
+                if name in HOMES:
+                    self.place.home_before(name).mkdir()
+                    copy_directory_attributes(overlay.upper, self.place.home_before(name))
                 if overlay.lower not in own:
                     os.setxattr(overlay.upper, SHOWN, os.fsencode(overlay.lower))
 
@@ -5932,6 +5954,7 @@ class Transaction:
         mark_variant(self.root)
         self._take_database_directories()
         self._refuse_foreign_writes()
+        self._refuse_unseen_homes()
         self._settle_accounts()
         self._take_database_files()
         unprotect(self.root)  # an immutable root could not be exchanged
@@ -6116,6 +6139,19 @@ class Transaction:
                 if (nested or shown in foreign) and not is_log_or_cache:
                     what = f"{shown} is a file system or subvolume of its own: a transaction cannot change it"
                     raise AshError(what, "make that change outside of ash", REFUSED)
+
+    def _refuse_unseen_homes(self) -> None:
+        """Refuse changes of a /home that cannot be below an overlay: the transaction saw, and wrote, another one."""
+        for name, kind in self.system.unseen_homes.items():
+            home = self.place.home_merge(name, self.place.var_merge())
+            if home.is_changed():
+                files = [path for path in paths_below(home.upper) if not is_directory(home.upper / path)]
+                what = f"/{name} is on {kind}, which a transaction cannot see or change"
+                if files:
+                    what += f": it wrote to {home.shown(min(files))}"
+                raise AshError(what, "make that change outside of ash", REFUSED)
+            for left in home.upper.iterdir():  # the histories of shells
+                remove_tree(left)
 
     @staticmethod
     def _refuse_too_deep(name: str, paths: Iterable[str]) -> None:
@@ -8508,11 +8544,22 @@ class System:
     @cached_property
     def homes(self) -> Mapping[str, Path]:
         """The live directories of HOMES: ash's own, or on the running system what is mounted in their place."""
-        found = {"home": self.layout.home, "root": self.layout.home_root}
-        for name, own in found.items():
-            path = Path("/", name)
-            if self.running and mount_of(path).target == str(path) and inode_of(path) not in (None, inode_of(own)):
-                found[name] = own if mount_of(path).kind in NEVER_LOWER else path
+        own = {"home": self.layout.home, "root": self.layout.home_root}
+        return own | {name: Path("/", name) for name, kind in self._foreign_homes.items() if kind not in NEVER_LOWER}
+
+    @cached_property
+    def unseen_homes(self) -> Mapping[str, str]:
+        """Those HOMES that no transaction can see, with the kind of their file system. It sees what that hides."""
+        return {name: kind for name, kind in self._foreign_homes.items() if kind in NEVER_LOWER}
+
+    @cached_property
+    def _foreign_homes(self) -> Mapping[str, str]:
+        """The kinds of the file systems that are mounted on HOMES in place of ash's own directories."""
+        found = {}
+        for name, own in {"home": self.layout.home, "root": self.layout.home_root}.items() if self.running else ():
+            path, mount = Path("/", name), mount_of(Path("/", name))
+            if mount.target == str(path) and inode_of(path) not in (None, inode_of(own)):
+                found[name] = mount.kind
         return found
 
     def workdir(self, snapshot: int) -> WorkDir:

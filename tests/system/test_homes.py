@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import DONE, program, wait_until
+from tests.support import DONE, OURS_IN_RUN, program, wait_until
+from tests.system.container import Container
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -178,7 +179,7 @@ def test_a_deleted_user_keeps_the_live_home_and_mailbox(system: System, snapshot
 def test_a_change_below_a_nested_subvolume_is_refused(system: System, snapshot: int) -> None:
     program("btrfs", "subvolume", "create", system.home / "nested")
     with system.nothing_changes():
-        error = system.shell(snapshot, "echo x > /home/nested/x", status=125).error
+        error = system.shell(snapshot, "echo x > /home/nested/x", status=OURS_IN_RUN).error
     assert "/home/nested is a file system or subvolume of its own" in error
     program("btrfs", "subvolume", "delete", system.home / "nested")
 
@@ -259,3 +260,44 @@ def test_a_home_that_is_not_mounted_when_the_merge_is_finished(machine: Machine,
     assert (aside / "home/directory").is_dir()
     assert set(system.home.iterdir()) == before
     assert not system.remains()
+
+
+def test_a_home_that_a_transaction_cannot_see_is_not_changed(system: System, snapshot: int) -> None:
+    """A tmpfs stands for the kinds that overlayfs refuses: this ash knows it as one of them."""
+    system.ash("deploy", snapshot)
+    running, kinds = Container(system), 'NEVER_LOWER = ("autofs", '
+    program = system.files.state / "ash"
+    program.write_text(program.read_text().replace(kinds, f'{kinds}"tmpfs", '))
+    mounted, before = "mount -t tmpfs tmpfs /home; echo x > /home/x;", set(system.home.rglob("*"))
+    refused = running.type(
+        f"{mounted} ash run {snapshot} sh -c 'mkdir /home/d; echo ours > /home/d/y'", status=OURS_IN_RUN
+    )
+    assert "/home is on tmpfs, which a transaction cannot see or change: it wrote to /home/d/y" in refused.stderr
+    running.type(f"{mounted} ash run {snapshot} sh -c 'echo ls > /home/.sh_history; echo ours > /root/other'")
+    assert (system.files.state / "root/other").read_text() == "ours\n"
+    assert set(system.home.rglob("*")) == before
+    assert not system.remains()
+
+
+def test_a_change_of_the_live_directory_itself_is_no_conflict(
+    system: System, snapshot: int, homes: dict[str, Path]
+) -> None:
+    for live in homes.values():
+        live.chmod(0o755)
+    for script in ("echo ours > {}/new", "chmod 700 {}; chmod 755 {}"):
+        with system.at_work(snapshot, "; ".join(script.replace("{}", f"/{name}") for name in HOMES)) as work:
+            for live in homes.values():
+                live.chmod(0o711)
+        assert "left as they changed it" not in work.ended.stdout
+        assert {stat.S_IMODE(live.stat().st_mode) for live in homes.values()} == {0o711}
+        assert (homes["root"] / "new").read_text() == "ours\n"
+        for live in homes.values():
+            live.chmod(0o755)
+    with system.at_work(snapshot, "chmod 750 /root /home"):
+        for live in homes.values():
+            (live / "written").touch()  # which changes the ctime of the directory, and no attribute
+    assert {stat.S_IMODE(live.stat().st_mode) for live in homes.values()} == {0o750}
+    with system.at_work(snapshot, "chmod 770 /root /home") as work:
+        for live in homes.values():
+            live.chmod(0o711)
+    assert "left as they changed it: /home, /root" in work.ended.stdout
