@@ -3449,7 +3449,8 @@ class Distro:
     not_live: ClassVar[str] = "(?!)"  # matches packages that a running system cannot replace: libc, init, dbus
     prompt_variables: ClassVar[Sequence[str]] = ()  # what shells show of these in their prompt tells where they run
     has_aur: ClassVar[bool] = False  # whether the key `aur` of ash.conf has an effect
-    needs: ClassVar[Mapping[str, str]] = {}  # programs that ash and the boot need in a root: {name: its package}
+    # Programs, or patterns of files, that ash and the boot need in a root: {name: its package}.
+    needs: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
         Distro.registry[cls.id] = cls
@@ -3469,15 +3470,18 @@ def load_distro(ident: str) -> Distro:
     return Distro.registry[ident]()
 
 
-def has_program(root: Path, name: str) -> bool:
+def has_needed(root: Path, name: str) -> bool:
+    """Whether a root has a program, or a file that matches a pattern with slashes."""
+    if "/" in name:
+        return any(root.glob(name))
     return any(os.path.lexists(path_inside(root, directory) / name) for directory in ("usr/bin", "usr/sbin"))
 
 
 def lost_needs(distro: Distro, before: Path, after: Path) -> list[str]:
     """What ash and the boot need that a root had before and does not have now: packages, and "every kernel"."""
-    programs = [name for name in distro.needs if has_program(before, name) and not has_program(after, name)]
+    lost = [name for name in distro.needs if has_needed(before, name) and not has_needed(after, name)]
     kernels = ["every kernel"] if kernels_of(before) and not kernels_of(after) else []
-    return [*dict.fromkeys(distro.needs[name] for name in programs), *kernels]
+    return [*dict.fromkeys(distro.needs[name] for name in lost), *kernels]
 
 
 # --- The chroot: programs of a snapshot run in their own namespaces, and end with ash --------------------------
@@ -3955,6 +3959,21 @@ class AccountFile:
         where = next((index for index, row in enumerate(self.rows) if row[0] == account), end)
         others = [[row for row in part if row[0] != account] for part in (self.rows[:where], self.rows[where:])]
         self.rows = [*others[0], *rows, *others[1]]
+
+
+# The numbers of fields of a row, and the fields that are numbers. An old shadow file has five fields.
+ROW_FIELDS = {
+    "passwd": ({7}, (2, 3)), "group": ({4}, (2,)), "shadow": ({5, 9}, ()), "gshadow": ({4}, ()),
+    "subuid": ({3}, (1, 2)), "subgid": ({3}, (1, 2)),
+}  # fmt: skip
+
+
+def is_row(name: str, row: Sequence[str]) -> bool:
+    """Whether a line of an account file, split into fields, is an account, a comment, an NIS entry or blank."""
+    if row[0][:1] in ("#", "+", "-") or not ":".join(row).strip():
+        return True
+    sizes, numbers = ROW_FIELDS[name]
+    return bool(row[0]) and len(row) in sizes and all(to_number(row[column]) is not None for column in numbers)
 
 
 def root_shell(root: Path) -> str:
@@ -6537,6 +6556,7 @@ class EtcMerge:
         self.in_conflict: list[str] = []
         self.without_effect: list[str] = []  # changes that were not carried since ash decides these
         self.settled: Mapping[str, Container[str]] = {}  # the accounts whose rows the target has as they are to be
+        self.unusable: Container[str] = ()  # paths of the running /etc that are damaged: the target's stay
 
     def merge(self, fresh: bool = False) -> None:
         """Carry all changes; with `fresh` only the machine's identity, and set all else aside."""
@@ -6563,7 +6583,7 @@ class EtcMerge:
 
     def _without_damaged_files(self, drift: Mapping[str, str]) -> dict[str, str]:
         """Leave out files that are damaged, and record them as conflicts."""
-        damaged = {path for path in drift if is_damaged(path, self.base, self.running)}
+        damaged = {path for path in drift if path in self.unusable or is_damaged(path, self.base, self.running)}
         self.in_conflict += sorted(damaged)
         self.without_effect += [f"{path}, which is damaged in the running system" for path in sorted(damaged)]
         return {path: kind for path, kind in drift.items() if path not in damaged}
@@ -6709,6 +6729,7 @@ class EtcMerge:
             self.set_aside(path)
 
     def _carry_removal(self, path: str) -> None:
+        """Carry the removal of a path, or record that it is in conflict."""
         own = self.target / path
         if not has_real_parents(self.target, path) or not os.path.lexists(own):
             return
@@ -6794,6 +6815,223 @@ def apply_paths(paths: Iterable[str], source: Path, target: Path) -> None:
             remove_tree(target / path, protected=True)
 
 
+# --- Belongings: files that get another owner with an account's new id ------------------------------------------
+
+# Mailboxes and crontabs, by the name of their user, and jobs of at, below /var.
+SPOOLS = ("mail", "spool/mail", "spool/cron", "spool/cron/crontabs", "spool/cron/tabs")
+AT_SPOOLS = ("spool/cron/atjobs", "spool/at", "spool/atd", "spool/atjobs")
+
+
+def range_of_ids(starts: Mapping[int, int]) -> dict[int, int]:
+    """The new ids by old ones of ranges that moved, by their starts."""
+    return {old + offset: new + offset for old, new in starts.items() for offset in range(SUBORDINATES)}
+
+
+class Belongings(NamedTuple):
+    """What is a user's own on the shared volumes, and the ids that it gets with him."""
+
+    user: str
+    home: str  # empty if he has none of his own
+    users: Mapping[int, int]  # new ids by old ones
+    groups: Mapping[int, int]
+    user_ranges: Mapping[int, int] = {}  # new starts of his ranges of ids by old ones
+    group_ranges: Mapping[int, int] = {}
+
+    def re_own(self, var: Path, homes: Mapping[str, Path]) -> None:
+        """Re-own his home, mail, crontab and at jobs; repeating it is harmless. What is his goes by its name alone.
+
+        Args:
+            var: the live /var.
+            homes: the live /home and /root, see System.homes.
+        """
+        users = {**self.users, **range_of_ids(self.user_ranges)}
+        groups = {**self.groups, **range_of_ids(self.group_ranges)}
+        first, _, rest = self.home.lstrip("/").partition("/")
+        volumes = {**homes, "var": var}
+        places = [(volumes[first], rest)] if first in volumes and rest else []
+        places += [(var, f"{spool}/{self.user}") for spool in SPOOLS]
+        with ExitStack() as stack:
+            for volume in volumes.values():
+                stack.enter_context(nosymfollow(volume))
+            for volume, path in places:
+                if has_real_parents(volume, path) and os.path.lexists(volume / path):
+                    re_own({volume / path: None}, users, groups)
+            for spool in AT_SPOOLS:
+                if has_real_parents(var, f"{spool}/job") and is_directory(var / spool):
+                    self._re_own_at_jobs(var / spool)
+
+    def _re_own_at_jobs(self, spool: Path) -> None:
+        """Re-own at jobs, which contain the name, uid and gid of their user."""
+        for job in sorted(spool.iterdir()):
+            status = status_of(job)
+            if status is None or not stat.S_ISREG(status.st_mode) or status.st_uid not in self.users:
+                continue
+            text = read_text(job)
+            if re.search(rf"^# mail\s+{re.escape(self.user)}\s", text, re.MULTILINE):
+                uid = self.users[status.st_uid]
+                gid = self.groups.get(status.st_gid, status.st_gid)
+                header = f"# atrun uid={uid} gid={gid}"
+                rewrite(job, re.sub(r"^# atrun uid=\d+ gid=\d+", header, text, count=1, flags=re.MULTILINE))
+                re_own({job: None}, self.users, self.groups)
+
+
+def is_move(pair: Any) -> bool:
+    """Whether a value is an old and a new id."""
+    return isinstance(pair, list) and len(pair) == 2 and all(map(is_u32, pair))
+
+
+class Moved(NamedTuple):
+    """A file of a root that gets another owner."""
+
+    path: str
+    users: Mapping[int, int]  # its new owner by its old one
+    groups: Mapping[int, int]
+
+
+def files_of(root: Path, users: Mapping[int, int], groups: Mapping[int, int], but: Container[str]) -> list[Moved]:
+    """The files of a root whose owners have new ids, except below the directories `but`."""
+    found = []
+    for path in sorted(paths_below(root)):
+        status = status_of(root / path) if path.partition("/")[0] not in but else None
+        if status and (status.st_uid in users or status.st_gid in groups):
+            uid, gid = status.st_uid, status.st_gid
+            found.append(Moved(path, {uid: users.get(uid, uid)}, {gid: groups.get(gid, gid)}))
+    return found
+
+
+NEW_OWNERS_SHAPE = {
+    "where": is_text, "root": is_u32, "etc": int, "foreign": [is_text],
+    "files": [{"path": str, "users": [is_move], "groups": [is_move]}],
+    "belongings": [{
+        "user": is_text, "home": is_text, "users": [is_move], "groups": [is_move], "user_ranges": [is_move],
+        "group_ranges": [is_move],
+    }],
+}  # fmt: skip
+
+
+class NewOwners(NamedTuple):
+    """What is re-owned once an /etc with new ids of accounts is in place: not before, and by recovery if need be.
+
+    It is written to the disk before that /etc, or the root with it, is exchanged for the former one. The lock "deploy"
+    protects it. Each file has its own old and new owner, since ids may be swapped: repeating it is harmless.
+    """
+
+    where: str  # a slot, or the number of a snapshot
+    root: int  # the id of the subvolume that is there then
+    etc: int  # the inode number of its /etc
+    files: Sequence[Moved]  # of that root
+    belongings: Sequence[Belongings]
+    foreign: Sequence[str]  # those HOMES that are on file systems of their own
+
+    @staticmethod
+    def place(layout: Layout) -> Path:
+        return layout.work("deploy") / "owners"
+
+    def save(self, layout: Layout) -> None:
+        """Write it to the disk."""
+
+        def dump(one: Moved | Belongings) -> dict[str, Any]:
+            fields = one._asdict()
+            return {key: sorted(its.items()) if isinstance(its, Mapping) else its for key, its in fields.items()}
+
+        files, belongings = [*map(dump, self.files)], [*map(dump, self.belongings)]
+        data = {**self._asdict(), "files": files, "belongings": belongings}
+        write_file(self.place(layout), json.dumps(data) + "\n", mode=0o600)
+
+    @classmethod
+    def load(cls, layout: Layout) -> NewOwners | None:
+        """What save() wrote; None if nothing waits, or the file is damaged: the next deploy re-owns by name again."""
+        try:
+            data = from_json(read_text(cls.place(layout)), NEW_OWNERS_SHAPE)
+        except ValueError:
+            return None
+
+        def fields(one: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: dict(its) if isinstance(its, list) else its for key, its in one.items()}
+
+        files = [Moved(**fields_of(Moved, fields(one))) for one in data["files"]]
+        belongings = [Belongings(**fields_of(Belongings, fields(one))) for one in data["belongings"]]
+        return cls(**{**fields_of(cls, data), "files": files, "belongings": belongings})
+
+    def is_due(self, layout: Layout) -> bool:
+        """Whether the /etc with the new ids is in place."""
+        root = layout.rootfs(self.where)
+        etc = status_of(root / "etc") if is_subvolume(root) and subvolume_id(root) == self.root else None
+        return etc is not None and etc.st_ino == self.etc
+
+    def apply(self, layout: Layout, homes: Mapping[str, Path]) -> None:
+        """Re-own everything; safe to repeat."""
+        root = layout.rootfs(self.where)
+        with nosymfollow(root) if self.files else contextlib.nullcontext():
+            for one in self.files:
+                about_to(f"re-own {one.path}")
+                if has_real_parents(root, one.path):
+                    with contextlib.suppress(FileNotFoundError):
+                        chown_by_map(root / one.path, None, one.users, one.groups)
+        with merge_lock(layout, wait=600) if self.belongings else contextlib.nullcontext():
+            for mine in self.belongings:
+                mine.re_own(layout.var, homes)
+        for name in self.foreign if self.belongings else ():
+            with open_descriptor(homes[name], os.O_DIRECTORY) as directory:
+                libc("syncfs", directory)
+        sync_filesystem(layout.snapshots)
+
+
+def save_new_owners(
+    layout: Layout,
+    where: int | str,
+    etc: Path,
+    *,
+    files: Sequence[Moved] = (),
+    belongings: Sequence[Belongings],
+    homes: Mapping[str, Path],
+) -> None:
+    """Record NewOwners, if there are any, for the time when `etc` or its root has been put in place.
+
+    AshError (REFUSED) if others still wait for a /home that is not mounted.
+    """
+    if files or belongings:
+        if os.path.lexists(NewOwners.place(layout)):
+            what = "/home is not mounted, and files there are yet to get the new owners of a former deploy"
+            hint = f"mount it, or rm /.snapshots/{NewOwners.place(layout).relative_to(layout.snapshots)} to leave them"
+            raise AshError(what, hint, REFUSED)
+        foreign = [name for name, path in homes.items() if path == Path("/", name)]
+        root, inode = subvolume_id(etc.parent), etc.lstat().st_ino
+        NewOwners(str(where), root, inode, files, belongings, foreign).save(layout)
+
+
+def finish_owners(layout: Layout, homes: Mapping[str, Path]) -> str:
+    """Re-own what an /etc that is in place by now has new ids for; drop what is not. Holds the lock "deploy".
+
+    Returns why it has to wait; empty if it has not. CommittedButUnfinished if it fails: then it is still to be done.
+    """
+    place = NewOwners.place(layout)
+    todo = NewOwners.load(layout) if os.path.lexists(place) else None
+    if todo is not None and todo.is_due(layout):
+        users = listed(sorted(mine.user for mine in todo.belongings))
+        for name in todo.foreign if users else ():
+            if homes[name] != Path("/", name):
+                return f"/{name} is not mounted, and files of {users} there are yet to get their new owner"
+        try:
+            todo.apply(layout, homes)
+        except (AshError, OSError) as error:
+            what = f"accounts have new ids, but not all their files could be re-owned: {reason(error)}"
+            raise CommittedButUnfinished(what, "ash recover finishes it") from error
+    if os.path.lexists(place):
+        remove_tree(place)
+    return ""
+
+
+@contextmanager
+def new_owners(layout: Layout, homes: Mapping[str, Path]) -> Iterator[None]:
+    """Re-own what the block records as NewOwners, after it, if the /etc with the new ids is in place then."""
+    finish_owners(layout, homes)
+    try:
+        yield
+    finally:
+        finish_owners(layout, homes)
+
+
 # --- People: their accounts follow the machine into each deployment --------------------------------------------
 
 
@@ -6840,16 +7078,6 @@ def merge_shadow(was: Sequence[str] | None, now: Sequence[str], theirs: Sequence
     return row
 
 
-def range_of_ids(starts: Mapping[int, int]) -> dict[int, int]:
-    """The new ids by old ones of ranges that moved, by their starts."""
-    return {old + offset: new + offset for old, new in starts.items() for offset in range(SUBORDINATES)}
-
-
-# Mailboxes and crontabs, by the name of their user, and jobs of at, below /var.
-SPOOLS = ("mail", "spool/mail", "spool/cron", "spool/cron/crontabs", "spool/cron/tabs")
-AT_SPOOLS = ("spool/cron/atjobs", "spool/at", "spool/atd", "spool/atjobs")
-
-
 class Accounts:
     """The account files of an /etc."""
 
@@ -6857,13 +7085,39 @@ class Accounts:
         self.etc = etc
         self.files = {name: AccountFile.read(etc / name) for name in sorted(ACCOUNT_FILES)}
         self.before = {name: str(file) for name, file in self.files.items()}
+        self._is_link = {name: (etc / name).is_symlink() for name in self.files}
+        self._is_cut = {
+            name: not is_link and read_text(etc / name)[-1:] not in ("", "\n")
+            for name, is_link in self._is_link.items()
+        }
 
     def __getitem__(self, name: str) -> AccountFile:
         return self.files[name]
 
     def is_usable(self) -> bool:
         """Whether people can be looked up and changed there: a damaged file must not look as if all were deleted."""
-        return "root" in self["passwd"].ids and not any((self.etc / name).is_symlink() for name in self.files)
+        return "root" in self["passwd"].ids and not any(self._is_link.values())
+
+    def damage(self, base: Accounts) -> str:
+        """What is wrong with these files, which came from those of `base`, that would look as if accounts were deleted.
+
+        Empty if nothing is.
+        """
+        for name, file in [(name, file) for name, file in self.files.items() if not self._is_link[name]]:
+            place, known = f"the running /etc/{name}", {tuple(row) for row in base[name].rows}
+            for number, row in enumerate(file.rows, 1):
+                if tuple(row) not in known and not is_row(name, row):
+                    return f"line {number} of {place} is not an account"
+            lost = {row[0] for row in base[name].rows} - {row[0] for row in file.rows}
+            if lost and self._is_cut[name]:
+                return f"{place} ends in the middle of line {len(file.rows)}"
+            if "root" in lost and name in ROOT_IN:
+                return f"{place} has no line of root"
+            if name == "shadow":
+                shadowed = {row[0] for row in self["passwd"].rows if row[1:2] == ["x"]}
+                if lacking := sorted(lost & shadowed):
+                    return f"{place} has no line of {lacking[0]}"
+        return ""
 
     def members(self) -> Iterator[tuple[list[str], int]]:
         """The rows and columns that list members."""
@@ -6912,50 +7166,6 @@ class Accounts:
         return changed
 
 
-class Belongings(NamedTuple):
-    """What is a user's own on the shared volumes, and the ids that it gets with him."""
-
-    user: str
-    home: str  # empty if he has none of his own
-    users: Mapping[int, int]  # new ids by old ones
-    groups: Mapping[int, int]
-
-    def re_own(self, var: Path, homes: Mapping[str, Path]) -> None:
-        """Re-own his home, mail, crontab and at jobs; repeating it is harmless. What is his goes by its name alone.
-
-        Args:
-            var: the live /var.
-            homes: the live /home and /root, see System.homes.
-        """
-        first, _, rest = self.home.lstrip("/").partition("/")
-        volumes = {**homes, "var": var}
-        places = [(volumes[first], rest)] if first in volumes and rest else []
-        places += [(var, f"{spool}/{self.user}") for spool in SPOOLS]
-        with ExitStack() as stack:
-            for volume in volumes.values():
-                stack.enter_context(nosymfollow(volume))
-            for volume, path in places:
-                if has_real_parents(volume, path) and os.path.lexists(volume / path):
-                    re_own({volume / path: None}, self.users, self.groups)
-            for spool in AT_SPOOLS:
-                if has_real_parents(var, f"{spool}/job") and is_directory(var / spool):
-                    self._re_own_at_jobs(var / spool)
-
-    def _re_own_at_jobs(self, spool: Path) -> None:
-        """Re-own at jobs, which contain the name, uid and gid of their user."""
-        for job in sorted(spool.iterdir()):
-            status = status_of(job)
-            if status is None or not stat.S_ISREG(status.st_mode) or status.st_uid not in self.users:
-                continue
-            text = read_text(job)
-            if re.search(rf"^# mail\s+{re.escape(self.user)}\s", text, re.MULTILINE):
-                uid = self.users[status.st_uid]
-                gid = self.groups.get(status.st_gid, status.st_gid)
-                header = f"# atrun uid={uid} gid={gid}"
-                rewrite(job, re.sub(r"^# atrun uid=\d+ gid=\d+", header, text, count=1, flags=re.MULTILINE))
-                re_own({job: None}, self.users, self.groups)
-
-
 class PeopleMerge:
     """Brings the people of the running system into the /etc of a snapshot or deployment.
 
@@ -6966,6 +7176,8 @@ class PeopleMerge:
     Args:
         base: the /etc from which the running one comes: who is missing since then was deleted.
         strict: raise AshError (REFUSED) if it is unknown whose files are in a home; otherwise they keep their owner.
+
+    If the account files of the running system are damaged, it does nothing, and `damage` says why.
     """
 
     def __init__(self, base: Path, running: Path, target: Path, ids: AccountIds, strict: bool = True) -> None:
@@ -6986,9 +7198,12 @@ class PeopleMerge:
         self._former = {*self.own["passwd"].ids}  # users whom the target had
         self._users = self.own["passwd"].ids.keys() | self.base["passwd"].ids.keys() | self.running["passwd"].ids.keys()
         self._groups = self.own["group"].ids.keys() | self.base["group"].ids.keys() | self.running["group"].ids.keys()
-        has_lost = any(is_damaged(name, base, running) for name in ROOT_IN)
+        self.damage = self.running.damage(self.base)
+        if self.damage:
+            self.notes.append(f"no accounts were brought: {self.damage}")
+            return
         for which, accounts in (("running system", self.running), ("snapshot", self.own)):
-            if not accounts.is_usable() or (has_lost and accounts is self.running):
+            if not accounts.is_usable():
                 self.notes.append(f"no accounts were brought: those of the {which} are damaged, or in symlinks")
                 return
         ids.learn_machine(running)
@@ -7118,8 +7333,8 @@ class PeopleMerge:
             for old, number in uids.items():
                 if old == own["passwd"][user]:
                     self.notes.append(f"{user} of the snapshot has the uid {number}, since {old} is taken")
-            users = uids | range_of_ids(moves["subuid"].get(user, {}))
-            self.belongings.append(Belongings(user, home, users, groups | range_of_ids(moves["subgid"].get(user, {}))))
+            ranges = (moves[name].get(user, {}) for name in ("subuid", "subgid"))
+            self.belongings.append(Belongings(user, home, uids, groups, *ranges))
 
     def _newcomers(self, name: str) -> set[str]:
         """The accounts made in the running system that get their ids in the target even if others have them there.
@@ -7259,6 +7474,47 @@ class PeopleMerge:
         rows = [self.own["passwd"].row(user) or [] for user in (self.people if self.names else ())]
         lacking = [row for row in rows if len(row) > 6 and row[6] and not path_inside(root, row[6]).exists()]
         return [f"the snapshot has no {row[6]}, the shell of {row[0]}" for row in lacking]
+
+
+def bring_people(
+    layout: Layout,
+    merge: EtcMerge,
+    where: int | str,
+    homes: Mapping[str, Path],
+    *,
+    wait: float,
+    strict: bool = True,
+    fresh: bool = False,
+) -> PeopleMerge:
+    """Bring the people of the running system into the target of a merge of /etc, before that takes place.
+
+    What has to be re-owned outside of the target is recorded as NewOwners; `where` is the slot or snapshot that gets
+    the target's root or, unless that is called etc, the target. If such a root is new it is re-owned at once.
+
+    With `strict`, AshError (REFUSED) if an account has to get another uid, and it is unknown which files are its own;
+    and, unless nothing is merged (`fresh`), if the running system's account files are damaged. Otherwise the merge
+    leaves these alone.
+    """
+    with state_lock(layout, wait):
+        ids = AccountIds.load(layout.ids)
+        people = PeopleMerge(merge.base, merge.running, merge.target, ids, strict)
+        write_file(layout.ids, ids.dump())
+    if people.damage and strict and not fresh:
+        hint = "accounts would be lost: correct it, or restore it from the backup beside it, whose name ends in -"
+        raise AshError(people.damage, hint, REFUSED)
+    merge.unusable = ACCOUNT_FILES if people.damage else ()
+    merge.carried += people.write()
+    merge.settled = people.settled
+    etc, root, files = merge.target, merge.target.parent, list[Moved]()
+    if people.users or people.groups:
+        with nosymfollow(root):
+            if etc.name == "etc":
+                re_own({root: None}, people.users, people.groups)
+            else:
+                files = files_of(root, people.users, people.groups, but={"etc", etc.name})
+                re_own({etc: None}, people.users, people.groups)
+    save_new_owners(layout, where, etc, files=files, belongings=people.belongings, homes=homes)
+    return people
 
 
 # --- The boot menu: deployments, and the grub.cfg that boots them ----------------------------------------------
@@ -7537,9 +7793,9 @@ def unsaved_drift(layout: Layout, menu: Menu, slot: str, running: str) -> list[s
         return []
     if any(other.has_changes_of(slot, state) for other in menu.deployments.values()):
         return []
-    other = layout.rootfs(running) / "etc"
+    others = [layout.rootfs(one) / "etc" for one in dict.fromkeys([running, *menu.deployments]) if one != slot]
     drift = [path for path in etc_drift(base, etc) if not re.fullmatch(IDENTITY, path)]
-    return [path for path in drift if not is_elsewhere(path, base, etc, other)]
+    return [path for path in drift if not any(is_elsewhere(path, base, etc, other) for other in others)]
 
 
 def change_while_running(layout: Layout, deployment: Deployment) -> str:
@@ -7809,6 +8065,13 @@ class Deployments:
     def recover(self) -> None:
         """Clean up after an interrupted deploy: the menu file decides, grub.cfg follows it."""
         carry = self._finish_carry()
+        late, waits = None, ""
+        try:
+            waits = finish_owners(self.layout, self.homes)
+        except AshError as error:  # the rest does not depend on it
+            late = error
+        if waits:
+            console.say(f"ash: {waits} (ash recover)")
         self._finish_withdrawal()
         self._delete_unfinished()
         if carry and self.menu.default:
@@ -7817,6 +8080,8 @@ class Deployments:
         if default and is_subvolume(self.layout.rootfs(default)) and self._grub_cfg() != self._rendered():
             self.write_menu()
         remove_tree(self.layout.work("deploy") / "intent")
+        if late:
+            raise late
 
     def _finish_carry(self) -> Carry | None:
         """If a carry has put the merged /etc in place, move its base forward, and note the result in the menu file.
@@ -7897,14 +8162,15 @@ class Deployments:
         if found and not (with_saved and found.only_saved):
             return found, False
         slot, has_unique_changes = self.choose_slot(snapshot, secondary=secondary, fresh=fresh)
-        try:
-            deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
-            if has_unique_changes and slot in self.menu.deployments:
-                self._keep_drift(slot)
-        except BaseException:
-            self._delete_unfinished()
-            raise
-        self._swap_in(deployment, secondary)
+        with new_owners(self.layout, self.homes):
+            try:
+                deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
+                if has_unique_changes and slot in self.menu.deployments:
+                    self._keep_drift(slot)
+            except BaseException:
+                self._delete_unfinished()
+                raise
+            self._swap_in(deployment, secondary)
         return deployment, True
 
     def _up_to_date(self, snapshot: int, state: str, secondary: bool) -> Deployment | None:
@@ -8100,7 +8366,9 @@ class Deployments:
         # Copy from a read-only snapshot: no symlink races with users who own directories in there.
         with readonly_view(layout, layout.rootfs(running)) as root, nosymfollow(target):
             merge = self.etc_merge(base, root, target, deployment.snapshot, deployment.slot)
-            people = self.bring_people(merge, strict)
+            people = bring_people(
+                layout, merge, deployment.slot, self.homes, wait=self.wait, strict=strict, fresh=fresh
+            )
             merge.merge(fresh)
             people.prune(merge)
             copy_moved_base(merge, layout.carried(f"new-{deployment.slot}"))
@@ -8122,24 +8390,6 @@ class Deployments:
             notes=list(dict.fromkeys([*deployment.notes, *notes])),
         )
 
-    def bring_people(self, merge: EtcMerge, strict: bool = True) -> PeopleMerge:
-        """Bring the people of the running system into the target of a merge of /etc, before that takes place.
-
-        AshError (REFUSED) if an account has to get another uid, and (`strict`) it is unknown which files are its own.
-        """
-        with state_lock(self.layout, self.wait):
-            ids = AccountIds.load(self.layout.ids)
-            people = PeopleMerge(merge.base, merge.running, merge.target, ids, strict)
-            write_file(self.layout.ids, ids.dump())
-        merge.carried += people.write()
-        merge.settled = people.settled
-        root = merge.target.parent
-        with nosymfollow(root) if people.users or people.groups else contextlib.nullcontext():
-            re_own({root: None}, people.users, people.groups)
-        for belongings in people.belongings:
-            belongings.re_own(self.layout.var, self.homes)
-        return people
-
     def carry(self) -> Deployment | None:
         """Carry what was changed in the running /etc since the next boot's was made over into it; None if nothing was.
 
@@ -8159,7 +8409,7 @@ class Deployments:
         intent = layout.work("deploy") / "intent"
         is_as_made = deployment.own_etc == etc_state(etc)  # else, it has run: what was changed stays a change of it
         write_file(intent, f"{slot}\n")  # has the boot service clean up
-        with unprotected(etc), replace(etc, directories=True) as new:
+        with new_owners(layout, self.homes), unprotected(etc), replace(etc, directories=True) as new:
             copy_tree(etc, new)
             only_new = deployment._replace(carried=(), conflicts=())
             found = self._carry_etc(only_new, new, base, state, fresh=deployment.fresh_etc, strict=False)
@@ -9297,7 +9547,8 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
             base = system.layout.etc(slot)
             merge = deployments.etc_merge(base, running, work.root / "etc", number, number)
             merge.identity = False
-            people = deployments.bring_people(merge)
+            stack.enter_context(new_owners(system.layout, system.homes))
+            people = bring_people(system.layout, merge, number, system.homes, wait=system.wait)
             merge.merge()
             people.prune(merge)
             merge.carried = list(dict.fromkeys(merge.carried))
@@ -10956,8 +11207,8 @@ def remove_packages(system: System, number: int, packages: Sequence[str], reques
     """Remove packages from a snapshot, all or none; AshError (MISSING) if none of them is installed."""
     if not installed_of(system, number, packages) and not (request.purge and packages):
         raise AshError(f"snapshot {number} does not have {' '.join(packages)}", f"ash list {number}", MISSING)
-    needs = system.distro.needs
-    if not request.force and (named := [name for name in packages if name in {*needs, *needs.values()}]):
+    needs = {*system.distro.needs.values()}
+    if not request.force and (named := [name for name in packages if name in needs]):
         raise refusal_of_removal(number, named)
     work = partial(system.package_manager.remove, packages=packages, purge=request.purge)
     done = change_snapshot(system, number, "removing from", work, simulate=request.dry_run, force=request.force)
@@ -12144,15 +12395,18 @@ class AccountCheck:
         write_file(self.layout.ids, ids.dump())
 
     def _reassign_ids(self, number: int) -> None:
-        with self._changing(number) as work:
+        """Give accounts of a snapshot the ids that they should have, and re-own their files."""
+        layout, homes = self.layout, self.system.homes
+        with ExitStack() as stack, self._changing(number) as work:
+            stack.enter_context(self.system.lock("deploy"))
+            stack.enter_context(new_owners(layout, homes))
             with self.system.lock("state"):
                 ids, running, etc = AccountIds.load(self.layout.ids), self._running_etc(), work.root / "etc"
                 people = PeopleMerge(running, running, etc, ids) if running else None
                 write_file(self.layout.ids, ids.dump())
             if people is not None:
                 people.renumbering().apply(work.root, {work.root: None})
-                for belongings in people.belongings:
-                    belongings.re_own(self.layout.var, self.system.homes)
+                save_new_owners(layout, number, etc, belongings=people.belongings, homes=homes)
             with self.system.lock("state"):
                 ids = AccountIds.load(self.layout.ids)
                 renumbering = ids.reconcile(etc)
@@ -12251,7 +12505,7 @@ class Fsck:
             yield from self._confirmed(Lock(self.layout.work(name) / "lock", ""), look)
 
     def _deploy(self) -> Iterator[Problem]:
-        if (self.layout.work("deploy") / "intent").exists():
+        if (self.layout.work("deploy") / "intent").exists() or NewOwners.place(self.layout).exists():
             yield Problem("a deploy was interrupted", None, "clean up after it", self._recover_deploy, "deploy")
         elif left := unfinished_deployments(self.layout):
             what = f"{left[0].relative_to(self.layout.snapshots)} is left over from a deploy"

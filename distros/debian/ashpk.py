@@ -470,8 +470,9 @@ esac
         self._apt(work, "install", "--", *packages, *(f"{name}-" for name in remove))
 
     def remove(self, work: Transaction, packages: Sequence[str], purge: bool) -> None:
-        """Run apt-get once."""
-        self._apt(work, "purge" if purge else "remove", "--autoremove", "--", *packages)
+        """Run apt-get once. What ash needs is not removed along with the last package that depends on it."""
+        kept = [f"-oAPT::NeverAutoRemove::=^{re.escape(name)}$" for name in {*work.system.distro.needs.values()}]
+        self._apt(work, "purge" if purge else "remove", "--autoremove", *sorted(kept), "--", *packages)
 
     def refresh(self, work: Transaction) -> list[str]:
         """Run apt-get once. A repository that fails keeps its old lists."""
@@ -625,6 +626,7 @@ class Debian(Distro):
     prompt_variables = ("debian_chroot",)
     needs: ClassVar[Mapping[str, str]] = {
         "python3": "python3-minimal",
+        "usr/lib/python3.*/json/__init__.py": "libpython3-stdlib",
         "btrfs": "btrfs-progs",
         "grub-mkconfig": "grub-common",
         "init": "systemd-sysv",

@@ -378,6 +378,10 @@ def test_what_a_deployment_has_of_its_own_stays_known_after_a_carry_into_it(mach
     assert only_there in machine.running("status")["only_there"]
     third = machine.running("deploy", system.clone())["slot"]
     assert third not in (first, second)
+    (system.root(third) / "etc/only-in-second").write_text("x\n")
+    there = machine.running("status")["only_there"]
+    assert "only-in-second" not in {path for one in there for path in one["paths"]}, "two have it"
+    (system.root(third) / "etc/only-in-second").unlink()
     (system.root(third) / "etc/only-in-third").touch()
     assert machine.running("deploy", system.clone())["slot"] == third, "changes outside of /etc are not kept aside"
     for path in ("etc/only-in-second", "opt/file"):

@@ -247,6 +247,10 @@ def test_what_ash_needs_is_removed_only_by_force(system: System, snapshot: int, 
         outcome = system.ash("remove", snapshot, "btrfs-progs", status=REFUSED)
         assert "btrfs-progs, which ash needs" in outcome.error
         assert "--force" in outcome.error
+        assert "libpython3-stdlib" in system.ash("remove", snapshot, "libpython3-stdlib", status=REFUSED).error
+    assert "  - python3 " in system.ash("remove", snapshot, "python3").stdout, "ash does not need all that it brings"
+    system.shell(snapshot, "python3 -c 'import ctypes, difflib, json, http.client'")
+    system.ash("undo", snapshot)
     greedy = make_deb(tmp_path, "ash-test-greedy", postinst="rm /usr/bin/btrfs")
     with system.nothing_changes():
         assert "remove btrfs-progs" in system.ash("install", snapshot, greedy, status=REFUSED).error

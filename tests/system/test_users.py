@@ -4,11 +4,13 @@
 import itertools
 import json
 import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, REFUSED, make_deb, program
+from tests.support import DONE, FAILED, REFUSED, make_deb, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
@@ -299,6 +301,78 @@ def test_a_service_account_of_the_running_system_keeps_its_uid_and_is_brought(ma
     assert (owner_in(machine.next_etc, "own"), again["conflicts"]) == (its, [])
     system.ash("fsck", "--repair")
     assert owner_in(system.root(other) / "etc", "own") == its
+
+
+def test_files_get_new_owners_only_once_the_accounts_have_the_new_ids(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    system.shell(other, "useradd -m --uid 2300 olga; mkdir /usr/lib/of-olga; chown olga: /usr/lib/of-olga")
+    useradd(machine, "--uid", "2300", "--user-group", "otto")
+    home = system.home / "olga"
+    system.killed_before("(exchange|rename) snapshot-new-", "deploy", other)
+    assert owner(home)[0] == 2300, "the deployment that has her with another uid is not there yet"
+    system.ash("recover")
+    assert owner(home)[0] == 2300
+    assert not system.remains()
+    system.killed_before("re-own olga", "deploy", other)
+    assert "a deploy was interrupted" in system.ash("fsck", status=FAILED).stdout
+    # As if her home were on another disk, which is mounted later than recovery runs.
+    waiting = system.files.state / "work/deploy/owners"
+    text = waiting.read_text()
+    waiting.write_text(json.dumps({**json.loads(text), "foreign": ["home"]}))
+    assert "/home is not mounted, and files of olga there" in system.ash("recover").stderr
+    assert owner(home)[0] == 2300
+    system.ash("run", other, "touch", "/usr/share/again")
+    assert "rm /.snapshots/ash/work/deploy/owners" in system.ash("deploy", other, status=REFUSED).error
+    waiting.write_text(text)
+    system.ash("recover")
+    new = machine.next_etc
+    assert owner_in(new, "olga")[0] != 2300
+    assert {owner(home), owner(new.parent / "usr/lib/of-olga")} == {owner_in(new, "olga")}
+    assert not system.remains()
+
+
+def test_a_carry_that_swaps_two_uids_swaps_the_owners_with_them(machine: Machine, snapshot: int) -> None:
+    system, names = machine.system, ("anna", "bert")
+    for name, uid in zip(names, (2401, 2402), strict=True):
+        useradd(machine, "--uid", f"{uid}", "--user-group", name)
+    system.shell(snapshot, "cd /usr/lib; mkdir of-anna of-bert; chown 2401:2401 of-anna; chown 2402:2402 of-bert")
+    machine.deploy(snapshot)
+    for step in ("exchange .ash-new and etc", "re-own usr/lib/of-bert", "nothing"):
+        new = machine.next_etc
+        uids = {name: owner_in(new, other)[0] for name, other in zip(names, reversed(names), strict=True)}
+        passwd = (machine.etc / "passwd").read_text()
+        for name, uid in uids.items():
+            passwd = re.sub(rf"^{name}:x:\d+", f"{name}:x:{uid}", passwd, flags=re.MULTILINE)
+        (machine.etc / "passwd").write_text(passwd)
+        killed = system.with_hooks({"booted": machine.slot, "kill": step}, "carry")
+        assert killed.returncode == (DONE if step == "nothing" else -signal.SIGKILL), (step, killed.stderr)
+        system.ash("recover")
+        for name in names:
+            assert owner(new.parent / f"usr/lib/of-{name}")[0] == owner_in(new, name)[0], (step, name)
+        assert not system.remains(), step
+    assert {name: owner_in(new, name)[0] for name in names} == uids
+
+
+def test_a_damaged_passwd_is_not_carried(machine: Machine) -> None:
+    system, other = machine.system, machine.system.clone()
+    useradd(machine, "zoe")
+    machine.deploy(other)
+    passwd, whole = machine.etc / "passwd", (machine.etc / "passwd").read_text()
+    passwd.write_text(whole[: whole.index("zoe:") + 8])
+    line = whole[: whole.index("zoe:")].count("\n") + 1
+    (machine.etc / "issue").write_text("mine\n")
+    for command in (["deploy", other], ["etc-update"]):
+        with system.nothing_changes():
+            error = machine.run(*command, status=REFUSED).error
+        assert f"line {line} of the running /etc/passwd is not an account (accounts would be lost: correct it" in error
+    answer = machine.running("carry")
+    assert (answer["carried"], answer["conflicts"]) == (["issue"], ["passwd"])
+    assert "zoe:x:" in (machine.next_etc / "passwd").read_text()
+    answer = machine.deploy(other, "--fresh-etc")
+    assert f"no accounts were brought: line {line} of the running /etc/passwd is not an account" in answer["notes"]
+    passwd.write_text(whole)
+    machine.deploy(other)
+    assert "zoe:x:" in (machine.next_etc / "passwd").read_text()
 
 
 def test_homes_that_are_not_apart_are_refused(machine: Machine) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """People follow the machine: nobody there loses name, uid, password or home, whatever is deployed."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,7 +209,7 @@ def test_of_two_with_one_uid_the_one_of_the_running_system_keeps_it(case: Case) 
     assert people.users == people.groups == {1000: 1001}
     (dave,) = people.belongings
     assert (dave.user, dave.home, dave.users[1000], dave.groups[1000]) == ("dave", "/home/dave", 1001, 1001)
-    assert (dave.users[100000], dave.users[165535]) == (165536, 231071), "files of his containers"
+    assert dave.user_ranges == dave.group_ranges == {100000: 165536}, "files of his containers"
     assert people.notes == ["dave of the snapshot has the uid 1001, since 1000 is taken"]
     assert case.ids.given["passwd"] == {"root": 0, "dave": 1001, "carol": 1000}
 
@@ -361,14 +362,42 @@ def test_passwords_are_as_secret_as_before_where_there_were_none(tmp_path: Path)
     assert {(own / name).stat().st_mode & 0o777 for name in ("shadow", "gshadow")} == {0o640}
 
 
-def test_a_damaged_passwd_deletes_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "pattern", "replacement", "damage"),
+    [
+        ("passwd", r"(?s).*", "", "/etc/passwd has no line of root"),
+        ("passwd", r"(?s)^root.*?\n", "", "/etc/passwd has no line of root"),
+        ("passwd", r"ada:x:1000:.*\n", "ada:x:10", "line 2 of the running /etc/passwd is not an account"),
+        ("passwd", r"ada:x:1000:.*\n", "\0" * 40, "line 2 of the running /etc/passwd is not an account"),
+        ("passwd", r"ada:x:1000:", "ada:x:1OOO:", "line 2 of the running /etc/passwd is not an account"),
+        ("passwd", r"(?s)\nada.*", "", "/etc/passwd ends in the middle of line 1"),
+        ("group", r"(?s).*", "", "/etc/group has no line of root"),
+        ("group", r"ada:x:1000:", "ada:x", "line 2 of the running /etc/group is not an account"),
+        ("shadow", r"ada:.*\n", "ada:", "line 2 of the running /etc/shadow is not an account"),
+        ("shadow", r"ada:.*\n", "", "/etc/shadow has no line of ada"),
+        ("subuid", r"ada:.*\n", "ada:1", "line 1 of the running /etc/subuid is not an account"),
+    ],
+)
+def test_a_damaged_file_deletes_nobody(tmp_path: Path, file: str, pattern: str, replacement: str, damage: str) -> None:
     base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
-    (running / "passwd").write_text("")
-    before = (own / "passwd").read_text()
+    text, changes = re.subn(pattern, replacement, (running / file).read_text(), count=1)
+    assert changes
+    (running / file).write_text(text)
+    before = {name: (own / name).read_text() for name in ACCOUNT_FILES}
     people = PeopleMerge(base, running, own, AccountIds())
+    assert damage in people.damage
     assert people.write() == []
-    assert (own / "passwd").read_text() == before
-    assert "no accounts were brought: those of the running system" in people.notes[0]
+    assert {name: (own / name).read_text() for name in ACCOUNT_FILES} == before
+    assert people.notes == [f"no accounts were brought: {people.damage}"]
+
+
+def test_a_line_that_was_always_there_is_no_damage(tmp_path: Path) -> None:
+    base, running, own = (write(tmp_path / side, ADA) for side in ("base", "running", "own"))
+    for etc in (base, running):
+        (etc / "passwd").write_text((etc / "passwd").read_text() + "odd:x\n")
+    (running / "group").write_text((running / "group").read_text() + "\n# mine\n+::::\n")
+    (running / "subuid").write_text("")
+    assert not PeopleMerge(base, running, own, AccountIds()).damage
 
 
 def test_clashes_of_a_snapshot_with_the_running_system_are_named(tmp_path: Path) -> None:
