@@ -6584,7 +6584,8 @@ class EtcMerge:
     def _without_damaged_files(self, drift: Mapping[str, str]) -> dict[str, str]:
         """Leave out files that are damaged, and record them as conflicts."""
         damaged = {path for path in drift if path in self.unusable or is_damaged(path, self.base, self.running)}
-        self.in_conflict += sorted(damaged)
+        for path in sorted(damaged):
+            self.set_aside(path)
         self.without_effect += [f"{path}, which is damaged in the running system" for path in sorted(damaged)]
         return {path: kind for path, kind in drift.items() if path not in damaged}
 
@@ -6760,7 +6761,7 @@ class EtcMerge:
         version = (loser or self.running) / path
         path += ".dist" if loser and path != "fstab" else ""
         self.in_conflict.append(path)
-        if self.keep_conflicts and not is_directory(version):
+        if self.keep_conflicts and os.path.lexists(version) and not is_directory(version):
             make_private_directory(self.conflicts)
             # A symlink that was set aside is no directory for what the other side has below its name.
             tops = ("etc" if number == 1 else f"etc.{number}" for number in itertools.count(1))

@@ -322,7 +322,7 @@ def test_files_get_new_owners_only_once_the_accounts_have_the_new_ids(machine: M
     assert "/home is not mounted, and files of olga there" in system.ash("recover").stderr
     assert owner(home)[0] == 2300
     system.ash("run", other, "touch", "/usr/share/again")
-    assert "rm /.snapshots/ash/work/deploy/owners" in system.ash("deploy", other, status=REFUSED).error
+    assert "rm /.snapshots/ash/work/deploy/owners" in system.ash("deploy", other, status=REFUSED).stderr
     waiting.write_text(text)
     system.ash("recover")
     new = machine.next_etc

@@ -404,6 +404,7 @@ def test_a_damaged_file_is_not_carried(merge: EtcMerge, path: str, left: str | N
     merge.merge()
     assert (merge.target / path).read_text() == (merge.base / path).read_text()
     assert (merge.carried, merge.in_conflict) == ([], [path])
+    assert (merge.conflicts / "etc" / path).exists() is (left is not None), "what is left of it is kept"
 
 
 def test_a_link_to_the_same_file_by_another_name_is_no_change_of_the_target(merge: EtcMerge) -> None:
