@@ -7783,20 +7783,50 @@ def is_elsewhere(path: str, base: Path, etc: Path, other: Path) -> bool:
     return now - was <= theirs and not (was - now) & theirs
 
 
+def has_saved(path: str, etc: Path, other: Path) -> bool:
+    """Whether another /etc has a path as one has it; of fstab, whether it has the user's lines."""
+    if path == "fstab":
+        now, theirs = (set(fstab_of_user(read_text(one / path))) for one in (etc, other))
+        return now <= theirs
+    return is_same(etc / path, other / path)
+
+
+def lost_saves(layout: Layout, slot: str, others: Iterable[Path]) -> list[str]:
+    """The paths that were saved from the /etc of a slot, and that no snapshot has any more, nor one of the other /etcs.
+
+    An undo takes them out of a snapshot, and a deletion goes with them.
+    """
+    etc, snapshots = layout.rootfs(slot) / "etc", numbered(layout.snapshots / "rootfs", "snapshot-").values()
+    saved, places = saved_paths(layout.rootfs(slot)), [*others, *(root / "etc" for root in snapshots)]
+    return [path for path in saved if not any(has_saved(path, etc, place) for place in places)]
+
+
 def unsaved_drift(layout: Layout, menu: Menu, slot: str, running: str) -> list[str]:
-    """The changed paths in the /etc of a slot that runs no longer, as far as no other deployment has the changes."""
+    """The changed paths in the /etc of a slot that runs no longer, as far as nothing else has the changes."""
     base, etc = layout.etc(slot), layout.rootfs(slot) / "etc"
     deployment = menu.deployments.get(slot)
     if not is_subvolume(base) or not is_directory(etc):
         return []
     state = etc_state(etc)
-    if deployment and deployment.own_etc == state:  # what it got from another deployment, nothing else
-        return []
-    if any(other.has_changes_of(slot, state) for other in menu.deployments.values()):
+    # What it got from another deployment that is still there, nothing else.
+    if deployment and deployment.own_etc == state and deployment.etc_from:
         return []
     others = [layout.rootfs(one) / "etc" for one in dict.fromkeys([running, *menu.deployments]) if one != slot]
+    lost = lost_saves(layout, slot, others)
+    if carried := [one for one in menu.deployments.values() if one.has_changes_of(slot, state)]:
+        return [path for path in lost if all(path in one.only_saved for one in carried)]
     drift = [path for path in etc_drift(base, etc) if not re.fullmatch(IDENTITY, path)]
-    return [path for path in drift if not any(is_elsewhere(path, base, etc, other) for other in others)]
+    only_there = [path for path in drift if not any(is_elsewhere(path, base, etc, other) for other in others)]
+    return list(dict.fromkeys([*only_there, *lost]))
+
+
+def set_all_aside(merge: EtcMerge, more: Iterable[str]) -> None:
+    """Set all changes of a merge aside but the machine's identity, and the running versions of these paths."""
+    merge.identity = False
+    merge.merge(fresh=True)
+    for path in more:
+        if path not in merge.drift and os.path.lexists(merge.running / path):
+            merge.set_aside(path)
 
 
 def change_while_running(layout: Layout, deployment: Deployment) -> str:
@@ -8222,8 +8252,7 @@ class Deployments:
             return
         with readonly_view(layout, layout.rootfs(slot)) as root:
             merge = self.etc_merge(layout.etc(slot), root, root / "etc", self.menu.deployments[slot].snapshot, slot)
-            merge.identity = False
-            merge.merge(fresh=True)
+            set_all_aside(merge, paths)
         place = f"/var/{merge.conflicts.relative_to(layout.var)}"
         console.say(f"only the deployment that is replaced had these changes of /etc: {listed(paths)}; see {place}")
 
@@ -10528,9 +10557,8 @@ def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
     if changed and deployment.conflicts:
         text += f"\n  left behind because of conflicts{place_of_copies(deployment)}: {listed(deployment.conflicts)}"
     if changed and deployment.only_saved:
-        text += (
-            f"\n  saved in another snapshot, not in {number} (--with-saved brings it): {listed(deployment.only_saved)}"
-        )
+        text += f"\n  saved in a snapshot, but not in {number} (--with-saved brings it): "
+        text += listed(deployment.only_saved)
     if changed:
         text += "".join(f"\n  without effect: {one_line(what)}" for what in deployment.without_effect)
     data = {

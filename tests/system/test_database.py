@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Package state travels with the snapshot: nothing in the shared /var names packages that only one sibling has.
 
-ASH_TEST_PACKAGES names more packages to try, by hand: a hundred popular ones take half an hour.
+ASH_TEST_PACKAGES names more packages to try, by hand: "popular" stands for those in POPULAR, which take half an hour.
 """
 
 import os
@@ -24,10 +24,27 @@ PACKAGES = [
     "linux-headers-amd64", "dkms", "apache2", "libpam-pwquality", "wamerican", "hunspell-en-us", "iamerican",
     "ca-certificates-java", "openjdk-21-jre-headless", "python3-requests", "ucf", "xfonts-utils", "fontconfig",
 ]  # fmt: skip
+# Popular packages that can all be installed at once.
+POPULAR = (
+    "nginx postgresql mariadb-server redis-server memcached docker.io containerd podman openssh-server ufw "
+    "nftables fail2ban certbot postfix dovecot-imapd samba nfs-kernel-server cups avahi-daemon bluez "
+    "network-manager wpasupplicant dnsmasq bind9 unbound chrony openvpn wireguard strongswan tor squid haproxy "
+    "varnish php-fpm libapache2-mod-php python3-pip nodejs npm golang-go default-jre-headless tomcat10 git vim "
+    "emacs-nox tmux screen htop curl rsync zsh build-essential cmake gdb strace tcpdump wireshark-common nmap "
+    "sysstat smartmontools lm-sensors lvm2 mdadm cryptsetup-initramfs snapper xfsprogs os-prober "
+    "libvirt-daemon-system qemu-system-x86 qemu-user-binfmt binfmt-support lxc snapd flatpak prometheus "
+    "prometheus-node-exporter munin zabbix-agent snmpd rsyslog auditd apparmor selinux-basics aide clamav-daemon "
+    "rkhunter anacron at unattended-upgrades popularity-contest console-setup locales tzdata lightdm "
+    "xserver-xorg-core pipewire firefox-esr gdm3 kea-dhcp4-server isc-dhcp-server keepalived corosync pacemaker "
+    "slapd krb5-kdc freeradius sssd nslcd quota autofs open-iscsi multipath-tools fwupd tlp irqbalance zram-tools "
+    "needrestart etckeeper systemd-resolved dbus-broker udisks2 modemmanager kexec-tools kdump-tools plymouth "
+    "ifupdown hostapd tftpd-hpa rpcbind conntrackd ethtool wordpress phpmyadmin roundcube-core spamassassin "
+    "opendkim icinga2 ansible puppet-agent mailman3 xrdp "
+)
 # Files that no package script reads: data of users and daemons, logs.
 DATA = (
     "www/html", "lib/mysql", "lib/postgresql", "lib/smartmontools/drivedb", "lib/spamassassin", "lib/tomcat10/webapps",
-    "log/fontconfig.log", "log/munin",
+    "lib/rkhunter/db", "lib/systemd/catalog", "log/fontconfig.log", "log/munin",
 )  # fmt: skip
 APT = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq -y --no-install-recommends -o Dpkg::Use-Pty=0"
 
@@ -49,7 +66,8 @@ class Installed:
         self.database_before = everything_below(system.root(self.sibling) / "usr/share/ash/db")
         system.shell(self.sibling, "apt-get -qq update")
         self.before = everything_below(system.files.var)
-        self.packages = [*PACKAGES, *os.environ.get("ASH_TEST_PACKAGES", "").split()]
+        more = os.environ.get("ASH_TEST_PACKAGES", "").replace("popular", POPULAR).split()
+        self.packages = [*dict.fromkeys([*PACKAGES, *more])]
         system.shell(self.with_packages, f"{APT} install {' '.join(self.packages)}", seconds=3600)
 
     def new_in_var(self) -> dict[str, Facts]:

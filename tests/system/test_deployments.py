@@ -389,6 +389,29 @@ def test_what_a_deployment_has_of_its_own_stays_known_after_a_carry_into_it(mach
     system.ash("immutable", other)
 
 
+def test_changes_stay_known_when_the_deployment_that_they_were_made_in_is_replaced(image: Path, tmp_path: Path) -> None:
+    """The deployment into which they were carried never ran, and is then the only one that has them."""
+    with open_system(image, tmp_path) as system:  # whose other slots are free
+        machine = Machine(system)
+        first = machine.boot()
+        second = machine.running("deploy", system.clone())["slot"]
+        (machine.etc / "only-in-first").touch()
+        run_again(system, second)
+        (machine.etc / "precious").write_text("x\n")
+        third = machine.running("deploy", system.clone())["slot"]
+        run_again(system, first)
+        replaced = machine.running("deploy", system.clone())["slot"]
+        assert first not in (second, third, replaced)
+        (left,) = {second, third} - {replaced}
+        only_there = machine.running("status")["only_there"]
+        assert [one["paths"] for one in only_there if one["slot"] == left] == [["precious"]]
+        (system.root(replaced) / "etc/only-in-this").touch()
+        said = "".join(machine.run("deploy", system.clone()).stderr for _ in range(2))
+        assert ("precious" in said) == (not (system.root(left) / "etc/precious").exists())
+        kept = list((system.files.var / "lib/ash/conflicts").glob("*/etc/precious"))
+        assert [path.read_text() for path in kept] == ["x\n"] * ("precious" in said)
+
+
 def test_all_free_slots_have_changed_mutable_deployments(machine: Machine) -> None:
     system, other = machine.system, machine.system.clone()
     system.ash("mutable", other)

@@ -510,6 +510,31 @@ def test_what_was_saved_into_one_snapshot_is_named_by_a_deploy_of_another(machin
     assert "new/precious" in machine.running("deploy", snapshot)["only_saved"], "the snapshot has them no longer"
 
 
+def test_what_was_saved_and_then_undone_stays_known(image: Path, tmp_path: Path) -> None:
+    """A deployment that ran before is the only one that has it, and is no longer the base of any comparison."""
+    with open_system(image, tmp_path) as system:  # whose other slots are free
+        machine, snapshot = Machine(system), system.clone()
+        machine.deploy(snapshot)
+        first = machine.boot()
+        (machine.etc / "precious").write_text("x\n")
+        with (machine.etc / "fstab").open("a") as fstab:
+            fstab.write("LABEL=mine /mine ext4 nofail 0 2\n")
+        machine.running("etc-update")
+        system.ash("undo", snapshot)
+        assert machine.running("deploy", system.clone(snapshot))["only_saved"] == ["fstab", "precious"]
+        assert (machine.boot() != first, (machine.etc / "precious").exists()) == (True, False)
+        only_there = [{"slot": first, "snapshot": snapshot, "paths": ["fstab", "precious"]}]
+        assert machine.running("status")["only_there"] == only_there
+        system.ash("undo", snapshot)
+        assert machine.running("status")["only_there"] == [], "redo: the snapshot has it"
+        system.ash("undo", snapshot)
+        assert machine.deploy(system.clone())["slot"] != first
+        (machine.next_etc / "changed").touch()
+        assert "of /etc: fstab, precious; see" in machine.run("deploy", system.clone()).stderr
+        kept = (system.files.var / "lib/ash/conflicts").glob(f"{snapshot}-*/etc/*")
+        assert {path.name for path in kept} == {"fstab", "precious"}
+
+
 def test_what_a_rollback_saved_is_named_by_a_deploy_of_another_snapshot(machine: Machine) -> None:
     other = machine.system.clone()
     (machine.etc / "own").write_text("mine\n")
