@@ -5233,6 +5233,8 @@ class Birth(NamedTuple):
         n = place.snapshot
         if n in tree:
             description = self.description or place.system.describe(n)
+            if read_packages(place.layout, n) is None:  # it was not synced
+                write_packages(place.layout, n, place.package_manager.installed(place.layout.rootfs(n)))
             if not self._replace(parent=tree.parent(n), description=description).record(place, again=True):
                 raise AshError(f"the creation of snapshot {n} is not in the history yet", "ash recover", LOCKED)
         else:
@@ -5389,6 +5391,15 @@ class CommittedButUnfinished(AshError):
     """The commit succeeded; a follow-up step failed and recovery will finish it."""
 
 
+def append_note(file: Path, entry: str, what: str, durable: bool = False) -> None:
+    """Append a note about an entry of /var, /home or /root to a file."""
+    with file.open("a") as notes:
+        notes.write(f"\n{json.dumps([entry, what])}\n")  # a power cut may have torn the line before
+        notes.flush()
+        if durable:
+            os.fsync(notes.fileno())
+
+
 class WorkDir:
     """What a transaction keeps in the work directory of its snapshot; the snapshot's lock protects it."""
 
@@ -5413,6 +5424,7 @@ class WorkDir:
         self.overlay_work = self.private / "overlay"
         self.decisions = self.directory / "decisions"
         self.merged = self.directory / "merged"
+        self.outcomes = self.directory / "outcomes"
         self.strict = True  # see recover()
 
     def recover(self, tree: Tree, drop_kept: bool = False, *, strict: bool = False) -> None:
@@ -5465,7 +5477,7 @@ class WorkDir:
     def files(self) -> tuple[Path, ...]:
         """What a transaction has in the work directory besides the subvolumes, the intent file last."""
         torn = temporary_name(self.decisions, self.decisions.name)
-        return self.private, self.decisions, torn, self.merged, self.directory / "intent"
+        return self.private, self.decisions, torn, self.merged, self.outcomes, self.directory / "intent"
 
     def leftovers(self) -> list[Path]:
         """Everything that a transaction left, the intent file last."""
@@ -5521,7 +5533,7 @@ class WorkDir:
             with self._passing_over(again):
                 renew_copy(layout, n, directory)
         changed = intent.facts.get("packages")
-        if changed is None or any(changed.values()) or not layout.packages(n).exists():
+        if changed is None or any(changed.values()) or read_packages(layout, n) is None:
             with self._passing_over(again):
                 write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
@@ -5587,12 +5599,12 @@ class WorkDir:
                     merged.append(home)
             for entry in merge.unmerged:
                 self._keep_unmerged(merge.conflicts.name, self.upper, entry)
-                self._note(entry, SET_ASIDE)
+                self._note_outcome(entry, SET_ASIDE, merge.live)
             for home in merged:
                 for path in home.unmerged:
                     self._keep_unmerged(merge.conflicts.name, self.private, f"{home.name}/{path}")
                 about_to(f"note that /{home.name} is merged")
-                self._note(f"/{home.name}", MERGED)
+                self._note_outcome(f"/{home.name}", MERGED, home.live)
         return Merged.of(merge, merged)
 
     def live_var(self) -> contextlib.AbstractContextManager[None]:
@@ -5685,34 +5697,43 @@ class WorkDir:
                     decision = merge.redecide(entry) if before == "place" else before or merge.decide(entry)
                 except OSError:  # somebody changes it right now
                     decision = "aside"
-                self._note(entry, decision, durable=decision == "place")
+                self._note(entry, decision)
                 merge.merge(entry, decision)
                 if before:
                     merge.delete_torn(entry)
                 about_to(f"note that {entry} is merged")
                 kept = "keep" if entry in merge.unmerged else SET_ASIDE if entry in merge.in_conflict else MERGED
-                self._note(entry, kept)
+                self._note_outcome(entry, kept, (merge.live / entry).parent)
 
     def _noted(self) -> dict[str, str]:
         """What was noted last of each entry: a decision, or MERGED."""
         return {entry: notes[-1] for entry, notes in self.notes().items()}
 
     def notes(self) -> dict[str, list[str]]:
-        """All that was noted of each entry, in order."""
+        """All that was noted of each entry, in order: decisions, then what became of it."""
         found: dict[str, list[str]] = {}
-        for line in lines_of(read_text(self.merged)):
+        for line in (*lines_of(read_text(self.merged)), *lines_of(read_text(self.outcomes))):
             with contextlib.suppress(ValueError):  # torn, and so the entry was not touched yet
                 noted = from_json(line, lambda value: isinstance(value, str) or has_shape(value, [str]))
                 entry, what = [noted, MERGED] if isinstance(noted, str) else noted
                 found.setdefault(entry, []).append(what if what in self.NOTED else "")
         return found
 
-    def _note(self, entry: str, what: str, durable: bool = False) -> None:
-        with self.merged.open("a") as file:
-            file.write(f"\n{json.dumps([entry, what])}\n")  # a power cut may have torn the line before
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+    def _note(self, entry: str, what: str) -> None:
+        """Note a decision before it is carried out, on the disk if that is to place the entry."""
+        append_note(self.merged, entry, what, durable=what == "place")
+
+    def _note_outcome(self, entry: str, what: str, live: Path) -> None:
+        """Note what became of an entry, whose live path is given.
+
+        The note must not reach the disk before its entry does. So it is never synced: btrfs then writes it with the
+        transaction of the renames before it, or a later one. With fsync only the log of the file's own subvolume would
+        be written, and not what was renamed in that of /var. Another file system is synced before the note.
+        """
+        if live.is_dir() and mount_of(live).device != mount_of(self.directory).device:
+            with open_descriptor(live, os.O_DIRECTORY) as descriptor:
+                libc("syncfs", descriptor)
+        append_note(self.outcomes, entry, what)
 
 
 # --- Transactions ----------------------------------------------------------------------------------------------
