@@ -29,7 +29,7 @@ from tests.support import program, wait_until
 from tests.system.disk_system import System
 from tests.system.models import run_sequences
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(75)]
 
 STEPS = int(os.environ.get("ASH_TEST_STEPS", "8"))
 SEQUENCES = int(os.environ.get("ASH_TEST_SEQUENCES", "30"))
