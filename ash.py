@@ -5547,7 +5547,8 @@ class WorkDir:
         if is_writable(layout.undo(n)):  # that of a mutable snapshot
             set_readonly(layout.undo(n))
         delete_subvolume(self.root)  # a power cut may have brought it back, if it was not exchanged
-        if not recorded:  # nothing else is left to do
+        if not recorded:  # nothing else is left to do, even after a power cut
+            sync_filesystem(layout.snapshots)
             save_intent(self.directory, Merge(facts=facts, caller=intent.caller, id=intent.id))
         self._clear(but_intent=not recorded)
         return merged
