@@ -707,7 +707,7 @@ def same_files(one: Path, other: Path, *, content: bool, from_overlay: bool) -> 
             same_flags = ours | (theirs & NOCOW if from_overlay else 0) == theirs
             return same_flags and (not content or same_bytes(a, b))
     except OSError as error:  # one was deleted or replaced meanwhile
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR):
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ESPIPE):
             raise
         return False
 
