@@ -34,7 +34,7 @@ from tests.system.models import run_sequences
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
 
 STEPS = int(os.environ.get("ASH_TEST_STEPS", "10"))
-SEQUENCES = int(os.environ.get("ASH_TEST_SEQUENCES", "22"))
+SEQUENCES = int(os.environ.get("ASH_TEST_SEQUENCES", "30"))
 PACKAGE = "ash-test-conf"
 CONFFILE = f"{PACKAGE}.conf"
 PATHS = ("own", "dir/own", "motd", CONFFILE)
