@@ -5116,15 +5116,15 @@ class Change(NamedTuple):
         return [*lines, f"  the transaction's version is in {self.conflicts_folder}"] if self.conflicts else lines
 
 
-def write_packages(layout: Layout, snapshot: int, packages: Mapping[str, str]) -> None:
+def write_packages(layout: Layout, snapshot: int, packages: Mapping[str, str], durable: bool = False) -> None:
     """Record the packages of a snapshot (names and versions), readable by all.
 
-    It is not synced here, but together with the commit. Readers take a record that a power cut has torn for missing.
+    Unless it is `durable`, the caller syncs. Readers take a record that a power cut has torn for missing.
     """
     record = layout.packages(snapshot)
     about_to(f"write packages of {snapshot}")
     record.parent.mkdir(exist_ok=True)
-    with replace(record, token=str(snapshot)) as temporary:
+    with replace(record, token=str(snapshot), durable=durable) as temporary:
         temporary.write_text(json.dumps(packages))
         temporary.chmod(0o644)
 
@@ -8969,7 +8969,9 @@ def new_snapshot(
             else:
                 renew_copy(layout, number, directory)
         packages = None if copies_of is None else read_packages(layout, copies_of)
-        write_packages(layout, number, system.package_manager.installed(source) if packages is None else packages)
+        if packages is None:
+            packages = system.package_manager.installed(source)
+        write_packages(layout, number, packages, durable=True)  # a failing disk is noticed before the tree is written
         write_file(layout.description(number), f"{description}\n")
         yield number
         recorded = birth.record(place)
