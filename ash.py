@@ -1970,6 +1970,12 @@ def sync_filesystem(path: Path) -> None:
     ask_btrfs(path, BTRFS_IOC_SYNC)
 
 
+def sync_any_filesystem(directory: Path) -> None:
+    """syncfs(2): write everything of the file system of a directory to disk, which need not be btrfs."""
+    with open_descriptor(directory, os.O_DIRECTORY) as descriptor:
+        libc("syncfs", descriptor)
+
+
 def is_mounted(path: Path) -> bool:
     """Whether the subvolume that contains a path is mounted. (Mounts of other btrfs file systems have ids as well.)"""
     ident, device = subvolume_id(path), mount_of(path).device
@@ -5233,8 +5239,6 @@ class Birth(NamedTuple):
         n = place.snapshot
         if n in tree:
             description = self.description or place.system.describe(n)
-            if read_packages(place.layout, n) is None:  # it was not synced
-                write_packages(place.layout, n, place.package_manager.installed(place.layout.rootfs(n)))
             if not self._replace(parent=tree.parent(n), description=description).record(place, again=True):
                 raise AshError(f"the creation of snapshot {n} is not in the history yet", "ash recover", LOCKED)
         else:
@@ -5344,7 +5348,7 @@ def unmerged_directories(layout: Layout) -> list[str]:
 
 
 class MergeLock(Lock):
-    """The lock for merging. Whoever gets it deletes the file `live-only` beside it, which a live change makes."""
+    """The lock for merging. Taking it deletes the file `live-only` beside it, which a live change creates."""
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -5732,8 +5736,7 @@ class WorkDir:
         be written, and not what was renamed in that of /var. Another file system is synced before the note.
         """
         if live.is_dir() and mount_of(live).device != mount_of(self.directory).device:
-            with open_descriptor(live, os.O_DIRECTORY) as descriptor:
-                libc("syncfs", descriptor)
+            sync_any_filesystem(live)
         append_note(self.outcomes, entry, what)
 
 
@@ -6995,8 +6998,7 @@ class NewOwners(NamedTuple):
             for mine in self.belongings:
                 mine.re_own(layout.var, homes)
         for name in self.foreign if self.belongings else ():
-            with open_descriptor(homes[name], os.O_DIRECTORY) as directory:
-                libc("syncfs", directory)
+            sync_any_filesystem(homes[name])
         sync_filesystem(layout.snapshots)
 
 
