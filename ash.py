@@ -12499,8 +12499,12 @@ class Fsck:
         self._reinstalled: set[int] = set()  # snapshots
         self._original_kept: dict[int, bool] = {}  # for each changed snapshot: whether it is in lost+found
 
-    def run(self) -> Iterator[Problem]:
-        """All problems; interrupted work comes first, since finishing it may solve others."""
+    def run(self, only: int | None = None) -> Iterator[Problem]:
+        """All problems; interrupted work comes first, since finishing it may solve others.
+
+        Args:
+            only: the snapshot that is looked into; the others are left out.
+        """
         try:
             numbers = self.system.tree().numbers()
         except AshError as error:
@@ -12508,7 +12512,7 @@ class Fsck:
             yield Problem(error.message, None, remedy, self._rebuild_tree, "state")
             return
         yield from self._interrupted()
-        for number in numbers:
+        for number in numbers if only is None else {only}.intersection(numbers):
             yield from self._snapshot(number)
         yield from self._strays(numbers)
         yield from self._last_number(numbers)
@@ -12987,8 +12991,12 @@ def cmd_fsck(system: System, request: Request) -> Reply:
 
 def require_sound(work: Transaction) -> None:
     """Raise AshError if a transaction's root has problems that it did not have before."""
-    now, before = ({*work.package_manager.problems(root), *kernel_faults(root)} for root in (work.root, work.original))
-    new = sorted(now - before) or sorted(missing_libraries(work))
+
+    def problems(root: Path) -> set[str]:
+        return {*work.package_manager.problems(root), *kernel_faults(root)}
+
+    now = problems(work.root)
+    new = sorted(now and now - problems(work.original)) or sorted(missing_libraries(work))
     if new:
         raise AshError(f"the upgraded snapshot is not sound: {listed(new[:3])}{' ...' if len(new) > 3 else ''}")
 
@@ -13190,7 +13198,8 @@ class AutoUpgrade:
 
     def _problems(self) -> set[str]:
         """The problems of the snapshot, and those that concern no particular one."""
-        return {one.text() for one in Fsck(self.system).run() if one.snapshot in (self.number, None)}
+        found = Fsck(self.system).run(only=self.number)
+        return {one.text() for one in found if one.snapshot in (self.number, None)}
 
 
 UPGRADE_SHAPE = {"failed": bool, "time": str, "message": str}

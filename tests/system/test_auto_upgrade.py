@@ -13,7 +13,7 @@ from tests.archive import Archive, use_only
 from tests.support import DONE, FAILED, REFUSED, USAGE, program
 from tests.system.disk_system import Machine, System
 
-pytestmark = [pytest.mark.system, pytest.mark.budget(190)]
+pytestmark = [pytest.mark.system, pytest.mark.budget(130)]
 
 
 @pytest.fixture
