@@ -339,7 +339,7 @@ class Scene:
             assert ended.returncode == -signal.SIGKILL, (step, ended)
             return self.look(copy, words)
 
-    def fails(self, name: str, steps: int, *, broken: bool) -> int:
+    def fails(self, name: str, steps: int, *, broken: bool) -> tuple[int, int]:
         """Let the disk fail before some steps of a command, and check that it says so and loses nothing.
 
         Args:
@@ -348,15 +348,16 @@ class Scene:
             broken: whether no write succeeds any more; otherwise the disk is full of data.
 
         Returns:
-            how many times the command failed.
+            how many times the command was tried, and how many times it failed.
         """
         words, failed = COMMANDS[name], 0
         tried = self.tried(words)
-        for step in range(1, len(tried.steps) + 1, max(1, len(tried.steps) // steps)):
+        wanted = range(1, len(tried.steps) + 1, max(1, len(tried.steps) // steps))
+        for step in wanted:
             where = f"{name} before step {step}, {tried.steps[step - 1]}"
             ended, view = self._without_room(words, step, broken)
             failed += tried.fails_well(ended, view, where, broken=broken)
-        return failed
+        return len(wanted), failed
 
     def fails_without_any_room(self, name: str) -> bool:
         """Run a command on a disk without a free block, and check that nothing is lost; returns whether it failed."""
