@@ -4140,33 +4140,43 @@ class Renumbering(NamedTuple):
 class AccountIds:
     """The registry of ids ever given to an account, by name, for each of ID_FILES.
 
-    It also has the new names of users that were renamed. Two names may have one id, until the account of a snapshot
-    that clashes with one of the running system gets another one, with its files.
+    It also has the new names of users that were renamed, and the people and groups that were deleted in the running
+    system, until one of that name is made again. Two names may have one id, until the account of a snapshot that
+    clashes with one of the running system gets another one, with its files.
     """
 
-    def __init__(self, given: Mapping[str, dict[str, int]] = {}, renamed: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, dict[str, int]] = {},
+        renamed: Mapping[str, str] = {},
+        deleted: Mapping[str, Iterable[str]] = {},
+    ) -> None:
         self.given = {name: given.get(name, {}) for name in ID_FILES}
         self.renamed = dict(renamed)
+        self.deleted = {name: {*deleted.get(name, ())} for name in ("passwd", "group")}
 
     @classmethod
     def load(cls, path: Path) -> AccountIds:
-        """Load the registry; empty if the file is missing."""
+        """Load the registry.
+
+        AshError if it is missing, too: ids that other snapshots have would be given again.
+        """
+        rebuild = "ash fsck --repair rebuilds it"
         if not path.exists():
-            return cls()
+            raise AshError(f"the registry of uids and gids {path} is missing", rebuild)
         try:
-            shape = {f"{name}?": {"*": is_u32} for name in ID_FILES} | {"renamed?": {"*": is_text}}
-            found = from_json(read_text(path), shape)
-            return cls(found, found.get("renamed", {}))
+            shape: dict[str, Any] = {f"{name}?": {"*": is_u32} for name in ID_FILES} | {"renamed?": {"*": is_text}}
+            found = from_json(read_text(path), {**shape, "deleted?": {"passwd": [is_text], "group": [is_text]}})
+            return cls(found, found.get("renamed", {}), found.get("deleted", {}))
         except ValueError:
-            raise AshError(
-                f"the registry of uids and gids {path} is damaged", "ash fsck --repair rebuilds it"
-            ) from None
+            raise AshError(f"the registry of uids and gids {path} is damaged", rebuild) from None
 
     def dump(self) -> str:
-        return json.dumps({**self.given, "renamed": self.renamed}) + "\n"
+        deleted = {name: sorted(accounts) for name, accounts in self.deleted.items()}
+        return json.dumps({**self.given, "renamed": self.renamed, "deleted": deleted}) + "\n"
 
     def copy(self) -> AccountIds:
-        return AccountIds({name: dict(ids) for name, ids in self.given.items()}, self.renamed)
+        return AccountIds({name: dict(ids) for name, ids in self.given.items()}, self.renamed, self.deleted)
 
     def learn(self, etc: Path) -> None:
         """Record the accounts of an /etc that are not known yet."""
@@ -4174,9 +4184,15 @@ class AccountIds:
             for account, number in AccountFile.read(etc / name).ids.items():
                 self.given[name].setdefault(account, number)
 
-    def learn_machine(self, etc: Path) -> None:
-        """Record the accounts of the running /etc: its people have the numbers that count, whatever was recorded."""
+    def learn_machine(self, etc: Path, *former: Path) -> None:
+        """Record the accounts of the running /etc: its people have the numbers that count, whatever was recorded.
+
+        People of its `former` states who are not there were deleted.
+        """
         self.learn(etc)
+        for name, deleted in self.deleted.items():
+            deleted.update(*(AccountFile.read(was / name).people for was in former))
+            deleted.difference_update(AccountFile.read(etc / name).ids)
         people = {name: AccountFile.read(etc / name).people for name in ("passwd", "group")}
         for name in ID_FILES:
             known = people["group" if name == "group" else "passwd"]
@@ -4206,6 +4222,8 @@ class AccountIds:
         for name in ID_FILES:
             old, new = AccountFile.read(before / name).ids, AccountFile.read(after / name).ids
             given = self.given[name]
+            if name in self.deleted:
+                self.deleted[name] -= new.keys() - old.keys()
             for was, now in renamed["group" if name == "group" else "passwd"].items():
                 if was in old and now in new:
                     old[now] = old.pop(was)
@@ -6558,6 +6576,7 @@ class EtcMerge:
     """
 
     identity = True  # whether to carry the machine id and the host keys too
+    brought: Sequence[Path] = ()  # the /etc that was carried into the running deployment
     keep_conflicts = True  # whether to write anything to `conflicts`
 
     def __init__(
@@ -7201,11 +7220,21 @@ class PeopleMerge:
     Args:
         base: the /etc from which the running one comes: who is missing since then was deleted.
         strict: raise AshError (REFUSED) if it is unknown whose files are in a home; otherwise they keep their owner.
+        brought: the /etc that was carried into the running deployment: its people are not in the base.
 
     If the account files of the running system are damaged, it does nothing, and `damage` says why.
     """
 
-    def __init__(self, base: Path, running: Path, target: Path, ids: AccountIds, strict: bool = True) -> None:
+    def __init__(
+        self,
+        base: Path,
+        running: Path,
+        target: Path,
+        ids: AccountIds,
+        *,
+        strict: bool = True,
+        brought: Iterable[Path] = (),
+    ) -> None:
         self.base, self.running, self.own = Accounts(base), Accounts(running), Accounts(target)
         self.ids = ids
         self.strict = strict
@@ -7231,7 +7260,7 @@ class PeopleMerge:
             if not accounts.is_usable():
                 self.notes.append(f"no accounts were brought: those of the {which} are damaged, or in symlinks")
                 return
-        ids.learn_machine(running)
+        ids.learn_machine(running, base, *brought)
         self.people = self.running["passwd"].people
         before = {user: self._facts(user) for user in self.own["passwd"].people}
         self._rename()
@@ -7315,10 +7344,13 @@ class PeopleMerge:
                     self.own.rename_group(olds[0], group)
 
     def _delete(self) -> None:
-        """Delete from the target who was deleted in the running system."""
-        users = self.base["passwd"].people.keys() - self.running["passwd"].ids.keys()
+        """Delete from the target who was deleted in the running system, now or before an earlier boot."""
+        users, groups = (
+            ((self.ids.deleted[name] & self.own[name].people.keys()) | self.base[name].people.keys())
+            - self.running[name].ids.keys()
+            for name in ("passwd", "group")
+        )
         self.own.delete_users(users)
-        groups = self.base["group"].people.keys() - self.running["group"].ids.keys()
         used = {to_number(row[3]) for row in self.own["passwd"].rows if len(row) > 3}
         groups -= {group for group, gid in self.own["group"].ids.items() if gid in used}
         self.own.delete_groups(groups)
@@ -7522,7 +7554,7 @@ def bring_people(
     """
     with state_lock(layout, wait):
         ids = AccountIds.load(layout.ids)
-        people = PeopleMerge(merge.base, merge.running, merge.target, ids, strict)
+        people = PeopleMerge(merge.base, merge.running, merge.target, ids, strict=strict, brought=merge.brought)
         write_file(layout.ids, ids.dump())
     if people.damage and strict and not fresh:
         hint = "accounts would be lost: correct it, or restore it from the backup beside it, whose name ends in -"
@@ -8351,6 +8383,8 @@ class Deployments:
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
         if layout.carried(f"new-{slot}").exists():
             replace_subvolume(layout.carried(f"new-{slot}"), layout.carried(slot))
+        else:
+            delete_subvolume(layout.carried(slot))
         if target.exists():
             exchange(new, target)
         else:
@@ -8404,7 +8438,9 @@ class Deployments:
         own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
         is_default = partial(self.distro.package_manager.is_default, target.parent)
-        return EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab, is_default=is_default)
+        merge = EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab, is_default=is_default)
+        merge.brought = [etc for etc in (layout.carried(self.running),) if is_subvolume(etc)]
+        return merge
 
     def _carry_etc(
         self, deployment: Deployment, target: Path, base: Path, state: str, *, fresh: bool = False, strict: bool = True

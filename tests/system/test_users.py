@@ -229,6 +229,28 @@ def test_a_deploy_has_everybody_whatever_was_saved_in_between(machine: Machine) 
     assert "pat" in (system.root(number) / "etc/passwd").read_text()
 
 
+def test_who_was_deleted_stays_deleted_wherever_the_account_was_saved(machine: Machine) -> None:
+    system = machine.system
+    saved = system.ash("--json", "status").json["next"]["snapshot"]
+    others = [system.clone() for _ in range(2)]
+    useradd(machine, "wil")
+    machine.running("etc-update")
+    machine.deploy(others[0])
+    machine.boot()
+    program("userdel", "--root", machine.etc.parent, "wil")  # the account came with the deploy, and is no drift
+    assert machine.deploy(saved)["people"] == ["wil"], "who does not come back is named"
+    for number in (others[1], saved):  # other deployments run in between, which never had it
+        machine.deploy(number)
+        machine.boot()
+        for name in ("passwd", "shadow", "group", "gshadow", "subuid", "subgid"):
+            assert not re.search("^wil:", (machine.etc / name).read_text(), re.MULTILINE), (
+                f"wil is in {name} of {number}"
+            )
+    useradd(machine, "wil")
+    machine.deploy(others[1])
+    assert "\nwil:" in (machine.next_etc / "passwd").read_text(), "who is made again is there again"
+
+
 def test_of_two_with_one_uid_the_one_of_the_snapshot_gets_another_with_all_that_is_his(
     machine: Machine, snapshot: int
 ) -> None:

@@ -59,9 +59,11 @@ def write(etc: Path, users: dict[str, dict[str, Any]], groups: dict[str, tuple[i
     return etc
 
 
-def bring(base: Path, running: Path, own: Path, ids: AccountIds) -> tuple[PeopleMerge, EtcMerge]:
+def bring(
+    base: Path, running: Path, own: Path, ids: AccountIds, brought: Sequence[Path] = ()
+) -> tuple[PeopleMerge, EtcMerge]:
     """Merge people, then all else, as a deploy does."""
-    people = PeopleMerge(base, running, own, ids)
+    people = PeopleMerge(base, running, own, ids, brought=brought)
     people.write()
     merge = EtcMerge(base, running, own, own.parent / "conflicts/7-now", str)
     merge.settled = people.settled
@@ -438,12 +440,13 @@ class Life(RuleBasedStateMachine):
         self.clock = 0
         self.snapshots = 3
         self.booted = 1
+        self.deleted: set[str] = set()  # in the running system, and not made again
 
     directory = ""
 
     @initialize()
     def install(self) -> None:
-        for place in ("0", "1", "2", "running", "base"):
+        for place in ("0", "1", "2", "running", "base", "brought"):
             write(self.top / place, {})
         self.ids.learn(self.top / "0")
 
@@ -468,6 +471,7 @@ class Life(RuleBasedStateMachine):
         users[name] = {"uid": uid, "home": f"/home/{name}", "password": "!", "day": 20000 + self.clock}
         users[name]["range"] = next(start for start in range(100000, 1 << 24, 65536) if start not in starts)
         write(self.top / place, users)
+        self.deleted.discard(name)
         self.homes[f"/home/{name}"] = uid
 
     @rule(name=st.sampled_from(NAMES))
@@ -481,6 +485,7 @@ class Life(RuleBasedStateMachine):
         if name in users:
             home = users.pop(name)["home"]
             write(self.top / "running", users)
+            self.deleted.add(name)
             if remove:
                 self.homes.pop(home, None)
 
@@ -501,6 +506,7 @@ class Life(RuleBasedStateMachine):
         users = self.users()
         if old in users and new not in users and f"/home/{new}" not in self.homes:
             write(self.top / "running", {new if name == old else name: its for name, its in users.items()})
+            self.deleted.discard(new)
 
     @rule()
     def clone(self) -> None:
@@ -528,7 +534,8 @@ class Life(RuleBasedStateMachine):
         shutil.rmtree(before)
 
     def bring(self, place: str) -> None:
-        people, _ = bring(self.top / "base", self.top / "running", self.top / place, self.ids)
+        brought = self.top / "brought"
+        people, _ = bring(self.top / "base", self.top / "running", self.top / place, self.ids, [brought])
         for mine in people.belongings:
             if mine.home in self.homes:
                 self.homes[mine.home] = mine.users.get(self.homes[mine.home], self.homes[mine.home])
@@ -551,7 +558,7 @@ class Life(RuleBasedStateMachine):
     def deploy(self, data: st.DataObject) -> None:
         number = data.draw(st.integers(0, self.snapshots - 1))
         before, own = self.users(), self.users(f"{number}")
-        gone = self.users("base").keys() - before.keys()
+        gone = (self.users("base").keys() | self.deleted) - before.keys()
         shutil.copytree(self.top / f"{number}", self.top / "new")
         try:
             self.bring("new")
@@ -569,7 +576,8 @@ class Life(RuleBasedStateMachine):
                 assert after[name]["password"].lstrip("!") == its["password"].lstrip("!"), f"{name} has another one"
             if after[name]["password"].startswith("!") and not its["password"].startswith("!"):
                 assert was.startswith("!"), f"{name} is locked, and was on neither side"
-        shutil.rmtree(self.top / "running")
+        shutil.rmtree(self.top / "brought")
+        (self.top / "running").rename(self.top / "brought")
         shutil.rmtree(self.top / "base")
         (self.top / "new").rename(self.top / "running")
         shutil.copytree(self.top / f"{number}", self.top / "base")

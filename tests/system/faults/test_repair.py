@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ash import AccountFile
-from tests.support import FAILED, make_deb, program
+from tests.support import FAILED, OURS_IN_RUN, make_deb, program
 from tests.system.disk_system import System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(130)]
@@ -399,6 +399,8 @@ def test_the_account_ids_are_rebuilt(system: System, snapshot: int, text: str | 
     ids.unlink()
     if text is not None:
         ids.write_text(text)
+    refused = system.shell(snapshot, "echo two:x:850:850::/: >> /etc/passwd", status=OURS_IN_RUN)
+    assert "ash fsck --repair" in refused.error, "two accounts of siblings could get one id"
     repairs(system, "the registry of uids and gids")
     after = json.loads(ids.read_text())
     assert after["passwd"]["one"] == 850
