@@ -7718,6 +7718,13 @@ class Menu:
         entries = {slot: deployment.dump() for slot, deployment in self.deployments.items()}
         return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
 
+    def slots_of(self, snapshot: int) -> list[str]:
+        """The slots with deployments of a snapshot; AshError (REFUSED) if there are none."""
+        slots = [slot for slot, deployment in self.deployments.items() if deployment.snapshot == snapshot]
+        if not slots:
+            raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
+        return slots
+
     def take_out(self, slot: str) -> bool:
         """Remove the deployment in a slot, if there is one; nothing more is carried from this slot into the others."""
         is_there = slot in self.deployments
@@ -8564,9 +8571,7 @@ class Deployments:
 
     def renew_boot_config(self, snapshot: int) -> list[str]:
         """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
-        slots = [slot for slot, deployment in self.menu.deployments.items() if deployment.snapshot == snapshot]
-        if not slots:
-            raise AshError(f"snapshot {snapshot} is not deployed", f"ash deploy {snapshot}", REFUSED)
+        slots = self.menu.slots_of(snapshot)
         for slot in slots:
             inputs, config = self._boot_config(self.layout.rootfs(slot), known=())
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
@@ -9059,6 +9064,12 @@ def copy_branch(system: System, snapshot: int, description: str) -> dict[int, in
     return copies
 
 
+def require_predecessor(system: System, snapshot: int) -> None:
+    """Raise AshError (REFUSED) if a snapshot has no state before its last change."""
+    if not system.layout.undo(snapshot).exists():
+        raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
+
+
 def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Change:
     """Exchange a snapshot and its predecessor. Doing it twice is a redo. Its deployments stay as they are.
 
@@ -9070,8 +9081,7 @@ def undo_change(system: System, snapshot: int, just_changed: bool = False) -> Ch
     now, before = layout.rootfs(snapshot), layout.undo(snapshot)
     with system.lock(snapshot), system.lock("deploy"), signals_held():
         place.recover(system.tree())
-        if not before.exists():
-            raise AshError(f"snapshot {snapshot} has no earlier state that could be restored", "", REFUSED)
+        require_predecessor(system, snapshot)
         change = Change.between(snapshot, *map(system.package_manager.installed, (now, before)))
         facts = {"packages": change.packages()}
         intent = place.swap(before, Commit(copies=["boot", "etc"], facts=facts, caller=system.caller))
@@ -10195,6 +10205,14 @@ def history_of(caller: Mapping[str, Any], request: Request, data: Mapping[str, A
     return {**answer, **caller, "snapshots": sorted({*request.snapshots, *numbers})}
 
 
+def refuse_kept(system: System, request: Request, snapshots: Iterable[int]) -> None:
+    """With --dry-run, refuse what the change would refuse as it begins: a snapshot with a session that hung up."""
+    for place in map(system.workdir, snapshots if request.dry_run else ()):
+        intent = place.intent(drop_damaged=True)
+        if isinstance(intent, Kept):
+            intent.recover(place, system.tree())
+
+
 def with_snapshots(command: Command, system: System, request: Request) -> Request:
     """Fill in the booted snapshot if the request names none, and check each snapshot as the command requires."""
     if command.numbers and not request.snapshots and not command.snapshot_optional:
@@ -10206,6 +10224,8 @@ def with_snapshots(command: Command, system: System, request: Request) -> Reques
     if command.require is not None:
         for number in request.snapshots:
             command.require(system, number)
+    if command.require is System.require_changeable:
+        refuse_kept(system, request, request.snapshots)
     return request
 
 
@@ -10540,6 +10560,7 @@ def cmd_log(system: System, request: Request) -> Reply:
 def cmd_del(system: System, request: Request) -> Plan:
     doomed = numbers_to_delete(system, request.snapshots, request.nuke)
     require_replaceable(system, doomed, "not deleted")
+    refuse_kept(system, request, doomed)
     names = ", ".join(map(str, doomed))
     yield would(f"delete {names}", snapshots=doomed)
     require_confirmation(request, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
@@ -10688,6 +10709,8 @@ def undo_live(system: System, number: int) -> LiveResult:
 )  # fmt: skip
 def cmd_undo(system: System, request: Request) -> Plan:
     number = request.snapshot
+    if request.dry_run:
+        require_predecessor(system, number)
     yield would(f"put snapshot {number} back to what it was before its last change")
     before, now = system.layout.undo(number), system.layout.rootfs(number)
     was_live = number == system.current and before.exists() and is_live(system, now, before)
@@ -10763,6 +10786,8 @@ def cmd_rollback(system: System, request: Request) -> Plan:
 )  # fmt: skip
 def cmd_boot(system: System, request: Request) -> Plan:
     number = request.snapshot
+    if request.dry_run:
+        system.menu().slots_of(number)
     yield would(f"renew the boot configuration of snapshot {number}")
     with step(f"renewing the boot configuration of snapshot {number}"), system.deploying() as deployments:
         deployments.recover()
@@ -10934,6 +10959,7 @@ def shell_in(system: System, number: int, *, resume: bool = False, binds: Sequen
 def cmd_chroot(system: System, request: Request) -> Plan:
     number = request.snapshot
     system.require_changeable(number, base=request.resume)  # base-update opens shells in the base
+    refuse_kept(system, request, [] if request.resume else [number])
     yield would(f"open a shell in snapshot {number}")
     return shell_in(system, number, resume=request.resume)
 
@@ -11150,7 +11176,7 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
     help="save the running /etc into the booted snapshot", changes=True, answer={**CHANGE_SHAPE, "carried": [str]},
 )  # fmt: skip
 def cmd_etc_update(system: System, request: Request) -> Plan:
-    yield would("save into the booted snapshot: " + listed(running_drift(system)[1]))
+    yield would("save into the booted snapshot: " + listed(running_drift(system)[1] or ["nothing"]))
     change, merge = save_drift(system)
     data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
     lines = [f"saved into snapshot {change.snapshot}: {listed(merge.carried)}" if merge.carried else "nothing to save"]
@@ -11933,6 +11959,7 @@ def cmd_tree_run(system: System, request: Request) -> Plan:
     if request.dry_run:
         for number in numbers:
             system.require_changeable(number)
+    refuse_kept(system, request, numbers)
     yield would(f"run in {', '.join(map(str, numbers))}: {one_line(' '.join(request.command))}")
     pool.run(tree, numbers, lambda number: run_in(system, number, request.command))
     return tree_reply(system, request, pool)

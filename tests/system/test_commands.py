@@ -266,10 +266,25 @@ def test_a_dry_run_changes_nothing(system: System, snapshot: int, words: list[st
         (["auto-upgrade", NOWHERE], MISSING),
         (["auto-upgrade", "0"], REFUSED),
         (["run", "0", "true"], OURS_IN_RUN),
+        (["undo", "N"], REFUSED),
+        (["boot", "N"], REFUSED),
     ],
 )
-def test_a_dry_run_fails_if_the_command_would(system: System, words: list[str | int], status: int) -> None:
-    system.ash("--dry-run", *words, status=status)
+def test_a_dry_run_fails_if_the_command_would(
+    system: System, snapshot: int, words: list[str | int], status: int
+) -> None:
+    system.ash("--dry-run", *(snapshot if word == "N" else word for word in words), status=status)
+
+
+def test_a_dry_run_refuses_a_snapshot_with_a_session_that_hung_up(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "touch /etc/changed")
+    (system.files.state / f"work/{snapshot}/intent").write_text('{"state": "kept"}')
+    for command in ("undo", "mutable", "immutable", "del", "fixdb", "run", "chroot", "tree-run"):
+        words = [command, snapshot, *(["true"] if command in ("run", "tree-run") else [])]
+        status = OURS_IN_RUN if command in ("run", "chroot") else REFUSED
+        assert "ash unlock" in system.ash("--dry-run", *words, status=status).error, command
+    assert "would" in system.ash("--dry-run", "chroot", snapshot, "--resume").stdout
+    system.ash("unlock", snapshot)
 
 
 READING = [["tree"], ["list", 0], ["version"], ["tree", "-l"], ["help"]]
