@@ -12478,6 +12478,12 @@ class AccountCheck:
             for what in self._id_clashes(name, ids, known[name]):
                 yield Problem(what, number, remedy, partial(self._reassign_ids, number))
         for number in numbers:
+            files = {name: AccountFile.read(self.layout.rootfs(number) / "etc" / name).ids for name in ID_FILES}
+            # Those that share an id do so on purpose, and need not be recorded.
+            alone = {(name, one) for name, ids in files.items() for one in ids if [*ids.values()].count(ids[one]) == 1}
+            if lacking := sorted({one for name, one in alone if one not in known[name]}):
+                what = f"the registry of uids and gids lacks {listed(lacking)}"
+                yield Problem(what, number, "record their ids", partial(self._learn_ids, number), "state")
             yield from self._accounts(number, running, registry)
 
     def _accounts(self, number: int, running: Path | None, registry: AccountIds) -> Iterator[Problem]:
@@ -12510,6 +12516,12 @@ class AccountCheck:
         every: list[int | str] = [*sorted(self.system.tree().numbers()), *SLOTS, *SECONDARY_SLOTS]
         for which in every:
             ids.learn(self.layout.rootfs(which) / "etc")
+        write_file(self.layout.ids, ids.dump())
+
+    def _learn_ids(self, number: int) -> None:
+        """Record the accounts of a snapshot that the registry lacks: one that was restored, or it is a restored one."""
+        ids = AccountIds.load(self.layout.ids)
+        ids.learn(self.layout.rootfs(number) / "etc")
         write_file(self.layout.ids, ids.dump())
 
     def _reassign_ids(self, number: int) -> None:

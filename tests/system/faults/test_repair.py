@@ -407,6 +407,19 @@ def test_the_account_ids_are_rebuilt(system: System, snapshot: int, text: str | 
     assert after == before
 
 
+def test_accounts_of_a_restored_snapshot_are_recorded(system: System) -> None:
+    number = system.clone()
+    system.shell(number, "echo seven:x:890:890::/: >> /etc/passwd; echo eight:x:890: >> /etc/group")
+    ids = system.files.state / "ids"
+    known = json.loads(ids.read_text())
+    before = json.dumps(known)
+    del known["passwd"]["seven"], known["group"]["eight"]
+    ids.write_text(json.dumps(known))
+    repairs(system, "the registry of uids and gids lacks eight, seven", number)
+    assert json.loads(ids.read_text()) == json.loads(before)
+    system.ash("-y", "del", number)
+
+
 def test_a_user_with_a_different_uid_elsewhere_gets_that_and_its_files_too(system: System) -> None:
     number = system.clone()
     system.shell(number, "echo five:x:870:870::/: >> /etc/passwd; touch /usr/of-five; chown 870 /usr/of-five")
