@@ -5087,6 +5087,7 @@ class Change(NamedTuple):
     kept: Sequence[str] = ()
     download: int = 0  # bytes that a simulated change would fetch
     written: Sequence[str] = ()  # paths in the root that were added or changed; not printed
+    brought: Sequence[str] = ()  # paths in /etc that `sync` brought from the parent
 
     @classmethod
     def between(cls, snapshot: int, before: Mapping[str, str], after: Mapping[str, str]) -> Change:
@@ -5129,6 +5130,7 @@ class Change(NamedTuple):
         for path in self.kept:
             hint = "--delete-data deletes it" if is_deletable(path) else "ash deletes nothing there"
             lines.append(f"  left in place: {one_line(path)} ({hint})")
+        lines += [f"  brought into /etc: {listed(self.brought)}"] if self.brought else []
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
         return "\n".join([*lines, *self.conflict_lines()])
 
@@ -9763,6 +9765,7 @@ def change_data(change: Change) -> dict[str, Any]:
     return {
         "snapshot": change.snapshot, "changed": change.changed, "packages": change.packages(),
         "conflicts": list(change.conflicts), "kept": list(change.kept),
+        **({"brought": list(change.brought)} if change.brought else {}),
     }  # fmt: skip
 
 
@@ -11911,7 +11914,8 @@ def fetch_once(system: System, numbers: Sequence[int], strict: bool) -> dict[int
 
 
 TREE_SHAPE = {
-    "changed": bool, "snapshots": [CHANGE_SHAPE], "failed": {"*": str}, "skipped?": [int], "live?": LIVE_SHAPE,
+    "changed": bool, "snapshots": [{**CHANGE_SHAPE, "brought?": [str]}], "failed": {"*": str}, "skipped?": [int],
+    "live?": LIVE_SHAPE,
 }  # fmt: skip
 
 
@@ -12053,6 +12057,7 @@ class ParentSync:
         self.number = number
         self.keep = keep  # in the branch what the parent removed
         self.root = system.layout.rootfs(parent)
+        self.brought: Sequence[str] = ()  # paths in /etc
 
     def __call__(self, work: Transaction) -> None:
         """Apply the parent's packages and new configuration to a transaction on the branch."""
@@ -12132,6 +12137,7 @@ class ParentSync:
             if is_new and not excluded and has_real_parents(ours, path) and not self._dangles(work.root, path):
                 replace_by_copy(theirs / path, ours / path, protected=True)
                 brought.append(path)
+        self.brought = brought
         make_again(self.system, work, brought)
 
     def _dangles(self, root: Path, path: str) -> bool:
@@ -12178,7 +12184,9 @@ def sync_tree(system: System, request: Request, upgrades: bool) -> Reply:
             raise failed[number]
         if not upgrades and number not in following:
             return Change(number)
-        return change_snapshot(system, number, "synchronizing", work, simulate=request.dry_run)
+        change = change_snapshot(system, number, "synchronizing", work, simulate=request.dry_run)
+        brought = following[number].brought if number in following else ()
+        return change._replace(changed=change.changed or bool(brought), brought=brought)
 
     pool.run(tree, numbers, sync)
     worked = {change.snapshot for change in pool.changes}

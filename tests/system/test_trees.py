@@ -297,6 +297,20 @@ def test_a_dry_run_of_sync_reports_everything_it_would_do(system: System, old: i
     assert other["download"] > one["download"] > 0
 
 
+def test_sync_names_the_configuration_that_it_brings_or_would_bring(system: System, snapshot: int) -> None:
+    child = system.branch(snapshot)
+    system.shell(snapshot, "mkdir /etc/dir; echo own > /etc/dir/own")
+    system.shell(child, "echo other > /etc/other")
+    with system.nothing_changes():
+        planned = system.ash("--json", "--dry-run", "force-sync", snapshot).json["would"]
+    done = system.ash("--json", "force-sync", snapshot).json["snapshots"]
+    for parent, branch in (planned, done):
+        assert (parent["changed"], "brought" in parent) == (False, False)
+        assert (branch["changed"], branch["brought"]) == (True, ["dir", "dir/own"])
+    system.ash("undo", child)
+    assert "brought into /etc: dir, dir/own" in system.ash("force-sync", snapshot).stdout
+
+
 def test_a_killed_tree_command_leaves_nothing_and_can_be_repeated(system: System, tree: list[int]) -> None:
     process = system.start("tree-upgrade", tree[0], "--jobs", "3")
     wait_until(lambda: versions(system, tree[:1]) == ["2"] or process.poll() is not None)
