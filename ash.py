@@ -8251,6 +8251,10 @@ class Deployments:
         with_saved: bool = False,
     ) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
+        if not self.menu.deployments and any(is_subvolume(self.layout.rootfs(slot)) for slot in SLOTS):
+            raise AshError(
+                "the menu file has none of the deployments that exist", "ash fsck --repair adds them", REFUSED
+            )
         # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
         # another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""

@@ -506,3 +506,13 @@ def test_a_changed_mutable_deployment_is_not_replaced_unasked(system: System, sn
     machine.running("deploy", system.clone())  # another one
     for number in (snapshot, kept):
         system.ash("immutable", number)
+
+
+def test_a_deploy_without_the_menu_file_is_refused_until_it_is_rebuilt(machine: Machine) -> None:
+    system, running = machine.system, machine.slot
+    other = system.clone()
+    (system.files.state / "menu").unlink()
+    assert "ash fsck --repair" in system.ash("deploy", other, status=REFUSED).error
+    system.ash("fsck", "--repair")
+    machine.deploy(other)
+    assert f"/snapshot-{running}/boot/" in system.files.grub_cfg.read_text(), "there is no way back"
