@@ -5954,6 +5954,18 @@ class Transaction:
             raise PackageError(output)
         return output
 
+    def _name_direct_changes(self) -> None:
+        """Say what was written to the snapshot itself since it was cloned, which a mutable one allows."""
+        if not is_mutable(self.original) or not (clock := self.intent.clock):
+            return
+        inodes = changed_inodes(self.original, Subvolume.at(self.root).otransid)
+        found = {path: status_of(self.original / path) for path in (paths_below(self.original) if inodes else ())}
+        # A file that was only read has a new atime, and so a new state of its inode.
+        late = [path for path, now in found.items() if now and now.st_ino in inodes and now.st_ctime_ns > clock[0]]
+        if late:
+            what = f"snapshot {self.snapshot} was changed directly in the meantime: {listed(sorted(late))}"
+            console.say(f"ash: {what}; only its earlier state has that now (ash undo {self.snapshot})")
+
     def _commit(self) -> None:
         """Conclude the working copy, then exchange it for the snapshot.
 
@@ -5974,6 +5986,7 @@ class Transaction:
             facts = {"packages": change.packages()}
             caller = self.system.caller if change.changed else None
             if found.paths:
+                self._name_direct_changes()
                 copies = sorted(found.directories & {"etc", "boot"})
                 commit = Commit(entries=found.entries, delete=found.delete, copies=copies, facts=facts, caller=caller)
                 intent = place.swap(self.root, commit._replace(clock=self.intent.clock))

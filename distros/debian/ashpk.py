@@ -189,7 +189,9 @@ def planned(snapshot: int, simulation: str) -> Change:
 
 def apt_error(output: str) -> AshError:
     """The error for failed apt-get output, with its own words."""
-    errors = [line.removeprefix("E: ") for line in output.splitlines() if line.startswith("E: ")]
+    errors = [line[3:] for line in output.splitlines() if line.startswith("E: ") and not line.endswith(":")]
+    # Such as " gcc : Depends: cpp but it is not going to be installed".
+    unmet = re.findall(r"^ (\S+ : (?:Pre)?(?:Depends|Conflicts|Breaks): .*)", output, re.MULTILINE)
     if missing := re.search(
         r"Unable to locate package (\S+)|Package '?([^' ]+)'? has no installation candidate"
         r"|(?:Version|Release) '([^']+)' for '([^']+)' was not found",
@@ -199,7 +201,7 @@ def apt_error(output: str) -> AshError:
         return AshError(f"there is no package {name}", "ash refresh N fetches the lists", MISSING)
     if room := next((line for line in errors if "too little space" in line), ""):
         return AshError(room.removeprefix("ash: "), "ash del N frees what a snapshot holds", REFUSED)
-    return PackageError("; ".join(errors[:3]) or "apt-get failed")
+    return PackageError("; ".join([*errors[:3], *unmet[:3]]) or "apt-get failed")
 
 
 class Apt(PackageManager):

@@ -41,6 +41,20 @@ def test_a_mutable_snapshot_and_its_children(system: System, snapshot: int) -> N
     system.is_sound()
 
 
+def test_what_is_written_to_a_mutable_snapshot_during_a_transaction_is_named(system: System, snapshot: int) -> None:
+    system.ash("mutable", snapshot)
+    (system.root(snapshot) / "usr/before").touch()
+    with system.at_work(snapshot, "touch /usr/transaction") as work:
+        (system.root(snapshot) / "usr/mine").touch()
+        (system.root(snapshot) / "usr/lib/os-release").read_text()
+    assert "changed directly in the meantime: usr, usr/mine; " in work.ended.stderr
+    assert (system.root(snapshot) / "usr/before").exists()
+    system.ash("undo", snapshot)
+    assert (system.root(snapshot) / "usr/mine").exists()
+    assert "meantime" not in system.shell(snapshot, "touch /usr/transaction").stderr
+    system.ash("immutable", snapshot)
+
+
 def test_immen_toggles_and_reports_the_new_state(system: System, snapshot: int) -> None:
     assert "mutable" in system.ash("immen", snapshot).stdout
     assert system.ash("--json", "immen", snapshot).json["mutable"] is False

@@ -156,6 +156,13 @@ def test_an_empty_simulation_changes_nothing() -> None:
         ("E: ash: too little space: 9 KiB are needed, 1 KiB are free\nE: Sub-process returned (1)\n", REFUSED, "9 KiB"),
         ("E: Sub-process /usr/bin/dpkg returned an error code (1)\n", FAILED, "error code (1)"),
         ("nothing said\n", FAILED, "apt-get failed"),
+        (
+            "The following packages have unmet dependencies:\n dep : Depends: nothere but it is not installable\n"
+            "E: Unable to correct problems, you have held broken packages.\n"
+            "E: The following information from --solver 3.0 may provide additional context:\n   Unable to satisfy\n",
+            FAILED,
+            "you have held broken packages.; dep : Depends: nothere but it is not installable",
+        ),
     ],
 )
 def test_apts_errors_become_one_line(output: str, status: int, words: str) -> None:
