@@ -2099,6 +2099,18 @@ def replace_subvolume(new: Path, target: Path) -> None:
         rename(new, target)
 
 
+def wait_for_space(path: Path, seconds: float) -> int:
+    """The bytes available on a file system. If they are too few, wait for those of subvolumes that were just deleted.
+
+    btrfs deletes them in the background and, without a sync, gives their space free up to 30 seconds later.
+    """
+    end = time.monotonic() + seconds
+    while (free := free_space(path)) < SPACE_FLOOR and time.monotonic() < end:
+        ask_btrfs(path, BTRFS_IOC_SYNC)
+        time.sleep(0.1)
+    return free
+
+
 def delete_deferred(layout: Layout) -> None:
     """Delete the subvolumes whose deletion had to be deferred, unless they are still in use."""
     for directory in DEFERRED_IN:
@@ -5842,6 +5854,7 @@ class Transaction:
                     self._keep_downloads()
                 finally:
                     self.place.drop()
+                    wait_for_space(self.layout.snapshots, seconds=5)
             else:
                 with signals_held():
                     self._commit()
@@ -5864,7 +5877,7 @@ class Transaction:
 
     def _require_space(self) -> None:
         self.system.keep_reserve()
-        free = free_space(self.layout.snapshots)
+        free = wait_for_space(self.layout.snapshots, seconds=1)
         if free < SPACE_FLOOR:
             what = f"too little free space: {free >> 20} MiB, at least {SPACE_FLOOR >> 20} MiB are needed"
             raise AshError(what, FREES_SPACE, REFUSED)
