@@ -12498,13 +12498,10 @@ class AccountCheck:
 
     def problems(self, numbers: Sequence[int]) -> Iterator[Problem]:
         """Check the registry of ids, and the accounts of the snapshots against it."""
-        rebuild = "rebuild it from the snapshots", self._rebuild_ids, "state"
-        if not self.layout.ids.exists():
-            yield Problem("the registry of uids and gids is missing", None, *rebuild)
         try:
             registry = AccountIds.load(self.layout.ids)
         except AshError as error:
-            yield Problem(error.message, None, *rebuild)
+            yield Problem(error.message, None, "rebuild it from the snapshots", self._rebuild_ids, "state")
             return
         running = self._running_etc()
         if running is not None:
