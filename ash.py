@@ -1173,6 +1173,8 @@ class Layout:
         self.tree, self.last, self.part = ash / "fstree", ash / "last", ash / "part"
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
+        self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing if there is none
+        self.bad = ash / "bad"  # the snapshots whose deployments did not start
         self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
         self.help = ash / "help"  # man page, completions and command table, rendered by the installer
@@ -1614,6 +1616,10 @@ CONF_EXAMPLE = """\
 # auto_upgrade::deploy
 # auto_upgrade_window::02:00-05:00
 # auto_upgrade_base::True
+# How often GRUB tries to start a new deployment before it goes back to the last good one, and how many minutes it has
+# for that:
+# boot_tries::3
+# boot_timeout::10
 """
 
 
@@ -1627,6 +1633,8 @@ class Configuration:
         "aur": SWITCH,
         "auto_upgrade": ("none|check|stage|deploy|reboot", "none, check, stage, deploy or reboot"),
         "auto_upgrade_base": SWITCH,
+        "boot_timeout": (r"[1-9]\d{0,3}", "a number of minutes"),
+        "boot_tries": (r"\d", "a number from 0, which means no automatic fallback, to 9"),
         "auto_upgrade_window": (r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", "times such as 02:00-05:00"),
         "mutable_dirs": ANYTHING, "mutable_dirs_shared": ANYTHING, "upself": ANYTHING,
     }  # fmt: skip
@@ -2483,28 +2491,34 @@ def require_raw(image: Path) -> None:
             raise AshError(f"{image} has the format qcow2, not raw", hint, USAGE)
 
 
+def partitions_of(disk: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Offset and size in bytes of each partition on a disk image (GPT, sectors of 512 bytes)."""
+    disk.seek(512)
+    header = disk.read(92).ljust(92, b"\0")
+    table, count, size = struct.unpack_from("<QII", header, 72)
+    sectors = os.fstat(disk.fileno()).st_size // 512  # a corrupt table may point beyond the end
+    if header[:8] == b"EFI PART" and table < sectors and size >= GPT_ENTRY and count * size <= GPT_LIMIT:
+        disk.seek(table * 512)
+        entries = disk.read(count * size)
+        for at in range(0, len(entries) - GPT_ENTRY + 1, size):
+            first, last = struct.unpack_from("<QQ", entries, at + 32)
+            if 0 < first <= last < sectors:
+                yield first * 512, (last - first + 1) * 512
+
+
 def btrfs_partition(image: Path) -> tuple[int, int]:
-    """Offset and size in bytes of the btrfs partition on a disk image (GPT, sectors of 512 bytes)."""
+    """Offset and size in bytes of the btrfs partition on a disk image."""
     require_raw(image)
     with image.open("rb") as disk:
-        disk.seek(512)
-        header = disk.read(92).ljust(92, b"\0")
-        table, count, size = struct.unpack_from("<QII", header, 72)
-        sectors = os.fstat(disk.fileno()).st_size // 512  # a corrupt table may point beyond the end
-        if header[:8] == b"EFI PART" and table < sectors and size >= GPT_ENTRY and count * size <= GPT_LIMIT:
-            disk.seek(table * 512)
-            entries = disk.read(count * size)
-            for at in range(0, len(entries) - GPT_ENTRY + 1, size):
-                first, last = struct.unpack_from("<QQ", entries, at + 32)
-                if 0 < first <= last < sectors:
-                    disk.seek(first * 512 + SUPERBLOCK_AT + 0x40)
-                    superblock = disk.read(BTRFS_DEVICES_AT + 8)
-                    if superblock.startswith(BTRFS_MAGIC):
-                        devices = int.from_bytes(superblock[BTRFS_DEVICES_AT:], "little")
-                        if devices > 1:
-                            hint = "attach all of them, mount the file system, and use --root DIR"
-                            raise AshError(f"{image} has one of {devices} devices of its file system", hint, REFUSED)
-                        return first * 512, (last - first + 1) * 512
+        for start, size in partitions_of(disk):
+            disk.seek(start + SUPERBLOCK_AT + 0x40)
+            superblock = disk.read(BTRFS_DEVICES_AT + 8)
+            if superblock.startswith(BTRFS_MAGIC):
+                devices = int.from_bytes(superblock[BTRFS_DEVICES_AT:], "little")
+                if devices > 1:
+                    hint = "attach all of them, mount the file system, and use --root DIR"
+                    raise AshError(f"{image} has one of {devices} devices of its file system", hint, REFUSED)
+                return start, size
     raise AshError(f"{image} is not a disk image with a btrfs partition", "init.py --image creates one")
 
 
@@ -2771,7 +2785,7 @@ def missing_libraries(work: Transaction) -> set[str]:
     return missing - known
 
 
-# --- The init system: units and services -----------------------------------------------------------------------
+# --- The init system: ash's own units --------------------------------------------------------------------------
 
 # Recovers before anything uses /var. A work directory of a finished transaction contains a lock and nothing else.
 RECOVER_UNIT = """\
@@ -2863,6 +2877,75 @@ ExecStop={ash} carry
 # It may have to make an initramfs.
 TimeoutStopSec=10min
 """
+# While a deployment is on trial nothing waits for a human: it counts as not started, and the machine starts again. Once
+# it is known to be good, it keeps its shells.
+ON_TRIAL_ONLY = """\
+ConditionKernelCommandLine=ash.trial
+ConditionPathExists=!/run/ash-good
+"""
+TRIAL_UNIT = f"""\
+[Unit]
+Description=Restart a new deployment that does not come up in time
+DefaultDependencies=no
+{ON_TRIAL_ONLY}IgnoreOnIsolate=yes
+Conflicts=shutdown.target
+Before=shutdown.target
+
+[Service]
+ExecStart=sh -c 'sleep $$(grep -Eo "ash[.]trial=[0-9]+" /proc/cmdline | tr -dc 0-9)m && exec systemctl --force reboot'
+"""
+RESTART_UNIT = f"""\
+[Unit]
+Description=Restart a new deployment that failed, instead of waiting for a human
+DefaultDependencies=no
+{ON_TRIAL_ONLY}Before=emergency.service rescue.service
+
+[Service]
+Type=oneshot
+ExecStart=systemctl --force reboot
+"""
+# After everything that a boot starts; other checks may come before boot-complete.target too.
+HEALTH_UNIT = """\
+[Unit]
+Description=Run the health checks of a new deployment
+Documentation=man:ash(8)
+DefaultDependencies=no
+After=multi-user.target
+Before=boot-complete.target
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionDirectoryNotEmpty=|/etc/ash/health.d
+ConditionDirectoryNotEmpty=|/etc/greenboot/check/required.d
+ConditionDirectoryNotEmpty=|/etc/greenboot/check/wanted.d
+ConditionDirectoryNotEmpty=|/usr/lib/greenboot/check/required.d
+ConditionDirectoryNotEmpty=|/usr/lib/greenboot/check/wanted.d
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={ash} health
+"""
+BLESS_UNIT = """\
+[Unit]
+Description=Note that the running deployment is good
+Documentation=man:ash(8)
+DefaultDependencies=no
+Requires=boot-complete.target
+After=boot-complete.target multi-user.target
+OnFailure=ash-restart.service
+Conflicts=shutdown.target
+Before=shutdown.target
+ConditionKernelCommandLine=|ash.trial
+ConditionKernelCommandLine=|ash.fellback
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+# The system is up; if that cannot be noted, a restart does not help.
+ExecStart=-{ash} bless
+ExecStart=touch /run/ash-good
+ExecStart=systemctl stop --no-block ash-trial.service
+"""
 # Started by the timer, which the administrator enables; /etc/ash.conf says what to do.
 UPGRADE_UNIT = """\
 [Unit]
@@ -2890,6 +2973,9 @@ Persistent=true
 [Install]
 WantedBy=timers.target
 """
+
+
+# --- The init system: units and services -----------------------------------------------------------------------
 
 # In a chroot: makes tools of the init system change files only, instead of failing to reach it.
 INIT_OFFLINE = {"SYSTEMD_OFFLINE": "1"}
@@ -2925,6 +3011,13 @@ class Init:
     def apply_settings(self, paths: Mapping[str, str]) -> None:
         """Apply new and changed settings of the running root that are otherwise applied at boot."""
 
+    def last_words(self, kernel_option: str) -> tuple[list[str], list[str]]:  # noqa: ARG002
+        """What the last boot left in its log, if it had that option: the units that failed, the last lines."""
+        return [], []
+
+    def log(self, message: str, ident: str) -> None:
+        """Write a warning to the log of the running system; `ident` is the id of such messages."""
+
     def reload(self, check: bool = True) -> None:
         """Have the running init system read its files again."""
 
@@ -2954,16 +3047,22 @@ class Systemd(Init):
     marker = "run/systemd/system"
 
     UNITS: ClassVar[str] = "usr/lib/systemd/system"
-    # The text of each of ash's units, and the directory with the symlink that starts it at boot.
-    OWN_UNITS: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "ash-upgrade.service": (UPGRADE_UNIT, ""),
-        "ash-upgrade.timer": (UPGRADE_TIMER, ""),
-        "ash-carry.service": (CARRY_UNIT, "sysinit.target.wants"),
-        "ash-booted.service": (BOOTED_UNIT, "local-fs.target.wants"),
-        "ash-machine-id.service": (MACHINE_ID_UNIT, "local-fs.target.wants"),
-        "ash-recover.service": (RECOVER_UNIT, "local-fs.target.wants"),
-        "ash-protect.service": (PROTECT_UNIT, "sysinit.target.wants"),
+    # The text of each of ash's units, and the directories with the symlinks that start it.
+    OWN_UNITS: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = {
+        "ash-upgrade.service": (UPGRADE_UNIT, ()),
+        "ash-upgrade.timer": (UPGRADE_TIMER, ()),
+        "ash-carry.service": (CARRY_UNIT, ("sysinit.target.wants",)),
+        "ash-booted.service": (BOOTED_UNIT, ("local-fs.target.wants",)),
+        "ash-machine-id.service": (MACHINE_ID_UNIT, ("local-fs.target.wants",)),
+        "ash-recover.service": (RECOVER_UNIT, ("local-fs.target.wants",)),
+        "ash-protect.service": (PROTECT_UNIT, ("sysinit.target.wants",)),
+        "ash-trial.service": (TRIAL_UNIT, ("sysinit.target.wants",)),
+        "ash-restart.service": (RESTART_UNIT, ("emergency.target.wants", "rescue.target.wants")),
+        "ash-health.service": (HEALTH_UNIT, ("boot-complete.target.requires",)),
+        "ash-bless.service": (BLESS_UNIT, ("multi-user.target.wants",)),
     }
+    # In the journal: that a unit failed, and that its start job did (systemd's sd-messages.h).
+    UNIT_FAILED: ClassVar[Sequence[str]] = ("d9b373ed55a64feb8242e02dbe79a49c", "be02cf6855d2428ba40df7e9d022f03d")
     # A symlink in a directory of another unit makes a unit start with that one.
     WANTED: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+)\.(?:wants|requires)/([^/]+)"
     UNIT_FILE: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
@@ -2979,11 +3078,11 @@ class Systemd(Init):
         """Write the units and link those with a wants directory; a root without systemd's unit directory gets none."""
         if not path_inside(root, self.UNITS).is_dir():
             return
-        for name, (text, wanted_by) in self.OWN_UNITS.items():
+        for name, (text, directories) in self.OWN_UNITS.items():
             write_inside(root, f"{self.UNITS}/{name}", text.format(ash=f"/{executable}"))
-            if wanted_by:
-                path_inside(root, f"{self.UNITS}/{wanted_by}").mkdir(parents=True, exist_ok=True)
-                wanted = place_inside(root, f"{self.UNITS}/{wanted_by}/{name}")
+            for directory in directories:
+                path_inside(root, f"{self.UNITS}/{directory}").mkdir(parents=True, exist_ok=True)
+                wanted = place_inside(root, f"{self.UNITS}/{directory}/{name}")
                 remove_tree(wanted, protected=True)
                 with unprotected(wanted.parent):
                     wanted.symlink_to(f"../{name}")
@@ -3020,6 +3119,22 @@ class Systemd(Init):
             run(command, check=False)  # its errors do not stop a boot either
         if files("udev/rules", "rules"):
             run(["udevadm", "control", "--reload"], check=False)
+
+    def last_words(self, kernel_option: str) -> tuple[list[str], list[str]]:
+        """The same from the journal, which is kept in /var."""
+        read = ["journalctl", "--boot=-1", "--quiet", "--no-pager"]
+        kernel = run([*read, "--dmesg", "--output=cat", f"--grep=ommand line:.* {kernel_option}( |$)"], check=False)
+        if not kernel.stdout.strip():
+            return [], []
+        failed = [f"MESSAGE_ID={ident}" for ident in self.UNIT_FAILED]
+        told = run([*read, "--output=json", "--output-fields=UNIT", *failed], check=False).stdout
+        units = [json.loads(line).get("UNIT") for line in lines_of(told)]
+        last = run([*read, "--output=short", "--lines=15"], check=False).stdout
+        return list(dict.fromkeys(filter(None, units))), [one_line(line) for line in lines_of(last)]
+
+    def log(self, message: str, ident: str) -> None:
+        fields = {"MESSAGE_ID": ident, "MESSAGE": message, "PRIORITY": "4", "SYSLOG_IDENTIFIER": "ash"}
+        run(["logger", "--journald"], input="".join(f"{key}={value}\n" for key, value in fields.items()), check=False)
 
     def reload(self, check: bool = True) -> None:
         run(["systemctl", "daemon-reload"], check=check)
@@ -3441,8 +3556,235 @@ def usable_in_header(line: str) -> str:
     return line
 
 
+# On the kernel's command line: the deployment's id; the minutes that a start on trial may take; the id of the one that
+# did not start.
+DEPLOYMENT, ON_TRIAL, FELL_BACK = "ash.deployment", "ash.trial", "ash.fellback"
+# For a start on trial: whatever fails, the machine starts again by itself. For the kernel and the initramfs of Debian,
+# that of dracut, and systemd, whose watchdog the hardware may have; seconds.
+RESTARTS = "panic=10 rd.shell=0 rd.emergency=reboot systemd.crash_reboot=1 systemd.watchdog_sec={}"
+
+
+def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minutes: int) -> list[str]:
+    """GRUB's commands to spend a try for an entry: the default if there was one, else the fallback.
+
+    Whatever goes wrong with the notes, GRUB starts the fallback: it is known to boot.
+    """
+    block, trial = f"($ash_efi)/{notes.name}", f"{ON_TRIAL}={minutes} {RESTARTS.format(minutes * 60)}"
+    count = [f'        if [ "$try_n" = "{left}" ]; then set ash_left="{left - 1}"; fi' for left in range(1, tries + 1)]
+    return [
+        'set default="$fallback_id"',
+        f'set ash_fellback="{FELL_BACK}={ident}"',
+        *(f"unset {name}" for name in ("ash_trial", "ash_left", "try_id", "try_n")),
+        "insmod fat",
+        f"if search --no-floppy --fs-uuid --set=ash_efi {notes.uuid}; then",
+        f"    load_env --file {block} try_id try_n",
+        f'    if [ "$try_id" = "{entry}" ]; then',
+        *count,
+        "    fi",
+        '    if [ -n "$ash_left" ]; then',
+        '        set try_n="$ash_left"',
+        f"        if save_env --file {block} try_id try_n; then",
+        '            set default="$default_id"',
+        "            unset ash_fellback",
+        f'            set ash_trial="{trial}"',
+        "        fi",
+        "    fi",
+        "fi",
+    ]
+
+
+def grub_once(notes: EfiPartition, entry: str) -> list[str]:
+    """GRUB's commands to start an entry if its notes say so, and to take that note away."""
+    block = f"($ash_efi)/{notes.name}"
+    return [
+        "unset once",
+        "insmod fat",
+        f"if search --no-floppy --fs-uuid --set=ash_efi {notes.uuid}; then",
+        f"    load_env --file {block} once",
+        f'    if [ "$once" = "{entry}" ]; then',
+        "        set once=",
+        f'        if save_env --file {block} once; then set default="{entry}"; fi',
+        "    fi",
+        "fi",
+    ]
+
+
 def without_titles(grub_cfg: str) -> str:
     return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
+
+
+# --- The EFI partition: GRUB's notes ---------------------------------------------------------------------------
+
+# GRUB 2.12 cannot write to btrfs, only to FAT. The block fits the first sector, which a disk writes as a whole.
+BLOCK_SIZE, SECTOR = 1024, 512  # bytes: of a block of GRUB's environment, as grub-editenv makes it; of a disk's sector
+BLOCK_HEADER = "# GRUB Environment Block\n"
+
+
+class Countdown(NamedTuple):
+    """GRUB's notes between two starts, in a block of its environment."""
+
+    try_id: str = ""  # the entry of the menu that is on trial
+    try_n: str = ""  # how often GRUB may still start it
+    once: str = ""  # the entry that is started next, and once
+
+    @property
+    def block(self) -> bytes:
+        """The block on the disk."""
+        lines = [f"{name}={value}\n" for name, value in self._asdict().items() if value]
+        return "".join([BLOCK_HEADER, *lines]).encode().ljust(BLOCK_SIZE, b"#")
+
+    @classmethod
+    def of_block(cls, block: bytes) -> Countdown | None:
+        """The notes in a block; None if GRUB could not read it."""
+        if len(block) != BLOCK_SIZE or not block.startswith(BLOCK_HEADER.encode()):
+            return None
+        values = dict(re.findall(r"^(\w+)=(.*)$", block.decode(errors="replace"), re.MULTILINE))
+        return cls(*(values.get(name, "") for name in cls._fields))
+
+
+def fat_uuid(boot_sector: bytes) -> str:
+    """The UUID of a FAT file system as fstab spells it; empty if the sector does not begin one."""
+    # The serial number's place depends on the size of the tables: FAT32, or FAT12 and FAT16.
+    at = 67 if boot_sector[82:87] == b"FAT32" else 39 if boot_sector[54:57] == b"FAT" else None
+    serial = boot_sector[at : at + 4][::-1].hex().upper() if at else ""
+    return f"{serial[:4]}-{serial[4:]}" if serial else ""
+
+
+def first_sector(device: Path) -> bytes:
+    """The first sector of a device; empty if it cannot be read."""
+    with contextlib.suppress(OSError), device.open("rb", buffering=0) as disk:
+        return disk.read(SECTOR)
+    return b""
+
+
+def disk_of(number: str) -> Path:
+    """The directory in sysfs of the disk that a block device, MAJOR:MINOR, is on, or is."""
+    device = Path(f"/sys/dev/block/{number}").resolve()
+    return device.parent if (device / "partition").exists() else device
+
+
+class EfiPartition:
+    """The FAT partition with GRUB's notes. It is mounted for each use; if Linux has no FAT, mtools read and write it.
+
+    Args:
+        layout: of the distribution whose notes they are.
+        image: the disk image that the file system is on; else it is on a disk of this machine.
+    """
+
+    def __init__(self, layout: Layout, image: Path | None = None) -> None:
+        self.layout = layout
+        self.image = image
+        self.uuid = read_text(layout.efi).strip() if layout.efi.exists() else ""
+
+    @property
+    def name(self) -> str:
+        """The path of the block on the partition."""
+        return f"ash/{self.layout.distro}/grubenv"
+
+    def read(self) -> Countdown | None:
+        """GRUB's notes; None if they are missing or damaged. AshError if the partition cannot be read."""
+        with self._opened() as directory:
+            block = read_bytes(directory / self.name) if isinstance(directory, Path) else self._mtools(directory)
+        return Countdown.of_block(block)
+
+    def write(self, notes: Countdown) -> None:
+        """Replace GRUB's notes, on the disk. A power cut leaves the old or the new ones."""
+        about_to("write GRUB's notes")
+        try:
+            with self._opened() as directory:
+                if isinstance(directory, Path):
+                    self._write_to(directory / self.name, notes.block)
+                else:
+                    self._mtools(directory, notes.block)
+        except OSError as error:
+            raise AshError(f"cannot write GRUB's notes to the EFI partition: {reason(error)}") from error
+
+    def find(self, uuid: str) -> list[tuple[Path, int]]:
+        """The partitions with a UUID: a node and 0, or the image and the offset; those on the system's disk first."""
+        if self.image:
+            with self.image.open("rb") as disk:
+                return [(self.image, start) for start, _ in partitions_of(disk) if self._is_at(disk, start, uuid)]
+        device = device_of(self.layout.snapshots)
+        number = device.stat().st_rdev if device else 0
+        own = disk_of(f"{os.major(number)}:{os.minor(number)}") if device else None
+        found: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
+        for entry in sorted(Path("/sys/class/block").glob("*")):
+            node = Path("/dev", entry.name)
+            if (entry / "partition").exists() and fat_uuid(first_sector(node)) == uuid:
+                found[disk_of(read_text(entry / "dev").strip()) == own].append((node, 0))
+        return found[True] or found[False]
+
+    @staticmethod
+    def _is_at(disk: BinaryIO, start: int, uuid: str) -> bool:
+        disk.seek(start)
+        return fat_uuid(disk.read(SECTOR)) == uuid
+
+    def _place(self) -> tuple[Path, int]:
+        found = self.find(self.uuid)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = listed(str(node) for node, _ in found)
+            raise AshError(f"several partitions have the UUID {self.uuid}: {names}", "detach the copies", REFUSED)
+        raise AshError(f"the EFI partition {self.uuid}, where GRUB counts, is missing", "ash fsck --repair", REFUSED)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Path | str]:
+        """The partition's directory, or if Linux has no FAT, its name for mtools."""
+        device, start = self._place()
+        mounted = [one.target for one in mounts() if one.kind == "vfat" and self._is_node_of(one, device)]
+        if mounted:
+            yield Path(mounted[-1])
+            return
+        with ExitStack() as stack:
+            node = device
+            if self.image:
+                disk = stack.enter_context(device.open("rb+"))
+                size = dict(partitions_of(disk))[start]
+                loop = open_new_loop(disk.fileno(), device, start, size)
+                stack.callback(os.close, loop)
+                node = Path(os.readlink(f"/proc/self/fd/{loop}"))
+            directory = PRIVATE / "efi"
+            directory.mkdir(exist_ok=True)
+            try:
+                mount(node, directory, "vfat", MS_NOSUID | MS_NODEV | MS_NOEXEC, "umask=0077")
+            except AshError as error:
+                if getattr(error.__cause__, "errno", 0) != errno.ENODEV:
+                    raise
+            else:
+                stack.callback(libc, "umount2", os.fsencode(directory), 0)
+                yield directory
+                return
+        yield f"{device}@@{start}"
+
+    @staticmethod
+    def _is_node_of(one: Mount, device: Path) -> bool:
+        major, _, minor = one.device.partition(":")
+        return is_node(device, os.makedev(int(major), int(minor)))
+
+    @staticmethod
+    def _write_to(path: Path, block: bytes) -> None:
+        """Write the block in place: on FAT a rename is not atomic, a sector is."""
+        if size_of(path) == BLOCK_SIZE and read_bytes(path)[SECTOR:] == block[SECTOR:]:
+            with path.open("rb+", buffering=0) as file:
+                file.write(block[:SECTOR])
+                os.fsync(file.fileno())
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as file:
+            file.write(block)
+            os.fsync(file.fileno())
+        sync_any_filesystem(path.parent)
+
+    def _mtools(self, drive: str, block: bytes | None = None) -> bytes:
+        """Read the block (empty if it is missing), or write it."""
+        target = f"::{self.name}"
+        if block is None:
+            return os.fsencode(run(["mtype", "-i", drive, target], check=False).stdout)
+        above = [str(path) for path in reversed(Path(self.name).parents) if path.name]
+        run(["mmd", "-D", "s", "-i", drive, *(f"::{path}" for path in above)], check=False)  # they may exist
+        run(["mcopy", "-o", "-i", drive, "-", target], input=block.decode())
+        return block
 
 
 # --- Distributions ---------------------------------------------------------------------------------------------
@@ -7630,7 +7972,7 @@ DEPLOYMENT_SHAPE = {
     "only_saved?": [is_text],
     "etc_from?": is_text, "etc_state?": is_text, "fresh_etc?": bool,
     "carried?": [is_text], "conflicts?": [is_text], "conflicts_folder?": is_text, "without_effect?": [is_text],
-    "people?": [is_text], "notes?": [is_text], "unmade?": [is_text],
+    "people?": [is_text], "notes?": [is_text], "unmade?": [is_text], "tries?": is_u32, "minutes?": is_u32,
 }  # fmt: skip
 
 
@@ -7658,6 +8000,8 @@ class Deployment(NamedTuple):
     people: Sequence[str] = ()  # whose accounts are as in the running system, and were not in the snapshot
     notes: Sequence[str] = ()  # on accounts
     unmade: Sequence[str] = ()  # paths that were carried; what is made from them is not made yet
+    tries: int = 0  # how often GRUB may start it before it is known to be good; 0 if it is, or GRUB does not count
+    minutes: int = 0  # how long each of these starts may take
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Deployment:
@@ -7710,19 +8054,41 @@ def lacks_menu_text(layout: Layout, deployment: Deployment) -> bool:
 class Menu:
     """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
 
-    SHAPE: ClassVar = {"default": is_text, "last_booted": is_text, "deployments": {"*": DEPLOYMENT_SHAPE}}
+    SHAPE: ClassVar = {
+        "default": is_text, "last_booted": is_text, "good?": is_text, "once?": is_text,
+        "deployments": {"*": DEPLOYMENT_SHAPE},
+    }  # fmt: skip
 
     def __init__(
-        self, default: str = "", last_booted: str = "", deployments: Mapping[str, Deployment] | None = None
+        self,
+        default: str = "",
+        last_booted: str = "",
+        deployments: Mapping[str, Deployment] | None = None,
+        *,
+        good: str = "",
+        once: str = "",
     ) -> None:
         self.default = default  # slots
         self.last_booted = last_booted
+        self.good = good  # the newest one that is known to boot
+        self.once = once  # that the next start is for, if GRUB's notes say so too
         self.deployments = dict(deployments or {})
 
     @property
     def last_good(self) -> str:
         """The slot that counts as running on a disk that is not: the last booted, or the default if none was yet."""
         return self.last_booted or self.default
+
+    @property
+    def fallback(self) -> Deployment | None:
+        """The newest deployment that is known to boot, or may be: the last booted one."""
+        return self.deployments.get(self.good) or self.deployments.get(self.last_booted)
+
+    @property
+    def on_trial(self) -> Deployment | None:
+        """The default, if GRUB counts its starts: it is not known to boot yet, and there is another one."""
+        default, fallback = self.deployments.get(self.default), self.fallback
+        return default if default and default.tries and fallback and fallback is not default else None
 
     @classmethod
     def load(cls, path: Path) -> Menu:
@@ -7736,15 +8102,17 @@ class Menu:
             misplaced = [slot for slot, there in deployments.items() if slot != there.slot or slot not in slots]
             if misplaced or data["last_booted"] not in ("", *slots):
                 raise ValueError("it names slots that do not exist")
-            default, last = (data[key] if data[key] in deployments else "" for key in ("default", "last_booted"))
-            return cls(default, last, deployments)
+            keys = ("default", "last_booted", "good", "once")
+            default, last, good, once = (data[key] if data.get(key) in deployments else "" for key in keys)
+            return cls(default, last, deployments, good=good, once=once)
         except ValueError:
             raise AshError(f"the menu file {path} is damaged", "ash fsck --repair rebuilds it") from None
 
     def dump(self) -> str:
         """The text of the menu file."""
         entries = {slot: deployment.dump() for slot, deployment in self.deployments.items()}
-        return json.dumps({"default": self.default, "last_booted": self.last_booted, "deployments": entries}) + "\n"
+        slots = {"default": self.default, "last_booted": self.last_booted, "good": self.good, "once": self.once}
+        return json.dumps({**slots, "deployments": entries}) + "\n"
 
     def slots_of(self, snapshot: int) -> list[str]:
         """The slots with deployments of a snapshot; AshError (REFUSED) if there are none."""
@@ -7759,9 +8127,10 @@ class Menu:
         for one in [one for one in self.deployments.values() if one.etc_from == slot]:
             self.deployments[one.slot] = one._replace(etc_from="")
         self.deployments.pop(slot, None)
+        self.good, self.once = ("" if one == slot else one for one in (self.good, self.once))
         return is_there
 
-    def render(self, layout: Layout, uuid: str, describe: Callable[[int], str]) -> str:
+    def render(self, layout: Layout, uuid: str, describe: Callable[[int], str], efi: EfiPartition) -> str:
         """The text of grub.cfg."""
         default = self.deployments[self.default]
         last = self.deployments.get(self.last_booted)
@@ -7770,39 +8139,47 @@ class Menu:
         text = menu_text(layout.rootfs(self.default)) or default.config
         made_in, here = MADE_IN, f"/snapshot-{self.default}/"
         header, foreign = "\n".join(text.header).replace(made_in, here), text.foreign.replace(made_in, here)
+        trial, good = self.on_trial if efi.uuid else None, self.fallback or default
         marks = [(default, "")]
         marks += [(last, " (last booted deployment)")] if last and last is not default else []
-        marks += [(other, " (secondary)") for other in others]
+        marks += [(good, " (last good deployment)")] if good not in (default, last) else []
+        marks += [(other, " (secondary)") for other in others if other is not good or good is default]
         entries = []
         for one, mark in marks:
             title = f"{one.name}, snapshot {one.snapshot}: {describe(one.snapshot)}{mark}"
             # The default's settings say which users there are, so its options say who may start an entry.
             start = ["menuentry", grub_quoted(title), "--id", one.entry, *filter(None, [default.config.classes]), "{"]
-            entries.append("\n".join([" ".join(start), *self._commands(one, layout, uuid), "}"]))
+            commands = self._commands(one, layout, uuid, trial)
+            entries.append("\n".join([" ".join(start), *commands, "}"]))
         lines = [
             "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
             *(map(usable_in_header, lines_of(header)) if text is default.config else [header]),
             f'set default_id="{default.entry}"',
-            f'set fallback_id="{(last or default).entry}"',
+            f'set fallback_id="{(good if good is not default else last or default).entry}"',
             'set default="$default_id"',
             'set fallback="$fallback_id"',
             *grub_preamble(uuid),
+            *(grub_countdown(efi, trial.entry, trial.id, trial.tries, trial.minutes) if trial else []),
+            *(grub_once(efi, self.deployments[self.once].entry) if self.once and efi.uuid else []),
             "set gfxpayload=keep",
         ]
         return "\n".join([*lines, *entries, foreign, ""])
 
     @staticmethod
-    def _commands(deployment: Deployment, layout: Layout, uuid: str) -> list[str]:
-        """What GRUB does to start a deployment."""
+    def _commands(deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None) -> list[str]:
+        """What GRUB does to start a deployment, while one is on trial."""
         name = layout.rootfs_name(deployment.slot)
         boot = f"/{name}/boot"
         flags = ",".join(filter(None, [f"subvol={name}", deployment.config.rootflags]))
         mode = "rw" if deployment.mutable else "ro"
-        options = f"root=UUID={uuid} rootflags={flags} {mode} ash.deployment={deployment.id}"
+        options = f"root=UUID={uuid} rootflags={flags} {mode} {DEPLOYMENT}={deployment.id}"
         initrds = " ".join(f"{boot}/{name}" for name in deployment.config.initrds)
+        counted = "" if not trial else " $ash_trial" if deployment is trial else " $ash_fellback"
         return [
+            # If it cannot be loaded, GRUB goes on with the fallback.
+            *([f'    set ash_fellback="{FELL_BACK}={trial.id}"'] if trial and deployment is trial else []),
             f"    {grub_search(uuid)}",
-            f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip(),
+            f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip() + counted,
             *([f"    initrd {initrds}"] if initrds else []),
         ]
 
@@ -8158,6 +8535,142 @@ class Carry(NamedTuple):
         return intent
 
 
+# --- Trials: a new deployment must show that it boots -----------------------------------------------------------
+
+TRIES, MINUTES = 3, 10  # the defaults of boot_tries and boot_timeout
+
+
+def good_slot(menu: Menu, ran: str | None) -> str:
+    """The slot of the newest deployment that is known to boot: what runs or ran last, unless that is still on trial."""
+    there = menu.deployments.get(ran or menu.last_booted)
+    return there.slot if there and not there.tries else menu.good
+
+
+class Trials:
+    """Has GRUB count the starts of a new deployment, in its notes on the EFI partition.
+
+    Args:
+        efi: the partition.
+        configuration: reads the running system's ash.conf.
+    """
+
+    def __init__(self, efi: EfiPartition, configuration: Callable[[], Configuration]) -> None:
+        self.efi = efi
+        self.configuration = configuration
+
+    def begin(self, deployment: Deployment, menu: Menu, ran: str | None) -> Deployment:
+        """Put a deployment that becomes the default on trial, if there is a good one to go back to. Returns it.
+
+        GRUB's notes are on the disk before grub.cfg names the deployment. AshError if they cannot be written.
+        """
+        if not self.efi.uuid or not good_slot(menu, ran):
+            return deployment
+        try:
+            values = self.configuration().values
+        except AshError as error:  # a mistake in there must not prevent a deploy
+            console.warn(f"{error.message}; boot_tries and boot_timeout count as not set")
+            values = {}
+        tries, minutes = int(values.get("boot_tries", TRIES)), int(values.get("boot_timeout", MINUTES))
+        if tries:
+            notes = self.efi.read() or Countdown()
+            self.efi.write(notes._replace(try_id=deployment.entry, try_n=str(tries)))
+        return deployment._replace(tries=tries, minutes=minutes)
+
+    def end(self, deployment: Deployment) -> None:
+        """Delete GRUB's notes on a deployment that is good. It does not matter if that fails: grub.cfg does not ask."""
+        with contextlib.suppress(AshError):
+            if (notes := self.efi.read()) and notes.try_id == deployment.entry:
+                self.efi.write(notes._replace(try_id="", try_n=""))
+
+    def start_once(self, deployment: Deployment) -> None:
+        """Have GRUB start a deployment next, and only then."""
+        self.efi.write((self.efi.read() or Countdown())._replace(once=deployment.entry))
+
+    def problem(self, menu: Menu) -> str:
+        """What is wrong with GRUB's notes; empty if nothing is. AshError if the partition cannot be read."""
+        if not self.efi.uuid:
+            return ""
+        notes, entries = self.efi.read(), {one.entry for one in menu.deployments.values()}
+        if notes is None:
+            return f"{self.efi.name} on the EFI partition is missing or damaged"
+        if (trial := menu.on_trial) and notes.try_id != trial.entry:
+            return f"{self.efi.name} on the EFI partition does not count the starts of the new deployment"
+        if unknown := {notes.try_id, notes.once} - {*entries, ""}:
+            return f"{self.efi.name} on the EFI partition is of another disk, or older: {listed(sorted(unknown))}"
+        return ""
+
+    def renew(self, menu: Menu) -> None:
+        """Write GRUB's notes again if something is wrong with them; a deployment on trial has all its tries then."""
+        if self.problem(menu):
+            trial = menu.on_trial
+            self.efi.write(Countdown(trial.entry, str(trial.tries)) if trial else Countdown())
+
+    def recover(self, menu: Menu) -> None:
+        """The same after an interrupted deploy: if it fails, GRUB starts the last good deployment."""
+        try:
+            self.renew(menu)
+        except AshError as error:
+            console.say(one_line(f"ash: {error.message} ({error.hint})"))
+
+
+FAILURE_SHAPE = {
+    "deployment": is_name, "snapshot": is_u32, "source": is_u32, "since": is_line, "back_to": is_name,
+    "units?": [is_line], "journal?": [is_line],
+}  # fmt: skip
+
+
+class Failure(NamedTuple):
+    """A deployment that did not start: the machine went back to another one."""
+
+    deployment: str  # its id
+    snapshot: int
+    source: int  # subvolume id of the snapshot when it was deployed
+    since: str  # when that was noticed
+    back_to: str  # the id of the deployment that runs since
+    units: Sequence[str] = ()  # of its last start, as far as its journal reached the disk: what failed
+    journal: Sequence[str] = ()  # the last lines
+
+    def text(self) -> str:
+        """What happened, on one line."""
+        why = f"; failed: {listed(self.units)}" if self.units else ""
+        return f"snapshot {self.snapshot} did not start ({self.since}), so this deployment runs again{why}"
+
+
+FELL_BACK_SHAPE = {
+    "deployment": str, "snapshot": int, "since": str, "units": [str], "journal": [str],
+}  # fmt: skip
+
+
+def fell_back_data(failure: Failure | None) -> dict[str, Any] | None:
+    """What JSON answers say of a deployment that did not start."""
+    return {key: getattr(failure, key) for key in FELL_BACK_SHAPE} if failure else None
+
+
+def failures(layout: Layout) -> list[Failure]:
+    """The deployments that did not start, one for each snapshot at most, the newest last."""
+    with contextlib.suppress(ValueError):
+        found = from_json(read_text(layout.bad) or "[]", [FAILURE_SHAPE])
+        return [Failure(**fields_of(Failure, one)) for one in found]
+    return []
+
+
+def failure_of(layout: Layout, snapshot: int) -> Failure | None:
+    """How a snapshot's deployment failed to start; None if it did not, or the snapshot was changed since."""
+    for one in failures(layout):
+        if one.snapshot == snapshot:
+            with contextlib.suppress(PermissionError):  # only root sees snapshots
+                return one if subvolume_id(layout.rootfs(snapshot)) == one.source else None
+            return one
+    return None
+
+
+def note_failure(layout: Layout, failure: Failure) -> None:
+    """Remember that a deployment did not start, until its snapshot is changed."""
+    others = [one for one in failures(layout) if one.snapshot != failure.snapshot]
+    still = [one for one in others if is_subvolume(layout.rootfs(one.snapshot)) and failure_of(layout, one.snapshot)]
+    write_file(layout.bad, json.dumps([one._asdict() for one in (*still, failure)]) + "\n")
+
+
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
@@ -8167,17 +8680,18 @@ class Deployments:
     KEPT_MENUS = 5
 
     def __init__(
-        self, layout: Layout, distro: Distro, *, booted: str | None, describe: Callable[[int], str], wait: float
+        self, layout: Layout, distro: Distro, trials: Trials, *, booted: str | None, describe: Callable[[int], str]
     ) -> None:
         self.layout = layout
         self.distro = distro
+        self.trials = trials
         self.homes: Mapping[str, Path] = {"home": layout.home, "root": layout.home_root}
         self.menu = Menu.load(layout.menu)
         self.uuid = root_uuid(layout)
         self.booted = booted
         self.ran = booted or noted_slot(layout) or None  # what is known to run, or to have run last
         self.describe = describe
-        self.wait = wait  # for locks
+        self.wait = 0.0  # for locks
 
     @property
     def running(self) -> str:
@@ -8199,6 +8713,8 @@ class Deployments:
         if carry and self.menu.default:
             self._make_rest(carry)
         default = self.menu.default
+        if (self.layout.work("deploy") / "intent").exists():
+            self.trials.recover(self.menu)
         if default and is_subvolume(self.layout.rootfs(default)) and self._grub_cfg() != self._rendered():
             self.write_menu()
         remove_tree(self.layout.work("deploy") / "intent")
@@ -8243,7 +8759,9 @@ class Deployments:
         deployment, root = self.menu.deployments[slot], self.layout.rootfs(slot)
         paths, was_changed = deployment.unmade, change_while_running(self.layout, deployment)
         try:
-            made = self._configure(deployment, root, paths)._replace(unmade=[])
+            made = configure(root, deployment, paths, layout=self.layout, distro=self.distro, menu=self.menu)._replace(
+                unmade=[]
+            )
         except AshError as error:
             what = f"{listed(paths)}: carried over, but what is made from it is not: {error.message}"
             raise AshError(what, hint_about(self.distro, deployment.snapshot, paths) or error.hint) from error
@@ -8293,6 +8811,8 @@ class Deployments:
                 deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
                 if has_unique_changes and slot in self.menu.deployments:
                     self._keep_drift(slot)
+                if not secondary:
+                    deployment = self.trials.begin(deployment, self.menu, self.ran)
             except BaseException:
                 self._delete_unfinished()
                 raise
@@ -8330,8 +8850,8 @@ class Deployments:
         One with changes that no other deployment has is only taken if there is no other. Returns whether it has.
         """
         slots = SECONDARY_SLOTS if secondary else SLOTS
-        good = self.ran if self.ran in slots else self.menu.last_good
-        free = [slot for slot in slots if slot not in (self.ran, good)]
+        last = self.ran if self.ran in slots else self.menu.last_good
+        free = [slot for slot in slots if slot not in (self.ran, last, good_slot(self.menu, self.ran))]
         # Its changes of /etc are kept, others are not.
         unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
         expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
@@ -8366,7 +8886,8 @@ class Deployments:
         if self.running and not fresh_etc:
             deployment = self._bring_saved(deployment, new, with_saved)
         try:
-            deployment = self._configure(deployment, new, deployment.carried)
+            paths = deployment.carried
+            deployment = configure(new, deployment, paths, layout=layout, distro=self.distro, menu=self.menu)
         except AshError as error:
             if deployment.conflicts_folder:
                 remove_tree(layout.var / deployment.conflicts_folder.removeprefix("/var/"))
@@ -8402,9 +8923,6 @@ class Deployments:
             only_saved=[path for path in lacking if path not in (*merge.carried, *merge.in_conflict)],
         )
 
-    def _configure(self, deployment: Deployment, root: Path, changed: Sequence[str]) -> Deployment:
-        return configure(root, deployment, changed, layout=self.layout, distro=self.distro, menu=self.menu)
-
     def _swap_in(self, deployment: Deployment, secondary: bool) -> None:
         """Swap a new deployment into its slot; the machine boots whenever this is interrupted."""
         layout, menu, slot = self.layout, self.menu, deployment.slot
@@ -8414,9 +8932,10 @@ class Deployments:
         sync_filesystem(layout.snapshots)
         if self.ran in menu.deployments:
             menu.last_booted = self.ran
+        menu.good = good_slot(menu, self.ran)
         if menu.take_out(slot) and menu.default:
             if menu.default == slot:
-                menu.default = menu.last_booted or next(iter(menu.deployments), "")
+                menu.default = menu.fallback.slot if menu.fallback else next(iter(menu.deployments), "")
             if menu.default:
                 self.write_menu()
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
@@ -8446,9 +8965,9 @@ class Deployments:
         AshError (REFUSED) if one of them runs, is all that can be booted, or (unless `fresh`) was changed as it ran.
         """
         menu = self.menu
-        shown = {self.running, menu.default, menu.last_booted} - {*SECONDARY_SLOTS}
+        shown = {self.running, menu.default, menu.last_booted, menu.good} - {*SECONDARY_SLOTS}
         found = [one for slot, one in menu.deployments.items() if slot not in shown and one.snapshot == snapshot]
-        if any(one.slot in (self.running, menu.default) for one in found):
+        if any(one.slot in (self.running, menu.default, menu.good) for one in found):
             hint = "start another deployment, try again"
             raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
         for slot in [] if fresh else [one.slot for one in found]:
@@ -8651,7 +9170,7 @@ class Deployments:
         return is_gone or without_titles(self._grub_cfg()) == without_titles(self._rendered())
 
     def _rendered(self) -> str:
-        return self.menu.render(self.layout, self.uuid, self.describe)
+        return self.menu.render(self.layout, self.uuid, self.describe, self.trials.efi)
 
     def _grub_cfg(self) -> str:
         return read_text(self.layout.grub_cfg)
@@ -8692,9 +9211,12 @@ def require_one_disk(root: Mount) -> None:
 class System:
     """A distribution that ash manages: the running one, or one on a mounted disk or a disk image."""
 
-    def __init__(self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0) -> None:
+    def __init__(
+        self, layout: Layout, distro: Distro, *, running: bool = False, wait: float = 0, image: Path | None = None
+    ) -> None:
         self.layout = layout
         self.distro = distro
+        self.image = image  # that it is on
         self.running = running
         self.wait = wait
         self.history = History(layout)
@@ -8752,7 +9274,8 @@ class System:
         if not there or (request.distro or there[0]) not in there:
             raise AshError(f"there is no {request.distro or 'system'} managed by ash", "", MISSING)
         layout = Layout.at(top, request.distro or there[0])
-        system = cls(layout, load_distro(read_distro(layout.distro_file)[1]), wait=request.wait)
+        distro = load_distro(read_distro(layout.distro_file)[1])
+        system = cls(layout, distro, wait=request.wait, image=request.image)
         if system._runs_here():
             cls._require_no_chroot(request)
             system.running = True
@@ -8787,7 +9310,10 @@ class System:
         return Menu.load(self.layout.menu)
 
     def deployments(self) -> Deployments:
-        found = Deployments(self.layout, self.distro, booted=self.booted_slot, describe=self.describe, wait=self.wait)
+        """The deployments, with the menu as it is now."""
+        trials = Trials(EfiPartition(self.layout, self.image), self.configuration)
+        found = Deployments(self.layout, self.distro, trials, booted=self.booted_slot, describe=self.describe)
+        found.wait = self.wait
         found.homes = self.homes
         return found
 
@@ -9637,16 +10163,33 @@ def recover_all(system: System, drop_kept: bool) -> list[int | str]:
     return recovered
 
 
+def fallback_of(system: System) -> Failure | None:
+    """The deployment that did not start, if the one that runs, or ran last, is what the machine went back to."""
+    menu = system.menu()
+    there = menu.deployments.get(system.last_good_slot())
+    return next((one for one in reversed(failures(system.layout)) if there and one.back_to == there.id), None)
+
+
+def require_not_bad(system: System, snapshot: int) -> None:
+    """Raise AshError (REFUSED) if the last deployment of a snapshot did not start, and it is unchanged."""
+    if (failure := failure_of(system.layout, snapshot)) is not None:
+        hint = f"change it first; or --force; or ash deploy --once {snapshot}"
+        raise AshError(f"snapshot {snapshot} did not start when it was deployed ({failure.since})", hint, REFUSED)
+
+
 def deploy_snapshot(
-    system: System, snapshot: int, *, secondary: bool = False, **options: bool
+    system: System, snapshot: int, *, secondary: bool = False, force: bool = False, **options: bool
 ) -> tuple[Deployment, bool]:
     """Make a snapshot the default for the next boot, or (`secondary`) add a menu entry for it.
 
     With `fresh_etc`, changes of the running /etc are not carried over; with `with_saved`, those that were saved into
     other snapshots are too. `fresh` leaves changes of a mutable deployment of this snapshot behind, which is REFUSED
-    without it. Returns the deployment, and whether it is new: an up-to-date one is reused.
+    without it; so is a snapshot that did not start, without `force`. Returns the deployment, and whether it is new: an
+    up-to-date one is reused.
     """
     system.require(snapshot)
+    if not (secondary or force):
+        require_not_bad(system, snapshot)
     roll_back_live(system)
     with system.deploying() as deployments:
         system.require(snapshot)
@@ -9754,6 +10297,7 @@ class Request(NamedTuple):
     secondary: bool = False
     shell: bool = False
     strict: bool = False
+    once: bool = False
     with_saved: bool = False
 
     @property
@@ -10408,7 +10952,7 @@ def minute_of(when: float) -> str:
     answer={
         "tree": [{
             "snapshot": int, "parent": int | None, "description": str, "booted": bool, "deployed": bool,
-            "secondary": bool, "mutable": bool | None, "date?": str, "packages?": int,
+            "secondary": bool, "mutable": bool | None, "bad": bool, "date?": str, "packages?": int,
         }]
     },
 )  # fmt: skip
@@ -10417,18 +10961,20 @@ def cmd_tree(system: System, request: Request) -> Reply:
     next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
     secondary = {one.snapshot for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS}
     roots = {number: system.layout.rootfs(number) for number in tree.numbers()}
+    failed = {one.snapshot for one in failures(system.layout)}
     by_number: dict[int, dict[str, Any]] = {
         n: {
             "snapshot": n, "parent": tree.parent(n), "description": system.describe(n), "booted": n == current,
             "deployed": n == next_boot, "secondary": n in secondary,
             "mutable": is_writable(root) and is_mutable(root) if sees else None,
+            "bad": n in failed and failure_of(system.layout, n) is not None,
         }
         for n, root in roots.items()
     }  # fmt: skip
 
     def label(number: int) -> str:
         row = by_number[number]
-        notes = "".join(f" [{mark}]" for mark in ("booted", "secondary", "mutable") if row[mark])
+        notes = "".join(f" [{mark}]" for mark in ("booted", "secondary", "mutable", "bad") if row[mark])
         return f"{number}{'*' if row['deployed'] else ' '}- {row['description']}{notes}"
 
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
@@ -10703,6 +11249,24 @@ def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
     return Reply(data, f"snapshot {number} {text}", str(number))
 
 
+def require_countdown(system: System) -> None:
+    """Raise AshError (REFUSED) if GRUB cannot write to this disk."""
+    if not EfiPartition(system.layout, system.image).uuid:
+        what = "this disk has no EFI partition that GRUB can write to"
+        raise AshError(what, "ash deploy N --secondary, and choose it in the boot menu", REFUSED)
+
+
+def start_once(system: System, deployment: Deployment) -> None:
+    """Have GRUB start a deployment at the next boot, and only then."""
+    with system.deploying() as deployments:
+        there = deployments.menu.deployments.get(deployment.slot)
+        if there is None or there.id != deployment.id:
+            raise AshError(f"another ash has replaced the deployment in {deployment.slot}", "", LOCKED)
+        deployments.menu.once = deployment.slot
+        deployments.write_menu()
+        deployments.trials.start_once(deployment)
+
+
 @command(
     "deploy", "dep", "d", group=BOOT, usage="deploy [N] [--secondary]", help="boot N from the next start on",
     changes=True, numbers=1, require=System.require,
@@ -10712,6 +11276,8 @@ def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
         flag("--fresh-etc", help="leave the running /etc's changes behind"),
         flag("--with-saved", help="bring along what was saved from the running /etc into another snapshot"),
         flag("--fresh", help="leave behind what was changed in a mutable deployment as it ran"),
+        flag("--force", help="also if N did not start when it was deployed last"),
+        flag("--once", help="start N at the next boot only; then the default again"),
     ],
     answer=DEPLOYED_SHAPE,
 )  # fmt: skip
@@ -10720,12 +11286,22 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     if request.no_secondary:
         yield would(f"take the secondary entry of snapshot {number} out of the boot menu")
         return withdrawn_reply(system, number, request.fresh)
-    yield would(f"deploy snapshot {number}")
+    if request.once:
+        require_countdown(system)
+    elif not (request.secondary or request.force):
+        require_not_bad(system, number)
+    yield would(f"{'start snapshot' if request.once else 'deploy snapshot'} {number}{' once' if request.once else ''}")
     with step(f"deploying snapshot {number}"):
-        options = {"secondary": request.secondary, "fresh_etc": request.fresh_etc, "fresh": request.fresh}
-        options["with_saved"] = request.with_saved
+        options = {"secondary": request.secondary or request.once, "force": request.force}
+        options |= {"fresh_etc": request.fresh_etc, "fresh": request.fresh, "with_saved": request.with_saved}
         deployment, changed = deploy_snapshot(system, number, **options)
-    return deployed_reply(deployment, changed)
+    reply = deployed_reply(deployment, changed)
+    if not request.once:
+        return reply
+    start_once(system, deployment)
+    _, *rest = lines_of(reply.text)
+    text = "\n".join([f"snapshot {number} starts at the next boot, and only then: reboot", *rest])
+    return reply._replace(text=text, data={**reply.data, "changed": True})
 
 
 def undo_live(system: System, number: int) -> LiveResult:
@@ -10856,6 +11432,136 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
     if booted is None:
         raise AshError("no snapshot of this system is running", "", FAILED)
     return Reply({"slot": booted}, str(booted), str(booted))
+
+
+# --- Commands on trials ----------------------------------------------------------------------------------------
+
+# The directories with programs that say whether a system is healthy: ash's own, and those of greenboot. If a required
+# one fails, a deployment on trial counts as not started.
+REQUIRED_CHECKS = ("etc/ash/health.d", "usr/lib/greenboot/check/required.d", "etc/greenboot/check/required.d")
+WANTED_CHECKS = ("usr/lib/greenboot/check/wanted.d", "etc/greenboot/check/wanted.d")
+# Programs to run once a deployment has proved good, and once the machine went back to the last good one.
+AFTER_SUCCESS = ("usr/lib/greenboot/green.d", "etc/greenboot/green.d")
+AFTER_FALLBACK = ("usr/lib/greenboot/red.d", "etc/greenboot/red.d")
+CHECK_SECONDS = 300  # that each may take
+# The id of the message in the journal that says that the machine went back.
+FELL_BACK_MESSAGE = "0f730bd3b7a74c3ab71b2797db2fb8c3"
+BLESS_WAIT = 300.0  # seconds to wait for a lock: nobody waits for the result
+LOGIN_MESSAGE = Path("/run/motd.d/ash")  # shown at login by pam_motd
+
+
+def programs_in(root: Path, directories: Sequence[str]) -> Iterator[Path]:
+    """The programs in some directories of a root, by name: executable files, and greenboot's *.sh."""
+    for directory in directories:
+        for path in sorted((root / directory).glob("*")):
+            if path.is_file() and (os.access(path, os.X_OK) or path.suffix == ".sh"):
+                yield path
+
+
+def passes(program: Path) -> bool:
+    """Run a program of these directories; its output is ash's own. Returns whether it succeeded in time."""
+    import subprocess
+
+    argv = [str(program)] if os.access(program, os.X_OK) else ["sh", str(program)]
+    limit = ["timeout", "--kill-after=10", str(CHECK_SECONDS)]
+    done = subprocess.run([*limit, *argv], stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
+    return done.returncode == 0
+
+
+@command(
+    "health",
+    group=BOOT,
+    usage="health",
+    help="run the health checks (done at boot)",
+    needs_system=False,
+    answer={"passed": [str], "failed": [str], "wanted": [str]},
+)
+def cmd_health(request: Request) -> Reply:
+    if request.root or request.image:
+        raise AshError("health checks are for the running system", "leave out --root and --image", USAGE)
+    require_root("running the health checks")
+    root = Path("/")
+    results = {path: passes(path) for path in programs_in(root, REQUIRED_CHECKS)}
+    wanted = [str(path) for path in programs_in(root, WANTED_CHECKS) if not passes(path)]
+    failed = [str(path) for path, passed in results.items() if not passed]
+    passed = [str(path) for path, passed in results.items() if passed]
+    lines = [f"failed: {listed(failed)}"] if failed else [f"{len(passed)} required checks passed"]
+    lines += [f"failed, but not required: {listed(wanted)}"] if wanted else []
+    data = {"passed": passed, "failed": failed, "wanted": wanted}
+    return Reply(data, "\n".join(lines), status=FAILED if failed else 0)
+
+
+def kernel_options() -> dict[str, str]:
+    """The options on the running kernel's command line."""
+    return dict(word.partition("=")[::2] for word in read_text(Path("/proc/cmdline")).split())
+
+
+def announce(failure: Failure) -> None:
+    """Say in the journal and at the next login that the machine went back to another deployment."""
+    text = one_line(f"ash: {failure.text()} (ash status)")
+    init_of(Path("/")).log(text, FELL_BACK_MESSAGE)
+    with contextlib.suppress(OSError):
+        LOGIN_MESSAGE.parent.mkdir(exist_ok=True)
+        LOGIN_MESSAGE.write_text(f"{text}\n")
+
+
+def note_good(deployments: Deployments, slot: str) -> bool:
+    """Note that the deployment in a slot boots: GRUB no longer counts its starts. Returns whether that is new."""
+    menu = deployments.menu
+    one = menu.deployments[slot]
+    if not one.tries:
+        return False
+    menu.deployments[slot] = one._replace(tries=0, minutes=0)
+    menu.good = slot
+    deployments.write_menu()
+    deployments.trials.end(one)
+    return True
+
+
+def note_fallback(system: System, deployments: Deployments, slot: str, ident: str) -> Failure | None:
+    """Note that the deployment with an id did not start, and make the one in `slot`, which runs, the default again.
+
+    None if that was noted before, or the deployment is not the default any more.
+    """
+    menu, layout = deployments.menu, system.layout
+    failed = menu.deployments.get(menu.default)
+    if failed is None or failed.id != ident or failed.slot == slot:
+        return None
+    units, journal = init_of(Path("/")).last_words(f"{DEPLOYMENT}={ident}")
+    since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
+    failure = Failure(ident, failed.snapshot, failed.source, since, back_to, units, journal)
+    note_failure(layout, failure)
+    menu.deployments[failed.slot] = failed._replace(tries=0, minutes=0)
+    menu.default = menu.last_booted = slot
+    menu.good = good_slot(menu, slot)
+    deployments.write_menu()
+    return failure
+
+
+@command(
+    "bless", group=BOOT, usage="bless", help="note that the running deployment is good (done at boot)", changes=True,
+    frees_space=True, answer={"changed": bool, "slot": str, "snapshot": int, "fell_back_from": (FELL_BACK_SHAPE, None)},
+)  # fmt: skip
+def cmd_bless(system: System, request: Request) -> Plan:
+    slot = system.booted_slot
+    if slot is None or slot not in system.menu().deployments:
+        raise AshError("no deployment of this system is running", "ash deploy N, reboot", REFUSED)
+    yield would(f"note that the deployment in {slot} is good")
+    system.wait = request.wait or BLESS_WAIT
+    options = kernel_options()
+    with system.deploying() as deployments:
+        failure = note_fallback(system, deployments, slot, options[FELL_BACK]) if FELL_BACK in options else None
+        is_new = note_good(deployments, slot)
+    if failure and system.running:
+        announce(failure)
+    after = AFTER_FALLBACK if failure else AFTER_SUCCESS if is_new else ()
+    for program in programs_in(Path("/"), after) if system.running else ():
+        if not passes(program):
+            console.warn(f"{program} failed")
+    number = system.snapshot_of(slot)
+    text = f"snapshot {number} ({slot}) {'is known to boot now' if is_new else 'was known to boot already'}"
+    data = {"changed": bool(is_new or failure), "slot": slot, "snapshot": number}
+    return Reply({**data, "fell_back_from": fell_back_data(failure)}, failure.text() if failure else text)
 
 
 # --- Shells and programs in a snapshot -------------------------------------------------------------------------
@@ -12478,6 +13184,42 @@ def copy_boot_file(source: Path, target: Path) -> None:
             run(["cp", "-a", "--reflink=auto", source, new])
 
 
+def stop_counting(deployments: Deployments) -> None:
+    """Do without the EFI partition: GRUB starts the default without counting."""
+    try:
+        deployments.trials.problem(deployments.menu)
+    except AshError:
+        deployments.layout.efi.unlink(missing_ok=True)
+        deployments.trials.efi.uuid = ""
+        deployments.write_menu()
+
+
+def start_counting(deployments: Deployments, uuid: str) -> None:
+    """Have GRUB write its notes to a partition."""
+    write_file(deployments.layout.efi, f"{uuid}\n")
+    deployments.trials.efi.uuid = uuid
+    deployments.trials.renew(deployments.menu)
+
+
+def notes_problems(deployments: Deployments) -> Iterator[Problem]:
+    """Check the EFI partition, and GRUB's notes there."""
+    menu, trials = deployments.menu, deployments.trials
+    fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
+    there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
+    if not trials.efi.uuid and there and trials.efi.find(there[1]):
+        what = "GRUB does not count the starts of new deployments: an older ash installed this system"
+        repair = partial(start_counting, deployments, there[1])
+        yield Problem(what, None, "have it count on the EFI partition", repair, "deploy")
+    try:
+        what = trials.problem(menu)
+    except AshError as error:
+        remedy = "go on without automatic fallback"
+        yield Problem(error.message, None, remedy, partial(stop_counting, deployments), "deploy")
+        return
+    if what:
+        yield Problem(what, None, "write it again", partial(trials.renew, menu), "deploy")
+
+
 # --- Problems of accounts --------------------------------------------------------------------------------------
 
 
@@ -12970,6 +13712,7 @@ class Fsck:
         if not deployments.is_grub_cfg_current():
             what = "grub.cfg differs from what ash wrote last"
             yield Problem(what, None, "write it again", self._write_menu, "deploy")
+        yield from notes_problems(deployments)
 
     def _rebuild_menu(self) -> None:
         try:
@@ -13275,6 +14018,9 @@ class AutoUpgrade:
                 return self._finish(done, done.summary(), problems)
             done = done._replace(changed=False)  # only package lists were fetched
             up_to_date = f"snapshot {number} is up to date"
+            if failure_of(system.layout, number):
+                text = f"{up_to_date}; it did not start, so it is not deployed again until it changes"
+                return changes_reply([done])._replace(text=text)
             if last and last["message"] == interrupted and not self._is_deployed():
                 return self._finish(done, up_to_date, problems)
             return changes_reply([done])._replace(text=up_to_date)
@@ -13350,16 +14096,19 @@ def cmd_auto_upgrade(system: System, request: Request) -> Plan:
 
 
 @command(
-    "check", group=PACKAGES, usage="check", help="show the result of the last automatic upgrade", answer=UPGRADE_SHAPE
-)
+    "check", group=PACKAGES, usage="check", help="show the result of the last automatic upgrade",
+    answer={**UPGRADE_SHAPE, "fell_back_from": (FELL_BACK_SHAPE, None)},
+)  # fmt: skip
 def cmd_check(system: System, request: Request) -> Reply:
-    last = last_upgrade(system)
+    last, failure = last_upgrade(system), fallback_of(system)
+    back = f"\n{failure.text()}" if failure else ""
+    data: dict[str, Any] = {"fell_back_from": fell_back_data(failure)}
     if last is None:
         text = "no automatic upgrade has run yet (ash auto-upgrade)"
-        return Reply({"failed": False, "time": "", "message": text}, text)
+        return Reply({"failed": False, "time": "", "message": text, **data}, text + back, status=FAILED if back else 0)
     text = f"the automatic upgrade of {last['time']} {RESULTS[last['failed']]}"
     text += f": {last['message']}" if last["message"] else ""
-    return Reply(last, text, status=FAILED if last["failed"] else 0)
+    return Reply({**last, **data}, text + back, status=FAILED if last["failed"] or back else 0)
 
 
 # --- Comparing snapshots ---------------------------------------------------------------------------------------
@@ -13635,6 +14384,13 @@ def interrupted_sessions(system: System) -> list[int]:
     return found
 
 
+def fallback_text(menu: Menu) -> str:
+    """What happens if the deployment on trial does not start."""
+    default, good = menu.deployments[menu.default], menu.fallback
+    back = f"snapshot {good.snapshot} ({good.slot})" if good else "nothing"
+    return f"GRUB goes back to {back} after {default.tries} tries of {default.minutes} minutes"
+
+
 @command(
     "status", group=BOOT, usage="status", help="show what is booted, what boots next, and what is running",
     answer={
@@ -13642,6 +14398,7 @@ def interrupted_sessions(system: System) -> list[int]:
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
         "secondary": [{"snapshot": int, "slot": str}],
         "last_booted": str, "running": {"*": str}, "waiting": ([int], None), "unmerged": [str],
+        "fell_back_from": (FELL_BACK_SHAPE, None), "on_trial": bool, "fallback": bool,
         "drift": ({"*": str}, None), "only_there": ([{"slot": str, "snapshot": int, "paths": [str]}], None),
         "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": ([str], None),
     },
@@ -13653,6 +14410,8 @@ def cmd_status(system: System, request: Request) -> Reply:
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
+    failure, has_fallback = fallback_of(system), bool(EfiPartition(system.layout, system.image).uuid)
+    on_trial = menu.on_trial is not None and has_fallback
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     # None: unknown, since only root may see it.
@@ -13674,6 +14433,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
         "secondary": [{"snapshot": one.snapshot, "slot": one.slot} for one in secondary],
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
+        "fell_back_from": fell_back_data(failure), "on_trial": on_trial, "fallback": has_fallback,
         "drift": drift, "only_there": only_there,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
@@ -13682,6 +14442,9 @@ def cmd_status(system: System, request: Request) -> Reply:
     lines = [
         f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
+        *([f"on trial:     if it does not start, {fallback_text(menu)}"] if on_trial else []),
+        *([f"went back:    {failure.text()}"] if failure else []),
+        *([] if has_fallback else ["fallback:     not automatic: GRUB has no partition that it can write to"]),
         *(f"secondary:    snapshot {one.snapshot} ({one.slot})" for one in secondary),
         *(
             f"running:      {'snapshot ' if number.isdecimal() else ''}{number}: {one_line(holder)}"

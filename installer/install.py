@@ -16,7 +16,9 @@ from ash import (
     REFUSED,
     USAGE,
     AshError,
+    Countdown,
     Distro,
+    EfiPartition,
     Layout,
     System,
     attach_disk,
@@ -186,7 +188,7 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
             _install_ash(layout, root, settings.keyring)
             _install_help(layout, root, installer.zsh_completions)
         with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
-            _make_base(layout, installer.distro, target.root_uuid)
+            _make_base(layout, installer.distro, target)
         system = os_release(root, "PRETTY_NAME")
         with log.step("Syncing the image"):
             _finish(top)
@@ -287,8 +289,10 @@ def _libraries_of(layout: Layout) -> Iterator[None]:
         sys.path.remove(str(layout.lib))
 
 
-def _make_base(layout: Layout, distro: Distro, root_uuid: str) -> None:
+def _make_base(layout: Layout, distro: Distro, target: disk.Disk) -> None:
     """Turn the plain root into snapshot 0, and deploy it."""
-    base.create_state(layout, distro, root_uuid)
+    base.create_state(layout, distro, target.root_uuid)
     base.split_base(layout, distro)
-    deploy_snapshot(System(layout, distro), BASE)
+    write_file(layout.efi, f"{target.efi_uuid}\n")
+    EfiPartition(layout, target.image).write(Countdown())
+    deploy_snapshot(System(layout, distro, image=target.image), BASE)

@@ -21,7 +21,7 @@ import threading
 import time
 import tty
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -197,6 +197,7 @@ class Machine:
         log: a file to which the output of the console is appended.
         disk_format: of the image: raw or qcow2.
         expendable: the image need not survive a power cut of the host. The machine is faster then.
+        devices: more options of QEMU.
     """
 
     def __init__(
@@ -209,8 +210,10 @@ class Machine:
         log: Path | None = None,
         disk_format: str = "raw",
         expendable: bool = False,
+        devices: Sequence[str] = (),
     ) -> None:
         self._image = image
+        self._devices = devices
         self._uefi = uefi
         self._snapshot = snapshot
         self._memory = memory
@@ -252,7 +255,7 @@ class Machine:
             disk_format=self._disk_format,
             expendable=self._expendable,
         )
-        argv += ["-display", "none", "-monitor", "none"]
+        argv += [*self._devices, "-display", "none", "-monitor", "none"]
         argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         argv += ["-qmp", f"unix:{self._monitor_path()},server=on,wait=off"]
         # The kernel kills QEMU if this process dies.
@@ -334,7 +337,13 @@ class Machine:
             raise self._error("the machine has ended") from None
 
     def login(
-        self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, *, hasten: bool = True
+        self,
+        user: str = "root",
+        password: str = "",
+        timeout: float = BOOT_SECONDS,
+        *,
+        hasten: bool = True,
+        patient: bool = False,
     ) -> None:
         """Wait for the login prompt, log in, and prepare the shell for command().
 
@@ -342,11 +351,12 @@ class Machine:
             user, password: of the account.
             timeout: in seconds.
             hasten: start the default entry when GRUB's menu appears, instead of waiting until GRUB does.
+            patient: the machine restarts by itself after a panic and the like; wait until it comes up.
 
         Raises:
             MachineError: there was no prompt; at once if the boot ended in a panic or rescue shell.
         """
-        self.enter_shell(user, password, timeout, hasten=hasten)
+        self.enter_shell(user, password, timeout, hasten=hasten, patient=patient)
         token = secrets.token_hex(4)
         shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
         self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
@@ -355,22 +365,29 @@ class Machine:
         self.command("dmesg --console-level emerg 2>/dev/null; kill -s RTMIN+21 1 2>/dev/null || true")
 
     def enter_shell(
-        self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, *, hasten: bool = True
+        self,
+        user: str = "root",
+        password: str = "",
+        timeout: float = BOOT_SECONDS,
+        *,
+        hasten: bool = True,
+        patient: bool = False,
     ) -> None:
         """Wait for the login prompt as login() does, and log in to the user's own shell."""
-        self.await_login(timeout, hasten=hasten)
+        self.await_login(timeout, hasten=hasten, patient=patient)
         self.send(f"{user}\n")
         if self.expect(r"Password: |[#$] ", 60).group() == "Password: ":
             self.send(f"{password}\n")
             self.expect(r"[#$] ", 60)
 
-    def await_login(self, timeout: float = BOOT_SECONDS, *, hasten: bool = True) -> None:
+    def await_login(self, timeout: float = BOOT_SECONDS, *, hasten: bool = True, patient: bool = False) -> None:
         """Wait for the login prompt as login() does, without logging in."""
-        match = self.expect(rf"\S login: |{DEAD_ENDS}|{COUNTDOWN}", timeout)
+        ends = r"\S login: " if patient else rf"\S login: |{DEAD_ENDS}"
+        match = self.expect(rf"{ends}|{COUNTDOWN}", timeout)
         if re.fullmatch(COUNTDOWN, match.group()):
             if hasten:
                 self.send("\r")
-            match = self.expect(rf"\S login: |{DEAD_ENDS}", timeout)
+            match = self.expect(ends, timeout)
         if not match.group().endswith(" login: "):
             raise self._error(f"the boot ended at {match.group().strip()!r}")
 

@@ -115,6 +115,10 @@ class Files:
         return program("unshare", "--mount", "sh", "-c", script, "sh", root, self.var, *argv, status=status)
 
 
+EFI_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+NOTES = f"::/ash/{DISTRIBUTION}/grubenv"
+
+
 class Disk:
     """A disk image with a system that ash manages; each call of ash is a process of its own."""
 
@@ -187,6 +191,42 @@ class Disk:
             stack.callback(program, "umount", top)
             yield Files(Path(top))
 
+    @property
+    def drive(self) -> str:
+        """The name of the EFI partition for mtools."""
+        return f"{self.image}@@{_partition(self.image, EFI_TYPE)[0]}"
+
+    def notes(self) -> dict[str, str]:
+        """GRUB's notes on the EFI partition, where GRUB itself finds them."""
+        with tempfile.TemporaryDirectory() as directory:
+            program("mcopy", "-i", self.drive, NOTES, f"{directory}/grubenv")
+            listing = program("grub-editenv", f"{directory}/grubenv", "list")
+        return dict(line.split("=", 1) for line in listing.splitlines())
+
+    def write_notes(self, block: bytes | None) -> None:
+        """Replace the block with GRUB's notes, or delete it."""
+        if block is None:
+            program("mdel", "-i", self.drive, NOTES)
+            return
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(block)
+            file.flush()
+            program("mcopy", "-o", "-i", self.drive, file.name, NOTES)
+
+    def starts(self, grub_cfg: str) -> str:
+        """The slot that GRUB starts by itself: the fallback, unless the default is not counted or has a try left."""
+        wanted, fallback = re.findall(r'^set (?:default|fallback)_id="(.*)"$', grub_cfg, re.MULTILINE)
+        counted = re.search(r'if \[ "\$try_id" = "(.*)" \]', grub_cfg)
+        if counted:
+            assert counted[1] == wanted
+            notes = self.notes()
+            if (notes.get("try_id"), notes.get("try_n", "0") > "0") != (wanted, True):
+                wanted = fallback
+        entry = grub_cfg[grub_cfg.index(f"--id {wanted} ") :]
+        slot = re.search(r"^ *linux \S*/rootfs/snapshot-([a-z-]+)/boot/", entry, re.MULTILINE)
+        assert slot
+        return slot[1]
+
     def outside_of_btrfs(self) -> bytes:
         """The bytes outside of the root partition: partition table, boot loader, EFI partition."""
         start, size = _root_partition(self.image)
@@ -196,11 +236,15 @@ class Disk:
             return before + image.read()
 
 
-def _root_partition(image: Path) -> tuple[int, int]:
-    """The start and size of the Linux partition of a GPT image, in bytes."""
+def _partition(image: Path, kind: str) -> tuple[int, int]:
+    """The start and size of the partition of a type on a GPT image, in bytes."""
     table = json.loads(program("sfdisk", "--json", image))["partitiontable"]["partitions"]
-    root = next(p for p in table if p["type"] == "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
-    return root["start"] * 512, root["size"] * 512
+    there = next(p for p in table if p["type"] == kind)
+    return there["start"] * 512, there["size"] * 512
+
+
+def _root_partition(image: Path) -> tuple[int, int]:
+    return _partition(image, "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
 
 
 class Terminal:

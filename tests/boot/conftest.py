@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Fixtures for tests that boot virtual machines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ Boot = Callable[..., Machine]
 def boot(tmp_path: Path) -> Boot:
     """Boots a machine from a disk: `with boot(disk) as machine:`."""
 
-    def start(disk: Disk, *, uefi: bool = False) -> Machine:
-        return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log", expendable=True)
+    def start(disk: Disk, *, uefi: bool = False, devices: Sequence[str] = ()) -> Machine:
+        return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log", expendable=True, devices=devices)
 
     return start

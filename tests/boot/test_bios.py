@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The life of a system that boots by BIOS: change, reboot, edit, deploy a mistake, go back before it boots.
-
-The tour of test_try.py boots the mistake.
-"""
+"""The life of a system that boots by BIOS: change, reboot, edit, deploy a mistake, and the machine goes back."""
 
 import pytest
 
@@ -42,6 +39,10 @@ def test_the_life_of_a_system(disk: Disk, boot: Boot) -> None:
         assert NAMESERVER in said(machine, "cat /etc/resolv.conf")
         assert said(machine, "systemctl show --value --property ConditionResult ash-recover") == "no"
         deploy_something_broken(machine)
+        machine.reboot()
+        machine.login(patient=True)
+        runs_snapshot(machine, 1)
+        assert "snapshot 2 did not start" in said(machine, "ash status")
         assert new_snapshot(machine, "rollback") == 3
         starts_next(machine, 3)
 
@@ -118,7 +119,7 @@ def edit_the_resolver_in_a_chroot(machine: Machine) -> None:
 def deploy_something_broken(machine: Machine) -> None:
     assert new_snapshot(machine, "branch 1") == 2
     said(machine, "ash run 2 rm -r /usr/lib/systemd")
-    said(machine, "ash deploy 2")
+    said(machine, "echo boot_tries::1 >> /etc/ash.conf; ash deploy 2")
     starts_next(machine, 2)
 
 

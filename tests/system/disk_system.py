@@ -209,7 +209,7 @@ class System(Disk):
         return [path for pattern in patterns for path in glob(pattern, root_dir=self.files.snapshots)]  # noqa: PTH207
 
     def boots(self) -> str:
-        """Assert that every menu entry can boot; returns the slot of the first one."""
+        """Assert that every menu entry can boot; returns the slot that GRUB starts by itself."""
         slots = re.findall(r"linux (/\S+) root=UUID=\S+ rootflags=subvol=(\S+)", self.files.grub_cfg.read_text())
         assert slots, "the menu is empty"
         for kernel, subvolume in slots:
@@ -226,7 +226,7 @@ class System(Disk):
         titles = re.findall(r"^menuentry '[^\n]*?, snapshot (\d+):", self.files.grub_cfg.read_text(), re.MULTILINE)
         holds = [(self.files.top / subvolume / "usr/share/ash/snap").read_text().strip() for _, subvolume in slots]
         assert titles == holds, "the menu names other snapshots than its slots hold"
-        return str(slots[0][1].rpartition("snapshot-")[2])
+        return self.starts(self.files.grub_cfg.read_text())
 
     # What is done to it
 
@@ -366,6 +366,14 @@ sys.exit(ash.main())
 """
 
 
+def known_to_boot(menu: dict[str, Any], slot: str) -> dict[str, Any]:
+    """The menu file after `ash bless` in a slot, whose deployment may have been on trial."""
+    deployment = menu["deployments"][slot]
+    if not deployment["tries"]:
+        return menu
+    return {**menu, "good": slot, "deployments": {**menu["deployments"], slot: {**deployment, "tries": 0}}}
+
+
 class Machine:
     """A system with a booted deployment, as far as ash's own state says so."""
 
@@ -377,8 +385,7 @@ class Machine:
     def boot(self) -> str:
         """Record that the deployment for the next boot was booted; returns its slot."""
         menu = json.loads(self._menu.read_text())
-        menu["last_booted"] = menu["default"]
-        self._menu.write_text(json.dumps(menu))
+        self._menu.write_text(json.dumps(known_to_boot(menu, menu["default"]) | {"last_booted": menu["default"]}))
         self.system.ash("recover")
         return self.slot
 

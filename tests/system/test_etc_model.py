@@ -28,7 +28,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ash import SECONDARY_SLOTS, SLOTS
 from tests.support import make_deb
-from tests.system.disk_system import Machine, System
+from tests.system.disk_system import Machine, System, known_to_boot
 from tests.system.models import run_sequences
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(150)]
@@ -100,8 +100,10 @@ class Booted(Machine):
 
     def boot(self, slot: str = "") -> str:
         """Start the deployment in a slot, by default that for the next boot."""
-        note = self.system.root(slot or self.menu["default"]) / "usr/share/ash/deployment"
+        slot = slot or self.menu["default"]
+        note = self.system.root(slot) / "usr/share/ash/deployment"
         (self.files.state / "booted").write_text(note.read_text())
+        (self.files.state / "menu").write_text(json.dumps(known_to_boot(self.menu, slot)))
         self.system.ash("recover")
         return self.slot
 

@@ -17,6 +17,7 @@ from ash import (
     AshError,
     BootConfig,
     Deployment,
+    EfiPartition,
     Layout,
     Menu,
     fstab_entries,
@@ -239,7 +240,7 @@ def deployment(slot: str, snapshot: int, config: BootConfig = CONFIG, ident: str
 
 
 def rendered(menu: Menu, description: str = "a web server") -> str:
-    return menu.render(LAYOUT, UUID, lambda _: description)
+    return menu.render(LAYOUT, UUID, lambda _: description, EfiPartition(LAYOUT))
 
 
 def titles(grub_cfg: str) -> list[str]:

@@ -21,6 +21,7 @@ from ash import (
     BootConfig,
     Configuration,
     Deployment,
+    EfiPartition,
     EtcMerge,
     Layout,
     Menu,
@@ -307,7 +308,8 @@ def test_a_menu_file(text: str, tmp_path: Path) -> None:
     assert json.loads(menu.dump())
     assert {menu.default, menu.last_booted} <= {"", *menu.deployments}
     if menu.default:
-        grub_cfg = menu.render(Layout.at(tmp_path, "debian"), "0-0", str)
+        layout = Layout.at(tmp_path, "debian")
+        grub_cfg = menu.render(layout, "0-0", str, EfiPartition(layout))
         ash.write_file(tmp_path / "grub.cfg", grub_cfg)
         lines = re.findall(r"^    linux .*", grub_cfg, re.MULTILINE)
         assert lines[0].endswith(menu.deployments[menu.default].config.options.rstrip())

@@ -55,11 +55,15 @@ def test_units_run_ash_and_those_that_every_boot_needs_are_wanted(root: Path, ex
     assert "{" not in "".join(path.read_text() for path in (root / UNITS).glob("*.*") if path.is_file())
     wanted = {path.relative_to(root / UNITS).as_posix() for path in (root / UNITS).glob("*.wants/*")}
     assert wanted == {
+        "emergency.target.wants/ash-restart.service",
         "local-fs.target.wants/ash-booted.service",
         "local-fs.target.wants/ash-machine-id.service",
         "local-fs.target.wants/ash-recover.service",
+        "multi-user.target.wants/ash-bless.service",
+        "rescue.target.wants/ash-restart.service",
         "sysinit.target.wants/ash-carry.service",
         "sysinit.target.wants/ash-protect.service",
+        "sysinit.target.wants/ash-trial.service",
     }
     assert all((root / UNITS / name).is_file() for name in wanted)
 

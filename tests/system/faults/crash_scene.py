@@ -31,6 +31,7 @@ from tests.support import (
     make_deb,
     program,
 )
+from tests.system.disk_system import known_to_boot
 
 SCRIPT = (
     "echo new | tee /etc/mark /usr/mark /boot/mark /var/lib/mark-new > /var/spool/mark-new; echo new >> /var/lib/mark/x; "
@@ -70,6 +71,7 @@ COMMANDS: dict[str, list[str]] = {
     "deploy 2": ["deploy", "2", "--secondary"],
     "rollback": ["rollback"],
     "boot": ["boot", "1"],
+    "bless": ["bless"],
     "etc-update": ["etc-update"],
     "carry": ["carry"],
     "unlock": ["unlock", "5"],
@@ -226,7 +228,9 @@ class Scene:
         disk.ash("deploy", disk.clone(2))  # 4
         self._offer(disk)
         with disk.files() as files:
-            self.booted = json.loads((files.state / "menu").read_text())["last_booted"]
+            menu = json.loads((files.state / "menu").read_text())
+            self.booted: str = menu["last_booted"]
+            self.waiting: str = menu["default"]
             (files.root(self.booted) / "etc/drifted").write_text("drifted\n")
             self.last_booted = f"1 {text(files.root(self.booted) / 'etc/mark')}"
         self._interrupt(disk.clone(1))
@@ -256,7 +260,8 @@ class Scene:
         """Record that the deployment for the next boot was booted."""
         with disk.files() as files:
             menu = json.loads((files.state / "menu").read_text())
-            (files.state / "menu").write_text(json.dumps({**menu, "last_booted": menu["default"]}))
+            booted = known_to_boot(menu, menu["default"]) | {"last_booted": menu["default"]}
+            (files.state / "menu").write_text(json.dumps(booted))
         disk.ash("recover")
 
     def _interrupt(self, number: int) -> None:
@@ -295,6 +300,8 @@ class Scene:
 
     def _booted(self, words: Sequence[str]) -> str | None:
         """The slot that counts as booted, for commands of a running system; otherwise None."""
+        if "bless" in words:
+            return self.waiting
         return self.booted if {"carry", "rollback", "etc-update", "--live"} & {*words} else None
 
     def look(self, image: Path, cut: Sequence[str] = ()) -> View:
@@ -472,7 +479,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
         left = {p.name for p in (files.state / "work").glob("*/*")} - {"lock", ".ash-new-intent"}
         assert not left, left
         menu = json.loads((files.state / "menu").read_text())
-        default = menu["deployments"][menu["default"]]
+        default = menu["deployments"][disk.starts(files.grub_cfg.read_text())]
         secondary = [
             d for slot, d in menu["deployments"].items() if "secondary" in slot or slot == "deploy-aux-secondary"
         ]
@@ -492,7 +499,7 @@ def look(disk: Disk, known: Path, go_on: Sequence[str]) -> View:
             running=[text(files.root(menu["last_booted"]) / path) for path in IN_RUNNING],
             lost_found={text(path) for path in (files.snapshots / "lost+found").glob("*/*/**/mark")}
             | {text(path) for path in (files.snapshots / "lost+found").glob("*/ash/*")},
-            boots=f"{default['snapshot']} {text(files.root(menu['default']) / 'etc/mark')}",
+            boots=f"{default['snapshot']} {text(files.root(default['slot']) / 'etc/mark')}",
         )
 
 

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""A new deployment is on trial: what GRUB counts, what is noted when it is good, and when it did not start.
+
+GRUB itself counts in tests/boot. Here its notes are read by grub-editenv.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, passes, programs_in
+from tests.support import DONE, FAILED, REFUSED, USAGE
+from tests.system.disk_system import Machine, System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
+
+
+@pytest.fixture
+def other(system: System, machine: Machine) -> int:
+    """A snapshot that is deployed while another deployment, a good one, runs."""
+    number = system.clone()
+    machine.running("deploy", number)
+    return number
+
+
+def menu(system: System) -> dict[str, str]:
+    found: dict[str, str] = json.loads((system.files.state / "menu").read_text())
+    return found
+
+
+def starts(system: System) -> str:
+    """The slot that GRUB starts by itself."""
+    return system.starts(system.files.grub_cfg.read_text())
+
+
+def spend(system: System, left: int) -> None:
+    """Do as GRUB does at each start."""
+    notes = system.notes()
+    system.write_notes(Countdown(notes["try_id"], str(left)).block)
+
+
+def fails_to_start(machine: Machine) -> dict[str, object]:
+    """The machine has gone back to its running deployment, as GRUB tells by the kernel's command line."""
+    deployments = menu(machine.system)["deployments"]
+    ident = deployments[menu(machine.system)["default"]]["id"]  # type: ignore[index]
+    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
+    done = machine.run("--json", "bless", patch=patch)
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def test_a_new_deployment_has_three_tries(system: System, machine: Machine, other: int) -> None:
+    new = system.files.default_slot()
+    entry = re.findall(r"--id (\S+)", system.files.grub_cfg.read_text())[0]
+    assert system.notes() == {"try_id": entry, "try_n": "3"}
+    seen = []
+    for left in (2, 1, 0):
+        seen.append(starts(system))
+        spend(system, left)
+    assert seen == [new] * 3
+    assert starts(system) == machine.slot
+    status = system.ash("--json", "status").json
+    assert (status["on_trial"], status["fallback"], status["next"]["snapshot"]) == (True, True, other)
+    system.is_sound()
+
+
+def test_a_deployment_that_was_good_once_is_no_longer_counted(system: System, machine: Machine, other: int) -> None:
+    slot = machine.boot()
+    spend(system, 0)
+    assert starts(system) == slot
+    assert "try_n" not in system.files.grub_cfg.read_text()
+    machine.running("bless")
+    assert machine.running("bless")["changed"] is False
+    assert system.ash("--json", "status").json["on_trial"] is False
+
+
+def test_bless_ends_the_trial(system: System, machine: Machine, other: int) -> None:
+    system.files.state.joinpath("booted").write_text(
+        (system.root(system.files.default_slot()) / "usr/share/ash/deployment").read_text()
+    )
+    running = system.files.default_slot()
+    patch = f"ash.System.booted_slot = property(lambda self: {running!r})"
+    answer = json.loads(machine.run("--json", "bless", patch=patch).stdout)
+    assert (answer["changed"], answer["slot"], answer["snapshot"], answer["fell_back_from"]) == (
+        True,
+        running,
+        other,
+        None,
+    )
+    assert system.notes() == {}
+    assert "try_n" not in system.files.grub_cfg.read_text()
+    assert menu(system)["good"] == running
+    system.is_sound()
+
+
+@pytest.mark.parametrize(("lines", "tries"), [("boot_tries::1", 1), ("boot_tries::9\nboot_timeout::2", 9)])
+def test_tries_and_timeout_are_configured(system: System, machine: Machine, lines: str, tries: int) -> None:
+    (machine.etc / "ash.conf").write_text(f"{lines}\n")
+    machine.running("deploy", system.clone())
+    assert system.notes()["try_n"] == str(tries)
+    assert f"ash.trial={2 if 'timeout' in lines else 10} panic=" in system.files.grub_cfg.read_text()
+
+
+def test_zero_tries_are_no_trial(system: System, machine: Machine) -> None:
+    (machine.etc / "ash.conf").write_text("boot_tries::0\n")
+    machine.running("deploy", system.clone())
+    assert "try_n" not in system.files.grub_cfg.read_text()
+    assert system.ash("--json", "status").json["on_trial"] is False
+
+
+def test_a_mistake_in_the_configuration_does_not_prevent_a_deploy(system: System, machine: Machine) -> None:
+    (machine.etc / "ash.conf").write_text("boot_tries::many\n")
+    done = machine.run("deploy", system.clone(), "--fresh-etc")
+    assert "boot_tries and boot_timeout count as not set" in done.stderr
+    assert system.notes()["try_n"] == "3"
+
+
+def test_a_deployment_that_did_not_start_is_not_the_default_any_more(
+    system: System, machine: Machine, other: int
+) -> None:
+    spend(system, 0)
+    answer = fails_to_start(machine)
+    failure = answer["fell_back_from"]
+    assert isinstance(failure, dict)
+    assert failure["snapshot"] == other
+    assert system.files.default_slot() == machine.slot
+    assert "try_n" not in system.files.grub_cfg.read_text()
+    assert machine.running("status")["fell_back_from"]["snapshot"] == other
+    assert machine.running("check", status=FAILED)["fell_back_from"]["snapshot"] == other
+    assert any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
+    assert fails_to_start(machine)["changed"] is False, "it is noted once"
+    system.is_sound()
+
+
+def test_a_snapshot_that_did_not_start_is_deployed_again_once_it_is_changed(
+    system: System, machine: Machine, other: int
+) -> None:
+    fails_to_start(machine)
+    machine.running("deploy", other, status=REFUSED)
+    machine.running("--dry-run", "deploy", other, status=REFUSED)
+    system.ash("desc", other, "still the same")
+    machine.running("deploy", other, status=REFUSED)
+    system.shell(other, "touch /etc/mended")
+    assert not any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
+    assert machine.running("deploy", other)["changed"] is True
+    assert system.notes()["try_n"] == "3"
+
+
+def test_force_deploys_a_snapshot_that_did_not_start(system: System, machine: Machine, other: int) -> None:
+    fails_to_start(machine)
+    assert machine.running("deploy", other, "--force")["changed"] is True
+    assert system.notes()["try_n"] == "3"
+    assert starts(system) == system.files.default_slot() != machine.slot
+
+
+def test_after_a_fallback_all_commands_go_by_what_runs(system: System, machine: Machine, other: int) -> None:
+    (machine.etc / "edited").touch()
+    fails_to_start(machine)
+    assert "edited" in machine.running("status")["drift"]
+    kept = machine.running("rollback")
+    assert kept["from"] != other
+    assert (system.root(kept["snapshot"]) / "etc/edited").exists()
+
+
+def test_a_second_deploy_falls_back_to_the_good_one_too(system: System, machine: Machine, other: int) -> None:
+    running = machine.slot
+    machine.running("deploy", system.clone())
+    assert system.files.default_slot() != running
+    spend(system, 0)
+    assert starts(system) == running
+
+
+def test_once_starts_a_snapshot_once(system: System, machine: Machine) -> None:
+    number, before = system.clone(), system.files.default_slot()
+    machine.running("deploy", "--once", number)
+    assert system.files.default_slot() == before
+    text = system.files.grub_cfg.read_text()
+    entry = system.notes()["once"]
+    assert f'if [ "$once" = "{entry}" ]' in text
+    assert f"snapshot {number}:" in next(line for line in text.splitlines() if f"--id {entry} " in line)
+    system.is_sound()
+
+
+@pytest.mark.parametrize(
+    "block", [None, b"", b"x", os.urandom(BLOCK_SIZE), Countdown("ash-0123456789abcdef", "3").block], ids=repr
+)
+def test_damaged_notes_are_found_and_written_again(
+    system: System, machine: Machine, other: int, block: bytes | None
+) -> None:
+    system.write_notes(block)
+    if block is not None and len(block) == BLOCK_SIZE and block.startswith(b"#"):
+        assert starts(system) == machine.slot, "GRUB starts what is known to boot"
+    assert "EFI partition" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    assert system.notes()["try_n"] == "3"
+    assert starts(system) == system.files.default_slot()
+    system.is_sound()
+
+
+@pytest.fixture
+def without_partition(system: System, machine: Machine) -> Iterator[Machine]:
+    """A system that does not find its EFI partition."""
+    efi = system.files.state / "efi"
+    before = efi.read_text()
+    efi.write_text("0000-0000\n")
+    yield machine
+    efi.write_text(before)
+    system.ash("fsck", "--repair")
+
+
+def test_a_missing_partition_stops_a_deploy_and_fsck_goes_on_without(
+    system: System, without_partition: Machine
+) -> None:
+    machine = without_partition
+    number, before = system.clone(), system.files.grub_cfg.read_bytes()
+    assert "EFI partition 0000-0000" in machine.run("deploy", number, status=REFUSED).error
+    assert system.files.grub_cfg.read_bytes() == before
+    assert "0000-0000, where GRUB counts, is missing" in system.ash("fsck", status=FAILED).stdout
+    (system.files.state / "efi").unlink()
+    assert "not automatic" in system.ash("status").stdout
+    machine.running("deploy", number)
+    assert "try_n" not in system.files.grub_cfg.read_text()
+    assert "--secondary" in machine.run("deploy", number, "--once", status=REFUSED).error
+
+
+def test_fsck_has_grub_count_on_a_disk_of_an_older_ash(system: System, without_partition: Machine) -> None:
+    (system.files.state / "efi").unlink()
+    system.write_notes(None)
+    assert "does not count" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    without_partition.running("deploy", system.clone())
+    assert system.notes()["try_n"] == "3"
+    system.is_sound()
+
+
+def test_health_checks_are_programs_in_known_directories(tmp_path: Path) -> None:
+    for directory in (*REQUIRED_CHECKS, *AFTER_SUCCESS):
+        (tmp_path / directory).mkdir(parents=True)
+    ours, theirs = tmp_path / REQUIRED_CHECKS[0], tmp_path / REQUIRED_CHECKS[1]
+    (ours / "10-good").write_text("#!/bin/sh\nexit 0\n")
+    (ours / "10-good").chmod(0o755)
+    (ours / "README").write_text("not a program\n")
+    (theirs / "20-bad.sh").write_text("exit 1\n")
+    found = {path.name: passes(path) for path in programs_in(tmp_path, REQUIRED_CHECKS)}
+    assert found == {"10-good": True, "20-bad.sh": False}
+
+
+def test_health_is_for_the_running_system(system: System) -> None:
+    system.ash("health", status=USAGE)
+
+
+def test_the_uuid_of_a_fat_file_system_is_read_as_fstab_spells_it() -> None:
+    sector = bytearray(512)
+    assert fat_uuid(bytes(sector)) == ""
+    sector[82:90], sector[67:71] = b"FAT32   ", bytes([0x0F, 0x1B, 0xBA, 0x0D])
+    assert fat_uuid(bytes(sector)) == "0DBA-1B0F"
+
+
+def test_boots_are_only_for_deployments(system: System) -> None:
+    assert "no deployment" in system.ash("bless", status=REFUSED).error
+    assert system.ash("status", status=DONE)
