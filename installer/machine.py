@@ -33,6 +33,9 @@ from installer import host
 QEMU = "qemu-system-x86_64"
 FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 FIRMWARE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+# With Secure Boot, and the keys of Microsoft, which sign the distributions' shims.
+SECURE_FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd")
+SECURE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 # One processor under TCG: with more, a guest's kernel that patches its own code now and then dies of a stale "int3".
 # TCG executes `rep movsb` byte by byte: without ERMS and FSRM the kernel copies and clears memory in larger steps,
 # which saves a fifth of a boot's time.
@@ -144,16 +147,19 @@ def _hardware(
     snapshot: bool,
     memory: int,
     scratch: Path,
+    secure: bool = False,
     disk_format: str = "raw",
     expendable: bool = False,
 ) -> list[str]:
     """QEMU's command line without the console; `scratch` receives the UEFI variables."""
     argv = [QEMU, *accelerator(), "-m", str(memory)]
-    if uefi:
+    if uefi or secure:
         variables = scratch / "uefi-variables"
-        shutil.copyfile(FIRMWARE_VARIABLES, variables)
-        argv += ["-machine", "q35"]
-        argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={FIRMWARE}"]
+        shutil.copyfile(SECURE_VARIABLES if secure else FIRMWARE_VARIABLES, variables)
+        argv += ["-machine", "q35,smm=on" if secure else "q35"]
+        argv += ["-global", "driver=cfi.pflash01,property=secure,value=on"] if secure else []
+        firmware = SECURE_FIRMWARE if secure else FIRMWARE
+        argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={firmware}"]
         argv += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
     # QEMU's option parser reads two commas in a file name as one.
     disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=virtio"
@@ -197,6 +203,7 @@ class Machine:
         log: a file to which the output of the console is appended.
         disk_format: of the image: raw or qcow2.
         expendable: the image need not survive a power cut of the host. The machine is faster then.
+        secure: boot with UEFI and Secure Boot.
         devices: more options of QEMU.
     """
 
@@ -210,9 +217,11 @@ class Machine:
         log: Path | None = None,
         disk_format: str = "raw",
         expendable: bool = False,
+        secure: bool = False,
         devices: Sequence[str] = (),
     ) -> None:
         self._image = image
+        self._secure = secure
         self._devices = devices
         self._uefi = uefi
         self._snapshot = snapshot
@@ -249,6 +258,7 @@ class Machine:
         argv = _hardware(
             self._image,
             uefi=self._uefi,
+            secure=self._secure,
             snapshot=self._snapshot,
             memory=self._memory,
             scratch=self._scratch,

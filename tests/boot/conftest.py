@@ -16,7 +16,8 @@ Boot = Callable[..., Machine]
 def boot(tmp_path: Path) -> Boot:
     """Boots a machine from a disk: `with boot(disk) as machine:`."""
 
-    def start(disk: Disk, *, uefi: bool = False, devices: Sequence[str] = ()) -> Machine:
-        return Machine(disk.image, uefi=uefi, log=tmp_path / "console.log", expendable=True, devices=devices)
+    def start(disk: Disk, *, uefi: bool = False, secure: bool = False, devices: Sequence[str] = ()) -> Machine:
+        log = tmp_path / "console.log"
+        return Machine(disk.image, uefi=uefi, secure=secure, log=log, expendable=True, devices=devices)
 
     return start
