@@ -8483,6 +8483,17 @@ def renew_initramfs(
     return deployment._replace(initramfs=inputs)
 
 
+# What an initramfs and the kernel start, but for a shell, which would wait for a human.
+INIT_PROGRAMS = ("sbin/init", "etc/init", "bin/init")
+
+
+def require_init(root: Path, options: str) -> None:
+    """Raise AshError if a root has none of the programs that start all others; the user may have named another one."""
+    found = [path for path in (path_inside(root, name) for name in INIT_PROGRAMS) if path.is_file()]
+    if not any(path.stat().st_mode & 0o111 for path in found) and not re.search(r"(^| )init=", options):
+        raise AshError("it has no /sbin/init", "install an init system")
+
+
 def configure(
     root: Path, deployment: Deployment, changed: Sequence[str], *, layout: Layout, distro: Distro, menu: Menu
 ) -> Deployment:
@@ -8493,6 +8504,7 @@ def configure(
     if not deployment.config.kernel or any(re.fullmatch(BOOT_SETTINGS, path) for path in changed):
         inputs, config = boot_config(root, menu.deployments.values(), layout=layout, tools=distro.boot_tools)
         deployment = deployment._replace(inputs=inputs, config=config)
+    require_init(root, deployment.config.options)
     settings = [path for path in changed if re.fullmatch(distro.initramfs_settings, path)]
     if not settings:
         return deployment

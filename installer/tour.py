@@ -124,9 +124,9 @@ def _see_the_change(guide: _Guide, number: int) -> None:
 
 
 def _break(guide: _Guide, number: int) -> None:
-    guide.explain("Now a mistake: in a new snapshot, somebody deletes the program that starts all others.")
+    guide.explain("Now a mistake: in a new snapshot, somebody replaces the program that starts all others.")
     broken = _number_of(guide.run(f"ash branch {number}"))
-    guide.run(f"ash run {broken} rm -r /usr/lib/systemd")
+    guide.run(f"ash run {broken} ln -sf /bin/false /usr/sbin/init")
     guide.explain("A new deployment has three tries to start. One is enough here:")
     guide.run("echo boot_tries::1 >> /etc/ash.conf")
     guide.run(f"ash deploy {broken}")

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.boot, pytest.mark.budget(450)]
 
 TRY = [sys.executable, str(CHECKOUT / "init.py"), "try"]
 TOUR = ["ash tree", "ash clone 0", "ash install 1 hello", "ash deploy 1", "reboot", "hello", "ash tree", "ash branch 1"]
-TOUR += ["ash run 2 rm", "ash deploy 2", "reboot", "hello", "ash status"]
+TOUR += ["ash run 2 ln", "ash deploy 2", "reboot", "hello", "ash status"]
 
 
 def test_the_tour_shows_each_step_and_leaves_the_image_as_it_was(disk: Disk) -> None:

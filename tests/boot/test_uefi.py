@@ -71,7 +71,7 @@ def deploy_what_fails(machine: Machine, number: int, script: str) -> None:
 
 def went_back(machine: Machine, failed: int) -> None:
     """Assert that the machine comes up by itself in the last good deployment, and says why."""
-    machine.login()
+    machine.login(hasten=False, patient=True)
     runs_snapshot(machine, 1)
     said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
     starts_next(machine, 1)

@@ -50,7 +50,7 @@ SPIN = 'sh -c "echo -1 > /proc/sys/kernel/sched_rt_runtime_us; exec chrt -f 99 s
 FAULTS = {
     "the kernel panics": Fault(unit('sh -c "echo c > /proc/sysrq-trigger"', "sysinit.target")),
     "init exits": Fault("ln -sf /bin/false /usr/sbin/init"),
-    "no init": Fault("rm -r /usr/lib/systemd"),
+    "init is no program": Fault("rm /usr/sbin/init; echo text > /usr/sbin/init; chmod 755 /usr/sbin/init"),
     "no initramfs": Fault("rm /boot/initrd.img-*"),
     "a damaged initramfs": Fault("for image in /boot/initrd.img-*; do head -c 2000000 $image > x; cp x $image; done"),
     "a damaged kernel": Fault("for kernel in /boot/vmlinuz-*; do echo damaged > $kernel; done", starts=0),

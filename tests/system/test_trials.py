@@ -105,6 +105,13 @@ def test_tries_and_timeout_are_configured(system: System, machine: Machine, line
     assert f"ash.trial={2 if 'timeout' in lines else 10} panic=" in system.files.grub_cfg.read_text()
 
 
+def test_a_snapshot_without_init_is_not_deployed(system: System, machine: Machine) -> None:
+    number = system.clone()
+    system.shell(number, "rm /usr/sbin/init")
+    assert "it has no /sbin/init" in machine.run("deploy", number, status=FAILED).error
+    system.is_sound()
+
+
 def test_zero_tries_are_no_trial(system: System, machine: Machine) -> None:
     (machine.etc / "ash.conf").write_text("boot_tries::0\n")
     machine.running("deploy", system.clone())
