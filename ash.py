@@ -8225,6 +8225,12 @@ def noted_slot(layout: Layout) -> str:
     return slot if slot and own_slot_and_id(layout, slot) == (slot, ident) else ""
 
 
+def require_known_deployments(layout: Layout, menu: Menu) -> None:
+    """Raise AshError (REFUSED) if the menu file is empty, and there are deployments: none would be in the boot menu."""
+    if not menu.deployments and any(is_subvolume(layout.rootfs(slot)) for slot in SLOTS):
+        raise AshError("the menu file has none of the deployments that exist", "ash fsck --repair adds them", REFUSED)
+
+
 def unfinished_deployments(layout: Layout) -> list[Path]:
     """Unfinished deployments, and merged /etcs that were not put in place."""
     kinds = (layout.rootfs, layout.etc, layout.carried)
@@ -8704,6 +8710,7 @@ class Deployments:
         self.ran = booted or noted_slot(layout) or None  # what is known to run, or to have run last
         self.describe = describe
         self.wait = 0.0  # for locks
+        self._boot_config = partial(boot_config, layout=layout, tools=distro.boot_tools)
 
     @property
     def running(self) -> str:
@@ -8807,10 +8814,7 @@ class Deployments:
         with_saved: bool = False,
     ) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
-        if not self.menu.deployments and any(is_subvolume(self.layout.rootfs(slot)) for slot in SLOTS):
-            raise AshError(
-                "the menu file has none of the deployments that exist", "ash fsck --repair adds them", REFUSED
-            )
+        require_known_deployments(self.layout, self.menu)
         # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
         # another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
@@ -9112,7 +9116,7 @@ class Deployments:
         """
         default = self.menu.deployments[self.menu.default]
         if lacks_menu_text(self.layout, default):  # without it, anybody at the console could change the entries
-            inputs, config = self._boot_config(self.layout.rootfs(default.slot), known=())
+            inputs, config = self._boot_config(self.layout.rootfs(default.slot), ())
             self.menu.deployments[default.slot] = default._replace(inputs=inputs, config=config)
         write_file(self.layout.menu, self.menu.dump())
         try:
@@ -9136,7 +9140,7 @@ class Deployments:
         """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
         slots = self.menu.slots_of(snapshot)
         for slot in slots:
-            inputs, config = self._boot_config(self.layout.rootfs(slot), known=())
+            inputs, config = self._boot_config(self.layout.rootfs(slot), ())
             self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
         self.write_menu()
         return slots
@@ -9172,9 +9176,6 @@ class Deployments:
         """A deployment of which it is not known yet how it boots."""
         name = os_release(root, "NAME") or self.layout.distro
         return Deployment(slot, ident, snapshot, source, name, "", BootConfig("", [], ""), is_mutable(root))
-
-    def _boot_config(self, root: Path, known: Iterable[Deployment]) -> tuple[str, BootConfig]:
-        return boot_config(root, known, layout=self.layout, tools=self.distro.boot_tools)
 
     def is_grub_cfg_current(self) -> bool:
         """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
