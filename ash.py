@@ -8558,6 +8558,19 @@ class Carry(NamedTuple):
 TRIES, MINUTES = 3, 10  # the defaults of boot_tries and boot_timeout
 
 
+def restore_trial(menu: Menu, grub_cfg: str, named: Mapping[str, str | None]) -> None:
+    """Put back into a menu, as far as a grub.cfg tells: the last good slot, and the tries of the default.
+
+    Args:
+        named: the slots of "default" and "fallback" in grub.cfg.
+    """
+    menu.good = named.get("fallback") or ""
+    tries, minutes = re.findall(r'"\$try_n" = "(\d)"', grub_cfg), re.findall(rf"{ON_TRIAL}=(\d+) ", grub_cfg)
+    if tries and minutes and menu.default == named.get("default"):
+        default = menu.deployments[menu.default]
+        menu.deployments[menu.default] = default._replace(tries=max(map(int, tries)), minutes=int(minutes[0]))
+
+
 def good_slot(menu: Menu, ran: str | None) -> str:
     """The slot of the newest deployment that is known to boot: what runs or ran last, unless that is still on trial."""
     there = menu.deployments.get(ran or menu.last_booted)
@@ -8576,10 +8589,10 @@ class Trials:
         self.efi = efi
         self.configuration = configuration
 
-    def begin(self, deployment: Deployment, menu: Menu, ran: str | None) -> Deployment:
-        """Put a deployment that becomes the default on trial, if there is a good one to go back to. Returns it.
+    def planned(self, deployment: Deployment, menu: Menu, ran: str | None) -> Deployment:
+        """A deployment that becomes the default with its tries, if there is a good one to go back to.
 
-        GRUB's notes are on the disk before grub.cfg names the deployment. AshError if they cannot be written.
+        AshError if GRUB's notes cannot be read.
         """
         if not self.efi.uuid or not good_slot(menu, ran):
             return deployment
@@ -8590,9 +8603,14 @@ class Trials:
             values = {}
         tries, minutes = int(values.get("boot_tries", TRIES)), int(values.get("boot_timeout", MINUTES))
         if tries:
-            notes = self.efi.read() or Countdown()
-            self.efi.write(notes._replace(try_id=deployment.entry, try_n=str(tries)))
+            self.efi.read()
         return deployment._replace(tries=tries, minutes=minutes)
+
+    def begin(self, deployment: Deployment) -> None:
+        """Write the tries of a deployment to GRUB's notes, before grub.cfg names it. AshError if they cannot be."""
+        if deployment.tries:
+            notes = self.efi.read() or Countdown()
+            self.efi.write(notes._replace(try_id=deployment.entry, try_n=str(deployment.tries)))
 
     def end(self, deployment: Deployment) -> None:
         """Delete GRUB's notes on a deployment that is good. It does not matter if that fails: grub.cfg does not ask."""
@@ -8815,8 +8833,7 @@ class Deployments:
     ) -> tuple[Deployment, bool]:
         """Deploy a snapshot into a free slot; see deploy_snapshot(). Killed or cut anywhere, the machine boots."""
         require_known_deployments(self.layout, self.menu)
-        # Taken before /etc is copied: an edit in between is carried, but counts as one that was not, and so costs
-        # another deploy at worst.
+        # Before /etc is copied: an edit in between is carried, but counts as one that was not: another deploy at worst.
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
         found = None if fresh_etc else self._up_to_date(snapshot, state, secondary)
         if found and not (with_saved and found.only_saved):
@@ -8827,8 +8844,7 @@ class Deployments:
                 deployment = self._build(snapshot, slot, state, fresh_etc, with_saved)
                 if has_unique_changes and slot in self.menu.deployments:
                     self._keep_drift(slot)
-                if not secondary:
-                    deployment = self.trials.begin(deployment, self.menu, self.ran)
+                deployment = deployment if secondary else self.trials.planned(deployment, self.menu, self.ran)
             except BaseException:
                 self._delete_unfinished()
                 raise
@@ -8946,6 +8962,7 @@ class Deployments:
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service check that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
+        self.trials.begin(deployment)  # cut off from here on, recovery looks at the notes
         if self.ran in menu.deployments:
             menu.last_booted = self.ran
         menu.good = good_slot(menu, self.ran)
@@ -9165,6 +9182,7 @@ class Deployments:
         if not there:
             raise AshError("nothing is deployed", "ash deploy N")
         self.menu.default = there[0]
+        restore_trial(self.menu, self._grub_cfg(), named)
         self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
         self.write_menu()
 
