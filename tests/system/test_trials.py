@@ -223,6 +223,7 @@ def test_a_missing_partition_stops_a_deploy_and_fsck_goes_on_without(
     system: System, without_partition: Machine
 ) -> None:
     machine = without_partition
+    system.ash("recover")
     number, before = system.clone(), system.files.grub_cfg.read_bytes()
     assert "EFI partition 0000-0000" in machine.run("deploy", number, status=REFUSED).error
     assert system.files.grub_cfg.read_bytes() == before
