@@ -585,6 +585,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def rollback(self) -> None:
+        self.ids.learn_machine(self.top / "running", self.top / "base", self.top / "brought")  # by its deploy
         shutil.copytree(self.top / "running", self.top / f"{self.snapshots}")
         shutil.rmtree(self.top / "base")
         shutil.copytree(self.top / "running", self.top / "base")
