@@ -3413,6 +3413,7 @@ MENU_TEXT_SHAPE = {"header": [is_line], "foreign": is_text}
 # Sections (by the name of their script) with Linux entries, which ash's own replace.
 LINUX_SECTION = r"\d+_linux\w*$"
 LINUX_ENTRY = r"(?m:^\s*menuentry ('[^'\n]*'|\"[^\"\n]*\")(.*)\{$)"
+MENU_ENTRY = r"(?m:^\s*(?:menuentry|submenu) )"
 UNUSED_SECTION = r"41_custom$"  # includes a file that is not there
 # Options of a Linux entry that the others of the menu get too: who may start it, and how a theme shows it.
 ENTRY_OPTION = r"--(?:class|users)[ =](?:'[^'\n]*'|\"[^\"\n]*\"|[\w,.+-]+)|--unrestricted"
@@ -8151,13 +8152,16 @@ class Menu:
             start = ["menuentry", grub_quoted(title), "--id", one.entry, *filter(None, [default.config.classes]), "{"]
             commands = self._commands(one, layout, uuid, trial)
             entries.append("\n".join([" ".join(start), *commands, "}"]))
+        other = good if good is not default else last or default
+        # For this GRUB takes no id, but only positions in the menu.
+        place = len(re.findall(MENU_ENTRY, header)) + [one for one, _ in marks].index(other)
         lines = [
             "# Made by ash at every deploy. To change it: ash chroot N, edit /etc/default/grub, ash deploy N.",
             *(map(usable_in_header, lines_of(header)) if text is default.config else [header]),
             f'set default_id="{default.entry}"',
-            f'set fallback_id="{(good if good is not default else last or default).entry}"',
+            f'set fallback_id="{other.entry}"',
             'set default="$default_id"',
-            'set fallback="$fallback_id"',
+            f'set fallback="{place}"',
             *grub_preamble(uuid),
             *(grub_countdown(efi, trial.entry, trial.id, trial.tries, trial.minutes) if trial else []),
             *(grub_once(efi, self.deployments[self.once].entry) if self.once and efi.uuid else []),

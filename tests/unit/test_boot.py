@@ -283,6 +283,18 @@ def test_an_entry_boots_its_slot_by_uuid_and_carries_its_id() -> None:
     assert 'set default_id="ash-c0ffee"' in text
 
 
+@pytest.mark.parametrize("header", [[], ["menuentry 'mine' {", "    true", "}", "submenu 'more' {", "}"]])
+def test_the_fallback_is_a_position_in_the_menu(header: list[str]) -> None:
+    slots = {
+        "deploy": deployment("deploy", 0),
+        "deploy-aux": deployment("deploy-aux", 1, CONFIG._replace(header=header)),
+    }
+    text = rendered(Menu("deploy-aux", "deploy", slots))
+    position = re.findall(r"^set fallback=\"(\d+)\"$", text, re.MULTILINE)
+    there = re.findall(r"^(?:menuentry|submenu) '([^']*)'", text, re.MULTILINE)
+    assert "last booted" in there[int(position[0])]
+
+
 @pytest.mark.parametrize("ident", ["1d1dca0b4db0ba0e", "0b1", "2", "c0ffee"])
 def test_grub_does_not_read_an_id_as_a_number(ident: str) -> None:
     """GRUB reads "1d1d" as entry 1: the second one, which is the old deployment."""
