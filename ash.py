@@ -13234,6 +13234,7 @@ def start_counting(deployments: Deployments, uuid: str) -> None:
     write_file(deployments.layout.efi, f"{uuid}\n")
     deployments.trials.efi.uuid = uuid
     deployments.trials.renew(deployments.menu)
+    deployments.write_menu()
 
 
 def notes_problems(deployments: Deployments) -> Iterator[Problem]:
