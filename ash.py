@@ -13242,15 +13242,16 @@ def notes_problems(deployments: Deployments) -> Iterator[Problem]:
     menu, trials = deployments.menu, deployments.trials
     fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
     there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
-    if not trials.efi.uuid and there and trials.efi.find(there[1]):
+    if not os.path.lexists(deployments.layout.efi) and there and trials.efi.find(there[1]):
         what = "GRUB does not count the starts of new deployments: an older ash installed this system"
         repair = partial(start_counting, deployments, there[1])
         yield Problem(what, None, "have it count on the EFI partition", repair, "deploy")
     try:
         what = trials.problem(menu)
     except AshError as error:
-        remedy = "go on without automatic fallback"
-        yield Problem(error.message, None, remedy, partial(stop_counting, deployments), "deploy")
+        if deployments.booted or trials.efi.image:  # else the user may have attached the root's partition alone
+            remedy = "go on without automatic fallback"
+            yield Problem(error.message, None, remedy, partial(stop_counting, deployments), "deploy")
         return
     if what:
         yield Problem(what, None, "write it again", partial(trials.renew, menu), "deploy")

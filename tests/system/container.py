@@ -45,7 +45,7 @@ class Container:
     def __init__(self, system: System) -> None:
         self.system = system
         (system.files.state / "ash").write_text(build(DISTRIBUTION))
-        (system.files.state / "efi").unlink(missing_ok=True)  # its disk has no EFI partition
+        (system.files.state / "efi").write_text("")  # its disk has no EFI partition
         self.boot()
 
     def boot(self) -> None:
