@@ -1173,7 +1173,7 @@ class Layout:
         self.tree, self.last, self.part = ash / "fstree", ash / "last", ash / "part"
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
-        self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing if there is none
+        self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing or empty if there is none
         self.bad = ash / "bad"  # the snapshots whose deployments did not start
         self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
@@ -3675,7 +3675,7 @@ class EfiPartition:
     def __init__(self, layout: Layout, image: Path | None = None) -> None:
         self.layout = layout
         self.image = image
-        self.uuid = read_text(layout.efi).strip() if layout.efi.exists() else ""
+        self.uuid = read_text(layout.efi).strip()
 
     @property
     def name(self) -> str:
@@ -10323,6 +10323,7 @@ class Request(NamedTuple):
     no_secondary: bool = False
     no_upgrade: bool = False
     nuke: bool = False
+    once: bool = False
     patch: bool = False
     privileged: bool = False
     purge: bool = False
@@ -10332,7 +10333,6 @@ class Request(NamedTuple):
     secondary: bool = False
     shell: bool = False
     strict: bool = False
-    once: bool = False
     with_saved: bool = False
 
     @property
@@ -11504,13 +11504,9 @@ def passes(program: Path) -> bool:
 
 
 @command(
-    "health",
-    group=BOOT,
-    usage="health",
-    help="run the health checks (done at boot)",
-    needs_system=False,
+    "health", group=BOOT, usage="health", help="run the health checks (done at boot)", needs_system=False,
     answer={"passed": [str], "failed": [str], "wanted": [str]},
-)
+)  # fmt: skip
 def cmd_health(request: Request) -> Reply:
     if request.root or request.image:
         raise AshError("health checks are for the running system", "leave out --root and --image", USAGE)

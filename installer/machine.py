@@ -346,27 +346,18 @@ class Machine:
         except BrokenPipeError:
             raise self._error("the machine has ended") from None
 
-    def login(
-        self,
-        user: str = "root",
-        password: str = "",
-        timeout: float = BOOT_SECONDS,
-        *,
-        hasten: bool = True,
-        patient: bool = False,
-    ) -> None:
+    def login(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, **how: bool) -> None:
         """Wait for the login prompt, log in, and prepare the shell for command().
 
         Args:
             user, password: of the account.
             timeout: in seconds.
-            hasten: start the default entry when GRUB's menu appears, instead of waiting until GRUB does.
-            patient: the machine restarts by itself after a panic and the like; wait until it comes up.
+            how: how to wait; see await_login().
 
         Raises:
-            MachineError: there was no prompt; at once if the boot ended in a panic or rescue shell.
+            MachineError: there was no prompt.
         """
-        self.enter_shell(user, password, timeout, hasten=hasten, patient=patient)
+        self.enter_shell(user, password, timeout, **how)
         token = secrets.token_hex(4)
         shell = "env PS1= PS2= TERM=dumb PAGER=cat SYSTEMD_PAGER=cat bash --noediting --norc --noprofile"
         self.send(f"stty -echo cols 500 rows 100; printf '<%s>\\n' {token}; exec {shell}\n")
@@ -374,24 +365,25 @@ class Machine:
         # Keep messages of the kernel and of systemd (by its signal for that) out of the output of commands.
         self.command("dmesg --console-level emerg 2>/dev/null; kill -s RTMIN+21 1 2>/dev/null || true")
 
-    def enter_shell(
-        self,
-        user: str = "root",
-        password: str = "",
-        timeout: float = BOOT_SECONDS,
-        *,
-        hasten: bool = True,
-        patient: bool = False,
-    ) -> None:
+    def enter_shell(self, user: str = "root", password: str = "", timeout: float = BOOT_SECONDS, **how: bool) -> None:
         """Wait for the login prompt as login() does, and log in to the user's own shell."""
-        self.await_login(timeout, hasten=hasten, patient=patient)
+        self.await_login(timeout, **how)
         self.send(f"{user}\n")
         if self.expect(r"Password: |[#$] ", 60).group() == "Password: ":
             self.send(f"{password}\n")
             self.expect(r"[#$] ", 60)
 
     def await_login(self, timeout: float = BOOT_SECONDS, *, hasten: bool = True, patient: bool = False) -> None:
-        """Wait for the login prompt as login() does, without logging in."""
+        """Wait for the login prompt.
+
+        Args:
+            timeout: in seconds.
+            hasten: start the default entry when GRUB's menu appears, instead of waiting until GRUB does.
+            patient: the machine restarts by itself after a panic and the like; wait until it comes up.
+
+        Raises:
+            MachineError: there was no prompt; at once, unless `patient`, if the boot ended in a panic or rescue shell.
+        """
         ends = r"\S login: " if patient else rf"\S login: |{DEAD_ENDS}"
         match = self.expect(rf"{ends}|{COUNTDOWN}", timeout)
         if re.fullmatch(COUNTDOWN, match.group()):

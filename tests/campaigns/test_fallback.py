@@ -47,7 +47,7 @@ class Fault:
 
 # One processor, which this has for itself: nothing else runs any more.
 SPIN = 'sh -c "echo -1 > /proc/sys/kernel/sched_rt_runtime_us; exec chrt -f 99 sh -c \\"while :; do :; done\\""'
-FAULTS = {
+CAUSES = {
     "the kernel panics": Fault(unit('sh -c "echo c > /proc/sysrq-trigger"', "sysinit.target")),
     "init exits": Fault("ln -sf /bin/false /usr/sbin/init"),
     "init is no program": Fault("rm /usr/sbin/init; echo text > /usr/sbin/init; chmod 755 /usr/sbin/init"),
@@ -101,9 +101,9 @@ def went_back(disk: Disk, boot: Boot, number: int, *, uefi: bool, starts: int, d
 
 
 @FIRMWARE
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", CAUSES)
 def test_the_last_good_deployment_runs_again(disk: Disk, boot: Boot, name: str, uefi: bool) -> None:
-    fault = FAULTS[name]
+    fault = CAUSES[name]
     number = on_trial(disk, fault.script)
     went_back(disk, boot, number, uefi=uefi, starts=fault.starts, devices=fault.devices)
 
@@ -131,7 +131,7 @@ def test_without_its_partition_a_machine_starts_the_last_good_deployment(disk: D
 
 
 def test_a_machine_with_secure_boot_goes_back_too(disk: Disk, boot: Boot) -> None:
-    number = on_trial(disk, FAULTS["init exits"].script)
+    number = on_trial(disk, CAUSES["init exits"].script)
     with boot(disk, secure=True) as machine:
         machine.login(patient=True, hasten=False, timeout=1800)
         runs_snapshot(machine, 0)
