@@ -11,13 +11,14 @@ from tests.support import DISTRIBUTION, DONE, SECONDS, Outcome, Terminal
 from tests.system.disk_system import System
 
 # pivot_root, because ash must not find itself in a chroot. The disk gets the name of a real one: GRUB ignores a root on
-# a file-backed loop device.
+# a file-backed loop device. It keeps its own name too: the kernel goes back to that if anybody scans for devices.
 DISK = "/dev/vda"
 START = """\
 mount -t tmpfs tmpfs {root}
 for name in null zero full random urandom tty ptmx fd stdin stdout stderr; do cp -a /dev/$name {root}/; done
 mkdir {root}/pts {root}/shm
 mount --rbind /dev/pts {root}/pts
+cp -a {device} {root}/
 cp -a {device} {root}/vda
 mount --move {root} /dev
 {mounts}
