@@ -3779,12 +3779,19 @@ class EfiPartition:
 
     def _mtools(self, drive: str, block: bytes | None = None) -> bytes:
         """Read the block (empty if it is missing), or write it."""
+        import shutil
+
+        if shutil.which("mtype", path=SYSTEM_PATH) is None:
+            what = "this Linux cannot mount the EFI partition, where GRUB counts: it has no FAT"
+            raise AshError(what, "install mtools", REFUSED)
         target = f"::{self.name}"
         if block is None:
             return os.fsencode(run(["mtype", "-i", drive, target], check=False).stdout)
         above = [str(path) for path in reversed(Path(self.name).parents) if path.name]
         run(["mmd", "-D", "s", "-i", drive, *(f"::{path}" for path in above)], check=False)  # they may exist
-        run(["mcopy", "-o", "-i", drive, "-", target], input=block.decode())
+        copied = run(["mcopy", "-o", "-i", drive, "-", target], input=block.decode())
+        if self._mtools(drive) != block:  # on a full partition mcopy 4.0.32 ends with 0
+            raise AshError(f"cannot write GRUB's notes to the EFI partition: {copied.stderr.strip()}")
         return block
 
 
@@ -8229,6 +8236,12 @@ def noted_slot(layout: Layout) -> str:
     return slot if slot and own_slot_and_id(layout, slot) == (slot, ident) else ""
 
 
+def unconfigured(layout: Layout, root: Path, slot: str, ident: str, snapshot: int) -> Deployment:
+    """A deployment of which it is not known yet how it boots, nor of which state of the snapshot it is."""
+    name = os_release(root, "NAME") or layout.distro
+    return Deployment(slot, ident, snapshot, 0, name, "", BootConfig("", [], ""), is_mutable(root))
+
+
 def require_known_deployments(layout: Layout, menu: Menu) -> None:
     """Raise AshError (REFUSED) if the menu file is empty, and there are deployments: none would be in the boot menu."""
     if not menu.deployments and any(is_subvolume(layout.rootfs(slot)) for slot in SLOTS):
@@ -8594,10 +8607,7 @@ class Trials:
         self.configuration = configuration
 
     def planned(self, deployment: Deployment, menu: Menu, ran: str | None) -> Deployment:
-        """A deployment that becomes the default with its tries, if there is a good one to go back to.
-
-        AshError if GRUB's notes cannot be read.
-        """
+        """A deployment that becomes the default with its tries, if there is a good one to go back to."""
         if not self.efi.uuid or not good_slot(menu, ran):
             return deployment
         try:
@@ -8606,8 +8616,6 @@ class Trials:
             console.warn(f"{error.message}; boot_tries and boot_timeout count as not set")
             values = {}
         tries, minutes = int(values.get("boot_tries", TRIES)), int(values.get("boot_timeout", MINUTES))
-        if tries:
-            self.efi.read()
         return deployment._replace(tries=tries, minutes=minutes)
 
     def begin(self, deployment: Deployment) -> None:
@@ -8711,28 +8719,141 @@ def note_failure(layout: Layout, failure: Failure) -> None:
     write_file(layout.bad, json.dumps([one._asdict() for one in (*still, failure)]) + "\n")
 
 
+def forget_failure(layout: Layout, deployment: str) -> bool:
+    """Forget that a deployment did not start, by its id: it runs now. Returns whether it was noted."""
+    known = failures(layout)
+    others = [one._asdict() for one in known if one.deployment != deployment]
+    if len(others) < len(known):
+        write_file(layout.bad, json.dumps(others) + "\n")
+    return len(others) < len(known)
+
+
+# --- The boot menu on disk: the menu file and grub.cfg ----------------------------------------------------------
+
+
+class BootMenu:
+    """The menu file and the grub.cfg that is made from it; methods that change them need the lock "deploy".
+
+    Args:
+        layout: of the distribution whose menu it is.
+        distro: the distribution.
+        efi: where GRUB counts.
+        describe: returns the description of a snapshot.
+    """
+
+    KEPT = 5  # older grub.cfg files
+
+    def __init__(self, layout: Layout, distro: Distro, efi: EfiPartition, describe: Callable[[int], str]) -> None:
+        self.layout = layout
+        self.efi = efi
+        self.describe = describe
+        self.menu = Menu.load(layout.menu)
+        self.uuid = root_uuid(layout)
+        self.boot_config = partial(boot_config, layout=layout, tools=distro.boot_tools)
+
+    def write(self) -> None:
+        """Replace the menu file, then grub.cfg; each atomically and with a full commit: GRUB does not replay the log.
+
+        Raises:
+            CommittedButUnfinished: the menu file was replaced, grub.cfg was not.
+        """
+        default = self.menu.deployments[self.menu.default]
+        if lacks_menu_text(self.layout, default):  # without it, anybody at the console could change the entries
+            inputs, config = self.boot_config(self.layout.rootfs(default.slot), ())
+            self.menu.deployments[default.slot] = default._replace(inputs=inputs, config=config)
+        write_file(self.layout.menu, self.menu.dump())
+        try:
+            self._write_grub_cfg()
+        except (AshError, OSError) as error:
+            what = f"the boot menu is changed, but grub.cfg is not finished: {reason(error)}"
+            raise CommittedButUnfinished(what, "ash recover finishes it") from error
+
+    def _write_grub_cfg(self) -> None:
+        grub_cfg = self.layout.grub_cfg
+        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT + 1))]
+        for newer, older in reversed(list(itertools.pairwise(old))):
+            if newer.exists():
+                about_to(f"keep {older.name}")
+                older.unlink(missing_ok=True)
+                os.link(newer, older)
+        write_file(grub_cfg, self.rendered(), mode=0o600)
+        sync_filesystem(self.layout.snapshots)
+
+    def renew(self, snapshot: int) -> list[str]:
+        """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
+        slots = self.menu.slots_of(snapshot)
+        for slot in slots:
+            inputs, config = self.boot_config(self.layout.rootfs(slot), ())
+            self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
+        self.write()
+        return slots
+
+    def rebuild(self, ran: str | None) -> None:
+        """Add to the menu what is missing, from the slots and from grub.cfg; AshError if nothing can be booted.
+
+        Args:
+            ran: the slot that is known to run, or to have run last.
+        """
+        grub_cfg = self.grub_cfg()
+        entry = r" rootflags=subvol=\S*/snapshot-([a-z-]+)\S* .*\bash\.deployment=(\w+)"
+        of_id = {ident: slot for slot, ident in re.findall(entry, grub_cfg)}
+        ids = {slot: ident for ident, slot in of_id.items()}
+        named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', grub_cfg)}
+        for slot in (*SLOTS, *SECONDARY_SLOTS):
+            root, own = self.layout.rootfs(slot), own_slot_and_id(self.layout, slot)[1]
+            ident = ids.get(slot) or own or os.urandom(8).hex()
+            if slot not in self.menu.deployments and (root / IN_ROOT_SNAP).is_file():
+                with contextlib.suppress(AshError):  # it cannot be booted
+                    self.menu.deployments[slot] = self._deployment_in(slot, ident)
+        before = (ran, self.menu.last_booted, named.get("fallback"))
+        wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
+        there = [slot for slot in wanted if slot and slot in self.menu.deployments]
+        if not there:
+            raise AshError("nothing is deployed", "ash deploy N")
+        self.menu.default = there[0]
+        restore_trial(self.menu, grub_cfg, named)
+        self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
+        self.write()
+
+    def _deployment_in(self, slot: str, ident: str) -> Deployment:
+        """The deployment in a slot; the id of the snapshot's subvolume at its deploy is lost."""
+        root, snapshot = self.layout.rootfs(slot), snapshot_of_slot(self.layout, slot)
+        inputs, config = self.boot_config(root, self.menu.deployments.values())
+        found = unconfigured(self.layout, root, slot, ident, snapshot)
+        return found._replace(inputs=inputs, config=config)
+
+    def is_current(self) -> bool:
+        """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
+        is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
+        return is_gone or without_titles(self.grub_cfg()) == without_titles(self.rendered())
+
+    def rendered(self) -> str:
+        """The text that grub.cfg should have."""
+        return self.menu.render(self.layout, self.uuid, self.describe, self.efi)
+
+    def grub_cfg(self) -> str:
+        """The text that it has."""
+        return read_text(self.layout.grub_cfg)
+
+
 # --- Deployments: slots that the menu boots --------------------------------------------------------------------
 
 
 class Deployments:
-    """The deployments on disk and the menu that boots them; methods that change them need the lock "deploy"."""
-
-    KEPT_MENUS = 5
+    """The deployments on disk, which the menu boots; methods that change them need the lock "deploy"."""
 
     def __init__(
-        self, layout: Layout, distro: Distro, trials: Trials, *, booted: str | None, describe: Callable[[int], str]
+        self, layout: Layout, distro: Distro, trials: Trials, boot_menu: BootMenu, *, booted: str | None
     ) -> None:
         self.layout = layout
         self.distro = distro
         self.trials = trials
+        self.boot_menu = boot_menu
+        self.menu = boot_menu.menu
         self.homes: Mapping[str, Path] = {"home": layout.home, "root": layout.home_root}
-        self.menu = Menu.load(layout.menu)
-        self.uuid = root_uuid(layout)
         self.booted = booted
         self.ran = booted or noted_slot(layout) or None  # what is known to run, or to have run last
-        self.describe = describe
         self.wait = 0.0  # for locks
-        self._boot_config = partial(boot_config, layout=layout, tools=distro.boot_tools)
 
     @property
     def running(self) -> str:
@@ -8756,8 +8877,12 @@ class Deployments:
         default = self.menu.default
         if (self.layout.work("deploy") / "intent").exists():
             self.trials.recover(self.menu)
-        if default and is_subvolume(self.layout.rootfs(default)) and self._grub_cfg() != self._rendered():
-            self.write_menu()
+        if (
+            default
+            and is_subvolume(self.layout.rootfs(default))
+            and self.boot_menu.grub_cfg() != self.boot_menu.rendered()
+        ):
+            self.boot_menu.write()
         remove_tree(self.layout.work("deploy") / "intent")
         if late:
             raise late
@@ -8810,7 +8935,7 @@ class Deployments:
             write_file(place_inside(root, IN_ROOT_ID), made.note)  # what is newer was changed as it ran
         if made != deployment:
             self.menu.deployments[slot] = made
-            self.write_menu()
+            self.boot_menu.write()
         return made
 
     def _delete_unfinished(self) -> None:
@@ -8912,10 +9037,10 @@ class Deployments:
         layout, new = self.layout, self.layout.rootfs(f"new-{slot}")
         source = subvolume_id(layout.rootfs(snapshot))
         snapshot_subvolume(layout.rootfs(snapshot), new)
-        make_bootable(layout, self.distro, new, slot, self.uuid)
+        make_bootable(layout, self.distro, new, slot, self.boot_menu.uuid)
         write_inside(new, IN_ROOT_SNAP, f"{snapshot}\n")
         mount_mutable_directories(self.layout, new, snapshot)
-        deployment = self._unconfigured(new, slot, os.urandom(8).hex(), snapshot, source)
+        deployment = unconfigured(layout, new, slot, os.urandom(8).hex(), snapshot)._replace(source=source)
         copy_as_subvolume(new / "etc", layout.etc(f"new-{slot}"))  # the base for drift
         if self.running:
             deployment = self._carry_etc(deployment, new / "etc", layout.etc(self.running), state, fresh=fresh_etc)
@@ -8925,8 +9050,7 @@ class Deployments:
             paths = deployment.carried
             deployment = configure(new, deployment, paths, layout=layout, distro=self.distro, menu=self.menu)
         except AshError as error:
-            if deployment.conflicts_folder:
-                remove_tree(layout.var / deployment.conflicts_folder.removeprefix("/var/"))
+            self._forget_conflicts(deployment)
             hint = hint_about(self.distro, snapshot, deployment.carried) or error.hint
             raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
@@ -8966,7 +9090,7 @@ class Deployments:
         intent = layout.work("deploy") / "intent"
         write_file(intent, f"{slot}\n")  # has the boot service check that menu and grub.cfg agree
         sync_filesystem(layout.snapshots)
-        self.trials.begin(deployment)  # cut off from here on, recovery looks at the notes
+        self._begin_trial(deployment)
         if self.ran in menu.deployments:
             menu.last_booted = self.ran
         menu.good = good_slot(menu, self.ran)
@@ -8974,7 +9098,7 @@ class Deployments:
             if menu.default == slot:
                 menu.default = menu.fallback.slot if menu.fallback else next(iter(menu.deployments), "")
             if menu.default:
-                self.write_menu()
+                self.boot_menu.write()
         replace_subvolume(layout.etc(f"new-{slot}"), layout.etc(slot))
         if layout.carried(f"new-{slot}").exists():
             replace_subvolume(layout.carried(f"new-{slot}"), layout.carried(slot))
@@ -8990,9 +9114,26 @@ class Deployments:
                 menu.last_booted = menu.default
             menu.default = slot
         menu.deployments[slot] = deployment
-        self.write_menu()
+        self.boot_menu.write()
         delete_subvolume(new, even_mounted=True)
         remove_tree(intent)
+
+    def _begin_trial(self, deployment: Deployment) -> None:
+        """Have GRUB count; if it cannot, delete the deployment. Cut off from here on, recovery looks at the notes."""
+        try:
+            self.trials.begin(deployment)
+        except AshError:
+            self._delete_unfinished()
+            self._forget_conflicts(deployment)
+            with contextlib.suppress(AshError):  # that is the error already
+                self.trials.renew(self.menu)
+            remove_tree(self.layout.work("deploy") / "intent")
+            raise
+
+    def _forget_conflicts(self, deployment: Deployment) -> None:
+        """Delete the conflicts directory of a deployment that did not come about."""
+        if deployment.conflicts_folder:
+            remove_tree(self.layout.var / deployment.conflicts_folder.removeprefix("/var/"))
 
     def withdraw(self, snapshot: int, fresh: bool = False) -> list[Deployment]:
         """Take a snapshot's secondary deployments out of the menu, and delete them. Returns them.
@@ -9013,7 +9154,7 @@ class Deployments:
             self._keep_drift(slot)
             write_file(self.layout.work("deploy") / "intent", f"withdraw {slot}\n")
             menu.take_out(slot)
-            self.write_menu()
+            self.boot_menu.write()
             self._finish_withdrawal()
             remove_tree(self.layout.work("deploy") / "intent")
         return found
@@ -9030,7 +9171,7 @@ class Deployments:
     def etc_merge(self, base: Path, root: Path, target: Path, snapshot: int, which: int | str) -> EtcMerge:
         """The merge of the changes since `base` to the /etc of a root, a read-only view, into the /etc of `which`."""
         layout = self.layout
-        own_fstab = partial(render_fstab, layout, self.uuid, which, mutable=is_mutable(target.parent))
+        own_fstab = partial(render_fstab, layout, self.boot_menu.uuid, which, mutable=is_mutable(target.parent))
         require_directories(root)
         is_default = partial(self.distro.package_manager.is_default, target.parent)
         merge = EtcMerge(base, root / "etc", target, layout.conflicts(snapshot), own_fstab, is_default=is_default)
@@ -9126,89 +9267,6 @@ class Deployments:
         new = self.layout.etc(f"new-{slot}")
         copy_moved_base(merge, new, merge.in_conflict)
         replace_subvolume(new, self.layout.etc(slot))
-
-    # The menu
-
-    def write_menu(self) -> None:
-        """Replace the menu file, then grub.cfg; each atomically and with a full commit: GRUB does not replay the log.
-
-        Raises:
-            CommittedButUnfinished: the menu file was replaced, grub.cfg was not.
-        """
-        default = self.menu.deployments[self.menu.default]
-        if lacks_menu_text(self.layout, default):  # without it, anybody at the console could change the entries
-            inputs, config = self._boot_config(self.layout.rootfs(default.slot), ())
-            self.menu.deployments[default.slot] = default._replace(inputs=inputs, config=config)
-        write_file(self.layout.menu, self.menu.dump())
-        try:
-            self._write_grub_cfg()
-        except (AshError, OSError) as error:
-            what = f"the boot menu is changed, but grub.cfg is not finished: {reason(error)}"
-            raise CommittedButUnfinished(what, "ash recover finishes it") from error
-
-    def _write_grub_cfg(self) -> None:
-        grub_cfg = self.layout.grub_cfg
-        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT_MENUS + 1))]
-        for newer, older in reversed(list(itertools.pairwise(old))):
-            if newer.exists():
-                about_to(f"keep {older.name}")
-                older.unlink(missing_ok=True)
-                os.link(newer, older)
-        write_file(grub_cfg, self._rendered(), mode=0o600)
-        sync_filesystem(self.layout.snapshots)
-
-    def renew_boot_config(self, snapshot: int) -> list[str]:
-        """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
-        slots = self.menu.slots_of(snapshot)
-        for slot in slots:
-            inputs, config = self._boot_config(self.layout.rootfs(slot), ())
-            self.menu.deployments[slot] = self.menu.deployments[slot]._replace(inputs=inputs, config=config)
-        self.write_menu()
-        return slots
-
-    def rebuild_menu(self) -> None:
-        """Add to the menu what is missing, from the slots and from grub.cfg; AshError if nothing can be booted."""
-        entry = r" rootflags=subvol=\S*/snapshot-([a-z-]+)\S* .*\bash\.deployment=(\w+)"
-        of_id = {ident: slot for slot, ident in re.findall(entry, self._grub_cfg())}
-        ids = {slot: ident for ident, slot in of_id.items()}
-        named = {key: of_id.get(ident) for key, ident in re.findall(r'set (\w+)_id="(?:ash-)?(\w+)"', self._grub_cfg())}
-        for slot in (*SLOTS, *SECONDARY_SLOTS):
-            root, own = self.layout.rootfs(slot), own_slot_and_id(self.layout, slot)[1]
-            ident = ids.get(slot) or own or os.urandom(8).hex()
-            if slot not in self.menu.deployments and (root / IN_ROOT_SNAP).is_file():
-                with contextlib.suppress(AshError):  # it cannot be booted
-                    number = snapshot_of_slot(self.layout, slot)
-                    source = 0  # the id of the snapshot's subvolume then, which is lost
-                    self.menu.deployments[slot] = self._deployment_in(root, slot, ident, number, source)
-        before = (self.ran, self.menu.last_booted, named.get("fallback"))
-        wanted = (named.get("default"), *before, *SLOTS, *SECONDARY_SLOTS)
-        there = [slot for slot in wanted if slot and slot in self.menu.deployments]
-        if not there:
-            raise AshError("nothing is deployed", "ash deploy N")
-        self.menu.default = there[0]
-        restore_trial(self.menu, self._grub_cfg(), named)
-        self.menu.last_booted = next((slot for slot in before if slot and slot in there), there[0])
-        self.write_menu()
-
-    def _deployment_in(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
-        inputs, config = self._boot_config(root, self.menu.deployments.values())
-        return self._unconfigured(root, slot, ident, snapshot, source)._replace(inputs=inputs, config=config)
-
-    def _unconfigured(self, root: Path, slot: str, ident: str, snapshot: int, source: int) -> Deployment:
-        """A deployment of which it is not known yet how it boots."""
-        name = os_release(root, "NAME") or self.layout.distro
-        return Deployment(slot, ident, snapshot, source, name, "", BootConfig("", [], ""), is_mutable(root))
-
-    def is_grub_cfg_current(self) -> bool:
-        """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
-        is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
-        return is_gone or without_titles(self._grub_cfg()) == without_titles(self._rendered())
-
-    def _rendered(self) -> str:
-        return self.menu.render(self.layout, self.uuid, self.describe, self.trials.efi)
-
-    def _grub_cfg(self) -> str:
-        return read_text(self.layout.grub_cfg)
 
 
 # --- The system: one distribution on one file system -----------------------------------------------------------
@@ -9346,8 +9404,10 @@ class System:
 
     def deployments(self) -> Deployments:
         """The deployments, with the menu as it is now."""
-        trials = Trials(EfiPartition(self.layout, self.image), self.configuration)
-        found = Deployments(self.layout, self.distro, trials, booted=self.booted_slot, describe=self.describe)
+        efi = EfiPartition(self.layout, self.image)
+        boot_menu = BootMenu(self.layout, self.distro, efi, self.describe)
+        trials = Trials(efi, self.configuration)
+        found = Deployments(self.layout, self.distro, trials, boot_menu, booted=self.booted_slot)
         found.wait = self.wait
         found.homes = self.homes
         return found
@@ -11298,7 +11358,7 @@ def start_once(system: System, deployment: Deployment) -> None:
         if there is None or there.id != deployment.id:
             raise AshError(f"another ash has replaced the deployment in {deployment.slot}", "", LOCKED)
         deployments.menu.once = deployment.slot
-        deployments.write_menu()
+        deployments.boot_menu.write()
         deployments.trials.start_once(deployment)
 
 
@@ -11435,7 +11495,7 @@ def cmd_boot(system: System, request: Request) -> Plan:
     yield would(f"renew the boot configuration of snapshot {number}")
     with step(f"renewing the boot configuration of snapshot {number}"), system.deploying() as deployments:
         deployments.recover()
-        renewed = deployments.renew_boot_config(number)
+        renewed = deployments.boot_menu.renew(number)
     return Reply({"snapshot": number, "changed": True, "slots": renewed}, f"renewed: {', '.join(renewed)}")
 
 
@@ -11544,7 +11604,7 @@ def note_good(deployments: Deployments, slot: str) -> bool:
         return False
     menu.deployments[slot] = one._replace(tries=0, minutes=0)
     menu.good = slot
-    deployments.write_menu()
+    deployments.boot_menu.write()
     deployments.trials.end(one)
     return True
 
@@ -11565,7 +11625,7 @@ def note_fallback(system: System, deployments: Deployments, slot: str, ident: st
     menu.deployments[failed.slot] = failed._replace(tries=0, minutes=0)
     menu.default = menu.last_booted = slot
     menu.good = good_slot(menu, slot)
-    deployments.write_menu()
+    deployments.boot_menu.write()
     return failure
 
 
@@ -11582,7 +11642,8 @@ def cmd_bless(system: System, request: Request) -> Plan:
     options = kernel_options()
     with system.deploying() as deployments:
         failure = note_fallback(system, deployments, slot, options[FELL_BACK]) if FELL_BACK in options else None
-        is_new = note_good(deployments, slot)
+        was_bad = forget_failure(system.layout, deployments.menu.deployments[slot].id)
+        is_new = note_good(deployments, slot) or was_bad
     if failure and system.running:
         announce(failure)
     after = AFTER_FALLBACK if failure else AFTER_SUCCESS if is_new else ()
@@ -13222,7 +13283,7 @@ def stop_counting(deployments: Deployments) -> None:
     except AshError:
         deployments.layout.efi.unlink(missing_ok=True)
         deployments.trials.efi.uuid = ""
-        deployments.write_menu()
+        deployments.boot_menu.write()
 
 
 def start_counting(deployments: Deployments, uuid: str) -> None:
@@ -13230,7 +13291,7 @@ def start_counting(deployments: Deployments, uuid: str) -> None:
     write_file(deployments.layout.efi, f"{uuid}\n")
     deployments.trials.efi.uuid = uuid
     deployments.trials.renew(deployments.menu)
-    deployments.write_menu()
+    deployments.boot_menu.write()
 
 
 def notes_problems(deployments: Deployments) -> Iterator[Problem]:
@@ -13742,7 +13803,7 @@ class Fsck:
                 make = partial(self._make_from_carried, deployment.slot)
                 yield Problem(what, deployment.snapshot, "make them", make, "deploy")
             yield from self._drift_base(deployment)
-        if not deployments.is_grub_cfg_current():
+        if not deployments.boot_menu.is_current():
             what = "grub.cfg differs from what ash wrote last"
             yield Problem(what, None, "write it again", self._write_menu, "deploy")
         yield from notes_problems(deployments)
@@ -13754,12 +13815,12 @@ class Fsck:
             self.lost.take(self.layout.menu)
             deployments = self.system.deployments()
         if deployments.menu.default not in deployments.menu.deployments:
-            deployments.rebuild_menu()
+            deployments.boot_menu.rebuild(deployments.ran)
 
     def _write_menu(self) -> None:
         deployments = self.system.deployments()
-        if not deployments.is_grub_cfg_current():
-            deployments.write_menu()
+        if not deployments.boot_menu.is_current():
+            deployments.boot_menu.write()
 
     def _make_from_carried(self, slot: str) -> None:
         deployments = self.system.deployments()
@@ -13768,7 +13829,7 @@ class Fsck:
 
     def _restore_menu_text(self, deployment: Deployment) -> None:
         if lacks_menu_text(self.layout, deployment):
-            self.system.deployments().renew_boot_config(deployment.snapshot)
+            self.system.deployments().boot_menu.renew(deployment.snapshot)
 
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         layout, root, number = self.layout, self.layout.rootfs(deployment.slot), deployment.snapshot

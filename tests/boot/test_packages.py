@@ -12,7 +12,7 @@ from tests.boot.checks import refused, runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
 from tests.support import Disk
 
-pytestmark = [pytest.mark.boot, pytest.mark.budget(520)]
+pytestmark = [pytest.mark.boot, pytest.mark.budget(480)]
 
 UNIT = """\
 [Service]
@@ -66,6 +66,7 @@ def test_packages_of_a_running_system(disk: Disk, boot: Boot, tmp_path: Path) ->
         opens_itself(machine)
         upgrades_a_tree_by_cron(machine)
         upgrades_by_night(machine)
+        machine.reboot()
         machine.login()
         runs_snapshot(machine, 1)
         assert said(machine, "cat /usr/share/tool") == "3"
@@ -168,7 +169,7 @@ def upgrades_a_tree_by_cron(machine: Machine) -> None:
 
 
 def upgrades_by_night(machine: Machine) -> None:
-    """A broken package changes nothing; otherwise auto-upgrade keeps a copy, upgrades, deploys and reboots."""
+    """A broken package changes nothing; otherwise auto-upgrade keeps a copy, upgrades, deploys and schedules a reboot."""
     said(machine, "ln -sfn 4 /home/archive")
     assert machine.command("systemctl start ash-upgrade.service", timeout=300, ok=None).status != 0
     refused(machine, "ash check", "failed")
@@ -176,6 +177,8 @@ def upgrades_by_night(machine: Machine) -> None:
     assert said(machine, "cat /.snapshots/rootfs/snapshot-1/usr/share/tool") == "2"
     said(machine, "printf 'auto_upgrade::reboot\\nauto_upgrade_window::00:00-23:59\\n' > /etc/ash.conf")
     said(machine, "ln -sfn 3 /home/archive && systemctl start ash-upgrade.service")
+    scheduled = said(machine, "cat /run/systemd/shutdown/scheduled; shutdown -c")  # not to wait for it
+    assert "MODE=reboot" in scheduled
     assert "succeeded" in said(machine, "ash check")
     starts_next(machine, 1)
     assert "1 before 20" in said(machine, "ash tree")

@@ -19,9 +19,9 @@ def _own_mounts() -> None:
     mount("none", Path("/"), flags=MS_REC | MS_SLAVE)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reflinks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory on a btrfs of its own, where reflink copies of disk images cost nothing."""
+    """A directory on a btrfs of its own, where reflink copies of disk images cost nothing; shared by all modules."""
     directory = tmp_path_factory.mktemp("reflinks")
     disk, top = directory / "disk", directory / "top"
     top.mkdir()

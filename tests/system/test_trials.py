@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, passes, programs_in
-from tests.support import DONE, FAILED, REFUSED, USAGE
+from tests.support import DONE, FAILED, REFUSED, USAGE, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
@@ -163,6 +163,19 @@ def test_force_deploys_a_snapshot_that_did_not_start(system: System, machine: Ma
     assert starts(system) == system.files.default_slot() != machine.slot
 
 
+def test_a_deployment_that_did_not_start_and_runs_later_is_not_bad_any_more(
+    system: System, machine: Machine, other: int
+) -> None:
+    bad = system.files.default_slot()
+    fails_to_start(machine)
+    patch = f"ash.System.booted_slot = property(lambda self: {bad!r})"
+    answers = [json.loads(machine.run("--json", "bless", patch=patch).stdout) for _ in range(2)]
+    assert [answer["changed"] for answer in answers] == [True, False]
+    assert not any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
+    machine.running("deploy", other)
+    system.is_sound()
+
+
 def test_after_a_fallback_all_commands_go_by_what_runs(system: System, machine: Machine, other: int) -> None:
     (machine.etc / "edited").touch()
     fails_to_start(machine)
@@ -207,6 +220,32 @@ def test_damaged_notes_are_found_and_written_again(
     assert system.notes()["try_n"] == "3"
     assert starts(system) == system.files.default_slot()
     system.is_sound()
+
+
+def test_a_deploy_that_cannot_have_grub_count_changes_nothing(system: System, machine: Machine, tmp_path: Path) -> None:
+    number, before = system.clone(), system.files.grub_cfg.read_bytes()
+    (machine.etc / "issue").write_text("edited\n")
+    system.shell(number, "echo changed > /etc/issue")
+    system.write_notes(None)
+    (free,) = re.findall(r"([\d ]+) bytes free", program("mdir", "-i", system.drive, "::"))
+    (tmp_path / "filler").write_bytes(bytes(int(free.replace(" ", ""))))
+    program("mcopy", "-i", system.drive, tmp_path / "filler", "::filler")
+    try:
+        conflicts = set(system.files.var.glob("lib/ash/conflicts/*"))
+        assert "GRUB's notes" in machine.run("deploy", number, status=FAILED).error
+        assert system.files.grub_cfg.read_bytes() == before
+        assert set(system.files.var.glob("lib/ash/conflicts/*")) == conflicts
+        assert not system.remains()
+    finally:
+        program("mdel", "-i", system.drive, "::filler")
+    machine.running("deploy", number)
+    assert system.notes()["try_n"] == "3"
+    system.is_sound()
+
+
+def test_without_fat_and_mtools_the_message_names_what_to_install(system: System, machine: Machine) -> None:
+    patch = "import shutil; shutil.which = lambda *_, **__: None"
+    assert "(install mtools)" in machine.run("deploy", system.clone(), status=REFUSED, patch=patch).error
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ import pytest
 from tests.system.faults.crash_scene import Scene
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scene(reflinks: Path, image: Path) -> Scene:
     """A disk on which each command has something to do, to be copied."""
-    return Scene(reflinks, image)
+    directory = reflinks / "scene"
+    directory.mkdir()
+    return Scene(directory, image)

@@ -200,6 +200,7 @@ class Scene:
 
     def __init__(self, directory: Path, image: Path) -> None:
         self.directory = directory
+        self._tried: dict[tuple[str, ...], Tried] = {}
         self.image = directory / "scene.img"
         program("cp", "--sparse=always", image, self.image)
         self.deb = make_deb(directory, "ash-test-cut", files=OF_DEB, postinst=IN_DEPLOYMENT)
@@ -310,7 +311,13 @@ class Scene:
         return look(Disk(image), self.known, go_on)
 
     def tried(self, words: Sequence[str]) -> Tried:
-        """Run a command without a crash; returns what it does."""
+        """Run a command without a crash, if that was not done before; returns what it does."""
+        known = tuple(words)
+        if known not in self._tried:
+            self._tried[known] = self._try(words)
+        return self._tried[known]
+
+    def _try(self, words: Sequence[str]) -> Tried:
         with self.copy(words) as copy:
             names = self._steps_on(copy, words)
             after = self.look(copy)
