@@ -1210,6 +1210,15 @@ class Layout:
     def grub_cfg(self) -> Path:
         return self.boot_volume / "grub" / "grub.cfg"
 
+    @property
+    def snapshots_cfg(self) -> Path:
+        """The submenu with all snapshots, which grub.cfg reads when it is opened."""
+        return self.grub_cfg.with_name("snapshots.cfg")
+
+    def grub_file(self, name: str) -> str:
+        """A file beside grub.cfg, as GRUB names it."""
+        return f"/{self.volume_name('@boot')}/grub/{name}"
+
     def rootfs_name(self, which: int | str) -> str:
         """The root of a snapshot or slot, relative to the top level, as boot loader and fstab name it."""
         return f"{self.volume_name('@.snapshots')}/rootfs/snapshot-{which}"
@@ -1268,6 +1277,8 @@ class Layout:
 IN_ROOT_DB, IN_ROOT_SNAP, IN_ROOT_MUTABLE = "usr/share/ash/db", "usr/share/ash/snap", "usr/share/ash/mutable"
 IN_ROOT_ID = "usr/share/ash/deployment"  # in a deployment: its slot and id
 IN_ROOT_MENU = "usr/share/ash/menu"  # in a deployment: what is around its entries in grub.cfg
+IN_ROOT_BOOT = "usr/share/ash/boot"  # how the kernel of a snapshot is started, for the menu with all snapshots
+IN_ROOT_INIT = "usr/share/ash/init"  # what that kernel starts
 IN_ROOT_SAVED = "usr/share/ash/saved"  # names what `etc-update` or `rollback` saved from a running /etc
 IN_ROOT_LIVE = "usr/share/ash/live"  # exists in a deployment that was changed live and so differs from its snapshot
 
@@ -1594,6 +1605,14 @@ class Tree:
         for child in node.children:
             child.parent = node.parent
         self.nodes.pop(snapshot).parent = None
+
+    def walk(self) -> Iterator[tuple[int, int]]:
+        """All snapshots, parents first, with their depth; 0 is the top level."""
+        waiting = [(node, 0) for node in reversed(self.root.children)]
+        while waiting:
+            node, depth = waiting.pop()
+            yield node.name, depth
+            waiting += [(child, depth + 1) for child in reversed(node.children)]
 
     def draw(self, label: Callable[[int], str], ascii_only: bool = False) -> str:
         """The tree as text, one line for each snapshot."""
@@ -4261,6 +4280,122 @@ def machine_chroot(
     return output
 
 
+# --- Starting a snapshot as it is, from the boot menu ------------------------------------------------------------
+
+# Started in place of init, as the kernel's option `init=`. It needs no particular init system.
+INIT_SCRIPT = """\
+#!/bin/sh
+# Starts a snapshot as it is: read-only, and changes of /etc are kept in memory.
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+umask 022
+[ -e /proc/mounts ] || mount -t proc proc /proc
+grep -q '^[^ ]* /run ' /proc/mounts || mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs /run
+mkdir -p /run/ash/etc/upper /run/ash/etc/work
+if mount -t overlay -o lowerdir=/etc,upperdir=/run/ash/etc/upper,workdir=/run/ash/etc/work overlay /etc; then
+    # Without the lines of a deployment: a root that may be writable, and an /etc that is.
+    sed -e '\\#^UUID=[^ ]* / btrfs #d' -e '\\#^[^ ]* /etc none bind#d' /etc/fstab > /run/ash/etc/fstab &&
+        cp /run/ash/etc/fstab /etc/fstab
+fi
+exec /sbin/init "$@"
+"""
+BOOT_RECORD_SHAPE = {"inputs": is_text, "config": (BOOT_CONFIG_SHAPE, None)}
+
+
+def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootConfig:
+    """The boot configuration of a writable root. AshError if it has no kernel, or mkconfig fails."""
+    layout.grub_cfg.parent.mkdir(exist_ok=True)
+    binds = {layout.grub_cfg.parent: tools.directory}
+    made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+    made = made.replace(f"/{root.name}/", MADE_IN)
+    return BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+
+
+def boot_record(root: Path) -> tuple[str, BootConfig | None]:
+    """The boot_inputs() of a snapshot, and how its kernel is started: None if it has none, or an older ash made it."""
+    with contextlib.suppress(ValueError):
+        record = from_json(read_text(place_inside(root, IN_ROOT_BOOT)), BOOT_RECORD_SHAPE)
+        config = record["config"]
+        return record["inputs"], BootConfig(**fields_of(BootConfig, config)) if config else None
+    return "", None
+
+
+def make_startable(root: Path, *, layout: Layout, tools: BootTools) -> None:
+    """Have a writable root contain what it needs to be started as it is.
+
+    How its kernel is started is only found out again if what that depends on has changed.
+    """
+    script = place_inside(root, IN_ROOT_INIT)
+    if script.is_symlink() or read_text(script) != INIT_SCRIPT:
+        write_inside(root, IN_ROOT_INIT, INIT_SCRIPT)
+        script.chmod(0o755)
+    inputs = boot_inputs(root)
+    if boot_record(root)[0] == inputs:
+        return
+    config = None
+    with contextlib.suppress(AshError):  # it may have no kernel; a deploy says what is wrong
+        made = made_by_mkconfig(root, layout=layout, tools=tools)
+        config = made._replace(header=(), foreign="", classes="")._asdict()
+    write_inside(root, IN_ROOT_BOOT, json.dumps({"inputs": inputs, "config": config}) + "\n")
+
+
+def startable_entries(layout: Layout, uuid: str, tree: Tree, describe: Callable[[int], str], classes: str) -> str:
+    """The text of the submenu that starts each snapshot as it is; those that have no kernel are left out.
+
+    Args:
+        layout, uuid: of the file system.
+        tree: the snapshots.
+        describe: returns a snapshot's description.
+        classes: options of all entries.
+    """
+    entries = ["# Made by ash, from its tree of snapshots."]
+    for number, depth in tree.walk():
+        root, name = layout.rootfs(number), layout.rootfs_name(number)
+        config = boot_record(root)[1]
+        if config is None:
+            continue
+        flags = ",".join(filter(None, [f"subvol={name}", config.rootflags]))
+        options = f"root=UUID={uuid} rootflags={flags} ro {config.options}".rstrip()
+        title = grub_quoted(f"{'  ' * depth}{number} - {describe(number)}")
+        initrds = " ".join(f"/{name}/boot/{initrd}" for initrd in config.initrds)
+        entries += [
+            " ".join(["menuentry", title, "--id", f"ash-snapshot-{number}", *filter(None, [classes]), "{"]),
+            f"    {grub_search(uuid)}",
+            f"    linux /{name}/boot/{config.kernel} {options} init=/{IN_ROOT_INIT}",
+            *([f"    initrd {initrds}"] if initrds else []),
+            "}",
+        ]
+    return "\n".join([*entries, ""])
+
+
+KEPT_MENUS = 5  # older grub.cfg files
+AGES = ("the last change", *(f"the last {number} changes" for number in range(2, KEPT_MENUS + 1)))
+
+
+def grub_submenus(layout: Layout, uuid: str) -> list[str]:
+    """GRUB's commands for the submenus with all snapshots, and with the menus before this one."""
+    earlier = []
+    for age, what in enumerate(AGES, 1):
+        file = layout.grub_file(f"grub.cfg.{age}")
+        earlier += [
+            f"    if [ -f {file} ]; then",
+            f"        menuentry 'The boot menu before {what}' --id ash-menu-{age} {{",
+            f"            {grub_search(uuid)}",
+            f"            configfile {file}",
+            "        }",
+            "    fi",
+        ]
+    return [
+        "submenu 'All snapshots, as they are' --id ash-snapshots {",
+        f"    {grub_search(uuid)}",
+        f"    source {layout.grub_file('snapshots.cfg')}",
+        "}",
+        "submenu 'Rescue' --id ash-rescue {",
+        f"    {grub_search(uuid)}",
+        *earlier,
+        "}",
+    ]
+
+
 # --- Accounts: the same name has the same uid or gid in all snapshots ------------------------------------------
 
 ID_FILES = ("passwd", "group", "subuid", "subgid")
@@ -6397,6 +6532,7 @@ class Transaction:
         self._refuse_unseen_homes()
         self._settle_accounts()
         self._take_database_files()
+        make_startable(self.root, layout=self.layout, tools=self.system.distro.boot_tools)
         unprotect(self.root)  # an immutable root could not be exchanged
         set_readonly(self.root)
         paths = self._changed_paths()
@@ -8155,8 +8291,12 @@ class Menu:
         entries = []
         for one, mark in marks:
             title = f"{one.name}, snapshot {one.snapshot}: {describe(one.snapshot)}{mark}"
-            # The default's settings say which users there are, so its options say who may start an entry.
-            start = ["menuentry", grub_quoted(title), "--id", one.entry, *filter(None, [default.config.classes]), "{"]
+            # The default's settings say which users there are, so its options say who may start an entry. What starts
+            # by itself asks for no password.
+            classes = default.config.classes
+            is_free = one in (default, good) and "--unrestricted" not in classes.split()
+            options = filter(None, [classes, "--unrestricted" if is_free else ""])
+            start = ["menuentry", grub_quoted(title), "--id", one.entry, *options, "{"]
             commands = self._commands(one, layout, uuid, trial)
             entries.append("\n".join([" ".join(start), *commands, "}"]))
         other = good if good is not default else last or default
@@ -8174,7 +8314,7 @@ class Menu:
             *(grub_once(efi, self.deployments[self.once].entry) if self.once and efi.uuid else []),
             "set gfxpayload=keep",
         ]
-        return "\n".join([*lines, *entries, foreign, ""])
+        return "\n".join([*lines, *entries, *grub_submenus(layout, uuid), foreign, ""])
 
     @staticmethod
     def _commands(deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None) -> list[str]:
@@ -8468,11 +8608,7 @@ def boot_config(root: Path, known: Iterable[Deployment], *, layout: Layout, tool
         if deployment.inputs == inputs and text and not probes:
             write_menu_text(root, text)
             return inputs, deployment.config.without_text()
-    layout.grub_cfg.parent.mkdir(exist_ok=True)
-    binds = {layout.grub_cfg.parent: tools.directory}
-    made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
-    made = made.replace(f"/{root.name}/", MADE_IN)
-    config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+    config = made_by_mkconfig(root, layout=layout, tools=tools)
     write_menu_text(root, config)
     return inputs, config.without_text()
 
@@ -8741,8 +8877,6 @@ class BootMenu:
         describe: returns the description of a snapshot.
     """
 
-    KEPT = 5  # older grub.cfg files
-
     def __init__(self, layout: Layout, distro: Distro, efi: EfiPartition, describe: Callable[[int], str]) -> None:
         self.layout = layout
         self.efi = efi
@@ -8770,7 +8904,7 @@ class BootMenu:
 
     def _write_grub_cfg(self) -> None:
         grub_cfg = self.layout.grub_cfg
-        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, self.KEPT + 1))]
+        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, KEPT_MENUS + 1))]
         for newer, older in reversed(list(itertools.pairwise(old))):
             if newer.exists():
                 about_to(f"keep {older.name}")
@@ -8778,6 +8912,18 @@ class BootMenu:
                 os.link(newer, older)
         write_file(grub_cfg, self.rendered(), mode=0o600)
         sync_filesystem(self.layout.snapshots)
+
+    def startable(self, tree: Tree) -> str:
+        """The text that the submenu with all snapshots should have."""
+        default = self.menu.deployments.get(self.menu.default)
+        classes = default.config.classes if default else ""
+        return startable_entries(self.layout, self.uuid, tree, self.describe, classes)
+
+    def write_startable(self, tree: Tree) -> None:
+        """Replace the submenu with all snapshots, if it has changed; the caller holds the lock "state"."""
+        text, path = self.startable(tree), self.layout.snapshots_cfg
+        if self.menu.deployments and read_text(path) != text:
+            write_file(path, text, mode=0o600, durable=False)
 
     def renew(self, snapshot: int) -> list[str]:
         """Run mkconfig again for all deployments of a snapshot; AshError if there are none. Returns their slots."""
@@ -9576,6 +9722,16 @@ class System:
             yield tree
             write_file(self.layout.tree, tree.dump())
 
+    def renew_snapshot_menu(self) -> None:
+        """Have GRUB's submenu with all snapshots show the tree as it is now; a failure is only said."""
+        if not self.layout.grub_cfg.parent.is_dir():
+            return
+        try:
+            with self.lock("state"):
+                self.deployments().boot_menu.write_startable(self.tree())
+        except (AshError, OSError) as error:
+            console.warn(f"the boot menu with all snapshots is not renewed: {reason(error)}")
+
     def new_number(self) -> int:
         """A snapshot number that was never used before; recorded on disk before it is returned."""
         with self.lock("state"):
@@ -9855,6 +10011,7 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
                 if snapshot in tree:
                     tree.remove(snapshot)
         undo.pop_all()
+        system.renew_snapshot_menu()
         system.with_reserve(partial(delete_parts, system, numbers))
         if deletion.record(system.workdir(numbers[0])):
             system.with_reserve(partial(delete_work_directories, system, numbers))
@@ -10306,7 +10463,10 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
 
     AshError (REFUSED) if no deployment is booted, or it is the base's.
     """
-    slot = system.last_booted_slot()
+    slot, booted = system.last_booted_slot(), system.booted
+    if isinstance(booted, int):
+        what = f"snapshot {booted} runs as it is: the changes of its /etc are in memory, and cannot be saved"
+        raise AshError(what, f"ash deploy {booted}, reboot, change it there", REFUSED)
     if not slot:
         raise AshError("no deployment is booted: its /etc cannot be saved", "ash deploy N, reboot", REFUSED)
     number = system.snapshot_of(slot)
@@ -10932,6 +11092,7 @@ def change_system(command: Command, system: System, request: Request) -> Reply:
         if failure:
             system.history.append({**history_of(system.caller, request, done), "result": failure})
         raise
+    system.renew_snapshot_menu()
     # A commit does not record what fsck found, or the deployment that was made after it.
     is_recorded = (system.recorded or system.done) and not reply.data.keys() & {"damage", "slot"}
     if reply.status or (reply.data.get("changed") and not is_recorded):
@@ -13806,6 +13967,10 @@ class Fsck:
         if not deployments.boot_menu.is_current():
             what = "grub.cfg differs from what ash wrote last"
             yield Problem(what, None, "write it again", self._write_menu, "deploy")
+        with contextlib.suppress(AshError):  # a damaged tree is another problem
+            if deployments.boot_menu.startable(self.system.tree()) != read_text(self.layout.snapshots_cfg):
+                what = "the boot menu with all snapshots is not that of the tree"
+                yield Problem(what, None, "write it again", self.system.renew_snapshot_menu)
         yield from notes_problems(deployments)
 
     def _rebuild_menu(self) -> None:
@@ -14485,6 +14650,13 @@ def fallback_text(menu: Menu) -> str:
     return f"GRUB goes back to {back} after {default.tries} tries of {default.minutes} minutes"
 
 
+def booted_text(booted: int | str | None, snapshot: int | None) -> str:
+    """What runs, for a reader: a deployment, or a snapshot as it is."""
+    if isinstance(booted, int):
+        return f"snapshot {booted}, as it is: changes of /etc are lost at the next boot (ash deploy {booted} keeps it)"
+    return "nothing of this system" if snapshot is None else f"snapshot {snapshot} ({booted})"
+
+
 @command(
     "status", group=BOOT, usage="status", help="show what is booted, what boots next, and what is running",
     answer={
@@ -14534,7 +14706,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     unknown = "nothing to compare with" if is_root else "only root can see it"
     shown = unknown if drift is None else f"{len(drift)} paths (ash diff)" if drift else "none"
     lines = [
-        f"booted:       {'nothing of this system' if current is None else f'snapshot {current} ({booted})'}",
+        f"booted:       {booted_text(booted, current)}",
         f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
         *([f"on trial:     if it does not start, {fallback_text(menu)}"] if on_trial else []),
         *([f"went back:    {failure.text()}"] if failure else []),

@@ -12,6 +12,7 @@ from ash import (
     Tree,
     in_database,
     make_bootable,
+    make_startable,
     remove_tree,
     renew_copy,
     run,
@@ -74,6 +75,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
     for directory in SHARED_DIRECTORIES:
         (layout.var / directory).mkdir(exist_ok=True)
     make_bootable(layout, distro, root, BASE, layout.part.read_text().strip())
+    make_startable(root, layout=layout, tools=distro.boot_tools)
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)
     write_packages(layout, BASE, distro.package_manager.installed(root))

@@ -429,7 +429,7 @@ class Machine:
         self.expect("which entry is highlighted", timeout)
         seen = [self._press("\x01")]
         while not _is_chosen(seen, title):
-            below = self._press("\x0e")
+            below = self._press("\x0e", 10 * MENU_SECONDS)  # the machine may be slow; this also tells the last entry
             if below == seen[-1]:
                 raise self._error(f"no entry {title!r} in the boot menu, only {seen}")
             seen.append(below)
@@ -437,15 +437,15 @@ class Machine:
         self.send("\r")
         return seen[-1]
 
-    def _press(self, key: str) -> str:
-        """Press a key in GRUB's menu. Returns the title that is highlighted afterwards.
+    def _press(self, key: str, seconds: float = MENU_SECONDS) -> str:
+        """Press a key in GRUB's menu, and wait for its effect. Returns the title that is highlighted afterwards.
 
         Keys are single bytes, Ctrl-A and Ctrl-N instead of Home and Down: if the firmware reads the serial line too,
         the two readers would split an escape sequence between them.
         """
         before = self._highlighted()
         self.send(key)
-        deadline = time.monotonic() + MENU_SECONDS
+        deadline = time.monotonic() + seconds
         while self._highlighted() == before and time.monotonic() < deadline:
             time.sleep(MENU_SECONDS / 10)
         return self._highlighted()

@@ -54,7 +54,9 @@ CAUSES = {
     "no initramfs": Fault("rm /boot/initrd.img-*"),
     "a damaged initramfs": Fault("for image in /boot/initrd.img-*; do head -c 2000000 $image > x; cp x $image; done"),
     "a damaged kernel": Fault("for kernel in /boot/vmlinuz-*; do echo damaged > $kernel; done", starts=0),
-    "the root is not found": Fault("echo GRUB_CMDLINE_LINUX=rootflags=device=/dev/none >> /etc/default/grub"),
+    "the root is not found": Fault(
+        "echo 'GRUB_CMDLINE_LINUX=\"$GRUB_CMDLINE_LINUX rootflags=device=/dev/none\"' >> /etc/default/grub"
+    ),
     "an emergency shell": Fault("echo /dev/none /mnt/none ext4 x-systemd.device-timeout=2 0 2 >> /etc/fstab"),
     "a rescue shell": Fault("ln -sf /usr/lib/systemd/system/rescue.target /etc/systemd/system/default.target"),
     "a unit hangs": Fault(unit("sleep infinity", "multi-user.target")),
@@ -89,7 +91,8 @@ def on_trial(disk: Disk, script: str) -> int:
 def went_back(disk: Disk, boot: Boot, number: int, *, uefi: bool, starts: int, devices: Sequence[str] = ()) -> None:
     """Boot; assert that the base runs in the end, after so many starts of the other, and that the machine says why."""
     with boot(disk, uefi=uefi, devices=devices) as machine:
-        machine.login(patient=True, hasten=False, timeout=1800)
+        machine.expect(r"Command line: .*ash\.fellback=", 1800)  # what is on trial may come as far as a login prompt
+        machine.login()
         runs_snapshot(machine, 0)
         said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
         starts_next(machine, 0)
@@ -133,7 +136,8 @@ def test_without_its_partition_a_machine_starts_the_last_good_deployment(disk: D
 def test_a_machine_with_secure_boot_goes_back_too(disk: Disk, boot: Boot) -> None:
     number = on_trial(disk, CAUSES["init exits"].script)
     with boot(disk, secure=True) as machine:
-        machine.login(patient=True, hasten=False, timeout=1800)
+        machine.expect(r"Command line: .*ash\.fellback=", 1800)
+        machine.login()
         runs_snapshot(machine, 0)
         assert "Secure boot enabled" in said(machine, "journalctl --boot --dmesg --no-pager | grep -i 'secure boot'")
         said(machine, "until systemctl is-active ash-bless; do sleep 1; done")

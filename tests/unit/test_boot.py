@@ -304,7 +304,7 @@ def test_grub_does_not_read_an_id_as_a_number(ident: str) -> None:
     }
     text = rendered(Menu("deploy-aux", "deploy", slots))
     named = re.findall(r"^set (?:default|fallback)_id=\"(.*)\"$", text, re.MULTILINE)
-    assert named == re.findall(r"^menuentry '.*' --id (\S+) \{$", text, re.MULTILINE)
+    assert named == re.findall(r"^menuentry '.*' --id (\S+) --unrestricted \{$", text, re.MULTILINE)
     assert not [name for name in named if name[0].isdecimal()]
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""GRUB's submenu with all snapshots follows the tree. tests/campaigns/test_menu.py starts them."""
+
+import re
+import shlex
+import signal
+
+import pytest
+
+from tests.support import FAILED, program
+from tests.system.disk_system import System
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
+
+HOSTILE = [
+    "it's",
+    '"quoted" ${root} $(reboot) `x`',
+    "} menuentry {",
+    "\\",
+    "\x1b[31mred",
+    "ünïcode",
+    "--id ash-snapshot-0",
+]
+
+
+def shown(system: System) -> dict[int, str]:
+    """The titles in the submenu, by number, as GRUB's own script language reads them."""
+    text = (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
+    titles = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("menuentry ")]
+    return {int(title.split()[0]): title for title in titles}
+
+
+def is_readable(system: System) -> None:
+    """Assert that GRUB can parse the submenu, and that what an entry starts is there."""
+    file = system.files.grub_cfg.parent / "snapshots.cfg"
+    program("grub-script-check", file)
+    paths = re.findall(r"^    (?:linux|initrd) (/\S+)", file.read_text(), re.MULTILINE)
+    assert len(paths) == 2 * len(shown(system))
+    for path in paths:
+        assert (system.files.top / path[1:]).stat().st_size > 1 << 20
+    for number in shown(system):
+        init = system.root(number) / "usr/share/ash/init"
+        assert init.stat().st_mode & 0o777 == 0o755
+
+
+def test_all_snapshots_are_in_the_order_of_the_tree_and_indented(system: System) -> None:
+    first = system.clone()
+    second = system.branch(first)
+    last, below = system.clone(), system.branch(second)
+    titles = list(shown(system).values())
+    assert titles[0] == "0 - base snapshot"
+    assert [title.split(" - ")[0] for title in titles[-4:]] == [f"{first}", f"  {second}", f"    {below}", f"{last}"]
+    is_readable(system)
+
+
+@pytest.mark.parametrize("description", HOSTILE)
+def test_descriptions_are_data(system: System, snapshot: int, description: str) -> None:
+    system.ash("desc", snapshot, description)
+    assert shown(system)[snapshot] == f"{snapshot} - {description}".replace("\x1b", "?")
+    is_readable(system)
+
+
+def test_a_snapshot_leaves_the_menu_before_it_is_deleted(system: System, snapshot: int) -> None:
+    below = system.branch(snapshot)
+    killed = system.with_hooks({"kill": f"delete snapshot-{snapshot}$"}, "-y", "del", snapshot)
+    assert killed.returncode == -signal.SIGKILL
+    assert system.root(snapshot).exists()
+    assert not {snapshot, below} & shown(system).keys()
+    system.ash("recover")
+    assert not system.root(snapshot).exists()
+    is_readable(system)
+
+
+def test_a_snapshot_without_a_kernel_is_left_out(system: System, snapshot: int) -> None:
+    below = system.branch(snapshot)
+    title = shown(system)[below]
+    system.shell(snapshot, "rm /boot/vmlinuz-*")
+    assert snapshot not in shown(system)
+    assert shown(system)[below] == title
+    system.ash("undo", snapshot)
+    assert snapshot in shown(system)
+    is_readable(system)
+
+
+def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&of_this_snapshot /' /etc/default/grub")
+    text = (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
+    (line,) = [line for line in text.splitlines() if "of_this_snapshot" in line]
+    assert f"subvol=@.snapshots_debian/rootfs/snapshot-{snapshot} ro " in line
+    assert line.endswith("init=/usr/share/ash/init")
+    before = system.id_of(snapshot)
+    assert system.ash("--json", "run", snapshot, "true").json["changed"] is False
+    assert system.id_of(snapshot) == before
+
+
+def test_fsck_writes_a_lost_menu_again(system: System, snapshot: int) -> None:
+    file = system.files.grub_cfg.parent / "snapshots.cfg"
+    before = file.read_text()
+    for write in (file.unlink, lambda: file.write_text("torn")):
+        write()
+        assert "the boot menu with all snapshots" in system.ash("fsck", status=FAILED).stdout
+        system.ash("fsck", "--repair")
+        assert file.read_text() == before
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_with_a_password_only_the_default_and_the_last_good_deployment_start_without(
+    system: System, snapshot: int
+) -> None:
+    script = r"printf '#!/bin/sh\necho set superusers=root\necho password root secret\n' > /etc/grub.d/01_password"
+    system.shell(snapshot, f"{script}; chmod 700 /etc/grub.d/01_password")
+    system.ash("deploy", snapshot)
+    system.ash("deploy", snapshot, "--secondary")
+    text = system.files.grub_cfg.read_text()
+    assert "set superusers=root" in text
+    entries = {line.split("'")[1]: line for line in text.splitlines() if line.startswith(("menuentry '", "submenu '"))}
+    free = [title for title, line in entries.items() if "--unrestricted" in line]
+    assert len(free) == 2, entries
+    assert not any("secondary" in title for title in free)
+    assert "--unrestricted" not in (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
