@@ -6058,6 +6058,8 @@ class WorkDir:
             with self._passing_over(again):
                 write_packages(layout, n, self.package_manager.installed(layout.rootfs(n)))
         set_readonly(layout.rootfs(n), not is_mutable(layout.rootfs(n)))
+        if isinstance(intent, Commit):  # its kernel may be another one
+            self.system.renew_snapshot_menu()
         sync_filesystem(layout.snapshots)
         outcome = {"conflicts": merged.conflicts, "kept": merged.kept}
         facts = {**outcome, **intent.facts}
@@ -8922,7 +8924,7 @@ class BootMenu:
     def write_startable(self, tree: Tree) -> None:
         """Replace the submenu with all snapshots, if it has changed; the caller holds the lock "state"."""
         text, path = self.startable(tree), self.layout.snapshots_cfg
-        if self.menu.deployments and read_text(path) != text:
+        if path.parent.is_dir() and read_text(path) != text:
             write_file(path, text, mode=0o600, durable=False)
 
     def renew(self, snapshot: int) -> list[str]:
@@ -9713,24 +9715,34 @@ class System:
     def deploying(self) -> Iterator[Deployments]:
         with self.lock("deploy"):
             yield self.deployments()
+            self.renew_snapshot_menu()  # its entries have the options of the default's
 
     @contextmanager
     def editing_tree(self) -> Iterator[Tree]:
-        """The tree, with the lock "state" held; written to disk when the block ends without an error."""
+        """The tree, with the lock "state" held; written to disk when the block ends without an error.
+
+        Then GRUB's submenu with all snapshots is, too.
+        """
         with self.lock("state"):
             tree = self.tree()
             yield tree
             write_file(self.layout.tree, tree.dump())
+            self.write_snapshot_menu(tree)
 
-    def renew_snapshot_menu(self) -> None:
-        """Have GRUB's submenu with all snapshots show the tree as it is now; a failure is only said."""
-        if not self.layout.grub_cfg.parent.is_dir():
-            return
+    def write_snapshot_menu(self, tree: Tree) -> None:
+        """Have GRUB's submenu with all snapshots show the tree; the caller holds the lock "state".
+
+        A failure is only said: the submenu is old then, and fsck finds that.
+        """
         try:
-            with self.lock("state"):
-                self.deployments().boot_menu.write_startable(self.tree())
+            self.deployments().boot_menu.write_startable(tree)
         except (AshError, OSError) as error:
             console.warn(f"the boot menu with all snapshots is not renewed: {reason(error)}")
+
+    def renew_snapshot_menu(self) -> None:
+        """Have GRUB's submenu show the tree as it is now."""
+        with self.lock("state"):
+            self.write_snapshot_menu(self.tree())
 
     def new_number(self) -> int:
         """A snapshot number that was never used before; recorded on disk before it is returned."""
@@ -10011,7 +10023,6 @@ def delete_snapshots(system: System, snapshots: Sequence[int], remains: bool = F
                 if snapshot in tree:
                     tree.remove(snapshot)
         undo.pop_all()
-        system.renew_snapshot_menu()
         system.with_reserve(partial(delete_parts, system, numbers))
         if deletion.record(system.workdir(numbers[0])):
             system.with_reserve(partial(delete_work_directories, system, numbers))
@@ -11092,7 +11103,6 @@ def change_system(command: Command, system: System, request: Request) -> Reply:
         if failure:
             system.history.append({**history_of(system.caller, request, done), "result": failure})
         raise
-    system.renew_snapshot_menu()
     # A commit does not record what fsck found, or the deployment that was made after it.
     is_recorded = (system.recorded or system.done) and not reply.data.keys() & {"damage", "slot"}
     if reply.status or (reply.data.get("changed") and not is_recorded):
@@ -11269,6 +11279,7 @@ def cmd_desc(system: System, request: Request) -> Plan:
         changed = text != system.describe(number)
         if changed:
             write_file(system.layout.description(number), f"{text}\n")
+            system.write_snapshot_menu(system.tree())
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 

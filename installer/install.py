@@ -295,6 +295,4 @@ def _make_base(layout: Layout, distro: Distro, target: disk.Disk) -> None:
     base.split_base(layout, distro)
     write_file(layout.efi, f"{target.efi_uuid}\n")
     EfiPartition(layout, target.image).write(Countdown())
-    system = System(layout, distro, image=target.image)
-    deploy_snapshot(system, BASE)
-    system.renew_snapshot_menu()
+    deploy_snapshot(System(layout, distro, image=target.image), BASE)
