@@ -2549,15 +2549,21 @@ LO_FLAGS_AUTOCLEAR = 4
 
 
 def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
-    """Open the loop device that a part of an open file is attached to; -1 if there is none."""
-    file = os.fstat(disk)
+    """Open the loop device that a part of an open file is attached to; -1 if there is none.
+
+    AshError (LOCKED) if another part is that overlaps. The EFI partition is while an ash has GRUB count.
+    """
+    file, (start, size) = os.fstat(disk), place
     for entry in Path("/sys/block").glob("loop*/loop"):  # exists while the device is attached
         device = Path("/dev", entry.parent.name)
         with contextlib.suppress(OSError), open_descriptor(device, os.O_RDONLY) as loop:  # it was detached meanwhile
             info = LOOP_INFO.unpack(fcntl.ioctl(loop, LOOP_GET_STATUS64, bytes(LOOP_INFO.size)))
             if info[:2] == (file.st_dev, file.st_ino):
-                if info[3:5] == place:
+                there, limit = info[3:5]
+                if (there, limit) == place:
                     return os.dup(loop)
+                if there >= start + size or (limit and there + limit <= start):
+                    continue
                 raise AshError(f"{image} is attached as {device}", f"losetup --detach {device}", LOCKED)
     return -1
 
@@ -9727,22 +9733,22 @@ class System:
             tree = self.tree()
             yield tree
             write_file(self.layout.tree, tree.dump())
-            self.write_snapshot_menu(tree)
+            self.write_snapshot_menu()
 
-    def write_snapshot_menu(self, tree: Tree) -> None:
-        """Have GRUB's submenu with all snapshots show the tree; the caller holds the lock "state".
+    def write_snapshot_menu(self, lock: Lock | None = None) -> None:
+        """Have GRUB's submenu with all snapshots show the tree; a `lock` is taken, else the caller holds "state".
 
         A failure is only said: the submenu is old then, and fsck finds that.
         """
         try:
-            self.deployments().boot_menu.write_startable(tree)
+            with lock or contextlib.nullcontext():
+                self.deployments().boot_menu.write_startable(self.tree())
         except (AshError, OSError) as error:
             console.warn(f"the boot menu with all snapshots is not renewed: {reason(error)}")
 
     def renew_snapshot_menu(self) -> None:
-        """Have GRUB's submenu show the tree as it is now."""
-        with self.lock("state"):
-            self.write_snapshot_menu(self.tree())
+        """The same for a caller without the lock."""
+        self.write_snapshot_menu(self.lock("state"))
 
     def new_number(self) -> int:
         """A snapshot number that was never used before; recorded on disk before it is returned."""
@@ -11279,7 +11285,7 @@ def cmd_desc(system: System, request: Request) -> Plan:
         changed = text != system.describe(number)
         if changed:
             write_file(system.layout.description(number), f"{text}\n")
-            system.write_snapshot_menu(system.tree())
+            system.write_snapshot_menu()
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
@@ -13978,11 +13984,15 @@ class Fsck:
         if not deployments.boot_menu.is_current():
             what = "grub.cfg differs from what ash wrote last"
             yield Problem(what, None, "write it again", self._write_menu, "deploy")
-        with contextlib.suppress(AshError):  # a damaged tree is another problem
-            if deployments.boot_menu.startable(self.system.tree()) != read_text(self.layout.snapshots_cfg):
+        yield from self._confirmed(self.system.lock("state"), self._snapshot_menu)
+        yield from notes_problems(deployments)
+
+    def _snapshot_menu(self) -> Iterator[Problem]:
+        with contextlib.suppress(AshError):  # a damaged tree or menu file is another problem
+            wanted = self.system.deployments().boot_menu.startable(self.system.tree())
+            if wanted != read_text(self.layout.snapshots_cfg):
                 what = "the boot menu with all snapshots is not that of the tree"
                 yield Problem(what, None, "write it again", self.system.renew_snapshot_menu)
-        yield from notes_problems(deployments)
 
     def _rebuild_menu(self) -> None:
         try:

@@ -471,6 +471,11 @@ class Machine:
         self._skip_output()
         self._monitor("system_reset")
 
+    def cut_power(self) -> None:
+        """Cut the power: QEMU is killed, and flushes nothing."""
+        self._process.kill()
+        self._process.wait()
+
     def poweroff(self) -> None:
         """Power the machine off from its shell, and wait until QEMU ends."""
         self.send("systemctl poweroff\n")

@@ -41,10 +41,18 @@ def test_three_depths_of_a_tree_are_started_from_the_menu(disk: Disk, boot: Boot
         said(machine, "ls " + " ".join(f"{place}/of-{n}" for place in ("/var/lib", "/home") for n in numbers))
         said(machine, "! test -e /etc/written")
         said(machine, f"ash deploy {numbers[-1]}")
+
         machine.reboot()
         machine.login()
         assert said(machine, "ash current") == str(numbers[-1])
         said(machine, "! test -e /etc/written && touch /etc/written")
+        said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
+
+        machine.reboot()
+        machine.choose("Rescue")
+        machine.choose("before the last 2 changes")  # of which the second was that it is known to boot
+        machine.login()
+        assert said(machine, "ash current") == "0"
         machine.poweroff()
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns.write_log import Log, recorded, some_of
 from tests.support import DONE, Disk, program
 from tests.system.faults.crash_scene import COMMANDS, DURABLE, Scene, is_whole
+from tests.write_log import Log, recorded, some_of
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(2700)]
 

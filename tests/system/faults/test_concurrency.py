@@ -163,7 +163,8 @@ class Worker(threading.Thread):
     @staticmethod
     def may_be_cut(damage: dict[str, object]) -> bool:
         """Whether a problem is a leftover of a killed command, which the next command removes."""
-        return "interrupted" in str(damage["what"]) or "left over from a transaction" in str(damage["what"])
+        leftovers = "interrupted|left over from a (transaction|deploy)|the boot menu with all snapshots"
+        return bool(re.search(leftovers, str(damage["what"])))
 
     def problems_of_lock(self, run: Run, error: str) -> list[str]:
         """Whether the named holder of a lock really held it at that time."""

@@ -208,6 +208,17 @@ def test_a_loop_device_of_the_whole_image_is_reported(disk: Disk) -> None:
     disk.ash("tree")
 
 
+def test_another_partition_of_the_image_may_be_attached(disk: Disk) -> None:
+    start = int(disk.drive.rpartition("@@")[2])
+    for limit, status in ((1 << 20, DONE), (0, LOCKED)):  # 0: to the end of the image
+        where = ["--offset", str(start), "--sizelimit", str(limit)]
+        loop = program("losetup", "--find", "--show", *where, disk.image).strip()
+        try:
+            disk.ash("clone", 0, status=status)
+        finally:
+            program("losetup", "--detach", loop)
+
+
 def test_a_killed_ash_leaves_no_loop_device(disk: Disk) -> None:
     number = disk.clone()
     process = disk.start("run", number, "sleep", "4721")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import Disk, wait_until
+from tests.support import Disk, program, wait_until
 
 SECTOR = 512
 BLOCK = 4096  # what a disk writes atomically
@@ -119,3 +119,21 @@ def recorded(image: Path, log: Path) -> Iterator[Path]:
     finally:
         daemon.terminate()
         daemon.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def volatile_cache(disk: Disk, chance: random.Random) -> Iterator[Disk]:
+    """A disk with a volatile write cache, whose power is cut at the end of the block.
+
+    Then it has what was flushed, and of what was written since, what `chance` says.
+    """
+    before, log = disk.image.with_name("before.img"), disk.image.with_name("log")
+    program("cp", "--sparse=always", "--reflink=auto", disk.image, before)
+    with recorded(disk.image, log) as shown:
+        yield Disk(shown)
+        *flushed, last = Log.load(log).epochs  # the daemon flushes everything when it ends
+    written = Log(log, [])
+    written.apply((write for epoch in flushed for write in epoch), before)
+    written.apply(some_of(last, chance), before)
+    before.replace(disk.image)
+    log.unlink()
