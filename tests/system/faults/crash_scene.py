@@ -326,10 +326,13 @@ class Scene:
         several = " ".join(words).startswith(SEVERAL) or "--live" in words
         return Tried(names, before, after, boots, several)
 
-    def check_kills(self, name: str, few: bool = False) -> int:
-        """Kill a command at each step, or only at its middle and end, and check the result; returns the number of kills."""
+    def check_kills(self, name: str, by: int | None = 1) -> int:
+        """Kill a command at every `by` steps, or (None) at its middle and end, and check the result.
+
+        Returns the number of kills.
+        """
         tried = self.tried(COMMANDS[name])
-        by = max(1, len(tried.steps) // 2) if few else 1
+        by = by or max(1, len(tried.steps) // 2)
         steps = range(by, len(tried.steps) + 1, by)
         for step in steps:
             tried.allows(self.killed(COMMANDS[name], step), f"before step {step}, {tried.steps[step - 1]}")
