@@ -131,6 +131,7 @@ class EtcModel(RuleBasedStateMachine):
         self.machine = Booted(self.system)
         shutil.rmtree(self.system.files.var / "lib/ash/conflicts", ignore_errors=True)
         self.snapshots = [self.system.clone(self.start) for _ in range(2)]
+        self.saved_into: set[int] = set()  # what runs may be of a snapshot of an earlier sequence
         self.system.ash("deploy", self.snapshots[0], "--fresh-etc")
         self.machine.boot()
         self.machine.forget_people()
@@ -299,7 +300,7 @@ class EtcModel(RuleBasedStateMachine):
 
     @rule()
     def etc_update(self) -> None:
-        self.say("etc-update")
+        self.saved_into.add(self.say("etc-update")["snapshot"])
 
     @rule(data=st.data(), options=st.sampled_from([(), (), (), ("--secondary",)]))
     def deploy(self, data: st.DataObject, options: Sequence[str]) -> None:
@@ -415,7 +416,9 @@ class EtcModel(RuleBasedStateMachine):
 
     def keepers(self, thing: Edit | Person) -> list[int | str]:
         """The snapshots and the deployments that do not run which have it, and for a person the conflicts folder."""
-        found: list[int | str] = [n for n in self.snapshots if self.is_in(self.system.root(n) / "etc", thing)]
+        found: list[int | str] = [
+            n for n in {*self.snapshots} | self.saved_into if self.is_in(self.system.root(n) / "etc", thing)
+        ]
         found += [slot for slot in self.other_slots() if self.is_in(self.system.root(slot) / "etc", thing)]
         return found + ["conflicts"] * (isinstance(thing, Person) and self.is_set_aside(thing))
 
