@@ -3565,6 +3565,25 @@ def grub_search(uuid: str) -> str:
     return f"search --no-floppy --fs-uuid --set=root {uuid}"
 
 
+def grub_start(name: str, uuid: str, config: BootConfig, own: str, last: str = "") -> list[str]:
+    """GRUB's commands to start the kernel of a root.
+
+    Args:
+        name: the root's subvolume, from the top level.
+        uuid: of the file system.
+        config: how its kernel is started.
+        own, last: options of ash before and after those of `config`.
+    """
+    flags = ",".join(filter(None, [f"subvol={name}", config.rootflags]))
+    options = " ".join(filter(None, [f"root=UUID={uuid}", f"rootflags={flags}", own, config.options, last]))
+    initrds = " ".join(f"/{name}/boot/{initrd}" for initrd in config.initrds)
+    return [
+        f"    {grub_search(uuid)}",
+        f"    linux /{name}/boot/{config.kernel} {options}",
+        *([f"    initrd {initrds}"] if initrds else []),
+    ]
+
+
 def grub_preamble(uuid: str) -> list[str]:
     return ["insmod part_gpt", "insmod btrfs", grub_search(uuid)]
 
@@ -4355,19 +4374,13 @@ def startable_entries(layout: Layout, uuid: str, tree: Tree, describe: Callable[
     """
     entries = ["# Made by ash, from its tree of snapshots."]
     for number, depth in tree.walk():
-        root, name = layout.rootfs(number), layout.rootfs_name(number)
-        config = boot_record(root)[1]
+        config = boot_record(layout.rootfs(number))[1]
         if config is None:
             continue
-        flags = ",".join(filter(None, [f"subvol={name}", config.rootflags]))
-        options = f"root=UUID={uuid} rootflags={flags} ro {config.options}".rstrip()
         title = grub_quoted(f"{'  ' * depth}{number} - {describe(number)}")
-        initrds = " ".join(f"/{name}/boot/{initrd}" for initrd in config.initrds)
         entries += [
             " ".join(["menuentry", title, "--id", f"ash-snapshot-{number}", *filter(None, [classes]), "{"]),
-            f"    {grub_search(uuid)}",
-            f"    linux /{name}/boot/{config.kernel} {options} init=/{IN_ROOT_INIT}",
-            *([f"    initrd {initrds}"] if initrds else []),
+            *grub_start(layout.rootfs_name(number), uuid, config, "ro", f"init=/{IN_ROOT_INIT}"),
             "}",
         ]
     return "\n".join([*entries, ""])
@@ -8327,19 +8340,12 @@ class Menu:
     @staticmethod
     def _commands(deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None) -> list[str]:
         """What GRUB does to start a deployment, while one is on trial."""
-        name = layout.rootfs_name(deployment.slot)
-        boot = f"/{name}/boot"
-        flags = ",".join(filter(None, [f"subvol={name}", deployment.config.rootflags]))
-        mode = "rw" if deployment.mutable else "ro"
-        options = f"root=UUID={uuid} rootflags={flags} {mode} {DEPLOYMENT}={deployment.id}"
-        initrds = " ".join(f"{boot}/{name}" for name in deployment.config.initrds)
-        counted = "" if not trial else " $ash_trial" if deployment is trial else " $ash_fellback"
+        own = f"{'rw' if deployment.mutable else 'ro'} {DEPLOYMENT}={deployment.id}"
+        counted = "" if not trial else "$ash_trial" if deployment is trial else "$ash_fellback"
         return [
             # If it cannot be loaded, GRUB goes on with the fallback.
             *([f'    set ash_fellback="{FELL_BACK}={trial.id}"'] if trial and deployment is trial else []),
-            f"    {grub_search(uuid)}",
-            f"    linux {boot}/{deployment.config.kernel} {options} {deployment.config.options}".rstrip() + counted,
-            *([f"    initrd {initrds}"] if initrds else []),
+            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, counted),
         ]
 
 

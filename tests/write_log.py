@@ -131,8 +131,8 @@ def volatile_cache(disk: Disk, chance: random.Random) -> Iterator[Disk]:
     program("cp", "--sparse=always", "--reflink=auto", disk.image, before)
     with recorded(disk.image, log) as shown:
         yield Disk(shown)
-        *flushed, last = Log.load(log).epochs  # the daemon flushes everything when it ends
-    written = Log(log, [])
+        written = Log.load(log)  # the daemon flushes everything when it ends
+    *flushed, last = written.epochs
     written.apply((write for epoch in flushed for write in epoch), before)
     written.apply(some_of(last, chance), before)
     before.replace(disk.image)

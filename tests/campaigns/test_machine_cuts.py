@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def prepare(disk: Disk, directory: Path) -> None:
-    """A tree whose packages can be upgraded."""
+    """A running snapshot whose package can be upgraded."""
     for state in ("1", "2"):
         archive = Archive(directory / state)
         archive.add("ash-test-tool", state, files={"usr/share/tool": f"{state}\n", "var/lib/tool/x": f"{state}\n"})
@@ -51,8 +51,6 @@ def prepare(disk: Disk, directory: Path) -> None:
     disk.shell(disk.clone(), use_only("file:/home/archive"))
     disk.ash("refresh", 1)
     disk.ash("install", 1, "ash-test-tool")
-    for _ in range(3):
-        disk.branch(1)
     disk.ash("deploy", 1)
     with disk.files() as files:
         (files.home / "archive").unlink()

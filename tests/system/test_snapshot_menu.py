@@ -4,6 +4,7 @@
 import re
 import shlex
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -23,16 +24,21 @@ HOSTILE = [
 ]
 
 
+def submenu(system: System) -> Path:
+    """The file that GRUB reads when the submenu is opened."""
+    return system.files.grub_cfg.with_name("snapshots.cfg")
+
+
 def shown(system: System) -> dict[int, str]:
     """The titles in the submenu, by number, as GRUB's own script language reads them."""
-    text = (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
+    text = submenu(system).read_text()
     titles = [shlex.split(line)[1] for line in text.splitlines() if line.startswith("menuentry ")]
     return {int(title.split()[0]): title for title in titles}
 
 
 def is_readable(system: System) -> None:
     """Assert that GRUB can parse the submenu, and that what an entry starts is there."""
-    file = system.files.grub_cfg.parent / "snapshots.cfg"
+    file = submenu(system)
     program("grub-script-check", file)
     paths = re.findall(r"^    (?:linux|initrd) (/\S+)", file.read_text(), re.MULTILINE)
     assert len(paths) == 2 * len(shown(system))
@@ -84,7 +90,7 @@ def test_a_snapshot_without_a_kernel_is_left_out(system: System, snapshot: int) 
 
 def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&of_this_snapshot /' /etc/default/grub")
-    text = (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
+    text = submenu(system).read_text()
     (line,) = [line for line in text.splitlines() if "of_this_snapshot" in line]
     assert f"subvol=@.snapshots_debian/rootfs/snapshot-{snapshot} ro " in line
     assert line.endswith("init=/usr/share/ash/init")
@@ -94,7 +100,7 @@ def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System
 
 
 def test_fsck_writes_a_lost_menu_again(system: System, snapshot: int) -> None:
-    file = system.files.grub_cfg.parent / "snapshots.cfg"
+    file = submenu(system)
     before = file.read_text()
     for write in (file.unlink, lambda: file.write_text("torn")):
         write()
@@ -117,4 +123,4 @@ def test_with_a_password_only_the_default_and_the_last_good_deployment_start_wit
     free = [title for title, line in entries.items() if "--unrestricted" in line]
     assert len(free) == 2, entries
     assert not any("secondary" in title for title in free)
-    assert "--unrestricted" not in (system.files.grub_cfg.parent / "snapshots.cfg").read_text()
+    assert "--unrestricted" not in submenu(system).read_text()
