@@ -4344,10 +4344,20 @@ def boot_record(root: Path) -> tuple[str, BootConfig | None]:
     return "", None
 
 
+def write_boot_record(root: Path, inputs: str, made: BootConfig | None) -> None:
+    config = made._replace(header=(), foreign="", classes="")._asdict() if made else None
+    text = json.dumps({"inputs": inputs, "config": config}) + "\n"
+    if read_text(place_inside(root, IN_ROOT_BOOT)) != text:  # a transaction that changes nothing stays one
+        write_inside(root, IN_ROOT_BOOT, text)
+
+
 def make_startable(root: Path, *, layout: Layout, tools: BootTools) -> None:
     """Have a writable root contain what it needs to be started as it is.
 
-    How its kernel is started is only found out again if what that depends on has changed.
+    How its kernel is started is only found out again if what that depends on has changed, or if it failed.
+
+    Raises:
+        AshError: it has a kernel, but how that is started is not known.
     """
     script = place_inside(root, IN_ROOT_INIT)
     if script.is_symlink() or read_text(script) != INIT_SCRIPT:
@@ -4356,11 +4366,12 @@ def make_startable(root: Path, *, layout: Layout, tools: BootTools) -> None:
     inputs = boot_inputs(root)
     if boot_record(root)[0] == inputs:
         return
-    config = None
-    with contextlib.suppress(AshError):  # it may have no kernel; a deploy says what is wrong
-        made = made_by_mkconfig(root, layout=layout, tools=tools)
-        config = made._replace(header=(), foreign="", classes="")._asdict()
-    write_inside(root, IN_ROOT_BOOT, json.dumps({"inputs": inputs, "config": config}) + "\n")
+    try:
+        made = made_by_mkconfig(root, layout=layout, tools=tools) if kernels_of(root) else None
+    except AshError:
+        write_boot_record(root, "", None)
+        raise
+    write_boot_record(root, inputs, made)
 
 
 def startable_entries(layout: Layout, uuid: str, tree: Tree, describe: Callable[[int], str], classes: str) -> str:
@@ -6553,7 +6564,13 @@ class Transaction:
         self._refuse_unseen_homes()
         self._settle_accounts()
         self._take_database_files()
-        make_startable(self.root, layout=self.layout, tools=self.system.distro.boot_tools)
+        try:
+            make_startable(self.root, layout=self.layout, tools=self.system.distro.boot_tools)
+        except AshError as error:
+            if is_out_of_space(error):
+                raise
+            what = "is left out of the boot menu with all snapshots"
+            console.warn(f"snapshot {self.snapshot} {what}: {reason(error)}")
         unprotect(self.root)  # an immutable root could not be exchanged
         set_readonly(self.root)
         paths = self._changed_paths()

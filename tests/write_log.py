@@ -122,10 +122,11 @@ def recorded(image: Path, log: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def volatile_cache(disk: Disk, chance: random.Random) -> Iterator[Disk]:
+def volatile_cache(disk: Disk, chance: random.Random, lost: list[int]) -> Iterator[Disk]:
     """A disk with a volatile write cache, whose power is cut at the end of the block.
 
-    Then it has what was flushed, and of what was written since, what `chance` says.
+    Then it has what was flushed, and of what was written since, what `chance` says. `lost` gets the number of blocks
+    that it does not have.
     """
     before, log = disk.image.with_name("before.img"), disk.image.with_name("log")
     program("cp", "--sparse=always", "--reflink=auto", disk.image, before)
@@ -134,6 +135,8 @@ def volatile_cache(disk: Disk, chance: random.Random) -> Iterator[Disk]:
         written = Log.load(log)  # the daemon flushes everything when it ends
     *flushed, last = written.epochs
     written.apply((write for epoch in flushed for write in epoch), before)
-    written.apply(some_of(last, chance), before)
+    kept = some_of(last, chance)
+    written.apply(kept, before)
+    lost.append(sum(1 for write in last for _ in write.blocks()) - len(kept))
     before.replace(disk.image)
     log.unlink()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ash import BLOCK_SIZE
+from installer.machine import Machine
 from tests.archive import Archive, use_only
 from tests.boot.checks import runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
@@ -88,15 +89,20 @@ def on_trial(disk: Disk, script: str) -> int:
     return number
 
 
+def falls_back(machine: Machine, number: int) -> None:
+    """Assert that the base runs in the end, that it is known to boot, and that the machine says what did not."""
+    machine.expect(r"Command line: .*ash\.fellback=", 1800)  # what is on trial may come as far as a login prompt
+    machine.login()
+    runs_snapshot(machine, 0)
+    said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
+    assert f"snapshot {number} did not start" in said(machine, "ash status")
+
+
 def went_back(disk: Disk, boot: Boot, number: int, *, uefi: bool, starts: int, devices: Sequence[str] = ()) -> None:
-    """Boot; assert that the base runs in the end, after so many starts of the other, and that the machine says why."""
+    """Boot; assert that the machine falls back after so many starts of what is on trial."""
     with boot(disk, uefi=uefi, devices=devices) as machine:
-        machine.expect(r"Command line: .*ash\.fellback=", 1800)  # what is on trial may come as far as a login prompt
-        machine.login()
-        runs_snapshot(machine, 0)
-        said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
+        falls_back(machine, number)
         starts_next(machine, 0)
-        assert f"snapshot {number} did not start" in said(machine, "ash status")
         assert said(machine, "ash fsck") == "no problems found"
         machine.poweroff()
     console = (disk.image.parent / "console.log").read_text(errors="replace")
@@ -136,12 +142,8 @@ def test_without_its_partition_a_machine_starts_the_last_good_deployment(disk: D
 def test_a_machine_with_secure_boot_goes_back_too(disk: Disk, boot: Boot) -> None:
     number = on_trial(disk, CAUSES["init exits"].script)
     with boot(disk, secure=True) as machine:
-        machine.expect(r"Command line: .*ash\.fellback=", 1800)
-        machine.login()
-        runs_snapshot(machine, 0)
+        falls_back(machine, number)
         assert "Secure boot enabled" in said(machine, "journalctl --boot --dmesg --no-pager | grep -i 'secure boot'")
-        said(machine, "until systemctl is-active ash-bless; do sleep 1; done")
-        assert f"snapshot {number} did not start" in said(machine, "ash status")
         machine.poweroff()
 
 

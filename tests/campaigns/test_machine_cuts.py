@@ -60,8 +60,9 @@ def prepare(disk: Disk, directory: Path) -> None:
 def cut_the_power(disk: Disk, boot: Boot, commands: Iterable[tuple[str, float]], chance: random.Random) -> None:
     """Cut the power during each of some commands, and check the machine at its next start."""
     cuts = 0
+    lost: list[int] = []
     for line, seconds in commands:
-        with volatile_cache(disk, chance) as shown, boot(shown, flushes=True) as machine:
+        with volatile_cache(disk, chance, lost) as shown, boot(shown, flushes=True) as machine:
             comes_up(machine, cuts)
             said(machine, f"for place in /home /var/lib; do echo {cuts} > $place/synced-{cuts}; done; sync")
             machine.send(f"{line}\n")
@@ -70,6 +71,7 @@ def cut_the_power(disk: Disk, boot: Boot, commands: Iterable[tuple[str, float]],
         cuts += 1
     with boot(disk) as machine:
         comes_up(machine, cuts)
+    assert any(lost), "no cut lost a block: nothing was tried"
 
 
 def comes_up(machine: Machine, cuts: int) -> None:

@@ -332,7 +332,8 @@ class EtcModel(RuleBasedStateMachine):
         before, slot = self.machine.menu, self.machine.slot
         self.say("carry")
         default = before["deployments"][before["default"]]
-        self.boot(before["default"], follows=before["default"] == slot or default["etc_from"] == slot)
+        follows = default["etc_from"] == slot and not default["fresh_etc"]  # with --fresh-etc only what changed since
+        self.boot(before["default"], follows=before["default"] == slot or follows)
 
     @rule(which=st.integers(0, 9))
     def boot_other(self, which: int) -> None:

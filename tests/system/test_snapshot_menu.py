@@ -80,10 +80,25 @@ def test_a_snapshot_leaves_the_menu_before_it_is_deleted(system: System, snapsho
 def test_a_snapshot_without_a_kernel_is_left_out(system: System, snapshot: int) -> None:
     below = system.branch(snapshot)
     title = shown(system)[below]
-    system.shell(snapshot, "rm /boot/vmlinuz-*")
+    assert "left out" not in system.shell(snapshot, "rm /boot/vmlinuz-*").stderr
     assert snapshot not in shown(system)
     assert shown(system)[below] == title
     system.ash("undo", snapshot)
+    assert snapshot in shown(system)
+    is_readable(system)
+
+
+def test_a_snapshot_whose_boot_configuration_fails_is_named_and_tried_again_at_the_next_change(
+    system: System, snapshot: int
+) -> None:
+    probe = r"printf '#!/bin/sh\ntest ! -e /usr/share/fails\n' > /etc/grub.d/99_probe; chmod 755 /etc/grub.d/99_probe"
+    failed = system.shell(snapshot, f"{probe}; touch /usr/share/fails")
+    assert f"snapshot {snapshot} is left out of the boot menu with all snapshots: grub-mkconfig failed" in failed.stderr
+    assert snapshot not in shown(system)
+    before = system.id_of(snapshot)
+    assert "left out" in system.ash("run", snapshot, "true").stderr
+    assert system.id_of(snapshot) == before
+    assert not system.shell(snapshot, "rm /usr/share/fails").stderr
     assert snapshot in shown(system)
     is_readable(system)
 
