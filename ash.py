@@ -14580,6 +14580,13 @@ def fetch_signed(url: str, keyring: Path, directory: Path) -> Path:
 LAST_LINE = "    sys.exit(main())\n"  # of each executable
 
 
+def run_executable(executable: Path, request: Request, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run another ash on the system of a request."""
+    options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
+    where = [word for name, value in options.items() if value for word in (name, str(value))]
+    return run(["sh", executable, *words, *where], check=False)
+
+
 def check_starts(system: System, new: Path, request: Request) -> str:
     """Start a new executable, in a directory of its own, with the libraries that it would have. Returns its version.
 
@@ -14593,9 +14600,7 @@ def check_starts(system: System, new: Path, request: Request) -> str:
     for library in [path for path in system.layout.lib.glob("[!_]*") if path.name != "ash.py"]:
         (lib / library.name).symlink_to(library)
     (lib / "ash.py").symlink_to("../ash")
-    options = {"--root": request.root, "--image": request.image, "--distro": request.distro}
-    where = [word for name, value in options.items() if value for word in (name, str(value))]
-    done = run(["sh", new, "--json", "version", "--chroot", *where], check=False)
+    done = run_executable(new, request, "--json", "version", "--chroot")
     try:
         answer = from_json(done.stdout, RELEASE_SHAPE) if done.returncode == 0 else None
     except ValueError:
@@ -14670,6 +14675,9 @@ def cmd_upself(system: System, request: Request) -> Plan:
         if request.download_only:
             return Reply(changed, f"ash {version} is in /.snapshots/ash/ash.new")
         swap_executable(layout)
+    renewed = run_executable(layout.executable, request, "recover")  # it may write another boot menu
+    if renewed.returncode:
+        console.warn(f"ash recover, which renews the boot menu, failed: {last_words(renewed.stderr)}")
     kept = "; the old one is /.snapshots/ash/ash.old" if was else ""
     return Reply(changed, f"ash is now {version}, was {here or 'damaged'}{kept}")
 

@@ -221,6 +221,16 @@ def test_a_newer_ash_is_put_in_place_and_the_old_one_kept(place: Place) -> None:
     assert place.system.ash("--json", "fsck").json["damage"] == []
 
 
+def test_the_boot_menu_is_written_as_the_new_ash_does(place: Place) -> None:
+    new = executable(NEW).replace("# Made by ash at every deploy.", "# Made by a newer ash.")
+    place.publish(new)
+    place.upself()
+    assert place.system.files.grub_cfg.read_text().startswith("# Made by a newer ash.")
+    assert "no problems" in program("sh", place.state / "ash", "--image", place.system.image, "fsck")
+    place.put("ash", executable(ash.ASH_VERSION))
+    place.system.ash("recover")
+
+
 def test_the_old_executable_runs_again_once_it_is_renamed_back(place: Place) -> None:
     place.publish(executable("9.9.9"))
     place.upself()
