@@ -1152,6 +1152,9 @@ def enter_namespace_root() -> None:
 # --- Layout: every path on disk is spelled here and nowhere else -----------------------------------------------
 
 
+SNAPSHOTS_CFG, OLD_GRUB_CFG = "snapshots.cfg", "grub.cfg.{}"  # beside grub.cfg; the latter with how old it is
+
+
 class Layout:
     """The paths of one distribution on a btrfs file system.
 
@@ -1213,7 +1216,7 @@ class Layout:
     @property
     def snapshots_cfg(self) -> Path:
         """The submenu with all snapshots, which grub.cfg reads when it is opened."""
-        return self.grub_cfg.with_name("snapshots.cfg")
+        return self.grub_cfg.with_name(SNAPSHOTS_CFG)
 
     def grub_file(self, name: str) -> str:
         """A file beside grub.cfg, as GRUB names it."""
@@ -4405,7 +4408,7 @@ def grub_submenus(layout: Layout, uuid: str) -> list[str]:
     """GRUB's commands for the submenus with all snapshots, and with the menus before this one."""
     earlier = []
     for age, what in enumerate(AGES, 1):
-        file = layout.grub_file(f"grub.cfg.{age}")
+        file = layout.grub_file(OLD_GRUB_CFG.format(age))
         earlier += [
             f"    if [ -f {file} ]; then",
             f"        menuentry 'The boot menu before {what}' --id ash-menu-{age} {{",
@@ -4417,7 +4420,7 @@ def grub_submenus(layout: Layout, uuid: str) -> list[str]:
     return [
         "submenu 'All snapshots, as they are' --id ash-snapshots {",
         f"    {grub_search(uuid)}",
-        f"    source {layout.grub_file('snapshots.cfg')}",
+        f"    source {layout.grub_file(SNAPSHOTS_CFG)}",
         "}",
         "submenu 'Rescue' --id ash-rescue {",
         f"    {grub_search(uuid)}",
@@ -8935,7 +8938,7 @@ class BootMenu:
 
     def _write_grub_cfg(self) -> None:
         grub_cfg = self.layout.grub_cfg
-        old = [grub_cfg, *(grub_cfg.with_name(f"grub.cfg.{age}") for age in range(1, KEPT_MENUS + 1))]
+        old = [grub_cfg, *(grub_cfg.with_name(OLD_GRUB_CFG.format(age)) for age in range(1, KEPT_MENUS + 1))]
         for newer, older in reversed(list(itertools.pairwise(old))):
             if newer.exists():
                 about_to(f"keep {older.name}")
