@@ -3428,6 +3428,7 @@ class BootTools:
 
     def __init__(self, prefix: str = "grub") -> None:
         self.mkconfig = f"{prefix}-mkconfig"
+        self.script_check = f"{prefix}-script-check"
         self.install = f"{prefix}-install"
         self.directory = f"boot/{prefix}"  # which the tools expect, from the root
 
@@ -3610,6 +3611,17 @@ DEPLOYMENT, ON_TRIAL, FELL_BACK = "ash.deployment", "ash.trial", "ash.fellback"
 # For a start on trial: whatever fails, the machine starts again by itself. For the kernel and the initramfs of Debian,
 # that of dracut, and systemd, whose watchdog the hardware may have; seconds.
 RESTARTS = "panic=10 rd.shell=0 rd.emergency=reboot systemd.crash_reboot=1 systemd.watchdog_sec={}"
+IN_RESCUE = "ash_rescue"  # a variable of GRUB: an earlier grub.cfg is open
+
+
+def kernel_options() -> dict[str, str]:
+    """The options on the running kernel's command line."""
+    return dict(word.partition("=")[::2] for word in read_text(Path("/proc/cmdline")).split())
+
+
+def trial_options(minutes: int) -> str:
+    """The kernel's options for a start that may fail, and then waits for nobody; `minutes` is how long it may take."""
+    return f"{ON_TRIAL}={minutes} {RESTARTS.format(minutes * 60)}"
 
 
 def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minutes: int) -> list[str]:
@@ -3617,7 +3629,7 @@ def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minu
 
     Whatever goes wrong with the notes, GRUB starts the fallback: it is known to boot.
     """
-    block, trial = f"($ash_efi)/{notes.name}", f"{ON_TRIAL}={minutes} {RESTARTS.format(minutes * 60)}"
+    block = f"($ash_efi)/{notes.name}"
     count = [f'        if [ "$try_n" = "{left}" ]; then set ash_left="{left - 1}"; fi' for left in range(1, tries + 1)]
     return [
         'set default="$fallback_id"',
@@ -3634,27 +3646,41 @@ def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minu
         f"        if save_env --file {block} try_id try_n; then",
         '            set default="$default_id"',
         "            unset ash_fellback",
-        f'            set ash_trial="{trial}"',
+        f'            set ash_trial="{trial_options(minutes)}"',
         "        fi",
         "    fi",
         "fi",
     ]
 
 
-def grub_once(notes: EfiPartition, entry: str) -> list[str]:
+def grub_once(notes: EfiPartition, entry: str, minutes: int) -> list[str]:
     """GRUB's commands to start an entry if its notes say so, and to take that note away."""
     block = f"($ash_efi)/{notes.name}"
     return [
+        "unset ash_once",
         "unset once",
         "insmod fat",
         f"if search --no-floppy --fs-uuid --set=ash_efi {notes.uuid}; then",
         f"    load_env --file {block} once",
         f'    if [ "$once" = "{entry}" ]; then',
         "        set once=",
-        f'        if save_env --file {block} once; then set default="{entry}"; fi',
+        f"        if save_env --file {block} once; then",
+        f'            set default="{entry}"',
+        f'            set ash_once="{trial_options(minutes)}"',
+        "        fi",
         "    fi",
         "fi",
     ]
+
+
+def grub_choice(once: Sequence[str], countdown: Sequence[str]) -> list[str]:
+    """GRUB's commands to choose what it starts by itself: a start of grub_once() spends no try.
+
+    A menu that somebody opened in the submenu of earlier ones is theirs to choose from.
+    """
+    if once and countdown:
+        countdown = ['if [ -z "$ash_once" ]; then', *countdown, "fi"]
+    return [f'if [ -z "${IN_RESCUE}" ]; then', *once, *countdown, "fi"] if once or countdown else []
 
 
 def without_titles(grub_cfg: str) -> str:
@@ -3819,6 +3845,8 @@ class EfiPartition:
                 os.fsync(file.fileno())
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            remove_tree(path)
         with path.open("wb", buffering=0) as file:
             file.write(block)
             os.fsync(file.fileno())
@@ -3835,10 +3863,16 @@ class EfiPartition:
         if block is None:
             return os.fsencode(run(["mtype", "-i", drive, target], check=False).stdout)
         above = [str(path) for path in reversed(Path(self.name).parents) if path.name]
-        run(["mmd", "-D", "s", "-i", drive, *(f"::{path}" for path in above)], check=False)  # they may exist
-        copied = run(["mcopy", "-o", "-i", drive, "-", target], input=block.decode())
-        if self._mtools(drive) != block:  # on a full partition mcopy 4.0.32 ends with 0
-            raise AshError(f"cannot write GRUB's notes to the EFI partition: {copied.stderr.strip()}")
+        made = run(["mmd", "-D", "s", "-i", drive, *(f"::{path}" for path in above)], check=False)  # they may exist
+        if run(["mdir", "-b", "-i", drive, f"{target}/"], check=False).returncode == 0:  # a directory in its place
+            run(["mdeltree", "-i", drive, target])
+        copied = run(["mcopy", "-o", "-i", drive, "-", target], check=False, input=block.decode())
+        if copied.returncode or self._mtools(drive) != block:  # on a full partition mcopy 4.0.32 ends with 0
+            why = (
+                last_words(copied.stderr or made.stderr, 1)
+                or f"is there a file in the place of {Path(self.name).parent}?"
+            )
+            raise AshError(f"cannot write GRUB's notes to the EFI partition: {why}", f"make room for {self.name} on it")
         return block
 
 
@@ -4276,6 +4310,11 @@ class Chroot(NamedTuple):
         return become(argv, environment)
 
 
+def private_directory() -> Path | None:
+    """Where temporary files go: not into the caller's TMPDIR, which is not to be trusted."""
+    return PRIVATE if PRIVATE.is_mount() else None
+
+
 def machine_chroot(
     root: Path,
     argv: Sequence[str],
@@ -4294,7 +4333,7 @@ def machine_chroot(
     import tempfile
 
     chroot = Chroot(root, {"LC_ALL": "C.UTF-8"}, overlays, [*binds.items()], privileged=True, resolver=False)
-    directory = PRIVATE if PRIVATE.is_mount() else None  # do not trust the caller's TMPDIR
+    directory = private_directory()
     with tempfile.TemporaryFile(dir=directory) as stdout, tempfile.TemporaryFile(dir=directory) as stderr:
         status = chroot.run(argv, output=[stdout.fileno(), stderr.fileno()])
         stdout.seek(0)
@@ -4330,10 +4369,21 @@ BOOT_RECORD_SHAPE = {"inputs": is_text, "config": (BOOT_CONFIG_SHAPE, None)}
 
 
 def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootConfig:
-    """The boot configuration of a writable root. AshError if it has no kernel, or mkconfig fails."""
+    """The boot configuration of a writable root.
+
+    Raises:
+        AshError: it has no kernel, mkconfig fails, or GRUB could not read what it makes.
+    """
+    import tempfile
+
     layout.grub_cfg.parent.mkdir(exist_ok=True)
     binds = {layout.grub_cfg.parent: tools.directory}
     made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+    with tempfile.NamedTemporaryFile("w", errors="surrogateescape", dir=private_directory()) as file:
+        file.write(made)
+        file.flush()
+        # mkconfig only does this for what it writes to a file.
+        machine_chroot(root, [tools.script_check, "/run/grub.cfg"], binds={Path(file.name): "run/grub.cfg"})
     made = made.replace(f"/{root.name}/", MADE_IN)
     return BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
 
@@ -4413,6 +4463,8 @@ def grub_submenus(layout: Layout, uuid: str) -> list[str]:
             f"    if [ -f {file} ]; then",
             f"        menuentry 'The boot menu before {what}' --id ash-menu-{age} {{",
             f"            {grub_search(uuid)}",
+            f"            set {IN_RESCUE}=1",
+            f"            export {IN_RESCUE}",
             f"            configfile {file}",
             "        }",
             "    fi",
@@ -8324,7 +8376,8 @@ class Menu:
         text = menu_text(layout.rootfs(self.default)) or default.config
         made_in, here = MADE_IN, f"/snapshot-{self.default}/"
         header, foreign = "\n".join(text.header).replace(made_in, here), text.foreign.replace(made_in, here)
-        trial, good = self.on_trial if efi.uuid else None, self.fallback or default
+        trial, once = (self.on_trial, self.deployments.get(self.once)) if efi.uuid else (None, None)
+        good = self.fallback or default
         marks = [(default, "")]
         marks += [(last, " (last booted deployment)")] if last and last is not default else []
         marks += [(good, " (last good deployment)")] if good not in (default, last) else []
@@ -8338,7 +8391,7 @@ class Menu:
             is_free = one in (default, good) and "--unrestricted" not in classes.split()
             options = filter(None, [classes, "--unrestricted" if is_free else ""])
             start = ["menuentry", grub_quoted(title), "--id", one.entry, *options, "{"]
-            commands = self._commands(one, layout, uuid, trial)
+            commands = self._commands(one, layout, uuid, trial, once)
             entries.append("\n".join([" ".join(start), *commands, "}"]))
         other = good if good is not default else last or default
         # For this GRUB takes no id, but only positions in the menu.
@@ -8351,21 +8404,27 @@ class Menu:
             'set default="$default_id"',
             f'set fallback="{place}"',
             *grub_preamble(uuid),
-            *(grub_countdown(efi, trial.entry, trial.id, trial.tries, trial.minutes) if trial else []),
-            *(grub_once(efi, self.deployments[self.once].entry) if self.once and efi.uuid else []),
+            *grub_choice(
+                grub_once(efi, once.entry, once.minutes) if once else [],
+                grub_countdown(efi, trial.entry, trial.id, trial.tries, trial.minutes) if trial else [],
+            ),
             "set gfxpayload=keep",
         ]
         return "\n".join([*lines, *entries, *grub_submenus(layout, uuid), foreign, ""])
 
     @staticmethod
-    def _commands(deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None) -> list[str]:
-        """What GRUB does to start a deployment, while one is on trial."""
+    def _commands(
+        deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None, once: Deployment | None
+    ) -> list[str]:
+        """What GRUB does to start a deployment, while one is on trial, or one is to be started once."""
         own = f"{'rw' if deployment.mutable else 'ro'} {DEPLOYMENT}={deployment.id}"
-        counted = "" if not trial else "$ash_trial" if deployment is trial else "$ash_fellback"
+        chosen = [("$ash_trial" if deployment is trial else "$ash_fellback") if trial else ""]
+        chosen += ["$ash_once" if deployment is once else ""]
+        last = " ".join(filter(None, chosen))
         return [
             # If it cannot be loaded, GRUB goes on with the fallback.
             *([f'    set ash_fellback="{FELL_BACK}={trial.id}"'] if trial and deployment is trial else []),
-            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, counted),
+            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, last),
         ]
 
 
@@ -8780,13 +8839,17 @@ class Trials:
         """A deployment that becomes the default with its tries, if there is a good one to go back to."""
         if not self.efi.uuid or not good_slot(menu, ran):
             return deployment
+        tries, minutes = self._limits()
+        return deployment._replace(tries=tries, minutes=minutes)
+
+    def _limits(self) -> tuple[int, int]:
+        """How often GRUB tries to start a deployment, and how many minutes a start may take."""
         try:
             values = self.configuration().values
         except AshError as error:  # a mistake in there must not prevent a deploy
             console.warn(f"{error.message}; boot_tries and boot_timeout count as not set")
             values = {}
-        tries, minutes = int(values.get("boot_tries", TRIES)), int(values.get("boot_timeout", MINUTES))
-        return deployment._replace(tries=tries, minutes=minutes)
+        return int(values.get("boot_tries", TRIES)), int(values.get("boot_timeout", MINUTES))
 
     def begin(self, deployment: Deployment) -> None:
         """Write the tries of a deployment to GRUB's notes, before grub.cfg names it. AshError if they cannot be."""
@@ -8800,9 +8863,32 @@ class Trials:
             if (notes := self.efi.read()) and notes.try_id == deployment.entry:
                 self.efi.write(notes._replace(try_id="", try_n=""))
 
+    def forget(self, menu: Menu) -> None:
+        """Delete GRUB's notes on deployments that the menu does not have any more, or that were started once."""
+        with contextlib.suppress(AshError):
+            notes = self.efi.read() or Countdown()
+            entries = {one.entry for one in menu.deployments.values()}
+            kept = notes if notes.try_id in entries else notes._replace(try_id="", try_n="")
+            kept = kept if kept.once in entries else kept._replace(once="")
+            if kept != notes:
+                self.efi.write(kept)
+
+    def planned_once(self, deployment: Deployment) -> Deployment:
+        """A deployment that is started once, with the time that this may take."""
+        return deployment if deployment.minutes else deployment._replace(minutes=self._limits()[1])
+
     def start_once(self, deployment: Deployment) -> None:
         """Have GRUB start a deployment next, and only then."""
         self.efi.write((self.efi.read() or Countdown())._replace(once=deployment.entry))
+
+    def next_once(self, menu: Menu) -> Deployment | None:
+        """What GRUB starts next, and only then. Who may not read its notes goes by the menu."""
+        once = menu.deployments.get(menu.once)
+        if once and os.geteuid() == 0:
+            with contextlib.suppress(AshError):
+                notes = self.efi.read()
+                return once if notes and notes.once == once.entry else None
+        return once
 
     def problem(self, menu: Menu) -> str:
         """What is wrong with GRUB's notes; empty if nothing is. AshError if the partition cannot be read."""
@@ -8820,8 +8906,9 @@ class Trials:
     def renew(self, menu: Menu) -> None:
         """Write GRUB's notes again if something is wrong with them; a deployment on trial has all its tries then."""
         if self.problem(menu):
-            trial = menu.on_trial
-            self.efi.write(Countdown(trial.entry, str(trial.tries)) if trial else Countdown())
+            trial, once = menu.on_trial, self.next_once(menu)
+            notes = Countdown(trial.entry, str(trial.tries)) if trial else Countdown()
+            self.efi.write(notes._replace(once=once.entry if once else ""))
 
     def recover(self, menu: Menu) -> None:
         """The same after an interrupted deploy: if it fails, GRUB starts the last good deployment."""
@@ -8833,7 +8920,7 @@ class Trials:
 
 FAILURE_SHAPE = {
     "deployment": is_name, "snapshot": is_u32, "source": is_u32, "since": is_line, "back_to": is_name,
-    "units?": [is_line], "journal?": [is_line],
+    "units?": [is_line], "journal?": [is_line], "told?": bool,
 }  # fmt: skip
 
 
@@ -8847,6 +8934,7 @@ class Failure(NamedTuple):
     back_to: str  # the id of the deployment that runs since
     units: Sequence[str] = ()  # of its last start, as far as its journal reached the disk: what failed
     journal: Sequence[str] = ()  # the last lines
+    told: bool = False  # in the journal and at the login
 
     def text(self) -> str:
         """What happened, on one line."""
@@ -9052,6 +9140,7 @@ class Deployments:
             console.say(f"ash: {waits} (ash recover)")
         self._finish_withdrawal()
         self._delete_unfinished()
+        self.note_fallback()
         if carry and self.menu.default:
             self._make_rest(carry)
         default = self.menu.default
@@ -9117,6 +9206,18 @@ class Deployments:
             self.menu.deployments[slot] = made
             self.boot_menu.write()
         return made
+
+    def note_fallback(self) -> None:
+        """Note that the deployment on trial did not start, if GRUB said so: the one that runs is the default again."""
+        menu, failed, slot = self.menu, self.menu.on_trial, self.booted
+        if slot not in menu.deployments or not failed or failed.slot == slot:
+            return
+        if failed.id == kernel_options().get(FELL_BACK):
+            since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
+            note_failure(self.layout, Failure(failed.id, failed.snapshot, failed.source, since, back_to))
+            menu.default = menu.last_booted = slot
+            menu.good = good_slot(menu, slot)
+            self.boot_menu.write()
 
     def _delete_unfinished(self) -> None:
         """Delete unfinished_deployments(). What cannot be deleted stays, with a warning: it must not stop the rest."""
@@ -9296,6 +9397,7 @@ class Deployments:
         menu.deployments[slot] = deployment
         self.boot_menu.write()
         delete_subvolume(new, even_mounted=True)
+        self.trials.forget(menu)
         remove_tree(intent)
 
     def _begin_trial(self, deployment: Deployment) -> None:
@@ -9326,8 +9428,10 @@ class Deployments:
         shown = {self.running, menu.default, menu.last_booted, menu.good} - {*SECONDARY_SLOTS}
         found = [one for slot, one in menu.deployments.items() if slot not in shown and one.snapshot == snapshot]
         if any(one.slot in (self.running, menu.default, menu.good) for one in found):
-            hint = "start another deployment, try again"
-            raise AshError(f"the secondary deployment of snapshot {snapshot} is running", hint, REFUSED)
+            is_running = any(one.slot == self.running for one in found)
+            state = "is running" if is_running else "is what the machine goes back to"
+            hint = "start another deployment, try again" if is_running else "let another deployment start first"
+            raise AshError(f"the secondary deployment of snapshot {snapshot} {state}", hint, REFUSED)
         for slot in [] if fresh else [one.slot for one in found]:
             require_unchanged(self.layout, self.menu, slot)
         for slot in [one.slot for one in found]:
@@ -9336,6 +9440,7 @@ class Deployments:
             menu.take_out(slot)
             self.boot_menu.write()
             self._finish_withdrawal()
+            self.trials.forget(menu)
             remove_tree(self.layout.work("deploy") / "intent")
         return found
 
@@ -10483,12 +10588,12 @@ def deploy_snapshot(
     up-to-date one is reused.
     """
     system.require(snapshot)
-    if not (secondary or force):
-        require_not_bad(system, snapshot)
     roll_back_live(system)
     with system.deploying() as deployments:
         system.require(snapshot)
         deployments.recover()
+        if not (secondary or force):
+            require_not_bad(system, snapshot)
         return deployments.deploy(snapshot, secondary=secondary, **options)
 
 
@@ -11562,6 +11667,7 @@ def start_once(system: System, deployment: Deployment) -> None:
         if there is None or there.id != deployment.id:
             raise AshError(f"another ash has replaced the deployment in {deployment.slot}", "", LOCKED)
         deployments.menu.once = deployment.slot
+        deployments.menu.deployments[deployment.slot] = deployments.trials.planned_once(there)
         deployments.boot_menu.write()
         deployments.trials.start_once(deployment)
 
@@ -11750,11 +11856,19 @@ LOGIN_MESSAGE = Path("/run/motd.d/ash")  # shown at login by pam_motd
 
 
 def programs_in(root: Path, directories: Sequence[str]) -> Iterator[Path]:
-    """The programs in some directories of a root, by name: executable files, and greenboot's *.sh."""
+    """The programs in some directories of a root, by name: executable files, greenboot's *.sh, links to nothing."""
     for directory in directories:
         for path in sorted((root / directory).glob("*")):
-            if path.is_file() and (os.access(path, os.X_OK) or path.suffix == ".sh"):
+            is_program = path.is_file() and (os.access(path, os.X_OK) or path.suffix == ".sh")
+            if is_program or (path.is_symlink() and not path.exists()):
                 yield path
+
+
+def not_programs_in(root: Path, directories: Sequence[str]) -> list[Path]:
+    """The other files there."""
+    programs = {*programs_in(root, directories)}
+    files = (path for directory in directories for path in sorted((root / directory).glob("*")) if path.is_file())
+    return [path for path in files if path not in programs]
 
 
 def passes(program: Path) -> bool:
@@ -11778,17 +11892,14 @@ def cmd_health(request: Request) -> Reply:
     root = Path("/")
     results = {path: passes(path) for path in programs_in(root, REQUIRED_CHECKS)}
     wanted = [str(path) for path in programs_in(root, WANTED_CHECKS) if not passes(path)]
+    for path in not_programs_in(root, (*REQUIRED_CHECKS, *WANTED_CHECKS)):
+        console.warn(f"{path} is not run: it is not executable")
     failed = [str(path) for path, passed in results.items() if not passed]
     passed = [str(path) for path, passed in results.items() if passed]
     lines = [f"failed: {listed(failed)}"] if failed else [f"{len(passed)} required checks passed"]
     lines += [f"failed, but not required: {listed(wanted)}"] if wanted else []
     data = {"passed": passed, "failed": failed, "wanted": wanted}
     return Reply(data, "\n".join(lines), status=FAILED if failed else 0)
-
-
-def kernel_options() -> dict[str, str]:
-    """The options on the running kernel's command line."""
-    return dict(word.partition("=")[::2] for word in read_text(Path("/proc/cmdline")).split())
 
 
 def announce(failure: Failure) -> None:
@@ -11801,35 +11912,34 @@ def announce(failure: Failure) -> None:
 
 
 def note_good(deployments: Deployments, slot: str) -> bool:
-    """Note that the deployment in a slot boots: GRUB no longer counts its starts. Returns whether that is new."""
-    menu = deployments.menu
-    one = menu.deployments[slot]
-    if not one.tries:
-        return False
-    menu.deployments[slot] = one._replace(tries=0, minutes=0)
-    menu.good = slot
-    deployments.boot_menu.write()
-    deployments.trials.end(one)
-    return True
+    """Note that the deployment in a slot boots: GRUB no longer counts its starts. Returns whether that is new.
 
-
-def note_fallback(system: System, deployments: Deployments, slot: str, ident: str) -> Failure | None:
-    """Note that the deployment with an id did not start, and make the one in `slot`, which runs, the default again.
-
-    None if that was noted before, or the deployment is not the default any more.
+    A start once, which is over, is forgotten.
     """
-    menu, layout = deployments.menu, system.layout
-    failed = menu.deployments.get(menu.default)
-    if failed is None or failed.id != ident or failed.slot == slot:
+    menu, trials = deployments.menu, deployments.trials
+    one, once = menu.deployments[slot], trials.next_once(menu)
+    is_new, is_over = bool(one.tries), bool(menu.once and once is None)
+    if is_new:
+        menu.deployments[slot] = one._replace(tries=0, minutes=0)
+        menu.good = slot
+    if is_over:
+        menu.once = ""
+    if is_new or is_over:
+        deployments.boot_menu.write()
+    if is_new:
+        trials.end(one)
+    return is_new
+
+
+def failure_to_tell(system: System, back_to: Deployment) -> Failure | None:
+    """The deployment that GRUB says did not start, complete with why, if that was not told yet."""
+    ident = kernel_options().get(FELL_BACK, "")
+    noted = [one for one in failures(system.layout) if (one.deployment, one.back_to) == (ident, back_to.id)]
+    if not noted or noted[0].told:
         return None
     units, journal = init_of(Path("/")).last_words(f"{DEPLOYMENT}={ident}")
-    since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
-    failure = Failure(ident, failed.snapshot, failed.source, since, back_to, units, journal)
-    note_failure(layout, failure)
-    menu.deployments[failed.slot] = failed._replace(tries=0, minutes=0)
-    menu.default = menu.last_booted = slot
-    menu.good = good_slot(menu, slot)
-    deployments.boot_menu.write()
+    failure = noted[0]._replace(units=units, journal=journal, told=True)
+    note_failure(system.layout, failure)
     return failure
 
 
@@ -11843,10 +11953,11 @@ def cmd_bless(system: System, request: Request) -> Plan:
         raise AshError("no deployment of this system is running", "ash deploy N, reboot", REFUSED)
     yield would(f"note that the deployment in {slot} is good")
     system.wait = request.wait or BLESS_WAIT
-    options = kernel_options()
     with system.deploying() as deployments:
-        failure = note_fallback(system, deployments, slot, options[FELL_BACK]) if FELL_BACK in options else None
-        was_bad = forget_failure(system.layout, deployments.menu.deployments[slot].id)
+        deployments.note_fallback()
+        running = deployments.menu.deployments[slot]
+        failure = failure_to_tell(system, running)
+        was_bad = forget_failure(system.layout, running.id)
         is_new = note_good(deployments, slot) or was_bad
     if failure and system.running:
         announce(failure)
@@ -11855,7 +11966,8 @@ def cmd_bless(system: System, request: Request) -> Plan:
         if not passes(program):
             console.warn(f"{program} failed")
     number = system.snapshot_of(slot)
-    text = f"snapshot {number} ({slot}) {'is known to boot now' if is_new else 'was known to boot already'}"
+    known = "is known to boot now" if is_new else "runs" if slot in SECONDARY_SLOTS else "was known to boot already"
+    text = f"snapshot {number} ({slot}) {known}"
     data = {"changed": bool(is_new or failure), "slot": slot, "snapshot": number}
     return Reply({**data, "fell_back_from": fell_back_data(failure)}, failure.text() if failure else text)
 
@@ -14705,6 +14817,12 @@ def fallback_text(menu: Menu) -> str:
     return f"GRUB goes back to {back} after {default.tries} tries of {default.minutes} minutes"
 
 
+def next_text(default: Deployment | None, once: Deployment | None) -> str:
+    """What boots next, for a reader."""
+    then = f"snapshot {default.snapshot} ({default.slot})" if default else "nothing is deployed"
+    return f"snapshot {once.snapshot} ({once.slot}), once; then {then}" if once else then
+
+
 def booted_text(booted: int | str | None, snapshot: int | None) -> str:
     """What runs, for a reader: a deployment, or a snapshot as it is."""
     if isinstance(booted, int):
@@ -14716,7 +14834,7 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
     "status", group=BOOT, usage="status", help="show what is booted, what boots next, and what is running",
     answer={
         "booted": {"snapshot": int | None, "slot": str | int | None},
-        "next": {"snapshot": int | None, "slot": str | None, "id": str | None},
+        "next": {"snapshot": int | None, "slot": str | None, "id": str | None}, "once": bool,
         "secondary": [{"snapshot": int, "slot": str}],
         "last_booted": str, "running": {"*": str}, "waiting": ([int], None), "unmerged": [str],
         "fell_back_from": (FELL_BACK_SHAPE, None), "on_trial": bool, "fallback": bool,
@@ -14726,12 +14844,13 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
-    default = menu.deployments.get(menu.default)
+    efi = EfiPartition(system.layout, system.image)
+    default, once = menu.deployments.get(menu.default), Trials(efi, system.configuration).next_once(menu)
     secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
-    failure, has_fallback = fallback_of(system), bool(EfiPartition(system.layout, system.image).uuid)
+    failure, has_fallback = fallback_of(system), bool(efi.uuid)
     on_trial = menu.on_trial is not None and has_fallback
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
@@ -14751,7 +14870,7 @@ def cmd_status(system: System, request: Request) -> Reply:
             ]
     data = {
         "booted": {"snapshot": current, "slot": booted},
-        "next": {key: getattr(default, key, None) for key in ("snapshot", "slot", "id")},
+        "next": {key: getattr(once or default, key, None) for key in ("snapshot", "slot", "id")}, "once": bool(once),
         "secondary": [{"snapshot": one.snapshot, "slot": one.slot} for one in secondary],
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
         "fell_back_from": fell_back_data(failure), "on_trial": on_trial, "fallback": has_fallback,
@@ -14762,7 +14881,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     shown = unknown if drift is None else f"{len(drift)} paths (ash diff)" if drift else "none"
     lines = [
         f"booted:       {booted_text(booted, current)}",
-        f"next boot:    {f'snapshot {default.snapshot} ({default.slot})' if default else 'nothing is deployed'}",
+        f"next boot:    {next_text(default, once)}",
         *([f"on trial:     if it does not start, {fallback_text(menu)}"] if on_trial else []),
         *([f"went back:    {failure.text()}"] if failure else []),
         *([] if has_fallback else ["fallback:     not automatic: GRUB has no partition that it can write to"]),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Where Python caches the bytecode of what our programs import, instead of in the checkout. Compiling ash.py takes three
@@ -116,7 +116,16 @@ class Files:
 
 
 EFI_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+# An entry of grub.cfg: its id and its commands.
+ENTRY = r"^menuentry [^\n]* --id (\S+) [^\n]*\{\n(.*?)^\}"
 NOTES = f"::/ash/{DISTRIBUTION}/grubenv"
+
+
+class Started(NamedTuple):
+    """What GRUB starts: a slot, with the kernel's options."""
+
+    slot: str
+    options: Sequence[str]
 
 
 class Disk:
@@ -213,19 +222,32 @@ class Disk:
             file.flush()
             program("mcopy", "-o", "-i", self.drive, file.name, NOTES)
 
+    def grub(self, grub_cfg: str, *, spend: bool = False, rescue: bool = False) -> Started:
+        """What GRUB itself, as a program, starts from a menu by itself; with `spend` its notes stay as it leaves them.
+
+        It runs on a copy of the EFI partition. With `rescue` the menu is opened as the submenu of that name does.
+        """
+        start, entries = grub_cfg.index("\nmenuentry "), re.findall(ENTRY, grub_cfg, re.MULTILINE | re.DOTALL)
+        choices = [f'if [ "$default" = "{ident}" ]; then\n{commands}fi' for ident, commands in entries]
+        show = 'function linux { for word in "$@"; do echo -n "<$word>"; done; }\nfunction initrd { true; }'
+        with tempfile.TemporaryDirectory() as name:
+            directory = Path(name)
+            _copy_data(self.image, *_partition(self.image, EFI_TYPE), directory / "efi.img")
+            (directory / "map").write_text(f"(hd0) {directory}/efi.img\n")
+            text = [*(["set ash_rescue=1"] if rescue else []), grub_cfg[:start], show, *choices, "exit", ""]
+            (directory / "grub.cfg").write_text("\n".join(text))
+            output = program("grub-emu", "-d", directory, "-m", directory / "map", "-r", "host", input="")
+            if spend:
+                program("mcopy", "-n", "-i", directory / "efi.img", NOTES, directory / "grubenv")
+                self.write_notes((directory / "grubenv").read_bytes())
+        kernel, *options = re.findall("<(.*?)>", re.sub(r"\s", "", output))  # which has line breaks at 80 columns
+        slot = re.search(r"/rootfs/snapshot-([a-z-]+)/boot/", kernel)
+        assert slot, output
+        return Started(slot[1], options)
+
     def starts(self, grub_cfg: str) -> str:
-        """The slot that GRUB starts by itself: the fallback, unless the default is not counted or has a try left."""
-        wanted, fallback = re.findall(r'^set (?:default|fallback)_id="(.*)"$', grub_cfg, re.MULTILINE)
-        counted = re.search(r'if \[ "\$try_id" = "(.*)" \]', grub_cfg)
-        if counted:
-            assert counted[1] == wanted
-            notes = self.notes()
-            if (notes.get("try_id"), notes.get("try_n", "0") > "0") != (wanted, True):
-                wanted = fallback
-        entry = grub_cfg[grub_cfg.index(f"--id {wanted} ") :]
-        slot = re.search(r"^ *linux \S*/rootfs/snapshot-([a-z-]+)/boot/", entry, re.MULTILINE)
-        assert slot
-        return slot[1]
+        """The slot that GRUB starts by itself."""
+        return self.grub(grub_cfg).slot
 
     def outside_of_btrfs(self) -> bytes:
         """The bytes outside of the root partition: partition table, boot loader, EFI partition."""
@@ -245,6 +267,18 @@ def _partition(image: Path, kind: str) -> tuple[int, int]:
 
 def _root_partition(image: Path) -> tuple[int, int]:
     return _partition(image, "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
+
+
+def _copy_data(image: Path, start: int, size: int, target: Path) -> None:
+    """Copy a part of an image to a sparse file."""
+    with image.open("rb") as disk, target.open("wb") as copy:
+        copy.truncate(size)
+        at = start
+        with contextlib.suppress(OSError):  # no more data
+            while (at := os.lseek(disk.fileno(), at, os.SEEK_DATA)) < start + size:
+                end = min(os.lseek(disk.fileno(), at, os.SEEK_HOLE), start + size)
+                os.pwrite(copy.fileno(), os.pread(disk.fileno(), end - at, at), at - start)
+                at = end
 
 
 class Terminal:

@@ -103,6 +103,23 @@ def test_a_snapshot_whose_boot_configuration_fails_is_named_and_tried_again_at_t
     is_readable(system)
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo 'menuentry x {' >> /etc/grub.d/40_custom",
+        r"printf '#!/bin/sh\necho if\n' > /etc/grub.d/05_x; chmod 755 /etc/grub.d/05_x",
+        r"""echo "GRUB_CMDLINE_LINUX='\"one'" >> /etc/default/grub""",
+    ],
+)
+def test_what_grub_cannot_read_gets_into_no_menu(system: System, snapshot: int, script: str) -> None:
+    said = system.shell(snapshot, script).stderr
+    assert "left out of the boot menu with all snapshots: grub-script-check failed" in said
+    is_readable(system)
+    before = system.files.grub_cfg.read_text()
+    assert "cannot be booted: grub-script-check failed" in system.ash("deploy", snapshot, status=FAILED).error
+    assert system.files.grub_cfg.read_text() == before
+
+
 def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&of_this_snapshot /' /etc/default/grub")
     text = submenu(system).read_text()

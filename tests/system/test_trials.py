@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A new deployment is on trial: what GRUB counts, what is noted when it is good, and when it did not start.
 
-GRUB itself counts in tests/boot. Here its notes are read by grub-editenv.
+GRUB counts, as the program grub-emu, which reads the same menu and notes. On a machine it does so in tests/boot.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, passes, programs_in
-from tests.support import DONE, FAILED, REFUSED, USAGE, program
+from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, not_programs_in, passes, programs_in
+from tests.support import DISTRIBUTION, DONE, FAILED, REFUSED, USAGE, Started, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
@@ -31,15 +31,19 @@ def menu(system: System) -> dict[str, str]:
     return found
 
 
+def deployments(system: System) -> dict[str, dict[str, object]]:
+    found: dict[str, dict[str, object]] = json.loads((system.files.state / "menu").read_text())["deployments"]
+    return found
+
+
+def start_of(system: System, **options: bool) -> Started:
+    """What GRUB starts by itself, if the machine is started now."""
+    return system.grub(system.files.grub_cfg.read_text(), spend=True, **options)
+
+
 def starts(system: System) -> str:
-    """The slot that GRUB starts by itself."""
-    return system.starts(system.files.grub_cfg.read_text())
-
-
-def spend(system: System, left: int) -> None:
-    """Do as GRUB does at each start."""
-    notes = system.notes()
-    system.write_notes(Countdown(notes["try_id"], str(left)).block)
+    """The slot that it starts."""
+    return start_of(system).slot
 
 
 def fails_to_start(machine: Machine) -> dict[str, object]:
@@ -58,10 +62,14 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, othe
     assert system.notes() == {"try_id": entry, "try_n": "3"}
     seen = []
     for left in (2, 1, 0):
-        seen.append(starts(system))
-        spend(system, left)
+        start = start_of(system)
+        seen.append(start.slot)
+        assert {"ash.trial=10", "panic=10"} <= {*start.options}
+        assert system.notes()["try_n"] == str(left)
     assert seen == [new] * 3
-    assert starts(system) == machine.slot
+    last = start_of(system)
+    assert last.slot == machine.slot
+    assert f"ash.fellback={entry.removeprefix('ash-')}" in last.options
     status = system.ash("--json", "status").json
     assert (status["on_trial"], status["fallback"], status["next"]["snapshot"]) == (True, True, other)
     system.is_sound()
@@ -69,8 +77,7 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, othe
 
 def test_a_deployment_that_was_good_once_is_no_longer_counted(system: System, machine: Machine, other: int) -> None:
     slot = machine.boot()
-    spend(system, 0)
-    assert starts(system) == slot
+    assert [starts(system) for _ in range(5)] == [slot] * 5
     assert "try_n" not in system.files.grub_cfg.read_text()
     machine.running("bless")
     assert machine.running("bless")["changed"] is False
@@ -128,7 +135,6 @@ def test_a_mistake_in_the_configuration_does_not_prevent_a_deploy(system: System
 def test_a_deployment_that_did_not_start_is_not_the_default_any_more(
     system: System, machine: Machine, other: int
 ) -> None:
-    spend(system, 0)
     answer = fails_to_start(machine)
     failure = answer["fell_back_from"]
     assert isinstance(failure, dict)
@@ -154,6 +160,41 @@ def test_a_snapshot_that_did_not_start_is_deployed_again_once_it_is_changed(
     assert not any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
     assert machine.running("deploy", other)["changed"] is True
     assert system.notes()["try_n"] == "3"
+
+
+def test_what_did_not_start_is_not_known_to_boot_because_somebody_started_it(
+    system: System, machine: Machine, other: int
+) -> None:
+    """It may run, but without its services."""
+    good, bad = machine.slot, system.files.default_slot()
+    fails_to_start(machine)
+    patch = f"ash.System.booted_slot = property(lambda self: {bad!r})"
+    machine.run("deploy", system.clone(), patch=patch)
+    assert menu(system)["good"] == good
+    assert [starts(system) for _ in range(4)][-1] == good
+    assert system.files.default_slot() not in (good, bad)
+
+
+def test_a_deploy_before_bless_knows_that_the_machine_went_back(system: System, machine: Machine, other: int) -> None:
+    ident = deployments(system)[system.files.default_slot()]["id"]
+    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
+    while start_of(system).slot != machine.slot:
+        pass
+    assert "did not start" in machine.run("deploy", other, status=REFUSED, patch=patch).error
+    assert machine.run("deploy", other, "--force", patch=patch).stdout
+    assert (starts(system), system.notes()["try_n"]) == (system.files.default_slot(), "2")
+    assert deployments(system)[system.files.default_slot()]["id"] != ident
+
+
+def test_a_recovery_at_boot_leaves_it_to_bless_to_say_that_the_machine_went_back(
+    system: System, machine: Machine, other: int
+) -> None:
+    ident = deployments(system)[system.files.default_slot()]["id"]
+    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
+    machine.run("recover", patch=patch)
+    assert system.files.default_slot() == machine.slot
+    told = [json.loads(machine.run("--json", "bless", patch=patch).stdout)["fell_back_from"] for _ in range(2)]
+    assert (told[0]["snapshot"], told[1]) == (other, None)
 
 
 def test_force_deploys_a_snapshot_that_did_not_start(system: System, machine: Machine, other: int) -> None:
@@ -189,8 +230,8 @@ def test_a_second_deploy_falls_back_to_the_good_one_too(system: System, machine:
     running = machine.slot
     machine.running("deploy", system.clone())
     assert system.files.default_slot() != running
-    spend(system, 0)
-    assert starts(system) == running
+    used_up = [starts(system) for _ in range(4)]
+    assert used_up[-1] == running
 
 
 def test_once_starts_a_snapshot_once(system: System, machine: Machine) -> None:
@@ -202,6 +243,80 @@ def test_once_starts_a_snapshot_once(system: System, machine: Machine) -> None:
     assert f'if [ "$once" = "{entry}" ]' in text
     assert f"snapshot {number}:" in next(line for line in text.splitlines() if f"--id {entry} " in line)
     system.is_sound()
+
+
+def once(system: System, machine: Machine) -> tuple[int, str]:
+    """Have a new snapshot started once; returns its number and slot."""
+    number = system.clone()
+    answer = machine.running("deploy", "--once", number)
+    return number, str(answer["slot"])
+
+
+def test_a_start_once_spends_no_try_of_the_deployment_on_trial(system: System, machine: Machine, other: int) -> None:
+    _, slot = once(system, machine)
+    first = start_of(system)
+    assert first.slot == slot
+    assert not [word for word in first.options if word.startswith("ash.fellback")]
+    assert system.notes()["try_n"] == "3"
+    assert [starts(system) for _ in range(4)] == [system.files.default_slot()] * 3 + [machine.slot]
+
+
+def test_a_start_once_waits_for_nobody(system: System, machine: Machine) -> None:
+    once(system, machine)
+    assert {"ash.trial=10", "panic=10", "systemd.crash_reboot=1"} <= {*start_of(system).options}
+    assert not [word for word in start_of(system).options if word.startswith("ash.trial")]
+
+
+def test_status_names_what_is_started_once(system: System, machine: Machine) -> None:
+    before = system.ash("--json", "status").json["next"]
+    number, slot = once(system, machine)
+    status = system.ash("--json", "status").json
+    assert (status["next"]["snapshot"], status["next"]["slot"], status["once"]) == (number, slot, True)
+    assert f"snapshot {number} ({slot}), once; then snapshot {before['snapshot']}" in system.ash("status").stdout
+    start_of(system)
+    status = system.ash("--json", "status").json
+    assert (status["next"], status["once"]) == (before, False)
+    machine.running("bless")
+    assert "ash_once" not in system.files.grub_cfg.read_text()
+
+
+def test_a_deployment_that_is_withdrawn_is_not_started_once(system: System, machine: Machine) -> None:
+    number, _ = once(system, machine)
+    machine.running("deploy", "--no-secondary", number)
+    assert "once" not in system.notes()
+    assert system.ash("--json", "status").json["once"] is False
+    system.is_sound()
+
+
+def test_a_deployment_without_tries_leaves_no_notes_of_the_one_before(
+    system: System, machine: Machine, other: int
+) -> None:
+    (machine.etc / "ash.conf").write_text("boot_tries::0\n")
+    for _ in range(3):
+        machine.running("deploy", system.clone())
+    assert system.notes() == {}
+    system.is_sound()
+
+
+def test_the_rescue_menu_counts_nothing(system: System, machine: Machine, other: int) -> None:
+    new, text = system.files.default_slot(), system.files.grub_cfg.read_text()
+    opened = system.grub(text, spend=True, rescue=True)
+    assert opened.slot == new
+    assert not [word for word in opened.options if word.startswith(("ash.trial", "ash.fellback"))]
+    assert system.notes()["try_n"] == "3"
+
+
+def test_a_deployment_that_is_known_to_boot_is_not_bad_because_of_an_old_menu(system: System, machine: Machine) -> None:
+    """An older grub.cfg, from the rescue menu, may say that this deployment did not start."""
+    (one,) = [one for slot, one in deployments(system).items() if slot == machine.slot]
+    number = system.clone()
+    machine.running("deploy", number, "--secondary")
+    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {one['id']!r}}}"
+    patch += "; ash.System.booted_slot = property(lambda self: 'deploy-secondary')"
+    answer = json.loads(machine.run("--json", "bless", patch=patch).stdout)
+    assert answer["fell_back_from"] is None
+    assert system.files.default_slot() == machine.slot
+    assert "did not start" not in system.ash("status").stdout
 
 
 @pytest.mark.parametrize(
@@ -240,6 +355,25 @@ def test_a_deploy_that_cannot_have_grub_count_changes_nothing(system: System, ma
         program("mdel", "-i", system.drive, "::filler")
     machine.running("deploy", number)
     assert system.notes()["try_n"] == "3"
+    system.is_sound()
+
+
+def test_what_is_in_the_place_of_the_notes_is_replaced_or_named(system: System, machine: Machine) -> None:
+    notes = f"::/ash/{DISTRIBUTION}/grubenv"
+    system.write_notes(None)
+    program("mmd", "-i", system.drive, notes)
+    program("mcopy", "-i", system.drive, "-", f"{notes}/inside", input="x")
+    assert "EFI partition" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    machine.running("deploy", system.clone())
+    assert system.notes()["try_n"] == "3"
+    assert starts(system) == system.files.default_slot()
+    program("mdeltree", "-i", system.drive, "::/ash")
+    program("mcopy", "-i", system.drive, "-", "::/ash", input="x")
+    said = machine.run("deploy", system.clone(), status=FAILED).error
+    assert re.search(r"GRUB's notes.*: \S.*\(make room for ash/", said), said
+    program("mdel", "-i", system.drive, "::/ash")
+    system.ash("fsck", "--repair")
     system.is_sound()
 
 
@@ -295,6 +429,16 @@ def test_health_checks_are_programs_in_known_directories(tmp_path: Path) -> None
     (theirs / "20-bad.sh").write_text("exit 1\n")
     found = {path.name: passes(path) for path in programs_in(tmp_path, REQUIRED_CHECKS)}
     assert found == {"10-good": True, "20-bad.sh": False}
+
+
+def test_a_required_check_that_is_not_there_fails_and_what_is_no_program_is_named(tmp_path: Path) -> None:
+    directory = tmp_path / REQUIRED_CHECKS[0]
+    directory.mkdir(parents=True)
+    (directory / "gone").symlink_to("nothing")
+    (directory / "README").write_text("x")
+    (found,) = programs_in(tmp_path, REQUIRED_CHECKS)
+    assert (found.name, passes(found)) == ("gone", False)
+    assert [path.name for path in not_programs_in(tmp_path, REQUIRED_CHECKS)] == ["README"]
 
 
 def test_health_is_for_the_running_system(system: System) -> None:
