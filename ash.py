@@ -9208,15 +9208,18 @@ class Deployments:
         return made
 
     def note_fallback(self) -> None:
-        """Note that the deployment on trial did not start, if GRUB said so: the one that runs is the default again."""
-        menu, failed, slot = self.menu, self.menu.on_trial, self.booted
-        if slot not in menu.deployments or not failed or failed.slot == slot:
+        """Note that the deployment on trial did not start, if GRUB said so: the last good one is the default again.
+
+        That runs now, unless somebody chose another one in the menu.
+        """
+        menu, failed, good, slot = self.menu, self.menu.on_trial, self.menu.fallback, self.booted
+        if slot not in menu.deployments or not failed or not good or failed.slot == slot:
             return
         if failed.id == kernel_options().get(FELL_BACK):
             since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
             note_failure(self.layout, Failure(failed.id, failed.snapshot, failed.source, since, back_to))
-            menu.default = menu.last_booted = slot
-            menu.good = good_slot(menu, slot)
+            menu.default = menu.good = good.slot
+            menu.last_booted = slot
             self.boot_menu.write()
 
     def _delete_unfinished(self) -> None:

@@ -197,6 +197,18 @@ def test_a_recovery_at_boot_leaves_it_to_bless_to_say_that_the_machine_went_back
     assert (told[0]["snapshot"], told[1]) == (other, None)
 
 
+def test_what_somebody_chose_in_the_menu_after_a_fallback_is_not_the_default(
+    system: System, machine: Machine, other: int
+) -> None:
+    failed = deployments(system)[system.files.default_slot()]["id"]
+    slot = machine.running("deploy", "--secondary", system.clone())["slot"]
+    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {failed!r}}}"
+    patch += f"; ash.System.booted_slot = property(lambda self: {slot!r})"
+    good = machine.slot
+    machine.run("recover", patch=patch)
+    assert system.files.default_slot() == menu(system)["good"] == good
+
+
 def test_force_deploys_a_snapshot_that_did_not_start(system: System, machine: Machine, other: int) -> None:
     fails_to_start(machine)
     assert machine.running("deploy", other, "--force")["changed"] is True
