@@ -3542,6 +3542,19 @@ class BootConfig(NamedTuple):
         return self._replace(header=list(dict.fromkeys(line.strip() for line in lines)), foreign="")
 
 
+def unusable_boot_files(root: Path, config: BootConfig) -> list[str]:
+    """Those of the kernel and its initrds, by their names in /boot, that GRUB cannot load from a root.
+
+    They are missing, empty, or symlinks that lead out of the root.
+    """
+
+    def is_usable(path: Path) -> bool:
+        target = path.resolve()
+        return target.is_relative_to(root.resolve()) and size_of(target) > 0
+
+    return [name for name in (config.kernel, *config.initrds) if not is_usable(root / "boot" / name)]
+
+
 def specified_entries(root: Path) -> list[Path]:
     """The files of a root's loader/entries in the order of GRUB's menu: the newest version first."""
     entries = path_inside(root, "boot/loader/entries").glob("*.conf")  # of the Boot Loader Specification
@@ -3771,7 +3784,8 @@ class EfiPartition:
                 else:
                     self._mtools(directory, notes.block)
         except OSError as error:
-            raise AshError(f"cannot write GRUB's notes to the EFI partition: {reason(error)}") from error
+            what = f"cannot write GRUB's notes to the EFI partition: {reason(error)}"
+            raise AshError(what, f"have it writable, with room for {self.name}") from error
 
     def find(self, uuid: str) -> list[tuple[Path, int]]:
         """The partitions with a UUID: a node and 0, or the image and the offset; those on the system's disk first."""
@@ -3872,7 +3886,9 @@ class EfiPartition:
                 last_words(copied.stderr or made.stderr, 1)
                 or f"is there a file in the place of {Path(self.name).parent}?"
             )
-            raise AshError(f"cannot write GRUB's notes to the EFI partition: {why}", f"make room for {self.name} on it")
+            raise AshError(
+                f"cannot write GRUB's notes to the EFI partition: {why}", f"have it writable, with room for {self.name}"
+            )
         return block
 
 
@@ -4385,7 +4401,12 @@ def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootCon
         # mkconfig only does this for what it writes to a file.
         machine_chroot(root, [tools.script_check, "/run/grub.cfg"], binds={Path(file.name): "run/grub.cfg"})
     made = made.replace(f"/{root.name}/", MADE_IN)
-    return BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+    config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+    if unusable := unusable_boot_files(root, config):
+        raise AshError(
+            f"GRUB cannot load {listed(unusable)}: missing, empty, or a symlink that leads out of the snapshot"
+        )
+    return config
 
 
 def boot_record(root: Path) -> tuple[str, BootConfig | None]:
@@ -9504,19 +9525,18 @@ class Deployments:
             notes=list(dict.fromkeys([*deployment.notes, *notes])),
         )
 
-    def carry(self) -> Deployment | None:
-        """Carry what was changed in the running /etc since the next boot's was made over into it; None if nothing was.
+    def carry(self, slot: str) -> Deployment | None:
+        """Carry what was changed in the running /etc since that of a slot was made over into it; None if nothing was.
 
         If that was made with a fresh /etc, the changes go to the conflicts directory. Returns the deployment with the
         paths `carried` now, and those in conflict now.
         """
-        deployment, layout = self.menu.deployments.get(self.menu.default), self.layout
+        deployment, layout = self.menu.deployments.get(slot), self.layout
         if deployment is None or deployment.etc_from != self.booted:
             return None
         state = etc_state(layout.rootfs(deployment.etc_from) / "etc")
         if state == deployment.etc_state:
             return None
-        slot = deployment.slot
         etc, before = etc_to_replace(layout.rootfs(slot)), layout.carried(slot)
         # Not what the running deployment started with: what was carried by the deploy may have been saved since.
         base = before if is_subvolume(before) else layout.etc(deployment.etc_from)  # of an older ash
@@ -9961,6 +9981,7 @@ def new_snapshot(
         copies_of: the snapshot whose `etc-N`, `boot-N` and list of packages fit `source`; None if there is none.
     """
     number = system.new_number()
+    system.keep_reserve()
     layout, place = system.layout, system.workdir(number)
     birth = Birth(of, parent, description, system.caller, new_id())
     with system.lock(number), ExitStack() as undo:
@@ -10592,6 +10613,7 @@ def deploy_snapshot(
     """
     system.require(snapshot)
     roll_back_live(system)
+    system.keep_reserve()
     with system.deploying() as deployments:
         system.require(snapshot)
         deployments.recover()
@@ -11103,7 +11125,12 @@ NEEDED_WORDS = {"packages": "a package", "profile": "a profile", "command": "a c
 
 
 # Options of which a command line may have only one.
-CONTRADICTIONS = (("live", "not_live"), ("secondary", "no_secondary"), ("fresh_etc", "with_saved"))
+CONTRADICTIONS = (
+    ("live", "not_live"),
+    ("secondary", "no_secondary"),
+    ("fresh_etc", "with_saved"),
+    ("once", "no_secondary"),
+)
 
 
 def request_of(command: Command, values: dict[str, Any], words: Sequence[str]) -> Request:
@@ -11822,11 +11849,12 @@ def cmd_carry(system: System, request: Request) -> Plan:
     roll_back_live(system)
     with system.deploying() as deployments:
         deployments.recover()
-        found = deployments.carry()
-    carried, conflicts = (list(found.carried), list(found.conflicts)) if found else ([], [])
+        menu = deployments.menu
+        found = [one for slot in dict.fromkeys([menu.default, menu.once]) if (one := deployments.carry(slot))]
+    carried, conflicts = ([path for one in found for path in getattr(one, key)] for key in ("carried", "conflicts"))
+    carried, conflicts = list(dict.fromkeys(carried)), list(dict.fromkeys(conflicts))
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
-    if found and conflicts:
-        text += f"\n  left behind{place_of_copies(found)}: {listed(conflicts)}"
+    text += "".join(f"\n  left behind{place_of_copies(o)}: {listed(o.conflicts)}" for o in found if o.conflicts)
     changed = bool(carried or conflicts)
     return Reply({"changed": changed, "carried": carried, "conflicts": conflicts}, text)
 
@@ -13590,7 +13618,7 @@ def mount_problems(system: System, numbers: Sequence[int]) -> Iterator[Problem]:
 
 def copy_boot_file(source: Path, target: Path) -> None:
     """Copy a file of /boot to a deployment that lacks it."""
-    if not target.is_file():
+    if size_of(target) <= 0:
         with replace(target, durable=True) as new:
             run(["cp", "-a", "--reflink=auto", source, new])
 
@@ -14161,12 +14189,10 @@ class Fsck:
     def _boot_files(self, deployment: Deployment) -> Iterator[Problem]:
         layout, root, number = self.layout, self.layout.rootfs(deployment.slot), deployment.snapshot
         boots = layout.rootfs(number) / "boot", layout.undo(number) / "boot", layout.boot(number)
-        for name in (deployment.config.kernel, *deployment.config.initrds):
+        for name in unusable_boot_files(root, deployment.config):
             target = root / "boot" / name
-            if target.is_file():
-                continue
             what = f"{root.name} lacks {name}, which the boot menu uses"
-            sources = [boot / name for boot in boots if (boot / name).is_file()]
+            sources = [boot / name for boot in boots if size_of(boot / name) > 0]
             if sources and is_subvolume(root):
                 copy = partial(copy_boot_file, sources[0], target)
                 yield Problem(what, number, "copy it from the snapshot", copy, "deploy")

@@ -120,6 +120,31 @@ def test_what_grub_cannot_read_gets_into_no_menu(system: System, snapshot: int, 
     assert system.files.grub_cfg.read_text() == before
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        "for f in /boot/vmlinuz-*; do : > $f; done",
+        "for f in /boot/initrd.img-*; do : > $f; done",
+        "for f in /boot/vmlinuz-*; do mv $f /usr/share/kernel; ln -s /usr/share/kernel $f; done",
+    ],
+)
+def test_what_grub_cannot_load_is_not_deployed(system: System, snapshot: int, script: str) -> None:
+    assert "left out of the boot menu" in system.shell(snapshot, script).stderr
+    assert "GRUB cannot load" in system.ash("deploy", snapshot, status=FAILED).error
+    assert snapshot not in shown(system)
+
+
+def test_a_deployment_whose_kernel_became_empty_is_repaired(system: System, snapshot: int) -> None:
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    (kernel,) = (system.root(slot) / "boot").glob("vmlinuz-*")
+    program("btrfs", "property", "set", "-ts", system.root(slot), "ro", "false")
+    kernel.write_bytes(b"")
+    assert "which the boot menu uses" in system.ash("fsck", status=FAILED).stdout
+    system.ash("fsck", "--repair")
+    assert kernel.stat().st_size > 1 << 20
+    system.is_sound()
+
+
 def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System, snapshot: int) -> None:
     system.shell(snapshot, "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&of_this_snapshot /' /etc/default/grub")
     text = submenu(system).read_text()

@@ -279,6 +279,15 @@ def test_a_start_once_waits_for_nobody(system: System, machine: Machine) -> None
     assert not [word for word in start_of(system).options if word.startswith("ash.trial")]
 
 
+def test_what_is_started_once_has_the_edits_that_were_made_after_its_deploy(system: System, machine: Machine) -> None:
+    _, slot = once(system, machine)
+    (machine.etc / "edited").write_text("late\n")
+    assert machine.running("carry")["carried"] == ["edited"]
+    assert (system.root(slot) / "etc/edited").read_text() == "late\n"
+    assert machine.running("carry")["changed"] is False
+    assert "contradict" in machine.run("deploy", "--once", "--no-secondary", 0, status=USAGE).error
+
+
 def test_status_names_what_is_started_once(system: System, machine: Machine) -> None:
     before = system.ash("--json", "status").json["next"]
     number, slot = once(system, machine)

@@ -76,6 +76,14 @@ def test_a_package_that_does_not_fit_changes_nothing(system: System, snapshot: i
     assert not system.remains()
 
 
+def test_a_machine_that_had_no_transaction_has_the_reserve_too(system: System, snapshot: int) -> None:
+    reserve = system.files.state / "reserve"
+    for words in (("clone", 0), ("deploy", snapshot)):
+        reserve.unlink(missing_ok=True)
+        system.ash(*words)
+        assert reserve.exists(), words
+
+
 def test_reading_and_deleting_work_on_a_full_disk_and_it_boots(system: System, snapshot: int) -> None:
     with room(system, 0):
         system.ash("tree")
