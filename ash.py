@@ -3605,10 +3605,14 @@ def grub_preamble(uuid: str) -> list[str]:
     return ["insmod part_gpt", "insmod btrfs", grub_search(uuid)]
 
 
-def grub_quoted(text: str) -> str:
-    """Quote text as one word of GRUB's script language; control characters become question marks."""
+TITLE = 100  # characters; GRUB gives up on the whole file if it has a word of 8 KiB
+
+
+def grub_title(text: str) -> str:
+    """Quote text as one word of GRUB's script language, and shorten it; control characters become question marks."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
-    return "'" + plain.replace("'", "'\\''") + "'"
+    shown = plain if len(plain) <= TITLE else f"{plain[: TITLE - 3]}..."
+    return "'" + shown.replace("'", "'\\''") + "'"
 
 
 def usable_in_header(line: str) -> str:
@@ -4462,7 +4466,7 @@ def startable_entries(layout: Layout, uuid: str, tree: Tree, describe: Callable[
         config = boot_record(layout.rootfs(number))[1]
         if config is None:
             continue
-        title = grub_quoted(f"{'  ' * depth}{number} - {describe(number)}")
+        title = grub_title(f"{'  ' * depth}{number} - {describe(number)}")
         entries += [
             " ".join(["menuentry", title, "--id", f"ash-snapshot-{number}", *filter(None, [classes]), "{"]),
             *grub_start(layout.rootfs_name(number), uuid, config, "ro", f"init=/{IN_ROOT_INIT}"),
@@ -8411,7 +8415,7 @@ class Menu:
             classes = default.config.classes
             is_free = one in (default, good) and "--unrestricted" not in classes.split()
             options = filter(None, [classes, "--unrestricted" if is_free else ""])
-            start = ["menuentry", grub_quoted(title), "--id", one.entry, *options, "{"]
+            start = ["menuentry", grub_title(title), "--id", one.entry, *options, "{"]
             commands = self._commands(one, layout, uuid, trial, once)
             entries.append("\n".join([" ".join(start), *commands, "}"]))
         other = good if good is not default else last or default
@@ -8973,9 +8977,17 @@ def fell_back_data(failure: Failure | None) -> dict[str, Any] | None:
     return {key: getattr(failure, key) for key in FELL_BACK_SHAPE} if failure else None
 
 
+def is_failures_file(path: Path) -> bool:
+    try:
+        from_json(read_text(path), [FAILURE_SHAPE])
+    except (ValueError, IsADirectoryError):
+        return False
+    return not path.is_symlink()
+
+
 def failures(layout: Layout) -> list[Failure]:
-    """The deployments that did not start, one for each snapshot at most, the newest last."""
-    with contextlib.suppress(ValueError):
+    """The deployments that did not start, one for each snapshot at most, the newest last; none if that is damaged."""
+    with contextlib.suppress(ValueError, IsADirectoryError):
         found = from_json(read_text(layout.bad) or "[]", [FAILURE_SHAPE])
         return [Failure(**fields_of(Failure, one)) for one in found]
     return []
@@ -9238,7 +9250,10 @@ class Deployments:
             return
         if failed.id == kernel_options().get(FELL_BACK):
             since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
-            note_failure(self.layout, Failure(failed.id, failed.snapshot, failed.source, since, back_to))
+            try:
+                note_failure(self.layout, Failure(failed.id, failed.snapshot, failed.source, since, back_to))
+            except OSError as error:  # that what runs becomes the default is more important
+                console.warn(f"it is not noted that snapshot {failed.snapshot} did not start: {reason(error)}")
             menu.default = menu.good = good.slot
             menu.last_booted = slot
             self.boot_menu.write()
@@ -13642,8 +13657,11 @@ def start_counting(deployments: Deployments, uuid: str) -> None:
 
 
 def notes_problems(deployments: Deployments) -> Iterator[Problem]:
-    """Check the EFI partition, and GRUB's notes there."""
-    menu, trials = deployments.menu, deployments.trials
+    """Check the EFI partition, GRUB's notes there, and ash's own on what did not start."""
+    menu, trials, bad = deployments.menu, deployments.trials, deployments.layout.bad
+    if os.path.lexists(bad) and not is_failures_file(bad):
+        what = f"{bad.name}, which says what did not start, is damaged"
+        yield Problem(what, None, "delete it", partial(remove_tree, bad), "deploy")
     fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
     there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
     if not os.path.lexists(deployments.layout.efi) and there and trials.efi.find(there[1]):

@@ -66,6 +66,15 @@ def test_descriptions_are_data(system: System, snapshot: int, description: str) 
     is_readable(system)
 
 
+def test_a_long_description_is_shortened(system: System, snapshot: int) -> None:
+    """GRUB gives up on a file with a word of 8 KiB: it would start nothing at all."""
+    system.ash("desc", snapshot, "long'" * 2000)
+    assert shown(system)[snapshot].endswith("...")
+    is_readable(system)
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    assert system.starts(system.files.grub_cfg.read_text()) == slot
+
+
 def test_a_snapshot_leaves_the_menu_before_it_is_deleted(system: System, snapshot: int) -> None:
     below = system.branch(snapshot)
     killed = system.with_hooks({"kill": f"delete snapshot-{snapshot}$"}, "-y", "del", snapshot)

@@ -379,6 +379,25 @@ def test_a_deploy_that_cannot_have_grub_count_changes_nothing(system: System, ma
     system.is_sound()
 
 
+@pytest.mark.parametrize("kind", ["text", "directory", "link"])
+def test_a_damaged_note_on_what_did_not_start_is_found_and_prevents_nothing(
+    system: System, machine: Machine, other: int, kind: str
+) -> None:
+    bad, new = system.files.state / "bad", system.files.default_slot()
+    bad.unlink(missing_ok=True)
+    if kind == "text":
+        bad.write_text("[{}]\n")
+    elif kind == "directory":
+        bad.mkdir()
+    else:
+        bad.symlink_to("/etc/passwd")
+    assert "what did not start, is damaged" in system.ash("fsck", status=FAILED).stdout
+    fails_to_start(machine)
+    assert system.files.default_slot() == machine.slot != new
+    system.ash("fsck", "--repair")
+    system.is_sound()
+
+
 def test_what_is_in_the_place_of_the_notes_is_replaced_or_named(system: System, machine: Machine) -> None:
     notes = f"::/ash/{DISTRIBUTION}/grubenv"
     system.write_notes(None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash import AshError, BootConfig, BootTools, boot_inputs, grub_preamble, grub_quoted, specified_entries
+from ash import AshError, BootConfig, BootTools, boot_inputs, grub_preamble, grub_title, specified_entries
 from tests.unit.boot_layouts import LISTINGS, make_root
 
 pytestmark = pytest.mark.budget(5)
@@ -162,7 +162,7 @@ def test_the_preamble_finds_the_root_file_system_by_uuid() -> None:
 
 @given(st.text())
 def test_any_text_is_quoted_as_one_grub_word(text: str) -> None:
-    quoted = grub_quoted(text)
+    quoted = grub_title(text)
     inside = quoted[1:-1].replace("'\\''", "")
     assert quoted[0] == quoted[-1] == "'"
     assert "'" not in inside
