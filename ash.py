@@ -2815,8 +2815,21 @@ def missing_libraries(work: Transaction) -> set[str]:
 
 # --- The init system: ash's own units --------------------------------------------------------------------------
 
-# Recovers before anything uses /var. A work directory of a finished transaction contains a lock and nothing else.
-RECOVER_UNIT = """\
+
+def unit_lines(key: str, values: Iterable[str]) -> str:
+    """The lines of a unit that give a key these values."""
+    return "".join(f"{key}={value}\n" for value in values)
+
+
+# What recovery has to do. A work directory of a finished transaction contains a lock and nothing else.
+UNFINISHED = (
+    "/.snapshots/ash/work/*/[!l]*",
+    "/.snapshots/[ber]*/deleted-*",
+    "/.snapshots/rootfs/snapshot-chr*",
+    "/.snapshots/rootfs/snapshot-new-*",
+)
+# Recovers before anything uses /var.
+RECOVER_UNIT = f"""\
 [Unit]
 Description=Finish or undo interrupted changes of snapshots
 DefaultDependencies=no
@@ -2824,17 +2837,18 @@ RequiresMountsFor=/.snapshots /var /run
 Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
 Conflicts=shutdown.target
 Before=shutdown.target
-ConditionPathExistsGlob=|/.snapshots/ash/work/*/[!l]*
-ConditionPathExistsGlob=|/.snapshots/[ber]*/deleted-*
-ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-chr*
-ConditionPathExistsGlob=|/.snapshots/rootfs/snapshot-new-*
-
+{unit_lines("ConditionPathExistsGlob", (f"|{path}" for path in UNFINISHED))}
 [Service]
 Type=oneshot
-ExecStart={ash} recover
+ExecStart={{ash}} recover
 """
 # Notes what runs before anything can be changed in it: commands on the disk of a machine that is off go by this note.
 # No Python: every boot waits for it.
+NOTE_BOOTED = (
+    f"cp -T /{IN_ROOT_ID} /.snapshots/ash/booted.new",
+    "sync /.snapshots/ash/booted.new",
+    "mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted",
+)
 BOOTED_UNIT = f"""\
 [Unit]
 Description=Note which deployment runs
@@ -2847,14 +2861,12 @@ ConditionPathExists=/{IN_ROOT_ID}
 
 [Service]
 Type=oneshot
-ExecStart=cp -T /{IN_ROOT_ID} /.snapshots/ash/booted.new
-ExecStart=sync /.snapshots/ash/booted.new
-ExecStart=mv -T /.snapshots/ash/booted.new /.snapshots/ash/booted
-"""
+{unit_lines("ExecStart", NOTE_BOOTED)}"""
 # For an empty /etc/machine-id, as in an image that is copied to many machines, or a missing one. The root is read-only
 # when systemd looks at it: it puts an id from /run over the file, and the writable /etc then hides that from
 # systemd-machine-id-commit.service. An id that is there stays: a soft reboot may leave another one in /run.
-MACHINE_ID_UNIT = """\
+HAS_MACHINE_ID = 'grep -qx "[0-9a-f][0-9a-f]*" /etc/machine-id'
+MACHINE_ID_UNIT = f"""\
 [Unit]
 Description=Keep the machine id that was chosen at the first boot
 DefaultDependencies=no
@@ -2867,12 +2879,13 @@ ConditionFileNotEmpty=|/run/machine-id
 
 [Service]
 Type=oneshot
-ExecStart=sh -c 'grep -qx "[0-9a-f][0-9a-f]*" /etc/machine-id || cp -T /run/machine-id /etc/machine-id || \
+ExecStart=sh -c '{HAS_MACHINE_ID} || cp -T /run/machine-id /etc/machine-id || \
     systemd-machine-id-setup'
 ExecStart=sync /etc/machine-id
 """
 # Keeps root from writing to a deployment through /.snapshots by mistake. In fstab it would form a cycle with /etc.
-PROTECT_UNIT = """\
+PROTECT, UNPROTECT = "mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs", "umount /.snapshots/rootfs"
+PROTECT_UNIT = f"""\
 [Unit]
 Description=Protect snapshots and deployments from being written to
 DefaultDependencies=no
@@ -2884,8 +2897,8 @@ Before=shutdown.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=mount -o bind,ro /.snapshots/rootfs /.snapshots/rootfs
-ExecStop=umount /.snapshots/rootfs
+ExecStart={PROTECT}
+ExecStop={UNPROTECT}
 """
 # Stopped after all other services, with everything still mounted, so that their last writes to /etc are carried too.
 CARRY_UNIT = """\
@@ -2911,6 +2924,7 @@ ON_TRIAL_ONLY = """\
 ConditionKernelCommandLine=ash.trial
 ConditionPathExists=!/run/ash-good
 """
+TRIAL_MINUTES = 'grep -Eo "ash[.]trial=[0-9]+" /proc/cmdline | tr -dc 0-9'
 TRIAL_UNIT = f"""\
 [Unit]
 Description=Restart a new deployment that does not come up in time
@@ -2920,7 +2934,7 @@ Conflicts=shutdown.target
 Before=shutdown.target
 
 [Service]
-ExecStart=sh -c 'sleep $$(grep -Eo "ash[.]trial=[0-9]+" /proc/cmdline | tr -dc 0-9)m && exec systemctl --force reboot'
+ExecStart=sh -c 'sleep $$({TRIAL_MINUTES})m && exec systemctl --force reboot'
 """
 RESTART_UNIT = f"""\
 [Unit]
@@ -2932,8 +2946,12 @@ DefaultDependencies=no
 Type=oneshot
 ExecStart=systemctl --force reboot
 """
+# The directories with programs that say whether a system is healthy: ash's own, and those of greenboot. If a required
+# one fails, a deployment on trial counts as not started.
+REQUIRED_CHECKS = ("etc/ash/health.d", "usr/lib/greenboot/check/required.d", "etc/greenboot/check/required.d")
+WANTED_CHECKS = ("usr/lib/greenboot/check/wanted.d", "etc/greenboot/check/wanted.d")
 # After everything that a boot starts; other checks may come before boot-complete.target too.
-HEALTH_UNIT = """\
+HEALTH_UNIT = f"""\
 [Unit]
 Description=Run the health checks of a new deployment
 Documentation=man:ash(8)
@@ -2942,16 +2960,11 @@ After=multi-user.target
 Before=boot-complete.target
 Conflicts=shutdown.target
 Before=shutdown.target
-ConditionDirectoryNotEmpty=|/etc/ash/health.d
-ConditionDirectoryNotEmpty=|/etc/greenboot/check/required.d
-ConditionDirectoryNotEmpty=|/etc/greenboot/check/wanted.d
-ConditionDirectoryNotEmpty=|/usr/lib/greenboot/check/required.d
-ConditionDirectoryNotEmpty=|/usr/lib/greenboot/check/wanted.d
-
+{unit_lines("ConditionDirectoryNotEmpty", (f"|/{path}" for path in (*REQUIRED_CHECKS, *WANTED_CHECKS)))}
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart={ash} health
+ExecStart={{ash}} health
 """
 BLESS_UNIT = """\
 [Unit]
@@ -3003,10 +3016,149 @@ WantedBy=timers.target
 """
 
 
+# --- The init system: ash's own scripts for OpenRC -------------------------------------------------------------
+
+# They do what the units of the same names do. What they are ordered by are scripts of Debian; all of these that use a
+# local file system come after mountall-bootclean. Nobody else makes a machine id here.
+RECOVER_SCRIPT = f"""\
+#!/sbin/openrc-run
+description="Note which deployment runs, and finish or undo interrupted changes of snapshots"
+
+depend() {{
+	use mountall
+	before mountall-bootclean bootmisc
+}}
+
+start() {{
+	[ ! -e /{IN_ROOT_ID} ] || {{ {" && ".join(NOTE_BOOTED)}; }}
+	{HAS_MACHINE_ID} || tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
+	for path in {" ".join(UNFINISHED)}; do
+		[ ! -e "$path" ] || {{ @ASH@ recover; return; }}
+	done
+}}
+"""
+PROTECT_SCRIPT = f"""\
+#!/sbin/openrc-run
+description="Protect snapshots and deployments from being written to"
+
+depend() {{
+	use mountall
+	after ash-recover
+	before mountall-bootclean bootmisc
+}}
+
+start() {{
+	{PROTECT}
+}}
+
+stop() {{
+	! mountpoint -q /.snapshots/rootfs || {UNPROTECT}
+}}
+"""
+# In the runlevel "default", which is stopped while everything is still mounted; what is started first is stopped last.
+CARRY_SCRIPT = """\
+#!/sbin/openrc-run
+description="Carry changes of /etc over to the deployment for the next boot"
+
+depend() {
+	before *
+}
+
+start() {
+	return 0
+}
+
+stop() {
+	@ASH@ carry
+}
+"""
+# For init too, see TRIAL_TAB: it must not need OpenRC. Debian's scripts start sulogin where systemd would enter
+# emergency.target, and so does init where it would enter rescue.target.
+TRIAL_SCRIPT = f"""\
+#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          ash-trial
+# Required-Start:
+# Required-Stop:
+# X-Start-Before:    mountdevsubfs checkroot
+# Default-Start:     S
+# Default-Stop:
+# Short-Description: Restart a new deployment that does not come up in time, or waits for a human
+### END INIT INFO
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+minutes=$({TRIAL_MINUTES})
+
+case $1 in
+start)
+	[ -z "$minutes" ] || setsid --fork "$0" watch < /dev/null > /dev/null 2>&1
+	;;
+watch)
+	seconds=$((minutes * 60))
+	while [ ! -e /run/ash-good ]; do
+		if [ "$seconds" -le 0 ] || pidof sulogin; then
+			reboot -f
+		fi
+		sleep 1
+		seconds=$((seconds - 1))
+	done
+	;;
+esac
+"""
+# Has init itself start that script, once it is done with what starts OpenRC: that may be broken.
+TRIAL_TAB = "ash:12345:once:/etc/init.d/ash-trial start\n"
+# Debian's scripts go on if a file system of fstab cannot be mounted.
+BLESS_SCRIPT = f"""\
+#!/sbin/openrc-run
+description="Run the health checks, and note that the running deployment is good"
+
+depend() {{
+	after *
+}}
+
+is_mounted() {{
+	findmnt --fstab --noheadings --output TARGET --options nonoauto,nonofail,no_netdev \\
+		--types nonfs,nfs4,smbfs,cifs,ceph | while read -r place; do
+		case $place in
+		/*) mountpoint -q "$place" || {{ eerror "$place is not mounted"; return 1; }} ;;
+		esac
+	done
+}}
+
+is_healthy() {{
+	for check in {" ".join(f"/{path}/*" for path in (*REQUIRED_CHECKS, *WANTED_CHECKS))}; do
+		[ ! -e "$check" ] || {{ @ASH@ health; return; }}
+	done
+}}
+
+start() {{
+	if is_mounted && is_healthy; then
+		# The system is up; if that cannot be noted, a restart does not help.
+		! grep -Eq "ash[.](trial|fellback)=" /proc/cmdline || @ASH@ bless
+		touch /run/ash-good
+	elif grep -q "ash[.]trial=" /proc/cmdline && [ ! -e /run/ash-good ]; then
+		reboot -f
+	else
+		return 1
+	fi
+}}
+"""
+
+
 # --- The init system: units and services -----------------------------------------------------------------------
 
 # In a chroot: makes tools of the init system change files only, instead of failing to reach it.
 INIT_OFFLINE = {"SYSTEMD_OFFLINE": "1"}
+START_TIMEOUT = 300  # seconds that a service may take to start
+TIMED_OUT = 124  # the exit status of timeout(1)
+
+
+def link_inside(root: Path, path: str, target: str) -> None:
+    """Make a symlink at a path of a root, in the place of whatever is there."""
+    path_inside(root, path).parent.mkdir(parents=True, exist_ok=True)
+    place = place_inside(root, path)
+    remove_tree(place, protected=True)
+    with unprotected(place.parent):
+        place.symlink_to(target)
 
 
 class Init:
@@ -3016,6 +3168,7 @@ class Init:
     program: ClassVar[str] = ""  # a root boots with it if this is there
     enable: ClassVar[Sequence[str]] = ()  # the command that enables a service in a root; the service's name follows
     marker: ClassVar[str] = ""  # the directory, from the root, by which programs know that it is running
+    suffix: ClassVar[str] = ""  # of the names of services, where scripts leave it out
 
     def is_running(self) -> bool:
         """Whether it is the init system of the running machine."""
@@ -3073,6 +3226,7 @@ class Systemd(Init):
     program = "usr/bin/systemctl"
     enable = ("systemctl", "enable")
     marker = "run/systemd/system"
+    suffix = ".service"
 
     UNITS: ClassVar[str] = "usr/lib/systemd/system"
     # The text of each of ash's units, and the directories with the symlinks that start it.
@@ -3096,8 +3250,6 @@ class Systemd(Init):
     UNIT_FILE: ClassVar[str] = r"(?:etc|usr/lib)/systemd/system/([^/]+\.(?:service|socket|timer|path))"
     SETTINGS: ClassVar[str] = r"(?:etc|usr/lib)/({})\.d/([^/]+\.{})"
     SYSCTL_KEY: ClassVar[str] = r"^\s*-?([\w./-]*\w)"  # up to a pattern
-    START_TIMEOUT: ClassVar[int] = 300  # seconds
-    TIMED_OUT: ClassVar[int] = 124  # the exit status of timeout(1)
 
     def is_running(self) -> bool:
         return Path("/", self.marker).is_dir()  # as sd_booted(3) does
@@ -3109,11 +3261,7 @@ class Systemd(Init):
         for name, (text, directories) in self.OWN_UNITS.items():
             write_inside(root, f"{self.UNITS}/{name}", text.format(ash=f"/{executable}"))
             for directory in directories:
-                path_inside(root, f"{self.UNITS}/{directory}").mkdir(parents=True, exist_ok=True)
-                wanted = place_inside(root, f"{self.UNITS}/{directory}/{name}")
-                remove_tree(wanted, protected=True)
-                with unprotected(wanted.parent):
-                    wanted.symlink_to(f"../{name}")
+                link_inside(root, f"{self.UNITS}/{directory}/{name}", f"../{name}")
 
     def removed_services(self, paths: Mapping[str, str]) -> list[str]:
         found = (re.fullmatch(self.UNIT_FILE, path) for path, kind in paths.items() if kind == "removed")
@@ -3184,17 +3332,17 @@ class Systemd(Init):
         """Restart, start or reload units, with the same timeout."""
         if how == "restart" and any(one.endswith(".socket") for one in services):
             # systemctl asks for one unit after the other, and a socket cannot start while its service runs.
-            run(["timeout", str(self.START_TIMEOUT), "systemctl", "stop", *services], check=False)
+            run(["timeout", str(START_TIMEOUT), "systemctl", "stop", *services], check=False)
             services, how = sorted(services, key=lambda unit: not unit.endswith(".socket")), "start"
         if not check:
             run(["systemctl", how, *services], check=False)
             return
         with signals_heard():
-            done = run(["timeout", str(self.START_TIMEOUT), "systemctl", how, *services], check=False)
+            done = run(["timeout", str(START_TIMEOUT), "systemctl", how, *services], check=False)
         if done.returncode:
             names = " ".join([one for one in services if not self.is_active(one)] or services)
-            late = done.returncode == self.TIMED_OUT
-            why = f"has not started within {self.START_TIMEOUT} s" if late else f"failed: {last_words(done.stderr)}"
+            late = done.returncode == TIMED_OUT
+            why = f"has not started within {START_TIMEOUT} s" if late else f"failed: {last_words(done.stderr)}"
             raise AshError(f"{how} of {names} {why}", f"systemctl status {names}")
 
     def stop(self, service: str, check: bool = True) -> None:
@@ -3204,11 +3352,81 @@ class Systemd(Init):
 
 
 class OpenRc(Init):
-    """OpenRC, as far as profiles enable its services."""
+    """OpenRC with Debian's scripts, started by sysvinit: scripts in /etc/init.d, linked into runlevels."""
 
     name = "openrc"
     program = "usr/sbin/openrc"
     enable = ("rc-update", "add")
+    marker = "run/openrc"
+    # The text of each of ash's scripts, and its runlevel. The services of sysinit stop after /var is unmounted.
+    OWN_SCRIPTS: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "ash-recover": (RECOVER_SCRIPT, "sysinit"),
+        "ash-protect": (PROTECT_SCRIPT, "sysinit"),
+        "ash-trial": (TRIAL_SCRIPT, "sysinit"),
+        "ash-carry": (CARRY_SCRIPT, "default"),
+        "ash-bless": (BLESS_SCRIPT, "default"),
+    }
+    LINKED: ClassVar[str] = r"etc/runlevels/(?:sysinit|default)/([^/]+)"
+    SCRIPT: ClassVar[str] = r"etc/init\.d/([^/]+)"
+
+    def is_running(self) -> bool:
+        return Path("/", self.marker, "softlevel").is_file()
+
+    def install_units(self, root: Path, executable: str) -> None:
+        """Write the scripts and link them into their runlevels; a root without OpenRC gets none.
+
+        /etc/init.d is where OpenRC looks. As in all of /etc, what users change there is carried over.
+        """
+        if not path_inside(root, self.program).exists() or not path_inside(root, "etc/init.d").is_dir():
+            return
+        for name, (text, level) in self.OWN_SCRIPTS.items():
+            write_inside(root, f"etc/init.d/{name}", text.replace("@ASH@", f"/{executable}"))
+            place_inside(root, f"etc/init.d/{name}").chmod(0o755)
+            link_inside(root, f"etc/runlevels/{level}/{name}", f"/etc/init.d/{name}")
+        if path_inside(root, "etc/inittab").is_file():
+            path_inside(root, "etc/inittab.d").mkdir(exist_ok=True)
+            write_inside(root, "etc/inittab.d/ash.tab", TRIAL_TAB)
+
+    def removed_services(self, paths: Mapping[str, str]) -> list[str]:
+        return self._services(self.SCRIPT, paths, "removed")
+
+    def due_services(self, added: Iterable[str]) -> list[str]:
+        """The new services of runlevels, by name: OpenRC itself starts first what a service needs."""
+        new = self._services(self.LINKED, dict.fromkeys(added, "added"), "added")
+        return [service for service in new if not self.is_active(service)]
+
+    def changed_services(self, paths: Mapping[str, str]) -> list[str]:
+        return self._services(self.SCRIPT, paths, "changed")
+
+    @staticmethod
+    def _services(pattern: str, paths: Mapping[str, str], kind: str) -> list[str]:
+        found = (re.fullmatch(pattern, path) for path, its in paths.items() if its == kind)
+        return sorted(service[1] for service in found if service)
+
+    def log(self, message: str, ident: str) -> None:  # noqa: ARG002
+        run(["logger", "--tag", "ash", "--priority", "daemon.warning", message], check=False)
+
+    def is_active(self, service: str) -> bool:
+        """Whether OpenRC has started it; not every script of Debian can say how it is."""
+        return Path("/", self.marker, "started", service).is_symlink()
+
+    def start(self, service: str, check: bool = True) -> None:
+        self.restart([service], "start", check)
+
+    def restart(self, services: Sequence[str], how: str = "restart", check: bool = True) -> None:
+        """Restart, start or reload services one after the other, each with the timeout of systemd's."""
+        for service in services:
+            with signals_heard() if check else contextlib.nullcontext():
+                done = run(["timeout", str(START_TIMEOUT), "rc-service", service, how], check=False)
+            if done.returncode and check:
+                late = done.returncode == TIMED_OUT
+                why = f"has not ended within {START_TIMEOUT} s" if late else f"failed: {last_words(done.stderr)}"
+                raise AshError(f"{how} of {service} {why}", f"rc-service {service} status")
+
+    def stop(self, service: str, check: bool = True) -> None:
+        run(["rc-service", service, "stop"], check=check)
+        if not check:
+            run(["rc-service", service, "zap"], check=False)
 
 
 INIT_SYSTEMS: Sequence[Init] = (OpenRc(), Systemd())  # a root with OpenRC may have tools of systemd
@@ -3217,6 +3435,11 @@ INIT_SYSTEMS: Sequence[Init] = (OpenRc(), Systemd())  # a root with OpenRC may h
 def init_of(root: Path) -> Init:
     """The init system that a root boots with; one distribution may offer several."""
     return next((init for init in INIT_SYSTEMS if path_inside(root, init.program).exists()), Init())
+
+
+def running_init() -> Init:
+    """The init system of the running machine."""
+    return next((init for init in INIT_SYSTEMS if init.is_running()), Init())
 
 
 def mount_option_after(mount_point: str) -> str:
@@ -3241,12 +3464,16 @@ ASKED_OF_SERVICES = "run/ash/services"
 RELOADS = ("reload", "reload-or-restart", "try-reload-or-restart", "reload-or-try-restart")
 
 
-def asked_services(text: str) -> dict[str, str]:
-    """What scripts asked to be done with services that run, by the lines of ASKED_OF_SERVICES: restart, or reload."""
+def asked_services(text: str, suffix: str = "") -> dict[str, str]:
+    """What scripts asked to be done with services that run, by the lines of ASKED_OF_SERVICES: restart, or reload.
+
+    Names without a dot get the suffix.
+    """
     asked: dict[str, str] = {}
     for line in lines_of(text):
         action, _, service = line.partition(" ")
-        if service and action != "stop":
+        service += "" if "." in service else suffix
+        if service != suffix and action != "stop":
             how = "reload" if action in RELOADS and asked.get(service, "reload") == "reload" else "restart"
             asked[service] = how
     return asked
@@ -3269,7 +3496,7 @@ class Services:
     def __init__(self, live: LiveResult, running: bool) -> None:
         self.live = live
         self.running = running  # on this machine; else nothing is done
-        self.init = next((init for init in INIT_SYSTEMS if running and init.is_running()), Init())
+        self.init = running_init() if running else Init()
 
     def stop(self, paths: Mapping[str, str]) -> None:
         """Stop the services whose files are about to be removed."""
@@ -3289,7 +3516,8 @@ class Services:
             run(["ldconfig"])  # so that programs find new libraries
         self.init.apply_settings(paths)
         self.init.reload()
-        active = {service: how for service, how in asked_services(asked).items() if self.init.is_active(service)}
+        wanted = asked_services(asked, self.init.suffix)
+        active = {service: how for service, how in wanted.items() if self.init.is_active(service)}
         restartable = self.init.restartable(active)
         self.live.restarted += restartable
         for how in sorted({active[service] for service in restartable}, reverse=True):  # restart, then reload
@@ -6639,6 +6867,7 @@ class Transaction:
         require_directories(self.root)
         self._require_entry_directories()
         mark_variant(self.root)
+        self._serve_new_init()
         self._take_database_directories()
         self._refuse_foreign_writes()
         self._refuse_unseen_homes()
@@ -6670,6 +6899,12 @@ class Transaction:
             if os.path.lexists(there) and not is_directory(there):
                 hint = "put symlinks in it, or mount a file system there outside of ash"
                 raise AshError(f"/var/{name} must stay a directory", hint, REFUSED)
+
+    def _serve_new_init(self) -> None:
+        """Install ash's units if the snapshot boots with another init system now: it may be started as it is."""
+        init = init_of(self.root)
+        if init.name != init_of(self.original).name:
+            init.install_units(self.root, self.system.distro.executable)
 
     def _settle_accounts(self) -> None:
         """Give new accounts their system-wide uid and gid, and re-own their files."""
@@ -11887,10 +12122,6 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
 
 # --- Commands on trials ----------------------------------------------------------------------------------------
 
-# The directories with programs that say whether a system is healthy: ash's own, and those of greenboot. If a required
-# one fails, a deployment on trial counts as not started.
-REQUIRED_CHECKS = ("etc/ash/health.d", "usr/lib/greenboot/check/required.d", "etc/greenboot/check/required.d")
-WANTED_CHECKS = ("usr/lib/greenboot/check/wanted.d", "etc/greenboot/check/wanted.d")
 # Programs to run once a deployment has proved good, and once the machine went back to the last good one.
 AFTER_SUCCESS = ("usr/lib/greenboot/green.d", "etc/greenboot/green.d")
 AFTER_FALLBACK = ("usr/lib/greenboot/red.d", "etc/greenboot/red.d")
@@ -11951,7 +12182,7 @@ def cmd_health(request: Request) -> Reply:
 def announce(failure: Failure) -> None:
     """Say in the journal and at the next login that the machine went back to another deployment."""
     text = one_line(f"ash: {failure.text()} (ash status)")
-    init_of(Path("/")).log(text, FELL_BACK_MESSAGE)
+    running_init().log(text, FELL_BACK_MESSAGE)
     with contextlib.suppress(OSError):
         LOGIN_MESSAGE.parent.mkdir(exist_ok=True)
         LOGIN_MESSAGE.write_text(f"{text}\n")
@@ -11983,7 +12214,7 @@ def failure_to_tell(system: System, back_to: Deployment) -> Failure | None:
     noted = [one for one in failures(system.layout) if (one.deployment, one.back_to) == (ident, back_to.id)]
     if not noted or noted[0].told:
         return None
-    units, journal = init_of(Path("/")).last_words(f"{DEPLOYMENT}={ident}")
+    units, journal = running_init().last_words(f"{DEPLOYMENT}={ident}")
     failure = noted[0]._replace(units=units, journal=journal, told=True)
     note_failure(system.layout, failure)
     return failure

@@ -463,7 +463,7 @@ class Machine:
 
     def reboot(self) -> None:
         """Reboot the machine from its shell, and wait until its kernel restarts."""
-        self.send("systemctl reboot\n")
+        self.send("reboot\n")
         self.expect("reboot: Restarting system", 180)
 
     def reset(self) -> None:
@@ -478,7 +478,7 @@ class Machine:
 
     def poweroff(self) -> None:
         """Power the machine off from its shell, and wait until QEMU ends."""
-        self.send("systemctl poweroff\n")
+        self.send("poweroff\n")
         try:
             self._process.wait(timeout=180)
         except subprocess.TimeoutExpired:

@@ -299,9 +299,10 @@ room=$(df --output=avail -k / | tail -n 1)
 asked=/{ASKED_OF_SERVICES}
 [ "$1" = --quiet ] && shift
 [ -w $asked ] || exit 101
+echo "$2 $1" >>$asked
 case $1 in
-*.*) echo "$2 $1" >>$asked; exit 104 ;;
-*) echo "$2 $1.service" >>$asked; exit 101 ;;
+*.*) exit 104 ;;
+*) exit 101 ;;
 esac
 """
     transient: ClassVar[Mapping[str, TransientFile]] = {

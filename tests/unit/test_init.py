@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Init systems: which one a root has, ash's units, and services when the files of the running system change."""
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ash
-from ash import INIT_SYSTEMS, Init, LiveResult, Services, Systemd, asked_services, init_of
+from ash import INIT_SYSTEMS, Init, LiveResult, OpenRc, Services, Systemd, asked_services, init_of
 
 pytestmark = pytest.mark.budget(5)
 
@@ -130,7 +131,7 @@ def test_services_are_restarted_as_the_scripts_of_packages_ask(programs: list[li
         ["restart", "a.service"],
         ["reload", "b.socket"],
     ]
-    assert asked_services("reload x.service\nrestart x.service\nreload x.service\n") == {"x.service": "restart"}
+    assert asked_services("reload x.service\nrestart x\nreload x.service\n\n", ".service") == {"x.service": "restart"}
 
 
 def test_a_socket_is_restarted_with_its_service_or_not_at_all(programs: list[list[str]], started: list[str]) -> None:
@@ -198,3 +199,157 @@ def test_a_system_that_does_not_run_has_no_services(started: list[str]) -> None:
     services.put_back()
     assert not started
     assert type(services.init) is Init
+
+
+# OpenRC
+
+
+@pytest.fixture
+def openrc(tmp_path: Path) -> Path:
+    """A root with OpenRC, after sysvinit, and ash's scripts."""
+    for path in ("usr/sbin/openrc", "etc/inittab", "etc/init.d/skeleton"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    OpenRc().install_units(tmp_path, "usr/bin/ash")
+    return tmp_path
+
+
+def test_openrc_starts_ash_with_its_runlevels(openrc: Path) -> None:
+    OpenRc().install_units(openrc, "usr/local/bin/ash")  # a second time, over the first
+    levels = openrc / "etc/runlevels"
+    assert {path.relative_to(levels).as_posix() for path in levels.glob("*/*")} == {
+        "sysinit/ash-recover",
+        "sysinit/ash-protect",
+        "sysinit/ash-trial",
+        "default/ash-carry",
+        "default/ash-bless",
+    }
+    for link in levels.glob("*/*"):
+        script = openrc / link.readlink().relative_to("/")
+        assert script.stat().st_mode & 0o777 == 0o755
+        assert "@" not in script.read_text()
+        subprocess.run(["sh", "-n", script], check=True)
+    assert "\t/usr/local/bin/ash carry\n" in (openrc / "etc/init.d/ash-carry").read_text()
+    assert (openrc / "etc/inittab.d/ash.tab").read_text() == "ash:12345:once:/etc/init.d/ash-trial start\n"
+
+
+def test_a_root_with_another_init_than_sysvinit_gets_no_line_for_it(tmp_path: Path) -> None:
+    for path in ("usr/sbin/openrc", "etc/init.d/skeleton"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    OpenRc().install_units(tmp_path, "usr/bin/ash")
+    assert not (tmp_path / "etc/inittab.d").exists()
+
+
+# In the place of a program that ash's scripts call: says what was called, and fails if that is $FAIL.
+FAKE = '#!/bin/sh\necho ${0##*/} $*\n[ "$FAIL" != "${0##*/} $*" ]\n'
+FINDMNT = "#!/bin/sh\nprintf '%s\\n' / none /var\n"
+
+
+def start(root: Path, cmdline: str = "", fail: str = "") -> tuple[int, list[str]]:
+    """Run start() of ash-bless with fakes below a root; returns its status and what it called."""
+    text = (root / "etc/init.d/ash-bless").read_text().replace("/usr/bin/ash", "ash")
+    for path in ("/etc/ash", "/etc/greenboot", "/usr/lib/greenboot", "/proc/cmdline", "/run/ash-good"):
+        text = text.replace(path, f"{root}{path}")
+    (root / "proc").mkdir()
+    (root / "proc/cmdline").write_text(f"root=x {cmdline}\n")
+    (root / "fakes").mkdir()
+    for name in ("ash", "reboot", "touch", "mountpoint", "eerror", "findmnt"):
+        (root / "fakes" / name).write_text(FINDMNT if name == "findmnt" else FAKE)
+        (root / "fakes" / name).chmod(0o755)
+    environment = {"FAIL": fail, "PATH": f"{root}/fakes:{os.defpath}"}
+    done = subprocess.run(["sh", "-c", f"{text}\nstart"], env=environment, capture_output=True, text=True, check=False)
+    assert not done.stderr
+    return done.returncode, [line.replace(str(root), "") for line in done.stdout.splitlines()]
+
+
+MOUNTED = ["mountpoint -q /", "mountpoint -q /var"]
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "fail", "status", "called"),
+    [
+        ("", "", 0, ["ash health", "touch /run/ash-good"]),
+        ("ash.trial=10", "", 0, ["ash health", "ash bless", "touch /run/ash-good"]),
+        ("ash.trial=10", "ash bless", 0, ["ash health", "ash bless", "touch /run/ash-good"]),
+        ("ash.fellback=1", "", 0, ["ash health", "ash bless", "touch /run/ash-good"]),
+        ("", "ash health", 1, ["ash health"]),
+        ("ash.fellback=1", "ash health", 1, ["ash health"]),
+        ("ash.trial=10", "ash health", 0, ["ash health", "reboot -f"]),
+    ],
+)
+def test_openrc_blesses_what_is_healthy_and_restarts_what_is_on_trial(
+    openrc: Path, cmdline: str, fail: str, status: int, called: list[str]
+) -> None:
+    (openrc / "etc/ash/health.d").mkdir(parents=True)
+    (openrc / "etc/ash/health.d/check").touch()
+    assert start(openrc, cmdline, fail) == (status, [*MOUNTED, *called])
+
+
+def test_openrc_does_not_start_ash_health_for_nothing(openrc: Path) -> None:
+    assert start(openrc) == (0, [*MOUNTED, "touch /run/ash-good"])
+
+
+@pytest.mark.parametrize(("cmdline", "status", "called"), [("", 1, []), ("ash.trial=1", 0, ["reboot -f"])])
+def test_openrc_does_not_bless_what_could_not_mount_its_file_systems(
+    openrc: Path, cmdline: str, status: int, called: list[str]
+) -> None:
+    failed = [*MOUNTED, "eerror /var is not mounted"]
+    assert start(openrc, cmdline, fail="mountpoint -q /var") == (status, [*failed, *called])
+
+
+def test_openrc_restarts_only_what_is_on_trial_and_not_known_to_boot(openrc: Path) -> None:
+    (openrc / "run").mkdir()
+    (openrc / "run/ash-good").touch()
+    (openrc / "etc/ash/health.d").mkdir(parents=True)
+    (openrc / "etc/ash/health.d/check").touch()
+    status, called = start(openrc, "ash.trial=10", "ash health")
+    assert (status, called[-1]) == (1, "ash health")
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A running machine with OpenRC, on which "old" and "older" are started; the commands that are run there."""
+    commands: list[str] = []
+
+    def run(argv: Sequence[str | Path], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(" ".join(map(str, argv)))
+        return subprocess.CompletedProcess([], 1 if "broken" in argv else 0, "", "no such program")
+
+    state = tmp_path / "state"
+    (state / "started").mkdir(parents=True)
+    (state / "softlevel").touch()
+    for name in ("old", "older"):
+        (state / "started" / name).symlink_to(f"/etc/init.d/{name}")
+    monkeypatch.setattr(OpenRc, "marker", str(state))
+    monkeypatch.setattr(Systemd, "is_running", lambda _: False)
+    monkeypatch.setattr(ash, "run", run)
+    return commands
+
+
+def test_services_of_openrc_follow_their_scripts_and_runlevels(running: list[str]) -> None:
+    live = LiveResult()
+    services = Services(live, running=True)
+    services.stop({"etc/init.d/old": "removed", "etc/init.d/other": "removed"})
+    levels = {
+        f"etc/runlevels/{path}": "added" for path in ("default/b", "sysinit/a", "default/old", "off/c", "nonetwork/d")
+    }
+    changed = dict.fromkeys(("etc/init.d/old", "etc/init.d/older", "etc/init.d/stopped"), "changed")
+    services.start({**levels, **changed, "etc/init.d/e": "added"}, "start older\nstart stopped\n")
+    assert running == [
+        "rc-service old stop",
+        "ldconfig",
+        "timeout 300 rc-service older restart",
+        "timeout 300 rc-service a start",
+        "timeout 300 rc-service b start",
+    ]
+    assert (live.stopped, live.started, live.outdated) == (["old"], ["a", "b"], ["old"])
+    assert live.restarted == ["older"]
+
+
+def test_a_service_of_openrc_that_does_not_start_is_named_with_what_tells_more(running: list[str]) -> None:
+    with pytest.raises(ash.AshError, match="start of broken failed: no such program") as failed:
+        Services(LiveResult(), running=True).start({"etc/runlevels/default/broken": "added"})
+    assert failed.value.hint == "rc-service broken status"
+    OpenRc().stop("broken", check=False)
+    assert running[-2:] == ["rc-service broken stop", "rc-service broken zap"]
