@@ -3373,16 +3373,18 @@ class OpenRc(Init):
         return Path("/", self.marker, "softlevel").is_file()
 
     def install_units(self, root: Path, executable: str) -> None:
-        """Write the scripts and link them into their runlevels; a root without OpenRC gets none.
+        """Write the scripts; a root without OpenRC gets none.
 
-        /etc/init.d is where OpenRC looks. As in all of /etc, what users change there is carried over.
+        New ones are linked into their runlevels, as packages do it: who takes one out again keeps that.
         """
         if not path_inside(root, self.program).exists() or not path_inside(root, "etc/init.d").is_dir():
             return
         for name, (text, level) in self.OWN_SCRIPTS.items():
+            script = place_inside(root, f"etc/init.d/{name}")
+            if not os.path.lexists(script):
+                link_inside(root, f"etc/runlevels/{level}/{name}", f"/etc/init.d/{name}")
             write_inside(root, f"etc/init.d/{name}", text.replace("@ASH@", f"/{executable}"))
-            place_inside(root, f"etc/init.d/{name}").chmod(0o755)
-            link_inside(root, f"etc/runlevels/{level}/{name}", f"/etc/init.d/{name}")
+            script.chmod(0o755)
         if path_inside(root, "etc/inittab").is_file():
             path_inside(root, "etc/inittab.d").mkdir(exist_ok=True)
             write_inside(root, "etc/inittab.d/ash.tab", TRIAL_TAB)

@@ -75,6 +75,16 @@ def test_a_long_description_is_shortened(system: System, snapshot: int) -> None:
     assert system.starts(system.files.grub_cfg.read_text()) == slot
 
 
+def test_a_snapshot_with_another_init_system_has_what_that_starts_of_ash(system: System, snapshot: int) -> None:
+    assert not (system.root(snapshot) / "etc/init.d/ash-carry").exists()
+    system.shell(snapshot, "touch /usr/sbin/openrc; mkdir -p /etc/init.d")
+    assert (system.root(snapshot) / "etc/runlevels/default/ash-carry").readlink() == Path("/etc/init.d/ash-carry")
+    system.shell(snapshot, "rm /etc/runlevels/default/ash-carry")
+    slot = system.ash("--json", "deploy", snapshot).json["slot"]
+    assert (system.root(slot) / "etc/runlevels/default/ash-bless").is_symlink()
+    assert not (system.root(slot) / "etc/runlevels/default/ash-carry").is_symlink(), "that is the user's choice"
+
+
 def test_a_snapshot_leaves_the_menu_before_it_is_deleted(system: System, snapshot: int) -> None:
     below = system.branch(snapshot)
     killed = system.with_hooks({"kill": f"delete snapshot-{snapshot}$"}, "-y", "del", snapshot)

@@ -233,6 +233,12 @@ def test_openrc_starts_ash_with_its_runlevels(openrc: Path) -> None:
     assert (openrc / "etc/inittab.d/ash.tab").read_text() == "ash:12345:once:/etc/init.d/ash-trial start\n"
 
 
+def test_a_script_that_is_out_of_its_runlevel_stays_so(openrc: Path) -> None:
+    (openrc / "etc/runlevels/default/ash-carry").unlink()
+    OpenRc().install_units(openrc, "usr/bin/ash")
+    assert [path.name for path in (openrc / "etc/runlevels/default").iterdir()] == ["ash-bless"]
+
+
 def test_a_root_with_another_init_than_sysvinit_gets_no_line_for_it(tmp_path: Path) -> None:
     for path in ("usr/sbin/openrc", "etc/init.d/skeleton"):
         (tmp_path / path).parent.mkdir(parents=True)
