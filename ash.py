@@ -3169,6 +3169,7 @@ class Init:
     enable: ClassVar[Sequence[str]] = ()  # the command that enables a service in a root; the service's name follows
     marker: ClassVar[str] = ""  # the directory, from the root, by which programs know that it is running
     suffix: ClassVar[str] = ""  # of the names of services, where scripts leave it out
+    reboot: ClassVar[Sequence[str]] = ("shutdown", "-r", "+1")  # in a minute; a message to users follows
 
     def is_running(self) -> bool:
         """Whether it is the init system of the running machine."""
@@ -3358,6 +3359,8 @@ class OpenRc(Init):
     program = "usr/sbin/openrc"
     enable = ("rc-update", "add")
     marker = "run/openrc"
+    # In the background: sysvinit's shutdown waits until then.
+    reboot = ("start-stop-daemon", "--start", "--background", "--exec", "/sbin/shutdown", "--", *Init.reboot[1:])
     # The text of each of ash's scripts, and its runlevel. The services of sysinit stop after /var is unmounted.
     OWN_SCRIPTS: ClassVar[Mapping[str, tuple[str, str]]] = {
         "ash-recover": (RECOVER_SCRIPT, "sysinit"),
@@ -3456,7 +3459,7 @@ def mount_option_to_wait() -> str:
 
 def schedule_reboot(message: str) -> str:
     """Reboot the machine in a minute, with a message to its users. Returns the command that cancels it."""
-    run(["shutdown", "-r", "+1", message])
+    run([*running_init().reboot, message])
     return "shutdown -c"
 
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A Debian that boots with OpenRC, from the real repositories: deployments, edits of /etc, trials and fallback."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from ash import OpenRc
 from installer.machine import Machine
 from tests.boot.checks import is_immutable, new_snapshot, runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
-from tests.support import Disk, program
+from tests.support import Disk, make_deb, program
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(1800)]
 
@@ -71,6 +73,30 @@ def openrc(installed: Path, tmp_path: Path) -> Iterator[Disk]:
     copy.unlink()
 
 
+# As dh_installinit(1) puts it into the script of a package.
+START = """\
+update-rc.d ash-test-daemon defaults
+if [ "$2" ]; then action=restart; else action=start; fi
+invoke-rc.d ash-test-daemon $action || exit 1
+"""
+SERVICE = """\
+#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          ash-test-daemon
+# Required-Start:    $remote_fs
+# Required-Stop:     $remote_fs
+# Default-Start:     2 3 4 5
+# Default-Stop:      0 1 6
+# Short-Description: made by a test
+### END INIT INFO
+case $1 in
+start) echo VERSION >> /run/ash-test ;;
+stop) echo stopped >> /run/ash-test ;;
+restart) $0 stop; $0 start ;;
+esac
+"""
+
+
 def await_blessing(machine: Machine) -> None:
     said(machine, "until rc-service ash-bless status; do sleep 1; done")
 
@@ -101,6 +127,29 @@ def test_the_life_of_a_system_with_openrc(openrc: Disk, boot: Boot) -> None:
         assert said(machine, "ash fsck") == "no problems found"
         machine.poweroff()
     assert openrc.notes() == {}
+
+
+def test_services_of_a_running_openrc_follow_packages(openrc: Disk, boot: Boot, tmp_path: Path) -> None:
+    with openrc.files() as files:
+        for version in ("1", "2"):
+            init = {"etc/init.d/ash-test-daemon": SERVICE.replace("VERSION", version)}
+            script = f"chmod 755 /etc/init.d/ash-test-daemon\n{START}"
+            package = make_deb(tmp_path, "ash-test-daemon", version, files=init, postinst=script)
+            shutil.copy(package, files.home)
+    with boot(openrc) as machine:
+        machine.login()
+        await_blessing(machine)
+        report = said(machine, "ash install /home/ash-test-daemon_1_all.deb")
+        assert "started: ash-test-daemon" in report
+        assert said(machine, "cat /run/ash-test") == "1"
+        report = said(machine, "ash install /home/ash-test-daemon_2_all.deb")
+        assert "restarted: ash-test-daemon" in report
+        assert said(machine, "cat /run/ash-test").split() == ["1", "stopped", "2"]
+        assert "stopped: ash-test-daemon" in said(machine, "ash remove --purge ash-test-daemon")
+        assert said(machine, "tail -n 1 /run/ash-test") == "stopped"
+        said(machine, "! test -e /etc/runlevels/default/ash-test-daemon")
+        said(machine, f"timeout 30 {' '.join(OpenRc.reboot)} words && sleep 2 && pidof shutdown && shutdown -c")
+        machine.poweroff()
 
 
 @pytest.mark.parametrize("name", CAUSES)

@@ -359,3 +359,8 @@ def test_a_service_of_openrc_that_does_not_start_is_named_with_what_tells_more(r
     assert failed.value.hint == "rc-service broken status"
     OpenRc().stop("broken", check=False)
     assert running[-2:] == ["rc-service broken stop", "rc-service broken zap"]
+
+
+def test_a_reboot_in_a_minute_does_not_keep_ash_waiting(running: list[str]) -> None:
+    assert ash.schedule_reboot("words") == "shutdown -c"
+    assert running == ["start-stop-daemon --start --background --exec /sbin/shutdown -- -r +1 words"]
