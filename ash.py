@@ -2837,6 +2837,7 @@ RequiresMountsFor=/.snapshots /var /run
 Before=local-fs.target systemd-random-seed.service systemd-journal-flush.service systemd-tmpfiles-setup.service
 Conflicts=shutdown.target
 Before=shutdown.target
+ConditionKernelCommandLine=|ash.fellback
 {unit_lines("ConditionPathExistsGlob", (f"|{path}" for path in UNFINISHED))}
 [Service]
 Type=oneshot
@@ -3032,6 +3033,7 @@ depend() {{
 start() {{
 	[ ! -e /{IN_ROOT_ID} ] || {{ {" && ".join(NOTE_BOOTED)}; }}
 	{HAS_MACHINE_ID} || tr -d - < /proc/sys/kernel/random/uuid > /etc/machine-id
+	! grep -q "ash[.]fellback=" /proc/cmdline || {{ @ASH@ recover; return; }}
 	for path in {" ".join(UNFINISHED)}; do
 		[ ! -e "$path" ] || {{ @ASH@ recover; return; }}
 	done
