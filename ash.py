@@ -1177,6 +1177,7 @@ class Layout:
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
         self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing or empty if there is none
+        self.envblock = ash / "envblock"  # which GRUB has shown that it can count in btrfs; missing if none has
         self.bad = ash / "bad"  # the snapshots whose deployments did not start
         self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
@@ -3876,19 +3877,39 @@ def trial_options(minutes: int) -> str:
     return f"{ON_TRIAL}={minutes} {RESTARTS.format(minutes * 60)}"
 
 
-def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minutes: int) -> list[str]:
+# A feature of GRUB that 2.14 has, and 2.12 has not: only since then can save_env write to a list of blocks.
+GRUB_FEATURE = "feature_gcry_hw_accel"
+
+
+def grub_proof(block: str) -> list[str]:
+    """GRUB's commands to show that it can write to a block: it copies there what it is asked to."""
+    return [
+        "unset ask",
+        "unset seen",
+        f'if [ "${GRUB_FEATURE}" = "y" ]; then',
+        f"    load_env --file {block} ask seen",
+        '    if [ "$seen" != "$ask" ]; then',
+        '        set seen="$ask"',
+        f"        if save_env --file {block} seen; then unset ask; fi",
+        "    fi",
+        "fi",
+    ]
+
+
+def grub_countdown(
+    notes: EfiPartition | EnvironmentBlock, entry: str, ident: str, tries: int, minutes: int
+) -> list[str]:
     """GRUB's commands to spend a try for an entry: the default if there was one, else the fallback.
 
     Whatever goes wrong with the notes, GRUB starts the fallback: it is known to boot.
     """
-    block = f"($ash_efi)/{notes.name}"
+    block = notes.for_grub
     count = [f'        if [ "$try_n" = "{left}" ]; then set ash_left="{left - 1}"; fi' for left in range(1, tries + 1)]
     return [
         'set default="$fallback_id"',
         f'set ash_fellback="{FELL_BACK}={ident}"',
         *(f"unset {name}" for name in ("ash_trial", "ash_left", "try_id", "try_n")),
-        "insmod fat",
-        f"if search --no-floppy --fs-uuid --set=ash_efi {notes.uuid}; then",
+        *notes.if_there,
         f"    load_env --file {block} try_id try_n",
         f'    if [ "$try_id" = "{entry}" ]; then',
         *count,
@@ -3905,14 +3926,13 @@ def grub_countdown(notes: EfiPartition, entry: str, ident: str, tries: int, minu
     ]
 
 
-def grub_once(notes: EfiPartition, entry: str, minutes: int) -> list[str]:
+def grub_once(notes: EfiPartition | EnvironmentBlock, entry: str, minutes: int) -> list[str]:
     """GRUB's commands to start an entry if its notes say so, and to take that note away."""
-    block = f"($ash_efi)/{notes.name}"
+    block = notes.for_grub
     return [
         "unset ash_once",
         "unset once",
-        "insmod fat",
-        f"if search --no-floppy --fs-uuid --set=ash_efi {notes.uuid}; then",
+        *notes.if_there,
         f"    load_env --file {block} once",
         f'    if [ "$once" = "{entry}" ]; then',
         "        set once=",
@@ -3939,9 +3959,9 @@ def without_titles(grub_cfg: str) -> str:
     return re.sub(r"^menuentry .* --id", "menuentry --id", grub_cfg, flags=re.MULTILINE)
 
 
-# --- The EFI partition: GRUB's notes ---------------------------------------------------------------------------
+# --- GRUB's notes: on the EFI partition, or in the header of btrfs ---------------------------------------------
 
-# GRUB 2.12 cannot write to btrfs, only to FAT. The block fits the first sector, which a disk writes as a whole.
+# GRUB cannot write to files on btrfs, only on FAT. The block fits the first sector, which a disk writes as a whole.
 BLOCK_SIZE, SECTOR = 1024, 512  # bytes: of a block of GRUB's environment, as grub-editenv makes it; of a disk's sector
 BLOCK_HEADER = "# GRUB Environment Block\n"
 
@@ -3952,6 +3972,10 @@ class Countdown(NamedTuple):
     try_id: str = ""  # the entry of the menu that is on trial
     try_n: str = ""  # how often GRUB may still start it
     once: str = ""  # the entry that is started next, and once
+    # In btrfs alone: whose notes these are; the GRUB that is asked to show that it can write; the one that did.
+    ash: str = ""
+    ask: str = ""
+    seen: str = ""
 
     @property
     def block(self) -> bytes:
@@ -3960,9 +3984,9 @@ class Countdown(NamedTuple):
         return "".join([BLOCK_HEADER, *lines]).encode().ljust(BLOCK_SIZE, b"#")
 
     @classmethod
-    def of_block(cls, block: bytes) -> Countdown | None:
+    def of_block(cls, block: bytes, size: int = BLOCK_SIZE) -> Countdown | None:
         """The notes in a block; None if GRUB could not read it."""
-        if len(block) != BLOCK_SIZE or not block.startswith(BLOCK_HEADER.encode()):
+        if len(block) != size or not block.startswith(BLOCK_HEADER.encode()):
             return None
         values = dict(re.findall(r"^(\w+)=(.*)$", block.decode(errors="replace"), re.MULTILINE))
         return cls(*(values.get(name, "") for name in cls._fields))
@@ -3997,6 +4021,8 @@ class EfiPartition:
         image: the disk image that the file system is on; else it is on a disk of this machine.
     """
 
+    where = "on the EFI partition"
+
     def __init__(self, layout: Layout, image: Path | None = None) -> None:
         self.layout = layout
         self.image = image
@@ -4007,6 +4033,16 @@ class EfiPartition:
         """The path of the block on the partition."""
         return f"ash/{self.layout.distro}/grubenv"
 
+    @property
+    def for_grub(self) -> str:
+        """The block, as GRUB names it."""
+        return f"($ash_efi)/{self.name}"
+
+    @property
+    def if_there(self) -> list[str]:
+        """GRUB's commands before those that read the block: the last one begins an `if`."""
+        return ["insmod fat", f"if search --no-floppy --fs-uuid --set=ash_efi {self.uuid}; then"]
+
     def read(self) -> Countdown | None:
         """GRUB's notes; None if they are missing or damaged. AshError if the partition cannot be read."""
         with self._opened() as directory:
@@ -4014,17 +4050,12 @@ class EfiPartition:
         return Countdown.of_block(block)
 
     def write(self, notes: Countdown) -> None:
-        """Replace GRUB's notes, on the disk. A power cut leaves the old or the new ones."""
-        about_to("write GRUB's notes")
-        try:
-            with self._opened() as directory:
-                if isinstance(directory, Path):
-                    self._write_to(directory / self.name, notes.block)
-                else:
-                    self._mtools(directory, notes.block)
-        except OSError as error:
-            what = f"cannot write GRUB's notes to the EFI partition: {reason(error)}"
-            raise AshError(what, f"have it writable, with room for {self.name}") from error
+        """Replace GRUB's notes, on the disk."""
+        with self._opened() as directory:
+            if isinstance(directory, Path):
+                self._write_to(directory / self.name, notes.block)
+            else:
+                self._mtools(directory, notes.block)
 
     def find(self, uuid: str) -> list[tuple[Path, int]]:
         """The partitions with a UUID: a node and 0, or the image and the offset; those on the system's disk first."""
@@ -4129,6 +4160,179 @@ class EfiPartition:
                 f"cannot write GRUB's notes to the EFI partition: {why}", f"have it writable, with room for {self.name}"
             )
         return block
+
+
+# In the first MiB of a device, which btrfs leaves to boot loaders, GRUB 2.14 has a sector for its environment.
+ENVIRONMENT_AT, RESERVED = 256 << 10, 1 << 20  # bytes from the start of the device
+BTRFS_DEV_TREE, BTRFS_DEV_EXTENT = 4, 204
+# In the boot sector, as grub-install writes it: the code ends here; the place of the sector where core.img starts. That
+# sector ends with a list of the others, backwards: where, and how many.
+BOOT_CODE, CORE_AT, BLOCK_LIST = 440, 0x5C, struct.Struct("<QHH")
+
+
+def boot_code(disk: BinaryIO) -> bytes:
+    """The GRUB that the BIOS starts from a disk: the boot sector's code and core.img; empty if it is not GRUB."""
+    sector = disk.read(SECTOR)[:BOOT_CODE]
+    disk.seek(int.from_bytes(sector[CORE_AT : CORE_AT + 8], "little") * SECTOR)
+    first = disk.read(SECTOR)
+    if b"GRUB" not in sector or len(first) < SECTOR:
+        return b""
+    parts = [sector, first]
+    for at in range(len(first) - BLOCK_LIST.size, 0, -BLOCK_LIST.size):
+        start, count, _ = BLOCK_LIST.unpack_from(first, at)
+        if not count:
+            break
+        disk.seek(start * SECTOR)
+        parts.append(disk.read(count * SECTOR))
+    return b"".join(parts)
+
+
+def is_first_reserved(path: Path) -> bool:
+    """Whether the only device of a btrfs has nothing in its first MiB; mkfs.btrfs before 4.1 did not see to that."""
+    (devices,) = struct.unpack_from("=Q", ask_btrfs(path, BTRFS_IOC_FS_INFO, bytes(1024)), 8)
+    key = (BTRFS_DEV_TREE, 1, U64_MAX, 0, U64_MAX, 0, U64_MAX, BTRFS_DEV_EXTENT, BTRFS_DEV_EXTENT, 1, 0)
+    request = SEARCH_KEY.pack(*key, SECTOR).ljust(SECTOR + 112, b"\0")
+    answer = ask_btrfs(path, BTRFS_IOC_TREE_SEARCH_V2, request)
+    (items,) = struct.unpack_from("=I", answer, 64)
+    return bool(devices == 1 and items and SEARCH_HEADER.unpack_from(answer, 112)[2] >= RESERVED)
+
+
+class EnvironmentBlock:
+    """The sector in the header of btrfs with GRUB's notes, on a disk that has no EFI partition.
+
+    GRUB itself must show that it can write there: ash asks for that with a name for the GRUB in the boot sector, and
+    GRUB repeats it. Any doubt means that GRUB does not count: no other system's notes are there, nor anything unknown;
+    the file system has one device, a partition of a disk.
+
+    Args:
+        layout: of the distribution whose notes they are.
+        image: the disk image that the file system is on; else it is on a disk of this machine.
+    """
+
+    name, where = "the environment block", "in the header of btrfs"
+    for_grub = f"($root){ENVIRONMENT_AT // SECTOR}+1"
+    if_there = (f'if [ "${GRUB_FEATURE}" = "y" ]; then',)
+
+    def __init__(self, layout: Layout, image: Path | None = None) -> None:
+        self.layout = layout
+        self.image = image
+
+    @property
+    def counts(self) -> bool:
+        """Whether the GRUB that is installed has shown that it can write here; for others than root, as root noted."""
+        if os.geteuid():
+            return bool(read_text(self.layout.envblock))
+        with contextlib.suppress(AshError, OSError):
+            return (notes := self.read()) is not None and notes.seen == self._installed() != ""
+        return False
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether ash has asked GRUB to show that it can write."""
+        with contextlib.suppress(AshError, OSError):
+            return (notes := self.read()) is not None and notes.ask != ""
+        return False
+
+    def learn(self) -> None:
+        """Ask the GRUB that is installed to show that it can write here, and note if it has."""
+        with contextlib.suppress(AshError, OSError):
+            before, installed = self.read(), self._installed()
+            if installed and (before or self._is_free()):
+                notes = before or Countdown()
+                asking = notes._replace(ask=installed, seen=installed if notes.seen == installed else "")
+                if asking != before:
+                    about_to("ask what GRUB can write to")
+                    self.write(asking)
+        shown = f"{self._installed()}\n" if self.counts else ""
+        if shown != read_text(self.layout.envblock):
+            write_file(self.layout.envblock, shown)
+
+    def read(self) -> Countdown | None:
+        """GRUB's notes; None if they are missing, damaged, or those of another system."""
+        notes = Countdown.of_block(self._sector(), SECTOR)
+        return notes if notes and notes.ash == self.layout.distro else None
+
+    def write(self, notes: Countdown) -> None:
+        """Replace GRUB's notes, on the disk: a sector is written as a whole."""
+        node, at, _ = self._place()
+        with node.open("rb+", buffering=0) as disk:
+            disk.seek(at)
+            disk.write(notes._replace(ash=self.layout.distro).block[:SECTOR])
+            os.fsync(disk.fileno())
+
+    def _is_free(self) -> bool:
+        """Whether nobody uses the sector: it is empty, or an empty block; and GRUB's modules are of 2.14."""
+        sector, module = self._sector(), self.layout.grub_cfg.with_name("i386-pc") / "normal.mod"
+        is_empty = sector in (bytes(SECTOR), Countdown().block[:SECTOR])
+        return is_empty and GRUB_FEATURE.encode() in read_bytes(module) and is_first_reserved(self.layout.snapshots)
+
+    def _sector(self) -> bytes:
+        node, at, _ = self._place()
+        with node.open("rb", buffering=0) as disk:
+            # GRUB may have written since Linux has read it: the machine was hibernated.
+            os.posix_fadvise(disk.fileno(), at, os.sysconf("SC_PAGE_SIZE"), os.POSIX_FADV_DONTNEED)
+            disk.seek(at)
+            return disk.read(SECTOR)
+
+    def _installed(self) -> str:
+        """A name for the GRUB in the boot sector of the disk; empty if there is none."""
+        import hashlib
+
+        with self._place()[2].open("rb") as disk, contextlib.suppress(OverflowError):
+            code = boot_code(disk)
+            return hashlib.sha256(code).hexdigest()[:16] if code else ""
+        return ""
+
+    def _place(self) -> tuple[Path, int, Path]:
+        """The device or image with the block, its offset there, and the disk that the BIOS starts."""
+        if self.image:
+            return self.image, btrfs_partition(self.image)[0] + ENVIRONMENT_AT, self.image
+        device = device_of(self.layout.snapshots)
+        number = device.stat().st_rdev if device else 0
+        entry = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+        if not (entry / "partition").exists() or any((entry.parent / "slaves").glob("*")):
+            raise AshError("the file system is not on a partition of a disk")
+        return Path("/dev", entry.name), ENVIRONMENT_AT, Path("/dev", entry.parent.name)
+
+
+class GrubNotes:
+    """Where GRUB keeps its notes between two starts.
+
+    Args:
+        layout: of the distribution whose notes they are.
+        image: the disk image that the file system is on; else it is on a disk of this machine.
+    """
+
+    def __init__(self, layout: Layout, image: Path | None = None) -> None:
+        self.efi = EfiPartition(layout, image)
+        self.block = EnvironmentBlock(layout, image)
+
+    @property
+    def place(self) -> EfiPartition | EnvironmentBlock:
+        return self.efi if self.efi.uuid else self.block
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a place that GRUB can write to."""
+        return bool(self.efi.uuid) or self.block.counts
+
+    def learn(self) -> None:
+        """Find out what GRUB can do without an EFI partition. The caller holds the lock "deploy"."""
+        if not self.efi.uuid:
+            self.block.learn()
+
+    def read(self) -> Countdown | None:
+        """GRUB's notes; None if they are missing or damaged. AshError if the place cannot be read."""
+        return self.place.read()
+
+    def write(self, notes: Countdown) -> None:
+        """Replace GRUB's notes, on the disk. A power cut leaves the old or the new ones."""
+        about_to("write GRUB's notes")
+        try:
+            self.place.write(notes)
+        except OSError as error:
+            what = f"cannot write GRUB's notes {self.place.where}: {reason(error)}"
+            raise AshError(what, f"have it writable, with room for {self.place.name}") from error
 
 
 # --- Distributions ---------------------------------------------------------------------------------------------
@@ -8634,7 +8838,7 @@ class Menu:
         self.good, self.once = ("" if one == slot else one for one in (self.good, self.once))
         return is_there
 
-    def render(self, layout: Layout, uuid: str, describe: Callable[[int], str], efi: EfiPartition) -> str:
+    def render(self, layout: Layout, uuid: str, describe: Callable[[int], str], notes: GrubNotes) -> str:
         """The text of grub.cfg."""
         default = self.deployments[self.default]
         last = self.deployments.get(self.last_booted)
@@ -8643,7 +8847,8 @@ class Menu:
         text = menu_text(layout.rootfs(self.default)) or default.config
         made_in, here = MADE_IN, f"/snapshot-{self.default}/"
         header, foreign = "\n".join(text.header).replace(made_in, here), text.foreign.replace(made_in, here)
-        trial, once = (self.on_trial, self.deployments.get(self.once)) if efi.uuid else (None, None)
+        counts, proof = notes.counts, grub_proof(notes.block.for_grub)
+        trial, once = (self.on_trial, self.deployments.get(self.once)) if counts else (None, None)
         good = self.fallback or default
         marks = [(default, "")]
         marks += [(last, " (last booted deployment)")] if last and last is not default else []
@@ -8671,9 +8876,10 @@ class Menu:
             'set default="$default_id"',
             f'set fallback="{place}"',
             *grub_preamble(uuid),
+            *(proof if not notes.efi.uuid and notes.block.is_asked_for else []),
             *grub_choice(
-                grub_once(efi, once.entry, once.minutes) if once else [],
-                grub_countdown(efi, trial.entry, trial.id, trial.tries, trial.minutes) if trial else [],
+                grub_once(notes.place, once.entry, once.minutes) if once else [],
+                grub_countdown(notes.place, trial.entry, trial.id, trial.tries, trial.minutes) if trial else [],
             ),
             "set gfxpayload=keep",
         ]
@@ -9091,20 +9297,21 @@ def good_slot(menu: Menu, ran: str | None) -> str:
 
 
 class Trials:
-    """Has GRUB count the starts of a new deployment, in its notes on the EFI partition.
+    """Has GRUB count the starts of a new deployment, in its notes.
 
     Args:
-        efi: the partition.
+        notes: where GRUB keeps them.
         configuration: reads the running system's ash.conf.
     """
 
-    def __init__(self, efi: EfiPartition, configuration: Callable[[], Configuration]) -> None:
-        self.efi = efi
+    def __init__(self, notes: GrubNotes, configuration: Callable[[], Configuration]) -> None:
+        self.notes = notes
         self.configuration = configuration
 
     def planned(self, deployment: Deployment, menu: Menu, ran: str | None) -> Deployment:
         """A deployment that becomes the default with its tries, if there is a good one to go back to."""
-        if not self.efi.uuid or not good_slot(menu, ran):
+        self.notes.learn()
+        if not self.notes.counts or not good_slot(menu, ran):
             return deployment
         tries, minutes = self._limits()
         return deployment._replace(tries=tries, minutes=minutes)
@@ -9121,24 +9328,24 @@ class Trials:
     def begin(self, deployment: Deployment) -> None:
         """Write the tries of a deployment to GRUB's notes, before grub.cfg names it. AshError if they cannot be."""
         if deployment.tries:
-            notes = self.efi.read() or Countdown()
-            self.efi.write(notes._replace(try_id=deployment.entry, try_n=str(deployment.tries)))
+            notes = self.notes.read() or Countdown()
+            self.notes.write(notes._replace(try_id=deployment.entry, try_n=str(deployment.tries)))
 
     def end(self, deployment: Deployment) -> None:
         """Delete GRUB's notes on a deployment that is good. It does not matter if that fails: grub.cfg does not ask."""
         with contextlib.suppress(AshError):
-            if (notes := self.efi.read()) and notes.try_id == deployment.entry:
-                self.efi.write(notes._replace(try_id="", try_n=""))
+            if (notes := self.notes.read()) and notes.try_id == deployment.entry:
+                self.notes.write(notes._replace(try_id="", try_n=""))
 
     def forget(self, menu: Menu) -> None:
         """Delete GRUB's notes on deployments that the menu does not have any more, or that were started once."""
         with contextlib.suppress(AshError):
-            notes = self.efi.read() or Countdown()
+            notes = self.notes.read() or Countdown()
             entries = {one.entry for one in menu.deployments.values()}
             kept = notes if notes.try_id in entries else notes._replace(try_id="", try_n="")
             kept = kept if kept.once in entries else kept._replace(once="")
             if kept != notes:
-                self.efi.write(kept)
+                self.notes.write(kept)
 
     def planned_once(self, deployment: Deployment) -> Deployment:
         """A deployment that is started once, with the time that this may take."""
@@ -9146,36 +9353,37 @@ class Trials:
 
     def start_once(self, deployment: Deployment) -> None:
         """Have GRUB start a deployment next, and only then."""
-        self.efi.write((self.efi.read() or Countdown())._replace(once=deployment.entry))
+        self.notes.write((self.notes.read() or Countdown())._replace(once=deployment.entry))
 
     def next_once(self, menu: Menu) -> Deployment | None:
         """What GRUB starts next, and only then. Who may not read its notes goes by the menu."""
         once = menu.deployments.get(menu.once)
         if once and os.geteuid() == 0:
             with contextlib.suppress(AshError):
-                notes = self.efi.read()
+                notes = self.notes.read()
                 return once if notes and notes.once == once.entry else None
         return once
 
     def problem(self, menu: Menu) -> str:
-        """What is wrong with GRUB's notes; empty if nothing is. AshError if the partition cannot be read."""
-        if not self.efi.uuid:
+        """What is wrong with GRUB's notes; empty if nothing is. AshError if the place cannot be read."""
+        if not self.notes.counts:
             return ""
-        notes, entries = self.efi.read(), {one.entry for one in menu.deployments.values()}
+        name = f"{self.notes.place.name} {self.notes.place.where}"
+        notes, entries = self.notes.read(), {one.entry for one in menu.deployments.values()}
         if notes is None:
-            return f"{self.efi.name} on the EFI partition is missing or damaged"
+            return f"{name} is missing or damaged"
         if (trial := menu.on_trial) and notes.try_id != trial.entry:
-            return f"{self.efi.name} on the EFI partition does not count the starts of the new deployment"
+            return f"{name} does not count the starts of the new deployment"
         if unknown := {notes.try_id, notes.once} - {*entries, ""}:
-            return f"{self.efi.name} on the EFI partition is of another disk, or older: {listed(sorted(unknown))}"
+            return f"{name} is of another disk, or older: {listed(sorted(unknown))}"
         return ""
 
     def renew(self, menu: Menu) -> None:
         """Write GRUB's notes again if something is wrong with them; a deployment on trial has all its tries then."""
         if self.problem(menu):
-            trial, once = menu.on_trial, self.next_once(menu)
-            notes = Countdown(trial.entry, str(trial.tries)) if trial else Countdown()
-            self.efi.write(notes._replace(once=once.entry if once else ""))
+            trial, once, notes = menu.on_trial, self.next_once(menu), self.notes.read() or Countdown()
+            entry, tries = (trial.entry, str(trial.tries)) if trial else ("", "")
+            self.notes.write(notes._replace(try_id=entry, try_n=tries, once=once.entry if once else ""))
 
     def recover(self, menu: Menu) -> None:
         """The same after an interrupted deploy: if it fails, GRUB starts the last good deployment."""
@@ -9270,13 +9478,13 @@ class BootMenu:
     Args:
         layout: of the distribution whose menu it is.
         distro: the distribution.
-        efi: where GRUB counts.
+        notes: where GRUB counts.
         describe: returns the description of a snapshot.
     """
 
-    def __init__(self, layout: Layout, distro: Distro, efi: EfiPartition, describe: Callable[[int], str]) -> None:
+    def __init__(self, layout: Layout, distro: Distro, notes: GrubNotes, describe: Callable[[int], str]) -> None:
         self.layout = layout
-        self.efi = efi
+        self.notes = notes
         self.describe = describe
         self.menu = Menu.load(layout.menu)
         self.uuid = root_uuid(layout)
@@ -9370,9 +9578,17 @@ class BootMenu:
         is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
         return is_gone or without_titles(self.grub_cfg()) == without_titles(self.rendered())
 
+    def ask_grub(self) -> None:
+        """Without an EFI partition, have GRUB show at the next start what it can do; note what it has shown."""
+        self.notes.learn()
+        if not self.notes.efi.uuid and self.notes.block.is_asked_for:
+            lines = "\n".join(grub_proof(self.notes.block.for_grub))
+            if lines not in self.grub_cfg():
+                self.write()
+
     def rendered(self) -> str:
         """The text that grub.cfg should have."""
-        return self.menu.render(self.layout, self.uuid, self.describe, self.efi)
+        return self.menu.render(self.layout, self.uuid, self.describe, self.notes)
 
     def grub_cfg(self) -> str:
         """The text that it has."""
@@ -9969,9 +10185,9 @@ class System:
 
     def deployments(self) -> Deployments:
         """The deployments, with the menu as it is now."""
-        efi = EfiPartition(self.layout, self.image)
-        boot_menu = BootMenu(self.layout, self.distro, efi, self.describe)
-        trials = Trials(efi, self.configuration)
+        notes = GrubNotes(self.layout, self.image)
+        boot_menu = BootMenu(self.layout, self.distro, notes, self.describe)
+        trials = Trials(notes, self.configuration)
         found = Deployments(self.layout, self.distro, trials, boot_menu, booted=self.booted_slot)
         found.wait = self.wait
         found.homes = self.homes
@@ -11942,7 +12158,7 @@ def withdrawn_reply(system: System, number: int, fresh: bool) -> Reply:
 
 def require_countdown(system: System) -> None:
     """Raise AshError (REFUSED) if GRUB cannot write to this disk."""
-    if not EfiPartition(system.layout, system.image).uuid:
+    if not GrubNotes(system.layout, system.image).counts:
         what = "this disk has no EFI partition that GRUB can write to"
         raise AshError(what, "ash deploy N --secondary, and choose it in the boot menu", REFUSED)
 
@@ -12243,6 +12459,7 @@ def cmd_bless(system: System, request: Request) -> Plan:
         failure = failure_to_tell(system, running)
         was_bad = forget_failure(system.layout, running.id)
         is_new = note_good(deployments, slot) or was_bad
+        deployments.boot_menu.ask_grub()
     if failure and system.running:
         announce(failure)
     after = AFTER_FALLBACK if failure else AFTER_SUCCESS if is_new else ()
@@ -13882,39 +14099,50 @@ def stop_counting(deployments: Deployments) -> None:
         deployments.trials.problem(deployments.menu)
     except AshError:
         deployments.layout.efi.unlink(missing_ok=True)
-        deployments.trials.efi.uuid = ""
+        deployments.trials.notes.efi.uuid = ""
         deployments.boot_menu.write()
 
 
 def start_counting(deployments: Deployments, uuid: str) -> None:
     """Have GRUB write its notes to a partition."""
     write_file(deployments.layout.efi, f"{uuid}\n")
-    deployments.trials.efi.uuid = uuid
+    deployments.trials.notes.efi.uuid = uuid
     deployments.trials.renew(deployments.menu)
     deployments.boot_menu.write()
 
 
+def stop_counting_in_btrfs(deployments: Deployments) -> None:
+    """Go on without the environment block, until GRUB has shown again that it can write there."""
+    deployments.trials.notes.learn()
+    deployments.boot_menu.write()
+
+
 def notes_problems(deployments: Deployments) -> Iterator[Problem]:
-    """Check the EFI partition, GRUB's notes there, and ash's own on what did not start."""
+    """Check the places where GRUB counts, its notes there, and ash's own on what did not start."""
     menu, trials, bad = deployments.menu, deployments.trials, deployments.layout.bad
+    efi = trials.notes.efi
     if os.path.lexists(bad) and not is_failures_file(bad):
         what = f"{bad.name}, which says what did not start, is damaged"
         yield Problem(what, None, "delete it", partial(remove_tree, bad), "deploy")
     fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
     there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
-    if not os.path.lexists(deployments.layout.efi) and there and trials.efi.find(there[1]):
+    if not os.path.lexists(deployments.layout.efi) and there and efi.find(there[1]):
         what = "GRUB does not count the starts of new deployments: an older ash installed this system"
         repair = partial(start_counting, deployments, there[1])
         yield Problem(what, None, "have it count on the EFI partition", repair, "deploy")
     try:
         what = trials.problem(menu)
     except AshError as error:
-        if deployments.booted or trials.efi.image:  # else the user may have attached the root's partition alone
+        if deployments.booted or efi.image:  # else the user may have attached the root's partition alone
             remedy = "go on without automatic fallback"
             yield Problem(error.message, None, remedy, partial(stop_counting, deployments), "deploy")
         return
     if what:
         yield Problem(what, None, "write it again", partial(trials.renew, menu), "deploy")
+    if not trials.notes.counts and read_text(deployments.layout.envblock):
+        what = "GRUB's environment block in the header of btrfs is missing or damaged, or another GRUB is installed now"
+        remedy = "go on without automatic fallback until GRUB has shown that it can write there"
+        yield Problem(what, None, remedy, partial(stop_counting_in_btrfs, deployments), "deploy")
 
 
 # --- Problems of accounts --------------------------------------------------------------------------------------
@@ -15129,13 +15357,13 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
-    efi = EfiPartition(system.layout, system.image)
-    default, once = menu.deployments.get(menu.default), Trials(efi, system.configuration).next_once(menu)
+    notes = GrubNotes(system.layout, system.image)
+    default, once = menu.deployments.get(menu.default), Trials(notes, system.configuration).next_once(menu)
     secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
-    failure, has_fallback = fallback_of(system), bool(efi.uuid)
+    failure, has_fallback = fallback_of(system), notes.counts
     on_trial = menu.on_trial is not None and has_fallback
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize

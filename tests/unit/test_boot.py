@@ -2,8 +2,10 @@
 """fstab, the parser of grub-mkconfig's output, and the boot menu."""
 
 import errno
+import io
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -13,13 +15,17 @@ from hypothesis import strategies as st
 
 import ash
 from ash import (
+    GRUB_FEATURE,
     OWN_MOUNT_POINTS,
     AshError,
     BootConfig,
+    Countdown,
     Deployment,
-    EfiPartition,
+    EnvironmentBlock,
+    GrubNotes,
     Layout,
     Menu,
+    boot_code,
     fstab_entries,
     fstab_of_user,
     is_directory,
@@ -240,7 +246,7 @@ def deployment(slot: str, snapshot: int, config: BootConfig = CONFIG, ident: str
 
 
 def rendered(menu: Menu, description: str = "a web server") -> str:
-    return menu.render(LAYOUT, UUID, lambda _: description, EfiPartition(LAYOUT))
+    return menu.render(LAYOUT, UUID, lambda _: description, GrubNotes(LAYOUT))
 
 
 def titles(grub_cfg: str) -> list[str]:
@@ -380,6 +386,79 @@ def test_grub_itself_reads_the_menu(description: str) -> None:
         ["grub-script-check"], input=rendered(menu, description), text=True, capture_output=True, check=False
     )
     assert checked.returncode == 0, checked.stderr
+
+
+# GRUB's notes in the header of btrfs
+
+
+def in_btrfs(monkeypatch: pytest.MonkeyPatch, once: str) -> str:
+    """The menu of a disk without an EFI partition, whose GRUB has shown what it can, with a deployment on trial."""
+    for name in ("counts", "is_asked_for"):
+        monkeypatch.setattr(EnvironmentBlock, name, property(lambda _: True))
+    new = deployment("deploy-aux", 1)._replace(tries=3, minutes=10)
+    menu = Menu("deploy-aux", "deploy", {"deploy": deployment("deploy", 0), "deploy-aux": new}, good="deploy")
+    menu.once = once
+    return rendered(menu)
+
+
+@pytest.mark.parametrize("once", ["", "deploy"])
+def test_without_an_efi_partition_grub_counts_in_btrfs(monkeypatch: pytest.MonkeyPatch, once: str) -> None:
+    text = in_btrfs(monkeypatch, once)
+    assert "insmod fat" not in text
+    assert set(re.findall(r"(?:load|save)_env --file (\S+) ", text)) == {"($root)512+1"}
+    assert re.findall(r"save_env \S+ \S+ (.*); then", text) == ["seen", "try_id try_n", *(["once"] if once else [])]
+    before = text[: text.index("load_env")]
+    assert before.rindex("search --no-floppy --fs-uuid --set=root") < before.rindex(f'if [ "${GRUB_FEATURE}" = "y" ]')
+
+
+@pytest.mark.skipif(not shutil.which("grub-script-check"), reason="grub-script-check is not installed")
+def test_grub_itself_reads_the_menu_that_counts_in_btrfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = in_btrfs(monkeypatch, "deploy")
+    checked = subprocess.run(["grub-script-check"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_without_an_efi_partition_and_proof_grub_does_not_count() -> None:
+    new = deployment("deploy-aux", 1)._replace(tries=3, minutes=10)
+    menu = Menu("deploy-aux", "deploy", {"deploy": deployment("deploy", 0), "deploy-aux": new}, good="deploy")
+    assert "_env" not in rendered(menu)
+
+
+def test_a_block_in_btrfs_is_a_sector() -> None:
+    notes = Countdown("ash-0123456789abcdef", "3", "ash-fedcba9876543210", "debian", "0123456789abcdef", "f" * 16)
+    assert Countdown.of_block(notes.block[:512], 512) == notes
+    assert Countdown.of_block(notes.block[:512]) is None
+    assert Countdown.of_block(bytes(512), 512) is None
+
+
+BOOT_SECTOR = bytearray(440)
+BOOT_SECTOR[0x5C:0x64], BOOT_SECTOR[0x180:0x184] = (7).to_bytes(8, "little"), b"GRUB"
+
+
+def disk_with_grub() -> bytearray:
+    """A disk whose core.img begins in sector 7 and goes on in 9 and 10, and in 20."""
+    disk = bytearray().join(bytes([n]) * 512 for n in range(32))
+    disk[:440] = BOOT_SECTOR
+    disk[7 * 512 : 8 * 512] = bytes(512 - 24) + struct.pack("<QHHQHH", 20, 1, 0, 9, 2, 0)
+    return disk
+
+
+def test_the_installed_grub_is_its_boot_sector_and_all_of_its_core_image() -> None:
+    disk = disk_with_grub()
+    code = boot_code(io.BytesIO(disk))
+    assert len(code) == 440 + 4 * 512
+    for sector in range(32):
+        changed = bytearray(disk)
+        changed[sector * 512 + 439] ^= 1
+        assert (boot_code(io.BytesIO(changed)) != code) == (sector in (0, 7, 9, 10, 20)), sector
+    table = bytearray(disk)
+    table[440:512] = bytes(72)
+    assert boot_code(io.BytesIO(table)) == code, "the partition table is not of GRUB"
+
+
+@pytest.mark.parametrize("disk", [b"", bytes(4096), b"GRUB"])
+def test_a_disk_of_another_boot_loader_has_no_grub(disk: bytes) -> None:
+    assert boot_code(io.BytesIO(disk)) == b""
 
 
 def test_the_graphical_terminal_gets_its_font_first() -> None:

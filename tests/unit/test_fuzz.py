@@ -21,8 +21,8 @@ from ash import (
     BootConfig,
     Configuration,
     Deployment,
-    EfiPartition,
     EtcMerge,
+    GrubNotes,
     Layout,
     Menu,
     System,
@@ -309,7 +309,7 @@ def test_a_menu_file(text: str, tmp_path: Path) -> None:
     assert {menu.default, menu.last_booted} <= {"", *menu.deployments}
     if menu.default:
         layout = Layout.at(tmp_path, "debian")
-        grub_cfg = menu.render(layout, "0-0", str, EfiPartition(layout))
+        grub_cfg = menu.render(layout, "0-0", str, GrubNotes(layout))
         ash.write_file(tmp_path / "grub.cfg", grub_cfg)
         lines = re.findall(r"^    linux .*", grub_cfg, re.MULTILINE)
         assert lines[0].endswith(menu.deployments[menu.default].config.options.rstrip())
