@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, not_programs_in, passes, programs_in
-from tests.support import DISTRIBUTION, DONE, FAILED, REFUSED, USAGE, Started, program
+from tests.support import DONE, FAILED, NOTES, REFUSED, USAGE, Started, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(90)]
@@ -289,6 +289,7 @@ def test_what_is_started_once_has_the_edits_that_were_made_after_its_deploy(syst
 
 
 def test_status_names_what_is_started_once(system: System, machine: Machine) -> None:
+    start_of(system)
     before = system.ash("--json", "status").json["next"]
     number, slot = once(system, machine)
     status = system.ash("--json", "status").json
@@ -398,22 +399,26 @@ def test_a_damaged_note_on_what_did_not_start_is_found_and_prevents_nothing(
     system.is_sound()
 
 
-def test_what_is_in_the_place_of_the_notes_is_replaced_or_named(system: System, machine: Machine) -> None:
-    notes = f"::/ash/{DISTRIBUTION}/grubenv"
+def test_a_directory_in_the_place_of_the_notes_is_replaced(system: System, machine: Machine) -> None:
     system.write_notes(None)
-    program("mmd", "-i", system.drive, notes)
-    program("mcopy", "-i", system.drive, "-", f"{notes}/inside", input="x")
+    program("mmd", "-i", system.drive, NOTES)
+    program("mcopy", "-i", system.drive, "-", f"{NOTES}/inside", input="x")
     assert "EFI partition" in system.ash("fsck", status=FAILED).stdout
     system.ash("fsck", "--repair")
     machine.running("deploy", system.clone())
     assert system.notes()["try_n"] == "3"
     assert starts(system) == system.files.default_slot()
+
+
+def test_a_file_in_the_place_of_the_directory_of_the_notes_is_named(system: System, machine: Machine) -> None:
     program("mdeltree", "-i", system.drive, "::/ash")
     program("mcopy", "-i", system.drive, "-", "::/ash", input="x")
-    said = machine.run("deploy", system.clone(), status=FAILED).error
-    assert re.search(r"GRUB's notes.*: \S.*\(make room for ash/", said), said
-    program("mdel", "-i", system.drive, "::/ash")
-    system.ash("fsck", "--repair")
+    try:
+        said = machine.run("deploy", system.clone(), status=FAILED).error
+        assert re.search(r"GRUB's notes.*: \S.*\(have it writable, with room for ash/", said), said
+    finally:
+        program("mdel", "-i", system.drive, "::/ash")
+        system.ash("fsck", "--repair")
     system.is_sound()
 
 
