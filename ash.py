@@ -4837,7 +4837,8 @@ def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootCon
 
     layout.grub_cfg.parent.mkdir(exist_ok=True)
     binds = {layout.grub_cfg.parent: tools.directory}
-    made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
+    with signals_heard():  # scripts of the administrator may take long
+        made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
     with tempfile.NamedTemporaryFile("w", errors="surrogateescape", dir=private_directory()) as file:
         file.write(made)
         file.flush()
@@ -8860,7 +8861,7 @@ class Menu:
             # The default's settings say which users there are, so its options say who may start an entry. What starts
             # by itself asks for no password.
             classes = default.config.classes
-            is_free = one in (default, good) and "--unrestricted" not in classes.split()
+            is_free = one in (default, good, once) and "--unrestricted" not in classes.split()
             options = filter(None, [classes, "--unrestricted" if is_free else ""])
             start = ["menuentry", grub_title(title), "--id", one.entry, *options, "{"]
             commands = self._commands(one, layout, uuid, trial, once)
@@ -11137,16 +11138,34 @@ def save_drift(system: System) -> tuple[Change, EtcMerge]:
     return work.change, merge
 
 
-def running_drift(system: System) -> tuple[str, dict[str, str]]:
-    """The slot whose /etc counts as the running one, and what was changed in it.
+class RunningEtc(NamedTuple):
+    """What was changed in the running /etc."""
+
+    slot: str  # the deployment whose /etc that is, or which ran last
+    base: Path  # what it was before
+    etc: Path
+    drift: Mapping[str, str]  # "added", "removed" or "changed" by path
+    in_memory: bool = False  # a snapshot runs as it is
+
+
+OWN_ETC = Path("/etc")
+
+
+def running_etc(system: System) -> RunningEtc:
+    """What was changed in the /etc that runs, or ran last.
 
     AshError (REFUSED) if nothing is deployed, or it is unknown what the /etc was before.
     """
-    slot = system.last_good_slot()
-    if not slot or not system.layout.etc(slot).exists():
+    slot, booted = system.last_good_slot(), system.booted
+    if isinstance(booted, int):
+        base = system.layout.rootfs(booted) / "etc"
+        drift = {path: kind for path, kind in etc_drift(base, OWN_ETC).items() if path != "fstab"}  # see INIT_SCRIPT
+        return RunningEtc(slot, base, OWN_ETC, drift, in_memory=True)
+    base, etc = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
+    if not slot or not base.exists():
         raise AshError("no deployment is booted: there is nothing to compare", "ash diff A B", REFUSED)
     require_directories(system.layout.rootfs(slot))
-    return slot, etc_drift(system.layout.etc(slot), system.layout.rootfs(slot) / "etc")
+    return RunningEtc(slot, base, etc, etc_drift(base, etc))
 
 
 # --- The command frame -----------------------------------------------------------------------------------------
@@ -12112,13 +12131,16 @@ def place_of_copies(deployment: Deployment) -> str:
     return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
 
 
-def deployed_reply(deployment: Deployment, changed: bool) -> Reply:
-    """The answer of a command that deploys."""
+def deployed_reply(deployment: Deployment, changed: bool, in_memory: Sequence[str] | None = None) -> Reply:
+    """The answer of a command that deploys; `in_memory` is the drift of a snapshot that runs as it is."""
     number = deployment.snapshot
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
-        text += f"\n  carried over from the running /etc: {listed(deployment.carried)}"
+        source = "the running /etc" if in_memory is None else "the /etc of the deployment that ran last"
+        text += f"\n  carried over from {source}: {listed(deployment.carried)}"
+    if in_memory:
+        text += f"\n  not carried over, since the running /etc is in memory: {listed(in_memory)}"
     if changed and deployment.people:
         text += f"\n  accounts as in the running system: {listed(deployment.people)}"
     if changed:
@@ -12203,7 +12225,8 @@ def cmd_deploy(system: System, request: Request) -> Plan:
         options = {"secondary": request.secondary or request.once, "force": request.force}
         options |= {"fresh_etc": request.fresh_etc, "fresh": request.fresh, "with_saved": request.with_saved}
         deployment, changed = deploy_snapshot(system, number, **options)
-    reply = deployed_reply(deployment, changed)
+    in_memory = [*running_etc(system).drift] if isinstance(system.booted, int) else None
+    reply = deployed_reply(deployment, changed, in_memory)
     if not request.once:
         return reply
     start_once(system, deployment)
@@ -12824,7 +12847,7 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
     help="save the running /etc into the booted snapshot", changes=True, answer={**CHANGE_SHAPE, "carried": [str]},
 )  # fmt: skip
 def cmd_etc_update(system: System, request: Request) -> Plan:
-    yield would("save into the booted snapshot: " + listed(running_drift(system)[1] or ["nothing"]))
+    yield would("save into the booted snapshot: " + listed(running_etc(system).drift or ["nothing"]))
     change, merge = save_drift(system)
     data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
     lines = [f"saved into snapshot {change.snapshot}: {listed(merge.carried)}" if merge.carried else "nothing to save"]
@@ -14126,7 +14149,7 @@ def notes_problems(deployments: Deployments) -> Iterator[Problem]:
         yield Problem(what, None, "delete it", partial(remove_tree, bad), "deploy")
     fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
     there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
-    if not os.path.lexists(deployments.layout.efi) and there and efi.find(there[1]):
+    if not os.path.lexists(deployments.layout.efi) and there and len(efi.find(there[1])) == 1:
         what = "GRUB does not count the starts of new deployments: an older ash installed this system"
         repair = partial(start_counting, deployments, there[1])
         yield Problem(what, None, "have it count on the EFI partition", repair, "deploy")
@@ -15103,12 +15126,11 @@ def patch(old: Path, new: Path, path: str) -> str:
 
 def drift_reply(system: System, request: Request) -> Reply:
     """The reply to `diff` without snapshots: what was changed in the running /etc."""
-    slot, drift = running_drift(system)
-    text = Difference(Change(0), {f"etc/{path}": kind for path, kind in drift.items()}, {}).text()
+    found = running_etc(system)
+    text = Difference(Change(0), {f"etc/{path}": kind for path, kind in found.drift.items()}, {}).text()
     if request.patch:
-        base, running = system.layout.etc(slot), system.layout.rootfs(slot) / "etc"
-        text += "\n" + "".join(patch(base, running, path) for path in drift)
-    return Reply({"slot": slot, "drift": drift}, text)
+        text += "\n" + "".join(patch(found.base, found.etc, path) for path in found.drift)
+    return Reply({"slot": "" if found.in_memory else found.slot, "drift": found.drift}, text)
 
 
 @command(
@@ -15327,7 +15349,8 @@ def fallback_text(menu: Menu) -> str:
     """What happens if the deployment on trial does not start."""
     default, good = menu.deployments[menu.default], menu.fallback
     back = f"snapshot {good.snapshot} ({good.slot})" if good else "nothing"
-    return f"GRUB goes back to {back} after {default.tries} tries of {default.minutes} minutes"
+    tries = "1 try" if default.tries == 1 else f"{default.tries} tries"
+    return f"GRUB goes back to {back} after {tries} of {default.minutes} minutes"
 
 
 def next_text(default: Deployment | None, once: Deployment | None) -> str:
@@ -15371,15 +15394,16 @@ def cmd_status(system: System, request: Request) -> Reply:
     is_root = system.sees_snapshots
     waiting = interrupted_sessions(system) if is_root else None
     copies = system.copies_of_disk() if is_root or UDEV_RECORDS.is_dir() else None
-    drift: dict[str, str] | None = None
+    drift: Mapping[str, str] | None = None
     only_there: list[dict[str, Any]] | None = None
     with contextlib.suppress(AshError):
         if is_root:
-            running_slot, drift = running_drift(system)
+            found = running_etc(system)
+            drift = found.drift
             only_there = [
                 {"slot": slot, "snapshot": one.snapshot, "paths": paths}
                 for slot, one in sorted(menu.deployments.items())
-                if slot != running_slot and (paths := unsaved_drift(system.layout, menu, slot, running_slot))
+                if slot != found.slot and (paths := unsaved_drift(system.layout, menu, slot, found.slot))
             ]
     data = {
         "booted": {"snapshot": current, "slot": booted},

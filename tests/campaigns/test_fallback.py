@@ -76,12 +76,12 @@ CAUSES = {
 }  # fmt: skip
 
 
-def on_trial(disk: Disk, script: str) -> int:
+def on_trial(disk: Disk, script: str, minutes: int = 1) -> int:
     """Deploy a changed copy of the base, as if the deployment of the base had run; returns the copy's number."""
     with disk.files() as files:
         root = files.root("deploy")
         (files.state / "booted").write_text((root / "usr/share/ash/deployment").read_text())
-        (root / "etc/ash.conf").write_text(f"boot_tries::{TRIES}\nboot_timeout::1\n")
+        (root / "etc/ash.conf").write_text(f"boot_tries::{TRIES}\nboot_timeout::{minutes}\n")
     number = disk.clone()
     disk.shell(number, script)
     disk.ash("deploy", number)
@@ -149,7 +149,7 @@ def test_a_machine_with_secure_boot_goes_back_too(disk: Disk, boot: Boot) -> Non
 
 @FIRMWARE
 def test_a_good_deployment_is_blessed_at_its_first_start(disk: Disk, boot: Boot, uefi: bool) -> None:
-    number = on_trial(disk, "true")
+    number = on_trial(disk, "true", minutes=10)
     with boot(disk, uefi=uefi) as machine:
         machine.login()
         runs_snapshot(machine, number)

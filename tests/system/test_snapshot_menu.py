@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """GRUB's submenu with all snapshots follows the tree. tests/campaigns/test_menu.py starts them."""
 
+import json
 import re
 import shlex
 import signal
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import FAILED, program
-from tests.system.disk_system import System
+from tests.support import FAILED, REFUSED, program
+from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(45)]
 
@@ -173,6 +174,24 @@ def test_how_a_kernel_is_started_is_found_out_when_it_has_changed(system: System
     before = system.id_of(snapshot)
     assert system.ash("--json", "run", snapshot, "true").json["changed"] is False
     assert system.id_of(snapshot) == before
+
+
+def test_what_is_changed_in_memory_is_named(system: System, machine: Machine, tmp_path: Path) -> None:
+    """Faked: that a snapshot runs as it is."""
+    number, etc = system.clone(), tmp_path / "etc"
+    (machine.etc / "of-the-deployment").write_text("x\n")
+    program("cp", "-a", system.root(number) / "etc", etc)
+    (etc / "fstab").write_text("without the lines of a deployment\n")
+    (etc / "motd").write_text("edited\n")
+    (etc / "written").write_text("x\n")
+    patch = f"ash.OWN_ETC = ash.Path({str(etc)!r}); ash.System.booted = property(lambda self: {number})"
+    drift = json.loads(machine.run("--json", "status", patch=patch).stdout)["drift"]
+    assert drift == {"motd": "changed", "written": "added"}
+    assert "edited" in machine.run("diff", "--patch", patch=patch).stdout
+    said = machine.run("deploy", number, patch=patch).stdout
+    assert "carried over from the /etc of the deployment that ran last: of-the-deployment" in said
+    assert "not carried over, since the running /etc is in memory: motd, written" in said
+    assert "ash etc-update" not in machine.run("etc-update", patch=patch, status=REFUSED).error
 
 
 def test_fsck_writes_a_lost_menu_again(system: System, snapshot: int) -> None:
