@@ -9716,6 +9716,7 @@ class Deployments:
             menu.default = menu.good = good.slot
             menu.last_booted = slot
             self.boot_menu.write()
+            self.trials.recover(menu)  # GRUB may have gone back because its notes are damaged
 
     def _delete_unfinished(self) -> None:
         """Delete unfinished_deployments(). What cannot be deleted stays, with a warning: it must not stop the rest."""

@@ -197,6 +197,15 @@ def test_a_recovery_at_boot_leaves_it_to_bless_to_say_that_the_machine_went_back
     assert (told[0]["snapshot"], told[1]) == (other, None)
 
 
+def test_after_a_fallback_because_of_damaged_notes_they_are_written_again(
+    system: System, machine: Machine, other: int
+) -> None:
+    system.write_notes(b"noise")
+    fails_to_start(machine)
+    assert system.notes() == {}
+    assert system.ash("fsck").stdout == "no problems found\n"
+
+
 def test_what_somebody_chose_in_the_menu_after_a_fallback_is_not_the_default(
     system: System, machine: Machine, other: int
 ) -> None:
