@@ -9579,14 +9579,6 @@ class BootMenu:
         is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
         return is_gone or without_titles(self.grub_cfg()) == without_titles(self.rendered())
 
-    def ask_grub(self) -> None:
-        """Without an EFI partition, have GRUB show at the next start what it can do; note what it has shown."""
-        self.notes.learn()
-        if not self.notes.efi.uuid and self.notes.block.is_asked_for:
-            lines = "\n".join(grub_proof(self.notes.block.for_grub))
-            if lines not in self.grub_cfg():
-                self.write()
-
     def rendered(self) -> str:
         """The text that grub.cfg should have."""
         return self.menu.render(self.layout, self.uuid, self.describe, self.notes)
@@ -12483,7 +12475,6 @@ def cmd_bless(system: System, request: Request) -> Plan:
         failure = failure_to_tell(system, running)
         was_bad = forget_failure(system.layout, running.id)
         is_new = note_good(deployments, slot) or was_bad
-        deployments.boot_menu.ask_grub()
     if failure and system.running:
         announce(failure)
     after = AFTER_FALLBACK if failure else AFTER_SUCCESS if is_new else ()

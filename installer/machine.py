@@ -184,7 +184,7 @@ def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = Fals
         memory: in MiB.
     """
     _require_qemu()
-    print(f"Booting {image}. Ctrl-A X kills the machine; `systemctl poweroff` inside shuts it down.")
+    print(f"Booting {image}. Ctrl-A X kills the machine; `poweroff` inside shuts it down.")
     with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
         argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, scratch=Path(scratch))
         return subprocess.run([*argv, "-nographic"], check=False).returncode

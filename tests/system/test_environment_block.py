@@ -69,10 +69,9 @@ def block(system: System, machine: Machine) -> Iterator[Block]:
 
 @pytest.fixture
 def proven(machine: Machine, block: Block) -> Block:
-    """GRUB has shown that it can write there, and the running deployment knows."""
-    machine.running("bless")
+    """GRUB has been asked by a deploy, and has shown that it can write there."""
+    machine.running("deploy", machine.system.clone())
     block.grub_shows_that_it_can_write()
-    machine.running("bless")
     return block
 
 
@@ -160,6 +159,7 @@ def test_a_lost_block_is_found_and_nothing_is_promised_any_more(
     system: System, machine: Machine, proven: Block, content: bytes
 ) -> None:
     machine.running("deploy", system.clone())
+    assert (system.files.state / "envblock").read_text() == f"{proven.notes.seen}\n"
     proven.write(content)
     assert system.ash("--json", "status").json["fallback"] is False
     assert LOST in system.ash("fsck", status=FAILED).stdout
@@ -221,7 +221,6 @@ def test_a_sector_that_somebody_else_uses_stays_as_it_is(
     system: System, machine: Machine, block: Block, content: bytes
 ) -> None:
     block.write(content)
-    machine.running("bless")
     machine.running("deploy", system.clone())
     assert block.read() == content
     assert "512+1" not in system.files.grub_cfg.read_text()
@@ -231,7 +230,6 @@ def test_a_sector_that_somebody_else_uses_stays_as_it_is(
 def test_an_older_grub_is_not_asked(system: System, machine: Machine, block: Block) -> None:
     module = system.files.grub_cfg.parent / "i386-pc/normal.mod"
     module.write_bytes(module.read_bytes().replace(GRUB_FEATURE.encode(), b""))
-    machine.running("bless")
     machine.running("deploy", system.clone())
     assert block.read() == bytes(SECTOR)
     assert "512+1" not in system.files.grub_cfg.read_text()
