@@ -186,6 +186,7 @@ def test_lost_tries_are_written_again(system: System, machine: Machine, proven: 
 
 
 def test_another_grub_in_the_boot_sector_must_show_it_again(system: System, machine: Machine, proven: Block) -> None:
+    machine.running("deploy", system.clone())
     shown = proven.notes.seen
     with system.image.open("rb+") as disk:
         core = int.from_bytes(disk.read(SECTOR)[0x5C:0x64], "little") * SECTOR
