@@ -11,6 +11,7 @@ import secrets
 import select
 import shlex
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import threading
 import time
 import tty
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -471,8 +472,10 @@ class Machine:
         self._skip_output()
         self._monitor("system_reset")
 
-    def cut_power(self) -> None:
-        """Cut the power: QEMU is killed, and flushes nothing."""
+    def cut_power(self, then: Callable[[], None] = lambda: None) -> None:
+        """Cut the power: QEMU is stopped, `then` is called, and QEMU is killed."""
+        self._process.send_signal(signal.SIGSTOP)
+        then()
         self._process.kill()
         self._process.wait()
 

@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,22 +122,45 @@ def recorded(image: Path, log: Path) -> Iterator[Path]:
         daemon.wait(timeout=60)
 
 
-@contextlib.contextmanager
-def volatile_cache(disk: Disk, chance: random.Random, lost: list[int]) -> Iterator[Disk]:
-    """A disk with a volatile write cache, whose power is cut at the end of the block.
+class VolatileCache:
+    """A disk whose volatile write cache is lost in a power cut.
 
-    Then it has what was flushed, and of what was written since, what `chance` says. `lost` gets the number of blocks
-    that it does not have.
+    Then it has what was flushed before, and of what was written since, what `chance` says.
+
+    Args:
+        disk: the disk; it is replaced.
+        chance: decides about each block.
     """
-    before, log = disk.image.with_name("before.img"), disk.image.with_name("log")
-    program("cp", "--sparse=always", "--reflink=auto", disk.image, before)
-    with recorded(disk.image, log) as shown:
-        yield Disk(shown)
-        written = Log.load(log)  # the daemon flushes everything when it ends
-    *flushed, last = written.epochs
-    written.apply((write for epoch in flushed for write in epoch), before)
-    kept = some_of(last, chance)
-    written.apply(kept, before)
-    lost.append(sum(1 for write in last for _ in write.blocks()) - len(kept))
-    before.replace(disk.image)
-    log.unlink()
+
+    def __init__(self, disk: Disk, chance: random.Random) -> None:
+        self.disk = disk
+        self.chance = chance
+        self.lost = 0  # blocks that it does not have
+        self._log = disk.image.with_name("log")
+        self._cut: Log | None = None
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[Disk]:
+        """The disk for a machine, whose power is cut in the block."""
+        before = self.disk.image.with_name("before.img")
+        program("cp", "--sparse=always", "--reflink=auto", self.disk.image, before)
+        with recorded(self.disk.image, self._log) as shown:
+            yield Disk(shown)
+        assert self._cut, "the power was not cut"
+        *flushed, last = self._cut.epochs
+        self._cut.apply((write for epoch in flushed for write in epoch), before)
+        kept = some_of(last, self.chance)
+        self._cut.apply(kept, before)
+        self.lost = sum(1 for write in last for _ in write.blocks()) - len(kept)
+        before.replace(self.disk.image)
+        self._log.unlink()
+
+    def wait_for_writes(self, seconds: float) -> None:
+        """Wait until something is written and not flushed yet, which is seldom so for long, but no longer than this."""
+        deadline = time.monotonic() + seconds
+        while not Log.load(self._log).epochs[-1] and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def power_is_cut(self) -> None:
+        """Note what is on the disk. To be called before the machine is killed: when its files are closed, all is flushed."""
+        self._cut = Log.load(self._log)

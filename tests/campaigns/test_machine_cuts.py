@@ -24,4 +24,4 @@ CHAIN = 10  # cuts of one machine: a long life makes what goes wrong hard to see
 def test_a_machine_survives_many_power_cuts(disk: Disk, boot: Boot, tmp_path: Path, chain: int) -> None:
     prepare(disk, tmp_path)
     chance = random.Random(chain)
-    cut_the_power(disk, boot, chance.choices([*COMMANDS], k=CHAIN), chance)
+    assert cut_the_power(disk, boot, chance.choices([*COMMANDS], k=CHAIN), chance), "no cut has lost a block"
