@@ -4827,29 +4827,36 @@ exec /sbin/init "$@"
 BOOT_RECORD_SHAPE = {"inputs": is_text, "config": (BOOT_CONFIG_SHAPE, None)}
 
 
+def require_readable(root: Path, config: BootConfig, tools: BootTools) -> None:
+    """Raise AshError if GRUB could not read a menu with this configuration, by the check that a root has for that.
+
+    mkconfig only runs it for what it writes to a file, and there it would find mistakes that ash leaves out.
+    """
+    import tempfile
+
+    entry = ["menuentry x {", *grub_start("x", "x", config, "ro"), "}"]
+    with tempfile.NamedTemporaryFile("w", errors="surrogateescape", dir=private_directory()) as file:
+        file.write("\n".join([*config.header, *entry, config.foreign, ""]))
+        file.flush()
+        machine_chroot(root, [tools.script_check, "/run/grub.cfg"], binds={Path(file.name): "run/grub.cfg"})
+
+
 def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootConfig:
     """The boot configuration of a writable root.
 
     Raises:
-        AshError: it has no kernel, mkconfig fails, or GRUB could not read what it makes.
+        AshError: it has no kernel, mkconfig fails, or GRUB could not read or load what ash takes from it.
     """
-    import tempfile
-
     layout.grub_cfg.parent.mkdir(exist_ok=True)
     binds = {layout.grub_cfg.parent: tools.directory}
     with signals_heard():  # scripts of the administrator may take long
         made = machine_chroot(root, [tools.mkconfig], binds=binds, tell=FOUND_ELSEWHERE)
-    with tempfile.NamedTemporaryFile("w", errors="surrogateescape", dir=private_directory()) as file:
-        file.write(made)
-        file.flush()
-        # mkconfig only does this for what it writes to a file.
-        machine_chroot(root, [tools.script_check, "/run/grub.cfg"], binds={Path(file.name): "run/grub.cfg"})
     made = made.replace(f"/{root.name}/", MADE_IN)
     config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
+    require_readable(root, config, tools)
     if unusable := unusable_boot_files(root, config):
-        raise AshError(
-            f"GRUB cannot load {listed(unusable)}: missing, empty, or a symlink that leads out of the snapshot"
-        )
+        what = "missing, empty, or a symlink that leads out of the snapshot"
+        raise AshError(f"GRUB cannot load {listed(unusable)}: {what}")
     return config
 
 

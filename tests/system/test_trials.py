@@ -203,7 +203,6 @@ def test_after_a_fallback_because_of_damaged_notes_they_are_written_again(
     system.write_notes(b"noise")
     fails_to_start(machine)
     assert system.notes() == {}
-    assert system.ash("fsck").stdout == "no problems found\n"
 
 
 def test_what_somebody_chose_in_the_menu_after_a_fallback_is_not_the_default(
