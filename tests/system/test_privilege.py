@@ -7,7 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,7 @@ FILES = [
     "usr/share/ash/snap",
     "usr/lib/systemd/system/ash-carry.service",
     "usr/lib/systemd/system/local-fs.target.wants/ash-recover.service",
+    "boot/vmlinuz-99",
 ]
 
 
@@ -297,19 +298,15 @@ def link(system: System, snapshot: int, links: dict[str, Path | str]) -> None:
     system.shell(snapshot, "\n".join(lines))
 
 
-@pytest.mark.parametrize(("files", "is_deployed"), [(FILES, True), (["boot/vmlinuz-99"], False)], ids=["", "kernel"])
-def test_symlinks_in_place_of_a_snapshots_files_do_not_lead_out_of_it(
-    machine: Machine, outside: Path, files: Sequence[str], is_deployed: bool
-) -> None:
+def test_symlinks_in_place_of_a_snapshots_files_do_not_lead_out_of_it(machine: Machine, outside: Path) -> None:
     system = machine.system
     number = system.clone()
     up = "../" * 20
-    link(system, number, dict.fromkeys(files, f"{up}{outside}/secret"))
-    before = system.files.default_slot()
+    link(system, number, dict.fromkeys(FILES, f"{up}{outside}/secret"))
     statuses = every_command(system, machine, number)
-    refused = {"fsck", "undo"} if is_deployed else {"fsck", "undo", "deploy"}
-    assert {name for name, status in statuses.items() if status} <= refused, statuses
-    assert (system.files.default_slot() != before) is is_deployed
+    refused = {name for name, status in statuses.items() if status}
+    assert refused <= {"fsck", "undo", "deploy"}, statuses
+    assert (system.files.default_slot() == machine.slot) is ("deploy" in refused), "GRUB cannot load such a kernel"
     assert copies_in(system) == []
 
 
