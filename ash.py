@@ -3156,7 +3156,7 @@ TIMED_OUT = 124  # the exit status of timeout(1)
 
 
 def link_inside(root: Path, path: str, target: str) -> None:
-    """Make a symlink at a path of a root, in the place of whatever is there."""
+    """Make a symlink at a path of a root; what is there is deleted."""
     path_inside(root, path).parent.mkdir(parents=True, exist_ok=True)
     place = place_inside(root, path)
     remove_tree(place, protected=True)
@@ -4152,13 +4152,8 @@ class EfiPartition:
             run(["mdeltree", "-i", drive, target])
         copied = run(["mcopy", "-o", "-i", drive, "-", target], check=False, input=block.decode())
         if copied.returncode or self._mtools(drive) != block:  # on a full partition mcopy 4.0.32 ends with 0
-            why = (
-                last_words(copied.stderr or made.stderr, 1)
-                or f"is there a file in the place of {Path(self.name).parent}?"
-            )
-            raise AshError(
-                f"cannot write GRUB's notes to the EFI partition: {why}", f"have it writable, with room for {self.name}"
-            )
+            said = last_words(copied.stderr or made.stderr, 1)
+            raise OSError(said or f"is there a file in the place of {Path(self.name).parent}?")
         return block
 
 
@@ -12347,10 +12342,10 @@ def cmd_carry(system: System, request: Request) -> Plan:
         deployments.recover()
         menu = deployments.menu
         found = [one for slot in dict.fromkeys([menu.default, menu.once]) if (one := deployments.carry(slot))]
-    carried, conflicts = ([path for one in found for path in getattr(one, key)] for key in ("carried", "conflicts"))
-    carried, conflicts = list(dict.fromkeys(carried)), list(dict.fromkeys(conflicts))
+    carried = list(dict.fromkeys(path for one in found for path in one.carried))
+    conflicts = list(dict.fromkeys(path for one in found for path in one.conflicts))
     text = f"carried over: {listed(carried)}" if carried else "nothing to carry over"
-    text += "".join(f"\n  left behind{place_of_copies(o)}: {listed(o.conflicts)}" for o in found if o.conflicts)
+    text += "".join(f"\n  left behind{place_of_copies(one)}: {listed(one.conflicts)}" for one in found if one.conflicts)
     changed = bool(carried or conflicts)
     return Reply({"changed": changed, "carried": carried, "conflicts": conflicts}, text)
 
