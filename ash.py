@@ -10456,7 +10456,10 @@ def new_snapshot(
     with system.lock(number), ExitStack() as undo:
         undo.callback(lambda: place.recover(system.tree()))  # an error may have come after the tree was written
         save_intent(place.directory, birth)
-        snapshot_subvolume(source, layout.rootfs(number), readonly=not is_mutable(source))
+        root = layout.rootfs(number)
+        snapshot_subvolume(source, root, readonly=True)
+        if is_mutable(root):  # asked here, since another ash may exchange the source at any time
+            set_readonly(root, False)
         for directory in ("etc", "boot"):
             if copies_of is not None and layout.copy(directory, copies_of).exists():
                 snapshot_subvolume(layout.copy(directory, copies_of), layout.copy(directory, number), readonly=True)
@@ -10464,7 +10467,7 @@ def new_snapshot(
                 renew_copy(layout, number, directory)
         packages = None if copies_of is None else read_packages(layout, copies_of)
         if packages is None:
-            packages = system.package_manager.installed(source)
+            packages = system.package_manager.installed(root)
         write_packages(layout, number, packages, durable=True)  # a failing disk is noticed before the tree is written
         write_file(layout.description(number), f"{description}\n")
         yield number

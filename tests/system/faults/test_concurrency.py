@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from ash import IN_ROOT_MUTABLE, Subvolume
 from tests.support import ASH, DISTRIBUTION, DONE, FAILED, LOCKED, MISSING, OURS_IN_RUN, REFUSED, make_deb, wait_until
 from tests.system.disk_system import System
 
@@ -232,3 +234,23 @@ def test_two_installs_run_at_the_same_time(system: System, tmp_path: Path) -> No
     for root in working_copies:
         (root / "go").touch()
     assert [install.wait(timeout=180) for install in installs] == [DONE, DONE]
+
+
+@pytest.mark.parametrize("step", ["snapshot snapshot-", "create etc-new-"])
+def test_a_copy_of_a_snapshot_that_is_changed_meanwhile_is_whole(
+    system: System, snapshot: int, tmp_path: Path, step: str
+) -> None:
+    waits = "touch /here; until [ -e /go ]; do sleep 0.1; done"
+    install = system.start("install", snapshot, make_deb(tmp_path, "ash-test-meanwhile", postinst=waits))
+    working_copy = system.root(f"chr{snapshot}")
+    wait_until((working_copy / "here").exists, 120)
+    makes_mutable = shlex.join([*ASH, "--image", str(system.image), "--wait", "60", "mutable", str(snapshot)])
+    meanwhile = f"touch {working_copy}/go; {makes_mutable} >/dev/null"
+    cloned = system.with_hooks({"do": [step, "sh", "-c", meanwhile]}, "-q", "clone", snapshot)
+    assert cloned.returncode == DONE, cloned.stderr
+    assert install.wait(timeout=180) == DONE
+    for number in (snapshot, int(cloned.stdout)):
+        root = system.root(number)
+        assert (root / IN_ROOT_MUTABLE).exists() != Subvolume.at(root).readonly
+        system.ash("immutable", number)
+    system.is_sound()
