@@ -4115,6 +4115,12 @@ class EfiPartition:
                 return
         yield f"{device}@@{start}"
 
+    def readonly_at(self) -> str:
+        """Where the partition is mounted read-only, as Linux does after an error on it; empty if it is not."""
+        device, _ = self._place()
+        mounted = [one.target for one in mounts() if one.kind == "vfat" and self._is_node_of(one, device)]
+        return mounted[-1] if mounted and os.statvfs(mounted[-1]).f_flag & os.ST_RDONLY else ""
+
     @staticmethod
     def _is_node_of(one: Mount, device: Path) -> bool:
         major, _, minor = one.device.partition(":")
@@ -14125,6 +14131,8 @@ def stop_counting(deployments: Deployments) -> None:
 
 def start_counting(deployments: Deployments, uuid: str) -> None:
     """Have GRUB write its notes to a partition."""
+    if is_directory(deployments.layout.efi):
+        remove_tree(deployments.layout.efi)
     write_file(deployments.layout.efi, f"{uuid}\n")
     deployments.trials.notes.efi.uuid = uuid
     deployments.trials.renew(deployments.menu)
@@ -14146,12 +14154,17 @@ def notes_problems(deployments: Deployments) -> Iterator[Problem]:
         yield Problem(what, None, "delete it", partial(remove_tree, bad), "deploy")
     fstab = read_text(path_inside(deployments.layout.rootfs(menu.default), "etc/fstab"))
     there = re.search(r"^UUID=([0-9A-F]{4}-[0-9A-F]{4})\s+/boot/efi\s+vfat\s", fstab, re.MULTILINE)
-    if not os.path.lexists(deployments.layout.efi) and there and len(efi.find(there[1])) == 1:
-        what = "GRUB does not count the starts of new deployments: an older ash installed this system"
+    if size_of(deployments.layout.efi) < 0 and there and len(efi.find(there[1])) == 1:
+        why = f"{deployments.layout.efi.name} is damaged" if os.path.lexists(deployments.layout.efi) else ""
+        why = why or "an older ash installed this system"
+        what = f"GRUB does not count the starts of new deployments: {why}"
         repair = partial(start_counting, deployments, there[1])
         yield Problem(what, None, "have it count on the EFI partition", repair, "deploy")
     try:
         what = trials.problem(menu)
+        if efi.uuid and (directory := efi.readonly_at()):
+            readonly = f"{directory} is mounted read-only, so GRUB cannot be told of new deployments"
+            yield Problem(f"{readonly} (mount -o remount,rw {directory}, or check its file system)", None)
     except AshError as error:
         if deployments.booted or efi.image:  # else the user may have attached the root's partition alone
             remedy = "go on without automatic fallback"

@@ -435,6 +435,22 @@ def test_without_fat_and_mtools_the_message_names_what_to_install(system: System
     assert "(install mtools)" in machine.run("deploy", system.clone(), status=REFUSED, patch=patch).error
 
 
+def test_a_partition_that_is_mounted_read_only_is_named(system: System, machine: Machine, tmp_path: Path) -> None:
+    """A tmpfs stands for the FAT file system, which not every kernel has."""
+    program("mount", "-t", "tmpfs", "-o", "ro", "ash-test", tmp_path)
+    fake = f"""
+ash.EfiPartition._is_node_of = staticmethod(lambda one, _: one.target == {str(tmp_path)!r})
+ours = ash.mounts
+ash.mounts = lambda: [one._replace(kind="vfat") if one.source == "ash-test" else one for one in ours()]
+"""
+    try:
+        assert "Read-only file system" in machine.run("deploy", system.clone(), status=FAILED, patch=fake).error
+        assert f"{tmp_path} is mounted read-only" in machine.run("fsck", status=FAILED, patch=fake).stdout
+    finally:
+        program("umount", tmp_path)
+    assert machine.run("fsck").stdout == "no problems found\n"
+
+
 @pytest.fixture
 def without_partition(system: System, machine: Machine) -> Iterator[Machine]:
     """A system that does not find its EFI partition."""
@@ -462,8 +478,13 @@ def test_a_missing_partition_stops_a_deploy_and_fsck_goes_on_without(
     assert "--secondary" in machine.run("deploy", number, "--once", status=REFUSED).error
 
 
-def test_fsck_has_grub_count_on_a_disk_of_an_older_ash(system: System, without_partition: Machine) -> None:
+@pytest.mark.parametrize("record", ["missing", "damaged"])
+def test_fsck_has_grub_count_where_the_partition_is_not_recorded(
+    system: System, without_partition: Machine, record: str
+) -> None:
     (system.files.state / "efi").unlink()
+    if record == "damaged":
+        (system.files.state / "efi/inside").mkdir(parents=True)
     system.write_notes(None)
     assert "does not count" in system.ash("fsck", status=FAILED).stdout
     system.ash("fsck", "--repair")
