@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Power cuts during commands: the file system is sound, GRUB finds its files, a command did everything or nothing.
 
-At every other step of a transaction and a deploy, and at every step of a transaction that only changes /var.
+At every other step of a transaction and a deploy, and at every step of a transaction that only changes /var; steps at
+which nothing new has reached the disk are left out.
 The campaign tries every step of every command.
 """
 
