@@ -3977,6 +3977,11 @@ class Countdown(NamedTuple):
     ask: str = ""
     seen: str = ""
 
+    def tries_left(self, entry: str, tries: int) -> int | None:
+        """How often GRUB still starts an entry, which has a number of tries; None if it does not count that."""
+        is_counted = self.try_id == entry and re.fullmatch("[0-9]", self.try_n) and int(self.try_n) <= tries
+        return int(self.try_n) if is_counted else None
+
     @property
     def block(self) -> bytes:
         """The block on the disk."""
@@ -8719,6 +8724,7 @@ class Deployment(NamedTuple):
     unmade: Sequence[str] = ()  # paths that were carried; what is made from them is not made yet
     tries: int = 0  # how often GRUB may start it before it is known to be good; 0 if it is, or GRUB does not count
     minutes: int = 0  # how long each of these starts may take
+    boots: bool = False  # it has shown that it does, as `ash bless` noted
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Deployment:
@@ -8862,7 +8868,10 @@ class Menu:
         marks = [(default, "")]
         marks += [(last, " (last booted deployment)")] if last and last is not default else []
         marks += [(good, " (last good deployment)")] if good not in (default, last) else []
-        marks += [(other, " (secondary)") for other in others if other is not good or good is default]
+        marks += [(other, " (secondary)") for other in others if other not in [one for one, _ in marks]]
+        # What was changed as it ran is nowhere else.
+        changed = [one for one in self.deployments.values() if one.mutable and one not in [other for other, _ in marks]]
+        marks += [(one, " (earlier deployment)") for one in changed]
         entries = []
         for one, mark in marks:
             title = f"{one.name}, snapshot {one.snapshot}: {describe(one.snapshot)}{mark}"
@@ -9300,9 +9309,14 @@ def restore_trial(menu: Menu, grub_cfg: str, named: Mapping[str, str | None]) ->
 
 
 def good_slot(menu: Menu, ran: str | None) -> str:
-    """The slot of the newest deployment that is known to boot: what runs or ran last, unless that is still on trial."""
+    """The slot of the newest deployment that is known to boot: what runs or ran last, if it is.
+
+    As long as none is known, it is what runs without being on trial.
+    """
     there = menu.deployments.get(ran or menu.last_booted)
-    return there.slot if there and not there.tries else menu.good
+    if there and (there.boots or not (there.tries or menu.good in menu.deployments)):
+        return there.slot
+    return menu.good
 
 
 class Trials:
@@ -9356,6 +9370,12 @@ class Trials:
             if kept != notes:
                 self.notes.write(kept)
 
+    def left(self, deployment: Deployment) -> int | None:
+        """How often GRUB still starts a deployment that is on trial; None if it does not count, or nobody can tell."""
+        with contextlib.suppress(AshError, OSError):
+            return (self.notes.read() or Countdown()).tries_left(deployment.entry, deployment.tries)
+        return None
+
     def planned_once(self, deployment: Deployment) -> Deployment:
         """A deployment that is started once, with the time that this may take."""
         return deployment if deployment.minutes else deployment._replace(minutes=self._limits()[1])
@@ -9381,7 +9401,7 @@ class Trials:
         notes, entries = self.notes.read(), {one.entry for one in menu.deployments.values()}
         if notes is None:
             return f"{name} is missing or damaged"
-        if (trial := menu.on_trial) and notes.try_id != trial.entry:
+        if (trial := menu.on_trial) and notes.tries_left(trial.entry, trial.tries) is None:
             return f"{name} does not count the starts of the new deployment"
         if unknown := {notes.try_id, notes.once} - {*entries, ""}:
             return f"{name} is of another disk, or older: {listed(sorted(unknown))}"
@@ -9469,10 +9489,13 @@ def note_failure(layout: Layout, failure: Failure) -> None:
     write_file(layout.bad, json.dumps([one._asdict() for one in (*still, failure)]) + "\n")
 
 
-def forget_failure(layout: Layout, deployment: str) -> bool:
-    """Forget that a deployment did not start, by its id: it runs now. Returns whether it was noted."""
-    known = failures(layout)
-    others = [one._asdict() for one in known if one.deployment != deployment]
+def forget_failure(layout: Layout, running: Deployment) -> bool:
+    """Forget that this deployment, or another one of the same state of its snapshot, did not start.
+
+    Returns whether that was noted.
+    """
+    known, is_of = failures(layout), (running.snapshot, running.source)
+    others = [one._asdict() for one in known if one.deployment != running.id and (one.snapshot, one.source) != is_of]
     if len(others) < len(known):
         write_file(layout.bad, json.dumps(others) + "\n")
     return len(others) < len(known)
@@ -9702,12 +9725,19 @@ class Deployments:
     def note_fallback(self) -> None:
         """Note that the deployment on trial did not start, if GRUB said so: the last good one is the default again.
 
-        That runs now, unless somebody chose another one in the menu.
+        That runs now, unless somebody chose another one in the menu. If GRUB's notes are damaged or of another
+        deployment, GRUB has not tried it: it stays on trial.
         """
         menu, failed, good, slot = self.menu, self.menu.on_trial, self.menu.fallback, self.booted
         if slot not in menu.deployments or not failed or not good or failed.slot == slot:
             return
         if failed.id == kernel_options().get(FELL_BACK):
+            left = self.trials.left(failed)
+            if left is None or left == failed.tries:
+                why = "GRUB's notes were damaged, or of another deployment"
+                console.say(f"ash: snapshot {failed.snapshot} was not tried: {why}")
+                self.trials.recover(menu)
+                return
             since, back_to = time.strftime("%Y-%m-%d %H:%M"), menu.deployments[slot].id
             try:
                 note_failure(self.layout, Failure(failed.id, failed.snapshot, failed.source, since, back_to))
@@ -9716,7 +9746,6 @@ class Deployments:
             menu.default = menu.good = good.slot
             menu.last_booted = slot
             self.boot_menu.write()
-            self.trials.recover(menu)  # GRUB may have gone back because its notes are damaged
 
     def _delete_unfinished(self) -> None:
         """Delete unfinished_deployments(). What cannot be deleted stays, with a warning: it must not stop the rest."""
@@ -9746,7 +9775,9 @@ class Deployments:
         state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
         found = None if fresh_etc else self._up_to_date(snapshot, state, secondary)
         if found and not (with_saved and found.only_saved):
-            return found, False
+            if is_used_up := found is self.menu.on_trial and self.trials.left(found) == 0:
+                self.trials.begin(found)
+            return found, is_used_up
         slot, has_unique_changes = self.choose_slot(snapshot, secondary=secondary, fresh=fresh)
         with new_owners(self.layout, self.homes):
             try:
@@ -9757,6 +9788,9 @@ class Deployments:
             except BaseException:
                 self._delete_unfinished()
                 raise
+            if (once := self.menu.deployments.get(self.menu.once)) and once.slot == slot:
+                note = f"snapshot {once.snapshot}, which it replaces, is not started once any more"
+                deployment = deployment._replace(notes=[*deployment.notes, note])
             self._swap_in(deployment, secondary)
         return deployment, True
 
@@ -9792,7 +9826,8 @@ class Deployments:
         """
         slots = SECONDARY_SLOTS if secondary else SLOTS
         last = self.ran if self.ran in slots else self.menu.last_good
-        free = [slot for slot in slots if slot not in (self.ran, last, good_slot(self.menu, self.ran))]
+        used = (self.ran, last, good_slot(self.menu, self.ran), self.menu.once)
+        free = [slot for slot in slots if slot not in used] or [slot for slot in slots if slot not in used[:3]]
         # Its changes of /etc are kept, others are not.
         unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
         expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
@@ -12135,10 +12170,17 @@ def place_of_copies(deployment: Deployment) -> str:
     return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
 
 
-def deployed_reply(deployment: Deployment, changed: bool, in_memory: Sequence[str] | None = None) -> Reply:
+def deployed_reply(
+    system: System, deployment: Deployment, changed: bool, in_memory: Sequence[str] | None = None
+) -> Reply:
     """The answer of a command that deploys; `in_memory` is the drift of a snapshot that runs as it is."""
     number = deployment.snapshot
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
+    notes = GrubNotes(system.layout, system.image)
+    if deployment.slot not in SECONDARY_SLOTS and (
+        once := Trials(notes, system.configuration).next_once(system.menu())
+    ):
+        where = f"starts at the boot after the next one: before, snapshot {once.snapshot} is started once"
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
         source = "the running /etc" if in_memory is None else "the /etc of the deployment that ran last"
@@ -12195,6 +12237,9 @@ def start_once(system: System, deployment: Deployment) -> None:
         there = deployments.menu.deployments.get(deployment.slot)
         if there is None or there.id != deployment.id:
             raise AshError(f"another ash has replaced the deployment in {deployment.slot}", "", LOCKED)
+        before = deployments.trials.next_once(deployments.menu)
+        if before and before.slot != deployment.slot:
+            console.say(f"ash: snapshot {before.snapshot} is not started once any more")
         deployments.menu.once = deployment.slot
         deployments.menu.deployments[deployment.slot] = deployments.trials.planned_once(there)
         deployments.boot_menu.write()
@@ -12230,7 +12275,7 @@ def cmd_deploy(system: System, request: Request) -> Plan:
         options |= {"fresh_etc": request.fresh_etc, "fresh": request.fresh, "with_saved": request.with_saved}
         deployment, changed = deploy_snapshot(system, number, **options)
     in_memory = [*running_etc(system).drift] if isinstance(system.booted, int) else None
-    reply = deployed_reply(deployment, changed, in_memory)
+    reply = deployed_reply(system, deployment, changed, in_memory)
     if not request.once:
         return reply
     start_once(system, deployment)
@@ -12320,7 +12365,7 @@ def cmd_rollback(system: System, request: Request) -> Plan:
         number = keep_deployment(system, slot, f"rollback to {of}")
         undo.callback(system.with_reserve, partial(delete_snapshots, system, [number]))
         deployment, changed = deploy_or_undo(system, number, undo)
-    reply = deployed_reply(deployment, changed)
+    reply = deployed_reply(system, deployment, changed)
     return reply._replace(data={**reply.data, "from": of})
 
 
@@ -12445,10 +12490,13 @@ def note_good(deployments: Deployments, slot: str) -> bool:
     """
     menu, trials = deployments.menu, deployments.trials
     one, once = menu.deployments[slot], trials.next_once(menu)
-    is_new, is_over = bool(one.tries), bool(menu.once and once is None)
+    is_new, is_over = not one.boots, bool(menu.once and once is None)
     if is_new:
-        menu.deployments[slot] = one._replace(tries=0, minutes=0)
-        menu.good = slot
+        menu.deployments[slot] = one._replace(tries=0, minutes=0, boots=True)
+        if (
+            slot == menu.default or slot not in SECONDARY_SLOTS
+        ):  # what was only started once is not what one goes back to
+            menu.good = slot
     if is_over:
         menu.once = ""
     if is_new or is_over:
@@ -12484,7 +12532,7 @@ def cmd_bless(system: System, request: Request) -> Plan:
         deployments.note_fallback()
         running = deployments.menu.deployments[slot]
         failure = failure_to_tell(system, running)
-        was_bad = forget_failure(system.layout, running.id)
+        was_bad = forget_failure(system.layout, running)
         is_new = note_good(deployments, slot) or was_bad
     if failure and system.running:
         announce(failure)
@@ -12747,7 +12795,7 @@ def cmd_hollow(system: System, request: Request) -> Plan:
     yield would(f"open a shell in snapshot {number} with the running system in /{RUNNING_INSIDE}, then deploy it")
     console.say(f"ash: the running system is in /{RUNNING_INSIDE}")
     reply = shell_in(system, number, resume=request.resume, binds=[(Path("/"), RUNNING_INSIDE)])
-    deployed = deployed_reply(*deploy_snapshot(system, number))
+    deployed = deployed_reply(system, *deploy_snapshot(system, number))
     text = f"{reply.text}\n{deployed.text}"
     return reply._replace(text=text, data={**reply.data, "slot": deployed.data["slot"]})
 
@@ -15011,7 +15059,7 @@ class AutoUpgrade:
                 raise AshError(f"fsck finds new problems: {'; '.join(new)}")
             if self.policy != "stage":
                 deployment, is_new = deploy_or_undo(system, number, undo)
-                text += f"\n{deployed_reply(deployment, is_new).text}"
+                text += f"\n{deployed_reply(system, deployment, is_new).text}"
                 data["changed"] = data["changed"] or is_new
             undo.pop_all()
         return reply._replace(data=data, text=text)
@@ -15355,12 +15403,16 @@ def interrupted_sessions(system: System) -> list[int]:
     return found
 
 
-def fallback_text(menu: Menu) -> str:
-    """What happens if the deployment on trial does not start."""
+def fallback_text(menu: Menu, left: int | None) -> str:
+    """What happens if the deployment on trial does not start; `left` is how often GRUB still starts it, if known."""
     default, good = menu.deployments[menu.default], menu.fallback
     back = f"snapshot {good.snapshot} ({good.slot})" if good else "nothing"
-    tries = "1 try" if default.tries == 1 else f"{default.tries} tries"
-    return f"GRUB goes back to {back} after {tries} of {default.minutes} minutes"
+    if left == 0:
+        return f"GRUB goes back to {back} at the next boot: it has no try left"
+    number = default.tries if left is None else left
+    tries = "1 try" if number == 1 else f"{number} tries"
+    more = "" if number == default.tries else " more"
+    return f"GRUB goes back to {back} after {tries.replace(' ', f'{more} ')} of {default.minutes} minutes"
 
 
 def next_text(default: Deployment | None, once: Deployment | None) -> str:
@@ -15383,7 +15435,7 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
         "next": {"snapshot": int | None, "slot": str | None, "id": str | None}, "once": bool,
         "secondary": [{"snapshot": int, "slot": str}],
         "last_booted": str, "running": {"*": str}, "waiting": ([int], None), "unmerged": [str],
-        "fell_back_from": (FELL_BACK_SHAPE, None), "on_trial": bool, "fallback": bool,
+        "fell_back_from": (FELL_BACK_SHAPE, None), "on_trial": bool, "tries_left": int | None, "fallback": bool,
         "drift": ({"*": str}, None), "only_there": ([{"slot": str, "snapshot": int, "paths": [str]}], None),
         "upgrade?": UPGRADE_SHAPE, "free_bytes": int, "size_bytes": int, "copies": ([str], None),
     },
@@ -15391,17 +15443,19 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
     notes = GrubNotes(system.layout, system.image)
-    default, once = menu.deployments.get(menu.default), Trials(notes, system.configuration).next_once(menu)
+    trials = Trials(notes, system.configuration)
+    default, once = menu.deployments.get(menu.default), trials.next_once(menu)
     secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
-    failure, has_fallback = fallback_of(system), notes.counts
-    on_trial = menu.on_trial is not None and has_fallback
+    failure, has_fallback, is_root = fallback_of(system), notes.counts, system.sees_snapshots
+    trial = menu.on_trial if has_fallback else None
+    left = trials.left(trial) if trial and is_root else None
+    then = menu.fallback if left == 0 else default
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     # None: unknown, since only root may see it.
-    is_root = system.sees_snapshots
     waiting = interrupted_sessions(system) if is_root else None
     copies = system.copies_of_disk() if is_root or UDEV_RECORDS.is_dir() else None
     drift: Mapping[str, str] | None = None
@@ -15417,19 +15471,19 @@ def cmd_status(system: System, request: Request) -> Reply:
             ]
     data = {
         "booted": {"snapshot": current, "slot": booted},
-        "next": {key: getattr(once or default, key, None) for key in ("snapshot", "slot", "id")}, "once": bool(once),
+        "next": {key: getattr(once or then, key, None) for key in ("snapshot", "slot", "id")}, "once": bool(once),
         "secondary": [{"snapshot": one.snapshot, "slot": one.slot} for one in secondary],
         "last_booted": menu.last_booted, "running": running, "waiting": waiting, "unmerged": unmerged,
-        "fell_back_from": fell_back_data(failure), "on_trial": on_trial, "fallback": has_fallback,
-        "drift": drift, "only_there": only_there,
+        "fell_back_from": fell_back_data(failure), "on_trial": bool(trial), "tries_left": left,
+        "fallback": has_fallback, "drift": drift, "only_there": only_there,
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
     unknown = "nothing to compare with" if is_root else "only root can see it"
     shown = unknown if drift is None else f"{len(drift)} paths (ash diff)" if drift else "none"
     lines = [
         f"booted:       {booted_text(booted, current)}",
-        f"next boot:    {next_text(default, once)}",
-        *([f"on trial:     if it does not start, {fallback_text(menu)}"] if on_trial else []),
+        f"next boot:    {next_text(then, once)}",
+        *([f"on trial:     if snapshot {trial.snapshot} does not start, {fallback_text(menu, left)}"] if trial else []),
         *([f"went back:    {failure.text()}"] if failure else []),
         *([] if has_fallback else ["fallback:     not automatic: GRUB has no partition that it can write to"]),
         *(f"secondary:    snapshot {one.snapshot} ({one.slot})" for one in secondary),

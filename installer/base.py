@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """What is created once, at installation: ash's state, and snapshot 0 from a plain root."""
 
+import os
+from pathlib import Path
+
 from ash import (
     BASE,
     CONF_EXAMPLE,
@@ -74,9 +77,25 @@ def split_base(layout: Layout, distro: Distro) -> None:
         (root / directory).mkdir()
     for directory in SHARED_DIRECTORIES:
         (layout.var / directory).mkdir(exist_ok=True)
+    note_update(root, layout.var)
     make_bootable(layout, distro, root, BASE, layout.part.read_text().strip())
     make_startable(root, layout=layout, tools=distro.boot_tools)
     for name in ("etc", "boot"):
         renew_copy(layout, BASE, name)
     write_packages(layout, BASE, distro.package_manager.installed(root))
     set_readonly(root)
+
+
+def note_update(root: Path, var: Path) -> None:
+    """Note that /etc and /var are as new as /usr, for systemd.
+
+    Otherwise it would build the linker's cache and the journal's catalog again at the first start of each deployment,
+    although the packages' scripts have just done so (systemd-update-done.service(8)).
+    """
+    if not (root / "usr/lib/systemd").is_dir():
+        return
+    changed = (root / "usr").stat().st_mtime_ns
+    for directory in (root / "etc", var):
+        file = directory / ".updated"
+        file.write_text(f"TIMESTAMP_NSEC={changed}\n")
+        os.utime(file, ns=(changed, changed))

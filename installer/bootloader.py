@@ -5,15 +5,17 @@ For UEFI these are the distribution's signed shim and GRUB, which boot with Secu
 `grub.cfg` from its distribution's directory on the EFI partition: a stub that loads ash's from the btrfs volume.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from ash import AshError, BootTools, Layout, machine_chroot
-from installer.disk import Disk, loop_device
+from ash import AshError, BootTools, Layout, machine_chroot, run
+from installer.disk import EfiFiles, Target
 
 # Named explicitly: grub-install takes the partition's loop device for a whole disk and would omit part_gpt.
-BIOS_MODULES = "part_gpt btrfs fat search_fs_uuid search_label"
+BIOS_MODULES = "part_gpt part_msdos btrfs fat search_fs_uuid search_label"
+REMOVABLE = "EFI/BOOT"  # the firmware starts BOOTX64.EFI in there if it knows no entry for the disk
 BOOT_DIRECTORY = "mnt"  # where the boot volume is mounted for grub-install
 
 STUB = """\
@@ -28,52 +30,51 @@ BOOT_ENTRY = "usr/lib/shim/BOOTX64.CSV"  # names the boot entry that shim's fall
 GRUB = "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"
 
 
-def install(layout: Layout, root: Path, disk: Disk, device: Path, tools: BootTools) -> None:
-    """Make an image bootable with BIOS and UEFI.
+def install(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
+    """Make a disk bootable with BIOS, UEFI, or both.
 
     Args:
         layout: of the new system; GRUB's modules go to its boot volume.
         root: a writable root with the packages of GRUB and shim.
-        disk: the image.
+        target: the disk.
         device: the mounted device node of the root partition.
         tools: the boot tools of the distribution.
     """
-    _install_bios(layout, root, disk, device, tools)
-    _install_uefi(layout, root, disk)
+    if target.bios:
+        _install_bios(layout, root, target, device, tools)
+    if target.efi:
+        _install_uefi(layout, root, target, EfiFiles(target.efi))
 
 
-def _install_bios(layout: Layout, root: Path, disk: Disk, device: Path, tools: BootTools) -> None:
-    with loop_device(disk.image) as whole:
-        machine_chroot(
-            root,
-            [
-                tools.install,
-                "--target=i386-pc",
-                f"--boot-directory=/{BOOT_DIRECTORY}",
-                f"--modules={BIOS_MODULES}",
-                str(whole),
-            ],
-            binds={layout.boot_volume: BOOT_DIRECTORY, device: str(device)},
-        )
+def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
+    argv = [tools.install, "--target=i386-pc", f"--boot-directory=/{BOOT_DIRECTORY}", f"--modules={BIOS_MODULES}"]
+    machine_chroot(root, [*argv, str(target.drive)], binds={layout.boot_volume: BOOT_DIRECTORY, device: str(device)})
 
 
-def _install_uefi(layout: Layout, root: Path, disk: Disk) -> None:
+def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles) -> None:
     shutil.copytree(root / "usr/lib/grub/x86_64-efi", layout.boot_volume / "grub/x86_64-efi")
     for name in (SHIM, MOK_MANAGER, BOOT_ENTRY, GRUB):
         if not (root / name).is_file():
             raise AshError(f"the new system has no /{name}", hint="install the packages of the signed GRUB and of shim")
     with tempfile.NamedTemporaryFile("w", suffix=".cfg") as stub:
-        stub.write(STUB.format(uuid=disk.root_uuid, volume=layout.volume_name("@boot")))
+        stub.write(STUB.format(uuid=target.root_uuid, volume=layout.volume_name("@boot")))
         stub.flush()
-        disk.fill_efi(_efi_files(layout.distro, root, Path(stub.name)))
+        programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
+        its_own = {"shimx64.efi": root / SHIM, "BOOTX64.CSV": root / BOOT_ENTRY, "grub.cfg": Path(stub.name)}
+        efi.add({f"EFI/{layout.distro}/{name}": path for name, path in {**programs, **its_own}.items()})
+    if not efi.has(REMOVABLE):  # that of a neighbour stays
+        removable = {**programs, "BOOTX64.EFI": root / SHIM}
+        efi.add({f"{REMOVABLE}/{name}": path for name, path in removable.items()})
 
 
-def _efi_files(distro: str, root: Path, stub: Path) -> dict[str, Path]:
-    """The files of the EFI partition: the distribution's directory, and EFI/BOOT, which firmware boots by default."""
-    programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
-    distribution = {**programs, "shimx64.efi": root / SHIM, "BOOTX64.CSV": root / BOOT_ENTRY, "grub.cfg": stub}
-    removable = {**programs, "BOOTX64.EFI": root / SHIM}
-    return {
-        **{f"EFI/{distro}/{name}": path for name, path in distribution.items()},
-        **{f"EFI/BOOT/{name}": path for name, path in removable.items()},
-    }
+def add_boot_entry(target: Target, label: str, distro: str) -> None:
+    """Have this machine's UEFI firmware start the new system first; earlier entries with this label are deleted."""
+    assert target.efi
+    entry = re.compile(rf"^Boot([0-9A-F]{{4}})\*? {re.escape(label)}(?:\t|$)", re.MULTILINE)
+    for number in entry.findall(run(["efibootmgr"]).stdout):
+        run(["efibootmgr", "--quiet", "--bootnum", number, "--delete-bootnum"])
+    directory = Path("/sys/class/block") / target.efi.resolve().name
+    drive = f"/dev/{directory.resolve().parent.name}"  # the root's may be another one
+    part = (directory / "partition").read_text().strip()
+    where = ["--disk", drive, "--part", part, "--loader", f"\\EFI\\{distro}\\shimx64.efi"]
+    run(["efibootmgr", "--quiet", "--create", *where, "--label", label])

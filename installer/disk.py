@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The disk image: a file that appears complete or not at all, its partitions and file systems.
+"""Where a system is installed: a disk of this machine or an image of one, its partitions and file systems.
 
-Partitions are accessed by offset, because not every host scans the partitions of loop devices, and the EFI partition
-by mtools, because not every kernel has vfat.
+The partitions of an image are loop devices, because not every host scans those of a loop device, and the EFI partition
+is filled by mtools, because not every kernel has vfat.
 """
 
+import contextlib
 import fcntl
+import filecmp
 import os
 import re
 import secrets
+import sys
+import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from ash import LOCKED, USAGE, AshError, open_new_loop, run
+from ash import LOCKED, USAGE, AshError, attach_disk, mount_top, open_new_loop, run
 from installer import host
 
 MIB = 2**20
 SECTOR = 512
+BLKRRPART, BLKSSZGET = 0x125F, 0x1268  # <linux/fs.h>
+NODE_SECONDS = 30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # GPT's partition types: BIOS boot (for GRUB's core image), EFI system, Linux file system.
 BIOS_BOOT_TYPE = "21686148-6449-6E6F-744E-656564454649"
 EFI_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 LINUX_TYPE = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+EFI_SIZE = 256 * MIB
 
 
 def parse_size(text: str) -> int:
@@ -40,68 +49,173 @@ def parse_size(text: str) -> int:
     return int(found[1]) * UNITS[found[2].upper()]
 
 
-@dataclass(frozen=True)
-class Partition:
-    """The offset and size of a partition in the image, in bytes."""
+class Partition(NamedTuple):
+    """The offset and size of a partition, in bytes, and its type in a GPT."""
 
     start: int
     size: int
+    kind: str
+
+
+def partitions_for(size: int) -> tuple[Partition, Partition, Partition]:
+    """The partitions of a whole disk of some bytes: for GRUB's core image, EFI, and the root."""
+    bios = Partition(MIB, MIB, BIOS_BOOT_TYPE)
+    efi = Partition(bios.start + bios.size, EFI_SIZE, EFI_TYPE)
+    start = efi.start + efi.size
+    # The last MiB is for the backup of the partition table.
+    return bios, efi, Partition(start, size // MIB * MIB - MIB - start, LINUX_TYPE)
+
+
+def partition(disk: Path, parts: Iterable[Partition]) -> None:
+    """Write a new partition table; what the disk had before is not found any more."""
+    sector = sector_size(disk)
+    lines = [f"start={p.start // sector}, size={p.size // sector}, type={p.kind}" for p in parts]
+    script = "\n".join(["label: gpt", *lines, ""])
+    wipe = ["--wipe", "always", "--wipe-partitions", "always"]
+    run(["sfdisk", "--quiet", *wipe, "--no-reread", "--no-tell-kernel", disk], input=script)
+
+
+def sector_size(disk: Path) -> int:
+    """The size of a disk's logical sectors in bytes; that of an image is 512."""
+    size = bytearray(4)
+    with contextlib.suppress(OSError), disk.open("rb") as device:
+        fcntl.ioctl(device, BLKSSZGET, size)
+    return int.from_bytes(size, sys.byteorder) or SECTOR
+
+
+def new_serial() -> str:
+    """A random serial number of a FAT file system, as fstab's UUID= spells it."""
+    return f"{secrets.token_hex(2)}-{secrets.token_hex(2)}".upper()
 
 
 @dataclass(frozen=True)
-class Disk:
-    """A disk image of `size` bytes with three partitions, and the uuids of its file systems."""
+class Target:
+    """The device nodes of a new system, and the uuids of its file systems.
 
-    image: Path
-    size: int
+    Args:
+        drive: the whole disk, which the boot loader is installed on.
+        root: the partition of the root.
+        efi: the EFI partition; None if there is none.
+        image: the image that they are in.
+        efi_uuid: the serial number of the EFI file system.
+        keeps_efi: the EFI partition has a file system, which is kept.
+        bios: whether GRUB is installed for the BIOS.
+    """
+
+    drive: Path
+    root: Path
+    efi: Path | None
+    image: Path | None = None
     root_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
-    efi_serial: str = field(default_factory=lambda: secrets.token_hex(4).upper())
-
-    BIOS = Partition(MIB, MIB)
-    EFI = Partition(2 * MIB, 256 * MIB)
-
-    @property
-    def root(self) -> Partition:
-        """The rest of the disk; the last MiB is for the backup of the partition table."""
-        start = self.EFI.start + self.EFI.size
-        return Partition(start, self.size // MIB * MIB - MIB - start)
-
-    @property
-    def efi_uuid(self) -> str:
-        """The serial number of the EFI file system as fstab's UUID= spells it."""
-        return f"{self.efi_serial[:4]}-{self.efi_serial[4:]}"
+    efi_uuid: str = field(default_factory=new_serial)
+    keeps_efi: bool = False
+    bios: bool = True
 
     def format(self) -> None:
-        """Write the partition table and empty file systems."""
-        self._partition()
-        self._format_efi()
-        with loop_device(self.image, self.root) as device:
-            run(["mkfs.btrfs", "--quiet", "--label", "ash", "--uuid", self.root_uuid, device])
+        """Write empty file systems."""
+        if self.efi and not self.keeps_efi:
+            # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
+            serial = self.efi_uuid.replace("-", "")
+            run(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
+        run(["mkfs.btrfs", "--quiet", "--force", "--label", "ash", "--uuid", self.root_uuid, self.root])
 
-    def _partition(self) -> None:
-        partitions = ((self.BIOS, BIOS_BOOT_TYPE), (self.EFI, EFI_TYPE), (self.root, LINUX_TYPE))
-        lines = [f"start={p.start // SECTOR}, size={p.size // SECTOR}, type={kind}" for p, kind in partitions]
-        script = "\n".join(["label: gpt", *lines, ""])
-        run(["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel", self.image], input=script)
+    def attach(self, stack: ExitStack) -> tuple[Path, Path]:
+        """Mount the top level of the root's file system. Returns the mount point and the device node."""
+        return attach_disk(stack, self.image) if self.image else (mount_top(self.root), self.root)
 
-    def _format_efi(self) -> None:
-        sectors, kibibytes = self.EFI.start // SECTOR, self.EFI.size // 1024
-        # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
-        options = ["-F", "32", "-s", "1", "-n", "EFI", "-i", self.efi_serial]
-        run(["mkfs.vfat", *options, "--offset", str(sectors), "-h", str(sectors), self.image, str(kibibytes)])
 
-    def fill_efi(self, files: Mapping[str, Path]) -> None:
-        """Copy files onto the EFI partition.
+class EfiFiles:
+    """The files of an EFI partition.
+
+    Args:
+        node: of the partition.
+    """
+
+    def __init__(self, node: Path) -> None:
+        self.node = node
+
+    def has(self, directory: str) -> bool:
+        """Whether there is a directory."""
+        return run(["mdir", "-b", "-i", self.node, f"::{directory}"], check=False).returncode == 0
+
+    def add(self, files: Mapping[str, Path]) -> None:
+        """Copy files to the partition.
 
         Args:
             files: {path on the partition: the file to copy}; directories are created as needed.
+
+        Raises:
+            AshError: there is no room.
         """
-        drive = f"{self.image}@@{self.EFI.start}"
         directories = {str(directory) for name in files for directory in Path(name).parents if directory != Path()}
         for directory in sorted(directories):
-            run(["mmd", "-i", drive, f"::{directory}"])
+            if not self.has(directory):
+                run(["mmd", "-i", self.node, f"::{directory}"])
         for name, source in files.items():
-            run(["mcopy", "-i", drive, source, f"::{name}"])
+            run(["mcopy", "-o", "-i", self.node, source, f"::{name}"])
+            with tempfile.TemporaryDirectory() as copies:
+                copy = Path(copies, "copy")
+                run(["mcopy", "-n", "-i", self.node, f"::{name}", copy])
+                if not filecmp.cmp(source, copy, shallow=False):  # on a full partition mcopy 4.0.32 ends with 0
+                    raise AshError(f"the EFI partition {self.node} is full", "delete what nobody needs there")
+
+
+@contextmanager
+def target_in(image: Path) -> Iterator[Target]:
+    """The target in an image, with new partitions."""
+    parts = partitions_for(image.stat().st_size)
+    partition(image, parts)
+    _, efi, root = parts
+    with (
+        loop_device(image) as whole,
+        loop_device(image, efi.start, efi.size) as efi_node,
+        loop_device(image, root.start, root.size) as root_node,
+    ):
+        yield Target(whole, root_node, efi_node, image)
+
+
+def target_on(drive: Path) -> Target:
+    """The target on a whole disk of this machine, with new partitions.
+
+    Raises:
+        AshError: the disk is in use, or Linux does not show its new partitions.
+    """
+    parts = partitions_for(size_of_device(drive))
+    partition(drive, parts)
+    with drive.open("rb") as device:
+        fcntl.ioctl(device, BLKRRPART)
+    _, efi, root = parts
+    return Target(drive, _node_at(drive, root), _node_at(drive, efi))
+
+
+def size_of_device(path: Path) -> int:
+    """The size of a block device or a file, in bytes."""
+    with path.open("rb") as device:
+        return device.seek(0, os.SEEK_END)
+
+
+def _node_at(drive: Path, part: Partition) -> Path:
+    """The node of a partition of a disk; devtmpfs and udev may take a moment to make it."""
+    give_up = time.monotonic() + NODE_SECONDS
+    while time.monotonic() < give_up:
+        for entry in Path("/sys/class/block", drive.resolve().name).glob("*/partition"):
+            node = Path("/dev", entry.parent.name)
+            start = int((entry.parent / "start").read_text()) * SECTOR  # in these units whatever the disk's sectors are
+            if start == part.start and node.is_block_device():
+                return node
+        time.sleep(0.05)
+    raise AshError(f"Linux does not show the new partitions of {drive}", "reboot the live system, and try again")
+
+
+@contextmanager
+def loop_device(image: Path, start: int = 0, size: int = 0) -> Iterator[Path]:
+    """A loop device of an image or of a part of it; the kernel detaches it when this process dies."""
+    with image.open("rb+") as disk:
+        loop = open_new_loop(disk.fileno(), image, start, size)
+    try:
+        yield Path(os.readlink(f"/proc/self/fd/{loop}"))
+    finally:
+        os.close(loop)
 
 
 @contextmanager
@@ -131,15 +245,3 @@ def new_file(path: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def loop_device(image: Path, partition: Partition | None = None) -> Iterator[Path]:
-    """A loop device of an image or of one of its partitions; the kernel detaches it when this process dies."""
-    place = (partition.start, partition.size) if partition else (0, 0)
-    with image.open("rb+") as disk:
-        loop = open_new_loop(disk.fileno(), image, *place)
-    try:
-        yield Path(os.readlink(f"/proc/self/fd/{loop}"))
-    finally:
-        os.close(loop)

@@ -37,6 +37,9 @@ DEFAULT_GRUB = """\
 GRUB_DEFAULT=0
 GRUB_TIMEOUT=5
 GRUB_CMDLINE_LINUX_DEFAULT=""
+"""
+
+SERIAL_CONSOLE = """\
 GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200"
 GRUB_TERMINAL="console serial"
 GRUB_SERIAL_COMMAND="serial --unit=0 --speed=115200"
@@ -79,6 +82,7 @@ class Settings:
     timezone: str = DEFAULT_TIMEZONE
     locale: str = DEFAULT_LOCALE
     keymap: str = DEFAULT_KEYMAP
+    serial: bool = True  # whether the first serial port is a console too
     keyring: Path | None = None  # the keys that sign new releases of ash
 
 
@@ -167,7 +171,7 @@ class DistroInstaller:
         Args:
             root: the root, writable.
             settings: checked.
-            efi_uuid: of the EFI partition, for fstab.
+            efi_uuid: of the EFI partition, for fstab; empty if there is none.
             log: receives the output of programs.
         """
         etc = root / "etc"
@@ -175,8 +179,9 @@ class DistroInstaller:
         (etc / "hostname").write_text(f"{settings.hostname}\n")
         names = dict.fromkeys([settings.hostname, settings.hostname.partition(".")[0]])
         (etc / "hosts").write_text(HOSTS.format(names=" ".join(names)))
-        (etc / "fstab").write_text(f"UUID={efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n")
-        (etc / "default/grub").write_text(DEFAULT_GRUB)
+        efi = f"UUID={efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if efi_uuid else ""
+        (etc / "fstab").write_text(efi)
+        (etc / "default/grub").write_text(DEFAULT_GRUB + SERIAL_CONSOLE * settings.serial)
         (root / "boot/efi").mkdir()
         self._set_network(root, log)
         self._set_timezone(root, settings.timezone)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""The host that builds an image: its privileges, packages, disk space and kernel, and the log of a build."""
+"""The machine that builds a system: its privileges, packages, disk space and kernel, and the log of a build."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ DISK: Tools = {
     "mkfs.vfat": "dosfstools",
     "mcopy": "mtools",
 }
+UEFI: Tools = {"efibootmgr": "efibootmgr"}
 QEMU: Tools = {
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-img": "qemu-utils",
@@ -96,6 +98,11 @@ def require_btrfs() -> None:
     if shutil.which("modprobe") is not None and run(["modprobe", "btrfs"], check=False).returncode == 0:
         return
     raise AshError("this machine's kernel has no btrfs", hint="use another kernel, or a virtual machine")
+
+
+def has_serial_console() -> bool:
+    """Whether the kernel of this machine has its console on a serial port."""
+    return re.search(r"\bconsole=ttyS", Path("/proc/cmdline").read_text()) is not None
 
 
 def require_new_file(path: Path, force: bool) -> None:

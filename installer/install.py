@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
-"""Builds a bootable disk image: all checks first, then the build, step by step."""
+"""Builds a bootable system, on a disk or in an image of one: all checks first, then the build, step by step."""
 
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ash import (
     BASE,
@@ -21,7 +22,6 @@ from ash import (
     EfiPartition,
     Layout,
     System,
-    attach_disk,
     create_subvolume,
     deploy_snapshot,
     machine_chroot,
@@ -31,7 +31,7 @@ from ash import (
     sync_filesystem,
     write_file,
 )
-from installer import base, bootloader, disk, executable, host
+from installer import base, bootloader, disk, drives, executable, host
 from installer.distribution import DistroInstaller, Settings, Source, load_installer
 from installer.help import FORMATS
 
@@ -39,6 +39,9 @@ from installer.help import FORMATS
 # root and the packages downloaded for it.
 MINIMUM_SIZE = 3 * 2**30
 HOST_SPACE = 2 * 2**30
+MINIMUM_EFI = 32 * 2**20  # GRUB, shim and their copies take 11 MiB
+DISK_LOG = Path("/var/log/ash-install.log")
+EFI_VARIABLES = Path("/sys/firmware/efi/efivars")
 
 TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*", "--sparse")
 COMPRESSIONS = {".gz": "--gzip", ".tgz": "--gzip", ".xz": "--xz", ".zst": "--zstd"}
@@ -59,58 +62,177 @@ HELP_FILES = {
 
 @dataclass(frozen=True)
 class Made:
-    """A finished image or root, for the report."""
+    """A finished image, root or disk, for the report."""
 
     path: Path
     system: str  # "Debian GNU/Linux 13 (trixie)"
     log: Path
 
 
-def make_image(
-    image: Path, size: int, source: Source, settings: Settings, *, force: bool = False, distro: str = "debian"
-) -> Made:
+class Installation:
+    """A system to be installed: where it comes from, and how it is configured.
+
+    Args:
+        source: where the system comes from.
+        settings: how to configure it.
+        distro: the id of the distribution.
+    """
+
+    def __init__(self, source: Source, settings: Settings, distro: str = "debian") -> None:
+        self.installer = load_installer(distro)
+        self.source = source
+        self.settings = settings
+
+    def check(self, tools: host.Tools) -> None:
+        """Check all but the place where it goes; this may install tools, and lists of valid settings, on this machine.
+
+        Args:
+            tools: that are needed besides those for the source.
+
+        Raises:
+            AshError: what is wrong.
+        """
+        self.installer.check(self.settings)
+        host.require({**tools, **_source_tools(self.installer, self.source)})
+        if self.settings.keyring is not None:
+            _check_keyring(self.settings.keyring)
+        self.source = _check_source(self.installer, self.source, self.settings)
+
+
+def make_image(image: Path, size: int, new: Installation, *, force: bool = False) -> Made:
     """Make a disk image with a system that ash manages; it boots with BIOS and UEFI.
 
     Args:
         image: the file to make.
         size: of the disk, in bytes.
-        source: where the system comes from.
-        settings: how to configure it.
+        new: the system.
         force: replace an existing file.
-        distro: the id of the distribution.
 
     Raises:
         AshError: a check failed, before anything was written; or the build failed, which leaves only its log.
     """
-    installer = load_installer(distro)
     host.require_root("make an image")
     host.require_new_file(image, force)
     if size < MINIMUM_SIZE:
         raise AshError(f"{host.gibibytes(size)} are too small", f"at least {host.gibibytes(MINIMUM_SIZE)}", USAGE)
     host.require_space(image.parent, HOST_SPACE)
     host.require_btrfs()
-    installer.check(settings)
-    host.require({**host.DISK, **_source_tools(installer, source)})
-    if settings.keyring is not None:
-        _check_keyring(settings.keyring)
-    source = _check_source(installer, source, settings)
+    new.check(host.DISK)
     log_path = image.with_name(f"{image.name}.log")
-    with disk.new_file(image) as part:
+    with disk.new_file(image) as part, ExitStack() as stack:
         os.truncate(part, size)
         with host.Log(log_path) as log, host.watched_space(image.parent):
-            system = _build(disk.Disk(part, size), installer, source, settings, log)
+            with log.step("Making partitions"):
+                target = stack.enter_context(disk.target_in(part))
+            system = _build(target, new, log)
     return Made(image, system, log_path)
 
 
-def make_rootfs(tar: Path, source: Source, settings: Settings, *, force: bool = False, distro: str = "debian") -> Made:
-    """Make a tar file of a root, for any number of images; arguments and errors as for make_image()."""
-    installer = load_installer(distro)
+class Loss(NamedTuple):
+    """What happens to a device, for the summary."""
+
+    device: drives.Device
+    text: str
+
+
+Agree = Callable[[str, Sequence[Loss]], None]
+
+
+def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
+    """Install a system that ash manages on a whole disk of this machine; it boots with BIOS and UEFI.
+
+    Args:
+        path: of the disk.
+        new: the system.
+        agree: shows what is lost, after the name of the disk; raises if the user does not agree to that.
+
+    Raises:
+        AshError: a check failed, before anything was written; or the installation failed.
+    """
+    _require_machine()
+    device = drives.require_free_disk(path, MINIMUM_SIZE)
+    _check(new)
+    losses = [Loss(device, "a new partition table"), *(Loss(one, "is deleted") for one in device.inside)]
+    agree(device.path.name, losses)
+    return _install(path, new, lambda: disk.target_on(device.path))
+
+
+class Places(NamedTuple):
+    """The partitions and the drive of an installation beside other partitions.
+
+    Args:
+        root: the partition of the root.
+        drive: the disk that this machine starts from.
+        efi: the EFI partition.
+        keep_efi: keep what is on it.
+    """
+
+    root: Path
+    drive: Path
+    efi: Path | None = None
+    keep_efi: bool = False
+
+
+def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Made:
+    """Install a system that ash manages on partitions; arguments and errors as for install_on_disk()."""
+    _require_machine()
+    is_uefi = EFI_VARIABLES.is_dir()
+    its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
+    drive = drives.require_disk(places.drive)
+    losses = [Loss(root, "a new btrfs file system; all that is on it is lost")]
+    efi = None
+    if places.efi is not None:
+        efi = drives.require_efi_partition(places.efi, MINIMUM_EFI, as_it_is=places.keep_efi)
+        text = "files are added to it" if places.keep_efi else "a new FAT file system; all that is on it is lost"
+        losses.append(Loss(efi, text))
+    elif is_uefi:
+        hint = "name it after the drive, or start the live medium with BIOS"
+        raise AshError("this machine was started with UEFI, which needs an EFI partition", hint, USAGE)
+    if not is_uefi:
+        drives.require_room_for_grub(drive)
+        losses.append(Loss(drive, "GRUB for the BIOS in its first sectors"))
+    if its_disk.path != drive.path:
+        losses.append(Loss(drive, f"the boot loader; the root is on another disk, {its_disk.path}"))
+    _check(new)
+    agree(root.path.name, losses)
+    bios, efi_node = not is_uefi, efi.path if efi else None
+    serial = efi.uuid if efi and places.keep_efi else disk.new_serial()
+    target = disk.Target(drive.path, root.path, efi_node, efi_uuid=serial, keeps_efi=places.keep_efi, bios=bios)
+    return _install(places.root, new, lambda: target)
+
+
+def _require_machine() -> None:
+    host.require_root("install on a disk")
+    host.require_btrfs()
+
+
+def _check(new: Installation) -> None:
+    new.check({**host.DISK, **(host.UEFI if EFI_VARIABLES.is_dir() else {})})
+
+
+def _install(path: Path, new: Installation, make_target: Callable[[], disk.Target]) -> Made:
+    """Install on a target of this machine that the user agreed to."""
+    distro = new.installer.id
+    try:
+        with host.Log(DISK_LOG) as log:
+            with log.step(f"Preparing {path}"):
+                target = make_target()
+            system = _build(target, new, log)
+            if EFI_VARIABLES.is_dir():
+                with log.step("Adding the system to the firmware's boot menu"):
+                    bootloader.add_boot_entry(target, f"{distro} (ash)", distro)
+    except BaseException as error:
+        error.add_note(f"{path} has no complete system; the same command begins anew")
+        raise
+    return Made(path, system, DISK_LOG)
+
+
+def make_rootfs(tar: Path, new: Installation, *, force: bool = False) -> Made:
+    """Make a tar file of a root, for any number of systems; arguments and errors as for make_image()."""
     host.require_root("make a root")
     host.require_new_file(tar, force)
     host.require_space(tar.parent, HOST_SPACE)
-    installer.check(settings)
-    host.require(_source_tools(installer, source))
-    source = _check_source(installer, source, settings)
+    new.check({})
     log_path = tar.with_name(f"{tar.name}.log")
     with (
         disk.new_file(tar) as part,
@@ -120,7 +242,7 @@ def make_rootfs(tar: Path, source: Source, settings: Settings, *, force: bool = 
     ):
         root = Path(directory)
         root.chmod(0o755)
-        _fill_root(root, installer, source, settings, log)
+        _fill_root(root, new, log)
         with log.step(f"Packing {tar}"):
             log.run(["tar", "--create", *TAR_OPTIONS, *_compression(tar), "--directory", root, "--file", part, "."])
         return Made(tar, os_release(root, "PRETTY_NAME"), log_path)
@@ -170,18 +292,19 @@ def _check_keyring(keyring: Path) -> None:
         raise AshError(f"{keyring} is not a keyring that gpgv can read", hint, USAGE)
 
 
-def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settings: Settings, log: host.Log) -> str:
-    """Build the system in the empty image. Returns its name."""
+def _build(target: disk.Target, new: Installation, log: host.Log) -> str:
+    """Build the system on the partitions. Returns its name."""
+    installer, settings = new.installer, new.settings
     with ExitStack() as stack:
-        with log.step("Making partitions and file systems"):
+        with log.step("Making file systems"):
             target.format()
             private_mounts()
-            top, device = attach_disk(stack, target.image)
+            top, device = target.attach(stack)
             layout = _make_subvolumes(top, installer.id)
         root = layout.rootfs(BASE)
-        _fill_root(root, installer, source, settings, log)
+        _fill_root(root, new, log)
         with log.step("Configuring the system"):
-            installer.configure(root, settings, target.efi_uuid, log)
+            installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
         with log.step("Installing the boot loaders"):
             bootloader.install(layout, root, target, device, installer.distro.boot_tools)
         with log.step("Installing ash"):
@@ -190,7 +313,7 @@ def _build(target: disk.Disk, installer: DistroInstaller, source: Source, settin
         with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
             _make_base(layout, installer.distro, target)
         system = os_release(root, "PRETTY_NAME")
-        with log.step("Syncing the image"):
+        with log.step("Syncing the disk"):
             _finish(top)
     return system
 
@@ -201,7 +324,7 @@ def _finish(top: Path) -> None:
     sync_filesystem(top)
     # Errors of background writes reach no program, but btrfs counts them.
     if run(["btrfs", "device", "stats", "--check", top], check=False).returncode:
-        raise AshError("the image could not be written completely", "dmesg shows the errors of the disk")
+        raise AshError("the disk could not be written completely", "dmesg shows the errors of the disk")
     run(["umount", top])
 
 
@@ -217,14 +340,15 @@ def _make_subvolumes(top: Path, distro: str) -> Layout:
     return layout
 
 
-def _fill_root(root: Path, installer: DistroInstaller, source: Source, settings: Settings, log: host.Log) -> None:
+def _fill_root(root: Path, new: Installation, log: host.Log) -> None:
     """Unpack or bootstrap the distribution; nothing machine-specific yet."""
+    installer, source = new.installer, new.source
     if source.rootfs is not None:
         with log.step(f"Unpacking {source.rootfs}"):
             log.run(["tar", "--extract", *TAR_OPTIONS, "-p", "--directory", root, "--file", source.rootfs])
         return
     with log.step(f"Bootstrapping {installer.id} {source.release}"):
-        installer.bootstrap(root, source, settings, log)
+        installer.bootstrap(root, source, new.settings, log)
 
 
 def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
@@ -289,10 +413,11 @@ def _libraries_of(layout: Layout) -> Iterator[None]:
         sys.path.remove(str(layout.lib))
 
 
-def _make_base(layout: Layout, distro: Distro, target: disk.Disk) -> None:
+def _make_base(layout: Layout, distro: Distro, target: disk.Target) -> None:
     """Turn the plain root into snapshot 0, and deploy it."""
     base.create_state(layout, distro, target.root_uuid)
     base.split_base(layout, distro)
-    write_file(layout.efi, f"{target.efi_uuid}\n")
-    EfiPartition(layout, target.image).write(Countdown())
+    if target.efi:
+        write_file(layout.efi, f"{target.efi_uuid}\n")
+        EfiPartition(layout, target.image).write(Countdown())
     deploy_snapshot(System(layout, distro, image=target.image), BASE)

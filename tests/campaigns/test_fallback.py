@@ -119,10 +119,22 @@ def test_the_last_good_deployment_runs_again(disk: Disk, boot: Boot, name: str, 
 
 @FIRMWARE
 @pytest.mark.parametrize("block", [None, b"", bytes(range(256)) * (BLOCK_SIZE // 256)], ids=["none", "empty", "noise"])
-def test_damaged_notes_start_the_last_good_deployment(disk: Disk, boot: Boot, block: bytes | None, uefi: bool) -> None:
+def test_with_damaged_notes_the_last_good_deployment_runs_until_the_next_start(
+    disk: Disk, boot: Boot, block: bytes | None, uefi: bool
+) -> None:
     number = on_trial(disk, "true", uefi=uefi)
     disk.write_notes(block)
-    went_back(disk, boot, number, uefi=uefi, starts=0)
+    with boot(disk, uefi=uefi) as machine:
+        machine.expect(r"Command line: .*ash\.fellback=", 1800)
+        machine.login()
+        runs_snapshot(machine, 0)
+        assert "did not start" not in said(machine, "ash status"), "it was not tried"
+        starts_next(machine, number)
+        assert said(machine, "ash fsck") == "no problems found"
+        machine.reboot()
+        machine.login()
+        runs_snapshot(machine, number)
+        machine.poweroff()
 
 
 def test_without_its_partition_a_machine_starts_the_last_good_deployment(disk: Disk, boot: Boot) -> None:

@@ -119,7 +119,7 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, prov
     assert seen == [new] * 3
     assert starts(system, proven) == before
     status = system.ash("--json", "status").json
-    assert (status["on_trial"], status["next"]["snapshot"]) == (True, number)
+    assert (status["on_trial"], status["tries_left"], status["next"]["slot"]) == (True, 0, before)
     system.is_sound()
     assert system.ash("fsck").stdout == "no problems found\n"
 

@@ -46,12 +46,17 @@ def starts(system: System) -> str:
     return start_of(system).slot
 
 
-def fails_to_start(machine: Machine) -> dict[str, object]:
-    """The machine has gone back to its running deployment, as GRUB tells by the kernel's command line."""
-    deployments = menu(machine.system)["deployments"]
-    ident = deployments[menu(machine.system)["default"]]["id"]  # type: ignore[index]
-    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
-    done = machine.run("--json", "bless", patch=patch)
+def fell_back(system: System, *, spent: bool = True) -> str:
+    """GRUB has gone back, as it tells by the kernel's command line; with `spent`, all tries are. Returns a patch."""
+    ident = deployments(system)[system.files.default_slot()]["id"]
+    if spent:
+        system.write_notes(Countdown(try_id=f"ash-{ident}", try_n="0").block)
+    return f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
+
+
+def fails_to_start(machine: Machine, *, spent: bool = True) -> dict[str, object]:
+    """The machine has gone back to its running deployment."""
+    done = machine.run("--json", "bless", patch=fell_back(machine.system, spent=spent))
     answer: dict[str, object] = json.loads(done.stdout)
     return answer
 
@@ -71,7 +76,13 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, othe
     assert last.slot == machine.slot
     assert f"ash.fellback={entry.removeprefix('ash-')}" in last.options
     status = system.ash("--json", "status").json
-    assert (status["on_trial"], status["fallback"], status["next"]["snapshot"]) == (True, True, other)
+    assert (status["on_trial"], status["tries_left"], status["fallback"]) == (True, 0, True)
+    assert status["next"]["slot"] == machine.slot
+    assert f"snapshot {other} does not start" in system.ash("status").stdout
+    assert machine.running("deploy", other)["changed"] is True, "it has its tries again"
+    assert (starts(system), system.ash("--json", "status").json["tries_left"]) == (new, 2)
+    assert "after 2 more tries" in system.ash("status").stdout
+    assert machine.running("deploy", other)["changed"] is False
     system.is_sound()
 
 
@@ -189,28 +200,89 @@ def test_a_deploy_before_bless_knows_that_the_machine_went_back(system: System, 
 def test_a_recovery_at_boot_leaves_it_to_bless_to_say_that_the_machine_went_back(
     system: System, machine: Machine, other: int
 ) -> None:
-    ident = deployments(system)[system.files.default_slot()]["id"]
-    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {ident!r}}}"
+    patch = fell_back(system)
     machine.run("recover", patch=patch)
     assert system.files.default_slot() == machine.slot
     told = [json.loads(machine.run("--json", "bless", patch=patch).stdout)["fell_back_from"] for _ in range(2)]
     assert (told[0]["snapshot"], told[1]) == (other, None)
 
 
-def test_after_a_fallback_because_of_damaged_notes_they_are_written_again(
-    system: System, machine: Machine, other: int
+@pytest.mark.parametrize(
+    "notes",
+    [
+        b"noise",
+        Countdown(try_id="ash-0123456789abcdef", try_n="3").block,
+        *(Countdown(try_id="ENTRY", try_n=number).block for number in ("4", "99", "abc", "-1", "03")),
+    ],
+)
+def test_what_grub_has_not_tried_is_not_bad(system: System, machine: Machine, other: int, notes: bytes) -> None:
+    entry, new = system.notes()["try_id"], system.files.default_slot()
+    system.write_notes(notes.replace(b"ENTRY", entry.encode())[:BLOCK_SIZE].ljust(len(notes), b"#")[:BLOCK_SIZE])
+    assert "EFI partition" in system.ash("fsck", status=FAILED).stdout
+    assert starts(system) == machine.slot
+    assert fails_to_start(machine, spent=False)["fell_back_from"] is None
+    assert not any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
+    assert system.notes() == {"try_id": entry, "try_n": "3"}
+    assert starts(system) == new
+    system.is_sound()
+
+
+@pytest.mark.parametrize("option", ["--once", "--secondary"])
+def test_what_was_never_known_to_boot_is_not_what_one_goes_back_to(
+    system: System, machine: Machine, option: str
 ) -> None:
-    system.write_notes(b"noise")
+    good = machine.slot
+    unblessed = machine.running("deploy", option, system.clone())["slot"]
+    assert starts(system) == (unblessed if option == "--once" else system.files.default_slot())
+    patch = f"ash.System.booted_slot = property(lambda self: {unblessed!r})"
+    machine.run("deploy", system.clone(), patch=patch)
+    assert menu(system)["good"] == good
+    assert [starts(system) for _ in range(4)][-1] == good
+
+
+def test_what_is_started_once_and_known_to_boot_is_what_a_deploy_in_there_goes_back_to(
+    system: System, machine: Machine
+) -> None:
+    before = machine.slot
+    once = machine.running("deploy", "--once", system.clone())["slot"]
+    assert starts(system) == once
+    patch = f"ash.System.booted_slot = property(lambda self: {once!r})"
+    machine.run("bless", patch=patch)
+    assert menu(system)["good"] == before
+    machine.run("deploy", system.clone(), patch=patch)
+    assert menu(system)["good"] == once
+    assert [starts(system) for _ in range(4)][-1] == once
+
+
+def test_a_start_once_that_is_replaced_is_named(system: System, machine: Machine) -> None:
+    first, second, third = system.clone(), system.clone(), system.clone()
+    machine.running("deploy", "--once", first)
+    machine.running("deploy", "--secondary", second)
+    once = system.notes()["once"]
+    assert once
+    assert "is started once" in machine.run("deploy", third).stdout
+    assert f"snapshot {first} is not started once any more" in machine.run("deploy", "--once", third).error
+    assert system.notes()["once"] != once
+
+
+def test_a_mutable_deployment_can_be_started_after_a_fallback(system: System, machine: Machine) -> None:
+    number = system.clone()
+    system.ash("mutable", number)
+    slot = machine.running("deploy", number)["slot"]
     fails_to_start(machine)
-    assert system.notes() == {}
+    machine.running("deploy", system.clone())
+    text = system.files.grub_cfg.read_text()
+    assert f"/snapshot-{slot}/" in text
+    entries = re.findall(r"^menuentry .* --id (\S+)", text, re.MULTILINE)
+    assert len(entries) == len({*entries})
+    system.ash("immutable", number)
 
 
 def test_what_somebody_chose_in_the_menu_after_a_fallback_is_not_the_default(
     system: System, machine: Machine, other: int
 ) -> None:
-    failed = deployments(system)[system.files.default_slot()]["id"]
     slot = machine.running("deploy", "--secondary", system.clone())["slot"]
-    patch = f"ash.kernel_options = lambda: {{'ash.fellback': {failed!r}}}"
+    patch = fell_back(system)
     patch += f"; ash.System.booted_slot = property(lambda self: {slot!r})"
     good = machine.slot
     machine.run("recover", patch=patch)
