@@ -9866,8 +9866,11 @@ class Deployments:
             deployment = configure(new, deployment, paths, layout=layout, distro=self.distro, menu=self.menu)
         except AshError as error:
             self._forget_conflicts(deployment)
-            hint = hint_about(self.distro, snapshot, deployment.carried) or error.hint
-            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint) from None
+            hint = hint_about(self.distro, snapshot, deployment.carried)
+            if error.status != USAGE:
+                raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint or error.hint) from None
+            hint = "; ".join(filter(None, [error.hint, hint]))  # a wrong value: which ones are right
+            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint, USAGE) from None
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
         return deployment._replace(own_etc=etc_state(new / "etc"))
 
@@ -12162,6 +12165,7 @@ def cmd_sub(system: System, request: Request) -> Reply:
 DEPLOYED_SHAPE = {
     "snapshot": int, "changed": bool, "slot": str, "id": str, "carried": [str], "conflicts": [str],
     "conflicts_folder": str, "without_effect": [str], "only_saved": [str], "people": [str], "notes": [str],
+    "once?": bool,
 }  # fmt: skip
 
 
@@ -12281,7 +12285,7 @@ def cmd_deploy(system: System, request: Request) -> Plan:
     start_once(system, deployment)
     _, *rest = lines_of(reply.text)
     text = "\n".join([f"snapshot {number} starts at the next boot, and only then: reboot", *rest])
-    return reply._replace(text=text, data={**reply.data, "changed": True})
+    return reply._replace(text=text, data={**reply.data, "changed": True, "once": True})
 
 
 def undo_live(system: System, number: int) -> LiveResult:
@@ -12474,9 +12478,9 @@ def cmd_health(request: Request) -> Reply:
     return Reply(data, "\n".join(lines), status=FAILED if failed else 0)
 
 
-def announce(failure: Failure) -> None:
-    """Say in the journal and at the next login that the machine went back to another deployment."""
-    text = one_line(f"ash: {failure.text()} (ash status)")
+def announce(text: str) -> None:
+    """Say in the journal and at the next login that a deployment did not start."""
+    text = one_line(f"ash: {text} (ash status)")
     running_init().log(text, FELL_BACK_MESSAGE)
     with contextlib.suppress(OSError):
         LOGIN_MESSAGE.parent.mkdir(exist_ok=True)
@@ -12518,9 +12522,34 @@ def failure_to_tell(system: System, back_to: Deployment) -> Failure | None:
     return failure
 
 
+class EndedOnce(NamedTuple):
+    """A start once that is over; the deployment is not known to boot."""
+
+    snapshot: int
+    units: Sequence[str]  # what failed in it, as far as its journal reached the disk
+
+    def text(self) -> str:
+        """What happened, on one line."""
+        why = f"; failed: {listed(self.units)}" if self.units else ""
+        return f"snapshot {self.snapshot} was started once, and that ended before it was known to boot{why}"
+
+
+def once_to_tell(deployments: Deployments, slot: str) -> EndedOnce | None:
+    """The start once that is over, if another slot runs now."""
+    menu = deployments.menu
+    one = menu.deployments.get(menu.once)
+    if not one or one.slot == slot or one.boots or deployments.trials.next_once(menu):
+        return None
+    return EndedOnce(one.snapshot, running_init().last_words(f"{DEPLOYMENT}={one.id}")[0])
+
+
 @command(
     "bless", group=BOOT, usage="bless", help="note that the running deployment is good (done at boot)", changes=True,
-    frees_space=True, answer={"changed": bool, "slot": str, "snapshot": int, "fell_back_from": (FELL_BACK_SHAPE, None)},
+    frees_space=True,
+    answer={
+        "changed": bool, "slot": str, "snapshot": int, "fell_back_from": (FELL_BACK_SHAPE, None),
+        "ended_once": ({"snapshot": int, "units": [str]}, None),
+    },
 )  # fmt: skip
 def cmd_bless(system: System, request: Request) -> Plan:
     slot = system.booted_slot
@@ -12532,19 +12561,24 @@ def cmd_bless(system: System, request: Request) -> Plan:
         deployments.note_fallback()
         running = deployments.menu.deployments[slot]
         failure = failure_to_tell(system, running)
-        was_bad = forget_failure(system.layout, running)
+        was_bad, ended = forget_failure(system.layout, running), once_to_tell(deployments, slot)
         is_new = note_good(deployments, slot) or was_bad
-    if failure and system.running:
-        announce(failure)
+    lines = [one.text() for one in (failure, ended) if one]
+    if lines and system.running:
+        announce("; ".join(lines))
     after = AFTER_FALLBACK if failure else AFTER_SUCCESS if is_new else ()
     for program in programs_in(Path("/"), after) if system.running else ():
         if not passes(program):
             console.warn(f"{program} failed")
     number = system.snapshot_of(slot)
-    known = "is known to boot now" if is_new else "runs" if slot in SECONDARY_SLOTS else "was known to boot already"
-    text = f"snapshot {number} ({slot}) {known}"
-    data = {"changed": bool(is_new or failure), "slot": slot, "snapshot": number}
-    return Reply({**data, "fell_back_from": fell_back_data(failure)}, failure.text() if failure else text)
+    if not failure:
+        known = "is known to boot now" if is_new else "was known to boot already"
+        lines = [f"snapshot {number} ({slot}) {known}", *lines]
+    data = {
+        "changed": bool(is_new or failure), "slot": slot, "snapshot": number,
+        "fell_back_from": fell_back_data(failure), "ended_once": ended and ended._asdict(),
+    }  # fmt: skip
+    return Reply(data, "\n".join(lines))
 
 
 # --- Shells and programs in a snapshot -------------------------------------------------------------------------
@@ -15479,7 +15513,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         **({"upgrade": upgraded} if upgraded else {}), "free_bytes": free, "size_bytes": size, "copies": copies,
     }  # fmt: skip
     unknown = "nothing to compare with" if is_root else "only root can see it"
-    shown = unknown if drift is None else f"{len(drift)} paths (ash diff)" if drift else "none"
+    shown = unknown if drift is None else f"{len(drift)} path{'s' * (len(drift) > 1)} (ash diff)" if drift else "none"
     lines = [
         f"booted:       {booted_text(booted, current)}",
         f"next boot:    {next_text(then, once)}",

@@ -12,7 +12,8 @@ from ash import MISSING, REFUSED, USAGE, AshError, one_line, run
 from installer import host
 from installer.disk import BIOS_BOOT_TYPE, EFI_TYPE, MIB, SECTOR
 
-COLUMNS = "PATH,TYPE,SIZE,MODEL,FSTYPE,FSVER,LABEL,UUID,MOUNTPOINTS,RO,PTTYPE,PARTTYPE"
+# Without NAME, lsblk lists partitions beside their disks, not in them.
+COLUMNS = "NAME,PATH,TYPE,SIZE,MODEL,FSTYPE,FSVER,LABEL,UUID,MOUNTPOINTS,RO,PTTYPE,PARTTYPE"
 EFI_TYPES = (EFI_TYPE.lower(), "0xef")  # in a GPT, and in an MBR
 # What lsblk calls a device that is made of others.
 MADE_OF_OTHERS = {"lvm": "a logical volume", "crypt": "an opened LUKS device", "mpath": "a multipath device"}

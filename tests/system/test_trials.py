@@ -143,6 +143,15 @@ def test_a_mistake_in_the_configuration_does_not_prevent_a_deploy(system: System
     assert system.notes()["try_n"] == "3"
 
 
+def test_a_wrong_number_of_tries_is_refused_with_the_right_ones(system: System, machine: Machine) -> None:
+    (machine.etc / "ash.conf").write_text("boot_tries::-1\n")
+    error = machine.run("deploy", system.clone(), status=USAGE).error
+    assert "'boot_tries::-1'" in error
+    assert "a number from 0" in error
+    assert "/etc/ash.conf of the running system" in error
+    (machine.etc / "ash.conf").write_text("")
+
+
 def test_a_deployment_that_did_not_start_is_not_the_default_any_more(
     system: System, machine: Machine, other: int
 ) -> None:
@@ -252,6 +261,21 @@ def test_what_is_started_once_and_known_to_boot_is_what_a_deploy_in_there_goes_b
     machine.run("deploy", system.clone(), patch=patch)
     assert menu(system)["good"] == once
     assert [starts(system) for _ in range(4)][-1] == once
+
+
+def test_a_start_once_that_ended_before_it_was_known_to_boot_is_told_once(system: System, machine: Machine) -> None:
+    number = system.clone()
+    answer = json.loads(machine.run("--json", "deploy", "--once", number).stdout)
+    assert answer["once"] is True
+    assert json.loads(machine.run("--json", "bless").stdout)["ended_once"] is None, "it is still to come"
+    assert starts(system) == answer["slot"]
+    assert json.loads(machine.run("--json", "bless").stdout)["ended_once"] == {"snapshot": number, "units": []}
+    assert json.loads(machine.run("--json", "bless").stdout)["ended_once"] is None
+    machine.run("deploy", "--once", number)
+    assert starts(system) == answer["slot"]
+    patch = f"ash.System.booted_slot = property(lambda self: {answer['slot']!r})"
+    machine.run("bless", patch=patch)
+    assert "was started once" not in machine.run("bless").stdout, "it did come up"
 
 
 def test_a_start_once_that_is_replaced_is_named(system: System, machine: Machine) -> None:
