@@ -23,6 +23,7 @@ def test_the_life_of_a_system(disk: Disk, boot: Boot) -> None:
     with boot(disk) as machine:
         machine.login()
         runs_snapshot(machine, 0)
+        assert said(machine, "systemctl show --value --property ConditionResult ldconfig") == "no", "caches are new"
         is_healthy(machine)
         install_from_the_archive(machine)
 
