@@ -159,9 +159,9 @@ def _require_free(path: Path, device: Device, minimum: int) -> None:
     if device.size < minimum:
         what = f"{path} has {host.gibibytes(device.size)}, and {host.gibibytes(minimum)} are needed"
         raise AshError(what, "use a larger one", REFUSED)
+    if any("/" in one.mounted for one in device):
+        raise AshError(f"the running system is on {path}", "use another disk", REFUSED)
     for one in device:
-        if "/" in one.mounted:
-            raise AshError(f"the running system is on {path}", "use another disk", REFUSED)
         if use := one.use():
             raise AshError(f"{path} is in use: {one.path} is {use}", "stop that first, or use another disk", REFUSED)
     try:
