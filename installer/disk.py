@@ -88,6 +88,12 @@ def new_serial() -> str:
     return f"{secrets.token_hex(2)}-{secrets.token_hex(2)}".upper()
 
 
+def flush(node: Path) -> None:
+    """Write what was written to a device node; ash itself reads and writes the image behind a loop device."""
+    with node.open("rb") as device:
+        os.fsync(device.fileno())
+
+
 @dataclass(frozen=True)
 class Target:
     """The device nodes of a new system, and the uuids of its file systems.
@@ -117,6 +123,7 @@ class Target:
             # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
             serial = self.efi_uuid.replace("-", "")
             run(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
+            flush(self.efi)
         run(["mkfs.btrfs", "--quiet", "--force", "--label", "ash", "--uuid", self.root_uuid, self.root])
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
@@ -158,6 +165,7 @@ class EfiFiles:
                 run(["mcopy", "-n", "-i", self.node, f"::{name}", copy])
                 if not filecmp.cmp(source, copy, shallow=False):  # on a full partition mcopy 4.0.32 ends with 0
                     raise AshError(f"the EFI partition {self.node} is full", "delete what nobody needs there")
+        flush(self.node)
 
 
 @contextmanager
