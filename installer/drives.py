@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ash import MISSING, REFUSED, USAGE, AshError, one_line, run
 from installer import host
-from installer.disk import BIOS_BOOT_TYPE, EFI_TYPE, MIB, SECTOR
+from installer.disk import BIOS_BOOT_TYPE, EFI_SIZE, EFI_TYPE, MIB, SECTOR
 
 # Without NAME, lsblk lists partitions beside their disks, not in them.
 COLUMNS = "NAME,PATH,TYPE,SIZE,MODEL,FSTYPE,FSVER,LABEL,UUID,MOUNTPOINTS,RO,PTTYPE,PARTTYPE"
@@ -85,7 +85,7 @@ def devices() -> list[Device]:
 
 def disks() -> list[Device]:
     """The disks on which a system could be."""
-    return [device for device in devices() if device.kind == "disk" and device.size]
+    return [device for device in devices() if device.kind == "disk" and device.size > EFI_SIZE]
 
 
 def require_disk(path: Path) -> Device:
