@@ -4095,9 +4095,8 @@ class EfiPartition:
     def _opened(self) -> Iterator[Path | str]:
         """The partition's directory, or if Linux has no FAT, its name for mtools."""
         device, start = self._place()
-        mounted = [one.target for one in mounts() if one.kind == "vfat" and self._is_node_of(one, device)]
-        if mounted:
-            yield Path(mounted[-1])
+        if mounted := self._mounted_at(device):
+            yield Path(mounted)
             return
         with ExitStack() as stack:
             node = device
@@ -4122,9 +4121,13 @@ class EfiPartition:
 
     def readonly_at(self) -> str:
         """Where the partition is mounted read-only, as Linux does after an error on it; empty if it is not."""
-        device, _ = self._place()
-        mounted = [one.target for one in mounts() if one.kind == "vfat" and self._is_node_of(one, device)]
-        return mounted[-1] if mounted and os.statvfs(mounted[-1]).f_flag & os.ST_RDONLY else ""
+        mounted = self._mounted_at(self._place()[0])
+        return mounted if mounted and os.statvfs(mounted).f_flag & os.ST_RDONLY else ""
+
+    def _mounted_at(self, device: Path) -> str:
+        """Where a partition is mounted, by the newest mount; empty if it is not."""
+        targets = [one.target for one in mounts() if one.kind == "vfat" and self._is_node_of(one, device)]
+        return targets[-1] if targets else ""
 
     @staticmethod
     def _is_node_of(one: Mount, device: Path) -> bool:
@@ -12174,16 +12177,19 @@ def place_of_copies(deployment: Deployment) -> str:
     return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
 
 
+def trials_of(system: System) -> Trials:
+    """What GRUB counts, for who only asks."""
+    return Trials(GrubNotes(system.layout, system.image), system.configuration)
+
+
 def deployed_reply(
     system: System, deployment: Deployment, changed: bool, in_memory: Sequence[str] | None = None
 ) -> Reply:
     """The answer of a command that deploys; `in_memory` is the drift of a snapshot that runs as it is."""
     number = deployment.snapshot
     where = "has an entry in the boot menu" if deployment.slot in SECONDARY_SLOTS else "starts at the next boot: reboot"
-    notes = GrubNotes(system.layout, system.image)
-    if deployment.slot not in SECONDARY_SLOTS and (
-        once := Trials(notes, system.configuration).next_once(system.menu())
-    ):
+    is_default = changed and deployment.slot not in SECONDARY_SLOTS
+    if is_default and (once := trials_of(system).next_once(system.menu())):
         where = f"starts at the boot after the next one: before, snapshot {once.snapshot} is started once"
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
@@ -15476,14 +15482,13 @@ def booted_text(booted: int | str | None, snapshot: int | None) -> str:
 )  # fmt: skip
 def cmd_status(system: System, request: Request) -> Reply:
     menu, current, booted = system.menu(), system.current, system.booted
-    notes = GrubNotes(system.layout, system.image)
-    trials = Trials(notes, system.configuration)
+    trials = trials_of(system)
     default, once = menu.deployments.get(menu.default), trials.next_once(menu)
     secondary = [one for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS]
     work = [path for path in sorted(system.layout.work("").iterdir()) if (path / "intent").exists()]
     running = {path.name: holder_of(path / "lock") for path in work if is_held(path / "lock")}
     unmerged, upgraded = unmerged_directories(system.layout), last_upgrade(system)
-    failure, has_fallback, is_root = fallback_of(system), notes.counts, system.sees_snapshots
+    failure, has_fallback, is_root = fallback_of(system), trials.notes.counts, system.sees_snapshots
     trial = menu.on_trial if has_fallback else None
     left = trials.left(trial) if trial and is_root else None
     then = menu.fallback if left == 0 else default
