@@ -65,6 +65,7 @@ ESCAPE = re.compile(
 )
 HIGHLIGHTED = re.compile(r"\x1b\[\d+;\d+H\*([^\x1b\r\n]+)")
 # What GRUB's menu says while it waits.
+MENU_HELP = "which entry is highlighted"
 COUNTDOWN = r"highlighted entry will be executed automatically"
 # Where a boot can end instead of at the login prompt.
 DEAD_ENDS = r"Kernel panic - not syncing|\(initramfs\) |grub rescue> |grub> |emergency mode|No bootable device"
@@ -427,7 +428,9 @@ class Machine:
         Raises:
             MachineError: no entry matches; the message lists the titles.
         """
-        self.expect("which entry is highlighted", timeout)
+        self.expect(MENU_HELP, timeout)
+        # A key pressed before GRUB has drawn this menu would be judged by the one before, and move on after the choice.
+        self._await_change("", 10 * MENU_SECONDS)
         seen = [self._press("\x01")]
         while not _is_chosen(seen, title):
             below = self._press("\x0e", 10 * MENU_SECONDS)  # the machine may be slow; this also tells the last entry
@@ -446,15 +449,22 @@ class Machine:
         """
         before = self._highlighted()
         self.send(key)
+        return self._await_change(before, seconds)
+
+    def _await_change(self, before: str, seconds: float) -> str:
+        """Wait until GRUB highlights another title than `before`, at most so long. Returns what it highlights."""
         deadline = time.monotonic() + seconds
         while self._highlighted() == before and time.monotonic() < deadline:
             time.sleep(MENU_SECONDS / 10)
         return self._highlighted()
 
     def _highlighted(self) -> str:
-        """The title that GRUB highlighted last, by the star in front of it."""
+        """The title that GRUB highlighted last in the menu on the screen, by the star in front of it.
+
+        GRUB prints the help before the entries.
+        """
         with self._arrived:
-            titles = HIGHLIGHTED.findall(self._raw)
+            titles = HIGHLIGHTED.findall(self._raw, max(self._raw.rfind(MENU_HELP), 0))
         return titles[-1].rstrip() if titles else ""
 
     def _skip_output(self) -> None:
