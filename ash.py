@@ -3725,6 +3725,10 @@ class BootEntry(NamedTuple):
         return cls(" ".join(fields.get("linux", [])), initrds, " ".join(fields.get("options", [])))
 
 
+def no_kernel() -> AshError:
+    return AshError("there is no kernel that GRUB can boot", "install a kernel package")
+
+
 class BootConfig(NamedTuple):
     """What ash takes from the output of a snapshot's own mkconfig."""
 
@@ -3750,7 +3754,7 @@ class BootConfig(NamedTuple):
             entries = (BootEntry.of_specification(one, variables) for one in specified)
             entry = next((one for one in entries if one.is_usable), None)
         if entry is None:
-            raise AshError("there is no kernel that GRUB can boot", "install a kernel package")
+            raise no_kernel()
         sections = re.findall(r"^### BEGIN (\S+) ###\n(.*?)^### END \1 ###$", text, re.MULTILINE | re.DOTALL)
         linux = next((n for n, (name, _) in enumerate(sections) if re.search(LINUX_SECTION, name)), 0)
         first = re.search(LINUX_ENTRY, sections[linux][1]) if sections else None
@@ -3789,6 +3793,13 @@ def unusable_boot_files(root: Path, config: BootConfig) -> list[str]:
         return target.is_relative_to(root.resolve()) and size_of(target) > 0
 
     return [name for name in (config.kernel, *config.initrds) if not is_usable(root / "boot" / name)]
+
+
+def require_usable(root: Path, config: BootConfig) -> None:
+    """Raise AshError if GRUB cannot load what a boot configuration names."""
+    if unusable := unusable_boot_files(root, config):
+        what = "missing, empty, or a symlink that leads out of the snapshot"
+        raise AshError(f"GRUB cannot load {listed(unusable)}: {what}")
 
 
 def specified_entries(root: Path) -> list[Path]:
@@ -4863,9 +4874,7 @@ def made_by_mkconfig(root: Path, *, layout: Layout, tools: BootTools) -> BootCon
     made = made.replace(f"/{root.name}/", MADE_IN)
     config = BootConfig.parse(made, [read_text(path) for path in specified_entries(root)])
     require_readable(root, config, tools)
-    if unusable := unusable_boot_files(root, config):
-        what = "missing, empty, or a symlink that leads out of the snapshot"
-        raise AshError(f"GRUB cannot load {listed(unusable)}: {what}")
+    require_usable(root, config)
     return config
 
 
@@ -9240,6 +9249,16 @@ def require_init(root: Path, options: str) -> None:
         raise AshError("it has no /sbin/init", "install an init system")
 
 
+def require_startable(root: Path) -> None:
+    """Raise AshError if a snapshot lacks what every deployment needs, as far as that is known without mkconfig."""
+    if not kernels_of(root):
+        raise no_kernel()
+    config = boot_record(root)[1]
+    if config:
+        require_usable(root, config)
+    require_init(root, config.options if config else "")
+
+
 def configure(
     root: Path, deployment: Deployment, changed: Sequence[str], *, layout: Layout, distro: Distro, menu: Menu
 ) -> Deployment:
@@ -9267,6 +9286,10 @@ def hint_about(distro: Distro, snapshot: int, paths: Iterable[str]) -> str:
     """What to do if a deployment cannot be made: what it got from the running /etc may be wrong. Empty if not."""
     names = [f"/etc/{path}" for path in sources_of_boot(distro, paths)]
     return f"correct {listed(names)} of the running system, or ash deploy {snapshot} --fresh-etc" if names else ""
+
+
+def cannot_be_booted(snapshot: int, error: AshError, hint: str = "") -> AshError:
+    return AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint or error.hint, error.status)
 
 
 class Carry(NamedTuple):
@@ -9870,10 +9893,9 @@ class Deployments:
         except AshError as error:
             self._forget_conflicts(deployment)
             hint = hint_about(self.distro, snapshot, deployment.carried)
-            if error.status != USAGE:
-                raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint or error.hint) from None
-            hint = "; ".join(filter(None, [error.hint, hint]))  # a wrong value: which ones are right
-            raise AshError(f"snapshot {snapshot} cannot be booted: {error.message}", hint, USAGE) from None
+            if error.status == USAGE:  # a wrong value: which ones are right
+                hint = "; ".join(filter(None, [error.hint, hint]))
+            raise cannot_be_booted(snapshot, error, hint) from None
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
         return deployment._replace(own_etc=etc_state(new / "etc"))
 
@@ -12279,6 +12301,11 @@ def cmd_deploy(system: System, request: Request) -> Plan:
         require_countdown(system)
     elif not (request.secondary or request.force):
         require_not_bad(system, number)
+    if request.dry_run:
+        try:
+            require_startable(system.layout.rootfs(number))
+        except AshError as error:
+            raise cannot_be_booted(number, error) from None
     yield would(f"{'start snapshot' if request.once else 'deploy snapshot'} {number}{' once' if request.once else ''}")
     with step(f"deploying snapshot {number}"):
         options = {"secondary": request.secondary or request.once, "force": request.force}

@@ -122,10 +122,19 @@ def test_tries_and_timeout_are_configured(system: System, machine: Machine, line
     assert f"ash.trial={2 if 'timeout' in lines else 10} panic=" in system.files.grub_cfg.read_text()
 
 
-def test_a_snapshot_without_init_is_not_deployed(system: System, machine: Machine) -> None:
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("rm /usr/sbin/init", "it has no /sbin/init"),
+        ("rm -r /boot/vmlinuz-* /usr/lib/modules/*", "there is no kernel that GRUB can boot"),
+    ],
+)
+def test_what_cannot_start_is_not_deployed(system: System, machine: Machine, script: str, message: str) -> None:
     number = system.clone()
-    system.shell(number, "rm /usr/sbin/init")
-    assert "it has no /sbin/init" in machine.run("deploy", number, status=FAILED).error
+    system.shell(number, script)
+    for options in ([], ["--dry-run"]):
+        error = machine.run(*options, "deploy", number, status=FAILED).error
+        assert f"snapshot {number} cannot be booted: {message}" in error
     system.is_sound()
 
 
