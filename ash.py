@@ -355,6 +355,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(OUR_FAILURE_IN_RUN)
 
 
+def await_end(child: int) -> None:
+    """Wait until a child has ended. Its id stays valid until waitpid(), even if Ctrl-C comes between the two."""
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+
 PRIVATE = Path("/run/ash")  # a tmpfs that only this process sees, once it has called private_mounts()
 
 
@@ -4558,17 +4563,17 @@ class Chroot(NamedTuple):
                 os.close(heard_in)
                 while piece := os.read(heard, 65536):
                     hear(piece)
-            _, status = os.waitpid(supervisor, 0)
+            await_end(supervisor)
         except BaseException:
             try:
                 os.kill(supervisor, STOP)
-                os.waitpid(supervisor, 0)
+                await_end(supervisor)
             except BaseException:  # a second Ctrl-C
                 os.kill(supervisor, signal.SIGKILL)
-                os.waitpid(supervisor, 0)
                 raise
             raise
         finally:
+            _, status = os.waitpid(supervisor, 0)
             if hear:
                 os.close(heard)
             said = os.read(problem, 65536).decode(errors="replace")
@@ -13518,6 +13523,7 @@ class Job:
         self.parent = parent
         self.process = 0
         self.result_pipe = -1
+        self.said = b""  # by its process: the result, in JSON
         self.output: BinaryIO | None = None  # of the process, if it is kept until its end
         self.started = 0.0
         self.change: Change | None = None
@@ -13625,13 +13631,28 @@ class JobPool:
             os._exit(0)
 
     def _end(self, job: Job) -> None:
-        with os.fdopen(job.result_pipe, errors="surrogateescape") as pipe:
-            text = pipe.read()
+        """Wait for the result of a job. If Ctrl-C comes meanwhile, this can be called again."""
+        import select
+
+        while not job.is_done:
+            select.select([job.result_pipe], [], [])  # signals are only heard here
+            with signals_held():
+                piece = os.read(job.result_pipe, 65536)
+                job.said += piece
+                if not piece:
+                    self._take_result(job)
+        self._show_output(job)
+
+    def _take_result(self, job: Job) -> None:
+        os.close(job.result_pipe)
         os.waitpid(job.process, 0)
-        result: dict[str, Any] = json.loads(text) if text else {"error": "it was killed"}
+        said = job.said.decode(errors="surrogateescape")
+        result: dict[str, Any] = json.loads(said) if said else {"error": "it was killed"}
         job.error, job.hint = result.get("error", ""), result.get("hint", "")
         job.change = Change(**result["change"]) if "change" in result else None
         self.system.done += [job.change] if job.change and job.change.changed else []
+
+    def _show_output(self, job: Job) -> None:
         if job.output:
             job.output.seek(0)
             if self.shown or console.verbose:

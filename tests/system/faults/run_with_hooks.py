@@ -4,6 +4,7 @@
 ash announces each step by the audit event `ash.step`. OPTIONS is a JSON object with any of
     "names": a file; the name of each step is appended to it;
     "interrupt": the name of a step; SIGINT is sent right after it;
+    "interrupt at an end": true; SIGINT is sent as soon as ash has seen that a child of it has ended, once;
     "kill": the number of a step (the first is 1), or a regular expression for its name; ash is killed before it;
     "after": a prefix of a step's name; "kill" by name ignores all steps before that one;
     "copies": a directory; before each step the disk image is copied to it (by reflink) as `NUMBER.img`. A copy has what
@@ -27,6 +28,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,25 @@ class Hooks:
             subprocess.run(argv, check=True)
 
 
+def interrupt_at_an_end() -> None:
+    """Have SIGINT arrive right after the first time that ash waits for a child: no audit event tells that."""
+    process, waits = os.getpid(), {name: getattr(os, name) for name in ("waitpid", "waitid")}
+
+    def waiting(wait: Callable[..., object]) -> Callable[..., object]:
+        def wait_then_interrupt(*arguments: int) -> object:
+            ended = wait(*arguments)
+            if os.getpid() == process:
+                for name, original in waits.items():
+                    setattr(os, name, original)
+                os.kill(process, signal.SIGINT)
+            return ended
+
+        return wait_then_interrupt
+
+    for name, wait in waits.items():
+        setattr(os, name, waiting(wait))
+
+
 def main() -> int:
     """Run ash with the rest of the command line."""
     options, sys.argv[1:] = json.loads(sys.argv[1]), sys.argv[2:]
@@ -112,6 +133,8 @@ def main() -> int:
         ash.System.booted_slot = property(lambda _: slot)  # type: ignore[method-assign,assignment]
     sys.addaudithook(Hooks(options, Path(sys.argv[sys.argv.index("--image") + 1])))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options.get("interrupt at an end"):
+        interrupt_at_an_end()
     if began := options.get("began"):
         Path(began).touch()
     return ash.main()

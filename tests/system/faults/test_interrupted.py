@@ -54,6 +54,14 @@ def test_after_ctrl_c_a_deleted_snapshot_is_gone(system: System, snapshot: int) 
         (system.files.state / "last").write_text(before)
 
 
+@pytest.mark.parametrize("words", [["run", "N", "true"], ["tree-run", "N", "true"]])
+def test_ctrl_c_as_a_program_ends_is_an_interruption(system: System, snapshot: int, words: list[str]) -> None:
+    ended = system.with_hooks({"interrupt at an end": True}, *(snapshot if word == "N" else word for word in words))
+    assert (ended.returncode, "No such process" in ended.stderr) == (INTERRUPTED, False), ended
+    assert not system.remains()
+    system.is_sound()
+
+
 @pytest.mark.parametrize("words", ["mutable", "undo"])
 def test_after_ctrl_c_an_exchanged_snapshot_keeps_its_undo(system: System, snapshot: int, words: str) -> None:
     system.shell(snapshot, "echo new > /etc/mark")
