@@ -1188,10 +1188,17 @@ class Layout:
         self.upstate = ash / "upstate"  # the last automatic upgrade: 0 or 1, when, what there is to say
         self.help = ash / "help"  # man page, completions and command table, rendered by the installer
         self.reserve, self.profiles, self.home_root = ash / "reserve", ash / "profiles", ash / "root"
+        self.unfinished = snapshots / "unfinished"  # the system's installation, or its removal, has not ended
 
     @classmethod
     def at(cls, top: Path, distro: str) -> Layout:
         return cls(top / f"@.snapshots_{distro}", distro, top)
+
+    @classmethod
+    def all_on(cls, top: Path) -> list[Layout]:
+        """Those of all systems on a file system whose top level is mounted, by id."""
+        prefix = cls.SUBVOLUMES[0]
+        return [cls.at(top, path.name.removeprefix(f"{prefix}_")) for path in sorted(top.glob(f"{prefix}_*"))]
 
     def volume_name(self, prefix: str) -> str:
         """A top-level subvolume's name, such as `@var_debian`."""
@@ -1202,6 +1209,11 @@ class Layout:
         if self.top is None:
             raise AshError(f"{self.volume_name(prefix)} is not mounted")
         return self.top / self.volume_name(prefix)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the system was installed, and its removal has not begun."""
+        return not self.unfinished.exists() and any(self.snapshots.iterdir())
 
     @property
     def var(self) -> Path:
@@ -2560,9 +2572,10 @@ LO_FLAGS_AUTOCLEAR = 4
 def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
     """Open the loop device that a part of an open file is attached to; -1 if there is none.
 
-    AshError (LOCKED) if another part is that overlaps. The EFI partition is while an ash has GRUB count.
+    AshError (LOCKED) if only another part is that overlaps. The EFI partition is while an ash has GRUB count, and the
+    whole disk is during an installation.
     """
-    file, (start, size) = os.fstat(disk), place
+    file, (start, size), other = os.fstat(disk), place, ""
     for entry in Path("/sys/block").glob("loop*/loop"):  # exists while the device is attached
         device = Path("/dev", entry.parent.name)
         with contextlib.suppress(OSError), open_descriptor(device, os.O_RDONLY) as loop:  # it was detached meanwhile
@@ -2573,7 +2586,9 @@ def opened_loop(disk: int, image: Path, place: tuple[int, int]) -> int:
                     return os.dup(loop)
                 if there >= start + size or (limit and there + limit <= start):
                     continue
-                raise AshError(f"{image} is attached as {device}", f"losetup --detach {device}", LOCKED)
+                other = str(device)
+    if other:
+        raise AshError(f"{image} is attached as {other}", f"losetup --detach {other}", LOCKED)
     return -1
 
 
@@ -2931,7 +2946,11 @@ ON_TRIAL_ONLY = """\
 ConditionKernelCommandLine=ash.trial
 ConditionPathExists=!/run/ash-good
 """
+# No program that keeps a processor busy can hold this one up, and if nothing else helps, the kernel itself restarts.
+URGENT = "chrt --fifo --pid 99 $$ 2> /dev/null"
+RESTART_AT_LAST = "sleep 60; echo b > /proc/sysrq-trigger"
 TRIAL_MINUTES = 'grep -Eo "ash[.]trial=[0-9]+" /proc/cmdline | tr -dc 0-9'
+TRIAL_COMMAND = f"{URGENT}; sleep $({TRIAL_MINUTES})m || exit; systemctl --force reboot & {RESTART_AT_LAST}"
 TRIAL_UNIT = f"""\
 [Unit]
 Description=Restart a new deployment that does not come up in time
@@ -2941,7 +2960,7 @@ Conflicts=shutdown.target
 Before=shutdown.target
 
 [Service]
-ExecStart=sh -c 'sleep $$({TRIAL_MINUTES})m && exec systemctl --force reboot'
+ExecStart=sh -c '{TRIAL_COMMAND.replace("$", "$$")}'
 """
 RESTART_UNIT = f"""\
 [Unit]
@@ -3101,10 +3120,12 @@ start)
 	[ -z "$minutes" ] || setsid --fork "$0" watch < /dev/null > /dev/null 2>&1
 	;;
 watch)
+	{URGENT}
 	seconds=$((minutes * 60))
 	while [ ! -e /run/ash-good ]; do
 		if [ "$seconds" -le 0 ] || pidof sulogin; then
-			reboot -f
+			reboot -f &
+			{RESTART_AT_LAST}
 		fi
 		sleep 1
 		seconds=$((seconds - 1))
@@ -4098,7 +4119,8 @@ class EfiPartition:
         disk.seek(start)
         return fat_uuid(disk.read(SECTOR)) == uuid
 
-    def _place(self) -> tuple[Path, int]:
+    def place(self) -> tuple[Path, int]:
+        """The partition, as find() returns it; AshError if it is missing, or there are several."""
         found = self.find(self.uuid)
         if len(found) == 1:
             return found[0]
@@ -4110,7 +4132,7 @@ class EfiPartition:
     @contextmanager
     def _opened(self) -> Iterator[Path | str]:
         """The partition's directory, or if Linux has no FAT, its name for mtools."""
-        device, start = self._place()
+        device, start = self.place()
         if mounted := self._mounted_at(device):
             yield Path(mounted)
             return
@@ -4137,7 +4159,7 @@ class EfiPartition:
 
     def readonly_at(self) -> str:
         """Where the partition is mounted read-only, as Linux does after an error on it; empty if it is not."""
-        mounted = self._mounted_at(self._place()[0])
+        mounted = self._mounted_at(self.place()[0])
         return mounted if mounted and os.statvfs(mounted).f_flag & os.ST_RDONLY else ""
 
     def _mounted_at(self, device: Path) -> str:
@@ -4949,6 +4971,26 @@ KEPT_MENUS = 5  # older grub.cfg files
 AGES = ("the last change", *(f"the last {number} changes" for number in range(2, KEPT_MENUS + 1)))
 
 
+GRUB_CFG_OF = "/@boot_{}/grub/grub.cfg"
+
+
+def grub_neighbours(layout: Layout, uuid: str) -> list[str]:
+    """GRUB's commands for an entry for each other system on this file system, whichever there are then: its menu."""
+    own = GRUB_CFG_OF.format(layout.distro)
+    return [
+        "insmod regexp",
+        f"for ash_menu in {GRUB_CFG_OF.format('*')}; do",  # the pattern itself, if nothing matches
+        f'    if [ "$ash_menu" != "{own}" -a -f "$ash_menu" ]; then',
+        f"        regexp --set=1:ash_system '{GRUB_CFG_OF.format('(.*)')}' \"$ash_menu\"",
+        '        menuentry "Another system: $ash_system" "$ash_menu" --id "ash-system-$ash_system" {',
+        f"            {grub_search(uuid)}",
+        '            configfile "$2"',
+        "        }",
+        "    fi",
+        "done",
+    ]
+
+
 def grub_submenus(layout: Layout, uuid: str) -> list[str]:
     """GRUB's commands for the submenus with all snapshots, and with the menus before this one."""
     earlier = []
@@ -4973,6 +5015,7 @@ def grub_submenus(layout: Layout, uuid: str) -> list[str]:
         f"    {grub_search(uuid)}",
         *earlier,
         "}",
+        *grub_neighbours(layout, uuid),
     ]
 
 
@@ -10212,7 +10255,7 @@ class System:
 
     @classmethod
     def _at(cls, top: Path, request: Request) -> System:
-        there = sorted(path.name.removeprefix("@.snapshots_") for path in top.glob("@.snapshots_*"))
+        there = [one.distro for one in Layout.all_on(top) if one.is_complete]
         if request.distro is None and len(there) > 1:
             raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
         if not there or (request.distro or there[0]) not in there:
@@ -12455,6 +12498,135 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
     if booted is None:
         raise AshError("no snapshot of this system is running", "", FAILED)
     return Reply({"slot": booted}, str(booted), str(booted))
+
+
+# --- Commands on the other systems of the machine --------------------------------------------------------------
+
+FIRMWARE = Path("/sys/firmware/efi")  # is there if the machine was started with UEFI
+WINDOWS = "Microsoft/Boot/bootmgfw.efi"  # below EFI/
+
+
+class FirmwareEntry(NamedTuple):
+    """An entry in the boot menu of UEFI firmware."""
+
+    number: str  # four hexadecimal digits
+    label: str
+    where: str  # the device path: a partition and a file, or something else
+
+    def starts(self, path: str, partition: str = "") -> bool:
+        """Whether it starts a file below EFI/, on a partition with that id in its table if one is given."""
+        return f"/EFI/{path}".replace("/", "\\").lower() in self.where.lower() and self.is_on(partition)
+
+    def is_on(self, partition: str) -> bool:
+        """Whether it starts from the partition with an id; in an MBR that is made of the disk's id and the number."""
+        if found := re.fullmatch(r"([0-9a-f]{8})-([0-9a-f]{2})", partition, re.IGNORECASE):
+            partition = f"HD({int(found[2], 16)},MBR,0x{found[1]}"
+        return partition.lower() in self.where.lower()
+
+
+class Firmware:
+    """The boot menu of UEFI firmware, which the program efibootmgr lists and changes.
+
+    Raises:
+        AshError (REFUSED): the machine was not started with UEFI, or the program is missing.
+    """
+
+    def __init__(self) -> None:
+        import shutil
+
+        if not FIRMWARE.is_dir():
+            raise AshError("this machine was not started with UEFI", "choose it in the boot menu", REFUSED)
+        if shutil.which("efibootmgr", path=SYSTEM_PATH) is None:
+            raise AshError("efibootmgr is not installed", "ash install N efibootmgr, deploy that", REFUSED)
+        self.read(run(["efibootmgr", "--verbose"]).stdout)
+
+    def read(self, text: str) -> None:
+        """Parse the output of efibootmgr."""
+        found = re.findall(r"^Boot([0-9A-F]{4})\*? (.*?)\t(.*)$", text, re.MULTILINE)
+        self.entries = [FirmwareEntry(*fields) for fields in found]
+        order = re.search(r"^BootOrder: ([0-9A-F,]+)$", text, re.MULTILINE)
+        self.order = order[1].split(",") if order else []
+
+    def find(self, path: str, partition: str = "") -> FirmwareEntry | None:
+        """The first entry that starts a file below EFI/; see FirmwareEntry.starts()."""
+        ranks = {number: rank for rank, number in enumerate(self.order)}
+        found = [entry for entry in self.entries if entry.starts(path, partition)]
+        return min(found, key=lambda entry: ranks.get(entry.number, len(ranks)), default=None)
+
+    def delete(self, entry: FirmwareEntry) -> None:
+        self.entries.remove(entry)
+        run(["efibootmgr", "--quiet", "--bootnum", entry.number, "--delete-bootnum"])
+
+    def put_first(self, entry: FirmwareEntry) -> None:
+        """Have the firmware start an entry from now on, and the others if it fails."""
+        order = [entry.number, *(number for number in self.order if number != entry.number)]
+        run(["efibootmgr", "--quiet", "--bootorder", ",".join(order)])
+
+
+def loader_of(ident: str) -> str:
+    """The boot loader of a system, below EFI/."""
+    return f"{ident}/shimx64.efi"
+
+
+def partition_id(node: Path) -> str:
+    """The id that a partition has in the partition table of its disk; firmware names it by that."""
+    return run(["blkid", "--probe", "--match-tag", "PART_ENTRY_UUID", "--output", "value", node]).stdout.strip()
+
+
+def add_firmware_entry(node: Path, ident: str, label: str) -> None:
+    """Add an entry for the boot loader of a system on an EFI partition, as the first one."""
+    directory = Path("/sys/class/block", node.name)
+    drive = Path("/dev", directory.resolve().parent.name)
+    number = read_text(directory / "partition").strip()
+    loader = f"/EFI/{loader_of(ident)}".replace("/", "\\")
+    where = ["--disk", str(drive), "--part", number, "--loader", loader]
+    run(["efibootmgr", "--quiet", "--create", *where, "--label", label])
+
+
+@command(
+    "dist", "distro", group=BOOT, usage="dist [NAME]", help="list the systems on this disk, or have another one start",
+    changes=True, words="words",
+    answer={"systems?": [{"id": str, "running": bool, "complete": bool}], "first?": str, "changed?": bool},
+)  # fmt: skip
+def cmd_dist(system: System, request: Request) -> Plan:
+    layout = system.layout
+    there = Layout.all_on(layout.top) if layout.top else [layout]
+    if not request.words:
+        running = layout.distro if system.running else ""
+        rows = [{"id": one.distro, "running": one.distro == running, "complete": one.is_complete} for one in there]
+        marks = {one.distro: "" if one.is_complete else "  not complete" for one in there}
+        lines = [f"{ident}{'  running' if ident == running else mark}" for ident, mark in marks.items()]
+        return Reply({"systems": rows}, "\n".join(lines))
+    name, complete = " ".join(request.words), [one.distro for one in there if one.is_complete]
+    if name not in complete:
+        hint = f"there are: {listed(complete)}"
+        raise AshError(f"there is no complete system {one_line(name)} on this disk", hint, MISSING)
+    if not system.running:
+        raise AshError("this is not the running system: its machine's firmware cannot be reached", "", REFUSED)
+    firmware = Firmware()
+    yield would(f"have the firmware start {name}")
+    node, _ = EfiPartition(layout).place()
+    if entry := firmware.find(loader_of(name), partition_id(node)):
+        firmware.put_first(entry)
+    else:
+        add_firmware_entry(node, name, f"{name} (ash)")
+    return Reply({"first": name, "changed": True}, f"{name} starts from the next boot on: reboot", name)
+
+
+@command(
+    "hide", group=BOOT, usage="hide", help="have Windows start at the next boot, and only then", changes=True,
+    answer={"changed": bool, "entry": str},
+)  # fmt: skip
+def cmd_hide(system: System, request: Request) -> Plan:
+    if not system.running:
+        raise AshError("this is not the running system: its machine's firmware cannot be reached", "", REFUSED)
+    entry = Firmware().find(WINDOWS)
+    if entry is None:
+        raise AshError("the firmware's boot menu has no Windows", "efibootmgr lists it", MISSING)
+    yield would(f"have the firmware start {one_line(entry.label)} once")
+    run(["efibootmgr", "--quiet", "--bootnext", entry.number])
+    label = one_line(entry.label)
+    return Reply({"changed": True, "entry": label}, f"{label} starts at the next boot, and only then: reboot")
 
 
 # --- Commands on trials ----------------------------------------------------------------------------------------

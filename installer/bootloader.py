@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Installs GRUB for BIOS and UEFI from the new system's own packages; both read the grub.cfg that ash writes.
 
-For UEFI these are the distribution's signed shim and GRUB, which boot with Secure Boot too. The signed GRUB reads
-`grub.cfg` from its distribution's directory on the EFI partition: a stub that loads ash's from the btrfs volume.
+For UEFI these are the distribution's signed shim and GRUB, which boot with Secure Boot too. Wherever the signed GRUB is
+on the EFI partition, it reads `grub.cfg` in one directory, fixed when it is built: a stub that loads ash's from the
+btrfs volume. Systems with the same GRUB share that stub; it first looks for one in the directory of the GRUB that runs.
 """
 
 import re
 import shutil
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from ash import AshError, BootTools, Layout, machine_chroot, run
+from ash import (
+    FIRMWARE,
+    REFUSED,
+    AshError,
+    BootTools,
+    Firmware,
+    Layout,
+    add_firmware_entry,
+    first_sector,
+    load_distro,
+    loader_of,
+    machine_chroot,
+    partition_id,
+    read_distro,
+)
+from installer import drives, neighbours
 from installer.disk import EfiFiles, Target
 
 # Named explicitly: grub-install takes the partition's loop device for a whole disk and would omit part_gpt.
@@ -18,6 +34,14 @@ BIOS_MODULES = "part_gpt part_msdos btrfs fat search_fs_uuid search_label"
 REMOVABLE = "EFI/BOOT"  # the firmware starts BOOTX64.EFI in there if it knows no entry for the disk
 BOOT_DIRECTORY = "mnt"  # where the boot volume is mounted for grub-install
 
+SHARED_DIRECTORY = "EFI/debian"
+SHARED = f"{SHARED_DIRECTORY}/grub.cfg"  # what the signed GRUB of Debian reads
+OWN = "ash.cfg"  # beside the GRUB that runs, where that is not the directory of the shared one
+FIND_OWN = f"""\
+if [ -f "$cmdpath/{OWN}" ]; then
+    configfile "$cmdpath/{OWN}"
+fi
+"""
 STUB = """\
 search.fs_uuid {uuid} root
 set prefix=($root)'/{volume}/grub'
@@ -26,11 +50,14 @@ configfile $prefix/grub.cfg
 
 SHIM = "usr/lib/shim/shimx64.efi.signed"
 MOK_MANAGER = "usr/lib/shim/mmx64.efi.signed"
-BOOT_ENTRY = "usr/lib/shim/BOOTX64.CSV"  # names the boot entry that shim's fallback.efi creates
 GRUB = "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"
 
 
-def install(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
+# Names the boot entry that shim's fallback.efi makes; UTF-16.
+BOOT_ENTRY = "shimx64.efi,{name},,This is the boot entry for {name}\n"
+
+
+def install(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools, *, name: str) -> None:
     """Make a disk bootable with BIOS, UEFI, or both.
 
     Args:
@@ -39,11 +66,12 @@ def install(layout: Layout, root: Path, target: Target, device: Path, tools: Boo
         target: the disk.
         device: the mounted device node of the root partition.
         tools: the boot tools of the distribution.
+        name: of the system, for people.
     """
     if target.bios:
         _install_bios(layout, root, target, device, tools)
     if target.efi:
-        _install_uefi(layout, root, target, EfiFiles(target.efi))
+        _install_uefi(layout, root, target, EfiFiles(target.efi), name)
 
 
 def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
@@ -51,30 +79,96 @@ def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tool
     machine_chroot(root, [*argv, str(target.drive)], binds={layout.boot_volume: BOOT_DIRECTORY, device: str(device)})
 
 
-def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles) -> None:
+def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, name: str) -> None:
     shutil.copytree(root / "usr/lib/grub/x86_64-efi", layout.boot_volume / "grub/x86_64-efi")
-    for name in (SHIM, MOK_MANAGER, BOOT_ENTRY, GRUB):
-        if not (root / name).is_file():
-            raise AshError(f"the new system has no /{name}", hint="install the packages of the signed GRUB and of shim")
-    with tempfile.NamedTemporaryFile("w", suffix=".cfg") as stub:
-        stub.write(STUB.format(uuid=target.root_uuid, volume=layout.volume_name("@boot")))
-        stub.flush()
-        programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
-        its_own = {"shimx64.efi": root / SHIM, "BOOTX64.CSV": root / BOOT_ENTRY, "grub.cfg": Path(stub.name)}
-        efi.add({f"EFI/{layout.distro}/{name}": path for name, path in {**programs, **its_own}.items()})
+    for program in (SHIM, MOK_MANAGER, GRUB):
+        if not (root / program).is_file():
+            hint = "install the packages of the signed GRUB and of shim"
+            raise AshError(f"the new system has no /{program}", hint)
+    directory, stub = f"EFI/{layout.distro}", _stub(layout, target)
+    programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
+    its_own = {**programs, "shimx64.efi": root / SHIM}
+    texts = {f"{directory}/BOOTX64.CSV": BOOT_ENTRY.format(name=name.replace(",", " ")).encode("utf-16")}
+    shared, is_shared = efi.read(SHARED), directory == SHARED_DIRECTORY
+    if not is_shared:
+        texts[f"{directory}/{OWN}"] = stub.encode()
+    if is_shared or not target.keeps_root or not shared:
+        texts[SHARED] = f"{FIND_OWN}{stub}".encode()
+    elif FIND_OWN not in shared:  # of an older ash
+        texts[SHARED] = f"{FIND_OWN}{shared}".encode()
+    efi.add({f"{directory}/{name}": path for name, path in its_own.items()})
+    efi.write(texts)
     if not efi.has(REMOVABLE):  # that of a neighbour stays
         removable = {**programs, "BOOTX64.EFI": root / SHIM}
         efi.add({f"{REMOVABLE}/{name}": path for name, path in removable.items()})
 
 
+def _stub(layout: Layout, target: Target) -> str:
+    return STUB.format(uuid=target.root_uuid, volume=layout.volume_name("@boot"))
+
+
+def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
+    """Raise AshError (REFUSED) if a new boot loader would replace that of another system on this machine.
+
+    Args:
+        efi: the EFI partition, which is kept.
+        ident: of the new system.
+        own: the UUIDs of the file systems whose boot loaders it may replace.
+    """
+    for path in dict.fromkeys([SHARED, f"EFI/{ident}/{OWN}"]):
+        found = re.search(r"^search\.fs_uuid (\S+)", efi.read(path), re.MULTILINE)
+        if found and found[1] not in own and found[1] in (one.uuid for disk in drives.devices() for one in disk):
+            what = f"{path} on the EFI partition starts another system of this machine, on the file system {found[1]}"
+            raise AshError(what, "use an EFI partition of its own, or --mode 1, which wipes this one", REFUSED)
+
+
+def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path) -> None:
+    """Remove the boot loader of a system; the machine starts one of the others then.
+
+    Args:
+        gone: the system's layout; its files are still there.
+        others: those of the systems that stay.
+        target: the disk.
+        device: the mounted device node of the root partition.
+    """
+    heir = others[0] if others else None
+    if heir and b"GRUB" in first_sector(target.drive):
+        tools = load_distro(read_distro(heir.distro_file)[1]).boot_tools
+        with neighbours.writable_copy(heir) as root:
+            _install_bios(heir, root, target, device, tools)
+    if target.efi:
+        if FIRMWARE.is_dir() and not target.image:
+            _delete_boot_entries(gone.distro, partition_id(target.efi))
+        _remove_uefi(gone, heir, target, EfiFiles(target.efi))
+
+
+def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFiles) -> None:
+    directory = f"EFI/{gone.distro}"
+    if heir and f"/{gone.volume_name('@boot')}/" in efi.read(SHARED):
+        efi.write({SHARED: f"{FIND_OWN}{_stub(heir, target)}".encode()})
+    if heir and directory == SHARED_DIRECTORY:
+        for name in ("grubx64.efi", "mmx64.efi", "shimx64.efi", "BOOTX64.CSV"):
+            efi.delete(f"{directory}/{name}")
+    else:
+        efi.delete(directory)
+    efi.delete(f"ash/{gone.distro}")
+
+
 def add_boot_entry(target: Target, label: str, distro: str) -> None:
-    """Have this machine's UEFI firmware start the new system first; earlier entries with this label are deleted."""
+    """Have this machine's UEFI firmware start the new system first; its earlier entries are deleted.
+
+    So are those of systems with that id whose partition is not there any more.
+    """
     assert target.efi
-    entry = re.compile(rf"^Boot([0-9A-F]{{4}})\*? {re.escape(label)}(?:\t|$)", re.MULTILINE)
-    for number in entry.findall(run(["efibootmgr"]).stdout):
-        run(["efibootmgr", "--quiet", "--bootnum", number, "--delete-bootnum"])
-    directory = Path("/sys/class/block") / target.efi.resolve().name
-    drive = f"/dev/{directory.resolve().parent.name}"  # the root's may be another one
-    part = (directory / "partition").read_text().strip()
-    where = ["--disk", drive, "--part", part, "--loader", f"\\EFI\\{distro}\\shimx64.efi"]
-    run(["efibootmgr", "--quiet", "--create", *where, "--label", label])
+    there = [one.partition_id for disk in drives.devices() for one in disk if one.partition_id]
+    _delete_boot_entries(distro, partition_id(target.efi), there)
+    add_firmware_entry(target.efi, distro, label)
+
+
+def _delete_boot_entries(distro: str, partition: str, there: Sequence[str] = ()) -> None:
+    """Delete the firmware's entries for a system on a partition, or if `there` is given, on none of these."""
+    firmware = Firmware()
+    for entry in list(firmware.entries):
+        is_left_over = there and "HD(" in entry.where and not any(map(entry.is_on, there))
+        if entry.starts(loader_of(distro), "" if is_left_over else partition):
+            firmware.delete(entry)

@@ -2,6 +2,7 @@
 """The installer's command line: install on a disk, make an image, boot it, try it out."""
 
 import argparse
+import itertools
 import os
 import shlex
 import signal
@@ -10,31 +11,35 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn, Self
 
-from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, require_raw
-from installer import disk, host, install, machine, tour
-from installer.distribution import Settings, Source
+from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
+from installer import disk, host, install, machine, removal, tour
+from installer.distribution import Identity, Settings, Source
 
 EXAMPLES = """\
 examples:
   python3 init.py try                          make an image, boot it, and show what ash does
   python3 init.py --disk /dev/sda              install on a disk of this machine
   python3 init.py /dev/sda2 /dev/sda /dev/sda1 --mode 2    ... on a partition, beside another system
+  python3 init.py /dev/sda2 /dev/sda /dev/sda1 debian_2 "Work" --mode 3    ... on a file system that has one
   python3 init.py --image ashos.img            make an image
+  python3 init.py remove debian_2 /dev/sda2    remove one of several systems
   python3 init.py boot ashos.img --uefi        boot it in this terminal
   python3 init.py --make-rootfs root.tar       make a root once ...
   python3 init.py --image a.img --rootfs root.tar    ... for any number of images, without a network
 """
 PROGRAM = "python3 init.py"
 FORMS = (
-    "/dev/<root> /dev/<drive> [/dev/<efi>] [options]",
+    '/dev/<root> /dev/<drive> [/dev/<efi>] [id] ["name"] [options]',
     "--disk DEVICE [options]",
     "--image FILE [options]",
+    "remove ID DEVICE|FILE [--last] [--yes]",
     "boot FILE [--uefi] [--snapshot]",
     "try [FILE] [--tour] [--uefi]",
 )
 SEE_HELP = f"see `{PROGRAM} --help`"
+DEFAULT_ID = "debian"
 DEFAULT_IMAGE = Path("ashos.img")
 DEFAULT_SIZE = "8G"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -64,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
-        command = {"boot": _boot, "try": _try}.get(words[0] if words else "")
+        command = {"boot": _boot, "try": _try, "remove": _remove}.get(words[0] if words else "")
         return command(words[1:]) if command else _make(words)
     except (machine.MachineError, OSError) as error:
         print(f"init.py: {error}", file=sys.stderr)
@@ -92,63 +97,102 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 def _make(words: Sequence[str]) -> int:
     args = _make_parser().parse_args(words)
-    if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.places)].count(True) != 1:
+    if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True) != 1:
         raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
-    if args.places and not 2 <= len(args.places) <= 3:
-        hint = f"{PROGRAM} /dev/<root> /dev/<drive> [/dev/<efi>]"
-        raise AshError("name the partition of the root, its drive, and with UEFI the EFI partition", hint, USAGE)
+    named = _Words.of(args.words)
+    if args.image and args.mode not in (None, "3"):
+        raise AshError("an image is made anew, or --mode 3 adds a system to it", "there is no other mode", USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
-    source = Source(args.release or Source.release, args.mirror, tuple(args.package), args.rootfs)
-    new = install.Installation(source, _settings(args))
+    new = install.Installation(_source(args), _settings(args), _identity(args, named))
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, new, force=args.force)
         next_command = f"--image {DEFAULT_IMAGE} --rootfs {shlex.quote(str(made.path))}"
         _report(made, f"{host.gibibytes(made.path.stat().st_size)}", [next_command])
-    elif args.disk or args.places:
+    elif args.image:
+        _make_image(args, new)
+    else:
         agree = partial(_agree, yes=args.yes)
         if args.disk:
             made = install.install_on_disk(args.disk, new, agree)
         else:
-            made = install.install_on_partitions(_places(args), new, agree)
+            made = install.install_on_partitions(_places(named.devices, args), new, agree)
         print(f"{made.path}: {made.system}; log in {made.log}")
         print("Remove the live medium, and reboot.")
-    else:
-        size = disk.parse_size(args.size)
-        made = install.make_image(args.image, size, new, force=args.force)
-        taken = host.gibibytes(made.path.stat().st_blocks * 512)
-        what = f"a disk of {host.gibibytes(size)} ({taken} in use) that boots with BIOS and UEFI"
-        path = shlex.quote(str(made.path))
-        _report(made, what, [f"boot {path}", f"try {path}"])
     return 0
 
 
-def _places(args: argparse.Namespace) -> install.Places:
+def _make_image(args: argparse.Namespace, new: install.Installation) -> None:
+    path = shlex.quote(str(args.image))
+    next_commands = [f"boot {path}", f"try {path}"]
+    if args.mode == "3":
+        _report(install.add_to_image(args.image, new), f"added as {new.identity.id}", next_commands)
+        return
+    size = disk.parse_size(args.size)
+    made = install.make_image(args.image, size, new, force=args.force)
+    taken = host.gibibytes(made.path.stat().st_blocks * 512)
+    what = f"a disk of {host.gibibytes(size)} ({taken} in use) that boots with BIOS and UEFI"
+    _report(made, what, next_commands)
+
+
+def _source(args: argparse.Namespace) -> Source:
+    return Source(args.release or Source.release, args.mirror, tuple(args.package), args.rootfs)
+
+
+class _Words(NamedTuple):
+    """The words of the form with partitions."""
+
+    devices: Sequence[Path] = ()
+    id: str = ""
+    name: str = ""
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Self:
+        """Tell devices from what follows them: they are paths. AshError (USAGE) if there are too few or too many."""
+        devices = list(itertools.takewhile(lambda word: "/" in word, words))
+        rest = words[len(devices) :]
+        if words and not (2 <= len(devices) <= 3 and len(rest) <= 2):
+            what = "name the partition of the root, its drive, with UEFI the EFI partition, and then an id and a name"
+            raise AshError(what, f'{PROGRAM} /dev/<root> /dev/<drive> [/dev/<efi>] [id] ["name"]', USAGE)
+        return cls([Path(word) for word in devices], *rest)
+
+
+def _identity(args: argparse.Namespace, named: _Words) -> Identity:
+    """What the system is called: by default as the live system, but an image can be made anywhere."""
+    if args.id and named.id:
+        raise AshError(f"{named.id} and --id {args.id} both name the system", "leave one out", USAGE)
+    default = os_release(Path("/"), "ID") if args.disk or named.devices else DEFAULT_ID
+    return Identity.of(named.id or args.id or default, named.name or args.name)
+
+
+def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places:
     """The partitions that the command line names."""
-    root, drive, *rest = [Path(word) for word in args.places]
+    root, drive, *rest = devices
     efi = rest[0] if rest else None
     modes = {
-        "1": "make new file systems for the root and EFI",
-        "2": "make a new one for the root, and keep that of EFI",
+        install.Mode.NEW: "make new file systems for the root and EFI; all that is on them is lost",
+        install.Mode.KEEP_EFI: "make a new one for the root, and keep that of EFI",
+        install.Mode.ADD: "keep both, and add the system to those on the root's",
     }
-    mode = args.mode or (None if efi else "1")
-    while mode not in modes:
+    known = [mode.value for mode in modes]
+    answer = args.mode
+    while answer not in known:
         if args.yes or not sys.stdin.isatty():
-            raise AshError("it is not clear what happens to the EFI partition", "--mode 1 or --mode 2 says so", USAGE)
-        print(*(f"  {key}  {text}" for key, text in modes.items()), sep="\n")
-        mode = input("1 or 2? ").strip()
-    return install.Places(root, drive, efi, keep_efi=mode == "2")
+            raise AshError("it is not clear what happens to the file systems", "--mode 1, 2 or 3 says so", USAGE)
+        print(*(f"  {mode.value}  {text}" for mode, text in modes.items()), sep="\n")
+        answer = input("1, 2 or 3? ").strip()
+    return install.Places(root, drive, efi, install.Mode(answer))
 
 
 def _agree(name: str, losses: Sequence[install.Loss], *, yes: bool) -> None:
     """Show what happens to the disk with a name; raise AshError unless the user agrees."""
     print("This will happen:")
-    for device, text in losses:
-        print(f"  {device.path} ({device.what()}): {text}")
+    for where, text in losses:
+        print(f"  {where}: {text}")
     if yes:
         return
     if not sys.stdin.isatty():
-        raise AshError("there is no terminal to ask on", "--yes installs without asking", USAGE)
+        raise AshError("there is no terminal to ask on", "--yes goes on without asking", USAGE)
     if input(f"Type {name} to go on: ").strip() != name:
         raise AshError("nothing was changed", f"only the answer {name} goes on", REFUSED)
 
@@ -197,11 +241,16 @@ def _make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=ASH_VERSION)
     result = parser.add_argument_group("what to make")
-    result.add_argument("places", nargs="*", metavar="DEVICE", help="partition of the root, drive, EFI partition")
+    result.add_argument(
+        "words", nargs="*", metavar="WORD", help="partition of the root, drive, EFI partition, id, name"
+    )
     result.add_argument("--disk", type=Path, metavar="DEVICE", help="a whole disk of this machine, such as /dev/sda")
     result.add_argument("--image", type=Path, metavar="FILE", help="a disk image")
     result.add_argument("--make-rootfs", type=Path, metavar="TAR", help="a tar file of a root, for --rootfs")
-    parser.add_argument("--mode", choices=["1", "2"], help="1: a new file system for EFI too; 2: keep that")
+    modes = "1: new file systems for root and EFI; 2: for the root; 3: for neither, the system is added to those there"
+    parser.add_argument("--mode", choices=[mode.value for mode in install.Mode], help=modes)
+    parser.add_argument("--id", metavar="ID", help="of the system: debian, or debian_2 for a second one beside it")
+    parser.add_argument("--name", default="", help="of the system, for boot menus")
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
@@ -241,6 +290,20 @@ def _boot(words: Sequence[str]) -> int:
     return machine.boot_interactively(args.image, uefi=args.uefi, snapshot=args.snapshot)
 
 
+def _remove(words: Sequence[str]) -> int:
+    parser = Parser(prog=f"{PROGRAM} remove", description="Remove one of the systems that share a file system.")
+    parser.add_argument("id", metavar="ID", help="of the system, as `ash dist` lists it")
+    parser.add_argument("place", type=Path, metavar="DEVICE|FILE", help="the partition of its root, or a disk image")
+    parser.add_argument("--last", action="store_true", help="also the last system there")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    args = parser.parse_args(words)
+    if not args.place.exists():
+        raise AshError(f"{args.place} does not exist", "name the partition of the root, or a disk image", MISSING)
+    removal.remove(args.place, args.id, partial(_agree, yes=args.yes), even_last=args.last)
+    print(f"{args.id} is removed from {args.place}")
+    return 0
+
+
 def _try(words: Sequence[str]) -> int:
     parser = Parser(prog=f"{PROGRAM} try", description="Show what ash does, in a virtual machine.")
     parser.add_argument("image", type=Path, nargs="?", default=DEFAULT_IMAGE, metavar="FILE", help="created if missing")
@@ -248,7 +311,11 @@ def _try(words: Sequence[str]) -> int:
     parser.add_argument("--uefi", action="store_true", help="boot with UEFI instead of BIOS")
     args = parser.parse_args(words)
     if not args.image.exists():
-        install.make_image(args.image, disk.parse_size(DEFAULT_SIZE), install.Installation(Source(), Settings()))
+        install.make_image(
+            args.image,
+            disk.parse_size(DEFAULT_SIZE),
+            install.Installation(Source(), Settings(), Identity.of(DEFAULT_ID)),
+        )
     require_raw(args.image)
     if args.tour or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return tour.tour(args.image, uefi=args.uefi)

@@ -8,6 +8,7 @@ is filled by mtools, because not every kernel has vfat.
 import contextlib
 import fcntl
 import filecmp
+import json
 import os
 import re
 import secrets
@@ -17,16 +18,16 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ash import LOCKED, USAGE, AshError, attach_disk, mount_top, open_new_loop, run
+from ash import LOCKED, USAGE, AshError, attach_disk, btrfs_partition, mount_top, open_new_loop, private_mounts, run
 from installer import host
 
 MIB = 2**20
 SECTOR = 512
-BLKRRPART, BLKSSZGET = 0x125F, 0x1268  # <linux/fs.h>
+BLKRRPART, BLKFLSBUF, BLKSSZGET = 0x125F, 0x1261, 0x1268  # <linux/fs.h>
 NODE_SECONDS = 30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -89,9 +90,13 @@ def new_serial() -> str:
 
 
 def flush(node: Path) -> None:
-    """Write what was written to a device node; ash itself reads and writes the image behind a loop device."""
+    """Write what was written to a device node, and read it anew next time.
+
+    ash itself reads and writes the image behind a loop device.
+    """
     with node.open("rb") as device:
         os.fsync(device.fileno())
+        fcntl.ioctl(device, BLKFLSBUF)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,9 @@ class Target:
         root: the partition of the root.
         efi: the EFI partition; None if there is none.
         image: the image that they are in.
+        root_uuid: of the root's file system.
         efi_uuid: the serial number of the EFI file system.
+        keeps_root: the root's partition has a btrfs file system with other systems, which is kept.
         keeps_efi: the EFI partition has a file system, which is kept.
         bios: whether GRUB is installed for the BIOS.
     """
@@ -114,21 +121,33 @@ class Target:
     image: Path | None = None
     root_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     efi_uuid: str = field(default_factory=new_serial)
+    keeps_root: bool = False
     keeps_efi: bool = False
     bios: bool = True
 
     def format(self) -> None:
-        """Write empty file systems."""
+        """Write empty file systems, except where one is kept."""
         if self.efi and not self.keeps_efi:
             # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
             serial = self.efi_uuid.replace("-", "")
             run(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
             flush(self.efi)
-        run(["mkfs.btrfs", "--quiet", "--force", "--label", "ash", "--uuid", self.root_uuid, self.root])
+        if not self.keeps_root:
+            run(["mkfs.btrfs", "--quiet", "--force", "--label", "ash", "--uuid", self.root_uuid, self.root])
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
         return attach_disk(stack, self.image) if self.image else (mount_top(self.root), self.root)
+
+    @contextmanager
+    def seen(self) -> Iterator[Path]:
+        """Mount the top level of a file system that is kept, read-only, for the block."""
+        private_mounts()
+        top = mount_top(self.root, readonly=True)
+        try:
+            yield top
+        finally:
+            run(["umount", top])
 
 
 class EfiFiles:
@@ -140,10 +159,30 @@ class EfiFiles:
 
     def __init__(self, node: Path) -> None:
         self.node = node
+        flush(node)
 
-    def has(self, directory: str) -> bool:
-        """Whether there is a directory."""
-        return run(["mdir", "-b", "-i", self.node, f"::{directory}"], check=False).returncode == 0
+    def has(self, path: str) -> bool:
+        """Whether there is a file or directory."""
+        return run(["mdir", "-b", "-i", self.node, f"::{path}"], check=False).returncode == 0
+
+    def read(self, name: str) -> str:
+        """The text of a file; empty if it is missing."""
+        found = run(["mtype", "-i", self.node, f"::{name}"], check=False)
+        return "" if found.returncode else found.stdout
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or a directory with all that is in it; it may be missing."""
+        if self.has(path):
+            run(["mdeltree", "-i", self.node, f"::{path}"])
+            flush(self.node)
+
+    def write(self, texts: Mapping[str, bytes]) -> None:
+        """Write files; see add()."""
+        with tempfile.TemporaryDirectory() as scratch:
+            files = {name: Path(scratch, str(number)) for number, name in enumerate(texts)}
+            for name, file in files.items():
+                file.write_bytes(texts[name])
+            self.add(files)
 
     def add(self, files: Mapping[str, Path]) -> None:
         """Copy files to the partition.
@@ -180,6 +219,31 @@ def target_in(image: Path) -> Iterator[Target]:
         loop_device(image, root.start, root.size) as root_node,
     ):
         yield Target(whole, root_node, efi_node, image)
+
+
+@contextmanager
+def target_of(image: Path) -> Iterator[Target]:
+    """The target in an image that has a system: its file systems are kept.
+
+    Raises:
+        AshError: it is no image of a disk with a btrfs partition.
+    """
+    start, size = btrfs_partition(image)
+    table = json.loads(run(["sfdisk", "--json", image]).stdout)["partitiontable"]
+    efi = next((one for one in table["partitions"] if one["type"].upper() == EFI_TYPE), None)
+    with ExitStack() as stack:
+        whole = stack.enter_context(loop_device(image))
+        root = stack.enter_context(loop_device(image, start, size))
+        target = Target(whole, root, None, image, filesystem_uuid(root), keeps_root=True, keeps_efi=True)
+        if efi:
+            node = stack.enter_context(loop_device(image, efi["start"] * SECTOR, efi["size"] * SECTOR))
+            target = replace(target, efi=node, efi_uuid=filesystem_uuid(node))
+        yield target
+
+
+def filesystem_uuid(node: Path) -> str:
+    """The UUID of the file system on a device, as fstab spells it."""
+    return run(["blkid", "--probe", "--match-tag", "UUID", "--output", "value", node]).stdout.strip()
 
 
 def target_on(drive: Path) -> Target:

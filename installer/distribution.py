@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from ash import USAGE, AshError, Distro, load_distro, run
 from installer import host
@@ -90,6 +90,7 @@ class DistroInstaller:
     """Installs and configures the root of one distribution."""
 
     id: ClassVar[str]
+    name: ClassVar[str]  # for people
     tools: ClassVar[host.Tools]  # needed on the host to bootstrap
     reserved_names: ClassVar[str]  # users and groups that its packages create, separated by blanks
     zsh_completions: ClassVar[str] = "usr/share/zsh/site-functions"
@@ -219,11 +220,51 @@ def set_password(root: Path, user: str, password: str) -> None:
     run(["chroot", root, "chpasswd"], input=f"{user}:{password}\n")
 
 
-def load_installer(distro: str) -> DistroInstaller:
-    """The installer of a distribution: the class of `distros/<id>/installer.py` with that id."""
-    module = importlib.import_module(f"distros.{distro}.installer")
-    classes = [value for value in vars(module).values() if getattr(value, "id", None) == distro]
+def load_installer(module: str) -> DistroInstaller:
+    """The installer in a module: the class of `distros/<module>/installer.py` with that id."""
+    found = importlib.import_module(f"distros.{module}.installer")
+    classes = [value for value in vars(found).values() if getattr(value, "id", None) == module]
     return classes[0]()  # type: ignore[no-any-return]
+
+
+DISTROS = Path(__file__).resolve().parent.parent / "distros"
+LONGEST_ID, LONGEST_NAME = 32, 48  # characters; firmware shows some 50 of an entry
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a new system is called.
+
+    Args:
+        id: in the names of its subvolumes and of its directory on the EFI partition.
+        module: the directory of `distros/` that serves it.
+        name: for people.
+    """
+
+    id: str
+    module: str
+    name: str
+
+    @classmethod
+    def of(cls, ident: str, name: str = "") -> Self:
+        """The identity for an id, such as "debian" or, for a second system with the same module, "debian_work".
+
+        Raises:
+            AshError: no module serves it, or it or the name is not valid (USAGE).
+        """
+        if not re.fullmatch(r"[a-z][a-z0-9]*([._-][a-z0-9]+)*", ident) or len(ident) > LONGEST_ID:
+            hint = f"at most {LONGEST_ID} lower-case letters and digits, with - _ . inside"
+            raise AshError(f"{ident!r} is not a valid id of a distribution", hint, USAGE)
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            what = f"{name!r} is not a valid name of a distribution"
+            raise AshError(what, f"at most {LONGEST_NAME} printable characters", USAGE)
+        known = sorted(path.parent.name for path in DISTROS.glob("*/installer.py"))
+        module = next((one for one in known if re.fullmatch(rf"{re.escape(one)}([._-].+)?", ident)), None)
+        if module is None:
+            hint = f"it can install {', '.join(known)}; a second one is called such as {known[0]}_2"
+            raise AshError(f"ash cannot install {ident}", hint, USAGE)
+        default = load_installer(module).name
+        return cls(ident, module, name or (default if ident == module else f"{default} ({ident})"))
 
 
 def _known_locales(lists: host.Tools) -> Iterable[str]:

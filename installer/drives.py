@@ -13,7 +13,7 @@ from installer import host
 from installer.disk import BIOS_BOOT_TYPE, EFI_SIZE, EFI_TYPE, MIB, SECTOR
 
 # Without NAME, lsblk lists partitions beside their disks, not in them.
-COLUMNS = "NAME,PATH,TYPE,SIZE,MODEL,FSTYPE,FSVER,LABEL,UUID,MOUNTPOINTS,RO,PTTYPE,PARTTYPE"
+COLUMNS = "NAME,PATH,TYPE,SIZE,MODEL,FSTYPE,FSVER,LABEL,UUID,MOUNTPOINTS,RO,PTTYPE,PARTTYPE,PARTUUID"
 EFI_TYPES = (EFI_TYPE.lower(), "0xef")  # in a GPT, and in an MBR
 # What lsblk calls a device that is made of others.
 MADE_OF_OTHERS = {"lvm": "a logical volume", "crypt": "an opened LUKS device", "mpath": "a multipath device"}
@@ -35,6 +35,7 @@ class Device:
     version: str  # of the file system: "FAT32"
     table: str  # of a disk with partitions: "gpt" or "dos"
     purpose: str  # of a partition: its type in the table
+    partition_id: str  # of a partition: its id in the table
     inside: tuple["Device", ...]
 
     @classmethod
@@ -53,6 +54,7 @@ class Device:
             found["fsver"] or "",
             found["pttype"] or "",
             found["parttype"] or "",
+            found["partuuid"] or "",
             tuple(cls.of(one) for one in found.get("children", [])),
         )
 
@@ -62,10 +64,10 @@ class Device:
         for one in self.inside:
             yield from one
 
-    def what(self) -> str:
+    def __str__(self) -> str:
         """The device in a few words, on one line."""
         words = [self.model, self.filesystem, f'"{self.label}"' if self.label else ""]
-        return one_line(", ".join([host.gibibytes(self.size), *filter(None, words)]))
+        return one_line(f"{self.path} ({', '.join([host.gibibytes(self.size), *filter(None, words)])})")
 
     def use(self) -> str:
         """What this machine uses the device for; empty if it does not."""

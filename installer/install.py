@@ -6,14 +6,17 @@ import re
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ash import (
     BASE,
+    MISSING,
     REFUSED,
     USAGE,
     AshError,
@@ -31,14 +34,15 @@ from ash import (
     sync_filesystem,
     write_file,
 )
-from installer import base, bootloader, disk, drives, executable, host
-from installer.distribution import DistroInstaller, Settings, Source, load_installer
+from installer import base, bootloader, disk, drives, executable, host, neighbours
+from installer.distribution import DistroInstaller, Identity, Settings, Source, load_installer
 from installer.help import FORMATS
 
 # The smallest disk for a root, its deployment and one transaction; the space that a build takes on the host, for one
 # root and the packages downloaded for it.
 MINIMUM_SIZE = 3 * 2**30
 HOST_SPACE = 2 * 2**30
+MINIMUM_ROOM = MINIMUM_SIZE - 2**30  # beside another system
 MINIMUM_EFI = 32 * 2**20  # GRUB, shim and their copies take 11 MiB
 DISK_LOG = Path("/var/log/ash-install.log")
 EFI_VARIABLES = Path("/sys/firmware/efi/efivars")
@@ -70,18 +74,13 @@ class Made:
 
 
 class Installation:
-    """A system to be installed: where it comes from, and how it is configured.
+    """A system to be installed: what it is called, where it comes from, and how it is configured."""
 
-    Args:
-        source: where the system comes from.
-        settings: how to configure it.
-        distro: the id of the distribution.
-    """
-
-    def __init__(self, source: Source, settings: Settings, distro: str = "debian") -> None:
-        self.installer = load_installer(distro)
+    def __init__(self, source: Source, settings: Settings, identity: Identity) -> None:
+        self.installer = load_installer(identity.module)
         self.source = source
         self.settings = settings
+        self.identity = identity
 
     def check(self, tools: host.Tools) -> None:
         """Check all but the place where it goes; this may install tools, and lists of valid settings, on this machine.
@@ -97,6 +96,31 @@ class Installation:
         if self.settings.keyring is not None:
             _check_keyring(self.settings.keyring)
         self.source = _check_source(self.installer, self.source, self.settings)
+
+
+class Left(NamedTuple):
+    """What there is after an installation that failed, for the message; empty if nothing is.
+
+    Args:
+        system: if the system was not complete.
+        loader: if it was, but its boot loader was not.
+    """
+
+    system: str = ""
+    loader: str = ""
+
+    @contextmanager
+    def noted(self, which: Literal["system", "loader"]) -> Iterator[None]:
+        """Add that to an error in the block."""
+        try:
+            yield
+        except BaseException as error:
+            if text := getattr(self, which):
+                error.add_note(text)
+            raise
+
+
+NOTHING_LEFT = Left()
 
 
 def make_image(image: Path, size: int, new: Installation, *, force: bool = False) -> Made:
@@ -128,14 +152,73 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
     return Made(image, system, log_path)
 
 
-class Loss(NamedTuple):
-    """What happens to a device, for the summary."""
+def add_to_image(image: Path, new: Installation) -> Made:
+    """Add a system to a disk image that has one; arguments and errors as for make_image()."""
+    host.require_root("change an image")
+    if not image.is_file():
+        raise AshError(f"{image} is not a regular file", "without --mode 3 it is made", MISSING)
+    host.require_btrfs()
+    new.check(host.DISK)
+    log_path = image.with_name(f"{image.name}.log")
+    with disk.target_of(image) as target:
+        _require_room_in(target, new)
+        with host.Log(log_path) as log, host.watched_space(image.parent):
+            return Made(image, _build(target, new, log, _left_beside_others(new.identity.id, image)), log_path)
 
-    device: drives.Device
+
+def _left_beside_others(ident: str, where: Path) -> Left:
+    beside = "the other systems are as they were; the same command begins anew"
+    return Left(beside, f"{ident} has no boot loader: `init.py remove {ident} {where}`, then install it again")
+
+
+class Loss(NamedTuple):
+    """What happens to a device or image, for the summary."""
+
+    where: str
     text: str
 
 
 Agree = Callable[[str, Sequence[Loss]], None]
+
+
+class Mode(Enum):
+    """What happens to file systems that exist."""
+
+    NEW = "1"
+    KEEP_EFI = "2"
+    ADD = "3"
+
+
+class Places(NamedTuple):
+    """The partitions and the drive of an installation beside other partitions.
+
+    Args:
+        root: the partition of the root.
+        drive: the disk that this machine starts from.
+        efi: the EFI partition.
+        mode: what happens to their file systems.
+    """
+
+    root: Path
+    drive: Path
+    efi: Path | None = None
+    mode: Mode = Mode.NEW
+
+
+class Checked(NamedTuple):
+    """Where a system can be installed; nothing is written yet.
+
+    Args:
+        path: of the disk or partition that the user agrees to.
+        losses: what happens there.
+        make_target: prepares it.
+        left: what a failure leaves.
+    """
+
+    path: Path
+    losses: Sequence[Loss]
+    make_target: Callable[[], disk.Target]
+    left: Left
 
 
 def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
@@ -151,54 +234,73 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     """
     _require_machine()
     device = drives.require_free_disk(path, MINIMUM_SIZE)
-    _check(new)
-    losses = [Loss(device, "a new partition table"), *(Loss(one, "is deleted") for one in device.inside)]
-    agree(device.path.name, losses)
-    return _install(path, new, lambda: disk.target_on(device.path))
+    losses = [Loss(str(device), "a new partition table"), *(Loss(str(one), "is deleted") for one in device.inside)]
+    left = _left_anew(device.path)
+    return _install(Checked(device.path, losses, lambda: disk.target_on(device.path), left), new, agree)
 
 
-class Places(NamedTuple):
-    """The partitions and the drive of an installation beside other partitions.
-
-    Args:
-        root: the partition of the root.
-        drive: the disk that this machine starts from.
-        efi: the EFI partition.
-        keep_efi: keep what is on it.
-    """
-
-    root: Path
-    drive: Path
-    efi: Path | None = None
-    keep_efi: bool = False
+def _left_anew(where: Path) -> Left:
+    text = f"{where} has no complete system; the same command begins anew"
+    return Left(text, text)
 
 
 def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Made:
     """Install a system that ash manages on partitions; arguments and errors as for install_on_disk()."""
     _require_machine()
+    return _install(_check_places(places, new), new, agree)
+
+
+def _check_places(places: Places, new: Installation) -> Checked:
+    adds, keeps_efi = places.mode is Mode.ADD, places.mode is not Mode.NEW
     is_uefi = EFI_VARIABLES.is_dir()
     its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
     drive = drives.require_disk(places.drive)
-    losses = [Loss(root, "a new btrfs file system; all that is on it is lost")]
     efi = None
     if places.efi is not None:
-        efi = drives.require_efi_partition(places.efi, MINIMUM_EFI, as_it_is=places.keep_efi)
-        text = "files are added to it" if places.keep_efi else "a new FAT file system; all that is on it is lost"
-        losses.append(Loss(efi, text))
+        efi = drives.require_efi_partition(places.efi, MINIMUM_EFI, as_it_is=keeps_efi)
     elif is_uefi:
         hint = "name it after the drive, or start the live medium with BIOS"
         raise AshError("this machine was started with UEFI, which needs an EFI partition", hint, USAGE)
     if not is_uefi:
         drives.require_room_for_grub(drive)
-        losses.append(Loss(drive, "GRUB for the BIOS in its first sectors"))
+    target = disk.Target(
+        drive.path,
+        root.path,
+        efi.path if efi else None,
+        root_uuid=root.uuid if adds else str(uuid.uuid4()),
+        efi_uuid=efi.uuid if efi and keeps_efi else disk.new_serial(),
+        keeps_root=adds,
+        keeps_efi=keeps_efi,
+        bios=not is_uefi,
+    )
+    if keeps_efi and efi:
+        host.require(host.DISK)
+        bootloader.require_no_neighbour(disk.EfiFiles(efi.path), new.identity.id, [root.uuid])
+    if adds:
+        there = _require_room_in(target, new)
+        losses = [Loss(str(root), f"{new.identity.name} is added to {', '.join(there)}")]
+    else:
+        losses = [Loss(str(root), "a new btrfs file system; all that is on it is lost")]
+    if efi:
+        text = "files are added to it" if keeps_efi else "a new FAT file system; all that is on it is lost"
+        losses.append(Loss(str(efi), text))
+    if not is_uefi:
+        losses.append(Loss(str(drive), "GRUB for the BIOS in its first sectors"))
     if its_disk.path != drive.path:
-        losses.append(Loss(drive, f"the boot loader; the root is on another disk, {its_disk.path}"))
-    _check(new)
-    agree(root.path.name, losses)
-    bios, efi_node = not is_uefi, efi.path if efi else None
-    serial = efi.uuid if efi and places.keep_efi else disk.new_serial()
-    target = disk.Target(drive.path, root.path, efi_node, efi_uuid=serial, keeps_efi=places.keep_efi, bios=bios)
-    return _install(places.root, new, lambda: target)
+        losses.append(Loss(str(drive), f"the boot loader; the root is on another disk, {its_disk.path}"))
+    left = _left_beside_others(new.identity.id, root.path) if adds else _left_anew(root.path)
+    return Checked(root.path, losses, lambda: target, left)
+
+
+def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
+    """The systems on a target, which a new one can be added to; AshError if it cannot be."""
+    with target.seen() as top:
+        there = [one.distro for one in Layout.all_on(top)]
+        if not there:
+            raise AshError(f"{target.root} has no system of ash", "--mode 1 or 2 makes a new file system", REFUSED)
+        neighbours.require_free(Layout.at(top, new.identity.id))
+        host.require_space(top, MINIMUM_ROOM)
+    return there
 
 
 def _require_machine() -> None:
@@ -206,25 +308,19 @@ def _require_machine() -> None:
     host.require_btrfs()
 
 
-def _check(new: Installation) -> None:
-    new.check({**host.DISK, **(host.UEFI if EFI_VARIABLES.is_dir() else {})})
-
-
-def _install(path: Path, new: Installation, make_target: Callable[[], disk.Target]) -> Made:
-    """Install on a target of this machine that the user agreed to."""
-    distro = new.installer.id
-    try:
-        with host.Log(DISK_LOG) as log:
-            with log.step(f"Preparing {path}"):
-                target = make_target()
-            system = _build(target, new, log)
-            if EFI_VARIABLES.is_dir():
-                with log.step("Adding the system to the firmware's boot menu"):
-                    bootloader.add_boot_entry(target, f"{distro} (ash)", distro)
-    except BaseException as error:
-        error.add_note(f"{path} has no complete system; the same command begins anew")
-        raise
-    return Made(path, system, DISK_LOG)
+def _install(place: Checked, new: Installation, agree: Agree) -> Made:
+    """Install in a place of this machine, if the user agrees to what happens there."""
+    is_uefi = EFI_VARIABLES.is_dir()
+    new.check({**host.DISK, **(host.UEFI if is_uefi else {})})
+    agree(place.path.name, place.losses)
+    with host.Log(DISK_LOG) as log:
+        with place.left.noted("system"), log.step(f"Preparing {place.path}"):
+            target = place.make_target()
+        system = _build(target, new, log, place.left)
+        if is_uefi:
+            with place.left.noted("loader"), log.step("Adding the system to the firmware's boot menu"):
+                bootloader.add_boot_entry(target, f"{new.identity.name} (ash)", new.identity.id)
+    return Made(place.path, system, DISK_LOG)
 
 
 def make_rootfs(tar: Path, new: Installation, *, force: bool = False) -> Made:
@@ -292,30 +388,38 @@ def _check_keyring(keyring: Path) -> None:
         raise AshError(f"{keyring} is not a keyring that gpgv can read", hint, USAGE)
 
 
-def _build(target: disk.Target, new: Installation, log: host.Log) -> str:
-    """Build the system on the partitions. Returns its name."""
+def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = NOTHING_LEFT) -> str:
+    """Build the system on the partitions. Returns its name.
+
+    The boot loader, which other systems may need too, is only replaced once the new one is complete.
+    """
     installer, settings = new.installer, new.settings
     with ExitStack() as stack:
-        with log.step("Making file systems"):
-            target.format()
-            private_mounts()
-            top, device = target.attach(stack)
-            layout = _make_subvolumes(top, installer.id)
-        root = layout.rootfs(BASE)
-        _fill_root(root, new, log)
-        with log.step("Configuring the system"):
-            installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
-        with log.step("Installing the boot loaders"):
-            bootloader.install(layout, root, target, device, installer.distro.boot_tools)
-        with log.step("Installing ash"):
-            _install_ash(layout, root, settings.keyring)
-            _install_help(layout, root, installer.zsh_completions)
-        with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
-            _make_base(layout, installer.distro, target)
-        system = os_release(root, "PRETTY_NAME")
-        with log.step("Syncing the disk"):
-            _finish(top)
-    return system
+        with left.noted("system"):
+            with log.step("Making file systems"):
+                target.format()
+                private_mounts()
+                top, device = target.attach(stack)
+            layout = Layout.at(top, new.identity.id)
+            with neighbours.new_subvolumes(layout):
+                root = _new_root(layout)
+                _fill_root(root, new, log)
+                with log.step("Configuring the system"):
+                    installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
+                with log.step("Installing ash"):
+                    _install_ash(layout, root, new)
+                    _install_help(layout, root, installer.zsh_completions)
+                with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
+                    _make_base(layout, installer.distro, target)
+        with left.noted("loader"):
+            with log.step("Installing the boot loaders"), neighbours.writable_copy(layout) as writable:
+                bootloader.install(
+                    layout, writable, target, device, installer.distro.boot_tools, name=new.identity.name
+                )
+            with log.step("Syncing the disk"):
+                system = os_release(root, "PRETTY_NAME")
+                _finish(top)
+        return system
 
 
 def _finish(top: Path) -> None:
@@ -328,16 +432,14 @@ def _finish(top: Path) -> None:
     run(["umount", top])
 
 
-def _make_subvolumes(top: Path, distro: str) -> Layout:
-    """Create the top-level subvolumes, and snapshot 0 as an empty one."""
-    layout = Layout.at(top, distro)
-    for prefix in Layout.SUBVOLUMES:
-        create_subvolume(layout.volume(prefix))
+def _new_root(layout: Layout) -> Path:
+    """Create the directories for ash's state, and snapshot 0 as an empty subvolume. Returns that."""
     for directory in layout.private:
         directory.mkdir(mode=0o700)
     layout.ash.mkdir()
-    create_subvolume(layout.rootfs(BASE))
-    return layout
+    root = layout.rootfs(BASE)
+    create_subvolume(root)
+    return root
 
 
 def _fill_root(root: Path, new: Installation, log: host.Log) -> None:
@@ -351,23 +453,23 @@ def _fill_root(root: Path, new: Installation, log: host.Log) -> None:
         installer.bootstrap(root, source, new.settings, log)
 
 
-def _install_ash(layout: Layout, root: Path, keyring: Path | None) -> None:
+def _install_ash(layout: Layout, root: Path, new: Installation) -> None:
     """Install the executable, its libraries, profiles and keyring; it must run with the new system's own Python."""
-    if keyring is not None:
-        shutil.copyfile(keyring, layout.keyring)
+    if new.settings.keyring is not None:
+        shutil.copyfile(new.settings.keyring, layout.keyring)
     _install_libraries(layout.lib, root / "usr/lib/python3/dist-packages")
-    write_file(layout.executable, executable.build(layout.distro), mode=0o755)
+    write_file(layout.executable, executable.build(new.identity.module), mode=0o755)
     (layout.lib / "ash.py").symlink_to("../ash")  # the executable imports itself from here
-    _install_profiles(layout)
+    _install_profiles(layout, new.identity.module)
     binds = {layout.ash: "mnt"}
     compile_all = ["python3", "-m", "compileall", "-q", "-s", "/mnt", "-p", "/.snapshots/ash", "/mnt/lib"]
     machine_chroot(root, compile_all, binds=binds)
     machine_chroot(root, ["/mnt/ash", "version"], binds=binds)
 
 
-def _install_profiles(layout: Layout) -> None:
-    """Copy the profiles of the distribution and of its parents."""
-    for name in executable.family(layout.distro):
+def _install_profiles(layout: Layout, module: str) -> None:
+    """Copy the profiles of a distribution and of its parents."""
+    for name in executable.family(module):
         for profile in (executable.CHECKOUT / "profiles").glob(f"*/{name}.conf"):
             target = layout.profiles / profile.parent.name / profile.name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,16 @@ settings.load_profile("ash")
 
 
 @pytest.fixture(scope="session")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar file of a root. tests/run makes one for all processes."""
+    if ready := os.environ.get("ASH_TEST_ROOTFS"):
+        return Path(ready)
+    made = tmp_path_factory.mktemp("rootfs") / "root.tar"
+    subprocess.run([sys.executable, CHECKOUT / "init.py", "--make-rootfs", made], check=True)
+    return made
+
+
+@pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A disk image as the installer makes it under umask 077; tests change only copies of it. tests/run makes one for all processes."""
     if ready := os.environ.get("ASH_TEST_IMAGE"):

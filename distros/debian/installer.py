@@ -56,6 +56,7 @@ class DebianInstaller(DistroInstaller):
     """Debian stable, or another release since 12."""
 
     id = "debian"
+    name = "Debian GNU/Linux"
     tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
     zsh_completions = "usr/share/zsh/vendor-completions"
     # From passwd.master and group.master of base-passwd, and from the packages above.

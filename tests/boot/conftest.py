@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Fixtures for tests that boot virtual machines."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from installer.machine import Machine
-from tests.support import CHECKOUT, Disk
+from tests.support import Disk
 
 Boot = Callable[..., Machine]
 
@@ -26,13 +23,3 @@ def boot(tmp_path: Path) -> Boot:
         return Machine(disk.image, uefi=uefi, secure=secure, log=log, expendable=not flushes, devices=devices)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tar file of a root. tests/run makes one for all processes."""
-    if ready := os.environ.get("ASH_TEST_ROOTFS"):
-        return Path(ready)
-    made = tmp_path_factory.mktemp("rootfs") / "root.tar"
-    subprocess.run([sys.executable, CHECKOUT / "init.py", "--make-rootfs", made], check=True)
-    return made

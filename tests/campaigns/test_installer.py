@@ -52,7 +52,7 @@ def test_a_live_system_installs_onto_a_whole_disk(disk: Disk, boot: Boot, rootfs
     with boot(disk, uefi=True, devices=attached(other)) as machine:
         machine.login()
         installs(machine, "--disk /dev/vdb --yes")
-        assert "debian (ash)" in said(machine, "efibootmgr")
+        assert "Debian GNU/Linux (ash)" in said(machine, "efibootmgr")
         machine.poweroff()
     starts_alone(other, boot, uefi=True)
 

@@ -208,6 +208,16 @@ def test_a_loop_device_of_the_whole_image_is_reported(disk: Disk) -> None:
     disk.ash("tree")
 
 
+def test_the_partition_is_found_among_devices_of_the_whole_image(disk: Disk) -> None:
+    start, size = btrfs_partition(disk.image)
+    place = [f"--offset={start}", f"--sizelimit={size}"]
+    with contextlib.ExitStack() as stack:
+        for where in ([], place, [], []):  # Linux lists them in any order
+            loop = program("losetup", "--find", "--show", *where, disk.image).strip()
+            stack.callback(program, "losetup", "--detach", loop)
+        disk.ash("clone", 0)
+
+
 def test_another_partition_of_the_image_may_be_attached(disk: Disk) -> None:
     start = int(disk.drive.rpartition("@@")[2])
     for limit, status in ((1 << 20, DONE), (0, LOCKED)):  # 0: to the end of the image

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Several systems on one file system: one is added, and removed, and the others are as they were."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support import CHECKOUT, DONE, MISSING, REFUSED, USAGE, Disk, Outcome, program, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
+
+SECOND = "debian_2"
+
+
+class Pair(Disk):
+    """A disk image with one system or two."""
+
+    def __init__(self, image: Path, rootfs: Path) -> None:
+        super().__init__(image)
+        self.rootfs = rootfs
+
+    def init(self, *words: str | Path, status: int = DONE) -> Outcome:
+        """Run the installer, and assert its exit status."""
+        argv = [sys.executable, CHECKOUT / "init.py", *words]
+        ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        assert ended.returncode == status, (words, ended)
+        return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+    def adding(self, ident: str = SECOND) -> Sequence[str | Path]:
+        """The installer's words that add a system."""
+        return ["--image", self.image, "--mode", "3", "--id", ident, "--rootfs", self.rootfs]
+
+    def add(self, ident: str = SECOND, status: int = DONE) -> Outcome:
+        return self.init(*self.adding(ident), status=status)
+
+    def remove(self, ident: str, *options: str, status: int = DONE) -> Outcome:
+        return self.init("remove", ident, self.image, "--yes", *options, status=status)
+
+    def of(self, ident: str, *words: str | int, status: int = DONE) -> Outcome:
+        """Run ash on one of the systems."""
+        return self.ash("--distro", ident, *words, status=status)
+
+    def volumes(self) -> dict[str, str]:
+        """The subvolumes of the file system, by path, with their ids."""
+        with self.files() as files:
+            found = program("btrfs", "subvolume", "list", files.top)
+        return {path: ident for ident, path in re.findall(r"^ID (\d+) .* path (.*)$", found, re.MULTILINE)}
+
+    def efi(self, *command: str) -> str:
+        """The output of a program of mtools on the EFI partition."""
+        return program(command[0], "-i", self.drive, *command[1:])
+
+    def loaders(self) -> tuple[bytes, str]:
+        """GRUB for the BIOS, and the list of the boot loaders for UEFI."""
+        return self.outside_of_btrfs()[: 2 << 20], self.efi("mdir", "-b", "-/", "::EFI")
+
+    def is_alone(self, before: dict[str, str]) -> None:
+        """Assert that the first system is as it was, and there is no other one."""
+        assert self.volumes() == before
+        assert self.ash("fsck").stdout.strip() == "no problems found"
+        assert self.ash("dist").stdout.split() == ["debian"]
+
+
+@pytest.fixture
+def pair(disk: Disk, rootfs: Path) -> Pair:
+    """A private copy of the image, with one system."""
+    return Pair(disk.image, rootfs)
+
+
+def others_in_menu(pair: Pair, ident: str, directory: Path) -> list[str]:
+    """The other systems that GRUB itself, as a program, finds while it reads the menu of a system."""
+    with pair.files() as files:
+        text = (files.top / f"@boot_{ident}/grub/grub.cfg").read_text()
+        commands = text[text.index("insmod regexp") :].partition("\ndone")[0]
+        shown = re.sub(r"menuentry .*?\n        \}", 'echo "<$ash_system>"', commands, flags=re.DOTALL)
+        there = shown.replace("/@boot_", f"{files.top}/@boot_")  # the program has the root of this machine
+        (directory / "grub.cfg").write_text(f"set root=host\n{there}\ndone\nexit\n")
+        return re.findall("<(.*?)>", program("grub-emu", "-d", directory, "-r", "host", input=""))
+
+
+def test_a_system_is_added_and_removed(pair: Pair, tmp_path: Path) -> None:
+    first = pair.volumes()
+    assert others_in_menu(pair, "debian", tmp_path) == []
+    pair.add()
+    assert first.items() <= pair.volumes().items()
+    for ident, other in (("debian", SECOND), (SECOND, "debian")):
+        assert pair.of(ident, "fsck").stdout.strip() == "no problems found"
+        assert pair.of(ident, "dist").stdout.split() == ["debian", SECOND]
+        assert others_in_menu(pair, ident, tmp_path) == [other]
+    assert "debian_2" in pair.efi("mtype", f"::EFI/{SECOND}/ash.cfg")
+    assert "@boot_debian/" in pair.efi("mtype", "::EFI/debian/grub.cfg")
+    pair.of(SECOND, "clone", 0)
+    pair.of(SECOND, "deploy", 1)
+    assert "there is a system debian_2" in pair.add(status=REFUSED).stderr
+
+    pair.remove(SECOND)
+    assert SECOND not in pair.efi("mdir", "-b", "-/", "::")
+    pair.is_alone(first)
+
+
+def test_the_first_system_may_go_too(pair: Pair) -> None:
+    pair.add()
+    assert "several distributions" in pair.ash("tree", status=USAGE).error
+    second = {path: ident for path, ident in pair.volumes().items() if SECOND in path}
+    pair.remove("debian")
+    assert pair.volumes() == second
+    stub = pair.efi("mtype", "::EFI/debian/grub.cfg")
+    assert f"@boot_{SECOND}/" in stub
+    assert "@boot_debian/" not in stub
+    assert pair.ash("fsck").stdout.strip() == "no problems found"
+    assert "the last system" in pair.remove(SECOND, status=REFUSED).stderr
+    pair.remove(SECOND, "--last")
+    assert not pair.volumes()
+
+
+def test_a_wrong_request_changes_nothing(pair: Pair) -> None:
+    before = pair.image.stat().st_mtime_ns
+    pair.add("debian", status=REFUSED)
+    pair.add("Debian 2", status=USAGE)
+    pair.add("arch", status=USAGE)
+    pair.remove("nobody", status=MISSING)
+    pair.remove("debian", status=REFUSED)
+    pair.init(*pair.adding(), "--mode", "2", status=USAGE)
+    assert pair.image.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, "Making snapshot 0"), (signal.SIGKILL, "Unpacking")])
+def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, number: signal.Signals, step: str) -> None:
+    first, loaders = pair.volumes(), pair.loaders()
+    argv = [sys.executable, str(CHECKOUT / "init.py"), *map(str, pair.adding())]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        log = pair.image.with_name("disk.img.log")
+        wait_until(lambda: log.is_file() and f"== {step}" in log.read_text())
+        process.send_signal(number)
+        said = process.stdout.read().decode()
+    wait_until(lambda: not pair.attached())
+    if number == signal.SIGINT:
+        assert process.returncode == 128 + number
+        assert "the other systems are as they were" in said
+        pair.is_alone(first)
+    assert pair.ash("fsck").stdout.strip() == "no problems found"
+    assert pair.loaders() == loaders
+    pair.add()
+    assert pair.of(SECOND, "fsck").stdout.strip() == "no problems found"
+    assert pair.of("debian", "fsck").stdout.strip() == "no problems found"
