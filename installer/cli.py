@@ -2,6 +2,7 @@
 """The installer's command line: install on a disk, make an image, boot it, try it out."""
 
 import argparse
+import getpass
 import itertools
 import os
 import shlex
@@ -14,8 +15,8 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import disk, host, install, machine, removal, tour
-from installer.distribution import Identity, Settings, Source
+from installer import answers, disk, host, install, machine, removal, tour
+from installer.distribution import Identity, Password, Settings, Source
 
 EXAMPLES = """\
 examples:
@@ -96,14 +97,8 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _make(words: Sequence[str]) -> int:
-    args = _make_parser().parse_args(words)
-    if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True) != 1:
-        raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
+    args = _make_args(words)
     named = _Words.of(args.words)
-    if args.image and args.mode not in (None, "3"):
-        raise AshError("an image is made anew, or --mode 3 adds a system to it", "there is no other mode", USAGE)
-    if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
-        raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     new = install.Installation(_source(args), _settings(args), _identity(args, named))
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, new, force=args.force)
@@ -119,7 +114,29 @@ def _make(words: Sequence[str]) -> int:
             made = install.install_on_partitions(_places(named.devices, args), new, agree)
         print(f"{made.path}: {made.system}; log in {made.log}")
         print("Remove the live medium, and reboot.")
+    if args.save_answers:
+        users = {"password-hash": args.user, "root-password-hash": "root"}
+        hashes = {key: new.hashes[user] for key, user in users.items() if new.hashes.get(user)}
+        answers.write(args.save_answers, args, _make_parser(), hashes)
     return 0
+
+
+def _make_args(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of an installation, and the file with answers that it may name."""
+    parser = _make_parser()
+    args = parser.parse_args(words)
+    if args.answers:
+        parser.set_defaults(**answers.read(args.answers, parser))
+        args = parser.parse_args(words)
+    if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True) != 1:
+        raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
+    if args.image and args.mode not in (None, "3"):
+        raise AshError("an image is made anew, or --mode 3 adds a system to it", "there is no other mode", USAGE)
+    if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
+        raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
+    if args.save_answers and not args.save_answers.parent.is_dir():
+        raise AshError(f"there is no directory {args.save_answers.parent}", "--save-answers needs it", USAGE)
+    return args
 
 
 def _make_image(args: argparse.Namespace, new: install.Installation) -> None:
@@ -203,13 +220,18 @@ def _report(made: install.Made, what: str, next_commands: Sequence[str]) -> None
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    if (args.user is None) != (args.password_file is None):
-        raise AshError("--user and --password-file go together", "the first line of the file is the password", USAGE)
+    if args.user is None and (args.password_file or args.password_hash):
+        raise AshError("there is a password, and no user", "--user names one; --root-password-file is root's", USAGE)
+    password = _password(args.password_file, args.password_hash)
+    if args.user and password is None and not args.make_rootfs:
+        password = _asked_password(args.user)
     return Settings(
         hostname=args.hostname,
         user=args.user,
-        password=_password(args.password_file),
-        root_password=_password(args.root_password_file),
+        groups=tuple(args.group),
+        password=password,
+        root_password=_password(args.root_password_file, args.root_password_hash),
+        ssh_keys=_ssh_keys(args.ssh_key),
         timezone=args.timezone,
         locale=args.locale,
         keymap=args.keymap,
@@ -218,17 +240,38 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _password(path: Path | None) -> str | None:
-    """The first line of a file; None without a file."""
+def _password(path: Path | None, known: str | None) -> Password | None:
+    """The password in the first line of a file, or else the one with a hash that is known."""
     if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AshError(f"cannot read the password file {path}: {error}", status=USAGE) from error
+        return Password(known, is_hash=True) if known else None
+    lines = _lines(path, "the password")
     if not lines or not lines[0]:
         raise AshError(f"the first line of the password file {path} is empty", status=USAGE)
-    return lines[0]
+    return Password(lines[0])
+
+
+def _asked_password(user: str) -> Password:
+    """A password that is typed twice, unseen; AshError (USAGE) if there is no terminal."""
+    if not sys.stdin.isatty():
+        hint = "--password-file names a file; its first line is the password"
+        raise AshError(f"the user {user} has no password", hint, USAGE)
+    while True:
+        text = getpass.getpass(f"Password of {user}: ")
+        if text and getpass.getpass("The same again: ") == text:
+            return Password(text)
+        print("They differ." if text else "It is empty.")
+
+
+def _ssh_keys(path: Path | None) -> tuple[str, ...]:
+    lines = _lines(path, "the ssh key") if path else []
+    return tuple(line for line in map(str.strip, lines) if line and not line.startswith("#"))
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AshError(f"cannot read {what} in {path}: {error}", status=USAGE) from error
 
 
 def _make_parser() -> Parser:
@@ -254,6 +297,9 @@ def _make_parser() -> Parser:
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="take options from a TOML file")
+    parser.add_argument("--save-answers", type=Path, metavar="FILE", help="save options there; passwords as hashes")
+    parser.set_defaults(password_hash=None, root_password_hash=None)
     _add_source(parser.add_argument_group("source of the system"))
     _add_settings(parser.add_argument_group("configuration of the system"))
     return parser
@@ -269,7 +315,13 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
 def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hostname", default=Settings.hostname, metavar="NAME", help="default: %(default)s")
     group.add_argument("--user", metavar="NAME", help="create a user who may use sudo; root then cannot log in")
-    group.add_argument("--password-file", type=Path, metavar="FILE", help="the first line is the user's password")
+    group.add_argument(
+        "--group", nargs="+", action="extend", default=[], metavar="NAME", help="more of the user's groups"
+    )
+    group.add_argument("--ssh-key", type=Path, metavar="FILE", help="a public key; installs and starts an ssh server")
+    group.add_argument(
+        "--password-file", type=Path, metavar="FILE", help="the first line is the user's; else it is asked for"
+    )
     group.add_argument("--root-password-file", type=Path, metavar="FILE", help="the first line is root's password")
     group.add_argument("--keyring", type=Path, metavar="FILE", help="keys that `ash upself` trusts")
     group.add_argument("--timezone", default=Settings.timezone, metavar="ZONE", help="default: %(default)s")

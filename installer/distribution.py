@@ -6,6 +6,7 @@ The base class does what all distributions with systemd have in common; the rest
 
 import difflib
 import importlib
+import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,9 @@ from typing import ClassVar, Self
 
 from ash import USAGE, AshError, Distro, load_distro, run
 from installer import host
+
+# A line of authorized_keys without options: the type, and the key.
+SSH_KEY = r"(ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*( .*)?$"
 
 NETWORK = """\
 [Match]
@@ -65,11 +69,16 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The configuration of the new system.
+class Password:
+    """A password, as text or as a hash for /etc/shadow."""
 
-    Passwords are plain text. If there is neither a user nor a root password, root logs in without one.
-    """
+    text: str
+    is_hash: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The configuration of the new system. If there is neither a user nor a root password, root logs in without one."""
 
     DEFAULT_TIMEZONE: ClassVar[str] = "Etc/UTC"
     DEFAULT_LOCALE: ClassVar[str] = "C.UTF-8"
@@ -77,8 +86,10 @@ class Settings:
 
     hostname: str = "ash"
     user: str | None = None
-    password: str | None = None
-    root_password: str | None = None
+    groups: tuple[str, ...] = ()  # of the user, besides that of administrators
+    password: Password | None = None
+    root_password: Password | None = None
+    ssh_keys: tuple[str, ...] = ()  # which the user, or else root, may log in with
     timezone: str = DEFAULT_TIMEZONE
     locale: str = DEFAULT_LOCALE
     keymap: str = DEFAULT_KEYMAP
@@ -149,8 +160,18 @@ class DistroInstaller:
         label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
         if not re.fullmatch(rf"{label}(\.{label})*", settings.hostname) or len(settings.hostname) > 64:
             raise AshError(f"{settings.hostname!r} is not a valid host name", "letters, digits, inner hyphens", USAGE)
+        if not all(map(re.compile(SSH_KEY).match, settings.ssh_keys)):
+            hint = "use the public one, such as ~/.ssh/id_ed25519.pub"
+            raise AshError("the file with the ssh key has a line that is no public key", hint, USAGE)
+        for password in filter(None, (settings.password, settings.root_password)):
+            if password.is_hash and not re.fullmatch(r"\$[0-9a-z]+\$[!-~]+", password.text):
+                raise AshError("a password's hash is none that crypt(5) has", "such as $6$... or $y$...", USAGE)
         if settings.user is None:
+            if settings.groups:
+                raise AshError("there is no user who could be in a group", "--user names one", USAGE)
             return
+        for group in settings.groups:
+            _require_one_of("group", group, self.reserved_names.split())
         if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.user):
             raise AshError(f"{settings.user!r} is not a valid user name", "lower-case letters, digits, - and _", USAGE)
         if settings.user in self.reserved_names.split():
@@ -206,18 +227,38 @@ class DistroInstaller:
 
     def _set_users(self, root: Path, settings: Settings, log: host.Log) -> None:
         if settings.user is not None:
-            options = ["--create-home", "--shell", "/bin/bash", "--groups", self.distro.admin_group]
+            groups = ",".join(dict.fromkeys([self.distro.admin_group, *settings.groups]))
+            options = ["--create-home", "--shell", "/bin/bash", "--groups", groups]
             log.run_inside(root, ["useradd", *options, settings.user])
-            set_password(root, settings.user, settings.password or "")
+            if settings.password is not None:
+                set_password(root, settings.user, settings.password)
         elif settings.root_password is None:
             log.run_inside(root, ["passwd", "--delete", "root"])
         if settings.root_password is not None:
             set_password(root, "root", settings.root_password)
+        if settings.ssh_keys:
+            home = Path("home", settings.user) if settings.user else Path("root")
+            owner = (root / home).stat()
+            directory = root / home / ".ssh"
+            directory.mkdir(mode=0o700)
+            keys = directory / "authorized_keys"
+            keys.write_text("\n".join([*settings.ssh_keys, ""]))
+            keys.chmod(0o600)
+            for path in (directory, keys):
+                os.chown(path, owner.st_uid, owner.st_gid)
 
 
-def set_password(root: Path, user: str, password: str) -> None:
+def set_password(root: Path, user: str, password: Password) -> None:
     """Set a user's password in a root, hashed as the root's own PAM configuration says."""
-    run(["chroot", root, "chpasswd"], input=f"{user}:{password}\n")
+    options = ["--encrypted"] if password.is_hash else []
+    run(["chroot", root, "chpasswd", *options], input=f"{user}:{password.text}\n")
+
+
+def hash_of_password(root: Path, user: str) -> str:
+    """The hash of a user's password in a root; empty if there is none."""
+    lines = (root / "etc/shadow").read_text().splitlines()
+    found = next((line.split(":")[1] for line in lines if line.startswith(f"{user}:")), "")
+    return found if found.startswith("$") else ""
 
 
 def load_installer(module: str) -> DistroInstaller:

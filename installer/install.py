@@ -35,7 +35,7 @@ from ash import (
     write_file,
 )
 from installer import base, bootloader, disk, drives, executable, host, neighbours
-from installer.distribution import DistroInstaller, Identity, Settings, Source, load_installer
+from installer.distribution import DistroInstaller, Identity, Settings, Source, hash_of_password, load_installer
 from installer.help import FORMATS
 
 # The smallest disk for a root, its deployment and one transaction; the space that a build takes on the host, for one
@@ -81,6 +81,7 @@ class Installation:
         self.source = source
         self.settings = settings
         self.identity = identity
+        self.hashes: dict[str, str] = {}  # of the passwords that were set, by user
 
     def check(self, tools: host.Tools) -> None:
         """Check all but the place where it goes; this may install tools, and lists of valid settings, on this machine.
@@ -406,6 +407,8 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
                 _fill_root(root, new, log)
                 with log.step("Configuring the system"):
                     installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
+                    users = filter(None, [settings.user, "root"])
+                    new.hashes = {user: hash_of_password(root, user) for user in users}
                 with log.step("Installing ash"):
                     _install_ash(layout, root, new)
                     _install_help(layout, root, installer.zsh_completions)

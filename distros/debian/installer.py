@@ -102,6 +102,8 @@ class DebianInstaller(DistroInstaller):
             yield "locales"
         if settings.keymap != Settings.DEFAULT_KEYMAP:
             yield "console-setup"
+        if settings.ssh_keys:
+            yield "openssh-server"
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
         """One file of each package."""
@@ -118,6 +120,8 @@ class DebianInstaller(DistroInstaller):
             files["usr/sbin/locale-gen"] = "locales"
         if settings.keymap != Settings.DEFAULT_KEYMAP:
             files["usr/bin/setupcon"] = "console-setup"
+        if settings.ssh_keys:
+            files["usr/sbin/sshd"] = "openssh-server"
         return files
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:

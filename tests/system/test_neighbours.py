@@ -35,8 +35,8 @@ class Pair(Disk):
         """The installer's words that add a system."""
         return ["--image", self.image, "--mode", "3", "--id", ident, "--rootfs", self.rootfs]
 
-    def add(self, ident: str = SECOND, status: int = DONE) -> Outcome:
-        return self.init(*self.adding(ident), status=status)
+    def add(self, ident: str = SECOND, *options: str | Path, status: int = DONE) -> Outcome:
+        return self.init(*self.adding(ident), *options, status=status)
 
     def remove(self, ident: str, *options: str, status: int = DONE) -> Outcome:
         return self.init("remove", ident, self.image, "--yes", *options, status=status)
@@ -86,7 +86,17 @@ def others_in_menu(pair: Pair, ident: str, directory: Path) -> list[str]:
 def test_a_system_is_added_and_removed(pair: Pair, tmp_path: Path) -> None:
     first = pair.volumes()
     assert others_in_menu(pair, "debian", tmp_path) == []
-    pair.add()
+    (tmp_path / "password").write_text("secret\n")
+    user: list[str | Path] = ["--user", "ada", "--group", "audio", "--password-file", tmp_path / "password"]
+    pair.add(SECOND, *user, "--hostname", "two", "--save-answers", tmp_path / "answers")
+    with pair.files() as files:
+        home = files.top / f"@home_{SECOND}/ada"
+        etc = files.top / f"@.snapshots_{SECOND}/rootfs/snapshot-0/etc"
+        assert (home.stat().st_uid, (etc / "hostname").read_text()) == (1000, "two\n")
+        assert re.search(r"^audio:.*\bada$", (etc / "group").read_text(), re.MULTILINE)
+        (hashed,) = re.findall(r"^ada:([^:]+):", (etc / "shadow").read_text(), re.MULTILINE)
+    assert f'password-hash = "{hashed}"' in (tmp_path / "answers").read_text()
+    assert "secret" not in pair.image.with_name("disk.img.log").read_text()
     assert first.items() <= pair.volumes().items()
     for ident, other in (("debian", SECOND), (SECOND, "debian")):
         assert pair.of(ident, "fsck").stdout.strip() == "no problems found"

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ash import USAGE, AshError
 from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
 from installer import cli, host, install
-from installer.distribution import Settings, Source, _old_timezones
+from installer.distribution import Password, Settings, Source, _old_timezones
 
 pytestmark = pytest.mark.budget(5)
 
@@ -92,6 +93,115 @@ def test_the_last_lines_can_be_pasted_into_a_shell(
     assert cli.main(["--image", str(path)]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert [words[2:] for words in commands] == [["boot", str(path)], ["try", str(path)]]
+
+
+class Answered:
+    """Runs the installer's command line, and keeps what it would install."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.file = directory / "install.toml"
+        self.saved = directory / "saved.toml"
+        self.image = directory / "disk.img"
+        self.image.touch()
+        self.new: list[install.Installation] = []
+
+        def make_image(path: Path, _: int, new: install.Installation, **__: object) -> install.Made:
+            new.hashes = {"ada": "$y$theirs", "root": ""}
+            self.new.append(new)
+            return install.Made(path, "Debian", path)
+
+        monkeypatch.setattr(install, "make_image", make_image)
+
+    def run(self, text: str, *words: str | Path) -> int:
+        self.file.write_text(text)
+        return cli.main(["--image", str(self.image), "--answers", str(self.file), *map(str, words)])
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answered:
+    return Answered(monkeypatch, tmp_path)
+
+
+ANSWERS = """\
+id = "debian_2"
+user = "ada"
+group = ["audio", "video"]
+password-hash = "$6$salt$hash"
+hostname = "one"
+timezone = "Europe/Berlin"
+"""
+
+
+def test_answers_come_from_a_file_and_options_override_them(answered: Answered) -> None:
+    assert answered.run(ANSWERS, "--hostname", "two", "--save-answers", answered.saved) == 0
+    (new,) = answered.new
+    assert (new.identity.id, new.identity.module, new.identity.name) == (
+        "debian_2",
+        "debian",
+        "Debian GNU/Linux (debian_2)",
+    )
+    settings = new.settings
+    assert (settings.user, settings.groups, settings.hostname) == ("ada", ("audio", "video"), "two")
+    assert settings.password == Password("$6$salt$hash", is_hash=True)
+    assert stat.S_IMODE(answered.saved.stat().st_mode) == 0o600
+    saved = answered.saved.read_text()
+    assert 'password-hash = "$y$theirs"' in saved, "as the new system has it"
+    assert "root-password-hash" not in saved
+    assert answered.run(saved) == 0
+    again = answered.new[1]
+    assert again.settings == replace(settings, password=Password("$y$theirs", is_hash=True))
+    assert again.identity == new.identity
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('host-name = "x"', "did you mean hostname?"),
+        ("hostname = 1", "hostname is not a string"),
+        ('group = "audio"', "group is not a list of strings"),
+        ('mode = "4"', "mode is not one of 1, 2, 3"),
+        ("hostname =", "cannot read the answers"),
+        ('yes = "x"', "unknown key yes"),
+        ('user = "ada"', "has no password"),
+        ('password-hash = "$6$x$y"', "no user"),
+        ('id = "Debian"', "not a valid id"),
+        ('id = "arch"', "ash cannot install arch"),
+        ('name = "a\\nb"', "not a valid name"),
+    ],
+)
+def test_wrong_answers_are_refused_with_a_line(
+    answered: Answered, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    assert answered.run(text) == USAGE
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not answered.new
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(ssh_keys=("-----BEGIN OPENSSH PRIVATE KEY-----",)), "no public key"),
+        (Settings(groups=("audio",)), "no user"),
+        (Settings(user="ada", groups=("adio",)), "no group adio"),
+        (Settings(user="ada", password=Password("secret", is_hash=True)), "hash"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: Settings, message: str) -> None:
+    with pytest.raises(AshError, match=message) as caught:
+        DebianInstaller().check(settings)
+    assert caught.value.status == USAGE
+    assert caught.value.hint
+
+
+def test_usual_public_keys_are_accepted() -> None:
+    keys = (
+        "ssh-ed25519 AAAAC3NzaC1lZDI1 ada@host",
+        "ecdsa-sha2-nistp256 AAAA/+==",
+        "sk-ssh-ed25519@openssh.com AAAA x y",
+    )
+    DebianInstaller().check(Settings(ssh_keys=keys))
 
 
 def test_the_log_of_a_build_is_its_owners_alone(tmp_path: Path) -> None:
