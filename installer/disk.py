@@ -22,7 +22,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ash import LOCKED, USAGE, AshError, attach_disk, btrfs_partition, mount_top, open_new_loop, private_mounts, run
+from ash import (
+    LOCKED,
+    MS_RDONLY,
+    PRIVATE,
+    USAGE,
+    AshError,
+    attach_disk,
+    btrfs_partition,
+    mount,
+    mount_top,
+    open_new_loop,
+    private_mounts,
+    run,
+)
 from installer import host
 
 MIB = 2**20
@@ -139,15 +152,21 @@ class Target:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
         return attach_disk(stack, self.image) if self.image else (mount_top(self.root), self.root)
 
-    @contextmanager
-    def seen(self) -> Iterator[Path]:
-        """Mount the top level of a file system that is kept, read-only, for the block."""
-        private_mounts()
-        top = mount_top(self.root, readonly=True)
-        try:
-            yield top
-        finally:
-            run(["umount", top])
+
+@contextmanager
+def mounted_readonly(device: Path) -> Iterator[Path]:
+    """Mount the top level of a btrfs file system, for the block. AshError if it cannot be.
+
+    Nothing is written: after a power cut, not even the log is replayed.
+    """
+    private_mounts()
+    top = PRIVATE / "seen"
+    top.mkdir(exist_ok=True)
+    mount(device, top, "btrfs", MS_RDONLY, "subvolid=5,rescue=nologreplay")
+    try:
+        yield top
+    finally:
+        run(["umount", top])
 
 
 class EfiFiles:

@@ -142,6 +142,14 @@ def require_efi_partition(path: Path, minimum: int, *, as_it_is: bool) -> Device
     return device
 
 
+def require_unique(device: Device) -> None:
+    """Raise AshError (REFUSED) if another device has a file system with the same UUID, as a copied disk has."""
+    twins = [one.path for disk in devices() for one in disk if one.uuid == device.uuid and one.path != device.path]
+    if device.uuid and twins:
+        what = f"{device.path} and {twins[0]} have file systems with the same UUID: one is a copy"
+        raise AshError(what, "detach the copy, or give it another UUID", REFUSED)
+
+
 def require_room_for_grub(drive: Device) -> None:
     """Raise AshError unless GRUB for the BIOS has a place on a disk besides the boot sector."""
     if drive.table == "gpt" and not any(one.purpose == BIOS_BOOT_TYPE.lower() for one in drive.inside):

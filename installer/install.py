@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Builds a bootable system, on a disk or in an image of one: all checks first, then the build, step by step."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -235,7 +236,10 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     """
     _require_machine()
     device = drives.require_free_disk(path, MINIMUM_SIZE)
-    losses = [Loss(str(device), "a new partition table"), *(Loss(str(one), "is deleted") for one in device.inside)]
+    losses = [Loss(str(device), "a new partition table")]
+    losses += [
+        Loss(str(one), f"is deleted, with {' and '.join(_systems_on(one)) or 'all on it'}") for one in device.inside
+    ]
     left = _left_anew(device.path)
     return _install(Checked(device.path, losses, lambda: disk.target_on(device.path), left), new, agree)
 
@@ -274,14 +278,18 @@ def _check_places(places: Places, new: Installation) -> Checked:
         keeps_efi=keeps_efi,
         bios=not is_uefi,
     )
+    if adds:
+        drives.require_unique(root)
     if keeps_efi and efi:
+        drives.require_unique(efi)
         host.require(host.DISK)
         bootloader.require_no_neighbour(disk.EfiFiles(efi.path), new.identity.id, [root.uuid])
     if adds:
         there = _require_room_in(target, new)
         losses = [Loss(str(root), f"{new.identity.name} is added to {', '.join(there)}")]
     else:
-        losses = [Loss(str(root), "a new btrfs file system; all that is on it is lost")]
+        lost = ", ".join(_systems_on(root)) or "all that is on it"
+        losses = [Loss(str(root), f"a new btrfs file system; {lost} is lost")]
     if efi:
         text = "files are added to it" if keeps_efi else "a new FAT file system; all that is on it is lost"
         losses.append(Loss(str(efi), text))
@@ -293,9 +301,18 @@ def _check_places(places: Places, new: Installation) -> Checked:
     return Checked(root.path, losses, lambda: target, left)
 
 
+def _systems_on(device: drives.Device) -> list[str]:
+    """The systems of ash on a partition that is not in use; none if it cannot be mounted."""
+    if device.filesystem != "btrfs":
+        return []
+    with contextlib.suppress(AshError), disk.mounted_readonly(device.path) as top:
+        return [f"the system {one.distro}" for one in Layout.all_on(top)]
+    return []
+
+
 def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
     """The systems on a target, which a new one can be added to; AshError if it cannot be."""
-    with target.seen() as top:
+    with disk.mounted_readonly(target.root) as top:
         there = [one.distro for one in Layout.all_on(top)]
         if not there:
             raise AshError(f"{target.root} has no system of ash", "--mode 1 or 2 makes a new file system", REFUSED)

@@ -27,7 +27,7 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
     host.require_btrfs()
     host.require({**host.DISK, **(host.UEFI if FIRMWARE.is_dir() else {})})
     with _target(path, ident) as target:
-        with target.seen() as top:
+        with disk.mounted_readonly(target.root) as top:
             losses = _check(path, ident, Layout.all_on(top), target, even_last=even_last)
         agree(ident, losses)
         private_mounts()
@@ -54,7 +54,7 @@ def _target(path: Path, ident: str) -> Iterator[disk.Target]:
     if root.filesystem != "btrfs":
         raise AshError(f"{path} has no btrfs file system", "lsblk --fs shows which partition has one", REFUSED)
     target = disk.Target(its_disk.path, root.path, None, root_uuid=root.uuid, keeps_root=True, keeps_efi=True)
-    with target.seen() as top:
+    with disk.mounted_readonly(target.root) as top:
         uuid = read_text(Layout.at(top, ident).efi).strip()
     efi = next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None)
     if efi:
