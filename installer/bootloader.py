@@ -74,9 +74,15 @@ def install(layout: Layout, root: Path, target: Target, device: Path, tools: Boo
         _install_uefi(layout, root, target, EfiFiles(target.efi), name)
 
 
+def bios_command(target: Target, tools: BootTools) -> list[str]:
+    """The command that installs GRUB for the BIOS, inside the new system."""
+    where = [f"--boot-directory=/{BOOT_DIRECTORY}", f"--modules={BIOS_MODULES}"]
+    return [tools.install, "--target=i386-pc", *where, str(target.drive)]
+
+
 def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
-    argv = [tools.install, "--target=i386-pc", f"--boot-directory=/{BOOT_DIRECTORY}", f"--modules={BIOS_MODULES}"]
-    machine_chroot(root, [*argv, str(target.drive)], binds={layout.boot_volume: BOOT_DIRECTORY, device: str(device)})
+    binds = {layout.boot_volume: BOOT_DIRECTORY, device: str(device)}
+    machine_chroot(root, bios_command(target, tools), binds=binds)
 
 
 def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, name: str) -> None:

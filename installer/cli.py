@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = {"boot": _boot, "try": _try, "remove": _remove}.get(words[0] if words else "")
         return command(words[1:]) if command else _make(words)
+    except _DryRunEnds:
+        return 0
     except (machine.MachineError, OSError) as error:
         print(f"init.py: {error}", file=sys.stderr)
         return FAILED
@@ -107,7 +109,7 @@ def _make(words: Sequence[str]) -> int:
     elif args.image:
         _make_image(args, new)
     else:
-        agree = partial(_agree, yes=args.yes)
+        agree = partial(_agree, args=args)
         if args.disk:
             made = install.install_on_disk(args.disk, new, agree)
         else:
@@ -134,6 +136,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
         raise AshError("an image is made anew, or --mode 3 adds a system to it", "there is no other mode", USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
+    if args.dry_run and (args.image or args.make_rootfs):
+        raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
     if args.save_answers and not args.save_answers.parent.is_dir():
         raise AshError(f"there is no directory {args.save_answers.parent}", "--save-answers needs it", USAGE)
     return args
@@ -201,12 +205,19 @@ def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places
     return install.Places(root, drive, efi, install.Mode(answer))
 
 
-def _agree(name: str, losses: Sequence[install.Loss], *, yes: bool) -> None:
+class _DryRunEnds(Exception):
+    """Everything was checked and shown, and nothing is to be changed."""
+
+
+def _agree(name: str, losses: Sequence[install.Loss], commands: Sequence[str], *, args: argparse.Namespace) -> None:
     """Show what happens to the disk with a name; raise AshError unless the user agrees."""
     print("This will happen:")
     for where, text in losses:
         print(f"  {where}: {text}")
-    if yes:
+    if args.dry_run:
+        print(*(["These commands would run:", *commands] if commands else []), "Nothing was changed.", sep="\n")
+        raise _DryRunEnds
+    if args.yes:
         return
     if not sys.stdin.isatty():
         raise AshError("there is no terminal to ask on", "--yes goes on without asking", USAGE)
@@ -295,6 +306,7 @@ def _make_parser() -> Parser:
     parser.add_argument("--id", metavar="ID", help="of the system: debian, or debian_2 for a second one beside it")
     parser.add_argument("--name", default="", help="of the system, for boot menus")
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")
+    parser.add_argument("--dry-run", action="store_true", help="check all, show what would happen, and change nothing")
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="take options from a TOML file")
@@ -348,10 +360,11 @@ def _remove(words: Sequence[str]) -> int:
     parser.add_argument("place", type=Path, metavar="DEVICE|FILE", help="the partition of its root, or a disk image")
     parser.add_argument("--last", action="store_true", help="also the last system there")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen")
     args = parser.parse_args(words)
     if not args.place.exists():
         raise AshError(f"{args.place} does not exist", "name the partition of the root, or a disk image", MISSING)
-    removal.remove(args.place, args.id, partial(_agree, yes=args.yes), even_last=args.last)
+    removal.remove(args.place, args.id, partial(_agree, args=args), even_last=args.last)
     print(f"{args.id} is removed from {args.place}")
     return 0
 

@@ -80,13 +80,19 @@ def partitions_for(size: int) -> tuple[Partition, Partition, Partition]:
     return bios, efi, Partition(start, size // MIB * MIB - MIB - start, LINUX_TYPE)
 
 
-def partition(disk: Path, parts: Iterable[Partition]) -> None:
-    """Write a new partition table; what the disk had before is not found any more."""
+def partition_command(disk: Path, parts: Iterable[Partition]) -> tuple[list[str | Path], str]:
+    """The command that writes a new partition table, and its input."""
     sector = sector_size(disk)
     lines = [f"start={p.start // sector}, size={p.size // sector}, type={p.kind}" for p in parts]
-    script = "\n".join(["label: gpt", *lines, ""])
     wipe = ["--wipe", "always", "--wipe-partitions", "always"]
-    run(["sfdisk", "--quiet", *wipe, "--no-reread", "--no-tell-kernel", disk], input=script)
+    argv: list[str | Path] = ["sfdisk", "--quiet", *wipe, "--no-reread", "--no-tell-kernel", disk]
+    return argv, "\n".join(["label: gpt", *lines, ""])
+
+
+def partition(disk: Path, parts: Iterable[Partition]) -> None:
+    """Write a new partition table; what the disk had before is not found any more."""
+    argv, script = partition_command(disk, parts)
+    run(argv, input=script)
 
 
 def sector_size(disk: Path) -> int:
@@ -138,15 +144,24 @@ class Target:
     keeps_efi: bool = False
     bios: bool = True
 
-    def format(self) -> None:
-        """Write empty file systems, except where one is kept."""
+    def format_commands(self) -> list[list[str | Path]]:
+        """The commands that write empty file systems, except where one is kept."""
+        commands: list[list[str | Path]] = []
         if self.efi and not self.keeps_efi:
             # With one sector per cluster there are enough clusters that every driver takes it for FAT32.
             serial = self.efi_uuid.replace("-", "")
-            run(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
-            flush(self.efi)
+            commands.append(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
         if not self.keeps_root:
-            run(["mkfs.btrfs", "--quiet", "--force", "--label", "ash", "--uuid", self.root_uuid, self.root])
+            label = ["--label", "ash", "--uuid", self.root_uuid]
+            commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.root])
+        return commands
+
+    def format(self) -> None:
+        """Write empty file systems, except where one is kept."""
+        for command in self.format_commands():
+            run(command)
+        if self.efi:
+            flush(self.efi)
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
@@ -277,6 +292,12 @@ def target_on(drive: Path) -> Target:
         fcntl.ioctl(device, BLKRRPART)
     _, efi, root = parts
     return Target(drive, _node_at(drive, root), _node_at(drive, efi))
+
+
+def future_target(drive: Path) -> Target:
+    """The target that target_on() will find, with the names that Linux gives to partitions; nothing is written."""
+    prefix = f"{drive}p" if drive.name[-1].isdigit() else str(drive)
+    return Target(drive, Path(f"{prefix}3"), Path(f"{prefix}2"))
 
 
 def size_of_device(path: Path) -> int:

@@ -128,6 +128,10 @@ class DistroInstaller:
         """Install the distribution, a kernel and its initramfs into an empty directory; nothing machine-specific."""
         raise NotImplementedError
 
+    def bootstrap_command(self, root: Path, source: Source, settings: Settings, scratch: str) -> list[str]:
+        """The main command of bootstrap(), with a directory for its temporary files."""
+        raise NotImplementedError
+
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
         """The files that a root in a tar file must contain: {path from the root: the package that has it}."""
         raise NotImplementedError

@@ -4,6 +4,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ash import (
     BASE,
     MISSING,
+    PRIVATE,
     REFUSED,
     USAGE,
     AshError,
@@ -180,7 +183,8 @@ class Loss(NamedTuple):
     text: str
 
 
-Agree = Callable[[str, Sequence[Loss]], None]
+# Shows what happens to a disk or system with that name, by which commands; raises if the user does not agree.
+Agree = Callable[[str, Sequence[Loss], Sequence[str]], None]
 
 
 class Mode(Enum):
@@ -215,12 +219,16 @@ class Checked(NamedTuple):
         losses: what happens there.
         make_target: prepares it.
         left: what a failure leaves.
+        future: the target that it will make.
+        first: the command that it runs for that, if any, with its input.
     """
 
     path: Path
     losses: Sequence[Loss]
     make_target: Callable[[], disk.Target]
     left: Left
+    future: disk.Target
+    first: str = ""
 
 
 def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
@@ -229,7 +237,7 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     Args:
         path: of the disk.
         new: the system.
-        agree: shows what is lost, after the name of the disk; raises if the user does not agree to that.
+        agree: is asked after all checks; see Agree.
 
     Raises:
         AshError: a check failed, before anything was written; or the installation failed.
@@ -240,8 +248,11 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_systems_on(one)) or 'all on it'}") for one in device.inside
     ]
-    left = _left_anew(device.path)
-    return _install(Checked(device.path, losses, lambda: disk.target_on(device.path), left), new, agree)
+    future = disk.future_target(device.path)
+    argv, script = disk.partition_command(device.path, disk.partitions_for(device.size))
+    first = f"{shlex.join(map(str, argv))} <<END\n{script}END"
+    make_target = partial(disk.target_on, device.path)
+    return _install(Checked(device.path, losses, make_target, _left_anew(device.path), future, first), new, agree)
 
 
 def _left_anew(where: Path) -> Left:
@@ -298,7 +309,7 @@ def _check_places(places: Places, new: Installation) -> Checked:
     if its_disk.path != drive.path:
         losses.append(Loss(str(drive), f"the boot loader; the root is on another disk, {its_disk.path}"))
     left = _left_beside_others(new.identity.id, root.path) if adds else _left_anew(root.path)
-    return Checked(root.path, losses, lambda: target, left)
+    return Checked(root.path, losses, lambda: target, left, target)
 
 
 def _systems_on(device: drives.Device) -> list[str]:
@@ -330,7 +341,7 @@ def _install(place: Checked, new: Installation, agree: Agree) -> Made:
     """Install in a place of this machine, if the user agrees to what happens there."""
     is_uefi = EFI_VARIABLES.is_dir()
     new.check({**host.DISK, **(host.UEFI if is_uefi else {})})
-    agree(place.path.name, place.losses)
+    agree(place.path.name, place.losses, _commands(place, new))
     with host.Log(DISK_LOG) as log:
         with place.left.noted("system"), log.step(f"Preparing {place.path}"):
             target = place.make_target()
@@ -339,6 +350,16 @@ def _install(place: Checked, new: Installation, agree: Agree) -> Made:
             with place.left.noted("loader"), log.step("Adding the system to the firmware's boot menu"):
                 bootloader.add_boot_entry(target, f"{new.identity.name} (ash)", new.identity.id)
     return Made(place.path, system, DISK_LOG)
+
+
+def _commands(place: Checked, new: Installation) -> list[str]:
+    """The commands that will write to the disks, in the shell's language; ash itself does the rest."""
+    target, tools = place.future, new.installer.distro.boot_tools
+    root = Layout.at(PRIVATE / "top", new.identity.id).rootfs(BASE)
+    commands = [*target.format_commands(), _fill_command(root, new, "/tmp")]  # noqa: S108 (only shown)
+    commands += [["chroot", root, *bootloader.bios_command(target, tools)]] if target.bios else []
+    commands += [["mcopy", "-i", node, f"::EFI/{new.identity.id}/"] for node in [target.efi] if node]
+    return [*filter(None, [place.first]), *(shlex.join(map(str, command)) for command in commands)]
 
 
 def make_rootfs(tar: Path, new: Installation, *, force: bool = False) -> Made:
@@ -464,13 +485,20 @@ def _new_root(layout: Layout) -> Path:
 
 def _fill_root(root: Path, new: Installation, log: host.Log) -> None:
     """Unpack or bootstrap the distribution; nothing machine-specific yet."""
-    installer, source = new.installer, new.source
+    source = new.source
     if source.rootfs is not None:
         with log.step(f"Unpacking {source.rootfs}"):
-            log.run(["tar", "--extract", *TAR_OPTIONS, "-p", "--directory", root, "--file", source.rootfs])
+            log.run(_fill_command(root, new, ""))
         return
-    with log.step(f"Bootstrapping {installer.id} {source.release}"):
-        installer.bootstrap(root, source, new.settings, log)
+    with log.step(f"Bootstrapping {new.installer.id} {source.release}"):
+        new.installer.bootstrap(root, source, new.settings, log)
+
+
+def _fill_command(root: Path, new: Installation, scratch: str) -> list[str | Path]:
+    """The command that unpacks or bootstraps the distribution."""
+    if new.source.rootfs is not None:
+        return ["tar", "--extract", *TAR_OPTIONS, "-p", "--directory", root, "--file", new.source.rootfs]
+    return [*new.installer.bootstrap_command(root, new.source, new.settings, scratch)]
 
 
 def _install_ash(layout: Layout, root: Path, new: Installation) -> None:

@@ -17,7 +17,7 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
     Args:
         path: of the root's partition, or of a disk image.
         ident: of the system.
-        agree: shows what is lost, after the id; raises if the user does not agree to that.
+        agree: is asked after all checks, with the id as the name; see Agree.
         even_last: also if it is the only one there.
 
     Raises:
@@ -29,7 +29,7 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
     with _target(path, ident) as target:
         with disk.mounted_readonly(target.root) as top:
             losses = _check(path, ident, Layout.all_on(top), target, even_last=even_last)
-        agree(ident, losses)
+        agree(ident, losses, [])
         private_mounts()
         with ExitStack() as stack:
             top, device = target.attach(stack)

@@ -87,15 +87,18 @@ class DebianInstaller(DistroInstaller):
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
         """Bootstrap with mmdebstrap, which starts no services, then generate the initramfs."""
-        packages = dataclasses.replace(source, packages=(*source.packages, *self._packages_for(settings)))
         with tempfile.TemporaryDirectory(prefix="ash-bootstrap-") as scratch:
-            argv = [*_mmdebstrap(packages, scratch), "--verbose", *_where(source, root)]
-            log.run(argv, env=BUILD_ENVIRONMENT)
+            log.run(self.bootstrap_command(root, source, settings, scratch), env=BUILD_ENVIRONMENT)
         _write_sources(root)
         for name in LEFT_OVER:
             (root / name).unlink(missing_ok=True)
         for kernel in (root / "usr/lib/modules").iterdir():
             log.run_inside(root, [*self.distro.make_initramfs, kernel.name])
+
+    def bootstrap_command(self, root: Path, source: Source, settings: Settings, scratch: str) -> list[str]:
+        """That of mmdebstrap."""
+        packages = dataclasses.replace(source, packages=(*source.packages, *self._packages_for(settings)))
+        return [*_mmdebstrap(packages, scratch), "--verbose", *_where(source, root)]
 
     def _packages_for(self, settings: Settings) -> Iterator[str]:
         if settings.locale != Settings.DEFAULT_LOCALE:

@@ -88,6 +88,10 @@ def test_a_live_system_installs_onto_a_partition(disk: Disk, boot: Boot, rootfs:
             if not result.status or words not in result.output:
                 said_wrong[options] = result.output
         assert not said_wrong
+        shown = installs(machine, "/dev/vdb1 /dev/vdb --dry-run")
+        assert "mkfs.btrfs" in shown
+        assert "grub-install" in shown
+        assert "sfdisk" in installs(machine, "--disk /dev/vdb --dry-run")
         assert other.image.read_bytes()[: 1 << 20] == before
         assert "on another disk" not in installs(machine, "/dev/vdb1 /dev/vdb --yes")
         machine.poweroff()

@@ -136,6 +136,8 @@ def test_a_wrong_request_changes_nothing(pair: Pair) -> None:
     pair.remove("nobody", status=MISSING)
     pair.remove("debian", status=REFUSED)
     pair.init(*pair.adding(), "--mode", "2", status=USAGE)
+    pair.init(*pair.adding(), "--dry-run", status=USAGE)
+    assert "nothing was changed" in pair.init("remove", "debian", pair.image, "--last", "--dry-run").stdout.lower()
     assert pair.image.stat().st_mtime_ns == before
 
 
