@@ -86,7 +86,8 @@ def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tool
 
 
 def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, name: str) -> None:
-    shutil.copytree(root / "usr/lib/grub/x86_64-efi", layout.boot_volume / "grub/x86_64-efi")
+    modules = layout.boot_volume / "grub/x86_64-efi"
+    shutil.copytree(root / "usr/lib/grub/x86_64-efi", modules, dirs_exist_ok=True)
     for program in (SHIM, MOK_MANAGER, GRUB):
         if not (root / program).is_file():
             hint = "install the packages of the signed GRUB and of shim"

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import answers, disk, host, install, machine, removal, tour
+from installer import answers, disk, existing, host, install, machine, tour
 from installer.distribution import Identity, Password, Settings, Source
 
 EXAMPLES = """\
@@ -25,6 +25,7 @@ examples:
   python3 init.py /dev/sda2 /dev/sda /dev/sda1 --mode 2    ... on a partition, beside another system
   python3 init.py /dev/sda2 /dev/sda /dev/sda1 debian_2 "Work" --mode 3    ... on a file system that has one
   python3 init.py --image ashos.img            make an image
+  python3 init.py rescue /dev/sda2             show the systems there; see its --help
   python3 init.py remove debian_2 /dev/sda2    remove one of several systems
   python3 init.py boot ashos.img --uefi        boot it in this terminal
   python3 init.py --make-rootfs root.tar       make a root once ...
@@ -35,6 +36,7 @@ FORMS = (
     '/dev/<root> /dev/<drive> [/dev/<efi>] [id] ["name"] [options]',
     "--disk DEVICE [options]",
     "--image FILE [options]",
+    "rescue DEVICE|FILE [--boot-loader ID] [--shell]",
     "remove ID DEVICE|FILE [--last] [--yes]",
     "boot FILE [--uefi] [--snapshot]",
     "try [FILE] [--tour] [--uefi]",
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
-        command = {"boot": _boot, "try": _try, "remove": _remove}.get(words[0] if words else "")
+        command = {"boot": _boot, "try": _try, "remove": _remove, "rescue": _rescue}.get(words[0] if words else "")
         return command(words[1:]) if command else _make(words)
     except _DryRunEnds:
         return 0
@@ -354,6 +356,30 @@ def _boot(words: Sequence[str]) -> int:
     return machine.boot_interactively(args.image, uefi=args.uefi, snapshot=args.snapshot)
 
 
+def _rescue(words: Sequence[str]) -> int:
+    about = "Show the systems on a disk, repair a boot loader, or open a shell in which `ash` works on the disk."
+    parser = Parser(prog=f"{PROGRAM} rescue", description=about)
+    parser.add_argument("place", type=Path, metavar="DEVICE|FILE", help="the partition of the root, or a disk image")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--boot-loader", metavar="ID", help="install the boot loader of that system anew")
+    what.add_argument("--shell", action="store_true", help="open a shell")
+    args = parser.parse_args(words)
+    _require_place(args.place)
+    if args.shell:
+        return existing.open_shell(args.place)
+    if args.boot_loader:
+        existing.repair_boot_loader(args.place, args.boot_loader)
+        print(f"the boot loader of {args.boot_loader} is installed")
+    else:
+        existing.rescue(args.place)
+    return 0
+
+
+def _require_place(path: Path) -> None:
+    if not path.exists():
+        raise AshError(f"{path} does not exist", "name the partition of the root, or a disk image", MISSING)
+
+
 def _remove(words: Sequence[str]) -> int:
     parser = Parser(prog=f"{PROGRAM} remove", description="Remove one of the systems that share a file system.")
     parser.add_argument("id", metavar="ID", help="of the system, as `ash dist` lists it")
@@ -362,9 +388,8 @@ def _remove(words: Sequence[str]) -> int:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen")
     args = parser.parse_args(words)
-    if not args.place.exists():
-        raise AshError(f"{args.place} does not exist", "name the partition of the root, or a disk image", MISSING)
-    removal.remove(args.place, args.id, partial(_agree, args=args), even_last=args.last)
+    _require_place(args.place)
+    existing.remove(args.place, args.id, partial(_agree, args=args), even_last=args.last)
     print(f"{args.id} is removed from {args.place}")
     return 0
 

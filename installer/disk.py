@@ -25,7 +25,6 @@ from typing import NamedTuple
 from ash import (
     LOCKED,
     MS_RDONLY,
-    PRIVATE,
     USAGE,
     AshError,
     attach_disk,
@@ -175,13 +174,12 @@ def mounted_readonly(device: Path) -> Iterator[Path]:
     Nothing is written: after a power cut, not even the log is replayed.
     """
     private_mounts()
-    top = PRIVATE / "seen"
-    top.mkdir(exist_ok=True)
-    mount(device, top, "btrfs", MS_RDONLY, "subvolid=5,rescue=nologreplay")
-    try:
-        yield top
-    finally:
-        run(["umount", top])
+    with tempfile.TemporaryDirectory(prefix="ash-seen-") as top:  # not below PRIVATE, which each ash has for itself
+        mount(device, Path(top), "btrfs", MS_RDONLY, "subvolid=5,rescue=nologreplay")
+        try:
+            yield Path(top)
+        finally:
+            run(["umount", top])
 
 
 class EfiFiles:

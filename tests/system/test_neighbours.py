@@ -161,3 +161,28 @@ def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, numbe
     pair.add()
     assert pair.of(SECOND, "fsck").stdout.strip() == "no problems found"
     assert pair.of("debian", "fsck").stdout.strip() == "no problems found"
+
+
+def test_a_boot_loader_is_repaired(pair: Pair) -> None:
+    before = pair.loaders()
+    pair.efi("mdeltree", "::EFI/debian", "::EFI/BOOT")
+    with pair.image.open("rb+") as image:
+        image.write(bytes(440))  # the code in the boot sector
+        image.seek(1 << 20)
+        image.write(bytes(1 << 20))  # GRUB's core image
+    shown = pair.init("rescue", pair.image).stdout
+    assert "debian: Debian GNU/Linux" in shown
+    assert "0*- base snapshot" in shown
+    pair.init("rescue", pair.image, "--boot-loader", "nobody", status=MISSING)
+    pair.init("rescue", pair.image, "--boot-loader", "debian")
+    assert pair.loaders() == before
+    assert pair.ash("fsck").stdout.strip() == "no problems found"
+
+
+def test_a_rescue_shell_works_on_the_disk(pair: Pair) -> None:
+    argv = [sys.executable, str(CHECKOUT / "init.py"), "rescue", str(pair.image), "--shell"]
+    typed = "ash -q clone 0\nash desc 1 by hand\nexit 7\n"
+    ended = subprocess.run(argv, input=typed, capture_output=True, text=True, check=False)
+    assert ended.returncode == 7, ended
+    assert "by hand" in pair.ash("tree").stdout
+    assert not pair.attached()

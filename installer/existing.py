@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Systems that are on a disk already: shows them, repairs their boot loaders, removes one of several."""
+
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from ash import (
+    BASE,
+    FIRMWARE,
+    MISSING,
+    REFUSED,
+    AshError,
+    Layout,
+    bind,
+    load_distro,
+    os_release,
+    private_mounts,
+    read_distro,
+    read_text,
+    run,
+    step,
+    sync_filesystem,
+)
+from installer import bootloader, disk, drives, host, neighbours
+from installer.install import Agree, Loss
+
+
+def rescue(path: Path) -> None:
+    """Show the systems on a disk, their trees, and what can be done.
+
+    Args:
+        path: of the root's partition, or of a disk image.
+
+    Raises:
+        AshError: there is none, or it cannot be read.
+    """
+    host.require_root("look at a disk")
+    host.require_btrfs()
+    with _target(path) as target, disk.mounted_readonly(target.root) as top:
+        there = Layout.all_on(top)
+        if not there:
+            raise AshError(
+                f"there is no system of ash on {path}", "lsblk --fs shows which partitions have btrfs", MISSING
+            )
+        for layout in there:
+            name = os_release(layout.rootfs(BASE), "PRETTY_NAME")
+            print(f"{layout.distro}: {name}{'' if layout.is_complete else ', not complete'}")
+            if layout.is_complete:
+                print(_ash(layout, top, "tree"))
+    place = shlex.quote(str(path))
+    print(f"init.py rescue {place} --boot-loader ID  installs its boot loader anew")
+    print(f"init.py rescue {place} --shell           opens a shell, in which `ash` works on it")
+
+
+def _ash(layout: Layout, top: Path, *words: str) -> str:
+    """The output of a system's own ash; what is wrong with it, if it fails."""
+    done = run(["sh", layout.executable, "--root", top, "--distro", layout.distro, *words], check=False)
+    return (done.stdout if done.returncode == 0 else done.stderr).rstrip()
+
+
+def repair_boot_loader(path: Path, ident: str) -> None:
+    """Install the boot loader of a system anew, from its snapshot 0: for the BIOS or for UEFI, as this machine runs.
+
+    Args:
+        path: of the root's partition, or of a disk image, which gets both.
+        ident: of the system.
+
+    Raises:
+        AshError: there is no such system, its EFI partition is missing, or the installation failed.
+    """
+    host.require_root("install a boot loader")
+    host.require_btrfs()
+    host.require({**host.DISK, **(host.UEFI if FIRMWARE.is_dir() else {})})
+    with _target(path, ident) as target, ExitStack() as stack:
+        if FIRMWARE.is_dir() and not target.image and not target.efi:
+            what = f"this machine was started with UEFI, and the EFI partition of {ident} is missing"
+            raise AshError(what, "attach its disk, or start the live medium with BIOS", MISSING)
+        private_mounts()
+        top, device = target.attach(stack)
+        layout = _require(Layout.all_on(top), ident, path)
+        tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
+        name = os_release(layout.rootfs(BASE), "NAME") or ident
+        with step(f"Installing the boot loader of {ident}"), neighbours.writable_copy(layout) as root:
+            bootloader.install(layout, root, target, device, tools, name=name)
+        if FIRMWARE.is_dir() and not target.image:
+            bootloader.add_boot_entry(target, f"{name} (ash)", ident)
+        sync_filesystem(top)
+        run(["umount", top])
+
+
+def open_shell(path: Path) -> int:
+    """Open a shell in which `ash` works on the system of a disk. Returns its exit status."""
+    host.require_root("change a disk")
+    host.require_btrfs()
+    with _target(path) as target, ExitStack() as stack:
+        private_mounts()
+        top, _ = target.attach(stack)
+        layouts = [one for one in Layout.all_on(top) if one.is_complete]
+        if not layouts:
+            raise AshError(f"there is no complete system of ash on {path}", "", MISSING)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-rescue-")))
+        place, start = directory / "disk", directory / "start"
+        place.mkdir()
+        start.write_text(_shell_start(place, [one.distro for one in layouts]))
+        bind(top, place)  # each ash has a PRIVATE for itself
+        try:
+            return subprocess.run(["bash", "--rcfile", start, "-i"], check=False).returncode
+        finally:
+            run(["umount", place, top])
+
+
+def _shell_start(place: Path, idents: Sequence[str]) -> str:
+    """Commands of bash that define `ash`, and say what it does."""
+    several = "; --distro ID selects one of them" if len(idents) > 1 else ""
+    words = f"The disk is mounted at {place}. `ash` works on {' and '.join(idents)} there{several}. `exit` leaves."
+    ash = [str(Layout.at(place, idents[0]).executable), "--root", str(place)]
+    return f'ash() {{ sh {shlex.join(ash)} "$@"; }}\necho {shlex.quote(words)}\n'
+
+
+def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> None:
+    """Remove a system. If that is interrupted, the same command goes on.
+
+    Args:
+        path: of the root's partition, or of a disk image.
+        ident: of the system.
+        agree: is asked after all checks, with the id as the name; see Agree.
+        even_last: also if it is the only one there.
+
+    Raises:
+        AshError: a check failed, before anything was written; or the removal failed.
+    """
+    host.require_root("remove a system")
+    host.require_btrfs()
+    host.require({**host.DISK, **(host.UEFI if FIRMWARE.is_dir() else {})})
+    with _target(path, ident) as target:
+        with disk.mounted_readonly(target.root) as top:
+            losses = _check(path, ident, Layout.all_on(top), target, even_last=even_last)
+        agree(ident, losses, [])
+        private_mounts()
+        with ExitStack() as stack:
+            top, device = target.attach(stack)
+            layouts = Layout.all_on(top)
+            gone = _require(layouts, ident, path)
+            others = [one for one in layouts if one is not gone and one.is_complete]
+            with step("Removing the boot loader"):
+                bootloader.remove(gone, others, target, device)
+            with step(f"Deleting the files of {ident}"):
+                neighbours.delete(gone)
+                run(["umount", top])
+
+
+@contextmanager
+def _target(path: Path, ident: str = "") -> Iterator[disk.Target]:
+    """The target in an image, or on the disk of a partition that is not in use, with the EFI partition of a system."""
+    if path.is_file():
+        with disk.target_of(path) as target:
+            yield target
+        return
+    its_disk, root = drives.require_free_partition(path, 0)
+    if root.filesystem != "btrfs":
+        raise AshError(f"{path} has no btrfs file system", "lsblk --fs shows which partition has one", REFUSED)
+    is_uefi = FIRMWARE.is_dir()
+    target = disk.Target(its_disk.path, root.path, None, root_uuid=root.uuid, keeps_root=True, keeps_efi=True)
+    target = replace(target, bios=not is_uefi)
+    with disk.mounted_readonly(target.root) as top:
+        uuid = read_text(Layout.at(top, ident).efi).strip() if ident else ""
+    if efi := next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None):
+        drives.require_unique(efi)
+        efi = drives.require_efi_partition(efi.path, 0, as_it_is=True)
+        target = replace(target, efi=efi.path, efi_uuid=uuid)
+    yield target
+
+
+def _require(there: Sequence[Layout], ident: str, path: Path) -> Layout:
+    """The layout of a system; AshError if it is not there."""
+    found = next((one for one in there if one.distro == ident), None)
+    if found is None:
+        names = ", ".join(one.distro for one in there) or "none"
+        raise AshError(f"there is no system {ident} on {path}", f"there are: {names}", MISSING)
+    return found
+
+
+def _check(path: Path, ident: str, there: Sequence[Layout], target: disk.Target, *, even_last: bool) -> list[Loss]:
+    """What is lost; AshError if there is no such system, or it is the last one."""
+    gone = _require(there, ident, path)
+    others = [one.distro for one in there if one.distro != ident and one.is_complete]
+    if not others and not even_last:
+        raise AshError(f"{ident} is the last system on {path}", "--last removes it all the same", REFUSED)
+    snapshots = len([*(gone.snapshots / "rootfs").glob("snapshot-[0-9]*")])
+    losses = [Loss(str(path), f"{ident} is deleted: {snapshots} snapshots, /var, and all files of people in /home")]
+    losses.append(Loss(str(path), f"{', '.join(others)} stay as they are" if others else "no system is left"))
+    if target.efi:
+        losses.append(Loss(str(target.efi), f"EFI/{ident} and ash/{ident} are deleted"))
+    return losses
