@@ -1673,7 +1673,7 @@ class Configuration:
         "aur": SWITCH,
         "auto_upgrade": ("none|check|stage|deploy|reboot", "none, check, stage, deploy or reboot"),
         "auto_upgrade_base": SWITCH,
-        "boot_timeout": (r"[1-9]\d{0,3}", "a number of minutes"),
+        "boot_timeout": (r"[1-9]\d{0,3}", "a number of minutes, at most 9999"),
         "boot_tries": (r"\d", "a number from 0, which means no automatic fallback, to 9"),
         "auto_upgrade_window": (r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", "times such as 02:00-05:00"),
         "mutable_dirs": ANYTHING, "mutable_dirs_shared": ANYTHING, "upself": ANYTHING,
@@ -9467,6 +9467,18 @@ class Trials:
                 return once if notes and notes.once == once.entry else None
         return once
 
+    def next_default(self, menu: Menu) -> Deployment | None:
+        """What GRUB starts by itself if nothing is started once.
+
+        Without a try left, or with damaged notes, that is the last good deployment. Who may not read these goes by the
+        menu.
+        """
+        if (trial := menu.on_trial) and self.notes.counts and os.geteuid() == 0:
+            with contextlib.suppress(AshError, OSError):
+                if not (self.notes.read() or Countdown()).tries_left(trial.entry, trial.tries):
+                    return menu.fallback
+        return menu.deployments.get(menu.default)
+
     def problem(self, menu: Menu) -> str:
         """What is wrong with GRUB's notes; empty if nothing is. AshError if the place cannot be read."""
         if not self.notes.counts:
@@ -9564,12 +9576,17 @@ def note_failure(layout: Layout, failure: Failure) -> None:
 
 
 def forget_failure(layout: Layout, running: Deployment) -> bool:
-    """Forget that this deployment, or another one of the same state of its snapshot, did not start.
+    """Forget that this deployment, or an earlier one of the same state of its snapshot, did not start.
 
-    Returns whether that was noted.
+    What the machine went back from to this deployment is not forgotten. Returns whether there was something to forget.
     """
-    known, is_of = failures(layout), (running.snapshot, running.source)
-    others = [one._asdict() for one in known if one.deployment != running.id and (one.snapshot, one.source) != is_of]
+
+    def is_disproved(one: Failure) -> bool:
+        same_state = (one.snapshot, one.source) == (running.snapshot, running.source)
+        return one.deployment == running.id or (same_state and one.back_to != running.id)
+
+    known = failures(layout)
+    others = [one._asdict() for one in known if not is_disproved(one)]
     if len(others) < len(known):
         write_file(layout.bad, json.dumps(others) + "\n")
     return len(others) < len(known)
@@ -9865,6 +9882,9 @@ class Deployments:
             if (once := self.menu.deployments.get(self.menu.once)) and once.slot == slot:
                 note = f"snapshot {once.snapshot}, which it replaces, is not started once any more"
                 deployment = deployment._replace(notes=[*deployment.notes, note])
+            if secondary and (replaced := self.menu.deployments.get(slot)) and replaced.snapshot != snapshot:
+                note = f"snapshot {replaced.snapshot}, which it replaces, has no secondary entry any more"
+                deployment = deployment._replace(notes=[*deployment.notes, note])
             self._swap_in(deployment, secondary)
         return deployment, True
 
@@ -9902,6 +9922,7 @@ class Deployments:
         last = self.ran if self.ran in slots else self.menu.last_good
         used = (self.ran, last, good_slot(self.menu, self.ran), self.menu.once)
         free = [slot for slot in slots if slot not in used] or [slot for slot in slots if slot not in used[:3]]
+        free.sort(key=self.menu.deployments.__contains__)  # those without a deployment first
         # Its changes of /etc are kept, others are not.
         unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
         expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
@@ -10541,7 +10562,7 @@ def require_replaceable(system: System, snapshots: Sequence[int], outcome: str) 
     """Raise AshError (REFUSED) if any of the snapshots is the base, booted or deployed, and so `outcome`."""
     menu = system.menu()
     deployed = {one.snapshot for one in menu.deployments.values()}
-    slots = (menu.default, menu.last_booted, system.last_good_slot())
+    slots = (menu.default, menu.last_booted, menu.good, system.last_good_slot())
     shown = {menu.deployments[slot].snapshot for slot in slots if slot in menu.deployments}
     for number in snapshots:
         if number == BASE:
@@ -11986,6 +12007,11 @@ def minute_of(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
 
 
+def trials_of(system: System) -> Trials:
+    """What GRUB counts, for who only asks."""
+    return Trials(GrubNotes(system.layout, system.image), system.configuration)
+
+
 @command(
     "tree", "t", group=TREE, usage="tree [-l]", help="show all snapshots; * is the one for the next boot",
     options=[flag("-l", "--long", help="with date and number of packages")],
@@ -11998,7 +12024,9 @@ def minute_of(when: float) -> str:
 )  # fmt: skip
 def cmd_tree(system: System, request: Request) -> Reply:
     tree, menu, current, sees = system.tree(), system.menu(), system.current, system.sees_snapshots
-    next_boot = menu.deployments[menu.default].snapshot if menu.default in menu.deployments else None
+    trials = trials_of(system)
+    starts = trials.next_once(menu) or trials.next_default(menu)
+    next_boot = starts.snapshot if starts else None
     secondary = {one.snapshot for slot, one in menu.deployments.items() if slot in SECONDARY_SLOTS}
     roots = {number: system.layout.rootfs(number) for number in tree.numbers()}
     failed = {one.snapshot for one in failures(system.layout)}
@@ -12247,11 +12275,6 @@ def place_of_copies(deployment: Deployment) -> str:
     return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
 
 
-def trials_of(system: System) -> Trials:
-    """What GRUB counts, for who only asks."""
-    return Trials(GrubNotes(system.layout, system.image), system.configuration)
-
-
 def deployed_reply(
     system: System, deployment: Deployment, changed: bool, in_memory: Sequence[str] | None = None
 ) -> Reply:
@@ -12318,7 +12341,7 @@ def start_once(system: System, deployment: Deployment) -> None:
         if there is None or there.id != deployment.id:
             raise AshError(f"another ash has replaced the deployment in {deployment.slot}", "", LOCKED)
         before = deployments.trials.next_once(deployments.menu)
-        if before and before.slot != deployment.slot:
+        if before and before.snapshot != deployment.snapshot:
             console.say(f"ash: snapshot {before.snapshot} is not started once any more")
         deployments.menu.once = deployment.slot
         deployments.menu.deployments[deployment.slot] = deployments.trials.planned_once(there)
@@ -15663,16 +15686,25 @@ def interrupted_sessions(system: System) -> list[int]:
     return found
 
 
-def fallback_text(menu: Menu, left: int | None) -> str:
-    """What happens if the deployment on trial does not start; `left` is how often GRUB still starts it, if known."""
+def fallback_text(menu: Menu, left: int | None, *, is_damaged: bool = False) -> str:
+    """What happens if the deployment on trial does not start.
+
+    Args:
+        menu: the boot menu.
+        left: how often GRUB still starts it, if known.
+        is_damaged: GRUB's notes do not count its starts.
+    """
     default, good = menu.deployments[menu.default], menu.fallback
     back = f"snapshot {good.snapshot} ({good.slot})" if good else "nothing"
     if left == 0:
         return f"GRUB goes back to {back} at the next boot: it has no try left"
+    if is_damaged:
+        return f"GRUB goes back to {back}, and does so at the next boot: its notes are damaged (ash fsck --repair)"
     number = default.tries if left is None else left
     tries = "1 try" if number == 1 else f"{number} tries"
     more = "" if number == default.tries else " more"
-    return f"GRUB goes back to {back} after {tries.replace(' ', f'{more} ')} of {default.minutes} minutes"
+    minutes = "1 minute" if default.minutes == 1 else f"{default.minutes} minutes"
+    return f"GRUB goes back to {back} after {tries.replace(' ', f'{more} ')} of {minutes}"
 
 
 def next_text(default: Deployment | None, once: Deployment | None) -> str:
@@ -15711,7 +15743,8 @@ def cmd_status(system: System, request: Request) -> Reply:
     failure, has_fallback, is_root = fallback_of(system), trials.notes.counts, system.sees_snapshots
     trial = menu.on_trial if has_fallback else None
     left = trials.left(trial) if trial and is_root else None
-    then = menu.fallback if left == 0 else default
+    then = trials.next_default(menu)
+    back = fallback_text(menu, left, is_damaged=left is None and then is not default) if trial else ""
     disk = os.statvfs(system.layout.snapshots)
     free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     # None: unknown, since only root may see it.
@@ -15742,7 +15775,7 @@ def cmd_status(system: System, request: Request) -> Reply:
     lines = [
         f"booted:       {booted_text(booted, current)}",
         f"next boot:    {next_text(then, once)}",
-        *([f"on trial:     if snapshot {trial.snapshot} does not start, {fallback_text(menu, left)}"] if trial else []),
+        *([f"on trial:     if snapshot {trial.snapshot} does not start, {back}"] if trial else []),
         *([f"went back:    {failure.text()}"] if failure else []),
         *([] if has_fallback else ["fallback:     not automatic: GRUB has no partition that it can write to"]),
         *(f"secondary:    snapshot {one.snapshot} ({one.slot})" for one in secondary),

@@ -36,6 +36,12 @@ def deployments(system: System) -> dict[str, dict[str, object]]:
     return found
 
 
+def starred(system: System) -> int:
+    """The snapshot for the next boot, as the tree shows it."""
+    (number,) = re.findall(r"(\d+)\*- ", system.ash("tree").stdout)
+    return int(number)
+
+
 def start_of(system: System, **options: bool) -> Started:
     """What GRUB starts by itself, if the machine is started now."""
     return system.grub(system.files.grub_cfg.read_text(), spend=True, **options)
@@ -78,6 +84,7 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, othe
     status = system.ash("--json", "status").json
     assert (status["on_trial"], status["tries_left"], status["fallback"]) == (True, 0, True)
     assert status["next"]["slot"] == machine.slot
+    assert starred(system) == status["next"]["snapshot"] != other
     assert f"snapshot {other} does not start" in system.ash("status").stdout
     assert machine.running("deploy", other)["changed"] is True, "it has its tries again"
     assert (starts(system), system.ash("--json", "status").json["tries_left"]) == (new, 2)
@@ -238,6 +245,10 @@ def test_what_grub_has_not_tried_is_not_bad(system: System, machine: Machine, ot
     system.write_notes(notes.replace(b"ENTRY", entry.encode())[:BLOCK_SIZE].ljust(len(notes), b"#")[:BLOCK_SIZE])
     assert "EFI partition" in system.ash("fsck", status=FAILED).stdout
     assert starts(system) == machine.slot
+    status = system.ash("--json", "status").json
+    assert (status["next"]["slot"], status["on_trial"], status["tries_left"]) == (machine.slot, True, None)
+    assert "notes are damaged" in system.ash("status").stdout
+    assert starred(system) == status["next"]["snapshot"]
     assert fails_to_start(machine, spent=False)["fell_back_from"] is None
     assert not any(row["bad"] for row in system.ash("--json", "tree").json["tree"] if row["snapshot"] == other)
     assert system.notes() == {"try_id": entry, "try_n": "3"}
@@ -296,6 +307,37 @@ def test_a_start_once_that_is_replaced_is_named(system: System, machine: Machine
     assert "is started once" in machine.run("deploy", third).stdout
     assert f"snapshot {first} is not started once any more" in machine.run("deploy", "--once", third).error
     assert system.notes()["once"] != once
+    system.shell(third, "touch /usr/share/changed")
+    again = machine.run("deploy", "--once", third)
+    assert "is not started once" not in again.stdout + again.stderr
+
+
+def test_the_failure_of_the_state_that_runs_in_another_deployment_is_told(system: System, machine: Machine) -> None:
+    number = system.clone()
+    machine.running("deploy", number)
+    machine.boot()
+    machine.running("bless")
+    (machine.etc / "edited").write_text("x\n")
+    machine.running("deploy", system.clone())
+    assert machine.running("deploy", number)["changed"] is True, "with the edit"
+    assert fails_to_start(machine)["fell_back_from"]["snapshot"] == number  # type: ignore[index]
+    for _ in range(2):
+        assert system.ash("--json", "status").json["fell_back_from"]["snapshot"] == number
+        assert re.search(rf"\b{number}.- .*\[bad\]", system.ash("tree").stdout)
+        machine.running("bless")
+    machine.running("deploy", number, status=REFUSED)
+    system.shell(number, "touch /usr/share/mended")
+    assert not re.search(rf"\b{number}.- .*\[bad\]", system.ash("tree").stdout)
+
+
+def test_a_free_slot_is_taken_before_a_secondary_entry_is_replaced(system: System, machine: Machine) -> None:
+    numbers = [system.clone() for _ in range(3)]
+    for one in system.ash("--json", "status").json["secondary"]:
+        machine.running("deploy", one["snapshot"], "--no-secondary")
+    for number in numbers[:2]:
+        assert "which it replaces" not in machine.run("deploy", number, "--secondary").stdout
+    assert {one["snapshot"] for one in system.ash("--json", "status").json["secondary"]} >= {*numbers[:2]}
+    assert f"snapshot {numbers[0]}, which it replaces" in machine.run("deploy", numbers[2], "--secondary").stdout
 
 
 def test_a_mutable_deployment_can_be_started_after_a_fallback(system: System, machine: Machine) -> None:
@@ -408,6 +450,7 @@ def test_status_names_what_is_started_once(system: System, machine: Machine) -> 
     status = system.ash("--json", "status").json
     assert (status["next"]["snapshot"], status["next"]["slot"], status["once"]) == (number, slot, True)
     assert f"snapshot {number} ({slot}), once; then snapshot {before['snapshot']}" in system.ash("status").stdout
+    assert starred(system) == number
     start_of(system)
     status = system.ash("--json", "status").json
     assert (status["next"], status["once"]) == (before, False)
