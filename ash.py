@@ -11207,7 +11207,8 @@ def fallback_of(system: System) -> Failure | None:
 def require_not_bad(system: System, snapshot: int) -> None:
     """Raise AshError (REFUSED) if the last deployment of a snapshot did not start, and it is unchanged."""
     if (failure := failure_of(system.layout, snapshot)) is not None:
-        hint = f"change it first; or --force; or ash deploy --once {snapshot}"
+        change = "ash base-update" if snapshot == BASE else "change it first"
+        hint = f"{change}; or --force; or ash deploy --once {snapshot}"
         raise AshError(f"snapshot {snapshot} did not start when it was deployed ({failure.since})", hint, REFUSED)
 
 

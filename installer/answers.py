@@ -54,14 +54,12 @@ def _converted(path: Path, key: str, value: object, option: argparse.Action | No
     if takes_several and isinstance(value, list) and all(isinstance(one, str) for one in value):
         return value
     if takes_several or not isinstance(value, str):
-        raise AshError(f"{path}: {key} is not {wanted}", f"such as {_example(key, takes_several)}", USAGE)
+        first = next(iter(option.choices), "") if option is not None and option.choices is not None else "one"
+        example = '["one", "two"]' if takes_several else json.dumps(first)
+        raise AshError(f"{path}: {key} is not {wanted}", f"such as {key} = {example}", USAGE)
     if option is not None and option.choices is not None and value not in option.choices:
         raise AshError(f"{path}: {key} is not one of {', '.join(option.choices)}", "", USAGE)
     return Path(value) if option is not None and option.type is Path else value
-
-
-def _example(key: str, takes_several: bool) -> str:
-    return f'{key} = ["one", "two"]' if takes_several else f'{key} = "one"'
 
 
 def write(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser, hashes: Mapping[str, str]) -> None:

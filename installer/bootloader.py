@@ -103,8 +103,8 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
         texts[SHARED] = f"{FIND_OWN}{stub}".encode()
     elif FIND_OWN not in shared:  # of an older ash
         texts[SHARED] = f"{FIND_OWN}{shared}".encode()
+    efi.write(texts)  # first: without its own stub, GRUB would start what the shared one names
     efi.add({f"{directory}/{name}": path for name, path in its_own.items()})
-    efi.write(texts)
     if not efi.has(REMOVABLE):  # that of a neighbour stays
         removable = {**programs, "BOOTX64.EFI": root / SHIM}
         efi.add({f"{REMOVABLE}/{name}": path for name, path in removable.items()})
@@ -139,7 +139,7 @@ def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path)
         device: the mounted device node of the root partition.
     """
     heir = others[0] if others else None
-    if heir and b"GRUB" in first_sector(target.drive):
+    if heir and b"GRUB" in first_sector(target.drive) and bios_starts([gone, *others]) == gone.distro:
         tools = load_distro(read_distro(heir.distro_file)[1]).boot_tools
         with neighbours.writable_copy(heir) as root:
             _install_bios(heir, root, target, device, tools)
@@ -147,6 +147,13 @@ def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path)
         if FIRMWARE.is_dir() and not target.image:
             _delete_boot_entries(gone.distro, partition_id(target.efi))
         _remove_uefi(gone, heir, target, EfiFiles(target.efi))
+
+
+def bios_starts(layouts: Sequence[Layout]) -> str:
+    """The id of the system whose GRUB was installed for the BIOS last: that is the one in the first sectors."""
+    images = {one.distro: one.boot_volume / "grub/i386-pc/core.img" for one in layouts}
+    times = {ident: image.stat().st_mtime for ident, image in images.items() if image.is_file()}
+    return max(times, key=lambda ident: times[ident], default="")
 
 
 def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFiles) -> None:

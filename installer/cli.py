@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
 from installer import answers, disk, existing, host, install, machine, tour
-from installer.distribution import Identity, Password, Settings, Source
+from installer.distribution import DistroInstaller, Identity, Password, Settings, Source, load_installer
 
 EXAMPLES = """\
 examples:
@@ -103,7 +104,8 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 def _make(words: Sequence[str]) -> int:
     args = _make_args(words)
     named = _Words.of(args.words)
-    new = install.Installation(_source(args), _settings(args), _identity(args, named))
+    identity = _identity(args, named)
+    new = install.Installation(_source(args), _settings(args, load_installer(identity.module)), identity)
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, new, force=args.force)
         next_command = f"--image {DEFAULT_IMAGE} --rootfs {shlex.quote(str(made.path))}"
@@ -142,6 +144,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
         raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
     if args.save_answers and not args.save_answers.parent.is_dir():
         raise AshError(f"there is no directory {args.save_answers.parent}", "--save-answers needs it", USAGE)
+    if args.save_answers and args.save_answers.exists() and not args.save_answers.is_file():
+        raise AshError(f"{args.save_answers} is not a regular file", "--save-answers needs one", USAGE)
     return args
 
 
@@ -182,10 +186,11 @@ class _Words(NamedTuple):
 
 def _identity(args: argparse.Namespace, named: _Words) -> Identity:
     """What the system is called: by default as the live system, but an image can be made anywhere."""
-    if args.id and named.id:
+    if args.id is not None and named.id:
         raise AshError(f"{named.id} and --id {args.id} both name the system", "leave one out", USAGE)
     default = os_release(Path("/"), "ID") if args.disk or named.devices else DEFAULT_ID
-    return Identity.of(named.id or args.id or default, named.name or args.name)
+    ident = named.id or (default if args.id is None else args.id)
+    return Identity.of(ident, named.name or args.name)
 
 
 def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places:
@@ -232,17 +237,14 @@ def _report(made: install.Made, what: str, next_commands: Sequence[str]) -> None
     print("Next:", *(f"  {PROGRAM} {command}" for command in next_commands), sep="\n")
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
     if args.user is None and (args.password_file or args.password_hash):
         raise AshError("there is a password, and no user", "--user names one; --root-password-file is root's", USAGE)
-    password = _password(args.password_file, args.password_hash)
-    if args.user and password is None and not args.make_rootfs:
-        password = _asked_password(args.user)
-    return Settings(
+    settings = Settings(
         hostname=args.hostname,
         user=args.user,
         groups=tuple(args.group),
-        password=password,
+        password=_password(args.password_file, args.password_hash),
         root_password=_password(args.root_password_file, args.root_password_hash),
         ssh_keys=_ssh_keys(args.ssh_key),
         timezone=args.timezone,
@@ -251,6 +253,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
     )
+    installer.check_names(settings)  # before anything is asked
+    if args.user and settings.password is None and not args.make_rootfs:
+        return replace(settings, password=_asked_password(args.user))
+    return settings
 
 
 def _password(path: Path | None, known: str | None) -> Password | None:
@@ -306,7 +312,7 @@ def _make_parser() -> Parser:
     modes = "1: new file systems for root and EFI; 2: for the root; 3: for neither, the system is added to those there"
     parser.add_argument("--mode", choices=[mode.value for mode in install.Mode], help=modes)
     parser.add_argument("--id", metavar="ID", help="of the system: debian, or debian_2 for a second one beside it")
-    parser.add_argument("--name", default="", help="of the system, for boot menus")
+    parser.add_argument("--name", default="", help="of the system, for the firmware's boot menu")
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")
     parser.add_argument("--dry-run", action="store_true", help="check all, show what would happen, and change nothing")
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")

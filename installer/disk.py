@@ -33,6 +33,7 @@ from ash import (
     mount_top,
     open_new_loop,
     private_mounts,
+    refuse_if_in_a_machine,
     run,
 )
 from installer import host
@@ -258,9 +259,13 @@ def target_of(image: Path) -> Iterator[Target]:
     """The target in an image that has a system: its file systems are kept.
 
     Raises:
-        AshError: it is no image of a disk with a btrfs partition.
+        AshError: it is no image of a disk with a btrfs partition, or another ash works on it (LOCKED).
     """
     start, size = btrfs_partition(image)
+    with image.open("rb+") as file:
+        refuse_if_in_a_machine(file.fileno(), image)
+    if run(["losetup", "--noheadings", "--list", "--output", "NAME", "--associated", image]).stdout.strip():
+        raise AshError(f"another program works on {image}", "wait until it has ended", LOCKED)
     table = json.loads(run(["sfdisk", "--json", image]).stdout)["partitiontable"]
     efi = next((one for one in table["partitions"] if one["type"].upper() == EFI_TYPE), None)
     with ExitStack() as stack:

@@ -150,7 +150,7 @@ class DistroInstaller:
         Raises:
             AshError: with close matches (USAGE).
         """
-        self._check_names(settings)
+        self.check_names(settings)
         if settings.timezone != Settings.DEFAULT_TIMEZONE:
             self._check_timezone(settings.timezone)
         if settings.locale in ("C", "POSIX"):
@@ -160,7 +160,8 @@ class DistroInstaller:
         if settings.keymap != Settings.DEFAULT_KEYMAP:
             _require_one_of("keymap", settings.keymap, _known_keymaps(self.keymaps))
 
-    def _check_names(self, settings: Settings) -> None:
+    def check_names(self, settings: Settings) -> None:
+        """Reject names, keys and hashes that cannot be, as check() does; this needs no lists."""
         label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
         if not re.fullmatch(rf"{label}(\.{label})*", settings.hostname) or len(settings.hostname) > 64:
             raise AshError(f"{settings.hostname!r} is not a valid host name", "letters, digits, inner hyphens", USAGE)

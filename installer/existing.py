@@ -85,8 +85,11 @@ def repair_boot_loader(path: Path, ident: str) -> None:
         layout = _require(Layout.all_on(top), ident, path)
         tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
         name = os_release(layout.rootfs(BASE), "NAME") or ident
-        with step(f"Installing the boot loader of {ident}"), neighbours.writable_copy(layout) as root:
-            bootloader.install(layout, root, target, device, tools, name=name)
+        with neighbours.nobody_deploys(Layout.all_on(top)), step(f"Installing the boot loader of {ident}"):
+            with neighbours.writable_copy(layout) as root:
+                bootloader.install(layout, root, target, device, tools, name=name)
+            if neighbours.lacks_loader(layout):
+                neighbours.finish(layout)
         if FIRMWARE.is_dir() and not target.image:
             bootloader.add_boot_entry(target, f"{name} (ash)", ident)
         sync_filesystem(top)
@@ -147,11 +150,12 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
             layouts = Layout.all_on(top)
             gone = _require(layouts, ident, path)
             others = [one for one in layouts if one is not gone and one.is_complete]
-            with step("Removing the boot loader"):
-                bootloader.remove(gone, others, target, device)
-            with step(f"Deleting the files of {ident}"):
-                neighbours.delete(gone)
-                run(["umount", top])
+            with neighbours.nobody_deploys(layouts):
+                with step("Removing the boot loader"):
+                    bootloader.remove(gone, others, target, device)
+                with step(f"Deleting the files of {ident}"):
+                    neighbours.delete(gone)
+            run(["umount", top])
 
 
 @contextmanager
@@ -193,7 +197,10 @@ def _check(path: Path, ident: str, there: Sequence[Layout], target: disk.Target,
         raise AshError(f"{ident} is the last system on {path}", "--last removes it all the same", REFUSED)
     snapshots = len([*(gone.snapshots / "rootfs").glob("snapshot-[0-9]*")])
     losses = [Loss(str(path), f"{ident} is deleted: {snapshots} snapshots, /var, and all files of people in /home")]
-    losses.append(Loss(str(path), f"{', '.join(others)} stay as they are" if others else "no system is left"))
+    losses.append(Loss(str(path), f"what stays: {', '.join(others) or 'no system'}"))
+    if others and bootloader.bios_starts(there) == ident:
+        losses.append(Loss(str(path), f"the BIOS starts {others[0]} from then on"))
     if target.efi:
-        losses.append(Loss(str(target.efi), f"EFI/{ident} and ash/{ident} are deleted"))
+        where = f"the EFI partition of {path}" if target.image else str(target.efi)
+        losses.append(Loss(where, f"EFI/{ident} and ash/{ident} are deleted"))
     return losses

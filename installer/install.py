@@ -173,7 +173,7 @@ def add_to_image(image: Path, new: Installation) -> Made:
 
 def _left_beside_others(ident: str, where: Path) -> Left:
     beside = "the other systems are as they were; the same command begins anew"
-    return Left(beside, f"{ident} has no boot loader: `init.py remove {ident} {where}`, then install it again")
+    return Left(beside, f"{ident} is on {where}, but its boot loader is not complete; the same command goes on")
 
 
 class Loss(NamedTuple):
@@ -327,8 +327,10 @@ def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
         there = [one.distro for one in Layout.all_on(top)]
         if not there:
             raise AshError(f"{target.root} has no system of ash", "--mode 1 or 2 makes a new file system", REFUSED)
-        neighbours.require_free(Layout.at(top, new.identity.id))
-        host.require_space(top, MINIMUM_ROOM)
+        layout = Layout.at(top, new.identity.id)
+        neighbours.require_free(layout)
+        if not neighbours.lacks_loader(layout):
+            host.require_space(top, MINIMUM_ROOM)
     return there
 
 
@@ -432,7 +434,6 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
 
     The boot loader, which other systems may need too, is only replaced once the new one is complete.
     """
-    installer, settings = new.installer, new.settings
     with ExitStack() as stack:
         with left.noted("system"):
             with log.step("Making file systems"):
@@ -440,27 +441,38 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
                 private_mounts()
                 top, device = target.attach(stack)
             layout = Layout.at(top, new.identity.id)
-            with neighbours.new_subvolumes(layout):
-                root = _new_root(layout)
-                _fill_root(root, new, log)
-                with log.step("Configuring the system"):
-                    installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
-                    users = filter(None, [settings.user, "root"])
-                    new.hashes = {user: hash_of_password(root, user) for user in users}
-                with log.step("Installing ash"):
-                    _install_ash(layout, root, new)
-                    _install_help(layout, root, installer.zsh_completions)
-                with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
-                    _make_base(layout, installer.distro, target)
+            locks = ExitStack()
+            others = [one for one in Layout.all_on(top) if one.distro != new.identity.id]
+            stack.enter_context(locks).enter_context(neighbours.nobody_deploys(others))
+            if not neighbours.lacks_loader(layout):
+                with neighbours.new_subvolumes(layout):
+                    _build_system(layout, target, new, log)
         with left.noted("loader"):
-            with log.step("Installing the boot loaders"), neighbours.writable_copy(layout) as writable:
-                bootloader.install(
-                    layout, writable, target, device, installer.distro.boot_tools, name=new.identity.name
-                )
+            tools = new.installer.distro.boot_tools
+            with log.step("Installing the boot loaders"), neighbours.writable_copy(layout) as root:
+                bootloader.install(layout, root, target, device, tools, name=new.identity.name)
+            neighbours.finish(layout)
+            system = os_release(layout.rootfs(BASE), "PRETTY_NAME")
+            locks.close()
             with log.step("Syncing the disk"):
-                system = os_release(root, "PRETTY_NAME")
                 _finish(top)
         return system
+
+
+def _build_system(layout: Layout, target: disk.Target, new: Installation, log: host.Log) -> None:
+    """Build all but the boot loader, in new subvolumes."""
+    installer, settings = new.installer, new.settings
+    root = _new_root(layout)
+    _fill_root(root, new, log)
+    with log.step("Configuring the system"):
+        installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
+        users = filter(None, [settings.user, "root"])
+        new.hashes = {user: hash_of_password(root, user) for user in users}
+    with log.step("Installing ash"):
+        _install_ash(layout, root, new)
+        _install_help(layout, root, installer.zsh_completions)
+    with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
+        _make_base(layout, installer.distro, target)
 
 
 def _finish(top: Path) -> None:

@@ -2,8 +2,8 @@
 """The systems that share one btrfs file system, each with its own top-level subvolumes: adding one, removing one."""
 
 import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ash import (
@@ -11,11 +11,25 @@ from ash import (
     REFUSED,
     AshError,
     Layout,
+    Lock,
     create_subvolume,
     delete_subvolume,
+    read_text,
     snapshot_subvolume,
     sync_filesystem,
+    write_file,
 )
+
+SECONDS = 60  # to wait until another ash has deployed
+
+
+# What the mark of a system says that is complete but for its boot loader.
+LACKS_LOADER = "boot loader\n"
+
+
+def lacks_loader(layout: Layout) -> bool:
+    """Whether a system is complete, but nobody knows whether its boot loader is."""
+    return read_text(layout.unfinished) == LACKS_LOADER
 
 
 def require_free(layout: Layout) -> None:
@@ -33,7 +47,10 @@ def require_free(layout: Layout) -> None:
 
 @contextmanager
 def new_subvolumes(layout: Layout) -> Iterator[None]:
-    """Create the subvolumes of a system, which is complete when the block ends; if that fails they are deleted."""
+    """Create the subvolumes of a system, which only lacks its boot loader when the block ends.
+
+    If the block fails they are deleted.
+    """
     if layout.snapshots.exists():
         delete(layout)
     create_subvolume(layout.snapshots)
@@ -45,7 +62,7 @@ def new_subvolumes(layout: Layout) -> Iterator[None]:
                 create_subvolume(layout.volume(prefix))
         yield
         sync_filesystem(layout.snapshots)
-        layout.unfinished.unlink()
+        write_file(layout.unfinished, LACKS_LOADER)
         sync_filesystem(layout.snapshots)
     except BaseException:
         with contextlib.suppress(AshError, OSError):  # the disk may be broken; then the rest counts as unfinished
@@ -53,9 +70,32 @@ def new_subvolumes(layout: Layout) -> Iterator[None]:
         raise
 
 
+def finish(layout: Layout) -> None:
+    """Note that a system is complete, with its boot loader."""
+    sync_filesystem(layout.snapshots)
+    layout.unfinished.unlink(missing_ok=True)
+    sync_filesystem(layout.snapshots)
+
+
+@contextmanager
+def nobody_deploys(layouts: Iterable[Layout]) -> Iterator[None]:
+    """Keep each ash on these systems from deploying in the block: it would write to the EFI partition too.
+
+    Raises:
+        AshError: one is deploying (LOCKED).
+    """
+    with ExitStack() as stack:
+        for layout in layouts:
+            directory = layout.work("deploy")
+            if directory.parent.is_dir():  # else it is a system of AshOS
+                directory.mkdir(exist_ok=True)
+                stack.enter_context(Lock(directory / "lock", f"deploy of {layout.distro}", SECONDS))
+        yield
+
+
 def delete(layout: Layout) -> None:
     """Delete a system's subvolumes. If it is interrupted, the system counts as not complete."""
-    layout.unfinished.touch()
+    write_file(layout.unfinished, "")
     sync_filesystem(layout.snapshots)
     for prefix in Layout.SUBVOLUMES:
         if layout.volume(prefix) != layout.snapshots:

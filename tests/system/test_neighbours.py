@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import CHECKOUT, DONE, MISSING, REFUSED, USAGE, Disk, Outcome, program, wait_until
+from tests.support import CHECKOUT, DONE, LOCKED, MISSING, REFUSED, USAGE, Disk, Outcome, program, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
@@ -55,9 +55,9 @@ class Pair(Disk):
         """The output of a program of mtools on the EFI partition."""
         return program(command[0], "-i", self.drive, *command[1:])
 
-    def loaders(self) -> tuple[bytes, str]:
+    def loaders(self) -> tuple[bytes, list[str]]:
         """GRUB for the BIOS, and the list of the boot loaders for UEFI."""
-        return self.outside_of_btrfs()[: 2 << 20], self.efi("mdir", "-b", "-/", "::EFI")
+        return self.outside_of_btrfs()[: 2 << 20], sorted(self.efi("mdir", "-b", "-/", "::EFI").splitlines())
 
     def is_alone(self, before: dict[str, str]) -> None:
         """Assert that the first system is as it was, and there is no other one."""
@@ -141,9 +141,8 @@ def test_a_wrong_request_changes_nothing(pair: Pair) -> None:
     assert pair.image.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, "Making snapshot 0"), (signal.SIGKILL, "Unpacking")])
-def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, number: signal.Signals, step: str) -> None:
-    first, loaders = pair.volumes(), pair.loaders()
+def killed(pair: Pair, step: str, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal to the installer at a step. Returns its status, and what it has said."""
     argv = [sys.executable, str(CHECKOUT / "init.py"), *map(str, pair.adding())]
     with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout
@@ -152,8 +151,39 @@ def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, numbe
         process.send_signal(number)
         said = process.stdout.read().decode()
     wait_until(lambda: not pair.attached())
+    return process.returncode, said
+
+
+def test_an_image_that_another_ash_works_on_is_refused(pair: Pair) -> None:
+    number = pair.clone()
+    process = pair.start("run", number, "sleep", "4731")
+    try:
+        wait_until(pair.attached)
+        assert "another program works on" in pair.add(status=LOCKED).stderr
+        pair.remove("debian", "--last", status=LOCKED)
+        pair.init("rescue", pair.image, "--boot-loader", "debian", status=LOCKED)
+    finally:
+        process.terminate()
+        process.wait()
+    assert pair.ash("fsck").stdout.strip() == "no problems found"
+
+
+def test_a_killed_installation_of_the_boot_loader_is_continued(pair: Pair) -> None:
+    killed(pair, "Installing the boot loaders", signal.SIGKILL)
+    assert pair.ash("dist").stdout.splitlines() == ["debian", "debian_2  not complete"]
+    assert pair.ash("fsck").stdout.strip() == "no problems found"
+    pair.add()
+    assert "Unpacking" not in pair.image.with_name("disk.img.log").read_text(), "only the boot loader was missing"
+    assert pair.of(SECOND, "fsck").stdout.strip() == "no problems found"
+    assert f"@boot_{SECOND}/" in pair.efi("mtype", f"::EFI/{SECOND}/ash.cfg")
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, "Making snapshot 0"), (signal.SIGKILL, "Unpacking")])
+def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, number: signal.Signals, step: str) -> None:
+    first, loaders = pair.volumes(), pair.loaders()
+    status, said = killed(pair, step, number)
     if number == signal.SIGINT:
-        assert process.returncode == 128 + number
+        assert status == 128 + number
         assert "the other systems are as they were" in said
         pair.is_alone(first)
     assert pair.ash("fsck").stdout.strip() == "no problems found"
