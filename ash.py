@@ -9922,7 +9922,8 @@ class Deployments:
         last = self.ran if self.ran in slots else self.menu.last_good
         used = (self.ran, last, good_slot(self.menu, self.ran), self.menu.once)
         free = [slot for slot in slots if slot not in used] or [slot for slot in slots if slot not in used[:3]]
-        free.sort(key=self.menu.deployments.__contains__)  # those without a deployment first
+        if secondary:  # one without a deployment first: nobody's entry vanishes
+            free.sort(key=self.menu.deployments.__contains__)
         # Its changes of /etc are kept, others are not.
         unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
         expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
@@ -12566,7 +12567,7 @@ class Firmware:
 
     def read(self, text: str) -> None:
         """Parse the output of efibootmgr."""
-        found = re.findall(r"^Boot([0-9A-F]{4})\*? (.*?)\t(.*)$", text, re.MULTILINE)
+        found = re.findall(r"^Boot([0-9A-F]{4})[* ] (.*?)\t(.*)$", text, re.MULTILINE)
         self.entries = [FirmwareEntry(*fields) for fields in found]
         order = re.search(r"^BootOrder: ([0-9A-F,]+)$", text, re.MULTILINE)
         self.order = order[1].split(",") if order else []

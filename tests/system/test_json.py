@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 ANSWERS = {command.name: command.answer for command in COMMANDS if command.answer is not None}
 # Commands that need a running system, a terminal or a server (other modules test them), or never answer in JSON.
 SHELLS = {"chroot", "live-chroot", "hollow"}
-NOT_HERE = {"current", "whichtmp", "edit-conf", "health", "help", "upself", *SHELLS}
+NOT_HERE = {"current", "whichtmp", "edit-conf", "health", "help", "hide", "upself", *SHELLS}
 asked: set[str] = set()
 
 
@@ -111,6 +111,7 @@ def test_packages(system: System, snapshot: int, tmp_path: Path) -> None:
 
 def test_booting(system: System, snapshot: int) -> None:
     check(system, "status")
+    check(system, "dist")
     check(system, "deploy", snapshot)
     check(system, "deploy", snapshot)
     slot = check(system, "deploy", snapshot, "--secondary")["slot"]
