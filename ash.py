@@ -2946,11 +2946,10 @@ ON_TRIAL_ONLY = """\
 ConditionKernelCommandLine=ash.trial
 ConditionPathExists=!/run/ash-good
 """
-# No program that keeps a processor busy can hold this one up, and if nothing else helps, the kernel itself restarts.
-URGENT = "chrt --fifo --pid 99 $$ 2> /dev/null"
+# If what is asked for does not help, the kernel itself restarts.
 RESTART_AT_LAST = "sleep 60; echo b > /proc/sysrq-trigger"
 TRIAL_MINUTES = 'grep -Eo "ash[.]trial=[0-9]+" /proc/cmdline | tr -dc 0-9'
-TRIAL_COMMAND = f"{URGENT}; sleep $({TRIAL_MINUTES})m || exit; systemctl --force reboot & {RESTART_AT_LAST}"
+TRIAL_COMMAND = f"sleep $({TRIAL_MINUTES})m || exit; systemctl --force reboot & {RESTART_AT_LAST}"
 TRIAL_UNIT = f"""\
 [Unit]
 Description=Restart a new deployment that does not come up in time
@@ -3120,7 +3119,6 @@ start)
 	[ -z "$minutes" ] || setsid --fork "$0" watch < /dev/null > /dev/null 2>&1
 	;;
 watch)
-	{URGENT}
 	seconds=$((minutes * 60))
 	while [ ! -e /run/ash-good ]; do
 		if [ "$seconds" -le 0 ] || pidof sulogin; then

@@ -15,7 +15,7 @@ from installer import host
 from installer.distribution import DistroInstaller, Settings, Source
 
 BOOT = ("linux-image-amd64", "initramfs-tools", "systemd-sysv", "udev", "kmod", "zstd")
-GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-signed", "shim-signed")
+GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-signed", "shim-signed", "efibootmgr")
 SYSTEM = ("dbus", "libpam-systemd", "systemd-resolved", "systemd-timesyncd", "btrfs-progs", "dosfstools", "sudo")
 TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", "nano", "passwd", "procps", "tzdata")
 ASH = ("python3", "python3-tabulate", "gpgv")

@@ -46,8 +46,12 @@ class Fault:
     devices: list[str] = field(default_factory=list)
 
 
-# One processor, which this has for itself: nothing else runs any more.
-SPIN = 'sh -c "echo -1 > /proc/sys/kernel/sched_rt_runtime_us; exec chrt -f 99 sh -c \\"while :; do :; done\\""'
+# One processor, which this has for itself: nothing else runs any more. Since 6.12 Linux keeps a share for all others.
+SHARE = "/sys/kernel/debug/sched/fair_server/cpu0/runtime"
+SPIN = (
+    f'sh -c "mount -t debugfs debugfs /sys/kernel/debug; echo 0 > {SHARE}; echo -1 > /proc/sys/kernel/sched_rt_runtime_us; '
+    'exec chrt -f 99 sh -c \\"while :; do :; done\\""'
+)
 CAUSES = {
     "the kernel panics": Fault(unit('sh -c "echo c > /proc/sysrq-trigger"', "sysinit.target")),
     "init exits": Fault("ln -sf /bin/false /usr/sbin/init"),
@@ -61,6 +65,9 @@ CAUSES = {
     "an emergency shell": Fault("echo /dev/none /mnt/none ext4 x-systemd.device-timeout=2 0 2 >> /etc/fstab"),
     "a rescue shell": Fault("ln -sf /usr/lib/systemd/system/rescue.target /etc/systemd/system/default.target"),
     "a unit hangs": Fault(unit("sleep infinity", "multi-user.target")),
+    "a unit hangs, and systemctl is damaged": Fault(
+        unit("sleep infinity", "multi-user.target") + "; echo damaged > /usr/bin/systemctl"
+    ),
     "systemd crashes": Fault(unit("kill -SEGV 1", "sysinit.target")),
     "the machine hangs": Fault(
         unit(SPIN, "multi-user.target"), devices=["-device", "i6300esb", "-action", "watchdog=reset"]
