@@ -37,10 +37,13 @@ BOOT_DIRECTORY = "mnt"  # where the boot volume is mounted for grub-install
 SHARED_DIRECTORY = "EFI/debian"
 SHARED = f"{SHARED_DIRECTORY}/grub.cfg"  # what the signed GRUB of Debian reads
 OWN = "ash.cfg"  # beside the GRUB that runs, where that is not the directory of the shared one
+# Where the GRUB that runs was loaded from: Debian's says so by another variable than GRUB's own.
 FIND_OWN = f"""\
-if [ -f "$cmdpath/{OWN}" ]; then
-    configfile "$cmdpath/{OWN}"
-fi
+for ash_directory in "$fw_path" "$cmdpath"; do
+    if [ -n "$ash_directory" -a -f "$ash_directory/{OWN}" ]; then
+        configfile "$ash_directory/{OWN}"
+    fi
+done
 """
 STUB = """\
 search.fs_uuid {uuid} root
