@@ -20,7 +20,18 @@ SECOND = "debian_2"
 @pytest.fixture
 def pair(disk: Disk, rootfs: Path) -> Disk:
     """A disk with two systems."""
-    words = ["--image", disk.image, "--mode", "3", "--id", SECOND, "--hostname", "second", "--rootfs", rootfs]
+    words: list[str | Path] = [
+        "--image",
+        disk.image,
+        "--mode",
+        "3",
+        "--id",
+        SECOND,
+        "--hostname",
+        "second",
+        "--rootfs",
+        rootfs,
+    ]
     subprocess.run([sys.executable, CHECKOUT / "init.py", *words], check=True, stdin=subprocess.DEVNULL)
     return disk
 
