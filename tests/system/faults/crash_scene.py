@@ -106,8 +106,8 @@ DURABLE = {
 # Shells and an editor are transactions like `run`, but need a terminal; `hollow` ends in a `deploy`.
 LIKE_RUN = {"chroot", "edit-conf", "hollow", "live-chroot"}
 NO_SPACE = (os.strerror(errno.ENOSPC), "too little free space")
-# It only changes the executable; test_upself.py kills it.
-ELSEWHERE = {"upself"}
+# They change the executable alone (test_upself.py kills that), or a variable of the firmware.
+ELSEWHERE = {"upself", "dist", "hide"}
 
 # A path as ash has the disk image mounted; in /home, where the tests only compare their own files.
 FILLER = PRIVATE / "top" / HOME / "filler"
