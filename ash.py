@@ -12525,7 +12525,7 @@ def cmd_whichtmp(system: System, request: Request) -> Reply:
 
 # --- Commands on the other systems of the machine --------------------------------------------------------------
 
-FIRMWARE = Path("/sys/firmware/efi")  # is there if the machine was started with UEFI
+FIRMWARE = Path("/sys/firmware/efi/efivars")  # is there if the machine was started with UEFI
 WINDOWS = "Microsoft/Boot/bootmgfw.efi"  # below EFI/
 
 
@@ -12586,6 +12586,12 @@ class Firmware:
         run(["efibootmgr", "--quiet", "--bootorder", ",".join(order)])
 
 
+def require_own_firmware(system: System) -> None:
+    """Raise AshError (REFUSED) unless the system runs: the firmware of another machine cannot be reached."""
+    if not system.running:
+        raise AshError("this is not the running system: its machine's firmware cannot be reached", "", REFUSED)
+
+
 def loader_of(ident: str) -> str:
     """The boot loader of a system, below EFI/."""
     return f"{ident}/shimx64.efi"
@@ -12624,8 +12630,7 @@ def cmd_dist(system: System, request: Request) -> Plan:
     if name not in complete:
         hint = f"there are: {listed(complete)}"
         raise AshError(f"there is no complete system {one_line(name)} on this disk", hint, MISSING)
-    if not system.running:
-        raise AshError("this is not the running system: its machine's firmware cannot be reached", "", REFUSED)
+    require_own_firmware(system)
     firmware = Firmware()
     yield would(f"have the firmware start {name}")
     node, _ = EfiPartition(layout).place()
@@ -12641,8 +12646,7 @@ def cmd_dist(system: System, request: Request) -> Plan:
     answer={"changed": bool, "entry": str},
 )  # fmt: skip
 def cmd_hide(system: System, request: Request) -> Plan:
-    if not system.running:
-        raise AshError("this is not the running system: its machine's firmware cannot be reached", "", REFUSED)
+    require_own_firmware(system)
     entry = Firmware().find(WINDOWS)
     if entry is None:
         raise AshError("the firmware's boot menu has no Windows", "efibootmgr lists it", MISSING)

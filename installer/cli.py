@@ -137,7 +137,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True) != 1:
         raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
     if args.image and args.mode not in (None, "3"):
-        raise AshError("an image is made anew, or --mode 3 adds a system to it", "there is no other mode", USAGE)
+        what = f"--mode {args.mode} is for partitions: an image is a new file"
+        raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     if args.dry_run and (args.image or args.make_rootfs):
@@ -203,10 +204,10 @@ def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places
         install.Mode.ADD: "keep both, and add the system to those on the root's",
     }
     known = [mode.value for mode in modes]
-    answer = args.mode
+    answer = args.mode or (None if efi else install.Mode.NEW.value)
     while answer not in known:
         if args.yes or not sys.stdin.isatty():
-            raise AshError("it is not clear what happens to the file systems", "--mode 1, 2 or 3 says so", USAGE)
+            raise AshError("it is not clear what happens to the EFI partition", "--mode 1, 2 or 3 says so", USAGE)
         print(*(f"  {mode.value}  {text}" for mode, text in modes.items()), sep="\n")
         answer = input("1, 2 or 3? ").strip()
     return install.Places(root, drive, efi, install.Mode(answer))

@@ -75,7 +75,7 @@ def repair_boot_loader(path: Path, ident: str) -> None:
     """
     host.require_root("install a boot loader")
     host.require_btrfs()
-    host.require({**host.DISK, **(host.UEFI if FIRMWARE.is_dir() else {})})
+    host.require(host.disk_tools())
     with _target(path, ident) as target, ExitStack() as stack:
         if FIRMWARE.is_dir() and not target.image and not target.efi:
             what = f"this machine was started with UEFI, and the EFI partition of {ident} is missing"
@@ -139,7 +139,7 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
     """
     host.require_root("remove a system")
     host.require_btrfs()
-    host.require({**host.DISK, **(host.UEFI if FIRMWARE.is_dir() else {})})
+    host.require(host.disk_tools())
     with _target(path, ident) as target:
         with disk.mounted_readonly(target.root) as top:
             losses = _check(path, ident, Layout.all_on(top), target, even_last=even_last)
@@ -168,9 +168,15 @@ def _target(path: Path, ident: str = "") -> Iterator[disk.Target]:
     its_disk, root = drives.require_free_partition(path, 0)
     if root.filesystem != "btrfs":
         raise AshError(f"{path} has no btrfs file system", "lsblk --fs shows which partition has one", REFUSED)
-    is_uefi = FIRMWARE.is_dir()
-    target = disk.Target(its_disk.path, root.path, None, root_uuid=root.uuid, keeps_root=True, keeps_efi=True)
-    target = replace(target, bios=not is_uefi)
+    target = disk.Target(
+        its_disk.path,
+        root.path,
+        None,
+        root_uuid=root.uuid,
+        keeps_root=True,
+        keeps_efi=True,
+        bios=not FIRMWARE.is_dir(),
+    )
     with disk.mounted_readonly(target.root) as top:
         uuid = read_text(Layout.at(top, ident).efi).strip() if ident else ""
     if efi := next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None):

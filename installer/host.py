@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ash import REFUSED, USAGE, AshError, Chroot, clean_environment, last_words, run, step
+from ash import FIRMWARE, REFUSED, USAGE, AshError, Chroot, clean_environment, last_words, run, step
 
 # Required programs (by name) or files (by path), with the packages of Debian and Ubuntu that have them.
 Tools = Mapping[str, str]
@@ -59,6 +59,11 @@ def require(tools: Tools) -> None:
     require_root(f"install {' '.join(packages)} on this machine")
     with step(f"Installing on this machine: {' '.join(packages)}"):
         _apt_install(packages)
+
+
+def disk_tools() -> Tools:
+    """The tools to work on disks of this machine; with UEFI, on the firmware's boot menu too."""
+    return {**DISK, **(UEFI if FIRMWARE.is_dir() else {})}
 
 
 def _have(tool: str) -> bool:

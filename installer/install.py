@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from ash import (
     BASE,
+    FIRMWARE,
     MISSING,
     PRIVATE,
     REFUSED,
@@ -49,7 +50,6 @@ HOST_SPACE = 2 * 2**30
 MINIMUM_ROOM = MINIMUM_SIZE - 2**30  # beside another system
 MINIMUM_EFI = 32 * 2**20  # GRUB, shim and their copies take 11 MiB
 DISK_LOG = Path("/var/log/ash-install.log")
-EFI_VARIABLES = Path("/sys/firmware/efi/efivars")
 
 TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*", "--sparse")
 COMPRESSIONS = {".gz": "--gzip", ".tgz": "--gzip", ".xz": "--xz", ".zst": "--zstd"}
@@ -268,7 +268,7 @@ def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Ma
 
 def _check_places(places: Places, new: Installation) -> Checked:
     adds, keeps_efi = places.mode is Mode.ADD, places.mode is not Mode.NEW
-    is_uefi = EFI_VARIABLES.is_dir()
+    is_uefi = FIRMWARE.is_dir()
     its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
     drive = drives.require_disk(places.drive)
     efi = None
@@ -341,8 +341,8 @@ def _require_machine() -> None:
 
 def _install(place: Checked, new: Installation, agree: Agree) -> Made:
     """Install in a place of this machine, if the user agrees to what happens there."""
-    is_uefi = EFI_VARIABLES.is_dir()
-    new.check({**host.DISK, **(host.UEFI if is_uefi else {})})
+    is_uefi = FIRMWARE.is_dir()
+    new.check(host.disk_tools())
     agree(place.path.name, place.losses, _commands(place, new))
     with host.Log(DISK_LOG) as log:
         with place.left.noted("system"), log.step(f"Preparing {place.path}"):
