@@ -3684,12 +3684,19 @@ def modules_of_changed_kernels(changed: Container[str], before: Path, after: Pat
 
 
 class BootTools:
-    """GRUB's tools, as a distribution names them; with the prefix `grub2` on Fedora and openSUSE."""
+    """GRUB's tools, as a distribution names them; with the prefix `grub2` on Fedora and openSUSE.
 
-    def __init__(self, prefix: str = "grub") -> None:
+    Args:
+        prefix: of their names.
+        bios_setup: the one that writes the first sectors of a disk, if it is not in PATH.
+    """
+
+    def __init__(self, prefix: str = "grub", bios_setup: str = "") -> None:
         self.mkconfig = f"{prefix}-mkconfig"
         self.script_check = f"{prefix}-script-check"
         self.install = f"{prefix}-install"
+        self.mkimage = f"{prefix}-mkimage"
+        self.bios_setup = bios_setup or f"{prefix}-bios-setup"
         self.directory = f"boot/{prefix}"  # which the tools expect, from the root
 
 
@@ -4040,6 +4047,16 @@ def fat_uuid(boot_sector: bytes) -> str:
     return f"{serial[:4]}-{serial[4:]}" if serial else ""
 
 
+def fat_cluster_at(boot_sector: bytes, cluster: int) -> int:
+    """Where a cluster of a FAT file system begins, in bytes from its start."""
+    # Of the BIOS parameter block: bytes per sector, sectors per cluster, reserved sectors, tables, entries of the root
+    # directory, media, sectors of a table (0 if it is FAT32, which has them at 36).
+    size, per_cluster, reserved, tables, entries, _, _, table = struct.unpack_from("<HBHBHHBH", boot_sector, 11)
+    table = table or struct.unpack_from("<I", boot_sector, 36)[0]
+    root = -(-entries * 32 // size)
+    return int((reserved + tables * table + root + (cluster - 2) * per_cluster) * size)
+
+
 def first_sector(device: Path) -> bytes:
     """The first sector of a device; empty if it cannot be read."""
     with contextlib.suppress(OSError), device.open("rb", buffering=0) as disk:
@@ -4094,7 +4111,7 @@ class EfiPartition:
         with self._opened() as directory:
             if isinstance(directory, Path):
                 self._write_to(directory / self.name, notes.block)
-            else:
+            elif not self._write_in_place(directory, notes.block):
                 self._mtools(directory, notes.block)
 
     def find(self, uuid: str) -> list[tuple[Path, int]]:
@@ -4185,6 +4202,25 @@ class EfiPartition:
             file.write(block)
             os.fsync(file.fileno())
         sync_any_filesystem(path.parent)
+
+    def _write_in_place(self, drive: str, block: bytes) -> bool:
+        """Write the block as _write_to() does: mtools would write a new file. Returns whether that was possible."""
+        old, (name, _, start) = self._mtools(drive), drive.rpartition("@@")
+        if len(old) != BLOCK_SIZE or old[SECTOR:] != block[SECTOR:]:
+            return False
+        clusters = re.search(r"<(\d+)", run(["mshowfat", "-i", drive, f"::{self.name}"], check=False).stdout)
+        if clusters is None:
+            return False
+        with Path(name).open("rb+", buffering=0) as disk:
+            disk.seek(int(start))
+            place = int(start) + fat_cluster_at(disk.read(SECTOR), int(clusters[1]))
+            disk.seek(place)
+            if disk.read(SECTOR) != old[:SECTOR]:
+                return False
+            disk.seek(place)
+            disk.write(block[:SECTOR])
+            os.fsync(disk.fileno())
+        return True
 
     def _mtools(self, drive: str, block: bytes | None = None) -> bytes:
         """Read the block (empty if it is missing), or write it."""

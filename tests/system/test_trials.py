@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from ash import AFTER_SUCCESS, BLOCK_SIZE, REQUIRED_CHECKS, Countdown, fat_uuid, not_programs_in, passes, programs_in
+from ash import (
+    AFTER_SUCCESS,
+    BLOCK_SIZE,
+    REQUIRED_CHECKS,
+    SECTOR,
+    Countdown,
+    fat_uuid,
+    not_programs_in,
+    passes,
+    programs_in,
+)
+from installer.disk import EFI_SIZE
 from tests.support import DONE, FAILED, NOTES, REFUSED, USAGE, Started, program
 from tests.system.disk_system import Machine, System
 
@@ -24,6 +35,14 @@ def other(system: System, machine: Machine) -> int:
     number = system.clone()
     machine.running("deploy", number)
     return number
+
+
+def efi_partition(system: System) -> bytes:
+    """What is on the EFI partition of the disk."""
+    image, _, start = system.drive.partition("@@")
+    with Path(image).open("rb") as disk:
+        disk.seek(int(start))
+        return disk.read(EFI_SIZE)
 
 
 def menu(system: System) -> dict[str, str]:
@@ -91,6 +110,19 @@ def test_a_new_deployment_has_three_tries(system: System, machine: Machine, othe
     assert "after 2 more tries" in system.ash("status").stdout
     assert machine.running("deploy", other)["changed"] is False
     system.is_sound()
+
+
+def test_new_notes_are_one_sector_that_is_written(system: System, machine: Machine, other: int) -> None:
+    """A power cut leaves the old or the new ones: a disk writes a sector as a whole, whatever Linux knows of FAT."""
+    for _ in range(3):
+        start_of(system)
+    before = efi_partition(system)
+    machine.running("deploy", other)
+    after = efi_partition(system)
+    changed = [n for n in range(0, len(before), SECTOR) if before[n : n + SECTOR] != after[n : n + SECTOR]]
+    assert len(changed) == 1
+    assert after[changed[0] :].startswith(b"# GRUB Environment Block\n")
+    assert system.notes()["try_n"] == "3"
 
 
 def test_a_deployment_that_was_good_once_is_no_longer_counted(system: System, machine: Machine, other: int) -> None:
