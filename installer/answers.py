@@ -77,7 +77,7 @@ def write(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser,
     lines = ["# Answers for the installer of ash: init.py --answers FILE"]
     for key, option in _options(parser):
         value = getattr(args, option.dest)
-        if value not in (None, option.default, []) and not key.endswith("password-file"):
+        if value not in (None, option.default, []) and not key.endswith(("password-file", "passphrase-file")):
             value = [*map(str, value)] if isinstance(value, list) else str(value)
             lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     lines += [f"{key} = {json.dumps(value)}" for key, value in hashes.items()]

@@ -25,12 +25,17 @@ from ash import (
     machine_chroot,
     partition_id,
     read_distro,
+    read_text,
 )
 from installer import drives, neighbours
 from installer.disk import EfiFiles, Target
 
 # Named explicitly: grub-install takes the partition's loop device for a whole disk and would omit part_gpt.
 BIOS_MODULES = "part_gpt part_msdos btrfs fat search_fs_uuid search_label"
+# For an encrypted partition GRUB's core image is not that of grub-install, in which one wrong passphrase is the end.
+LUKS_MODULES = "biosdisk cryptodisk luks luks2 pbkdf2 gcry_rijndael gcry_sha256 gcry_sha512 normal serial terminal"
+CORE = "grub/i386-pc/core.img"  # in the boot volume
+CORE_COMMANDS = "grub/i386-pc/ash.cfg"
 REMOVABLE = "EFI/BOOT"  # the firmware starts BOOTX64.EFI in there if it knows no entry for the disk
 BOOT_DIRECTORY = "mnt"  # where the boot volume is mounted for grub-install
 
@@ -45,11 +50,11 @@ for ash_directory in "$fw_path" "$cmdpath"; do
     fi
 done
 """
-STUB = """\
+FIND = """\
 search.fs_uuid {uuid} root
 set prefix=($root)'/{volume}/grub'
-configfile $prefix/grub.cfg
 """
+START = "configfile $prefix/grub.cfg\n"
 
 SHIM = "usr/lib/shim/shimx64.efi.signed"
 MOK_MANAGER = "usr/lib/shim/mmx64.efi.signed"
@@ -77,15 +82,33 @@ def install(layout: Layout, root: Path, target: Target, device: Path, tools: Boo
         _install_uefi(layout, root, target, EfiFiles(target.efi), name)
 
 
-def bios_command(target: Target, tools: BootTools) -> list[str]:
-    """The command that installs GRUB for the BIOS, inside the new system."""
+def bios_commands(target: Target, tools: BootTools) -> list[list[str]]:
+    """The commands that install GRUB for the BIOS, inside the new system."""
     where = [f"--boot-directory=/{BOOT_DIRECTORY}", f"--modules={BIOS_MODULES}"]
-    return [tools.install, "--target=i386-pc", *where, str(target.drive)]
+    install, drive = [tools.install, "--target=i386-pc", *where], str(target.drive)
+    if not target.luks:
+        return [[*install, drive]]
+    core, commands = f"/{BOOT_DIRECTORY}/{CORE}", f"/{BOOT_DIRECTORY}/{CORE_COMMANDS}"
+    modules = [*BIOS_MODULES.split(), *LUKS_MODULES.split()]
+    make = [tools.mkimage, "--format=i386-pc", f"--output={core}", f"--config={commands}", "--prefix=/", *modules]
+    setup = [tools.bios_setup, f"--directory=/{BOOT_DIRECTORY}/{Path(CORE).parent}", drive]
+    return [[*install, "--no-bootsector", drive], make, setup]
 
 
 def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tools: BootTools) -> None:
+    if target.luks:
+        commands = layout.boot_volume / CORE_COMMANDS
+        commands.parent.mkdir(parents=True, exist_ok=True)
+        commands.write_text(_serial_console(root) + _find(layout, target))
     binds = {layout.boot_volume: BOOT_DIRECTORY, device: str(device)}
-    machine_chroot(root, bios_command(target, tools), binds=binds)
+    for command in bios_commands(target, tools):
+        machine_chroot(root, command, binds=binds)
+
+
+def _serial_console(root: Path) -> str:
+    """GRUB's commands for the serial console that a root's settings have; empty if they have none."""
+    found = re.search(r'^GRUB_SERIAL_COMMAND="(serial [^"]*)"$', read_text(root / "etc/default/grub"), re.MULTILINE)
+    return f"{found[1]}\nterminal_input console serial\nterminal_output console serial\n" if found else ""
 
 
 def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, name: str) -> None:
@@ -114,7 +137,13 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
 
 
 def _stub(layout: Layout, target: Target) -> str:
-    return STUB.format(uuid=target.root_uuid, volume=layout.volume_name("@boot"))
+    return _find(layout, target) + START
+
+
+def _find(layout: Layout, target: Target) -> str:
+    """GRUB's commands to open the file system, and to find its own files there."""
+    unlock = "".join(f"{command}\n" for command in target.luks.for_grub) if target.luks else ""
+    return unlock + FIND.format(uuid=target.root_uuid, volume=layout.volume_name("@boot"))
 
 
 def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
@@ -125,9 +154,11 @@ def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
         ident: of the new system.
         own: the UUIDs of the file systems whose boot loaders it may replace.
     """
+    known = {uuid.replace("-", "") for uuid in own}
     for path in dict.fromkeys([SHARED, f"EFI/{ident}/{OWN}"]):
-        found = re.search(r"^search\.fs_uuid (\S+)", efi.read(path), re.MULTILINE)
-        if found and found[1] not in own and found[1] in (one.uuid for disk in drives.devices() for one in disk):
+        there = {one.uuid.replace("-", "") for disk in drives.devices() for one in disk if one.uuid} - known
+        found = re.search(r"^(?:search\.fs_uuid|cryptomount -u) (\S+)", efi.read(path), re.MULTILINE)
+        if found and found[1].replace("-", "") in there:
             what = f"{path} on the EFI partition starts another system of this machine, on the file system {found[1]}"
             raise AshError(what, "use an EFI partition of its own, or --mode 1, which wipes this one", REFUSED)
 
@@ -154,7 +185,7 @@ def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path)
 
 def bios_starts(layouts: Sequence[Layout]) -> str:
     """The id of the system whose GRUB was installed for the BIOS last: that is the one in the first sectors."""
-    images = {one.distro: one.boot_volume / "grub/i386-pc/core.img" for one in layouts}
+    images = {one.distro: one.boot_volume / CORE for one in layouts}
     times = {ident: image.stat().st_mtime for ident, image in images.items() if image.is_file()}
     return max(times, key=lambda ident: times[ident], default="")
 

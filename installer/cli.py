@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import answers, disk, existing, host, install, machine, tour
+from installer import answers, disk, existing, host, install, luks, machine, tour
 from installer.distribution import DistroInstaller, Identity, Password, Settings, Source, load_installer
 
 EXAMPLES = """\
@@ -141,6 +141,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
         raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
+    if (args.luks or args.luks_passphrase_file) and (args.image or args.make_rootfs):
+        raise AshError("an image is not encrypted: ash would not find what is in it", "--luks is for disks", USAGE)
     if args.dry_run and (args.image or args.make_rootfs):
         raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
     if args.save_answers and not args.save_answers.parent.is_dir():
@@ -253,6 +255,7 @@ def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
         keymap=args.keymap,
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
+        passphrase=_passphrase(args),
     )
     installer.check_names(settings)  # before anything is asked
     if args.user and settings.password is None and not args.make_rootfs:
@@ -280,6 +283,33 @@ def _asked_password(user: str) -> Password:
         if text and getpass.getpass("The same again: ") == text:
             return Password(text)
         print("They differ." if text else "It is empty.")
+
+
+def _passphrase(args: argparse.Namespace, *, is_new: bool = True) -> str | None:
+    """The passphrase of an encrypted partition: from a file, or typed unseen; None if none is asked for.
+
+    Raises:
+        AshError: the file cannot be read, GRUB could not, or there is no terminal (USAGE).
+    """
+    if args.luks_passphrase_file is not None:
+        lines = _lines(args.luks_passphrase_file, "the passphrase")
+        luks.check_passphrase(lines[0] if lines else "")
+        return lines[0]
+    if not args.luks:
+        return None
+    if not sys.stdin.isatty():
+        hint = "--luks-passphrase-file names a file; its first line is the passphrase"
+        raise AshError("there is no terminal to ask for the passphrase", hint, USAGE)
+    while True:
+        text = getpass.getpass("Passphrase of the disk: ")
+        try:
+            luks.check_passphrase(text)
+        except AshError as error:
+            print(f"{error}; {error.hint}.")
+            continue
+        if not is_new or getpass.getpass("The same again: ") == text:
+            return text
+        print("They differ.")
 
 
 def _ssh_keys(path: Path | None) -> tuple[str, ...]:
@@ -344,10 +374,16 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         "--password-file", type=Path, metavar="FILE", help="the first line is the user's; else it is asked for"
     )
     group.add_argument("--root-password-file", type=Path, metavar="FILE", help="the first line is root's password")
+    _add_luks(group, "encrypt the root with LUKS2")
     group.add_argument("--keyring", type=Path, metavar="FILE", help="keys that `ash upself` trusts")
     group.add_argument("--timezone", default=Settings.timezone, metavar="ZONE", help="default: %(default)s")
     group.add_argument("--locale", default=Settings.locale, help="such as de_DE.UTF-8 (default: %(default)s)")
     group.add_argument("--keymap", default=Settings.keymap, help="such as de or de:nodeadkeys (default: %(default)s)")
+
+
+def _add_luks(group: argparse._ActionsContainer, purpose: str) -> None:
+    group.add_argument("--luks", action="store_true", help=f"{purpose}; asks for a passphrase")
+    group.add_argument("--luks-passphrase-file", type=Path, metavar="FILE", help="... which is its first line")
 
 
 def _boot(words: Sequence[str]) -> int:
@@ -370,21 +406,23 @@ def _rescue(words: Sequence[str]) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--boot-loader", metavar="ID", help="install the boot loader of that system anew")
     what.add_argument("--shell", action="store_true", help="open a shell")
+    _add_luks(parser, "the partition is encrypted")
     args = parser.parse_args(words)
-    _require_place(args.place)
+    place = _place(args)
     if args.shell:
-        return existing.open_shell(args.place)
+        return existing.open_shell(place)
     if args.boot_loader:
-        existing.repair_boot_loader(args.place, args.boot_loader)
+        existing.repair_boot_loader(place, args.boot_loader)
         print(f"the boot loader of {args.boot_loader} is installed")
     else:
-        existing.rescue(args.place)
+        existing.rescue(place)
     return 0
 
 
-def _require_place(path: Path) -> None:
-    if not path.exists():
-        raise AshError(f"{path} does not exist", "name the partition of the root, or a disk image", MISSING)
+def _place(args: argparse.Namespace) -> existing.Place:
+    if not args.place.exists():
+        raise AshError(f"{args.place} does not exist", "name the partition of the root, or a disk image", MISSING)
+    return existing.Place(args.place, _passphrase(args, is_new=False))
 
 
 def _remove(words: Sequence[str]) -> int:
@@ -394,9 +432,9 @@ def _remove(words: Sequence[str]) -> int:
     parser.add_argument("--last", action="store_true", help="also the last system there")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--dry-run", action="store_true", help="show what would happen")
+    _add_luks(parser, "the partition is encrypted")
     args = parser.parse_args(words)
-    _require_place(args.place)
-    existing.remove(args.place, args.id, partial(_agree, args=args), even_last=args.last)
+    existing.remove(_place(args), args.id, partial(_agree, args=args), even_last=args.last)
     print(f"{args.id} is removed from {args.place}")
     return 0
 

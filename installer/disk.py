@@ -37,6 +37,7 @@ from ash import (
     run,
 )
 from installer import host
+from installer.luks import Luks, unlocked
 
 MIB = 2**20
 SECTOR = 512
@@ -132,6 +133,7 @@ class Target:
         keeps_root: the root's partition has a btrfs file system with other systems, which is kept.
         keeps_efi: the EFI partition has a file system, which is kept.
         bios: whether GRUB is installed for the BIOS.
+        luks: the encrypted partition that the root's is in.
     """
 
     drive: Path
@@ -143,6 +145,12 @@ class Target:
     keeps_root: bool = False
     keeps_efi: bool = False
     bios: bool = True
+    luks: Luks | None = None
+
+    def encrypted(self, passphrase: str) -> "Target":
+        """The same target, with its root in an encrypted partition."""
+        inside = Luks(self.root, passphrase)
+        return replace(self, root=inside.node, luks=inside)
 
     def format_commands(self) -> list[list[str | Path]]:
         """The commands that write empty file systems, except where one is kept."""
@@ -152,6 +160,7 @@ class Target:
             serial = self.efi_uuid.replace("-", "")
             commands.append(["mkfs.vfat", "-F", "32", "-s", "1", "-n", "EFI", "-i", serial, self.efi])
         if not self.keeps_root:
+            commands += self.luks.format_commands() if self.luks else []
             label = ["--label", "ash", "--uuid", self.root_uuid]
             commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.root])
         return commands
@@ -159,13 +168,24 @@ class Target:
     def format(self) -> None:
         """Write empty file systems, except where one is kept."""
         for command in self.format_commands():
-            run(command)
+            run(command, input=self.luks.passphrase if self.luks and command[0] == "cryptsetup" else None)
         if self.efi:
             flush(self.efi)
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
         return attach_disk(stack, self.image) if self.image else (mount_top(self.root), self.root)
+
+
+@contextmanager
+def unlocked_target(target: Target, passphrase: str | None) -> Iterator[Target]:
+    """Open the encrypted partition that a target's root is in; yields the target with what is in there.
+
+    Raises:
+        AshError: there is no passphrase (USAGE), or it is wrong (REFUSED).
+    """
+    with unlocked(target.root, passphrase) as inside:
+        yield replace(target, root=inside.node, root_uuid=filesystem_uuid(inside.node), luks=inside)
 
 
 @contextmanager

@@ -10,12 +10,14 @@ import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
-from ash import USAGE, AshError, Distro, load_distro, run
+from ash import USAGE, AshError, Distro, load_distro, path_inside, run
 from installer import host
+from installer.disk import Target
+from installer.luks import Luks
 
 # A line of authorized_keys without options: the type, and the key.
 SSH_KEY = r"(ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*( .*)?$"
@@ -42,6 +44,8 @@ GRUB_DEFAULT=0
 GRUB_TIMEOUT=5
 GRUB_CMDLINE_LINUX_DEFAULT=""
 """
+
+ENCRYPTED = "GRUB_ENABLE_CRYPTODISK=y\n"
 
 SERIAL_CONSOLE = """\
 GRUB_CMDLINE_LINUX="console=tty0 console=ttyS0,115200"
@@ -95,6 +99,7 @@ class Settings:
     keymap: str = DEFAULT_KEYMAP
     serial: bool = True  # whether the first serial port is a console too
     keyring: Path | None = None  # the keys that sign new releases of ash
+    passphrase: str | None = field(default=None, repr=False)  # of the partition of the root, which is encrypted then
 
 
 class DistroInstaller:
@@ -104,6 +109,7 @@ class DistroInstaller:
     name: ClassVar[str]  # for people
     tools: ClassVar[host.Tools]  # needed on the host to bootstrap
     reserved_names: ClassVar[str]  # users and groups that its packages create, separated by blanks
+    crypttab_options: ClassVar[str] = "luks"  # of the line for the root, which the initramfs opens
     zsh_completions: ClassVar[str] = "usr/share/zsh/site-functions"
 
     # Files of the host that list the valid choices: the new system's own do not exist yet.
@@ -142,6 +148,10 @@ class DistroInstaller:
 
     def set_keymap(self, root: Path, keymap: str, log: host.Log) -> None:
         """Set the keyboard of the consoles: an XKB layout, LAYOUT or LAYOUT:VARIANT."""
+        raise NotImplementedError
+
+    def make_initramfs_open(self, root: Path, log: host.Log) -> None:
+        """Have the initramfs contain the key files in /etc/cryptsetup-keys.d, and only root read it."""
         raise NotImplementedError
 
     def check(self, settings: Settings) -> None:
@@ -192,13 +202,13 @@ class DistroInstaller:
         known = (str(z) for z in zones if z.parts[0] not in ("posix", "right"))
         _require_one_of("timezone", timezone, (zone for zone in known if zone not in old))
 
-    def configure(self, root: Path, settings: Settings, efi_uuid: str, log: host.Log) -> None:
+    def configure(self, root: Path, settings: Settings, target: Target, log: host.Log) -> None:
         """Configure a bootstrapped root for one machine.
 
         Args:
             root: the root, writable.
             settings: checked.
-            efi_uuid: of the EFI partition, for fstab; empty if there is none.
+            target: where the root is.
             log: receives the output of programs.
         """
         etc = root / "etc"
@@ -206,15 +216,27 @@ class DistroInstaller:
         (etc / "hostname").write_text(f"{settings.hostname}\n")
         names = dict.fromkeys([settings.hostname, settings.hostname.partition(".")[0]])
         (etc / "hosts").write_text(HOSTS.format(names=" ".join(names)))
-        efi = f"UUID={efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if efi_uuid else ""
+        efi = f"UUID={target.efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if target.efi else ""
         (etc / "fstab").write_text(efi)
-        (etc / "default/grub").write_text(DEFAULT_GRUB + SERIAL_CONSOLE * settings.serial)
+        encrypted = ENCRYPTED if target.luks else ""
+        (etc / "default/grub").write_text(DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
         (root / "boot/efi").mkdir()
         self._set_network(root, log)
         self._set_timezone(root, settings.timezone)
         self.set_locale(root, settings.locale, log)
         self.set_keymap(root, settings.keymap, log)
         self._set_users(root, settings, log)
+        if target.luks:
+            self._set_luks(root, target.luks, log)
+
+    def _set_luks(self, root: Path, luks: Luks, log: host.Log) -> None:
+        """Have the initramfs open the partition of the root."""
+        key = Path("/etc/cryptsetup-keys.d", f"{luks.name}.key")
+        inside = path_inside(root, str(key))
+        inside.parent.mkdir(mode=0o700, exist_ok=True)
+        luks.add_key(inside)
+        (root / "etc/crypttab").write_text(f"{luks.name} UUID={luks.uuid} {key} {self.crypttab_options}\n")
+        self.make_initramfs_open(root, log)
 
     def _set_network(self, root: Path, log: host.Log) -> None:
         """Configure every Ethernet interface by DHCP."""

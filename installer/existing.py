@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ash import (
     BASE,
@@ -26,35 +27,46 @@ from ash import (
     step,
     sync_filesystem,
 )
-from installer import bootloader, disk, drives, host, neighbours
+from installer import bootloader, disk, drives, host, luks, neighbours
 from installer.install import Agree, Loss
 
 
-def rescue(path: Path) -> None:
-    """Show the systems on a disk, their trees, and what can be done.
+class Place(NamedTuple):
+    """Where systems are.
 
     Args:
         path: of the root's partition, or of a disk image.
+        passphrase: opens the partition if it is encrypted.
+    """
+
+    path: Path
+    passphrase: str | None = None
+
+
+def rescue(place: Place) -> None:
+    """Show the systems on a disk, their trees, and what can be done.
+
+    Args:
+        place: where they are.
 
     Raises:
         AshError: there is none, or it cannot be read.
     """
     host.require_root("look at a disk")
     host.require_btrfs()
-    with _target(path) as target, disk.mounted_readonly(target.root) as top:
+    with _target(place) as target, disk.mounted_readonly(target.root) as top:
         there = Layout.all_on(top)
         if not there:
-            raise AshError(
-                f"there is no system of ash on {path}", "lsblk --fs shows which partitions have btrfs", MISSING
-            )
+            hint = "lsblk --fs shows which partitions have btrfs"
+            raise AshError(f"there is no system of ash on {place.path}", hint, MISSING)
         for layout in there:
             name = os_release(layout.rootfs(BASE), "PRETTY_NAME")
             print(f"{layout.distro}: {name}{'' if layout.is_complete else ', not complete'}")
             if layout.is_complete:
                 print(_ash(layout, top, "tree"))
-    place = shlex.quote(str(path))
-    print(f"init.py rescue {place} --boot-loader ID  installs its boot loader anew")
-    print(f"init.py rescue {place} --shell           opens a shell, in which `ash` works on it")
+    words = f"init.py rescue {shlex.quote(str(place.path))}{' --luks' if place.passphrase else ''}"
+    print(f"{words} --boot-loader ID  installs its boot loader anew")
+    print(f"{words} --shell           opens a shell, in which `ash` works on it")
 
 
 def _ash(layout: Layout, top: Path, *words: str) -> str:
@@ -63,11 +75,11 @@ def _ash(layout: Layout, top: Path, *words: str) -> str:
     return (done.stdout if done.returncode == 0 else done.stderr).rstrip()
 
 
-def repair_boot_loader(path: Path, ident: str) -> None:
+def repair_boot_loader(place: Place, ident: str) -> None:
     """Install the boot loader of a system anew, from its snapshot 0: for the BIOS or for UEFI, as this machine runs.
 
     Args:
-        path: of the root's partition, or of a disk image, which gets both.
+        place: where it is; an image gets both.
         ident: of the system.
 
     Raises:
@@ -76,13 +88,13 @@ def repair_boot_loader(path: Path, ident: str) -> None:
     host.require_root("install a boot loader")
     host.require_btrfs()
     host.require(host.disk_tools())
-    with _target(path, ident) as target, ExitStack() as stack:
+    with _target(place, ident) as target, ExitStack() as stack:
         if FIRMWARE.is_dir() and not target.image and not target.efi:
             what = f"this machine was started with UEFI, and the EFI partition of {ident} is missing"
             raise AshError(what, "attach its disk, or start the live medium with BIOS", MISSING)
         private_mounts()
         top, device = target.attach(stack)
-        layout = _require(Layout.all_on(top), ident, path)
+        layout = _require(Layout.all_on(top), ident, place.path)
         tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
         name = os_release(layout.rootfs(BASE), "NAME") or ident
         with neighbours.nobody_deploys(Layout.all_on(top)), step(f"Installing the boot loader of {ident}"):
@@ -96,25 +108,25 @@ def repair_boot_loader(path: Path, ident: str) -> None:
         run(["umount", top])
 
 
-def open_shell(path: Path) -> int:
+def open_shell(place: Place) -> int:
     """Open a shell in which `ash` works on the system of a disk. Returns its exit status."""
     host.require_root("change a disk")
     host.require_btrfs()
-    with _target(path) as target, ExitStack() as stack:
+    with _target(place) as target, ExitStack() as stack:
         private_mounts()
         top, _ = target.attach(stack)
         layouts = [one for one in Layout.all_on(top) if one.is_complete]
         if not layouts:
-            raise AshError(f"there is no complete system of ash on {path}", "", MISSING)
+            raise AshError(f"there is no complete system of ash on {place.path}", "", MISSING)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-rescue-")))
-        place, start = directory / "disk", directory / "start"
-        place.mkdir()
-        start.write_text(_shell_start(place, [one.distro for one in layouts]))
-        bind(top, place)  # each ash has a PRIVATE for itself
+        mounted, start = directory / "disk", directory / "start"
+        mounted.mkdir()
+        start.write_text(_shell_start(mounted, [one.distro for one in layouts]))
+        bind(top, mounted)  # each ash has a PRIVATE for itself
         try:
             return subprocess.run(["bash", "--rcfile", start, "-i"], check=False).returncode
         finally:
-            run(["umount", place, top])
+            run(["umount", mounted, top])
 
 
 def _shell_start(place: Path, idents: Sequence[str]) -> str:
@@ -125,11 +137,11 @@ def _shell_start(place: Path, idents: Sequence[str]) -> str:
     return f'ash() {{ sh {shlex.join(ash)} "$@"; }}\necho {shlex.quote(words)}\n'
 
 
-def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> None:
+def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -> None:
     """Remove a system. If that is interrupted, the same command goes on.
 
     Args:
-        path: of the root's partition, or of a disk image.
+        place: where it is.
         ident: of the system.
         agree: is asked after all checks, with the id as the name; see Agree.
         even_last: also if it is the only one there.
@@ -140,15 +152,15 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
     host.require_root("remove a system")
     host.require_btrfs()
     host.require(host.disk_tools())
-    with _target(path, ident) as target:
+    with _target(place, ident) as target:
         with disk.mounted_readonly(target.root) as top:
-            losses = _check(path, ident, Layout.all_on(top), target, even_last=even_last)
+            losses = _check(place.path, ident, Layout.all_on(top), target, even_last=even_last)
         agree(ident, losses, [])
         private_mounts()
         with ExitStack() as stack:
             top, device = target.attach(stack)
             layouts = Layout.all_on(top)
-            gone = _require(layouts, ident, path)
+            gone = _require(layouts, ident, place.path)
             others = [one for one in layouts if one is not gone and one.is_complete]
             with neighbours.nobody_deploys(layouts):
                 with step("Removing the boot loader"):
@@ -159,15 +171,15 @@ def remove(path: Path, ident: str, agree: Agree, *, even_last: bool = False) -> 
 
 
 @contextmanager
-def _target(path: Path, ident: str = "") -> Iterator[disk.Target]:
+def _target(place: Place, ident: str = "") -> Iterator[disk.Target]:
     """The target in an image, or on the disk of a partition that is not in use, with the EFI partition of a system."""
-    if path.is_file():
-        with disk.target_of(path) as target:
+    if place.path.is_file():
+        with disk.target_of(place.path) as target:
             yield target
         return
-    its_disk, root = drives.require_free_partition(path, 0)
-    if root.filesystem != "btrfs":
-        raise AshError(f"{path} has no btrfs file system", "lsblk --fs shows which partition has one", REFUSED)
+    its_disk, root = drives.require_free_partition(place.path, 0)
+    if root.filesystem not in ("btrfs", luks.FILE_SYSTEM):
+        raise AshError(f"{place.path} has no btrfs file system", "lsblk --fs shows which partition has one", REFUSED)
     target = disk.Target(
         its_disk.path,
         root.path,
@@ -177,13 +189,16 @@ def _target(path: Path, ident: str = "") -> Iterator[disk.Target]:
         keeps_efi=True,
         bios=not FIRMWARE.is_dir(),
     )
-    with disk.mounted_readonly(target.root) as top:
-        uuid = read_text(Layout.at(top, ident).efi).strip() if ident else ""
-    if efi := next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None):
-        drives.require_unique(efi)
-        efi = drives.require_efi_partition(efi.path, 0, as_it_is=True)
-        target = replace(target, efi=efi.path, efi_uuid=uuid)
-    yield target
+    with ExitStack() as stack:
+        if root.filesystem == luks.FILE_SYSTEM:
+            target = stack.enter_context(disk.unlocked_target(target, place.passphrase))
+        with disk.mounted_readonly(target.root) as top:
+            uuid = read_text(Layout.at(top, ident).efi).strip() if ident else ""
+        if efi := next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None):
+            drives.require_unique(efi)
+            efi = drives.require_efi_partition(efi.path, 0, as_it_is=True)
+            target = replace(target, efi=efi.path, efi_uuid=uuid)
+        yield target
 
 
 def _require(there: Sequence[Layout], ident: str, path: Path) -> Layout:

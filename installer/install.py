@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from ash import (
     BASE,
@@ -39,7 +38,7 @@ from ash import (
     sync_filesystem,
     write_file,
 )
-from installer import base, bootloader, disk, drives, executable, host, neighbours
+from installer import base, bootloader, disk, drives, executable, host, luks, neighbours
 from installer.distribution import DistroInstaller, Identity, Settings, Source, hash_of_password, load_installer
 from installer.help import FORMATS
 
@@ -97,7 +96,8 @@ class Installation:
             AshError: what is wrong.
         """
         self.installer.check(self.settings)
-        host.require({**tools, **_source_tools(self.installer, self.source)})
+        encryption = luks.TOOLS if self.settings.passphrase is not None else {}
+        host.require({**tools, **encryption, **_source_tools(self.installer, self.source)})
         if self.settings.keyring is not None:
             _check_keyring(self.settings.keyring)
         self.source = _check_source(self.installer, self.source, self.settings)
@@ -248,11 +248,25 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_systems_on(one)) or 'all on it'}") for one in device.inside
     ]
-    future = disk.future_target(device.path)
+    future = _encrypted(disk.future_target(device.path), new)
     argv, script = disk.partition_command(device.path, disk.partitions_for(device.size))
     first = f"{shlex.join(map(str, argv))} <<END\n{script}END"
-    make_target = partial(disk.target_on, device.path)
+    losses += _encryption(future)
+
+    def make_target() -> disk.Target:
+        return _encrypted(disk.target_on(device.path), new)
+
     return _install(Checked(device.path, losses, make_target, _left_anew(device.path), future, first), new, agree)
+
+
+def _encrypted(target: disk.Target, new: Installation) -> disk.Target:
+    """The target as the settings have it: its root encrypted, or not."""
+    return target.encrypted(new.settings.passphrase) if new.settings.passphrase is not None else target
+
+
+def _encryption(target: disk.Target) -> list[Loss]:
+    """What the summary says of an encrypted root."""
+    return [Loss(str(target.luks.partition), "encrypted: each start asks for its passphrase")] if target.luks else []
 
 
 def _left_anew(where: Path) -> Left:
@@ -263,53 +277,100 @@ def _left_anew(where: Path) -> Left:
 def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Made:
     """Install a system that ash manages on partitions; arguments and errors as for install_on_disk()."""
     _require_machine()
-    return _install(_check_places(places, new), new, agree)
+    with ExitStack() as stack:
+        chosen = _Chosen.of(places)
+        target = stack.enter_context(_target_of(chosen, places.mode, new))
+        losses = _losses(chosen, target, new)
+        path = chosen.root.path
+        left = _left_beside_others(new.identity.id, path) if target.keeps_root else _left_anew(path)
+        return _install(Checked(path, losses, lambda: target, left, target), new, agree)
 
 
-def _check_places(places: Places, new: Installation) -> Checked:
-    adds, keeps_efi = places.mode is Mode.ADD, places.mode is not Mode.NEW
-    is_uefi = FIRMWARE.is_dir()
-    its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
-    drive = drives.require_disk(places.drive)
-    efi = None
-    if places.efi is not None:
-        efi = drives.require_efi_partition(places.efi, MINIMUM_EFI, as_it_is=keeps_efi)
-    elif is_uefi:
-        hint = "name it after the drive, or start the live medium with BIOS"
-        raise AshError("this machine was started with UEFI, which needs an EFI partition", hint, USAGE)
-    if not is_uefi:
-        drives.require_room_for_grub(drive)
+class _Chosen(NamedTuple):
+    """The devices of Places.
+
+    Args:
+        root: the partition of the root.
+        its_disk: on which that is.
+        drive: the disk that this machine starts from.
+        efi: the EFI partition.
+    """
+
+    root: drives.Device
+    its_disk: drives.Device
+    drive: drives.Device
+    efi: drives.Device | None
+
+    @classmethod
+    def of(cls, places: Places) -> Self:
+        """Find the devices; AshError if one of them cannot be used for that."""
+        is_uefi = FIRMWARE.is_dir()
+        its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
+        drive = drives.require_disk(places.drive)
+        efi = None
+        if places.efi is not None:
+            efi = drives.require_efi_partition(places.efi, MINIMUM_EFI, as_it_is=places.mode is not Mode.NEW)
+        elif is_uefi:
+            hint = "name it after the drive, or start the live medium with BIOS"
+            raise AshError("this machine was started with UEFI, which needs an EFI partition", hint, USAGE)
+        if not is_uefi:
+            drives.require_room_for_grub(drive)
+        return cls(root, its_disk, drive, efi)
+
+
+@contextmanager
+def _target_of(chosen: _Chosen, mode: Mode, new: Installation) -> Iterator[disk.Target]:
+    """The target on some devices; an encrypted partition that is kept is open in the block.
+
+    Raises:
+        AshError: a file system that is kept cannot be used.
+    """
+    root, efi = chosen.root, chosen.efi
+    adds, keeps_efi = mode is Mode.ADD, mode is not Mode.NEW
     target = disk.Target(
-        drive.path,
+        chosen.drive.path,
         root.path,
         efi.path if efi else None,
         root_uuid=root.uuid if adds else str(uuid.uuid4()),
         efi_uuid=efi.uuid if efi and keeps_efi else disk.new_serial(),
         keeps_root=adds,
         keeps_efi=keeps_efi,
-        bios=not is_uefi,
+        bios=not FIRMWARE.is_dir(),
     )
-    if adds:
-        drives.require_unique(root)
-    if keeps_efi and efi:
-        drives.require_unique(efi)
-        host.require(host.DISK)
-        bootloader.require_no_neighbour(disk.EfiFiles(efi.path), new.identity.id, [root.uuid])
-    if adds:
+    with ExitStack() as stack:
+        if not adds:
+            target = _encrypted(target, new)
+        else:
+            drives.require_unique(root)
+            if root.filesystem == luks.FILE_SYSTEM:
+                target = stack.enter_context(disk.unlocked_target(target, new.settings.passphrase))
+            elif new.settings.passphrase is not None:
+                what = f"{root.path} is not encrypted, and its file system is kept"
+                raise AshError(what, "--mode 1 or 2 makes a new one", USAGE)
+        if keeps_efi and efi:
+            drives.require_unique(efi)
+            host.require(host.DISK)
+            bootloader.require_no_neighbour(disk.EfiFiles(efi.path), new.identity.id, [root.uuid, target.root_uuid])
+        yield target
+
+
+def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Loss]:
+    """What happens to some devices; AshError if a file system that is kept has no room for the system."""
+    root, efi = chosen.root, chosen.efi
+    if target.keeps_root:
         there = _require_room_in(target, new)
         losses = [Loss(str(root), f"{new.identity.name} is added to {', '.join(there)}")]
     else:
         lost = ", ".join(_systems_on(root)) or "all that is on it"
-        losses = [Loss(str(root), f"a new btrfs file system; {lost} is lost")]
+        losses = [Loss(str(root), f"a new btrfs file system; {lost} is lost"), *_encryption(target)]
     if efi:
-        text = "files are added to it" if keeps_efi else "a new FAT file system; all that is on it is lost"
+        text = "files are added to it" if target.keeps_efi else "a new FAT file system; all that is on it is lost"
         losses.append(Loss(str(efi), text))
-    if not is_uefi:
-        losses.append(Loss(str(drive), "GRUB for the BIOS in its first sectors"))
-    if its_disk.path != drive.path:
-        losses.append(Loss(str(drive), f"the boot loader; the root is on another disk, {its_disk.path}"))
-    left = _left_beside_others(new.identity.id, root.path) if adds else _left_anew(root.path)
-    return Checked(root.path, losses, lambda: target, left, target)
+    if target.bios:
+        losses.append(Loss(str(chosen.drive), "GRUB for the BIOS in its first sectors"))
+    if chosen.its_disk.path != chosen.drive.path:
+        losses.append(Loss(str(chosen.drive), f"the boot loader; the root is on another disk, {chosen.its_disk.path}"))
+    return losses
 
 
 def _systems_on(device: drives.Device) -> list[str]:
@@ -359,7 +420,7 @@ def _commands(place: Checked, new: Installation) -> list[str]:
     target, tools = place.future, new.installer.distro.boot_tools
     root = Layout.at(PRIVATE / "top", new.identity.id).rootfs(BASE)
     commands = [*target.format_commands(), _fill_command(root, new, "/tmp")]  # noqa: S108 (only shown)
-    commands += [["chroot", root, *bootloader.bios_command(target, tools)]] if target.bios else []
+    commands += [["chroot", root, *one] for one in bootloader.bios_commands(target, tools)] if target.bios else []
     commands += [["mcopy", "-i", node, f"::EFI/{new.identity.id}/"] for node in [target.efi] if node]
     return [*filter(None, [place.first]), *(shlex.join(map(str, command)) for command in commands)]
 
@@ -437,6 +498,8 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
     with ExitStack() as stack:
         with left.noted("system"):
             with log.step("Making file systems"):
+                if target.luks and not target.keeps_root:
+                    stack.callback(target.luks.close)
                 target.format()
                 private_mounts()
                 top, device = target.attach(stack)
@@ -465,7 +528,7 @@ def _build_system(layout: Layout, target: disk.Target, new: Installation, log: h
     root = _new_root(layout)
     _fill_root(root, new, log)
     with log.step("Configuring the system"):
-        installer.configure(root, settings, target.efi_uuid if target.efi else "", log)
+        installer.configure(root, settings, target, log)
         users = filter(None, [settings.user, "root"])
         new.hashes = {user: hash_of_password(root, user) for user in users}
     with log.step("Installing ash"):

@@ -15,6 +15,7 @@ from ash import (
     MISSING,
     REFUSED,
     AshError,
+    BootTools,
     Change,
     Distro,
     PackageError,
@@ -617,9 +618,10 @@ class Debian(Distro):
 
     id = "debian"
     package_manager = Apt("debian-archive-keyring")
+    boot_tools = BootTools(bios_setup="/usr/lib/grub/i386-pc/grub-bios-setup")
     make_initramfs = ("update-initramfs", "-c", "-k")
     initramfs_settings = (
-        r"(initramfs-tools|initramfs|modprobe\.d|modules-load\.d|console-setup|cryptsetup-initramfs|dropbear/initramfs"
+        r"(initramfs-tools|initramfs|modprobe\.d|modules-load\.d|console-setup|cryptsetup-initramfs|cryptsetup-keys\.d|dropbear/initramfs"
         r"|lvm|mdadm|multipath|iscsi|plymouth|udev/rules\.d|dracut\.conf\.d)/.*"
         r"|modules|crypttab|default/(keyboard|console-setup)|udev/[^/]*\.conf|systemd/network/.*\.link"
         r"|multipath\.conf|dracut\.conf"

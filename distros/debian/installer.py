@@ -36,6 +36,8 @@ HOST_APT_OPTIONS = ("Acquire::Check-Valid-Until", "Acquire::http::Proxy", "Acqui
 BUILD_ENVIRONMENT = {"INITRD": "No", "SYSTEMD_TMPFILES_FORCE_SUBVOL": "0", "DEBIAN_FRONTEND": "noninteractive"}
 BUILD_OPTIONS = ('--aptopt=Acquire::Languages "none"', "--dpkgopt=force-unsafe-io")
 
+CRYPT_HOOK = "usr/share/initramfs-tools/hooks/cryptroot"
+
 # A hook of mmdebstrap: prints the repositories that it would use, and ends it before it reaches for them.
 PRINT_SOURCES = 'cat "$1/etc/apt/sources.list"; exit 1'
 
@@ -57,6 +59,7 @@ class DebianInstaller(DistroInstaller):
 
     id = "debian"
     name = "Debian GNU/Linux"
+    crypttab_options = "luks,initramfs"
     tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
     zsh_completions = "usr/share/zsh/vendor-completions"
     # From passwd.master and group.master of base-passwd, and from the packages above.
@@ -92,6 +95,9 @@ class DebianInstaller(DistroInstaller):
         _write_sources(root)
         for name in LEFT_OVER:
             (root / name).unlink(missing_ok=True)
+        self._make_initramfs(root, log)
+
+    def _make_initramfs(self, root: Path, log: host.Log) -> None:
         for kernel in (root / "usr/lib/modules").iterdir():
             log.run_inside(root, [*self.distro.make_initramfs, kernel.name])
 
@@ -107,6 +113,8 @@ class DebianInstaller(DistroInstaller):
             yield "console-setup"
         if settings.ssh_keys:
             yield "openssh-server"
+        if settings.passphrase is not None:
+            yield "cryptsetup-initramfs"
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
         """One file of each package."""
@@ -125,7 +133,16 @@ class DebianInstaller(DistroInstaller):
             files["usr/bin/setupcon"] = "console-setup"
         if settings.ssh_keys:
             files["usr/sbin/sshd"] = "openssh-server"
+        if settings.passphrase is not None:
+            files[CRYPT_HOOK] = "cryptsetup-initramfs"
         return files
+
+    def make_initramfs_open(self, root: Path, log: host.Log) -> None:
+        """As /usr/share/doc/cryptsetup-initramfs/README.initramfs.gz has it."""
+        with (root / "etc/cryptsetup-initramfs/conf-hook").open("a") as hook:
+            hook.write('KEYFILE_PATTERN="/etc/cryptsetup-keys.d/*.key"\n')
+        (root / "etc/initramfs-tools/conf.d/luks").write_text("UMASK=0077\n")
+        self._make_initramfs(root, log)
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
         """Use /etc/locale.gen; C.UTF-8 always exists."""
