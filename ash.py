@@ -1170,6 +1170,10 @@ class Layout:
     """
 
     SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
+    SWAP = (
+        "@swap"  # contains a swap file, if the installer made one: a subvolume with an active one allows no snapshots
+    )
+    POSSIBLE_SUBVOLUMES = (*SUBVOLUMES, SWAP)
 
     def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:
         self.snapshots, self.distro, self.top = snapshots, distro, top
@@ -12286,7 +12290,7 @@ command("immen", usage="immen N", help="make N mutable, or read-only again if it
 )  # fmt: skip
 def cmd_sub(system: System, request: Request) -> Reply:
     layout = system.layout
-    top = [layout.volume(prefix) for prefix in Layout.SUBVOLUMES] if layout.top else [layout.snapshots]
+    top = [layout.volume(prefix) for prefix in Layout.POSSIBLE_SUBVOLUMES] if layout.top else [layout.snapshots]
     inside = [path for name in ("rootfs", "etc", "boot") for path in sorted((layout.snapshots / name).iterdir())]
     rows = []
     for path in [*top, *inside, *sorted(layout.work("").glob("*/var"))]:

@@ -49,6 +49,10 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Ac
 
 def _converted(path: Path, key: str, value: object, option: argparse.Action | None) -> object:
     """A value as the parser would return it; AshError (USAGE) if it is of the wrong kind."""
+    if option is not None and option.nargs == 0:
+        if not isinstance(value, bool):
+            raise AshError(f"{path}: {key} is not true or false", f"such as {key} = true", USAGE)
+        return value
     takes_several = option is not None and option.nargs == "+"
     wanted = "a list of strings" if takes_several else "a string"
     if takes_several and isinstance(value, list) and all(isinstance(one, str) for one in value):
@@ -78,7 +82,7 @@ def write(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser,
     for key, option in _options(parser):
         value = getattr(args, option.dest)
         if value not in (None, option.default, []) and not key.endswith(("password-file", "passphrase-file")):
-            value = [*map(str, value)] if isinstance(value, list) else str(value)
+            value = [*map(str, value)] if isinstance(value, list) else value if option.nargs == 0 else str(value)
             lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
     lines += [f"{key} = {json.dumps(value)}" for key, value in hashes.items()]
     try:

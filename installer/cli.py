@@ -16,8 +16,10 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import answers, disk, existing, host, install, luks, machine, tour
-from installer.distribution import DistroInstaller, Identity, Password, Settings, Source, load_installer
+from installer import answers, disk, existing, first_snapshot, host, install, luks, machine, tour
+from installer.distribution import DistroInstaller, Identity, Network, Password, Settings, Source, load_installer
+from installer.hardware import Hardware, is_virtual
+from installer.swap import Swap
 
 EXAMPLES = """\
 examples:
@@ -46,6 +48,7 @@ SEE_HELP = f"see `{PROGRAM} --help`"
 DEFAULT_ID = "debian"
 DEFAULT_IMAGE = Path("ashos.img")
 DEFAULT_SIZE = "8G"
+COMPRESSIONS = ("zstd", "lzo", "zlib", "none")  # as btrfs names them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -105,13 +108,14 @@ def _make(words: Sequence[str]) -> int:
     args = _make_args(words)
     named = _Words.of(args.words)
     identity = _identity(args, named)
-    new = install.Installation(_source(args), _settings(args, load_installer(identity.module)), identity)
+    installer = load_installer(identity.module)
+    new = install.Installation(_source(args, installer), _settings(args, installer), identity)
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, new, force=args.force)
         next_command = f"--image {DEFAULT_IMAGE} --rootfs {shlex.quote(str(made.path))}"
         _report(made, f"{host.gibibytes(made.path.stat().st_size)}", [next_command])
     elif args.image:
-        _make_image(args, new)
+        made = _make_image(args, new)
     else:
         agree = partial(_agree, args=args)
         if args.disk:
@@ -124,6 +128,8 @@ def _make(words: Sequence[str]) -> int:
         users = {"password-hash": args.user, "root-password-hash": "root"}
         hashes = {key: new.hashes[user] for key, user in users.items() if new.hashes.get(user)}
         answers.write(args.save_answers, args, _make_parser(), hashes)
+    if made.problem:
+        raise made.problem
     return 0
 
 
@@ -152,21 +158,56 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _make_image(args: argparse.Namespace, new: install.Installation) -> None:
+def _make_image(args: argparse.Namespace, new: install.Installation) -> install.Made:
     path = shlex.quote(str(args.image))
     next_commands = [f"boot {path}", f"try {path}"]
     if args.mode == "3":
-        _report(install.add_to_image(args.image, new), f"added as {new.identity.id}", next_commands)
-        return
+        made = install.add_to_image(args.image, new)
+        _report(made, f"added as {new.identity.id}", next_commands)
+        return made
     size = disk.parse_size(args.size)
     made = install.make_image(args.image, size, new, force=args.force)
     taken = host.gibibytes(made.path.stat().st_blocks * 512)
     what = f"a disk of {host.gibibytes(size)} ({taken} in use) that boots with BIOS and UEFI"
     _report(made, what, next_commands)
+    return made
 
 
-def _source(args: argparse.Namespace) -> Source:
-    return Source(args.release or Source.release, args.mirror, tuple(args.package), args.rootfs)
+def _source(args: argparse.Namespace, installer: DistroInstaller) -> Source:
+    release, has_all = args.release or Source.release, args.firmware == "all"
+    firmware = tuple(_firmware(args, installer))
+    return Source(release, args.mirror, tuple(args.package), args.rootfs, firmware, needs_firmware=has_all)
+
+
+def _firmware(args: argparse.Namespace, installer: DistroInstaller) -> Sequence[str]:
+    """The packages with firmware and microcode: unless something else is asked for, those that this machine needs."""
+    if args.firmware == "all":
+        return installer.all_firmware()
+    if args.firmware == "none" or _is_for_elsewhere(args) or is_virtual():
+        return ()
+    return installer.firmware_for(Hardware.here())
+
+
+def _is_for_elsewhere(args: argparse.Namespace) -> bool:
+    """Whether the new system is not for this machine."""
+    return bool(args.image or args.make_rootfs)
+
+
+def _network(args: argparse.Namespace, module: str) -> Network:
+    """What configures the network: NetworkManager where there are wireless networks, or a desktop that shows them."""
+    if args.network:
+        return Network(args.network)
+    is_wireless = not _is_for_elsewhere(args) and Hardware.here().wireless
+    has_desktop = any(first_snapshot.is_desktop(module, name) for name in args.profile)
+    return Network.NETWORK_MANAGER if is_wireless or has_desktop else Network.DHCP
+
+
+def _swap(args: argparse.Namespace) -> Swap:
+    swap = Swap.of(args.swap)
+    if swap.devices and _is_for_elsewhere(args):
+        what = f"--swap {swap.devices[0]} is for a system on a disk of this machine"
+        raise AshError(what, "name a size, or zram", USAGE)
+    return swap
 
 
 class _Words(NamedTuple):
@@ -243,6 +284,7 @@ def _report(made: install.Made, what: str, next_commands: Sequence[str]) -> None
 def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
     if args.user is None and (args.password_file or args.password_hash):
         raise AshError("there is a password, and no user", "--user names one; --root-password-file is root's", USAGE)
+    first_snapshot.require_profiles(installer.id, args.profile)
     settings = Settings(
         hostname=args.hostname,
         user=args.user,
@@ -256,6 +298,12 @@ def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
         passphrase=_passphrase(args),
+        network=_network(args, installer.id),
+        swap=_swap(args),
+        compression=args.compress or "",
+        discard=args.discard,
+        profiles=tuple(dict.fromkeys(args.profile)),
+        mutable=args.mutable,
     )
     installer.check_names(settings)  # before anything is asked
     if args.user and settings.password is None and not args.make_rootfs:
@@ -353,6 +401,8 @@ def _make_parser() -> Parser:
     parser.set_defaults(password_hash=None, root_password_hash=None)
     _add_source(parser.add_argument_group("source of the system"))
     _add_settings(parser.add_argument_group("configuration of the system"))
+    _add_storage(parser.add_argument_group("storage of the system"))
+    _add_first(parser.add_argument_group("the first snapshot, beside the base"))
     return parser
 
 
@@ -361,6 +411,8 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--mirror", metavar="URL", help="repository to use (default: Debian's own)")
     group.add_argument("--package", nargs="+", action="extend", default=[], metavar="NAME", help="additional packages")
     group.add_argument("--rootfs", type=Path, metavar="TAR", help="use this root; needs no network")
+    kinds = "firmware and microcode: what this machine needs (default; for an image none), none, or all"
+    group.add_argument("--firmware", choices=["auto", "none", "all"], default="auto", help=kinds)
 
 
 def _add_settings(group: argparse._ArgumentGroup) -> None:
@@ -379,6 +431,21 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--timezone", default=Settings.timezone, metavar="ZONE", help="default: %(default)s")
     group.add_argument("--locale", default=Settings.locale, help="such as de_DE.UTF-8 (default: %(default)s)")
     group.add_argument("--keymap", default=Settings.keymap, help="such as de or de:nodeadkeys (default: %(default)s)")
+    kinds = "default: networkmanager for wireless hardware or a desktop, else DHCP on each Ethernet interface"
+    group.add_argument("--network", choices=[kind.value for kind in Network], help=kinds)
+
+
+def _add_storage(group: argparse._ArgumentGroup) -> None:
+    swap = "zram, the size of a swap file such as 2G, or swap partitions"
+    group.add_argument("--swap", nargs="+", action="extend", default=[], metavar="WHAT", help=swap)
+    group.add_argument("--compress", choices=COMPRESSIONS, help="compression of files (default: zstd, by mount option)")
+    group.add_argument("--discard", action="store_true", help="tell the disk every week which space is free")
+
+
+def _add_first(group: argparse._ArgumentGroup) -> None:
+    profiles = "install profiles, which needs a network"
+    group.add_argument("--profile", nargs="+", action="extend", default=[], metavar="NAME", help=profiles)
+    group.add_argument("--mutable", action="store_true", help="make it writable")
 
 
 def _add_luks(group: argparse._ActionsContainer, purpose: str) -> None:

@@ -9,15 +9,18 @@ import importlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import ClassVar, Self
 
 from ash import USAGE, AshError, Distro, load_distro, path_inside, run
 from installer import host
 from installer.disk import Target
+from installer.hardware import Hardware
 from installer.luks import Luks
+from installer.swap import Swap
 
 # A line of authorized_keys without options: the type, and the key.
 SSH_KEY = r"(ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*( .*)?$"
@@ -36,6 +39,12 @@ WAIT_ONLINE = """\
 [Service]
 ExecStart=
 ExecStart=-/usr/lib/systemd/systemd-networkd-wait-online --any --timeout=30
+"""
+
+# The name server is systemd-resolved, as without NetworkManager.
+NETWORK_MANAGER = """\
+[main]
+dns=systemd-resolved
 """
 
 DEFAULT_GRUB = """\
@@ -70,6 +79,15 @@ class Source:
     mirror: str | None = None
     packages: tuple[str, ...] = ()
     rootfs: Path | None = None
+    firmware: tuple[str, ...] = ()  # packages with firmware and microcode; a release may have them under other names
+    needs_firmware: bool = False  # refuse a tar file that lacks them, and not only say so
+
+
+class Network(Enum):
+    """What configures the network of the new system."""
+
+    DHCP = "dhcp"  # systemd-networkd, which asks for an address on each Ethernet interface
+    NETWORK_MANAGER = "networkmanager"
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,12 @@ class Settings:
     serial: bool = True  # whether the first serial port is a console too
     keyring: Path | None = None  # the keys that sign new releases of ash
     passphrase: str | None = field(default=None, repr=False)  # of the partition of the root, which is encrypted then
+    network: Network = Network.DHCP
+    swap: Swap = field(default_factory=Swap)
+    compression: str = ""  # of its files, as btrfs names it; empty if that of ash's mounts is enough
+    discard: bool = False  # tell the disk regularly which space is free
+    profiles: tuple[str, ...] = ()  # in the first snapshot beside the base
+    mutable: bool = False  # so is the first snapshot beside the base
 
 
 class DistroInstaller:
@@ -140,6 +164,18 @@ class DistroInstaller:
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
         """The files that a root in a tar file must contain: {path from the root: the package that has it}."""
+        raise NotImplementedError
+
+    def firmware_for(self, hardware: Hardware) -> Sequence[str]:
+        """The packages with the firmware and the microcode that some hardware needs."""
+        raise NotImplementedError
+
+    def all_firmware(self) -> Sequence[str]:
+        """All of these packages, for a disk that may be put into any machine."""
+        raise NotImplementedError
+
+    def lacking(self, packages: Iterable[str], there: Collection[str]) -> list[str]:
+        """Those packages that a root does not have, by the paths that are there."""
         raise NotImplementedError
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
@@ -221,25 +257,34 @@ class DistroInstaller:
         encrypted = ENCRYPTED if target.luks else ""
         (etc / "default/grub").write_text(DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
         (root / "boot/efi").mkdir()
-        self._set_network(root, log)
+        self._set_network(root, settings.network, log)
         self._set_timezone(root, settings.timezone)
         self.set_locale(root, settings.locale, log)
         self.set_keymap(root, settings.keymap, log)
         self._set_users(root, settings, log)
+        if settings.discard:
+            log.run_inside(root, ["systemctl", "enable", "fstrim.timer"])
         if target.luks:
-            self._set_luks(root, target.luks, log)
+            options = f"{self.crypttab_options}{',discard' * settings.discard}"
+            self._set_luks(root, target.luks, options, log)
 
-    def _set_luks(self, root: Path, luks: Luks, log: host.Log) -> None:
-        """Have the initramfs open the partition of the root."""
+    def _set_luks(self, root: Path, luks: Luks, options: str, log: host.Log) -> None:
+        """Have the initramfs open the partition of the root, with these options of crypttab."""
         key = Path("/etc/cryptsetup-keys.d", f"{luks.name}.key")
         inside = path_inside(root, str(key))
         inside.parent.mkdir(mode=0o700, exist_ok=True)
         luks.add_key(inside)
-        (root / "etc/crypttab").write_text(f"{luks.name} UUID={luks.uuid} {key} {self.crypttab_options}\n")
+        (root / "etc/crypttab").write_text(f"{luks.name} UUID={luks.uuid} {key} {options}\n")
         self.make_initramfs_open(root, log)
 
-    def _set_network(self, root: Path, log: host.Log) -> None:
-        """Configure every Ethernet interface by DHCP."""
+    def _set_network(self, root: Path, network: Network, log: host.Log) -> None:
+        """Configure every Ethernet interface by DHCP, or leave all to NetworkManager, which does so too."""
+        if network is Network.NETWORK_MANAGER:
+            settings = root / "etc/NetworkManager/conf.d/ash.conf"
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(NETWORK_MANAGER)
+            log.run_inside(root, ["systemctl", "enable", "NetworkManager.service"])
+            return
         (root / "etc/systemd/network/80-ash-dhcp.network").write_text(NETWORK)
         drop_in = root / "etc/systemd/system/systemd-networkd-wait-online.service.d"
         drop_in.mkdir(parents=True)

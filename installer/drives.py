@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -139,6 +139,27 @@ def require_efi_partition(path: Path, minimum: int, *, as_it_is: bool) -> Device
         found = device.version or device.filesystem or "no file system"
         hint = f"mkfs.fat -F 32 {path} makes one, or --mode 1"
         raise AshError(f"{path} has no FAT32 file system, but {found}", hint, REFUSED)
+    return device
+
+
+def require_swap(path: Path, wiped: Iterable[Path]) -> Device:
+    """The swap partition with a path, which this machine may be using.
+
+    Args:
+        path: of its node.
+        wiped: the nodes of the devices that lose what is on them.
+
+    Raises:
+        AshError: there is none, it is something else, or it would be wiped.
+    """
+    _, device = _find(path)
+    if device.path in wiped:
+        raise AshError(f"{path} cannot be used for swapping: it is wiped", "name another one, or a size", REFUSED)
+    if device.filesystem != "swap":
+        found = device.filesystem or "no file system"
+        hint = "lsblk --fs shows which partitions are"
+        raise AshError(f"{path} is not a swap partition: it has {found}", hint, REFUSED)
+    require_unique(device)
     return device
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -38,8 +38,16 @@ from ash import (
     sync_filesystem,
     write_file,
 )
-from installer import base, bootloader, disk, drives, executable, host, luks, neighbours
-from installer.distribution import DistroInstaller, Identity, Settings, Source, hash_of_password, load_installer
+from installer import base, bootloader, disk, drives, executable, first_snapshot, host, luks, neighbours
+from installer.distribution import (
+    DistroInstaller,
+    Identity,
+    Network,
+    Settings,
+    Source,
+    hash_of_password,
+    load_installer,
+)
 from installer.help import FORMATS
 
 # The smallest disk for a root, its deployment and one transaction; the space that a build takes on the host, for one
@@ -74,6 +82,7 @@ class Made:
     path: Path
     system: str  # "Debian GNU/Linux 13 (trixie)"
     log: Path
+    problem: BaseException | None = None  # why the first snapshot beside the base could not be made
 
 
 class Installation:
@@ -85,6 +94,11 @@ class Installation:
         self.settings = settings
         self.identity = identity
         self.hashes: dict[str, str] = {}  # of the passwords that were set, by user
+        self.lacking: Sequence[str] = ()  # the packages with firmware that a tar file of the root lacks
+
+    def room(self, minimum: int) -> int:
+        """The bytes that it needs where a system without a swap file needs a minimum."""
+        return minimum + self.settings.swap.size
 
     def check(self, tools: host.Tools) -> None:
         """Check all but the place where it goes; this may install tools, and lists of valid settings, on this machine.
@@ -100,7 +114,10 @@ class Installation:
         host.require({**tools, **encryption, **_source_tools(self.installer, self.source)})
         if self.settings.keyring is not None:
             _check_keyring(self.settings.keyring)
-        self.source = _check_source(self.installer, self.source, self.settings)
+        if self.source.rootfs is None:
+            self.source = self.installer.resolve(self.source)
+        else:
+            self.lacking = _check_tar(self.source.rootfs, self)
 
 
 class Left(NamedTuple):
@@ -142,8 +159,9 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
     """
     host.require_root("make an image")
     host.require_new_file(image, force)
-    if size < MINIMUM_SIZE:
-        raise AshError(f"{host.gibibytes(size)} are too small", f"at least {host.gibibytes(MINIMUM_SIZE)}", USAGE)
+    if size < new.room(MINIMUM_SIZE):
+        least = f"at least {host.gibibytes(new.room(MINIMUM_SIZE))}"
+        raise AshError(f"{host.gibibytes(size)} are too small", least, USAGE)
     host.require_space(image.parent, HOST_SPACE)
     host.require_btrfs()
     new.check(host.DISK)
@@ -153,8 +171,8 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
         with host.Log(log_path) as log, host.watched_space(image.parent):
             with log.step("Making partitions"):
                 target = stack.enter_context(disk.target_in(part))
-            system = _build(target, new, log)
-    return Made(image, system, log_path)
+            built = _build(target, new, log)
+    return Made(image, built.system, log_path, built.problem)
 
 
 def add_to_image(image: Path, new: Installation) -> Made:
@@ -168,7 +186,8 @@ def add_to_image(image: Path, new: Installation) -> Made:
     with disk.target_of(image) as target:
         _require_room_in(target, new)
         with host.Log(log_path) as log, host.watched_space(image.parent):
-            return Made(image, _build(target, new, log, _left_beside_others(new.identity.id, image)), log_path)
+            built = _build(target, new, log, _left_beside_others(new.identity.id, image))
+    return Made(image, built.system, log_path, built.problem)
 
 
 def _left_beside_others(ident: str, where: Path) -> Left:
@@ -243,11 +262,12 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
         AshError: a check failed, before anything was written; or the installation failed.
     """
     _require_machine()
-    device = drives.require_free_disk(path, MINIMUM_SIZE)
+    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE))
     losses = [Loss(str(device), "a new partition table")]
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_systems_on(one)) or 'all on it'}") for one in device.inside
     ]
+    losses += _swap_losses(new, [one.path for one in device])
     future = _encrypted(disk.future_target(device.path), new)
     argv, script = disk.partition_command(device.path, disk.partitions_for(device.size))
     first = f"{shlex.join(map(str, argv))} <<END\n{script}END"
@@ -278,7 +298,8 @@ def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Ma
     """Install a system that ash manages on partitions; arguments and errors as for install_on_disk()."""
     _require_machine()
     with ExitStack() as stack:
-        chosen = _Chosen.of(places)
+        minimum = MINIMUM_SIZE if places.mode is Mode.ADD else new.room(MINIMUM_SIZE)
+        chosen = _Chosen.of(places, minimum)
         target = stack.enter_context(_target_of(chosen, places.mode, new))
         losses = _losses(chosen, target, new)
         path = chosen.root.path
@@ -302,10 +323,10 @@ class _Chosen(NamedTuple):
     efi: drives.Device | None
 
     @classmethod
-    def of(cls, places: Places) -> Self:
-        """Find the devices; AshError if one of them cannot be used for that."""
+    def of(cls, places: Places, minimum: int) -> Self:
+        """Find the devices; AshError if one cannot be used for that, such as a root of less than `minimum` bytes."""
         is_uefi = FIRMWARE.is_dir()
-        its_disk, root = drives.require_free_partition(places.root, MINIMUM_SIZE)
+        its_disk, root = drives.require_free_partition(places.root, minimum)
         drive = drives.require_disk(places.drive)
         efi = None
         if places.efi is not None:
@@ -370,7 +391,7 @@ def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Los
         losses.append(Loss(str(chosen.drive), "GRUB for the BIOS in its first sectors"))
     if chosen.its_disk.path != chosen.drive.path:
         losses.append(Loss(str(chosen.drive), f"the boot loader; the root is on another disk, {chosen.its_disk.path}"))
-    return losses
+    return [*losses, *_swap_losses(new, [one.path for one in (root, efi) if one])]
 
 
 def _systems_on(device: drives.Device) -> list[str]:
@@ -391,8 +412,28 @@ def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
         layout = Layout.at(top, new.identity.id)
         neighbours.require_free(layout)
         if not neighbours.lacks_loader(layout):
-            host.require_space(top, MINIMUM_ROOM)
+            host.require_space(top, new.room(MINIMUM_ROOM))
     return there
+
+
+def _swap_losses(new: Installation, wiped: Sequence[Path]) -> list[Loss]:
+    """What the new system swaps to; AshError if it cannot, as a partition is none for that, or among what is wiped."""
+    swap = new.settings.swap
+    found = [drives.require_swap(path, wiped) for path in swap.devices]
+    losses = [Loss(str(one), "the new system swaps to it; it stays as it is") for one in found]
+    losses += [Loss("swap", f"a file of {host.gibibytes(swap.size)}")] if swap.size else []
+    return losses + ([Loss("swap", "a compressed device in memory")] if swap.zram else [])
+
+
+def _package_losses(new: Installation) -> Iterator[Loss]:
+    """What the new system has, or lacks, for the hardware of this machine."""
+    if new.settings.network is Network.NETWORK_MANAGER:
+        yield Loss("network", "NetworkManager configures it")
+    if new.lacking:
+        names = " ".join(new.lacking)
+        yield Loss("firmware", f"{new.source.rootfs} lacks what this machine needs; later: ash install {names}")
+    elif new.source.firmware:
+        yield Loss("firmware", " ".join(new.source.firmware))
 
 
 def _require_machine() -> None:
@@ -404,24 +445,27 @@ def _install(place: Checked, new: Installation, agree: Agree) -> Made:
     """Install in a place of this machine, if the user agrees to what happens there."""
     is_uefi = FIRMWARE.is_dir()
     new.check(host.disk_tools())
-    agree(place.path.name, place.losses, _commands(place, new))
+    agree(place.path.name, [*place.losses, *_package_losses(new)], _commands(place, new))
     with host.Log(DISK_LOG) as log:
         with place.left.noted("system"), log.step(f"Preparing {place.path}"):
             target = place.make_target()
-        system = _build(target, new, log, place.left)
+        built = _build(target, new, log, place.left)
         if is_uefi:
             with place.left.noted("loader"), log.step("Adding the system to the firmware's boot menu"):
                 bootloader.add_boot_entry(target, f"{new.identity.name} (ash)", new.identity.id)
-    return Made(place.path, system, DISK_LOG)
+    return Made(place.path, built.system, DISK_LOG, built.problem)
 
 
 def _commands(place: Checked, new: Installation) -> list[str]:
     """The commands that will write to the disks, in the shell's language; ash itself does the rest."""
     target, tools = place.future, new.installer.distro.boot_tools
-    root = Layout.at(PRIVATE / "top", new.identity.id).rootfs(BASE)
-    commands = [*target.format_commands(), _fill_command(root, new, "/tmp")]  # noqa: S108 (only shown)
+    layout = Layout.at(PRIVATE / "top", new.identity.id)
+    root, swap = layout.rootfs(BASE), new.settings.swap
+    commands = [*target.format_commands(), *([swap.file_command(layout)] if swap.size else [])]
+    commands.append(_fill_command(root, new, "/tmp"))  # noqa: S108 (only shown)
     commands += [["chroot", root, *one] for one in bootloader.bios_commands(target, tools)] if target.bios else []
     commands += [["mcopy", "-i", node, f"::EFI/{new.identity.id}/"] for node in [target.efi] if node]
+    commands += [["ash", *words] for words in first_snapshot.commands(new.settings)]
     return [*filter(None, [place.first]), *(shlex.join(map(str, command)) for command in commands)]
 
 
@@ -458,21 +502,22 @@ def _source_tools(installer: DistroInstaller, source: Source) -> host.Tools:
     return {"zstd": "zstd"} if source.rootfs.suffix == ".zst" else {}
 
 
-def _check_source(installer: DistroInstaller, source: Source, settings: Settings) -> Source:
-    """Check that a source is complete. Returns it with the code name of its release."""
-    if source.rootfs is None:
-        return installer.resolve(source)
-    if not source.rootfs.is_file():
-        raise AshError(f"{source.rootfs} is not a regular file", "--make-rootfs makes one", USAGE)
-    listing = run(["tar", "--list", "--file", source.rootfs], check=False)
+def _check_tar(tar: Path, new: Installation) -> list[str]:
+    """Check that a root in a tar file is complete. Returns the wanted packages with firmware that it lacks."""
+    if not tar.is_file():
+        raise AshError(f"{tar} is not a regular file", "--make-rootfs makes one", USAGE)
+    listing = run(["tar", "--list", "--file", tar], check=False)
     if listing.returncode:
-        raise AshError(f"{source.rootfs} is not a tar file of a root", "--make-rootfs makes one", USAGE)
+        raise AshError(f"{tar} is not a tar file of a root", "--make-rootfs makes one", USAGE)
     there = {name.removeprefix("./") for name in listing.stdout.splitlines()}
-    for name, package in installer.needed_files(settings).items():
-        if name not in there:
-            hint = f"--make-rootfs TAR --package {package} makes one with it"
-            raise AshError(f"the root in {source.rootfs} has no {package}", hint, REFUSED)
-    return source
+    missing = [package for name, package in new.installer.needed_files(new.settings).items() if name not in there]
+    lacking = new.installer.lacking(new.source.firmware, there)
+    if names := " ".join([*missing, *(lacking if new.source.needs_firmware else [])]):
+        hint = f"--make-rootfs TAR --package {names} makes one with it"
+        if new.settings.network is Network.NETWORK_MANAGER:
+            hint += "; --network dhcp does without NetworkManager"
+        raise AshError(f"the root in {tar} has no {names}", hint, REFUSED)
+    return lacking
 
 
 def _check_keyring(keyring: Path) -> None:
@@ -490,8 +535,15 @@ def _check_keyring(keyring: Path) -> None:
         raise AshError(f"{keyring} is not a keyring that gpgv can read", hint, USAGE)
 
 
-def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = NOTHING_LEFT) -> str:
-    """Build the system on the partitions. Returns its name.
+class Built(NamedTuple):
+    """A system that is complete: its name for people, and why its first snapshot beside the base could not be made."""
+
+    system: str
+    problem: BaseException | None
+
+
+def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = NOTHING_LEFT) -> Built:
+    """Build the system on the partitions.
 
     The boot loader, which other systems may need too, is only replaced once the new one is complete.
     """
@@ -515,20 +567,37 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
             with log.step("Installing the boot loaders"), neighbours.writable_copy(layout) as root:
                 bootloader.install(layout, root, target, device, tools, name=new.identity.name)
             neighbours.finish(layout)
-            system = os_release(layout.rootfs(BASE), "PRETTY_NAME")
+            built = Built(os_release(layout.rootfs(BASE), "PRETTY_NAME"), _make_first(layout, target, new, log))
             locks.close()
             with log.step("Syncing the disk"):
                 _finish(top)
-        return system
+        return built
+
+
+def _make_first(layout: Layout, target: disk.Target, new: Installation, log: host.Log) -> BaseException | None:
+    """Make the first snapshot beside the base, if it is wanted. Returns the error, or signal, that prevented it.
+
+    The rest of the installation goes on, so that the base boots.
+    """
+    try:
+        with _libraries_of(layout):
+            first_snapshot.make(System(layout, new.installer.distro, image=target.image), new.settings, log)
+    except BaseException as error:
+        return error
+    return None
 
 
 def _build_system(layout: Layout, target: disk.Target, new: Installation, log: host.Log) -> None:
     """Build all but the boot loader, in new subvolumes."""
     installer, settings = new.installer, new.settings
+    _compress(map(layout.volume, Layout.SUBVOLUMES), settings.compression)
+    settings.swap.make_file(layout, log)
     root = _new_root(layout)
+    _compress([root], settings.compression)
     _fill_root(root, new, log)
     with log.step("Configuring the system"):
         installer.configure(root, settings, target, log)
+        settings.swap.configure(root, layout, target.root_uuid)
         users = filter(None, [settings.user, "root"])
         new.hashes = {user: hash_of_password(root, user) for user in users}
     with log.step("Installing ash"):
@@ -536,6 +605,15 @@ def _build_system(layout: Layout, target: disk.Target, new: Installation, log: h
         _install_help(layout, root, installer.zsh_completions)
     with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
         _make_base(layout, installer.distro, target)
+
+
+def _compress(directories: Iterable[Path], algorithm: str) -> None:
+    """Have what is created below directories compressed, on btrfs, unless the algorithm is empty.
+
+    New directories inherit this, and so do snapshots. It counts more than the option of a mount.
+    """
+    for directory in directories if algorithm else ():
+        os.setxattr(directory, "btrfs.compression", algorithm.encode())
 
 
 def _finish(top: Path) -> None:
@@ -565,7 +643,8 @@ def _fill_root(root: Path, new: Installation, log: host.Log) -> None:
         with log.step(f"Unpacking {source.rootfs}"):
             log.run(_fill_command(root, new, ""))
         return
-    with log.step(f"Bootstrapping {new.installer.id} {source.release}"):
+    firmware = ["with", *source.firmware] if source.firmware else []
+    with log.step(" ".join(["Bootstrapping", new.installer.id, source.release, *firmware])):
         new.installer.bootstrap(root, source, new.settings, log)
 
 

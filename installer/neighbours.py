@@ -39,7 +39,7 @@ def require_free(layout: Layout) -> None:
             return
         hint = "name another id, after the devices or with --id"
         raise AshError(f"there is a system {layout.distro} on this file system", hint, REFUSED)
-    for prefix in Layout.SUBVOLUMES:
+    for prefix in Layout.POSSIBLE_SUBVOLUMES:
         if layout.volume(prefix).exists():
             hint = "name another id, or delete it if nobody needs it"
             raise AshError(f"there is a subvolume {layout.volume_name(prefix)}, without a system", hint, REFUSED)
@@ -97,7 +97,7 @@ def delete(layout: Layout) -> None:
     """Delete a system's subvolumes. If it is interrupted, the system counts as not complete."""
     write_file(layout.unfinished, "")
     sync_filesystem(layout.snapshots)
-    for prefix in Layout.SUBVOLUMES:
+    for prefix in Layout.POSSIBLE_SUBVOLUMES:
         if layout.volume(prefix) != layout.snapshots:
             delete_subvolume(layout.volume(prefix))
     sync_filesystem(layout.snapshots)

@@ -5,14 +5,15 @@ import dataclasses
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 from ash import MISSING, USAGE, AshError, last_words, run
 from installer import host
-from installer.distribution import DistroInstaller, Settings, Source
+from installer.distribution import DistroInstaller, Network, Settings, Source
+from installer.hardware import Hardware
 
 BOOT = ("linux-image-amd64", "initramfs-tools", "systemd-sysv", "udev", "kmod", "zstd")
 GRUB = ("grub2-common", "grub-pc-bin", "grub-efi-amd64-bin", "grub-efi-amd64-signed", "shim-signed", "efibootmgr")
@@ -20,6 +21,32 @@ SYSTEM = ("dbus", "libpam-systemd", "systemd-resolved", "systemd-timesyncd", "bt
 TOOLS = ("apt", "ca-certificates", "iproute2", "iputils-ping", "less", "login", "nano", "passwd", "procps", "tzdata")
 ASH = ("python3", "python3-tabulate", "gpgv")
 ANYTREE = "python3-anytree"  # not in Debian 12: there it comes from PyPI
+NETWORK_MANAGER = ("network-manager", "wpasupplicant", "wireless-regdb")
+ZRAM = "systemd-zram-generator"
+
+# By vendor of the processor; by drivers, as a pattern. Whatever else needs firmware is in firmware-misc-nonfree.
+MICROCODE = {"GenuineIntel": "intel-microcode", "AuthenticAMD": "amd64-microcode"}
+FIRMWARE = {
+    r"amdgpu|radeon": "firmware-amd-graphics",
+    r"i915|xe": "firmware-intel-graphics",
+    r"nouveau": "firmware-nvidia-graphics",
+    r"iwlwifi": "firmware-iwlwifi",
+    r"ipw2[12]00": "firmware-ipw2x00",
+    r"r81(52|69)|r8712u|rtl8\w+|rtw\w+": "firmware-realtek",
+    r"ath(6kl|10k|11k|12k)\w*|wil6210": "firmware-atheros",
+    r"ath9k_htc": "firmware-ath9k-htc",
+    r"brcm[fs]mac": "firmware-brcm80211",
+    r"mt76\w+|mt79\w+|rt2800(pci|usb)|rt61pci|rt73usb": "firmware-mediatek",
+    r"mwifiex\w*|mwl8k|libertas\w*": "firmware-libertas",
+    r"bnx2": "firmware-bnx2",
+    r"bnx2x": "firmware-bnx2x",
+    r"qla2xxx|qed\w*": "firmware-qlogic",
+    r"snd_sof\w*": "firmware-sof-signed",
+}
+# Debian 12 has these in another package.
+OLDER_FIRMWARE = dict.fromkeys(
+    ["firmware-intel-graphics", "firmware-nvidia-graphics", "firmware-mediatek"], "firmware-misc-nonfree"
+)
 
 RELEASES = "use stable or a code name such as trixie"
 COMPONENTS = "main,non-free-firmware"
@@ -77,13 +104,7 @@ class DebianInstaller(DistroInstaller):
         for name in source.packages:
             if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):
                 raise AshError(f"{name!r} is not a valid package name", status=USAGE)
-        with_anytree = dataclasses.replace(source, packages=(*source.packages, ANYTREE))
-        try:
-            found = _try_repository(with_anytree)
-        except AshError as error:
-            if ANYTREE not in error.message:
-                raise
-            found = _try_repository(source)
+        found = _try_with(source, [ANYTREE, *source.firmware])
         for suite in sorted({*_further_suites(found)} - {suite for _, suite in _repositories(found)}):
             print(f"init.py: {source.mirror} has no {suite}: the system will not have it", file=sys.stderr)
         return found
@@ -115,6 +136,10 @@ class DebianInstaller(DistroInstaller):
             yield "openssh-server"
         if settings.passphrase is not None:
             yield "cryptsetup-initramfs"
+        if settings.network is Network.NETWORK_MANAGER:
+            yield from NETWORK_MANAGER
+        if settings.swap.zram:
+            yield ZRAM
 
     def needed_files(self, settings: Settings) -> Mapping[str, str]:
         """One file of each package."""
@@ -135,6 +160,10 @@ class DebianInstaller(DistroInstaller):
             files["usr/sbin/sshd"] = "openssh-server"
         if settings.passphrase is not None:
             files[CRYPT_HOOK] = "cryptsetup-initramfs"
+        if settings.network is Network.NETWORK_MANAGER:
+            files |= {"usr/sbin/NetworkManager": "network-manager", "usr/sbin/wpa_supplicant": "wpasupplicant"}
+        if settings.swap.zram:
+            files["usr/lib/systemd/system-generators/zram-generator"] = ZRAM
         return files
 
     def make_initramfs_open(self, root: Path, log: host.Log) -> None:
@@ -143,6 +172,24 @@ class DebianInstaller(DistroInstaller):
             hook.write('KEYFILE_PATTERN="/etc/cryptsetup-keys.d/*.key"\n')
         (root / "etc/initramfs-tools/conf.d/luks").write_text("UMASK=0077\n")
         self._make_initramfs(root, log)
+
+    def firmware_for(self, hardware: Hardware) -> list[str]:
+        """By the tables above."""
+        found = [MICROCODE[hardware.processor]] if hardware.processor in MICROCODE else []
+        needed = {re.compile(pattern): package for pattern, package in FIRMWARE.items()}
+        return found + [package for drivers, package in needed.items() if any(map(drivers.fullmatch, hardware.drivers))]
+
+    def all_firmware(self) -> list[str]:
+        """Those of the tables above, and the one with all that is in no other."""
+        return [*MICROCODE.values(), *FIRMWARE.values(), "firmware-misc-nonfree"]
+
+    def lacking(self, packages: Iterable[str], there: Collection[str]) -> list[str]:
+        """By the lists of files that dpkg keeps."""
+
+        def has(package: str) -> bool:
+            return f"var/lib/dpkg/info/{package}.list" in there
+
+        return [one for one in packages if not (has(one) or has(OLDER_FIRMWARE.get(one, one)))]
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
         """Use /etc/locale.gen; C.UTF-8 always exists."""
@@ -160,6 +207,23 @@ class DebianInstaller(DistroInstaller):
         (root / "etc/default/keyboard").write_text("\n".join(lines))
         if keymap != Settings.DEFAULT_KEYMAP:
             log.run_inside(root, ["setupcon", "--save-only"])
+
+
+def _try_with(source: Source, wanted: Sequence[str]) -> Source:
+    """_try_repository() with those of the wanted packages that it has, or older ones in their place."""
+    left = dict.fromkeys(wanted)
+    while True:
+        firmware = tuple(name for name in left if name != ANYTREE)
+        try:
+            tried = dataclasses.replace(source, packages=(*source.packages, *left), firmware=firmware)
+            return _try_repository(tried)
+        except AshError as error:
+            missing = next((name for name in left if name in error.message.split()), "")
+            if not missing:
+                raise
+            del left[missing]
+            if missing in OLDER_FIRMWARE:
+                left[OLDER_FIRMWARE[missing]] = None
 
 
 def _try_repository(source: Source) -> Source:

@@ -16,6 +16,7 @@ from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
 from installer import cli, host, install
 from installer.distribution import Password, Settings, Source, _old_timezones
+from installer.swap import Swap
 
 pytestmark = pytest.mark.budget(5)
 
@@ -129,6 +130,11 @@ group = ["audio", "video"]
 password-hash = "$6$salt$hash"
 hostname = "one"
 timezone = "Europe/Berlin"
+swap = ["zram", "2G"]
+compress = "lzo"
+profile = ["server"]
+mutable = true
+discard = false
 """
 
 
@@ -143,10 +149,14 @@ def test_answers_come_from_a_file_and_options_override_them(answered: Answered) 
     settings = new.settings
     assert (settings.user, settings.groups, settings.hostname) == ("ada", ("audio", "video"), "two")
     assert settings.password == Password("$6$salt$hash", is_hash=True)
+    assert (settings.swap, settings.compression) == (Swap(zram=True, size=2 << 30), "lzo")
+    assert (settings.profiles, settings.mutable, settings.discard) == (("server",), True, False)
     assert stat.S_IMODE(answered.saved.stat().st_mode) == 0o600
     saved = answered.saved.read_text()
     assert 'password-hash = "$y$theirs"' in saved, "as the new system has it"
     assert "root-password-hash" not in saved
+    assert "mutable = true\n" in saved
+    assert "discard" not in saved, "that is the default"
     assert answered.run(saved) == 0
     again = answered.new[1]
     assert again.settings == replace(settings, password=Password("$y$theirs", is_hash=True))
@@ -170,6 +180,14 @@ def test_answers_come_from_a_file_and_options_override_them(answered: Answered) 
         ('id = "Debian"', "not a valid id"),
         ('id = "arch"', "ash cannot install arch"),
         ('name = "a\\nb"', "not a valid name"),
+        ('mutable = "yes"', "such as mutable = true"),
+        ("discard = 1", "discard is not true or false"),
+        ('compress = "lz4"', "compress is not one of zstd, lzo, zlib, none"),
+        ('network = "wicked"', "network is not one of dhcp, networkmanager"),
+        ('swap = "zram"', "swap is not a list of strings"),
+        ('swap = ["big"]', "big is neither zram, a size, nor a device"),
+        ('swap = ["/dev/sdb2"]', "for a system on a disk of this machine"),
+        ('profile = ["gnom"]', "profiles: gnome, i3"),
     ],
 )
 def test_wrong_answers_are_refused_with_a_line(
