@@ -1170,9 +1170,7 @@ class Layout:
     """
 
     SUBVOLUMES = ("@.snapshots", "@boot", "@etc", "@home", "@var")
-    SWAP = (
-        "@swap"  # contains a swap file, if the installer made one: a subvolume with an active one allows no snapshots
-    )
+    SWAP = "@swap"  # if the installer made a swap file: a subvolume with an active one allows no snapshots
     POSSIBLE_SUBVOLUMES = (*SUBVOLUMES, SWAP)
 
     def __init__(self, snapshots: Path, distro: str, top: Path | None = None) -> None:

@@ -57,9 +57,8 @@ def make(system: System, settings: Settings, log: host.Log) -> None:
     Raises:
         AshError: a command failed; a note says what the system starts, and how to go on there.
     """
-    os.environ["SUDO_USER"] = (
-        settings.user or "root"
-    )  # for the commands of profiles: who it is here means nothing there
+    # For the commands of profiles: who it is here means nothing there.
+    os.environ["SUDO_USER"] = settings.user or "root"
     left = commands(settings)
     while left:
         try:
