@@ -202,9 +202,9 @@ class DistroInstaller:
         if settings.locale in ("C", "POSIX"):
             raise AshError(f"the locale {settings.locale} has no UTF-8", f"use {Settings.DEFAULT_LOCALE}", USAGE)
         if settings.locale != Settings.DEFAULT_LOCALE:
-            _require_one_of("locale", settings.locale, _known_locales(self.locales))
+            _require_one_of("locale", settings.locale, self.known("locale"))
         if settings.keymap != Settings.DEFAULT_KEYMAP:
-            _require_one_of("keymap", settings.keymap, _known_keymaps(self.keymaps))
+            _require_one_of("keymap", settings.keymap, self.known("keymap"))
 
     def check_names(self, settings: Settings) -> None:
         """Reject names, keys and hashes that cannot be, as check() does; this needs no lists."""
@@ -222,21 +222,30 @@ class DistroInstaller:
                 raise AshError("there is no user who could be in a group", "--user names one", USAGE)
             return
         for group in settings.groups:
-            _require_one_of("group", group, self.reserved_names.split())
+            _require_one_of("group", group, self.known("group"))
         if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", settings.user):
             raise AshError(f"{settings.user!r} is not a valid user name", "lower-case letters, digits, - and _", USAGE)
         if settings.user in self.reserved_names.split():
             raise AshError(f"the user name {settings.user} is reserved for the system", status=USAGE)
 
     def _check_timezone(self, timezone: str) -> None:
-        host.require(self.timezones)
-        directory = Path("/usr/share/zoneinfo")
-        zones = (path.relative_to(directory) for path in directory.rglob("[A-Z]*") if path.is_file())
-        old = _old_timezones(directory)
+        known = self.known("timezone")
+        old = _old_timezones(ZONES)
         if timezone in old:  # the new system may lack it
             raise AshError(f"the timezone {timezone} is an old name", f"use {old[timezone]}", USAGE)
-        known = (str(z) for z in zones if z.parts[0] not in ("posix", "right"))
-        _require_one_of("timezone", timezone, (zone for zone in known if zone not in old))
+        _require_one_of("timezone", timezone, known)
+
+    def known(self, setting: str) -> list[str]:
+        """The valid values of "timezone", "locale", "keymap" or "group"; this may install their list on the host."""
+        match setting:
+            case "timezone":
+                return _known_timezones(self.timezones)
+            case "locale":
+                return _known_locales(self.locales)
+            case "keymap":
+                return _known_keymaps(self.keymaps)
+            case _:
+                return sorted(self.reserved_names.split())
 
     def configure(self, root: Path, settings: Settings, target: Target, log: host.Log) -> None:
         """Configure a bootstrapped root for one machine.
@@ -340,6 +349,7 @@ def load_installer(module: str) -> DistroInstaller:
     return classes[0]()  # type: ignore[no-any-return]
 
 
+ZONES = Path("/usr/share/zoneinfo")
 DISTROS = Path(__file__).resolve().parent.parent / "distros"
 LONGEST_ID, LONGEST_NAME = 32, 48  # characters; firmware shows some 50 of an entry
 
@@ -371,7 +381,7 @@ class Identity:
         if len(name) > LONGEST_NAME or not name.isprintable():
             what = f"{name!r} is not a valid name of a distribution"
             raise AshError(what, f"at most {LONGEST_NAME} printable characters", USAGE)
-        known = sorted(path.parent.name for path in DISTROS.glob("*/installer.py"))
+        known = installable()
         module = next((one for one in known if re.fullmatch(rf"{re.escape(one)}([._-].+)?", ident)), None)
         if module is None:
             hint = f"it can install {', '.join(known)}; a second one is called such as {known[0]}_2"
@@ -380,12 +390,25 @@ class Identity:
         return cls(ident, module, name or (default if ident == module else f"{default} ({ident})"))
 
 
-def _known_locales(lists: host.Tools) -> Iterable[str]:
+def installable() -> list[str]:
+    """The ids of the distributions that can be installed."""
+    return sorted(path.parent.name for path in DISTROS.glob("*/installer.py"))
+
+
+def _known_timezones(lists: host.Tools) -> list[str]:
+    """The names of today."""
+    host.require(lists)
+    zones = (path.relative_to(ZONES) for path in ZONES.rglob("[A-Z]*") if path.is_file())
+    old = _old_timezones(ZONES)
+    return sorted(str(zone) for zone in zones if zone.parts[0] not in ("posix", "right") and str(zone) not in old)
+
+
+def _known_locales(lists: host.Tools) -> list[str]:
     host.require(lists)
     return [line.split()[0] for path in lists for line in Path(path).read_text().splitlines() if line.strip()]
 
 
-def _known_keymaps(lists: host.Tools) -> Iterable[str]:
+def _known_keymaps(lists: host.Tools) -> list[str]:
     """The layouts ("de") and variants ("de:nodeadkeys") in XKB's list."""
     host.require(lists)
     known, section = [], ""

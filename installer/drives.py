@@ -109,7 +109,7 @@ def require_free_disk(path: Path, minimum: int) -> Device:
         AshError: there is none, it is not a whole disk, too small, read-only or in use.
     """
     device = require_disk(path)
-    _require_free(path, device, minimum)
+    require_free(path, device, minimum)
     return device
 
 
@@ -119,7 +119,7 @@ def require_free_partition(path: Path, minimum: int) -> tuple[Device, Device]:
     if device.kind != "part":
         parts = " ".join(str(one.path) for one in disk.inside) or "none"
         raise AshError(f"{path} is a disk, not a partition", f"its partitions: {parts}", USAGE)
-    _require_free(path, device, minimum)
+    require_free(path, device, minimum)
     return disk, device
 
 
@@ -178,13 +178,14 @@ def require_room_for_grub(drive: Device) -> None:
         raise AshError(what, "make a BIOS boot partition of 1 MiB with cfdisk", REFUSED)
     if drive.table not in ("gpt", "dos"):
         raise AshError(f"{drive.path} has no partition table", "--disk makes one", REFUSED)
-    starts = [int(Path("/sys/class/block", one.path.name, "start").read_text()) * SECTOR for one in drive.inside]
-    if drive.table == "dos" and min(starts) < MIB:
+    starts = (int(Path("/sys/class/block", one.path.name, "start").read_text()) * SECTOR for one in drive.inside)
+    if drive.table == "dos" and min(starts, default=MIB) < MIB:
         what = f"GRUB for the BIOS has no place on {drive.path}: its first partition begins in the first MiB"
         raise AshError(what, "move it, or use --disk", REFUSED)
 
 
-def _require_free(path: Path, device: Device, minimum: int) -> None:
+def require_free(path: Path, device: Device, minimum: int) -> None:
+    """Raise AshError if a disk or partition is too small, read-only or in use; see require_free_disk()."""
     if device.readonly:
         raise AshError(f"{path} is read-only", "has it a switch?", REFUSED)
     if device.size < minimum:

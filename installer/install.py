@@ -261,11 +261,12 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
     Raises:
         AshError: a check failed, before anything was written; or the installation failed.
     """
-    _require_machine()
+    require_machine()
     device = drives.require_free_disk(path, new.room(MINIMUM_SIZE))
     losses = [Loss(str(device), "a new partition table")]
     losses += [
-        Loss(str(one), f"is deleted, with {' and '.join(_systems_on(one)) or 'all on it'}") for one in device.inside
+        Loss(str(one), f"is deleted, with {' and '.join(_named(systems_on(one))) or 'all on it'}")
+        for one in device.inside
     ]
     losses += _swap_losses(new, [one.path for one in device])
     future = _encrypted(disk.future_target(device.path), new)
@@ -296,15 +297,21 @@ def _left_anew(where: Path) -> Left:
 
 def install_on_partitions(places: Places, new: Installation, agree: Agree) -> Made:
     """Install a system that ash manages on partitions; arguments and errors as for install_on_disk()."""
-    _require_machine()
-    with ExitStack() as stack:
-        minimum = MINIMUM_SIZE if places.mode is Mode.ADD else new.room(MINIMUM_SIZE)
-        chosen = _Chosen.of(places, minimum)
-        target = stack.enter_context(_target_of(chosen, places.mode, new))
+    require_machine()
+    with checked_places(places, new) as checked:
+        return _install(checked, new, agree)
+
+
+@contextmanager
+def checked_places(places: Places, new: Installation) -> Iterator[Checked]:
+    """Check whether a system can be installed on partitions; AshError if not. An encrypted one is open in the block."""
+    minimum = MINIMUM_SIZE if places.mode is Mode.ADD else new.room(MINIMUM_SIZE)
+    chosen = _Chosen.of(places, minimum)
+    with _target_of(chosen, places.mode, new) as target:
         losses = _losses(chosen, target, new)
         path = chosen.root.path
         left = _left_beside_others(new.identity.id, path) if target.keeps_root else _left_anew(path)
-        return _install(Checked(path, losses, lambda: target, left, target), new, agree)
+        yield Checked(path, losses, lambda: target, left, target)
 
 
 class _Chosen(NamedTuple):
@@ -382,7 +389,7 @@ def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Los
         there = _require_room_in(target, new)
         losses = [Loss(str(root), f"{new.identity.name} is added to {', '.join(there)}")]
     else:
-        lost = ", ".join(_systems_on(root)) or "all that is on it"
+        lost = ", ".join(_named(systems_on(root))) or "all that is on it"
         losses = [Loss(str(root), f"a new btrfs file system; {lost} is lost"), *_encryption(target)]
     if efi:
         text = "files are added to it" if target.keeps_efi else "a new FAT file system; all that is on it is lost"
@@ -394,13 +401,17 @@ def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Los
     return [*losses, *_swap_losses(new, [one.path for one in (root, efi) if one])]
 
 
-def _systems_on(device: drives.Device) -> list[str]:
-    """The systems of ash on a partition that is not in use; none if it cannot be mounted."""
+def systems_on(device: drives.Device) -> list[str]:
+    """The ids of the systems of ash on a partition that is not in use; none if it cannot be mounted."""
     if device.filesystem != "btrfs":
         return []
     with contextlib.suppress(AshError), disk.mounted_readonly(device.path) as top:
-        return [f"the system {one.distro}" for one in Layout.all_on(top)]
+        return [one.distro for one in Layout.all_on(top)]
     return []
+
+
+def _named(idents: Sequence[str]) -> list[str]:
+    return [f"the system {ident}" for ident in idents]
 
 
 def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
@@ -436,7 +447,8 @@ def _package_losses(new: Installation) -> Iterator[Loss]:
         yield Loss("firmware", " ".join(new.source.firmware))
 
 
-def _require_machine() -> None:
+def require_machine() -> None:
+    """Raise AshError unless this machine can install on its disks."""
     host.require_root("install on a disk")
     host.require_btrfs()
 

@@ -226,6 +226,7 @@ def _try_with(source: Source, wanted: Sequence[str]) -> Source:
                 left[OLDER_FIRMWARE[missing]] = None
 
 
+@cache
 def _try_repository(source: Source) -> Source:
     """The source with its code name; raises AshError if a bootstrap from it would fail."""
     with tempfile.TemporaryDirectory(prefix="ash-repository-") as directory:

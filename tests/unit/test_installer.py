@@ -14,7 +14,7 @@ import pytest
 from ash import USAGE, AshError
 from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
-from installer import cli, host, install
+from installer import cli, drives, host, install
 from installer.distribution import Password, Settings, Source, _old_timezones
 from installer.swap import Swap
 
@@ -232,6 +232,23 @@ def test_the_log_of_a_build_is_its_owners_alone(tmp_path: Path) -> None:
         with host.Log(path) as log:
             log.write("a step")
         assert (stat.S_IMODE(path.stat().st_mode), path.read_text()) == (0o600, "a step\n")
+
+
+def test_grub_has_room_before_a_first_partition_that_is_not_there_yet() -> None:
+    found = dict.fromkeys(("model", "fstype", "fsver", "label", "uuid", "parttype", "partuuid"))
+    plain = {"path": "/dev/sda", "type": "disk", "size": 1 << 32, "mountpoints": [None], "ro": False}
+    drives.require_room_for_grub(drives.Device.of({**found, **plain, "pttype": "dos"}))
+    with pytest.raises(AshError, match="has no partition table"):
+        drives.require_room_for_grub(drives.Device.of({**found, **plain, "pttype": None}))
+
+
+def test_the_valid_values_of_a_setting_are_those_that_pass_its_check() -> None:
+    installer = DebianInstaller()
+    assert {"Europe/Berlin", "UTC"} <= set(installer.known("timezone"))
+    assert not {"US/Eastern", "posix/UTC"} & set(installer.known("timezone"))
+    assert "de_DE.UTF-8" in installer.known("locale")
+    assert {"de", "de:nodeadkeys"} <= set(installer.known("keymap"))
+    assert "audio" in installer.known("group")
 
 
 def test_an_image_in_another_format_is_refused_with_the_command_that_converts_it(
