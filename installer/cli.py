@@ -16,13 +16,14 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import answers, disk, existing, first_snapshot, host, install, luks, machine, tour
+from installer import answers, disk, existing, first_snapshot, form, host, install, luks, machine, tour
 from installer.distribution import DistroInstaller, Identity, Network, Password, Settings, Source, load_installer
 from installer.hardware import Hardware, is_virtual
 from installer.swap import Swap
 
 EXAMPLES = """\
 examples:
+  python3 init.py                              ask for all that an installation on a disk needs
   python3 init.py try                          make an image, boot it, and show what ash does
   python3 init.py --disk /dev/sda              install on a disk of this machine
   python3 init.py /dev/sda2 /dev/sda /dev/sda1 --mode 2    ... on a partition, beside another system
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (machine.MachineError, OSError) as error:
         print(f"init.py: {error}", file=sys.stderr)
         return FAILED
+    except EOFError:
+        print("init.py: the input has ended; nothing was changed", file=sys.stderr)
+        return REFUSED
     except AshError as error:
         print(f"init.py: {'; '.join(filter(None, [str(error), error.hint, *notes_of(error)]))}", file=sys.stderr)
         return error.status
@@ -125,18 +129,36 @@ def _make(words: Sequence[str]) -> int:
         print(f"{made.path}: {made.system}; log in {made.log}")
         print("Remove the live medium, and reboot.")
     if args.save_answers:
-        users = {"password-hash": args.user, "root-password-hash": "root"}
-        hashes = {key: new.hashes[user] for key, user in users.items() if new.hashes.get(user)}
-        answers.write(args.save_answers, args, _make_parser(), hashes)
+        _save_answers(args.save_answers, args, new)
+    elif not words:
+        form.offer_to_save(partial(_save_answers, args=args, new=new))
     if made.problem:
         raise made.problem
     return 0
 
 
+def _save_answers(path: Path, args: argparse.Namespace, new: install.Installation) -> None:
+    """Save the answers of an installation that is done."""
+    _require_savable(path)
+    users = {"password-hash": args.user, "root-password-hash": "root"}
+    hashes = {key: new.hashes[user] for key, user in users.items() if new.hashes.get(user)}
+    answers.write(path, args, _make_parser(), hashes)
+
+
+def _require_savable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise AshError(f"there is no directory {path.parent}", "--save-answers needs it", USAGE)
+    if path.exists() and not path.is_file():
+        raise AshError(f"{path} is not a regular file", "--save-answers needs one", USAGE)
+
+
 def _make_args(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line of an installation, and the file with answers that it may name."""
+    """Parse the command line of an installation, and the file with answers that it may name; or ask for all of it."""
     parser = _make_parser()
-    args = parser.parse_args(words)
+    if not words and sys.stdin.isatty() and sys.stdout.isatty():
+        args = form.ask(parser, form.Checks(_check_place, _check_settings, _check_everything, _known))
+    else:
+        args = parser.parse_args(words)
     if args.answers:
         parser.set_defaults(**answers.read(args.answers, parser))
         args = parser.parse_args(words)
@@ -151,11 +173,38 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
         raise AshError("an image is not encrypted: ash would not find what is in it", "--luks is for disks", USAGE)
     if args.dry_run and (args.image or args.make_rootfs):
         raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
-    if args.save_answers and not args.save_answers.parent.is_dir():
-        raise AshError(f"there is no directory {args.save_answers.parent}", "--save-answers needs it", USAGE)
-    if args.save_answers and args.save_answers.exists() and not args.save_answers.is_file():
-        raise AshError(f"{args.save_answers} is not a regular file", "--save-answers needs one", USAGE)
+    if args.save_answers:
+        _require_savable(args.save_answers)
     return args
+
+
+def _given(args: argparse.Namespace) -> install.Installation:
+    """The system as it is given; a password that is missing is not asked for."""
+    identity = _identity(args, _Words.of(args.words))
+    return install.Installation(_source(args), _given_settings(args, identity.module), identity)
+
+
+def _check_place(args: argparse.Namespace) -> Sequence[install.Loss]:
+    """Check what the system is called, and where it goes if that is a partition. Returns what happens there."""
+    devices, new = _Words.of(args.words).devices, _given(args)
+    if not (devices and args.mode):
+        return ()
+    with install.checked_places(_places(devices, args), new) as checked:
+        return checked.losses
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    new = _given(args)
+    new.installer.check(new.settings)
+
+
+def _check_everything(args: argparse.Namespace) -> None:
+    _check_place(args)
+    _given(args).check(host.disk_tools())
+
+
+def _known(args: argparse.Namespace, setting: str) -> Sequence[str]:
+    return _given(args).installer.known(setting)
 
 
 def _make_image(args: argparse.Namespace, new: install.Installation) -> install.Made:
@@ -281,11 +330,11 @@ def _report(made: install.Made, what: str, next_commands: Sequence[str]) -> None
     print("Next:", *(f"  {PROGRAM} {command}" for command in next_commands), sep="\n")
 
 
-def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
+def _given_settings(args: argparse.Namespace, module: str) -> Settings:
     if args.user is None and (args.password_file or args.password_hash):
         raise AshError("there is a password, and no user", "--user names one; --root-password-file is root's", USAGE)
-    first_snapshot.require_profiles(installer.id, args.profile)
-    settings = Settings(
+    first_snapshot.require_profiles(module, args.profile)
+    return Settings(
         hostname=args.hostname,
         user=args.user,
         groups=tuple(args.group),
@@ -298,13 +347,17 @@ def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
         passphrase=_passphrase(args),
-        network=_network(args, installer.id),
+        network=_network(args, module),
         swap=_swap(args),
         compression=args.compress or "",
         discard=args.discard,
         profiles=tuple(dict.fromkeys(args.profile)),
         mutable=args.mutable,
     )
+
+
+def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
+    settings = _given_settings(args, installer.id)
     installer.check_names(settings)  # before anything is asked
     if args.user and settings.password is None and not args.make_rootfs:
         return replace(settings, password=_asked_password(args.user))

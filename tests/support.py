@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,14 +283,21 @@ def _copy_data(image: Path, start: int, size: int, target: Path) -> None:
 
 
 class Terminal:
-    """A program on a pseudo-terminal, typed into as a person would; a context manager."""
+    """A program on a pseudo-terminal, typed into as a person would; a context manager.
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    Args:
+        argv: the program and its arguments.
+        size: lines and columns; unknown by default, as on a serial line.
+    """
+
+    def __init__(self, argv: Sequence[str], size: tuple[int, int] = (0, 0)) -> None:
         self._argv = argv
+        self._size = size
         self._text = ""
 
     def __enter__(self) -> Self:
         self._master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, self._size)
         # setsid makes it the controlling terminal, so that closing it sends SIGHUP.
         argv = ["setsid", "--ctty", *self._argv]
         self.process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave)
@@ -302,7 +310,11 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Type something; a newline is the Enter key."""
-        os.write(self._master, text.encode())
+        self.type_bytes(text.encode())
+
+    def type_bytes(self, keys: bytes) -> None:
+        """Type something that need not be text."""
+        os.write(self._master, keys)
 
     def expect(self, pattern: str, seconds: float = 60) -> str:
         """Wait for output that matches; returns the output up to the end of the match."""
