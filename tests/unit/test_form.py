@@ -258,6 +258,18 @@ def test_another_disk_asks_for_the_place_on_it(fill: Fill) -> None:
     assert (told["root"], told["efi"], told["mode"], told["hostname"]) == ("/dev/sda2", "/dev/sda1", "2", "one")
 
 
+def test_another_partition_asks_again_what_happens_to_it(fill: Fill) -> None:
+    with fill(SCENE) as person:
+        person.answers(("Number", "1"), ("Number", "4"), ("Number", ""), ("Number", "3"), ("Id", ""), ("Name", ""))
+        person.answers(("Host name", "one"), ("User", ""), *FROM_ROOT_PASSWORD, (REVIEW, "2"))
+        person.answers(("Number [4]", "3"), ("Number [1]", ""))
+        assert "/dev/sda2 has no system of ash" in person.answer("Number", "3")
+        assert "3 cannot be chosen" in person.answer("Number", "2")
+        assert "debian_2" not in person.answer(REVIEW, "")
+        told = person.installs("sda2")
+    assert (told["root"], told["mode"], told["id"], told["hostname"]) == ("/dev/sda2", "2", "debian", "one")
+
+
 def test_what_cannot_be_used_is_shown_with_the_reason_and_cannot_be_chosen(fill: Fill) -> None:
     with fill(SCENE, busy="/dev/sda2") as person:
         shown = person.answer("Number", "2")
