@@ -181,7 +181,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
 def _given(args: argparse.Namespace) -> install.Installation:
     """The system as it is given; a password that is missing is not asked for."""
     identity = _identity(args, _Words.of(args.words))
-    return install.Installation(_source(args), _given_settings(args, identity.module), identity)
+    source = _source(args, load_installer(identity.module))
+    return install.Installation(source, _given_settings(args, identity.module), identity)
 
 
 def _check_place(args: argparse.Namespace) -> Sequence[install.Loss]:
@@ -204,7 +205,8 @@ def _check_everything(args: argparse.Namespace) -> None:
 
 
 def _known(args: argparse.Namespace, setting: str) -> Sequence[str]:
-    return _given(args).installer.known(setting)
+    installer = _given(args).installer
+    return sorted(first_snapshot.profiles_of(installer.id)) if setting == "profile" else installer.known(setting)
 
 
 def _make_image(args: argparse.Namespace, new: install.Installation) -> install.Made:
@@ -346,7 +348,7 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
         keymap=args.keymap,
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
-        passphrase=_passphrase(args),
+        passphrase=_passphrase(args.luks_passphrase_file),
         network=_network(args, module),
         swap=_swap(args),
         compression=args.compress or "",
@@ -359,6 +361,8 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
 def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
     settings = _given_settings(args, installer.id)
     installer.check_names(settings)  # before anything is asked
+    if args.luks and settings.passphrase is None:
+        settings = replace(settings, passphrase=_asked_passphrase(is_new=args.mode != install.Mode.ADD.value))
     if args.user and settings.password is None and not args.make_rootfs:
         return replace(settings, password=_asked_password(args.user))
     return settings
@@ -386,18 +390,17 @@ def _asked_password(user: str) -> Password:
         print("They differ." if text else "It is empty.")
 
 
-def _passphrase(args: argparse.Namespace, *, is_new: bool = True) -> str | None:
-    """The passphrase of an encrypted partition: from a file, or typed unseen; None if none is asked for.
-
-    Raises:
-        AshError: the file cannot be read, GRUB could not, or there is no terminal (USAGE).
-    """
-    if args.luks_passphrase_file is not None:
-        lines = _lines(args.luks_passphrase_file, "the passphrase")
-        luks.check_passphrase(lines[0] if lines else "")
-        return lines[0]
-    if not args.luks:
+def _passphrase(path: Path | None) -> str | None:
+    """The passphrase in the first line of a file; AshError (USAGE) if GRUB could not read it."""
+    if path is None:
         return None
+    lines = _lines(path, "the passphrase")
+    luks.check_passphrase(lines[0] if lines else "")
+    return lines[0]
+
+
+def _asked_passphrase(*, is_new: bool = True) -> str:
+    """A passphrase that is typed unseen, a new one twice; AshError (USAGE) if there is no terminal."""
     if not sys.stdin.isatty():
         hint = "--luks-passphrase-file names a file; its first line is the passphrase"
         raise AshError("there is no terminal to ask for the passphrase", hint, USAGE)
@@ -542,7 +545,8 @@ def _rescue(words: Sequence[str]) -> int:
 def _place(args: argparse.Namespace) -> existing.Place:
     if not args.place.exists():
         raise AshError(f"{args.place} does not exist", "name the partition of the root, or a disk image", MISSING)
-    return existing.Place(args.place, _passphrase(args, is_new=False))
+    passphrase = _passphrase(args.luks_passphrase_file)
+    return existing.Place(args.place, passphrase or (_asked_passphrase(is_new=False) if args.luks else None))
 
 
 def _remove(words: Sequence[str]) -> int:

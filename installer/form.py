@@ -486,6 +486,33 @@ QUESTIONS = (
         is_listed=True,
     ),
     Question(
+        "luks_passphrase_file",
+        "settings",
+        "Passphrase of the disk",
+        "With one the disk is encrypted, and it is asked for at each start, on a US keyboard. Nobody can read the disk"
+        " without it: not you either.",
+        applies=lambda situation: not situation.is_added,
+        optional=True,
+        secret=True,
+    ),
+    Question(
+        "swap",
+        "settings",
+        "Swap",
+        "What the system swaps to: zram (compressed memory), the size of a file such as 2G, or a swap partition that is"
+        " there; several are separated by blanks.",
+        optional=True,
+    ),
+    Question(
+        "profile",
+        "settings",
+        "Profiles",
+        "Such as xfce: they are installed into snapshot 1, which the system starts. Several are separated by blanks.",
+        optional=True,
+        is_listed=True,
+    ),
+    Question("mutable", "settings", "Mutable", "Is snapshot 1 writable, so that the system is not immutable?"),
+    Question(
         "package",
         "source",
         "More packages",

@@ -137,7 +137,9 @@ def installed(where: dict[str, str], path: Path, new: install.Installation, agre
         **settings,
     }
     new.hashes = {"ada": "$y$theirs"} if new.settings.user else {}
-    Path(sys.argv[1]).with_suffix(".installed").write_text(json.dumps({**told, "argv": own_command_line()}))
+    Path(sys.argv[1]).with_suffix(".installed").write_text(
+        json.dumps({**told, "argv": own_command_line()}, default=str)
+    )
     return install.Made(path, "Debian", path)
 
 

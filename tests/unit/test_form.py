@@ -121,9 +121,11 @@ def fill(tmp_path: Path) -> Fill:
 
 
 TO_USER = (("Number", "1"), ("Host name", ""))
-FROM_ROOT_PASSWORD = tuple(
-    (prompt, "") for prompt in ("Password of root", "SSH key", "Time zone", "Locale", "Keyboard", "More packages")
-)
+DISK = ("Passphrase of the disk", "Swap")
+FIRST_SNAPSHOT = ("Profiles", "Number", "More packages")
+PROMPTS = ("Password of root", "SSH key", "Time zone", "Locale", "Keyboard", *DISK, *FIRST_SNAPSHOT)
+FROM_ROOT_PASSWORD = tuple((prompt, "") for prompt in PROMPTS)
+BESIDE_ANOTHER = tuple(pair for pair in FROM_ROOT_PASSWORD if pair[0] != DISK[0])  # whose disk is encrypted, or not
 REVIEW = "Number [go on]"
 
 
@@ -144,6 +146,8 @@ def test_every_answer_arrives(fill: Fill, tmp_path: Path) -> None:
         person.answers(("Password of ada", "s3cret"), ("The same again", "s3cret"), ("Groups of ada", "audio video"))
         person.answers(("Password of root", "r00t"), ("The same again", "r00t"), ("SSH key", str(key)))
         person.answers(("Time zone", "Europe/Berlin"), ("Locale", "C.UTF-8"), ("Keyboard", "us"))
+        person.answers(("Passphrase of the disk", "c0rrect"), ("The same again", "c0rrect"), ("Swap", "zram 2G"))
+        person.answers(("Profiles", "server"), ("Number", "2"))
         shown = person.answers(("More packages", "vim  git"), (REVIEW, ""))
         told = person.installs("sdc")
     assert re.search(r"Password of ada +set\n", shown)
@@ -156,9 +160,14 @@ def test_every_answer_arrives(fill: Fill, tmp_path: Path) -> None:
         "ssh_keys": ["ssh-ed25519 AAAAC3NzaC1lZDI1 ada@host"],
         "timezone": "Europe/Berlin",
         "packages": ["vim", "git"],
+        "passphrase": "c0rrect",
+        "profiles": ["server"],
+        "mutable": True,
     }
     assert {name: told[name] for name in wanted} == wanted
     assert "s3cret" not in told["argv"] + person.screen
+    assert "size=2147483648" in told["swap"]
+    assert "c0rrect" not in told["argv"] + person.screen
     assert "r00t" not in told["argv"] + person.screen
 
 
@@ -219,7 +228,7 @@ def test_the_way_back_leads_over_all_questions_and_keeps_their_answers(fill: Fil
         person.answers(("Number [4]", "<"), ("Number [1]", "<"))
         assert "this is the first question" in person.answers(("Number [1]", ""), ("Number [4]", ""))
         person.answers(("Number [1]", ""), ("Number [3]", ""), ("Id [debian_4]", ""), ("Name [Work]", ""))
-        person.answers(("Host name [one]", ""), ("User", ""), *FROM_ROOT_PASSWORD)
+        person.answers(("Host name [one]", ""), ("User", ""), *BESIDE_ANOTHER)
         shown = person.answer(REVIEW, "")
         assert re.search(r"Host name +one\n", shown)
         told = person.installs("sda3")
@@ -261,11 +270,11 @@ def test_another_disk_asks_for_the_place_on_it(fill: Fill) -> None:
 def test_another_partition_asks_again_what_happens_to_it(fill: Fill) -> None:
     with fill(SCENE) as person:
         person.answers(("Number", "1"), ("Number", "4"), ("Number", ""), ("Number", "3"), ("Id", ""), ("Name", ""))
-        person.answers(("Host name", "one"), ("User", ""), *FROM_ROOT_PASSWORD, (REVIEW, "2"))
+        person.answers(("Host name", "one"), ("User", ""), *BESIDE_ANOTHER, (REVIEW, "2"))
         person.answers(("Number [4]", "3"), ("Number [1]", ""))
         assert "/dev/sda2 has no system of ash" in person.answer("Number", "3")
         assert "3 cannot be chosen" in person.answer("Number", "2")
-        assert "debian_2" not in person.answer(REVIEW, "")
+        assert "debian_2" not in person.answers((DISK[0], ""), (REVIEW, ""))
         told = person.installs("sda2")
     assert (told["root"], told["mode"], told["id"], told["hostname"]) == ("/dev/sda2", "2", "debian", "one")
 
@@ -332,7 +341,8 @@ def test_no_line_is_longer_than_the_terminal_is_wide(fill: Fill, size: tuple[int
         person.answers(("Groups of ada", "audio"), ("Password of root", ""), ("SSH key", ""), ("Time zone", "?"))
         person.see(r"more, s: skip\) ")
         person.terminal.type("s\n")
-        person.answers(("Time zone", ""), ("Locale", "C"), ("Locale", ""), ("Keyboard", ""), ("More packages", ""))
+        person.answers(("Time zone", ""), ("Locale", "C"), ("Locale", ""), ("Keyboard", ""), ("Swap", ""))
+        person.answers(*((prompt, "") for prompt in FIRST_SNAPSHOT))
         person.turn_pages(REVIEW)
         assert max(map(len, person.screen.splitlines())) <= size[1]
         assert person.longest <= size[0]
