@@ -59,6 +59,7 @@ START = "configfile $prefix/grub.cfg\n"
 SHIM = "usr/lib/shim/shimx64.efi.signed"
 MOK_MANAGER = "usr/lib/shim/mmx64.efi.signed"
 GRUB = "usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"
+PROGRAMS = {"grubx64.efi": GRUB, "mmx64.efi": MOK_MANAGER}  # beside shim, whatever shim is called there
 
 
 # Names the boot entry that shim's fallback.efi makes; UTF-16.
@@ -119,7 +120,7 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
             hint = "install the packages of the signed GRUB and of shim"
             raise AshError(f"the new system has no /{program}", hint)
     directory, stub = f"EFI/{layout.distro}", _stub(layout, target)
-    programs = {"grubx64.efi": root / GRUB, "mmx64.efi": root / MOK_MANAGER}
+    programs = {name: root / program for name, program in PROGRAMS.items()}
     its_own = {**programs, "shimx64.efi": root / SHIM}
     texts = {f"{directory}/BOOTX64.CSV": BOOT_ENTRY.format(name=name.replace(",", " ")).encode("utf-16")}
     shared, is_shared = efi.read(SHARED), directory == SHARED_DIRECTORY
@@ -191,15 +192,34 @@ def bios_starts(layouts: Sequence[Layout]) -> str:
 
 
 def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFiles) -> None:
-    directory = f"EFI/{gone.distro}"
-    if heir and f"/{gone.volume_name('@boot')}/" in efi.read(SHARED):
+    directory, shared = f"EFI/{gone.distro}", efi.read(SHARED)
+    starts_gone = target.root_uuid in shared and f"/{gone.volume_name('@boot')}/" in shared
+    if heir and starts_gone:
         efi.write({SHARED: f"{FIND_OWN}{_stub(heir, target)}".encode()})
-    if heir and directory == SHARED_DIRECTORY:
-        for name in ("grubx64.efi", "mmx64.efi", "shimx64.efi", "BOOTX64.CSV"):
+    elif starts_gone:
+        _delete_fallback(efi, directory)
+        efi.delete(SHARED)
+        efi.delete_empty(SHARED_DIRECTORY)
+    if directory != SHARED_DIRECTORY:
+        efi.delete(directory)
+    elif heir:
+        for name in (*PROGRAMS, "shimx64.efi", "BOOTX64.CSV"):
             efi.delete(f"{directory}/{name}")
-    else:
+    elif starts_gone or not shared:  # else another system has replaced it
         efi.delete(directory)
     efi.delete(f"ash/{gone.distro}")
+    efi.delete_empty("ash")
+
+
+def _delete_fallback(efi: EfiFiles, directory: str) -> None:
+    """Delete what the firmware starts without an entry, if all of it is a copy of a system's own boot loader."""
+    copies = {f"{REMOVABLE}/{name}": f"{directory}/{name}" for name in PROGRAMS}
+    copies[f"{REMOVABLE}/BOOTX64.EFI"] = f"{directory}/shimx64.efi"
+    there = [copy for copy in copies if efi.has(copy)]  # an interrupted removal has deleted some
+    if all(efi.are_same(copy, copies[copy]) for copy in there):
+        for copy in there:
+            efi.delete(copy)
+        efi.delete_empty(REMOVABLE)
 
 
 def add_boot_entry(target: Target, label: str, distro: str) -> None:

@@ -229,6 +229,20 @@ class EfiFiles:
             run(["mdeltree", "-i", self.node, f"::{path}"])
             flush(self.node)
 
+    def delete_empty(self, path: str) -> None:
+        """Delete a directory if nothing is in it; it may be missing."""
+        if self.has(path) and not run(["mdir", "-b", "-i", self.node, f"::{path}/*"], check=False).stdout.strip():
+            self.delete(path)
+
+    def are_same(self, *paths: str) -> bool:
+        """Whether there are files with these paths, and all have the same content."""
+        with tempfile.TemporaryDirectory() as scratch:
+            copies = [Path(scratch, str(number)) for number in range(len(paths))]
+            for path, copy in zip(paths, copies, strict=True):
+                if run(["mcopy", "-n", "-i", self.node, f"::{path}", copy], check=False).returncode:
+                    return False
+            return all(filecmp.cmp(copies[0], copy, shallow=False) for copy in copies[1:])
+
     def write(self, texts: Mapping[str, bytes]) -> None:
         """Write files; see add()."""
         with tempfile.TemporaryDirectory() as scratch:

@@ -224,4 +224,6 @@ def _check(path: Path, ident: str, there: Sequence[Layout], target: disk.Target,
     if target.efi:
         where = f"the EFI partition of {path}" if target.image else str(target.efi)
         losses.append(Loss(where, f"EFI/{ident} and ash/{ident} are deleted"))
+        if not others:
+            losses.append(Loss(where, "so is EFI/BOOT, if it starts that system"))
     return losses

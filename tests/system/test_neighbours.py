@@ -55,6 +55,10 @@ class Pair(Disk):
         """The output of a program of mtools on the EFI partition."""
         return program(command[0], "-i", self.drive, *command[1:])
 
+    def efi_files(self) -> list[str]:
+        """The paths of all files and directories on the EFI partition, but for its own root."""
+        return sorted(line for line in self.efi("mdir", "-b", "-/", "::").splitlines() if line != "::/")
+
     def loaders(self) -> tuple[bytes, list[str]]:
         """GRUB for the BIOS, and the list of the boot loaders for UEFI."""
         return self.outside_of_btrfs()[: 2 << 20], sorted(self.efi("mdir", "-b", "-/", "::EFI").splitlines())
@@ -126,6 +130,25 @@ def test_the_first_system_may_go_too(pair: Pair) -> None:
     assert "the last system" in pair.remove(SECOND, status=REFUSED).stderr
     pair.remove(SECOND, "--last")
     assert not pair.volumes()
+    assert pair.efi_files() == ["::/EFI/"], "also what the firmware starts without an entry, and the shared stub"
+
+
+@pytest.mark.parametrize(
+    ("replaced", "stays"), [("EFI/BOOT/grubx64.efi", "::/EFI/BOOT/"), ("EFI/debian/grub.cfg", "::/EFI/")]
+)
+def test_the_boot_loader_of_another_disk_stays(pair: Pair, tmp_path: Path, replaced: str, stays: str) -> None:
+    other = tmp_path / "other"
+    other.write_text("search.fs_uuid 1234 root\nset prefix=($root)'/@boot_debian/grub'\n")
+    program("mcopy", "-o", "-i", pair.drive, other, f"::{replaced}")
+    before = pair.efi_files()
+    pair.remove("debian", "--last")
+    assert pair.efi_files() == [file for file in before if file == "::/EFI/" or file.startswith(stays)]
+
+
+def test_an_interrupted_removal_of_the_boot_loader_is_continued(pair: Pair) -> None:
+    pair.efi("mdel", "::EFI/BOOT/grubx64.efi")
+    pair.remove("debian", "--last")
+    assert pair.efi_files() == ["::/EFI/"]
 
 
 def test_a_wrong_request_changes_nothing(pair: Pair) -> None:
