@@ -12,7 +12,10 @@ from typing import Any
 from ash import USAGE, AshError
 
 # Options of one run, which a file for several machines must not have.
-NOT_ANSWERS = {"help", "version", "yes", "dry-run", "force", "answers", "save-answers", "image", "make-rootfs", "disk"}
+NOT_ANSWERS = {
+    *("help", "version", "yes", "dry-run", "force", "answers", "save-answers"),
+    *("image", "make-rootfs", "disk", "keep-filesystem", "no-prep", "prep-only"),
+}
 # Hashes are only in files: everybody can read the command lines of all processes.
 HASHES = ("password-hash", "root-password-hash")
 

@@ -126,7 +126,7 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
     shared, is_shared = efi.read(SHARED), directory == SHARED_DIRECTORY
     if not is_shared:
         texts[f"{directory}/{OWN}"] = stub.encode()
-    if is_shared or not target.keeps_root or not shared:
+    if is_shared or not target.keeps_root or target.alone or not shared:
         texts[SHARED] = f"{FIND_OWN}{stub}".encode()
     elif FIND_OWN not in shared:  # of an older ash
         texts[SHARED] = f"{FIND_OWN}{shared}".encode()

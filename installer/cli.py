@@ -167,6 +167,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if args.image and args.mode not in (None, "3"):
         what = f"--mode {args.mode} is for partitions: an image is a new file"
         raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
+    if args.keep_filesystem and (args.disk or args.image or args.make_rootfs):
+        raise AshError("--keep-filesystem is for partitions: all else makes a new file system", SEE_HELP, USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     if (args.luks or args.luks_passphrase_file) and (args.image or args.make_rootfs):
@@ -297,6 +299,9 @@ def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places
         install.Mode.KEEP_EFI: "make a new one for the root, and keep that of EFI",
         install.Mode.ADD: "keep both, and add the system to those on the root's",
     }
+    if args.keep_filesystem:
+        modes[install.Mode.NEW] = "make a new file system for EFI, all that is on it is lost; keep the root's"
+        modes[install.Mode.KEEP_EFI] = "keep both: that of the root is empty"
     known = [mode.value for mode in modes]
     answer = args.mode or (None if efi else install.Mode.NEW.value)
     while answer not in known:
@@ -304,7 +309,9 @@ def _places(devices: Sequence[Path], args: argparse.Namespace) -> install.Places
             raise AshError("it is not clear what happens to the EFI partition", "--mode 1, 2 or 3 says so", USAGE)
         print(*(f"  {mode.value}  {text}" for mode, text in modes.items()), sep="\n")
         answer = input("1, 2 or 3? ").strip()
-    return install.Places(root, drive, efi, install.Mode(answer))
+    if args.keep_filesystem and answer == install.Mode.ADD.value:
+        raise AshError("--mode 3 keeps the file system anyway", "leave --keep-filesystem out", USAGE)
+    return install.Places(root, drive, efi, install.Mode(answer), args.keep_filesystem)
 
 
 class _DryRunEnds(Exception):
@@ -446,6 +453,8 @@ def _make_parser() -> Parser:
     result.add_argument("--make-rootfs", type=Path, metavar="TAR", help="a tar file of a root, for --rootfs")
     modes = "1: new file systems for root and EFI; 2: for the root; 3: for neither, the system is added to those there"
     parser.add_argument("--mode", choices=[mode.value for mode in install.Mode], help=modes)
+    keep = "with --mode 1 or 2: use the empty btrfs on the root's partition as it is"
+    parser.add_argument("--keep-filesystem", action="store_true", help=keep)
     parser.add_argument("--id", metavar="ID", help="of the system: debian, or debian_2 for a second one beside it")
     parser.add_argument("--name", default="", help="of the system, for the firmware's boot menu")
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")

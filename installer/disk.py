@@ -130,7 +130,8 @@ class Target:
         image: the image that they are in.
         root_uuid: of the root's file system.
         efi_uuid: the serial number of the EFI file system.
-        keeps_root: the root's partition has a btrfs file system with other systems, which is kept.
+        keeps_root: the root's partition has a btrfs file system, which is kept.
+        alone: no other system is on it.
         keeps_efi: the EFI partition has a file system, which is kept.
         bios: whether GRUB is installed for the BIOS.
         luks: the encrypted partition that the root's is in.
@@ -143,6 +144,7 @@ class Target:
     root_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     efi_uuid: str = field(default_factory=new_serial)
     keeps_root: bool = False
+    alone: bool = False
     keeps_efi: bool = False
     bios: bool = True
     luks: Luks | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ash import MISSING, REFUSED, USAGE, AshError, one_line, run
+from ash import MISSING, REFUSED, USAGE, AshError, copies_of_disk, one_line, run
 from installer import host
 from installer.disk import BIOS_BOOT_TYPE, EFI_SIZE, EFI_TYPE, MIB, SECTOR
 
@@ -164,9 +164,16 @@ def require_swap(path: Path, wiped: Iterable[Path]) -> Device:
 
 
 def require_unique(device: Device) -> None:
-    """Raise AshError (REFUSED) if another device has a file system with the same UUID, as a copied disk has."""
-    twins = [one.path for disk in devices() for one in disk if one.uuid == device.uuid and one.path != device.path]
-    if device.uuid and twins:
+    """Raise AshError (REFUSED) if another device has a file system with the same UUID, as a copied disk has.
+
+    The devices of one btrfs have the same UUID too, but each has one of its own besides.
+    """
+    if device.filesystem == "btrfs":
+        twins = copies_of_disk(device.path)
+    else:
+        others = [one for disk in devices() for one in disk if one.path != device.path]
+        twins = [str(one.path) for one in others if device.uuid and one.uuid == device.uuid]
+    if twins:
         what = f"{device.path} and {twins[0]} have file systems with the same UUID: one is a copy"
         raise AshError(what, "detach the copy, or give it another UUID", REFUSED)
 

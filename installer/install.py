@@ -31,6 +31,7 @@ from ash import (
     System,
     create_subvolume,
     deploy_snapshot,
+    listed,
     machine_chroot,
     os_release,
     private_mounts,
@@ -56,6 +57,7 @@ MINIMUM_SIZE = 3 * 2**30
 HOST_SPACE = 2 * 2**30
 MINIMUM_ROOM = MINIMUM_SIZE - 2**30  # beside another system
 MINIMUM_EFI = 32 * 2**20  # GRUB, shim and their copies take 11 MiB
+SHOWN_FILES = 3  # of those on a file system that should be empty
 DISK_LOG = Path("/var/log/ash-install.log")
 
 TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*", "--sparse")
@@ -222,12 +224,14 @@ class Places(NamedTuple):
         drive: the disk that this machine starts from.
         efi: the EFI partition.
         mode: what happens to their file systems.
+        keeps_root: whether that of the root, a btrfs with nothing on it, is kept as it is, but for Mode.ADD.
     """
 
     root: Path
     drive: Path
     efi: Path | None = None
     mode: Mode = Mode.NEW
+    keeps_root: bool = False
 
 
 class Checked(NamedTuple):
@@ -307,10 +311,10 @@ def checked_places(places: Places, new: Installation) -> Iterator[Checked]:
     """Check whether a system can be installed on partitions; AshError if not. An encrypted one is open in the block."""
     minimum = MINIMUM_SIZE if places.mode is Mode.ADD else new.room(MINIMUM_SIZE)
     chosen = _Chosen.of(places, minimum)
-    with _target_of(chosen, places.mode, new) as target:
+    with _target_of(chosen, places, new) as target:
         losses = _losses(chosen, target, new)
         path = chosen.root.path
-        left = _left_beside_others(new.identity.id, path) if target.keeps_root else _left_anew(path)
+        left = _left_beside_others(new.identity.id, path) if places.mode is Mode.ADD else _left_anew(path)
         yield Checked(path, losses, lambda: target, left, target)
 
 
@@ -347,26 +351,28 @@ class _Chosen(NamedTuple):
 
 
 @contextmanager
-def _target_of(chosen: _Chosen, mode: Mode, new: Installation) -> Iterator[disk.Target]:
+def _target_of(chosen: _Chosen, places: Places, new: Installation) -> Iterator[disk.Target]:
     """The target on some devices; an encrypted partition that is kept is open in the block.
 
     Raises:
         AshError: a file system that is kept cannot be used.
     """
     root, efi = chosen.root, chosen.efi
-    adds, keeps_efi = mode is Mode.ADD, mode is not Mode.NEW
+    adds, keeps_efi = places.mode is Mode.ADD, places.mode is not Mode.NEW
+    keeps_root = adds or places.keeps_root
     target = disk.Target(
         chosen.drive.path,
         root.path,
         efi.path if efi else None,
-        root_uuid=root.uuid if adds else str(uuid.uuid4()),
+        root_uuid=root.uuid if keeps_root else str(uuid.uuid4()),
         efi_uuid=efi.uuid if efi and keeps_efi else disk.new_serial(),
-        keeps_root=adds,
+        keeps_root=keeps_root,
+        alone=not adds,
         keeps_efi=keeps_efi,
         bios=not FIRMWARE.is_dir(),
     )
     with ExitStack() as stack:
-        if not adds:
+        if not keeps_root:
             target = _encrypted(target, new)
         else:
             drives.require_unique(root)
@@ -374,7 +380,10 @@ def _target_of(chosen: _Chosen, mode: Mode, new: Installation) -> Iterator[disk.
                 target = stack.enter_context(disk.unlocked_target(target, new.settings.passphrase))
             elif new.settings.passphrase is not None:
                 what = f"{root.path} is not encrypted, and its file system is kept"
-                raise AshError(what, "--mode 1 or 2 makes a new one", USAGE)
+                raise AshError(what, "--mode 1 or 2 makes a new one, without --keep-filesystem", USAGE)
+            elif not adds and root.filesystem != "btrfs":
+                what = f"{root.path} has no btrfs file system, but {root.filesystem or 'none'}"
+                raise AshError(what, "mkfs.btrfs makes one; without --keep-filesystem the installer does", REFUSED)
         if keeps_efi and efi:
             drives.require_unique(efi)
             host.require(host.DISK)
@@ -385,7 +394,10 @@ def _target_of(chosen: _Chosen, mode: Mode, new: Installation) -> Iterator[disk.
 def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Loss]:
     """What happens to some devices; AshError if a file system that is kept has no room for the system."""
     root, efi = chosen.root, chosen.efi
-    if target.keeps_root:
+    if target.keeps_root and target.alone:
+        _require_empty(target, new.identity.id)
+        losses = [Loss(str(root), "its empty btrfs file system is used as it is")]
+    elif target.keeps_root:
         there = _require_room_in(target, new)
         losses = [Loss(str(root), f"{new.identity.name} is added to {', '.join(there)}")]
     else:
@@ -425,6 +437,20 @@ def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
         if not neighbours.lacks_loader(layout):
             host.require_space(top, new.room(MINIMUM_ROOM))
     return there
+
+
+def _require_empty(target: disk.Target, ident: str) -> None:
+    """Raise AshError (REFUSED) if there is something on a target, but for what an installation that was killed left."""
+    with disk.mounted_readonly(target.root) as top:
+        layout = Layout.at(top, ident)
+        is_left_over = layout.snapshots.exists() and not layout.is_complete
+        left = {layout.volume_name(prefix) for prefix in Layout.POSSIBLE_SUBVOLUMES} if is_left_over else set()
+        there = sorted(path.name for path in top.iterdir() if path.name not in left)
+        systems = [one.distro for one in Layout.all_on(top) if one.distro != ident or not is_left_over]
+    if there:
+        what = f"the file system on {target.root} is not empty: it has {listed(there[:SHOWN_FILES])}"
+        add = "--mode 3 adds a system to those there, and keeps the file system" if systems else ""
+        raise AshError(what, add or "without --keep-filesystem it is replaced by a new one", REFUSED)
 
 
 def _swap_losses(new: Installation, wiped: Sequence[Path]) -> list[Loss]:

@@ -201,6 +201,21 @@ def test_wrong_answers_are_refused_with_a_line(
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--disk /dev/sda --keep-filesystem", "is for partitions"),
+        ("--image disk.img --keep-filesystem", "is for partitions"),
+        ("/dev/sda2 /dev/sda --mode 3 --keep-filesystem", "keeps the file system anyway"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert cli.main(words.split()) == USAGE
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         (Settings(ssh_keys=("-----BEGIN OPENSSH PRIVATE KEY-----",)), "no public key"),
