@@ -1218,6 +1218,11 @@ class Layout:
         return not self.unfinished.exists() and any(self.snapshots.iterdir())
 
     @property
+    def is_of_ashos(self) -> bool:
+        """Whether the system is one of AshOS, which ash does not manage: that has no such files beside its tree."""
+        return self.tree.is_file() and not self.lib.exists() and not self.distro_file.exists()
+
+    @property
     def var(self) -> Path:
         return self.volume("@var")
 
@@ -5008,6 +5013,7 @@ AGES = ("the last change", *(f"the last {number} changes" for number in range(2,
 
 
 GRUB_CFG_OF = "/@boot_{}/grub/grub.cfg"
+GRUB_CFGS = "/@boot*/grub*/grub.cfg"  # also those of AshOS: without an id, or in Fedora's directory grub2
 
 
 def grub_neighbours(layout: Layout, uuid: str) -> list[str]:
@@ -5015,9 +5021,10 @@ def grub_neighbours(layout: Layout, uuid: str) -> list[str]:
     own = GRUB_CFG_OF.format(layout.distro)
     return [
         "insmod regexp",
-        f"for ash_menu in {GRUB_CFG_OF.format('*')}; do",  # the pattern itself, if nothing matches
+        f"for ash_menu in {GRUB_CFGS}; do",  # the pattern itself, if nothing matches
         f'    if [ "$ash_menu" != "{own}" -a -f "$ash_menu" ]; then',
-        f"        regexp --set=1:ash_system '{GRUB_CFG_OF.format('(.*)')}' \"$ash_menu\"",
+        "        set ash_system=AshOS",
+        "        regexp --set=1:ash_system '/@boot_(.*)/grub2?/grub.cfg' \"$ash_menu\"",
         '        menuentry "Another system: $ash_system" "$ash_menu" --id "ash-system-$ash_system" {',
         f"            {grub_search(uuid)}",
         '            configfile "$2"',
@@ -10313,7 +10320,7 @@ class System:
 
     @classmethod
     def _at(cls, top: Path, request: Request) -> System:
-        there = [one.distro for one in Layout.all_on(top) if one.is_complete]
+        there = [one.distro for one in Layout.all_on(top) if one.is_complete and not one.is_of_ashos]
         if request.distro is None and len(there) > 1:
             raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
         if not there or (request.distro or there[0]) not in there:
@@ -12670,9 +12677,14 @@ def cmd_dist(system: System, request: Request) -> Plan:
         raise AshError(f"there is no complete system {one_line(name)} on this disk", hint, MISSING)
     require_own_firmware(system)
     firmware = Firmware()
-    yield would(f"have the firmware start {name}")
     node, _ = EfiPartition(layout).place()
-    if entry := firmware.find(loader_of(name), partition_id(node)):
+    is_of_ashos = next(one.is_of_ashos for one in there if one.distro == name)
+    entry = firmware.find(f"{name}/" if is_of_ashos else loader_of(name), partition_id(node))
+    if entry is None and is_of_ashos:
+        what = f"the firmware's boot menu has no {one_line(name)}, a system of AshOS"
+        raise AshError(what, "start it from the boot menu of this system", MISSING)
+    yield would(f"have the firmware start {name}")
+    if entry:
         firmware.put_first(entry)
     else:
         add_firmware_entry(node, name, f"{name} (ash)")

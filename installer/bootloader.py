@@ -27,7 +27,7 @@ from ash import (
     read_distro,
     read_text,
 )
-from installer import drives, neighbours
+from installer import ashos, drives, neighbours
 from installer.disk import EfiFiles, Target
 
 # Named explicitly: grub-install takes the partition's loop device for a whole disk and would omit part_gpt.
@@ -35,6 +35,7 @@ BIOS_MODULES = "part_gpt part_msdos btrfs fat search_fs_uuid search_label"
 # For an encrypted partition GRUB's core image is not that of grub-install, in which one wrong passphrase is the end.
 LUKS_MODULES = "biosdisk cryptodisk luks luks2 pbkdf2 gcry_rijndael gcry_sha256 gcry_sha512 normal serial terminal"
 CORE = "grub/i386-pc/core.img"  # in the boot volume
+CORES = "grub*/i386-pc/core.img"  # there in that of any system, also of one of AshOS
 CORE_COMMANDS = "grub/i386-pc/ash.cfg"
 REMOVABLE = "EFI/BOOT"  # the firmware starts BOOTX64.EFI in there if it knows no entry for the disk
 BOOT_DIRECTORY = "mnt"  # where the boot volume is mounted for grub-install
@@ -165,7 +166,7 @@ def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
 
 
 def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path) -> None:
-    """Remove the boot loader of a system; the machine starts one of the others then.
+    """Remove the boot loader of a system; the machine starts one of the others then, if ash manages one of them.
 
     Args:
         gone: the system's layout; its files are still there.
@@ -173,22 +174,28 @@ def remove(gone: Layout, others: Sequence[Layout], target: Target, device: Path)
         target: the disk.
         device: the mounted device node of the root partition.
     """
-    heir = others[0] if others else None
-    if heir and b"GRUB" in first_sector(target.drive) and bios_starts([gone, *others]) == gone.distro:
+    heir = heir_among(others)
+    if heir and bios_starts([gone, *others], target) == gone.distro:
         tools = load_distro(read_distro(heir.distro_file)[1]).boot_tools
         with neighbours.writable_copy(heir) as root:
             _install_bios(heir, root, target, device, tools)
     if target.efi:
         if FIRMWARE.is_dir() and not target.image:
-            _delete_boot_entries(gone.distro, partition_id(target.efi))
+            _delete_boot_entries(f"{gone.distro}/", partition_id(target.efi))
         _remove_uefi(gone, heir, target, EfiFiles(target.efi))
 
 
-def bios_starts(layouts: Sequence[Layout]) -> str:
+def heir_among(others: Sequence[Layout]) -> Layout | None:
+    """The first system whose boot loader can be installed; None if there are none but those of AshOS."""
+    return next((one for one in others if not one.is_of_ashos), None)
+
+
+def bios_starts(layouts: Sequence[Layout], target: Target) -> str:
     """The id of the system whose GRUB was installed for the BIOS last: that is the one in the first sectors."""
-    images = {one.distro: one.boot_volume / CORE for one in layouts}
-    times = {ident: image.stat().st_mtime for ident, image in images.items() if image.is_file()}
-    return max(times, key=lambda ident: times[ident], default="")
+    if b"GRUB" not in first_sector(target.drive):
+        return ""
+    images = {image: one.distro for one in layouts for image in one.boot_volume.glob(CORES)}
+    return images[max(images, key=lambda image: image.stat().st_mtime)] if images else ""
 
 
 def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFiles) -> None:
@@ -203,12 +210,14 @@ def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFile
     if directory != SHARED_DIRECTORY:
         efi.delete(directory)
     elif heir:
-        for name in (*PROGRAMS, "shimx64.efi", "BOOTX64.CSV"):
+        for name in (*PROGRAMS, "shimx64.efi", "fbx64.efi", "BOOTX64.CSV"):
             efi.delete(f"{directory}/{name}")
     elif starts_gone or not shared:  # else another system has replaced it
         efi.delete(directory)
     efi.delete(f"ash/{gone.distro}")
     efi.delete_empty("ash")
+    if f"\n{gone.distro}," in (boot_numbers := efi.read(ashos.MAP)):
+        efi.write({ashos.MAP: ashos.without(boot_numbers, gone.distro).encode()})
 
 
 def _delete_fallback(efi: EfiFiles, directory: str) -> None:
@@ -229,14 +238,14 @@ def add_boot_entry(target: Target, label: str, distro: str) -> None:
     """
     assert target.efi
     there = [one.partition_id for disk in drives.devices() for one in disk if one.partition_id]
-    _delete_boot_entries(distro, partition_id(target.efi), there)
+    _delete_boot_entries(loader_of(distro), partition_id(target.efi), there)
     add_firmware_entry(target.efi, distro, label)
 
 
-def _delete_boot_entries(distro: str, partition: str, there: Sequence[str] = ()) -> None:
-    """Delete the firmware's entries for a system on a partition, or if `there` is given, on none of these."""
+def _delete_boot_entries(path: str, partition: str, there: Sequence[str] = ()) -> None:
+    """Delete the firmware's entries for a path below EFI/ on a partition, or if `there` is given, on none of these."""
     firmware = Firmware()
     for entry in list(firmware.entries):
         is_left_over = there and "HD(" in entry.where and not any(map(entry.is_on, there))
-        if entry.starts(loader_of(distro), "" if is_left_over else partition):
+        if entry.starts(path, "" if is_left_over else partition):
             firmware.delete(entry)

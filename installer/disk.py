@@ -233,8 +233,8 @@ class EfiFiles:
 
     def delete_empty(self, path: str) -> None:
         """Delete a directory if nothing is in it; it may be missing."""
-        if self.has(path) and not run(["mdir", "-b", "-i", self.node, f"::{path}/*"], check=False).stdout.strip():
-            self.delete(path)
+        run(["mrd", "-i", self.node, f"::{path}"], check=False)
+        flush(self.node)
 
     def are_same(self, *paths: str) -> bool:
         """Whether there are files with these paths, and all have the same content."""

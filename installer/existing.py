@@ -22,12 +22,11 @@ from ash import (
     os_release,
     private_mounts,
     read_distro,
-    read_text,
     run,
     step,
     sync_filesystem,
 )
-from installer import bootloader, disk, drives, host, luks, neighbours
+from installer import ashos, bootloader, disk, drives, host, luks, neighbours
 from installer.install import Agree, Loss
 
 
@@ -55,13 +54,17 @@ def rescue(place: Place) -> None:
     host.require_root("look at a disk")
     host.require_btrfs()
     with _target(place) as target, disk.mounted_readonly(target.root) as top:
-        there = Layout.all_on(top)
+        there = ashos.all_on(top)
         if not there:
             hint = "lsblk --fs shows which partitions have btrfs"
             raise AshError(f"there is no system of ash on {place.path}", hint, MISSING)
         for layout in there:
-            name = os_release(layout.rootfs(BASE), "PRETTY_NAME")
-            print(f"{layout.distro}: {name}{'' if layout.is_complete else ', not complete'}")
+            marks = [] if layout.is_complete else ["not complete"]
+            if layout.is_of_ashos:
+                print(", ".join([f"{layout.distro}: {ashos.name(layout)}, of AshOS: `ash` cannot work on it", *marks]))
+                print(ashos.draw(layout))
+                continue
+            print(", ".join([f"{layout.distro}: {os_release(layout.rootfs(BASE), 'PRETTY_NAME')}", *marks]))
             if layout.is_complete:
                 print(_ash(layout, top, "tree"))
     words = f"init.py rescue {shlex.quote(str(place.path))}{' --luks' if place.passphrase else ''}"
@@ -94,7 +97,10 @@ def repair_boot_loader(place: Place, ident: str) -> None:
             raise AshError(what, "attach its disk, or start the live medium with BIOS", MISSING)
         private_mounts()
         top, device = target.attach(stack)
-        layout = _require(Layout.all_on(top), ident, place.path)
+        layout = _require(ashos.all_on(top), ident, place.path)
+        if layout.is_of_ashos:
+            what = f"{ident} is a system of AshOS: only itself can install its boot loader"
+            raise AshError(what, "start it, and run grub-install there", REFUSED)
         tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
         name = os_release(layout.rootfs(BASE), "NAME") or ident
         with neighbours.nobody_deploys(Layout.all_on(top)), step(f"Installing the boot loader of {ident}"):
@@ -115,7 +121,7 @@ def open_shell(place: Place) -> int:
     with _target(place) as target, ExitStack() as stack:
         private_mounts()
         top, _ = target.attach(stack)
-        layouts = [one for one in Layout.all_on(top) if one.is_complete]
+        layouts = [one for one in Layout.all_on(top) if one.is_complete and not one.is_of_ashos]
         if not layouts:
             raise AshError(f"there is no complete system of ash on {place.path}", "", MISSING)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ash-rescue-")))
@@ -154,12 +160,12 @@ def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -
     host.require(host.disk_tools())
     with _target(place, ident) as target:
         with disk.mounted_readonly(target.root) as top:
-            losses = _check(place.path, ident, Layout.all_on(top), target, even_last=even_last)
+            losses = _check(place.path, ident, ashos.all_on(top), target, even_last=even_last)
         agree(ident, losses, [])
         private_mounts()
         with ExitStack() as stack:
             top, device = target.attach(stack)
-            layouts = Layout.all_on(top)
+            layouts = ashos.all_on(top)
             gone = _require(layouts, ident, place.path)
             others = [one for one in layouts if one is not gone and one.is_complete]
             with neighbours.nobody_deploys(layouts):
@@ -193,7 +199,7 @@ def _target(place: Place, ident: str = "") -> Iterator[disk.Target]:
         if root.filesystem == luks.FILE_SYSTEM:
             target = stack.enter_context(disk.unlocked_target(target, place.passphrase))
         with disk.mounted_readonly(target.root) as top:
-            uuid = read_text(Layout.at(top, ident).efi).strip() if ident else ""
+            uuid = next((ashos.efi_uuid(one) for one in ashos.all_on(top) if one.distro == ident), "")
         if efi := next((one for device in drives.devices() for one in device if uuid and one.uuid == uuid), None):
             drives.require_unique(efi)
             efi = drives.require_efi_partition(efi.path, 0, as_it_is=True)
@@ -203,27 +209,39 @@ def _target(place: Place, ident: str = "") -> Iterator[disk.Target]:
 
 def _require(there: Sequence[Layout], ident: str, path: Path) -> Layout:
     """The layout of a system; AshError if it is not there."""
-    found = next((one for one in there if one.distro == ident), None)
-    if found is None:
+    found = [one for one in there if one.distro == ident]
+    if not found:
         names = ", ".join(one.distro for one in there) or "none"
         raise AshError(f"there is no system {ident} on {path}", f"there are: {names}", MISSING)
-    return found
+    if len(found) > 1:  # one with a suffix, one of AshOS without
+        raise AshError(f"there are two systems {ident} on {path}", "delete one with btrfs subvolume delete", REFUSED)
+    return found[0]
 
 
 def _check(path: Path, ident: str, there: Sequence[Layout], target: disk.Target, *, even_last: bool) -> list[Loss]:
-    """What is lost; AshError if there is no such system, or it is the last one."""
+    """What is lost; AshError if there is no such system, or no other one could be started then."""
     gone = _require(there, ident, path)
-    others = [one.distro for one in there if one.distro != ident and one.is_complete]
+    others = [one for one in there if one is not gone and one.is_complete]
     if not others and not even_last:
         raise AshError(f"{ident} is the last system on {path}", "--last removes it all the same", REFUSED)
     snapshots = len([*(gone.snapshots / "rootfs").glob("snapshot-[0-9]*")])
     losses = [Loss(str(path), f"{ident} is deleted: {snapshots} snapshots, /var, and all files of people in /home")]
-    losses.append(Loss(str(path), f"what stays: {', '.join(others) or 'no system'}"))
-    if others and bootloader.bios_starts(there) == ident:
-        losses.append(Loss(str(path), f"the BIOS starts {others[0]} from then on"))
+    losses.append(Loss(str(path), f"what stays: {', '.join(one.distro for one in others) or 'no system'}"))
+    if others and bootloader.bios_starts(there, target) == ident:
+        losses.append(Loss(str(path), _heir_of_bios(ident, others, even_last=even_last)))
     if target.efi:
         where = f"the EFI partition of {path}" if target.image else str(target.efi)
         losses.append(Loss(where, f"EFI/{ident} and ash/{ident} are deleted"))
         if not others:
             losses.append(Loss(where, "so is EFI/BOOT, if it starts that system"))
     return losses
+
+
+def _heir_of_bios(ident: str, others: Sequence[Layout], *, even_last: bool) -> str:
+    """What the BIOS starts then; AshError if that is nothing, as AshOS's boot loaders cannot be installed."""
+    if heir := bootloader.heir_among(others):
+        return f"the BIOS starts {heir.distro} from then on"
+    if not even_last:
+        what = f"the BIOS starts {ident}, and only AshOS itself can install the boot loader of {others[0].distro}"
+        raise AshError(what, f"start {others[0].distro} and run grub-install there first, or use --last", REFUSED)
+    return "the BIOS starts nothing from then on"

@@ -39,7 +39,7 @@ from ash import (
     sync_filesystem,
     write_file,
 )
-from installer import base, bootloader, disk, drives, executable, first_snapshot, host, luks, neighbours
+from installer import ashos, base, bootloader, disk, drives, executable, first_snapshot, host, luks, neighbours
 from installer.distribution import (
     DistroInstaller,
     Identity,
@@ -418,7 +418,7 @@ def systems_on(device: drives.Device) -> list[str]:
     if device.filesystem != "btrfs":
         return []
     with contextlib.suppress(AshError), disk.mounted_readonly(device.path) as top:
-        return [one.distro for one in Layout.all_on(top)]
+        return [one.distro for one in ashos.all_on(top)]
     return []
 
 
@@ -429,11 +429,11 @@ def _named(idents: Sequence[str]) -> list[str]:
 def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
     """The systems on a target, which a new one can be added to; AshError if it cannot be."""
     with disk.mounted_readonly(target.root) as top:
-        there = [one.distro for one in Layout.all_on(top)]
+        there = [one.distro for one in ashos.all_on(top)]
         if not there:
             raise AshError(f"{target.root} has no system of ash", "--mode 1 or 2 makes a new file system", REFUSED)
         layout = Layout.at(top, new.identity.id)
-        neighbours.require_free(layout)
+        neighbours.require_free(layout, there)
         if not neighbours.lacks_loader(layout):
             host.require_space(top, new.room(MINIMUM_ROOM))
     return there
@@ -446,7 +446,7 @@ def _require_empty(target: disk.Target, ident: str) -> None:
         is_left_over = layout.snapshots.exists() and not layout.is_complete
         left = {layout.volume_name(prefix) for prefix in Layout.POSSIBLE_SUBVOLUMES} if is_left_over else set()
         there = sorted(path.name for path in top.iterdir() if path.name not in left)
-        systems = [one.distro for one in Layout.all_on(top) if one.distro != ident or not is_left_over]
+        systems = [one.distro for one in ashos.all_on(top) if one.distro != ident or not is_left_over]
     if there:
         what = f"the file system on {target.root} is not empty: it has {listed(there[:SHOWN_FILES])}"
         add = "--mode 3 adds a system to those there, and keeps the file system" if systems else ""

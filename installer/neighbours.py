@@ -2,7 +2,7 @@
 """The systems that share one btrfs file system, each with its own top-level subvolumes: adding one, removing one."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ash import (
     sync_filesystem,
     write_file,
 )
+from installer import ashos
 
 SECONDS = 60  # to wait until another ash has deployed
 
@@ -32,14 +33,18 @@ def lacks_loader(layout: Layout) -> bool:
     return read_text(layout.unfinished) == LACKS_LOADER
 
 
-def require_free(layout: Layout) -> None:
-    """Raise AshError (REFUSED) if a complete system has that id, or there is a subvolume that a new one would have."""
-    if layout.snapshots.exists():
-        if not layout.is_complete:
-            return
+def require_free(layout: Layout, there: Sequence[str]) -> None:
+    """Raise AshError (REFUSED) if a complete system has that id, or there is a subvolume that a new one would have.
+
+    Args:
+        layout: of the new system.
+        there: the ids of all systems.
+    """
+    is_unfinished = layout.snapshots.exists() and not layout.is_complete
+    if layout.distro in there and not is_unfinished:
         hint = "name another id, after the devices or with --id"
         raise AshError(f"there is a system {layout.distro} on this file system", hint, REFUSED)
-    for prefix in Layout.POSSIBLE_SUBVOLUMES:
+    for prefix in () if is_unfinished else Layout.POSSIBLE_SUBVOLUMES:
         if layout.volume(prefix).exists():
             hint = "name another id, or delete it if nobody needs it"
             raise AshError(f"there is a subvolume {layout.volume_name(prefix)}, without a system", hint, REFUSED)
@@ -97,11 +102,11 @@ def delete(layout: Layout) -> None:
     """Delete a system's subvolumes. If it is interrupted, the system counts as not complete."""
     write_file(layout.unfinished, "")
     sync_filesystem(layout.snapshots)
-    for prefix in Layout.POSSIBLE_SUBVOLUMES:
-        if layout.volume(prefix) != layout.snapshots:
-            delete_subvolume(layout.volume(prefix))
+    *others, last = ashos.subvolumes(layout)
+    for subvolume in others:
+        delete_subvolume(subvolume)
     sync_filesystem(layout.snapshots)
-    delete_subvolume(layout.snapshots)
+    delete_subvolume(last)
 
 
 @contextmanager

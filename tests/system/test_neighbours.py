@@ -82,7 +82,7 @@ def others_in_menu(pair: Pair, ident: str, directory: Path) -> list[str]:
         text = (files.top / f"@boot_{ident}/grub/grub.cfg").read_text()
         commands = text[text.index("insmod regexp") :].partition("\ndone")[0]
         shown = re.sub(r"menuentry .*?\n        \}", 'echo "<$ash_system>"', commands, flags=re.DOTALL)
-        there = shown.replace("/@boot_", f"{files.top}/@boot_")  # the program has the root of this machine
+        there = shown.replace("/@boot", f"{files.top}/@boot")  # the program has the root of this machine
         (directory / "grub.cfg").write_text(f"set root=host\n{there}\ndone\nexit\n")
         return re.findall("<(.*?)>", program("grub-emu", "-d", directory, "-r", "host", input=""))
 

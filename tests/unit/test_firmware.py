@@ -43,6 +43,12 @@ def test_entries_are_found_by_loader_and_partition(firmware: Firmware) -> None:
     assert firmware.find(loader_of("debian_2")) is None
 
 
+def test_all_entries_for_the_directory_of_a_system_are_found(firmware: Firmware) -> None:
+    assert [entry.number for entry in firmware.entries if entry.starts("debian/", FIRST)] == ["0001"]
+    assert [entry.number for entry in firmware.entries if entry.starts("debian/")] == ["0001", "0003"]
+    assert not any(entry.starts("deb/") for entry in firmware.entries)
+
+
 def test_windows_is_found_even_if_it_is_in_no_order(firmware: Firmware) -> None:
     entry = firmware.find(WINDOWS)
     assert entry

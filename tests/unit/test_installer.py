@@ -14,7 +14,7 @@ import pytest
 from ash import USAGE, AshError
 from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
-from installer import cli, drives, host, install
+from installer import ashos, cli, drives, host, install
 from installer.distribution import Password, Settings, Source, _old_timezones
 from installer.swap import Swap
 
@@ -273,3 +273,10 @@ def test_an_image_in_another_format_is_refused_with_the_command_that_converts_it
     image.write_bytes(b"QFI\xfb" + bytes(512))
     assert cli.main(["boot", str(image)]) == USAGE
     assert "qemu-img convert -O raw" in capsys.readouterr().err
+
+
+def test_a_system_of_ashos_is_taken_out_of_its_list_of_boot_numbers() -> None:
+    text = "DISTRO,BootOrder\narch,0002\n0005\nfedora,0003\n"
+    assert ashos.without(text, "arch") == "DISTRO,BootOrder\nfedora,0003\n"
+    assert ashos.without(text, "fedora") == "DISTRO,BootOrder\narch,0002\n0005\n"
+    assert ashos.without(text, "arc") == text
