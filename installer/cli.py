@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn, Self
 
 from ash import ASH_VERSION, FAILED, MISSING, REFUSED, USAGE, AshError, os_release, require_raw
-from installer import answers, disk, existing, first_snapshot, form, host, install, luks, machine, tour
+from installer import answers, disk, existing, first_snapshot, form, host, install, luks, machine, preparation, tour
 from installer.distribution import DistroInstaller, Identity, Network, Password, Settings, Source, load_installer
 from installer.hardware import Hardware, is_virtual
 from installer.swap import Swap
@@ -112,8 +112,11 @@ def _make(words: Sequence[str]) -> int:
     args = _make_args(words)
     named = _Words.of(args.words)
     identity = _identity(args, named)
-    installer = load_installer(identity.module)
-    new = install.Installation(_source(args, installer), _settings(args, installer), identity)
+    new = _installation(args, identity)
+    if args.prep_only:
+        install.check_machine(new)
+        print(preparation.report())
+        return 0
     if args.make_rootfs:
         made = install.make_rootfs(args.make_rootfs, new, force=args.force)
         next_command = f"--image {DEFAULT_IMAGE} --rootfs {shlex.quote(str(made.path))}"
@@ -152,6 +155,15 @@ def _require_savable(path: Path) -> None:
         raise AshError(f"{path} is not a regular file", "--save-answers needs one", USAGE)
 
 
+def _installation(args: argparse.Namespace, identity: Identity) -> install.Installation:
+    """What is to be installed; onto a disk, it prepares this machine first."""
+    installer = load_installer(identity.module)
+    source, settings = _source(args, installer), _settings(args, installer)
+    if args.image or args.make_rootfs or args.no_prep:
+        return install.Installation(source, settings, identity)
+    return preparation.PreparedInstallation(source, settings, identity, changes=not args.dry_run)
+
+
 def _make_args(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line of an installation, and the file with answers that it may name; or ask for all of it."""
     parser = _make_parser()
@@ -162,13 +174,16 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if args.answers:
         parser.set_defaults(**answers.read(args.answers, parser))
         args = parser.parse_args(words)
-    if [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True) != 1:
+    named = [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True)
+    if named > 1 or not (named or args.prep_only):
         raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
     if args.image and args.mode not in (None, "3"):
         what = f"--mode {args.mode} is for partitions: an image is a new file"
         raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
     if args.keep_filesystem and (args.disk or args.image or args.make_rootfs):
         raise AshError("--keep-filesystem is for partitions: all else makes a new file system", SEE_HELP, USAGE)
+    if args.prep_only and (args.image or args.make_rootfs or args.no_prep or args.dry_run):
+        raise AshError("--prep-only prepares this machine for an installation on its disks", SEE_HELP, USAGE)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     if (args.luks or args.luks_passphrase_file) and (args.image or args.make_rootfs):
@@ -285,7 +300,7 @@ def _identity(args: argparse.Namespace, named: _Words) -> Identity:
     """What the system is called: by default as the live system, but an image can be made anywhere."""
     if args.id is not None and named.id:
         raise AshError(f"{named.id} and --id {args.id} both name the system", "leave one out", USAGE)
-    default = os_release(Path("/"), "ID") if args.disk or named.devices else DEFAULT_ID
+    default = os_release(Path("/"), "ID") if args.disk or named.devices or args.prep_only else DEFAULT_ID
     ident = named.id or (default if args.id is None else args.id)
     return Identity.of(ident, named.name or args.name)
 
@@ -368,9 +383,10 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
 def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
     settings = _given_settings(args, installer.id)
     installer.check_names(settings)  # before anything is asked
-    if args.luks and settings.passphrase is None:
+    can_wait = args.make_rootfs or args.prep_only
+    if args.luks and settings.passphrase is None and not can_wait:
         settings = replace(settings, passphrase=_asked_passphrase(is_new=args.mode != install.Mode.ADD.value))
-    if args.user and settings.password is None and not args.make_rootfs:
+    if args.user and settings.password is None and not can_wait:
         return replace(settings, password=_asked_password(args.user))
     return settings
 
@@ -459,6 +475,12 @@ def _make_parser() -> Parser:
     parser.add_argument("--name", default="", help="of the system, for the firmware's boot menu")
     parser.add_argument("--yes", action="store_true", help="do not ask before a disk is overwritten")
     parser.add_argument("--dry-run", action="store_true", help="check all, show what would happen, and change nothing")
+    parser.add_argument(
+        "--prep-only", action="store_true", help="only prepare this machine for an installation on a disk"
+    )
+    parser.add_argument(
+        "--no-prep", action="store_true", help="do not check its clock, memory and room, nor renew its keys"
+    )
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="take options from a TOML file")

@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import ClassVar, Self
@@ -152,6 +153,10 @@ class DistroInstaller:
         Raises:
             AshError: no such release or package, or the repository cannot be reached.
         """
+        raise NotImplementedError
+
+    def repository_time(self, source: Source) -> datetime | None:
+        """What time it is for the repository of a source; None if it does not say."""
         raise NotImplementedError
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:

@@ -31,7 +31,11 @@ QEMU: Tools = {
     "/usr/share/OVMF/OVMF_CODE_4M.fd": "ovmf",
 }
 
+KEYRING_PACKAGE = "debian-archive-keyring"
 APT_INSTALL = ("apt-get", "install", "--yes", "--no-install-recommends")
+
+# In messages of apt.
+UNREACHABLE = re.compile(r"Could not (?:resolve|connect)|Temporary failure|Connection|Unable to connect|unreachable")
 
 NOTHING_LEFT = 32 * 2**20  # bytes; with less than this a disk is called full
 
@@ -50,7 +54,7 @@ def require_root(purpose: str) -> None:
 
 def require(tools: Tools) -> None:
     """Install missing tools with the host's package manager, and say which."""
-    packages = sorted({package for tool, package in tools.items() if not _have(tool)})
+    packages = missing_packages(tools)
     if not packages:
         return
     if shutil.which("apt-get") is None:
@@ -59,6 +63,11 @@ def require(tools: Tools) -> None:
     require_root(f"install {' '.join(packages)} on this machine")
     with step(f"Installing on this machine: {' '.join(packages)}"):
         _apt_install(packages)
+
+
+def missing_packages(tools: Tools) -> list[str]:
+    """The packages of the tools that this machine lacks."""
+    return sorted({package for tool, package in tools.items() if not _have(tool)})
 
 
 def disk_tools() -> Tools:
@@ -70,19 +79,66 @@ def _have(tool: str) -> bool:
     return Path(tool).exists() if tool.startswith("/") else shutil.which(tool) is not None
 
 
+class SignatureError(AshError):
+    """The signature of a repository cannot be verified."""
+
+    # In the output of apt: with gpgv, with sqv (since apt 3.0), and of all versions.
+    PATTERN = re.compile(r"NO_PUBKEY|EXPKEYSIG|KEYEXPIRED|Missing key|signature verification failed|is not signed")
+
+    @classmethod
+    def of(cls, output: str) -> Self | None:
+        """The error in an output of apt; None if it is not about signatures."""
+        line = first_line(cls.PATTERN, output)
+        hint = f"install a newer {KEYRING_PACKAGE}, or set the clock if it is wrong"
+        return cls(f"a repository's signature cannot be verified: {line}", hint) if line else None
+
+
 def _apt_install(packages: Sequence[str]) -> None:
     """Install packages on the host; the package lists are refreshed only if the download fails."""
-    environment = {**clean_environment(), "DEBIAN_FRONTEND": "noninteractive"}
     download = [*APT_INSTALL, "--download-only", *packages]
     try:
-        if run(download, env=environment, check=False).returncode:
-            run(["apt-get", "update"], env=environment)
-            run(download, env=environment)
+        if _apt(download, check=False).returncode:
+            update = _apt(["apt-get", "update"], check=False)
+            again = _apt(download, check=False)
+            if again.returncode:
+                raise _download_error(update.stderr, again.stderr)
         with _undisturbed():
-            run([*APT_INSTALL, "--no-download", *packages], env=environment)
+            _apt([*APT_INSTALL, "--no-download", *packages])
+    except SignatureError:
+        raise
     except AshError as error:
-        hint = f"try `apt-get install {' '.join(packages)}` on this machine"
+        hint = error.hint or f"try `apt-get install {' '.join(packages)}` on this machine"
         raise AshError(f"cannot install packages on this machine: {error}", hint) from error
+
+
+def _download_error(update: str, download: str) -> AshError:
+    """Why a download failed, from the messages of apt on it and on the refresh of the package lists before it."""
+    if error := SignatureError.of(update):
+        return error
+    if line := first_line(UNREACHABLE, update):  # apt goes on then, as if it had succeeded
+        return AshError(f"its repository cannot be reached: {line}", "check the network connection")
+    return AshError(last_words(download or update))
+
+
+def first_line(pattern: re.Pattern[str], output: str) -> str:
+    """The first line of a program's output that matches; empty if none does."""
+    return next((line.strip() for line in output.splitlines() if pattern.search(line)), "")
+
+
+def _apt(argv: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run apt without questions, in a language that can be parsed."""
+    environment = {**clean_environment(), "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    return run(argv, env=environment, check=check)
+
+
+def renew_keyring() -> None:
+    """Install the newest keys of Debian, from repositories of this machine that apt can verify.
+
+    Raises:
+        AshError: it failed, such as because no repository can be verified.
+    """
+    _apt(["apt-get", "update"], check=False)  # those that can be verified
+    _apt_install([KEYRING_PACKAGE])
 
 
 @contextmanager

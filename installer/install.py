@@ -102,6 +102,15 @@ class Installation:
         """The bytes that it needs where a system without a swap file needs a minimum."""
         return minimum + self.settings.swap.size
 
+    def needed(self, tools: host.Tools) -> host.Tools:
+        """Some tools, and those for the source and for encryption."""
+        encryption = luks.TOOLS if self.settings.passphrase is not None else {}
+        return {**tools, **encryption, **_source_tools(self.installer, self.source)}
+
+    def require(self, tools: host.Tools) -> None:
+        """Install missing tools on this machine."""
+        host.require(tools)
+
     def check(self, tools: host.Tools) -> None:
         """Check all but the place where it goes; this may install tools, and lists of valid settings, on this machine.
 
@@ -112,8 +121,7 @@ class Installation:
             AshError: what is wrong.
         """
         self.installer.check(self.settings)
-        encryption = luks.TOOLS if self.settings.passphrase is not None else {}
-        host.require({**tools, **encryption, **_source_tools(self.installer, self.source)})
+        self.require(self.needed(tools))
         if self.settings.keyring is not None:
             _check_keyring(self.settings.keyring)
         if self.source.rootfs is None:
@@ -386,7 +394,7 @@ def _target_of(chosen: _Chosen, places: Places, new: Installation) -> Iterator[d
                 raise AshError(what, "mkfs.btrfs makes one; without --keep-filesystem the installer does", REFUSED)
         if keeps_efi and efi:
             drives.require_unique(efi)
-            host.require(host.DISK)
+            new.require(host.DISK)
             bootloader.require_no_neighbour(disk.EfiFiles(efi.path), new.identity.id, [root.uuid, target.root_uuid])
         yield target
 
@@ -477,6 +485,12 @@ def require_machine() -> None:
     """Raise AshError unless this machine can install on its disks."""
     host.require_root("install on a disk")
     host.require_btrfs()
+
+
+def check_machine(new: Installation) -> None:
+    """Check all but the place of an installation on a disk; errors as for install_on_disk()."""
+    _require_machine()
+    new.check(host.disk_tools())
 
 
 def _install(place: Checked, new: Installation, agree: Agree) -> Made:

@@ -6,11 +6,13 @@ import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from ash import MISSING, USAGE, AshError, last_words, run
+from ash import MISSING, REFUSED, USAGE, AshError, last_words, run
 from installer import host
 from installer.distribution import DistroInstaller, Network, Settings, Source
 from installer.hardware import Hardware
@@ -53,6 +55,11 @@ COMPONENTS = "main,non-free-firmware"
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 ROLLING = ("sid", "unstable", "experimental")  # have neither updates nor security updates of their own
 FETCH = "/usr/lib/apt/apt-helper"  # apt's own way to a repository, with its proxies
+SHOW_ANSWERS = {
+    **{f"Debug::Acquire::{scheme}": "true" for scheme in ("http", "https")},
+    **{f"Acquire::{scheme}::Timeout": "10" for scheme in ("http", "https")},  # seconds
+    "Acquire::Retries": "0",
+}
 
 # The host's apt settings for reaching the repository apply to the bootstrap too, but not to the new system. (A frozen
 # repository, whose Release file has expired, needs the first one.)
@@ -76,8 +83,8 @@ LEFT_OVER = (
     "etc/apt/sources.list",
 )
 
-UNREACHABLE = re.compile(r"Could not (?:resolve|connect)|Temporary failure|Connection|Unable to connect|unreachable")
-NO_RELEASE = re.compile(r"does not have a Release file|404 +Not Found|is not signed|unable to find a suitable")
+NO_RELEASE = re.compile(r"does not have a Release file|404 +Not Found|unable to find a suitable")
+TOO_NEW = re.compile(r"is not valid yet|Not live until")  # in messages on a Release file, or on its signature
 NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '?(\S+?)'? has no installation candidate")
 
 
@@ -87,7 +94,7 @@ class DebianInstaller(DistroInstaller):
     id = "debian"
     name = "Debian GNU/Linux"
     crypttab_options = "luks,initramfs"
-    tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: "debian-archive-keyring"}
+    tools: ClassVar[host.Tools] = {"mmdebstrap": "mmdebstrap", "gpg": "gpg", KEYRING: host.KEYRING_PACKAGE}
     zsh_completions = "usr/share/zsh/vendor-completions"
     # From passwd.master and group.master of base-passwd, and from the packages above.
     reserved_names = (
@@ -108,6 +115,16 @@ class DebianInstaller(DistroInstaller):
         for suite in sorted({*_further_suites(found)} - {suite for _, suite in _repositories(found)}):
             print(f"init.py: {source.mirror} has no {suite}: the system will not have it", file=sys.stderr)
         return found
+
+    def repository_time(self, source: Source) -> datetime | None:
+        """Ask the mirror, or if none is named, the first repository of this machine."""
+        url = f"{source.mirror}/dists/{source.release}/InRelease" if source.mirror else _own_release_file()
+        if not url or not Path(FETCH).exists():
+            return None
+        with tempfile.TemporaryDirectory(prefix="ash-time-") as directory:
+            options = [f"-o{name}={value}" for name, value in SHOW_ANSWERS.items()]
+            done = run([FETCH, *options, "download-file", url, f"{directory}/InRelease"], check=False)
+        return _time_in_answer(done.stdout + done.stderr)
 
     def bootstrap(self, root: Path, source: Source, settings: Settings, log: host.Log) -> None:
         """Bootstrap with mmdebstrap, which starts no services, then generate the initramfs."""
@@ -207,6 +224,23 @@ class DebianInstaller(DistroInstaller):
         (root / "etc/default/keyboard").write_text("\n".join(lines))
         if keymap != Settings.DEFAULT_KEYMAP:
             log.run_inside(root, ["setupcon", "--save-only"])
+
+
+def _own_release_file() -> str:
+    """The URL of the Release file of this machine's first repository; empty if it has none."""
+    form = "$(REPO_URI)dists/$(RELEASE)/InRelease"
+    found = run(["apt-get", "indextargets", "--format", form, "Created-By: Packages"], check=False)
+    return next((line for line in found.stdout.splitlines() if line.startswith("http")), "")
+
+
+def _time_in_answer(output: str) -> datetime | None:
+    """When the last HTTP response in apt's debugging output was made; a proxy says for how long it has kept it."""
+    dates = re.findall(r"^date: (.+)$", output, re.MULTILINE | re.IGNORECASE)
+    ages = re.findall(r"^age: (\d+)$", output.rpartition("Answer for:")[2], re.MULTILINE | re.IGNORECASE)
+    try:
+        return parsedate_to_datetime(dates[-1]) + timedelta(seconds=int(ages[0]) if ages else 0)
+    except (IndexError, ValueError):
+        return None
 
 
 def _try_with(source: Source, wanted: Sequence[str]) -> Source:
@@ -310,13 +344,17 @@ def _host_apt_options() -> list[str]:
 def _repository_error(source: Source, output: str) -> AshError:
     """The error for failed output of mmdebstrap and apt."""
     detail = last_words("\n".join(line for line in output.splitlines() if line.startswith("E: ")) or output, 1)
+    if line := host.first_line(TOO_NEW, output):
+        hint = "this machine's clock is behind: date --utc --set 'YYYY-MM-DD hh:mm' sets it"
+        return AshError(f"the repository was signed in the future: {line}", hint, REFUSED)
+    if error := host.SignatureError.of(output):
+        return error
     if found := NO_PACKAGE.search(output):
         return AshError(f"Debian {source.release} has no package {found[1] or found[2]}", status=MISSING)
     if NO_RELEASE.search(output):
         at = f" at {source.mirror}" if source.mirror else ""
         return AshError(f"there is no Debian release {source.release}{at}", RELEASES, USAGE)
-    if found := UNREACHABLE.search(output):
-        line = next(line.strip() for line in output.splitlines() if UNREACHABLE.search(line))
+    if line := host.first_line(host.UNREACHABLE, output):
         return AshError(f"the repository cannot be reached: {line}", "check the network connection")
     return AshError(f"the repository cannot be used: {detail}")
 
