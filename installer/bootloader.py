@@ -149,13 +149,16 @@ def _find(layout: Layout, target: Target) -> str:
 
 
 def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
-    """Raise AshError (REFUSED) if a new boot loader would replace that of another system on this machine.
+    """Raise AshError (REFUSED) if a new boot loader would replace that of another system, or has no place beside it.
 
     Args:
         efi: the EFI partition, which is kept.
         ident: of the new system.
         own: the UUIDs of the file systems whose boot loaders it may replace.
     """
+    if efi.has("ash") and not efi.has("ash/."):  # GRUB's notes are in a directory of that name
+        hint = "it is the program of a system of AshOS: move it, and the link /usr/bin/ash of that system"
+        raise AshError("the EFI partition has a file ash", hint, REFUSED)
     known = {uuid.replace("-", "") for uuid in own}
     for path in dict.fromkeys([SHARED, f"EFI/{ident}/{OWN}"]):
         there = {one.uuid.replace("-", "") for disk in drives.devices() for one in disk if one.uuid} - known

@@ -174,6 +174,16 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if args.answers:
         parser.set_defaults(**answers.read(args.answers, parser))
         args = parser.parse_args(words)
+    _require_place_that_fits(args)
+    if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
+        raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
+    if args.save_answers:
+        _require_savable(args.save_answers)
+    return args
+
+
+def _require_place_that_fits(args: argparse.Namespace) -> None:
+    """Raise AshError (USAGE) unless one thing to make is named, and no option that is for another one."""
     named = [bool(args.disk), bool(args.image), bool(args.make_rootfs), bool(args.words)].count(True)
     if named > 1 or not (named or args.prep_only):
         raise AshError("name what to make: partitions, or one of --disk, --image, --make-rootfs", SEE_HELP, USAGE)
@@ -184,15 +194,10 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
         raise AshError("--keep-filesystem is for partitions: all else makes a new file system", SEE_HELP, USAGE)
     if args.prep_only and (args.image or args.make_rootfs or args.no_prep or args.dry_run):
         raise AshError("--prep-only prepares this machine for an installation on its disks", SEE_HELP, USAGE)
-    if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
-        raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     if (args.luks or args.luks_passphrase_file) and (args.image or args.make_rootfs):
         raise AshError("an image is not encrypted: ash would not find what is in it", "--luks is for disks", USAGE)
     if args.dry_run and (args.image or args.make_rootfs):
         raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
-    if args.save_answers:
-        _require_savable(args.save_answers)
-    return args
 
 
 def _given(args: argparse.Namespace) -> install.Installation:

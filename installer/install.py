@@ -489,7 +489,7 @@ def require_machine() -> None:
 
 def check_machine(new: Installation) -> None:
     """Check all but the place of an installation on a disk; errors as for install_on_disk()."""
-    _require_machine()
+    require_machine()
     new.check(host.disk_tools())
 
 

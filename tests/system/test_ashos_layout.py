@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from installer.disk import target_in
+from ash import AshError
+from installer.bootloader import require_no_neighbour
+from installer.disk import EfiFiles, loop_device, target_in
 from tests.support import MISSING, REFUSED, program
 from tests.system.test_neighbours import Pair, others_in_menu
 
@@ -177,6 +179,7 @@ def test_a_damaged_tree_file_does_not_matter(ashos: AshosDisk) -> None:
         (files.top / "@.snapshots_arch/ash/fstree").write_text("{'name': 'root', 'children': [{'name': '../../x'}]}")
     assert "its tree file cannot be read" in ashos.init("rescue", ashos.image).stdout
     assert "there is no system" in ashos.ash("tree", status=MISSING).error
+    assert "no complete system of ash" in ashos.init("rescue", ashos.image, "--shell", status=MISSING).stderr
     ashos.remove("arch", "--last")
     assert ashos.volumes() == {}
 
@@ -186,3 +189,18 @@ def test_snapshots_of_others_are_no_system(ashos: AshosDisk) -> None:
         program("btrfs", "subvolume", "create", files.top / "@.snapshots")  # as snapper has them on many systems
     assert "no system of ash" in ashos.init("rescue", ashos.image, status=MISSING).stderr
     assert "has no system of ash" in ashos.add("debian", status=REFUSED).stderr
+
+
+def test_the_program_of_ashos_on_the_efi_partition_is_not_replaced(tmp_path: Path) -> None:
+    partition = tmp_path / "efi"
+    with partition.open("wb") as file:
+        file.truncate(64 << 20)
+    program("mkfs.vfat", "-F", "32", "-s", "1", partition)
+    with loop_device(partition) as node:
+        efi = EfiFiles(node)
+        efi.write({"ash/debian/grubenv": b""})
+        require_no_neighbour(efi, "debian", [])
+        efi.delete("ash")
+        efi.write({"ash": b"MZ"})
+        with pytest.raises(AshError, match="has a file ash"):
+            require_no_neighbour(efi, "debian", [])
