@@ -4072,8 +4072,10 @@ def first_sector(device: Path) -> bytes:
 
 
 def disk_of(number: str) -> Path:
-    """The directory in sysfs of the disk that a block device, MAJOR:MINOR, is on, or is."""
+    """The directory in sysfs of the disk that a block device, MAJOR:MINOR, is on, or is; also if that is encrypted."""
     device = Path(f"/sys/dev/block/{number}").resolve()
+    while len(below := [*(device / "slaves").glob("*")]) == 1:
+        device = below[0].resolve()
     return device.parent if (device / "partition").exists() else device
 
 

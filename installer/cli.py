@@ -49,6 +49,7 @@ SEE_HELP = f"see `{PROGRAM} --help`"
 DEFAULT_ID = "debian"
 DEFAULT_IMAGE = Path("ashos.img")
 DEFAULT_SIZE = "8G"
+SMALLEST_HOME = 256 * disk.MIB  # what btrfs needs, and some files
 COMPRESSIONS = ("zstd", "lzo", "zlib", "none")  # as btrfs names them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -375,6 +376,7 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
         keymap=args.keymap,
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
+        home_size=_home_size(args),
         passphrase=_passphrase(args.luks_passphrase_file),
         network=_network(args, module),
         swap=_swap(args),
@@ -416,6 +418,21 @@ def _asked_password(user: str) -> Password:
         if text and getpass.getpass("The same again: ") == text:
             return Password(text)
         print("They differ." if text else "It is empty.")
+
+
+def _home_size(args: argparse.Namespace) -> int:
+    """The bytes of a partition for /home, in whole MiB."""
+    if not args.home_size:
+        return 0
+    if not args.disk:
+        raise AshError("--home-size is for --disk, which makes partitions", "else mount one by /etc/fstab", USAGE)
+    if args.luks or args.luks_passphrase_file:
+        what = "a partition for /home would not be encrypted"
+        raise AshError(what, "without --home-size, /home is in the encrypted one", USAGE)
+    size = disk.parse_size(args.home_size) // disk.MIB * disk.MIB
+    if size < SMALLEST_HOME:
+        raise AshError(f"{args.home_size} are too small for /home", f"at least {SMALLEST_HOME // disk.MIB}M", USAGE)
+    return size
 
 
 def _passphrase(path: Path | None) -> str | None:
@@ -487,6 +504,7 @@ def _make_parser() -> Parser:
         "--no-prep", action="store_true", help="do not check its clock, memory and room, nor renew its keys"
     )
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
+    parser.add_argument("--home-size", metavar="SIZE", help="of a partition for /home, with --disk (default: none)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="take options from a TOML file")
     parser.add_argument("--save-answers", type=Path, metavar="FILE", help="save options there; passwords as hashes")

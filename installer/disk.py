@@ -72,13 +72,15 @@ class Partition(NamedTuple):
     kind: str
 
 
-def partitions_for(size: int) -> tuple[Partition, Partition, Partition]:
-    """The partitions of a whole disk of some bytes: for GRUB's core image, EFI, and the root."""
+def partitions_for(size: int, home: int = 0) -> list[Partition]:
+    """The partitions of a whole disk of some bytes: for GRUB's core image, EFI, the root, and /home if it has some."""
     bios = Partition(MIB, MIB, BIOS_BOOT_TYPE)
     efi = Partition(bios.start + bios.size, EFI_SIZE, EFI_TYPE)
     start = efi.start + efi.size
     # The last MiB is for the backup of the partition table.
-    return bios, efi, Partition(start, size // MIB * MIB - MIB - start, LINUX_TYPE)
+    end = size // MIB * MIB - MIB - home
+    root = Partition(start, end - start, LINUX_TYPE)
+    return [bios, efi, root, *([Partition(end, home, LINUX_TYPE)] if home else [])]
 
 
 def partition_command(disk: Path, parts: Iterable[Partition]) -> tuple[list[str | Path], str]:
@@ -135,6 +137,8 @@ class Target:
         keeps_efi: the EFI partition has a file system, which is kept.
         bios: whether GRUB is installed for the BIOS.
         luks: the encrypted partition that the root's is in.
+        home: a partition for /home.
+        home_uuid: of its file system.
     """
 
     drive: Path
@@ -148,6 +152,8 @@ class Target:
     keeps_efi: bool = False
     bios: bool = True
     luks: Luks | None = None
+    home: Path | None = None
+    home_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def encrypted(self, passphrase: str) -> "Target":
         """The same target, with its root in an encrypted partition."""
@@ -165,6 +171,9 @@ class Target:
             commands += self.luks.format_commands() if self.luks else []
             label = ["--label", "ash", "--uuid", self.root_uuid]
             commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.root])
+        if self.home:
+            label = ["--label", "home", "--uuid", self.home_uuid]
+            commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.home])
         return commands
 
     def format(self) -> None:
@@ -173,6 +182,17 @@ class Target:
             run(command, input=self.luks.passphrase if self.luks and command[0] == "cryptsetup" else None)
         if self.efi:
             flush(self.efi)
+
+    @contextmanager
+    def home_at(self, directory: Path) -> Iterator[None]:
+        """Mount the partition for /home in the block, if there is one."""
+        if self.home:
+            mount(self.home, directory, "btrfs")
+        try:
+            yield
+        finally:
+            if self.home:
+                run(["umount", directory])
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
@@ -319,24 +339,28 @@ def filesystem_uuid(node: Path) -> str:
     return run(["blkid", "--probe", "--match-tag", "UUID", "--output", "value", node]).stdout.strip()
 
 
-def target_on(drive: Path) -> Target:
+def target_on(drive: Path, home: int = 0) -> Target:
     """The target on a whole disk of this machine, with new partitions.
+
+    Args:
+        drive: the node of the disk.
+        home: the bytes of a partition for /home; 0 if there is none.
 
     Raises:
         AshError: the disk is in use, or Linux does not show its new partitions.
     """
-    parts = partitions_for(size_of_device(drive))
+    parts = partitions_for(size_of_device(drive), home)
     partition(drive, parts)
     with drive.open("rb") as device:
         fcntl.ioctl(device, BLKRRPART)
-    _, efi, root = parts
-    return Target(drive, _node_at(drive, root), _node_at(drive, efi))
+    efi, root, *rest = (_node_at(drive, part) for part in parts[1:])
+    return Target(drive, root, efi, home=rest[0] if rest else None)
 
 
-def future_target(drive: Path) -> Target:
+def future_target(drive: Path, home: int = 0) -> Target:
     """The target that target_on() will find, with the names that Linux gives to partitions; nothing is written."""
     prefix = f"{drive}p" if drive.name[-1].isdigit() else str(drive)
-    return Target(drive, Path(f"{prefix}3"), Path(f"{prefix}2"))
+    return Target(drive, Path(f"{prefix}3"), Path(f"{prefix}2"), home=Path(f"{prefix}4") if home else None)
 
 
 def size_of_device(path: Path) -> int:

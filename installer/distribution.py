@@ -118,6 +118,7 @@ class Settings:
     keymap: str = DEFAULT_KEYMAP
     serial: bool = True  # whether the first serial port is a console too
     keyring: Path | None = None  # the keys that sign new releases of ash
+    home_size: int = 0  # bytes of a partition for /home; 0 if that is in the file system of the root
     passphrase: str | None = field(default=None, repr=False)  # of the partition of the root, which is encrypted then
     network: Network = Network.DHCP
     swap: Swap = field(default_factory=Swap)
@@ -267,7 +268,8 @@ class DistroInstaller:
         names = dict.fromkeys([settings.hostname, settings.hostname.partition(".")[0]])
         (etc / "hosts").write_text(HOSTS.format(names=" ".join(names)))
         efi = f"UUID={target.efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if target.efi else ""
-        (etc / "fstab").write_text(efi)
+        home = f"UUID={target.home_uuid} /home btrfs noatime,compress=zstd 0 2\n" if target.home else ""
+        (etc / "fstab").write_text(efi + home)
         encrypted = ENCRYPTED if target.luks else ""
         (etc / "default/grub").write_text(DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
         (root / "boot/efi").mkdir()

@@ -496,6 +496,14 @@ QUESTIONS = (
         secret=True,
     ),
     Question(
+        "home_size",
+        "settings",
+        "Size of /home",
+        "Of a partition for /home, such as 100G. Without one, /home is a subvolume, and has all the free room.",
+        applies=lambda situation: not situation.on_partition and not situation.given.get("luks_passphrase_file"),
+        optional=True,
+    ),
+    Question(
         "swap",
         "settings",
         "Swap",

@@ -274,20 +274,22 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
         AshError: a check failed, before anything was written; or the installation failed.
     """
     require_machine()
-    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE))
+    home = new.settings.home_size
+    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE) + home)
     losses = [Loss(str(device), "a new partition table")]
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_named(systems_on(one))) or 'all on it'}")
         for one in device.inside
     ]
     losses += _swap_losses(new, [one.path for one in device])
-    future = _encrypted(disk.future_target(device.path), new)
-    argv, script = disk.partition_command(device.path, disk.partitions_for(device.size))
+    future = _encrypted(disk.future_target(device.path, home), new)
+    argv, script = disk.partition_command(device.path, disk.partitions_for(device.size, home))
     first = f"{shlex.join(map(str, argv))} <<END\n{script}END"
     losses += _encryption(future)
+    losses += [Loss(str(future.home), f"a new btrfs file system for /home, {host.gibibytes(home)}")] if home else []
 
     def make_target() -> disk.Target:
-        return _encrypted(disk.target_on(device.path), new)
+        return _encrypted(disk.target_on(device.path, home), new)
 
     return _install(Checked(device.path, losses, make_target, _left_anew(device.path), future, first), new, agree)
 
@@ -389,9 +391,10 @@ def _target_of(chosen: _Chosen, places: Places, new: Installation) -> Iterator[d
             elif new.settings.passphrase is not None:
                 what = f"{root.path} is not encrypted, and its file system is kept"
                 raise AshError(what, "--mode 1 or 2 makes a new one, without --keep-filesystem", USAGE)
-            elif not adds and root.filesystem != "btrfs":
+            elif root.filesystem != "btrfs":
                 what = f"{root.path} has no btrfs file system, but {root.filesystem or 'none'}"
-                raise AshError(what, "mkfs.btrfs makes one; without --keep-filesystem the installer does", REFUSED)
+                hint = "mkfs.btrfs makes one; without --keep-filesystem the installer does"
+                raise AshError(what, "--mode 1 or 2 makes one" if adds else hint, REFUSED)
         if keeps_efi and efi:
             drives.require_unique(efi)
             new.require(host.DISK)
@@ -655,7 +658,7 @@ def _build_system(layout: Layout, target: disk.Target, new: Installation, log: h
     with log.step("Installing ash"):
         _install_ash(layout, root, new)
         _install_help(layout, root, installer.zsh_completions)
-    with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout):
+    with log.step("Making snapshot 0 and deploying it"), _libraries_of(layout), target.home_at(layout.home):
         _make_base(layout, installer.distro, target)
 
 

@@ -142,6 +142,9 @@ def accelerator() -> tuple[str, ...]:
     return KVM if ended.returncode == 2 * 0x31 + 1 else TCG
 
 
+DISK_HARDWARE = "virtio-blk-pci"
+
+
 def _hardware(
     image: Path,
     *,
@@ -152,6 +155,7 @@ def _hardware(
     secure: bool = False,
     disk_format: str = "raw",
     expendable: bool = False,
+    hardware: str = DISK_HARDWARE,
 ) -> list[str]:
     """QEMU's command line without the console; `scratch` receives the UEFI variables."""
     argv = [QEMU, *accelerator(), "-m", str(memory)]
@@ -164,9 +168,10 @@ def _hardware(
         argv += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={firmware}"]
         argv += ["-drive", f"if=pflash,unit=1,format=raw,file={variables}"]
     # QEMU's option parser reads two commas in a file name as one.
-    disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=virtio"
+    disk = f"file={str(image).replace(',', ',,')},format={disk_format},if=none,id=disk"
     # unsafe: no flushes to the host's disk. The end of QEMU loses nothing, a power cut of the host may.
     argv += ["-drive", disk + ",snapshot=on" * snapshot + ",cache=unsafe" * (snapshot or expendable)]
+    argv += ["-device", f"{hardware},drive=disk"]
     argv += ["-nic", "user,model=virtio-net-pci", "-device", "virtio-rng-pci"]
     return argv
 
@@ -207,6 +212,7 @@ class Machine:
         expendable: the image need not survive a power cut of the host. The machine is faster then.
         secure: boot with UEFI and Secure Boot.
         devices: more options of QEMU.
+        hardware: what the disk is, as QEMU's option -device has it.
     """
 
     def __init__(
@@ -221,10 +227,12 @@ class Machine:
         expendable: bool = False,
         secure: bool = False,
         devices: Sequence[str] = (),
+        hardware: str = DISK_HARDWARE,
     ) -> None:
         self._image = image
         self._secure = secure
         self._devices = devices
+        self._disk_hardware = hardware
         self._uefi = uefi
         self._snapshot = snapshot
         self._memory = memory
@@ -266,6 +274,7 @@ class Machine:
             scratch=self._scratch,
             disk_format=self._disk_format,
             expendable=self._expendable,
+            hardware=self._disk_hardware,
         )
         argv += [*self._devices, "-display", "none", "-monitor", "none"]
         argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """Fixtures for tests that boot virtual machines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,7 @@ Boot = Callable[..., Machine]
 def boot(tmp_path: Path) -> Boot:
     """Boots a machine from a disk: `with boot(disk) as machine:`; it only flushes to the disk if it `flushes`."""
 
-    def start(
-        disk: Disk, *, uefi: bool = False, secure: bool = False, devices: Sequence[str] = (), flushes: bool = False
-    ) -> Machine:
-        log = tmp_path / "console.log"
-        return Machine(disk.image, uefi=uefi, secure=secure, log=log, expendable=not flushes, devices=devices)
+    def start(disk: Disk, *, flushes: bool = False, **hardware: Any) -> Machine:
+        return Machine(disk.image, log=tmp_path / "console.log", expendable=not flushes, **hardware)
 
     return start

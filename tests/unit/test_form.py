@@ -121,11 +121,12 @@ def fill(tmp_path: Path) -> Fill:
 
 
 TO_USER = (("Number", "1"), ("Host name", ""))
-DISK = ("Passphrase of the disk", "Swap")
+DISK = ("Passphrase of the disk", "Size of /home", "Swap")
 FIRST_SNAPSHOT = ("Profiles", "Number", "More packages")
 PROMPTS = ("Password of root", "SSH key", "Time zone", "Locale", "Keyboard", *DISK, *FIRST_SNAPSHOT)
 FROM_ROOT_PASSWORD = tuple((prompt, "") for prompt in PROMPTS)
-BESIDE_ANOTHER = tuple(pair for pair in FROM_ROOT_PASSWORD if pair[0] != DISK[0])  # whose disk is encrypted, or not
+ON_PARTITION = tuple(pair for pair in FROM_ROOT_PASSWORD if pair[0] != DISK[1])
+BESIDE_ANOTHER = tuple(pair for pair in ON_PARTITION if pair[0] != DISK[0])  # whose disk is encrypted, or not
 REVIEW = "Number [go on]"
 
 
@@ -325,7 +326,7 @@ def test_with_a_bios_the_disk_that_it_starts_is_asked_for(fill: Fill) -> None:
         assert "/dev/sdc cannot be chosen" in person.answer("Number", "")
         person.answer("Number [1]", "")  # no EFI partition
         assert "GRUB for the BIOS in\n       its first sectors" in person.answer("Number [1]", "")
-        person.answers(("Host name", ""), ("User", ""), *FROM_ROOT_PASSWORD, (REVIEW, ""))
+        person.answers(("Host name", ""), ("User", ""), *ON_PARTITION, (REVIEW, ""))
         told = person.installs("sda2")
     assert (told["root"], told["drive"], told["efi"], told["mode"]) == ("/dev/sda2", "/dev/sda", "None", "1")
 
