@@ -76,6 +76,7 @@ def with_packages(rootfs: Path, made: Path, *packages: str) -> None:
         chroot = Chroot(Path(name), {"DEBIAN_FRONTEND": "noninteractive", "INITRD": "No"})
         for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
             assert chroot.run(["apt-get", "--quiet", *words]) == 0
+        Path(name, "etc/initramfs-tools/conf.d/quick").write_text("COMPRESSLEVEL=1\n")  # an emulated machine is slow
         program("tar", "--create", "--numeric-owner", "--directory", name, "--file", made, ".")
 
 
