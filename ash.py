@@ -6655,12 +6655,17 @@ class WorkDir:
         self._clear()
 
     def _clear(self, but_intent: bool = False) -> None:
-        for subvolume in (self.before, self.origin, self.home_origin):
+        for subvolume in self.subvolumes:
             delete_subvolume(subvolume)
         for directory in ("etc", "boot"):
             delete_subvolume(self.layout.copy(directory, f"new-{self.name}"))  # nobody else's: we hold the lock NAME
         for leftover in self.files[:-1] if but_intent else self.files:
             remove_tree(leftover)
+
+    @property
+    def subvolumes(self) -> tuple[Path, ...]:
+        """The subvolumes in the work directory."""
+        return self.before, self.origin, self.home_origin
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -6670,8 +6675,7 @@ class WorkDir:
 
     def leftovers(self) -> list[Path]:
         """Everything that a transaction left, the intent file last."""
-        subvolumes = (self.root, self.before, self.origin, self.home_origin)
-        return [path for path in (*subvolumes, *self.files) if os.path.lexists(path)]
+        return [path for path in (self.root, *self.subvolumes, *self.files) if os.path.lexists(path)]
 
     def remains(self) -> list[Path]:
         """The parts of the snapshot itself that exist."""
@@ -10890,6 +10894,8 @@ class LiveWorkDir(WorkDir):
     def __init__(self, system: System, snapshot: int = BASE) -> None:
         super().__init__(system, snapshot, "live")
         self.alone = self.layout.work("merge") / "live-only"  # exists until somebody else merges, see MergeLock
+        self.base = self.directory / "etc"  # a copy of the base for drift as it was
+        self.like: Path | None = None  # the snapshot in which the same was done
 
     def recover(self, tree: Tree, drop_kept: bool = False, *, strict: bool = False) -> None:  # noqa: ARG002
         with self.deploy_lock() if state_of_work(self.directory) == "live" else contextlib.nullcontext():
@@ -10908,6 +10914,7 @@ class LiveWorkDir(WorkDir):
             slot = self.layout.rootfs(intent.slot)
             if is_subvolume(slot) and subvolume_id(slot) == intent.old:
                 self.apply(intent.slot, self.root, self.before)
+                self._put_base_back(intent.slot)
             kept = self._take_back(intent.entries, intent.clock)
             self.mark_done()
         self.drop()
@@ -10962,6 +10969,19 @@ class LiveWorkDir(WorkDir):
         except AshError:  # others merge all the time
             return [*placed]
 
+    def _put_base_back(self, slot: str) -> None:
+        """Make the base for drift what it was."""
+        if is_subvolume(self.base):
+            beside, base = self.layout.etc(f"new-{slot}"), self.layout.etc(slot)
+            delete_subvolume(beside)
+            snapshot_subvolume(self.base, beside, readonly=True)
+            replace_subvolume(beside, base)
+            sync_filesystem(self.layout.snapshots)
+
+    @property
+    def subvolumes(self) -> tuple[Path, ...]:
+        return (*super().subvolumes, self.base)
+
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.alone, *super().files)
@@ -11009,6 +11029,8 @@ class LiveWorkDir(WorkDir):
                 merge.keep_conflicts = False
                 with nosymfollow(beside):
                     merge.merge()
+                    if self.like and base == layout.etc(slot):
+                        self._leave_edits(merge, self.like / "etc")
             running = self._etc_merge(old, new, root / "etc")
             running.merge()
         for beside, base in bases:
@@ -11016,6 +11038,22 @@ class LiveWorkDir(WorkDir):
             replace_subvolume(beside, base)
         sync_filesystem(layout.snapshots)
         return running
+
+    @staticmethod
+    def _leave_edits(merge: EtcMerge, theirs: Path) -> None:
+        """Have the base contain, of what was merged into it, what the snapshot has, whose /etc is `theirs`.
+
+        Scripts may rename, copy or convert files that were edited in the running system: what they make is an edit too.
+        """
+        for path in sorted({*merge.carried, *merge.in_conflict}, reverse=True):
+            own, there = merge.target / path, theirs / path
+            if path in (*ACCOUNT_FILES, "fstab") or not has_real_parents(merge.target, path) or is_same(own, there):
+                continue
+            if not os.path.lexists(there):
+                if not is_directory(own) or not any(own.iterdir()):
+                    remove_tree(own, protected=True)
+            elif not is_directory(own) and not is_directory(there):
+                replace_by_copy(there, own, protected=True)
 
     def _etc_merge(self, old: Path, new: Path, etc: Path) -> EtcMerge:
         merge = EtcMerge(old / "etc", new / "etc", etc, self.layout.conflicts(self.snapshot), str)
@@ -11082,6 +11120,7 @@ class LiveTransaction(Transaction):
             save_intent(place.directory, LiveChange(self.slot, subvolume_id(slot), found.entries, self.intent.clock))
             sync_filesystem(self.layout.snapshots)
             services.stop(found.paths)
+            snapshot_subvolume(self.layout.etc(self.slot), place.base, readonly=True)
             # Not while services start: that may take minutes, and some of them may run ash.
             with place.merge_lock(found.entries):
                 etc = place.apply(self.slot, place.before, self.root)
@@ -11136,16 +11175,21 @@ def bring_generated(work: Transaction, newer: Path, older: Path) -> None:
             replace_by_copy(theirs / path, ours / path)
 
 
-def change_live(system: System, doing: str, work: Work, done: Sequence[Change] = ()) -> LiveResult:
+def change_live(
+    system: System, doing: str, work: Work, done: Sequence[Change] = (), elsewhere: Sequence[Change] = ()
+) -> LiveResult:
     """Apply a change to the running deployment; on failure it is rolled back, and `error` of the result says why.
 
     Args:
         doing: what it does, for messages.
         work: the change.
         done: what the same work has done to snapshots before.
+        elsewhere: what other work with the same aim has done to them.
     """
     transaction = LiveTransaction(system)
     number = transaction.snapshot
+    numbers = [change.snapshot for change in (*done, *elsewhere)] or [number]
+    transaction.place.like = system.layout.rootfs(number if number in numbers else numbers[0])
     try:
         with step(f"{doing} the running system"), transaction:
             if any(change.snapshot == number and change.packages_changed() for change in done):
@@ -13641,7 +13685,9 @@ def cmd_remove(system: System, request: Request) -> Reply:
     ]
     here = installed_of(system, str(system.booted), [*packages, *of_profile]) if live else []
     work = partial(system.package_manager.remove, packages=here, purge=request.purge)
-    return package_reply(request, changes, change_live(system, "removing from", work) if here else None)
+    return package_reply(
+        request, changes, change_live(system, "removing from", work, elsewhere=changes) if here else None
+    )
 
 
 @command(

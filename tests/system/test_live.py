@@ -217,6 +217,41 @@ def test_edits_of_the_running_etc_are_kept(machine: Machine, tmp_path: Path) -> 
     assert set(drift) == {"issue"}
 
 
+def test_what_scripts_make_of_edits_of_the_running_etc_is_an_edit(machine: Machine, tmp_path: Path) -> None:
+    """A script that renames an edited file, and one that puts a copy of it aside."""
+    number = machine.system.ash("--json", "status").json["next"]["snapshot"]
+    name, old, new, aside = "ash-test-renames", "ash-test-old", "ash-test-new", "ash-test-old.bak"
+    makes = f"[ -e /etc/{old} ] || echo default > /etc/{old}"
+    moves = f"grep -q edited /etc/{old} && cp /etc/{old} /etc/{aside}\nmv /etc/{old} /etc/{new}"
+    machine.running("install", number, make_deb(tmp_path, name, "1", postinst=makes))
+    (machine.etc / old).write_text("default\nedited\n")
+    machine.running("install", number, make_deb(tmp_path, name, "2", postinst=f"{moves}\ntrue"))
+    assert (machine.etc / new).read_text() == "default\nedited\n"
+    assert machine.system.ash("--json", "diff").json["drift"] == {new: "changed", aside: "added"}
+    machine.running("deploy", number)
+    etc = machine.next_etc
+    assert [(etc / one).read_text() for one in (new, aside)] == ["default\nedited\n"] * 2
+    assert not (etc / old).exists()
+
+
+def test_a_failed_change_of_edits_leaves_the_drift_as_it_was(machine: Machine, tmp_path: Path) -> None:
+    number = machine.system.ash("--json", "status").json["next"]["snapshot"]
+    name, old, new = "ash-test-fails", "ash-test-old", "ash-test-new"
+    machine.running("install", number, make_deb(tmp_path, name, "1", postinst=f"echo default > /etc/{old}"))
+    (machine.etc / old).write_text("default\nedited\n")
+    before = machine.system.ash("--json", "diff").json["drift"]
+    unit = "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
+    package = make_deb(
+        tmp_path, name, "2", files={f"lib/systemd/system/{name}.service": unit}, postinst=f"mv /etc/{old} /etc/{new}"
+    )
+    patch = "def fail(*args): raise ash.AshError('started by a test')\nash.Services.start = fail"
+    machine.run("install", number, package, "--live", patch=patch, status=FAILED)
+    assert (machine.etc / old).read_text() == "default\nedited\n"
+    assert not (machine.etc / new).exists()
+    drift = machine.system.ash("--json", "diff").json["drift"]
+    assert drift == before == {old: "changed"}
+
+
 def test_live_changes_another_snapshot_and_the_running_system(machine: Machine, tmp_path: Path) -> None:
     other = machine.system.clone()
     package = deb(tmp_path)
