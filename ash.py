@@ -206,6 +206,12 @@ def listed(names: Iterable[object]) -> str:
     return one_line(", ".join(map(str, names)))
 
 
+def counted(names: Sequence[object], most: int = 10) -> str:
+    """The same, of which only the first ones are named, and the others are counted."""
+    more = len(names) - most
+    return f"{listed(names[:most])} and {more} more" if more > 0 else listed(names)
+
+
 def as_json(data: Mapping[str, Any]) -> str:
     """Serialize to one line of JSON that any encoding can represent and no terminal interprets."""
     ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
@@ -6293,7 +6299,8 @@ class Change(NamedTuple):
         lines += [one_line(f"  - {name} {version}") for name, version in self.removed.items()]
         lines += [one_line(f"  ^ {name} {old} -> {new}") for name, (old, new) in self.upgraded.items()]
         for path in self.kept:
-            hint = "--delete-data deletes it" if is_deletable(path) else "ash deletes nothing there"
+            can_be = self.removed and is_deletable(path)  # by the command that removed the packages
+            hint = "--delete-data deletes it" if can_be else "ash deletes nothing there"
             lines.append(f"  left in place: {one_line(path)} ({hint})")
         lines += [f"  brought into /etc: {listed(self.brought)}"] if self.brought else []
         lines += [f"  {self.download / 1e6:.1f} MB to fetch"] if self.download else []
@@ -7885,10 +7892,8 @@ class EtcMerge:
             self.set_aside(path, self.target)
             replace_by_copy(now, own, protected=True)
             self.carried.append(path)
-        elif not (is_directory(now) and is_directory(own)):
+        elif not (is_directory(now) and is_directory(own)) or (is_directory(was) and not same_attributes(own, was)):
             self.set_aside(path)
-        elif is_directory(was) and not same_attributes(own, was):
-            self.in_conflict.append(path)
 
     @staticmethod
     def _carry_facet(own: Path, now: Path, was: Path) -> bool:
@@ -8006,11 +8011,17 @@ class EtcMerge:
         version = (loser or self.running) / path
         path += ".dist" if loser and path != "fstab" else ""
         self.in_conflict.append(path)
-        if self.keep_conflicts and os.path.lexists(version) and not is_directory(version):
+        if self.keep_conflicts and os.path.lexists(version):
             make_private_directory(self.conflicts)
             # A symlink that was set aside is no directory for what the other side has below its name.
             tops = ("etc" if number == 1 else f"etc.{number}" for number in itertools.count(1))
-            aside = next(place for top in tops if is_free(place := self.conflicts / top / path, self.conflicts))
+            places = (self.conflicts / top / path for top in tops)
+            if is_directory(version):  # what is in it may be there already
+                aside = next(place for place in places if is_directory(place) or is_free(place, self.conflicts))
+                aside.mkdir(parents=True, exist_ok=True)
+                copy_directory_attributes(version, aside)
+                return
+            aside = next(place for place in places if is_free(place, self.conflicts))
             aside.parent.mkdir(parents=True, exist_ok=True)
             copy_file(version, aside)
 
@@ -9153,12 +9164,12 @@ def set_all_aside(merge: EtcMerge, more: Iterable[str]) -> None:
             merge.set_aside(path)
 
 
-def change_while_running(layout: Layout, deployment: Deployment) -> str:
-    """A path that was changed in a mutable deployment as it ran, and that its snapshot does not have; empty if none."""
+def changes_while_running(layout: Layout, deployment: Deployment) -> Iterator[str]:
+    """The paths that were changed in a mutable deployment as it ran, and that its snapshot does not have."""
     root, own = layout.rootfs(deployment.slot), layout.rootfs(deployment.snapshot)
     made = status_of(place_inside(root, IN_ROOT_ID))  # the last thing that was written in it
     if not deployment.mutable or made is None:
-        return ""
+        return
     versions = [own, layout.undo(deployment.snapshot)]
     source = next((one for one in versions if is_subvolume(one) and subvolume_id(one) == deployment.source), None)
     todo = [name for name in os.listdir(root) if name not in MOUNTED_OVER]
@@ -9169,16 +9180,17 @@ def change_while_running(layout: Layout, deployment: Deployment) -> str:
         if status is None or path in own_files or path.endswith("/__pycache__"):
             continue
         if status.st_ctime_ns > made.st_ctime_ns and not is_same(root / path, own / path):
-            return path
+            yield path
+            if not is_directory(own / path):
+                continue
         if stat.S_ISDIR(status.st_mode):
             names = set(os.listdir(root / path))
             if status.st_ctime_ns > made.st_ctime_ns and is_directory(own / path):
                 for removed in sorted(set(os.listdir(own / path)) - names):
                     # What only the snapshot has got since was never here; if that cannot be told, it may have been.
                     if source is None or os.path.lexists(source / path / removed):
-                        return f"{path}/{removed}"
+                        yield f"{path}/{removed}"
             todo += [f"{path}/{name}" for name in names]
-    return ""
 
 
 def subvolumes_with_data(etc: Path) -> list[str]:
@@ -9208,31 +9220,39 @@ def left_in_place(running: Path, root: Path) -> list[str]:
     return said
 
 
-def change_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
-    """A path in a slot, which is to be replaced, that would be lost, and is not drift; empty if there is none."""
+def changes_in_slot(layout: Layout, menu: Menu, slot: str) -> Iterator[str]:
+    """The paths in a slot, which is to be replaced, that would be lost, and are not drift."""
     deployment, etc = menu.deployments.get(slot), layout.rootfs(slot) / "etc"
-    if not deployment or not is_directory(etc):
+    if deployment and is_directory(etc):
+        yield from (f"etc/{inside}" for inside in subvolumes_with_data(etc))
+        yield from changes_while_running(layout, deployment)
+
+
+def loss_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
+    """A sentence about what is lost if a slot is replaced; empty if nothing is."""
+    if not (paths := [f"/{path}" for path in changes_in_slot(layout, menu, slot)]):
         return ""
-    inside = subvolumes_with_data(etc)
-    return f"etc/{inside[0]}" if inside else change_while_running(layout, deployment)
+    snapshot = menu.deployments[slot].snapshot
+    return f"the deployment of snapshot {snapshot} in {slot}, which was changed as it ran, is deleted: {counted(paths)}"
 
 
 def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
     """Raise AshError (REFUSED) if the deployment in a slot, which is to be deleted, was changed as it ran."""
-    if path := change_in_slot(layout, menu, slot):
+    if paths := [*changes_in_slot(layout, menu, slot)]:
+        path, more = paths[0], f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         deployment = f"the deployment of snapshot {menu.deployments[slot].snapshot} in {slot}"
         if is_subvolume(layout.rootfs(slot) / path):
             what = f"{deployment} has a subvolume that no other one has: /{one_line(path)}"
             raise AshError(what, "start it, and move what is in there; --fresh deletes it", REFUSED)
-        what = f"{deployment} is mutable, and was changed: /{one_line(path)}"
+        what = f"{deployment} is mutable, and was changed: /{one_line(path)}{more}"
         raise AshError(what, "start it: ash rollback keeps it as a snapshot; --fresh deletes it", REFUSED)
 
 
 def require_running_unchanged(layout: Layout, menu: Menu, slot: str, snapshot: int) -> None:
     """Raise AshError (REFUSED) if the deployment in a slot is one of this snapshot, and was changed as it ran."""
     deployment = menu.deployments.get(slot)
-    path = change_while_running(layout, deployment) if deployment and deployment.snapshot == snapshot else ""
-    if path:
+    changes = changes_while_running(layout, deployment) if deployment and deployment.snapshot == snapshot else ()
+    if path := next(iter(changes), ""):
         what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
         hint = "ash rollback keeps it as a snapshot; ash deploy --fresh starts again from the snapshot"
         raise AshError(what, hint, REFUSED)
@@ -9847,7 +9867,7 @@ class Deployments:
         AshError if it cannot be made; then the menu file keeps the names of the paths.
         """
         deployment, root = self.menu.deployments[slot], self.layout.rootfs(slot)
-        paths, was_changed = deployment.unmade, change_while_running(self.layout, deployment)
+        paths, was_changed = deployment.unmade, any(changes_while_running(self.layout, deployment))
         try:
             made = configure(root, deployment, paths, layout=self.layout, distro=self.distro, menu=self.menu)._replace(
                 unmade=[]
@@ -9928,6 +9948,8 @@ class Deployments:
             except BaseException:
                 self._delete_unfinished()
                 raise
+            if has_unique_changes and (loss := loss_in_slot(self.layout, self.menu, slot)):  # else it was refused
+                deployment = deployment._replace(notes=[*deployment.notes, loss])
             if (once := self.menu.deployments.get(self.menu.once)) and once.slot == slot:
                 note = f"snapshot {once.snapshot}, which it replaces, is not started once any more"
                 deployment = deployment._replace(notes=[*deployment.notes, note])
@@ -9949,6 +9971,13 @@ class Deployments:
             if not was_changed and (slot == self.running or has_changes):
                 return found
         return None
+
+    def check(self, snapshot: int, *, secondary: bool, fresh_etc: bool, fresh: bool) -> None:
+        """Raise AshError if deploy() would refuse a snapshot that can be booted."""
+        require_known_deployments(self.layout, self.menu)
+        state = etc_state(self.layout.rootfs(self.running) / "etc") if self.running else ""
+        if fresh_etc or not self._up_to_date(snapshot, state, secondary):
+            self.choose_slot(snapshot, secondary=secondary, fresh=fresh)
 
     def choose_slot(self, snapshot: int, *, secondary: bool = False, fresh: bool = False) -> tuple[str, bool]:
         """The slot for a new deployment of a snapshot, and whether it has changes that no other deployment has.
@@ -9974,7 +10003,7 @@ class Deployments:
         if secondary:  # one without a deployment first: nobody's entry vanishes
             free.sort(key=self.menu.deployments.__contains__)
         # Its changes of /etc are kept, others are not.
-        unchanged = [slot for slot in free if not change_in_slot(self.layout, self.menu, slot)]
+        unchanged = [slot for slot in free if not any(changes_in_slot(self.layout, self.menu, slot))]
         expendable = next((slot for slot in unchanged if not self._unsaved_drift(slot)), None)
         return expendable or [*unchanged, *free][0], expendable is None
 
@@ -10113,8 +10142,11 @@ class Deployments:
             state = "is running" if is_running else "is what the machine goes back to"
             hint = "start another deployment, try again" if is_running else "let another deployment start first"
             raise AshError(f"the secondary deployment of snapshot {snapshot} {state}", hint, REFUSED)
-        for slot in [] if fresh else [one.slot for one in found]:
-            require_unchanged(self.layout, self.menu, slot)
+        for slot in [one.slot for one in found]:
+            if not fresh:
+                require_unchanged(self.layout, self.menu, slot)
+            elif loss := loss_in_slot(self.layout, self.menu, slot):
+                console.say(f"ash: {loss}")
         for slot in [one.slot for one in found]:
             self._keep_drift(slot)
             write_file(self.layout.work("deploy") / "intent", f"withdraw {slot}\n")
@@ -12468,6 +12500,8 @@ def cmd_deploy(system: System, request: Request) -> Plan:
             require_startable(system.layout.rootfs(number))
         except AshError as error:
             raise cannot_be_booted(number, error) from None
+        secondary = request.secondary or request.once
+        system.deployments().check(number, secondary=secondary, fresh_etc=request.fresh_etc, fresh=request.fresh)
     yield would(f"{'start snapshot' if request.once else 'deploy snapshot'} {number}{' once' if request.once else ''}")
     with step(f"deploying snapshot {number}"):
         options = {"secondary": request.secondary or request.once, "force": request.force}

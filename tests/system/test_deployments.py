@@ -420,13 +420,18 @@ def test_all_free_slots_have_changed_mutable_deployments(machine: Machine) -> No
         slot = machine.running("deploy", other, "--secondary")["slot"]
         (system.root(slot) / "opt/file").touch()
         slots.add(slot)
+        (system.root(slot) / "usr/local/file").touch()
     assert len(slots) == 2
     with system.nothing_changes():
-        error = machine.run("deploy", other, "--secondary", status=REFUSED).error
-        assert "/opt/file" in error
+        for words in (("deploy",), ("--dry-run", "deploy")):
+            error = machine.run(*words, other, "--secondary", status=REFUSED).error
+            assert " and 1 more" in error
+            assert "/opt/file" in error or "/usr/local/file" in error
         assert "/opt/file" in machine.run("deploy", other, "--no-secondary", status=REFUSED).error
-    assert machine.running("deploy", other, "--secondary", "--fresh")["slot"] in slots
-    assert machine.running("deploy", other, "--no-secondary", "--fresh")["changed"]
+    said = machine.run("deploy", other, "--secondary", "--fresh").stdout
+    assert "/opt/file" in said
+    assert "/usr/local/file" in said
+    assert "/opt/file" in machine.run("deploy", other, "--no-secondary", "--fresh").stderr
     system.ash("immutable", other)
 
 

@@ -258,6 +258,18 @@ def test_a_file_that_both_changed_is_kept_and_the_running_version_is_set_aside(m
     assert os.listdir(merge.target) == os.listdir(merge.running), "no leftovers for programs to read"
 
 
+def test_a_directory_that_both_changed_is_set_aside_with_its_attributes(merge: EtcMerge) -> None:
+    for etc, mode in ((merge.base, 0o755), (merge.running, 0o750), (merge.target, 0o711)):
+        (etc / "dir").chmod(mode)
+        (etc / "dir/file").write_text(f"{mode}\n")
+    merge.merge()
+    assert merge.in_conflict == ["dir", "dir/file"]
+    aside = merge.conflicts / "etc/dir"
+    assert aside.stat().st_mode & 0o777 == 0o750
+    assert (aside / "file").read_text() == f"{0o750}\n"
+    assert (merge.target / "dir").stat().st_mode & 0o777 == 0o711
+
+
 def test_an_edit_wins_over_a_packages_new_default(merge: EtcMerge) -> None:
     for name in ("file", "other", "dir/one", "dir/two"):
         (merge.target / name).write_text("default\n")
