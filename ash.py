@@ -8015,15 +8015,12 @@ class EtcMerge:
             make_private_directory(self.conflicts)
             # A symlink that was set aside is no directory for what the other side has below its name.
             tops = ("etc" if number == 1 else f"etc.{number}" for number in itertools.count(1))
-            places = (self.conflicts / top / path for top in tops)
-            if is_directory(version):  # what is in it may be there already
-                aside = next(place for place in places if is_directory(place) or is_free(place, self.conflicts))
-                aside.mkdir(parents=True, exist_ok=True)
-                copy_directory_attributes(version, aside)
-                return
-            aside = next(place for place in places if is_free(place, self.conflicts))
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(version, aside)
+            places, is_a_directory = (self.conflicts / top / path for top in tops), is_directory(version)
+            # What is in a directory may be there already.
+            free = (one for one in places if is_free(one, self.conflicts) or (is_a_directory and is_directory(one)))
+            aside = next(free)
+            (aside if is_a_directory else aside.parent).mkdir(parents=True, exist_ok=True)
+            (copy_directory_attributes if is_a_directory else copy_file)(version, aside)
 
 
 def copy_moved_base(merge: EtcMerge, new: Path, but: Sequence[str] = ()) -> None:

@@ -72,7 +72,8 @@ def test_symlinks_are_not_followed(merge: VarMerge, tmp_path: Path, side: str) -
 )
 def test_mailboxes_are_kept_as_homes_are(path: str, deletable: bool) -> None:
     assert is_deletable(path) is deletable
-    assert ("--delete-data" in Change(1, kept=[path]).summary()) is deletable
+    assert ("--delete-data" in Change(1, removed={"x": "1"}, kept=[path]).summary()) is deletable
+    assert "--delete-data" not in Change(1, kept=[path]).summary(), "only remove has that"
 
 
 def test_a_file_that_no_directory_can_replace_for_lack_of_room_is_put_back(
