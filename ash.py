@@ -4589,8 +4589,25 @@ class Overlay(NamedTuple):
 
     def mount_on(self, target: Path) -> None:
         """Mount it without redirects and metadata copies, so that `upper` alone shows what was changed."""
-        dirs = f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work}"
-        mount("overlay", target, "overlay", data=f"{dirs},redirect_dir=off,metacopy=off,index=off")
+        lower, options = self.lower, "redirect_dir=off,metacopy=off,index=off"
+        if self._has_equal_inodes():
+            empty = self.work.with_name(f"{self.work.name}-empty")
+            empty.mkdir(exist_ok=True)
+            mount("overlay", target, "overlay", data=f"lowerdir={lower}:{empty},{options}")
+            lower, options = target, f"{options},xino=on"
+        dirs = f"lowerdir={lower},upperdir={self.upper},workdir={self.work}"
+        mount("overlay", target, "overlay", data=f"{dirs},{options}")
+
+    def _has_equal_inodes(self) -> bool:
+        """Whether a file in `upper` may have the inode number of another one in `lower`: in two subvolumes of one btrfs.
+
+        overlayfs takes them for one file system, and shows both numbers as they are; programs that copy files with
+        several links would take them for one file. An overlay below, even an empty one, is a file system of its own.
+        """
+        with contextlib.suppress(OSError):  # another file system
+            is_one = file_system_id(self.lower) == file_system_id(self.upper)
+            return is_one and self.lower.stat().st_dev != self.upper.stat().st_dev
+        return False
 
 
 class Chroot(NamedTuple):

@@ -53,6 +53,20 @@ def test_a_new_entry_is_added_with_its_metadata(system: System, snapshot: int, e
     assert no_conflicts(system, snapshot)
 
 
+def test_no_new_file_has_the_inode_number_of_another(system: System, snapshot: int) -> None:
+    """/var and /home are subvolumes, and so is what a transaction writes to: each counts its inodes from 257 on."""
+    for live in (system.files.var / "lib/ash-inodes", system.files.home / "ash-inodes"):
+        live.mkdir()
+        for number in range(2000):
+            (live / f"old{number}").touch()
+    new = "for n in $(seq 500); do : > /var/lib/ash-inodes/new$n; : > /home/ash-inodes/new$n; done"
+    for directory in ("/var/lib/ash-inodes", "/home/ash-inodes"):
+        found = f"{new}; stat -c %d:%i {directory}/* | sort | uniq -d | wc -l; stat -c %d {directory} {directory}/* | sort -u"
+        said = system.ash("run", snapshot, "sh", "-c", found).stdout.split()
+        assert said[0] == "0", "numbers that several files have"
+        assert len(said) == 2, "find -xdev and tar --one-file-system see several file systems"
+
+
 def test_an_entry_without_live_changes_gets_the_transactions_changes(system: System, snapshot: int) -> None:
     system.shell(
         snapshot, "mkdir /var/lib/app; echo one > /var/lib/app/a; echo one > /var/lib/app/b; echo c > /var/lib/app/c"
