@@ -4599,7 +4599,7 @@ class Overlay(NamedTuple):
         mount("overlay", target, "overlay", data=f"{dirs},{options}")
 
     def _has_equal_inodes(self) -> bool:
-        """Whether a file in `upper` may have the inode number of another one in `lower`: in two subvolumes of one btrfs.
+        """Whether a file in `upper` may have the inode number of one in `lower`, in another subvolume of one btrfs.
 
         overlayfs takes them for one file system, and shows both numbers as they are; programs that copy files with
         several links would take them for one file. An overlay below, even an empty one, is a file system of its own.
