@@ -9253,12 +9253,12 @@ def loss_in_slot(layout: Layout, menu: Menu, slot: str) -> str:
 def require_unchanged(layout: Layout, menu: Menu, slot: str) -> None:
     """Raise AshError (REFUSED) if the deployment in a slot, which is to be deleted, was changed as it ran."""
     if paths := [*changes_in_slot(layout, menu, slot)]:
-        path, more = paths[0], f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        path = paths[0]
         deployment = f"the deployment of snapshot {menu.deployments[slot].snapshot} in {slot}"
         if is_subvolume(layout.rootfs(slot) / path):
             what = f"{deployment} has a subvolume that no other one has: /{one_line(path)}"
             raise AshError(what, "start it, and move what is in there; --fresh deletes it", REFUSED)
-        what = f"{deployment} is mutable, and was changed: /{one_line(path)}{more}"
+        what = f"{deployment} is mutable, and was changed: /{counted(paths, 1)}"
         raise AshError(what, "start it: ash rollback keeps it as a snapshot; --fresh deletes it", REFUSED)
 
 

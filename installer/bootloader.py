@@ -159,9 +159,9 @@ def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
     if efi.has("ash") and not efi.has("ash/."):  # GRUB's notes are in a directory of that name
         hint = "it is the program of a system of AshOS: move it, and the link /usr/bin/ash of that system"
         raise AshError("the EFI partition has a file ash", hint, REFUSED)
-    known = {uuid.replace("-", "") for uuid in own}
+    uuids = {one.uuid for disk in drives.devices() for one in disk if one.uuid} - {*own}
+    there = {uuid.replace("-", "") for uuid in uuids}  # GRUB has no dashes in that of LUKS
     for path in dict.fromkeys([SHARED, f"EFI/{ident}/{OWN}"]):
-        there = {one.uuid.replace("-", "") for disk in drives.devices() for one in disk if one.uuid} - known
         found = re.search(r"^(?:search\.fs_uuid|cryptomount -u) (\S+)", efi.read(path), re.MULTILINE)
         if found and found[1].replace("-", "") in there:
             what = f"{path} on the EFI partition starts another system of this machine, on the file system {found[1]}"

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,9 +111,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 def _make(words: Sequence[str]) -> int:
     args = _make_args(words)
-    named = _Words.of(args.words)
-    identity = _identity(args, named)
-    new = _installation(args, identity)
+    new = _installation(args)
     if args.prep_only:
         install.check_machine(new)
         print(preparation.report())
@@ -129,7 +127,7 @@ def _make(words: Sequence[str]) -> int:
         if args.disk:
             made = install.install_on_disk(args.disk, new, agree)
         else:
-            made = install.install_on_partitions(_places(named.devices, args), new, agree)
+            made = install.install_on_partitions(_places(_Words.of(args.words).devices, args), new, agree)
         print(f"{made.path}: {made.system}; log in {made.log}")
         print("Remove the live medium, and reboot.")
     if args.save_answers:
@@ -156,13 +154,13 @@ def _require_savable(path: Path) -> None:
         raise AshError(f"{path} is not a regular file", "--save-answers needs one", USAGE)
 
 
-def _installation(args: argparse.Namespace, identity: Identity) -> install.Installation:
+def _installation(args: argparse.Namespace) -> install.Installation:
     """What is to be installed; onto a disk, it prepares this machine first."""
-    installer = load_installer(identity.module)
-    source, settings = _source(args, installer), _settings(args, installer)
-    if args.image or args.make_rootfs or args.no_prep:
-        return install.Installation(source, settings, identity)
-    return preparation.PreparedInstallation(source, settings, identity, changes=not args.dry_run)
+    given = _given(args)
+    settings = _with_secrets(args, given)
+    if _is_for_elsewhere(args) or args.no_prep:
+        return install.Installation(given.source, settings, given.identity)
+    return preparation.PreparedInstallation(given.source, settings, given.identity, changes=not args.dry_run)
 
 
 def _make_args(words: Sequence[str]) -> argparse.Namespace:
@@ -191,13 +189,13 @@ def _require_place_that_fits(args: argparse.Namespace) -> None:
     if args.image and args.mode not in (None, "3"):
         what = f"--mode {args.mode} is for partitions: an image is a new file"
         raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
-    if args.keep_filesystem and (args.disk or args.image or args.make_rootfs):
+    if args.keep_filesystem and (args.disk or _is_for_elsewhere(args)):
         raise AshError("--keep-filesystem is for partitions: all else makes a new file system", SEE_HELP, USAGE)
-    if args.prep_only and (args.image or args.make_rootfs or args.no_prep or args.dry_run):
+    if args.prep_only and (_is_for_elsewhere(args) or args.no_prep or args.dry_run):
         raise AshError("--prep-only prepares this machine for an installation on its disks", SEE_HELP, USAGE)
-    if (args.luks or args.luks_passphrase_file) and (args.image or args.make_rootfs):
+    if _is_encrypted(args) and _is_for_elsewhere(args):
         raise AshError("an image is not encrypted: ash would not find what is in it", "--luks is for disks", USAGE)
-    if args.dry_run and (args.image or args.make_rootfs):
+    if args.dry_run and _is_for_elsewhere(args):
         raise AshError("there is no dry run of an image", "--dry-run is for disks of this machine", USAGE)
 
 
@@ -265,6 +263,11 @@ def _firmware(args: argparse.Namespace, installer: DistroInstaller) -> Sequence[
 def _is_for_elsewhere(args: argparse.Namespace) -> bool:
     """Whether the new system is not for this machine."""
     return bool(args.image or args.make_rootfs)
+
+
+def _is_encrypted(args: argparse.Namespace) -> bool:
+    """Whether the partition of the root is encrypted, or is to be."""
+    return bool(args.luks or args.luks_passphrase_file)
 
 
 def _network(args: argparse.Namespace, module: str) -> Network:
@@ -387,9 +390,10 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
     )
 
 
-def _settings(args: argparse.Namespace, installer: DistroInstaller) -> Settings:
-    settings = _given_settings(args, installer.id)
-    installer.check_names(settings)  # before anything is asked
+def _with_secrets(args: argparse.Namespace, given: install.Installation) -> Settings:
+    """The settings that are given, with the passwords that are missing: they are asked for."""
+    settings = given.settings
+    given.installer.check_names(settings)  # before anything is asked
     can_wait = args.make_rootfs or args.prep_only
     if args.luks and settings.passphrase is None and not can_wait:
         settings = replace(settings, passphrase=_asked_passphrase(is_new=args.mode != install.Mode.ADD.value))
@@ -413,11 +417,19 @@ def _asked_password(user: str) -> Password:
     if not sys.stdin.isatty():
         hint = "--password-file names a file; its first line is the password"
         raise AshError(f"the user {user} has no password", hint, USAGE)
+    return Password(_typed_unseen(f"Password of {user}: ", lambda text: "" if text else "It is empty."))
+
+
+def _typed_unseen(prompt: str, problem: Callable[[str], str], *, twice: bool = True) -> str:
+    """A text that is typed until nothing is wrong with it, as `problem` says, and it is typed the same twice."""
     while True:
-        text = getpass.getpass(f"Password of {user}: ")
-        if text and getpass.getpass("The same again: ") == text:
-            return Password(text)
-        print("They differ." if text else "It is empty.")
+        text = getpass.getpass(prompt)
+        if wrong := problem(text):
+            print(wrong)
+        elif not twice or getpass.getpass("The same again: ") == text:
+            return text
+        else:
+            print("They differ.")
 
 
 def _home_size(args: argparse.Namespace) -> int:
@@ -426,7 +438,7 @@ def _home_size(args: argparse.Namespace) -> int:
         return 0
     if not args.disk:
         raise AshError("--home-size is for --disk, which makes partitions", "else mount one by /etc/fstab", USAGE)
-    if args.luks or args.luks_passphrase_file:
+    if _is_encrypted(args):
         what = "a partition for /home would not be encrypted"
         raise AshError(what, "without --home-size, /home is in the encrypted one", USAGE)
     size = disk.parse_size(args.home_size) // disk.MIB * disk.MIB
@@ -449,16 +461,15 @@ def _asked_passphrase(*, is_new: bool = True) -> str:
     if not sys.stdin.isatty():
         hint = "--luks-passphrase-file names a file; its first line is the passphrase"
         raise AshError("there is no terminal to ask for the passphrase", hint, USAGE)
-    while True:
-        text = getpass.getpass("Passphrase of the disk: ")
+
+    def problem(text: str) -> str:
         try:
             luks.check_passphrase(text)
         except AshError as error:
-            print(f"{error}; {error.hint}.")
-            continue
-        if not is_new or getpass.getpass("The same again: ") == text:
-            return text
-        print("They differ.")
+            return f"{error}; {error.hint}."
+        return ""
+
+    return _typed_unseen("Passphrase of the disk: ", problem, twice=is_new)
 
 
 def _ssh_keys(path: Path | None) -> tuple[str, ...]:

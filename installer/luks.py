@@ -26,6 +26,7 @@ KEY_SIZE = 64  # bytes
 LONGEST = 255  # characters of a passphrase that GRUB reads
 # GRUB's own loops do not work in a core image.
 ATTEMPTS = 10
+WRONG = 2  # cryptsetup's exit status if no key slot is opened by a passphrase
 
 
 def check_passphrase(text: str) -> None:
@@ -89,9 +90,6 @@ class Luks:
     def for_grub(self) -> list[str]:
         """GRUB's commands to open the partition: if a passphrase is wrong, the next one asks again."""
         return [f"cryptomount -u {self.uuid.replace('-', '')}"] * ATTEMPTS
-
-
-WRONG = 2  # cryptsetup's exit status if no key slot is opened by a passphrase
 
 
 @contextmanager

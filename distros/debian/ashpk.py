@@ -621,8 +621,8 @@ class Debian(Distro):
     boot_tools = BootTools(bios_setup="/usr/lib/grub/i386-pc/grub-bios-setup")
     make_initramfs = ("update-initramfs", "-c", "-k")
     initramfs_settings = (
-        r"(initramfs-tools|initramfs|modprobe\.d|modules-load\.d|console-setup|cryptsetup-initramfs|cryptsetup-keys\.d|dropbear/initramfs"
-        r"|lvm|mdadm|multipath|iscsi|plymouth|udev/rules\.d|dracut\.conf\.d)/.*"
+        r"(initramfs-tools|initramfs|modprobe\.d|modules-load\.d|console-setup|dropbear/initramfs"
+        r"|cryptsetup-initramfs|cryptsetup-keys\.d|lvm|mdadm|multipath|iscsi|plymouth|udev/rules\.d|dracut\.conf\.d)/.*"
         r"|modules|crypttab|default/(keyboard|console-setup)|udev/[^/]*\.conf|systemd/network/.*\.link"
         r"|multipath\.conf|dracut\.conf"
     )

@@ -49,7 +49,7 @@ class Scene:
 def play(scene: Scene) -> None:
     """Have this process find the machine of a scene."""
     for name in ("COLUMNS", "LINES"):
-        os.environ.pop(name, None)  # readline sets them in whoever has started this
+        os.environ.pop(name, None)  # a caller that has loaded readline exports them
     replace = pytest.MonkeyPatch().setattr
     replace(drives, "devices", lambda: [drives.Device.of(one) for one in scene.disks])
     for name in ("exists", "is_block_device"):
