@@ -1023,6 +1023,23 @@ def replace_by_copy(
         protect(target, protection)
 
 
+def link_like(source: Path, target: Path, paths: Iterable[str]) -> None:
+    """Give files below `target` the hard links that equal files have below `source`. `paths`: those to look at."""
+    linked: dict[int, list[str]] = {}
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):
+            status = os.lstat(f"{source}/{path}")
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                linked.setdefault(status.st_ino, []).append(path)
+    for names in linked.values():
+        there = [path for path in names if has_real_parents(target, path)]
+        equal = [target / path for path in there if is_same(source / path, target / path)]
+        for place in equal[1:]:
+            if not place.samefile(equal[0]):
+                with unprotected(equal[0], place, place.parent), replace(place) as new:
+                    new.hardlink_to(equal[0])
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text from read_text() in place, even if the path is immutable; AshError if it is not a regular file."""
     about_to(f"write {path.name}")
@@ -1728,11 +1745,16 @@ class Configuration:
         return [path for path in listed if is_inner_path(path) and path.isprintable()]
 
 
+def mutable_place(snapshot: int) -> str:
+    """Where a snapshot's own mutable directories are stored below @.snapshots_D."""
+    return f"mutable_dirs/snapshot-{snapshot}"
+
+
 def mutable_directories(root: Path, snapshot: int) -> list[tuple[str, str]]:
     """A root's mutable directories: where each is stored below @.snapshots_D (AshOS's paths), its path in the root."""
     path = path_inside(root, "etc/ash.conf")
     conf = Configuration.parse(path.read_text(errors="replace")) if path.is_file() else Configuration({})
-    own = [(f"mutable_dirs/snapshot-{snapshot}/{name}", name) for name in conf.paths("mutable_dirs")]
+    own = [(f"{mutable_place(snapshot)}/{name}", name) for name in conf.paths("mutable_dirs")]
     return own + [(f"mutable_dirs/{name}", name) for name in conf.paths("mutable_dirs_shared")]
 
 
@@ -6758,7 +6780,8 @@ class WorkDir:
             self.system.renew_snapshot_menu()
         sync_filesystem(layout.snapshots)
         outcome = {"conflicts": merged.conflicts, "kept": merged.kept}
-        facts = {**outcome, **intent.facts}
+        # A change of /var alone is none that an undo takes back.
+        facts = {"in_root": isinstance(intent, Commit), **outcome, **intent.facts}
         recorded = self.record(intent.caller, {"id": intent.id, **facts}, [n], again)
         if isinstance(intent, Commit) and self.root.exists():
             delete_subvolume(layout.undo(n), even_mounted=True)
@@ -7840,9 +7863,10 @@ class EtcMerge:
                 self._carry(path)
         for path in reversed([] if fresh else [p for p, kind in drift.items() if kind == "removed"]):
             self._carry_removal(path)
-        if self.identity:
-            for path in [p for p in paths_below(self.running) if re.fullmatch(IDENTITY, p) and p not in drift]:
-                self._carry_identity(path)
+        paths = paths_below(self.running)
+        for path in [p for p in paths if re.fullmatch(IDENTITY, p) and p not in drift]:
+            self._carry_identity(path)
+        link_like(self.running, self.target, paths)
 
     def _without_deep_paths(self, drift: Mapping[str, str]) -> dict[str, str]:
         """Leave out paths that are too deep, and record the topmost ones as conflicts."""
@@ -8034,8 +8058,7 @@ class EtcMerge:
             tops = ("etc" if number == 1 else f"etc.{number}" for number in itertools.count(1))
             places, is_a_directory = (self.conflicts / top / path for top in tops), is_directory(version)
             # What is in a directory may be there already.
-            free = (one for one in places if is_free(one, self.conflicts) or (is_a_directory and is_directory(one)))
-            aside = next(free)
+            aside = next(p for p in places if is_free(p, self.conflicts) or (is_a_directory and is_directory(p)))
             (aside if is_a_directory else aside.parent).mkdir(parents=True, exist_ok=True)
             (copy_directory_attributes if is_a_directory else copy_file)(version, aside)
 
@@ -9289,6 +9312,17 @@ def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None
         rewrite(path_inside(root, "etc/fstab"), text)
 
 
+def hidden_by_mutable_directories(layout: Layout, root: Path, snapshot: int) -> list[str]:
+    """What nobody sees of a root since its mutable directories, which lack it, are mounted over it: for the user."""
+    notes = []
+    for kept, seen in mutable_directories(root, snapshot):
+        place, own = layout.snapshots / kept, path_inside(root, seen)
+        if hidden := sorted({*os.listdir(own)} - {*os.listdir(place)}) if is_directory(own) else []:
+            what = f"hides what snapshot {snapshot} has there: {counted(hidden)}"
+            notes.append(f"/.snapshots/{kept} is mounted over /{seen}, and {what}")
+    return notes
+
+
 def make_from_etc(layout: Layout, root: Path, snapshot: int, changed: Sequence[str]) -> None:
     """Make the quick part of what is made from the /etc of a deployment, where these paths in it have changed."""
     if "ash.conf" in changed:
@@ -10058,8 +10092,9 @@ class Deployments:
             if error.status == USAGE:  # a wrong value: which ones are right
                 hint = "; ".join(filter(None, [error.hint, hint]))
             raise cannot_be_booted(snapshot, error, hint) from None
+        hidden = hidden_by_mutable_directories(layout, new, snapshot)
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
-        return deployment._replace(own_etc=etc_state(new / "etc"))
+        return deployment._replace(own_etc=etc_state(new / "etc"), notes=[*deployment.notes, *hidden])
 
     def _bring_saved(self, deployment: Deployment, root: Path, wanted: bool) -> Deployment:
         """Name what was saved from the running /etc into other snapshots only, or, if `wanted`, carry it too.
@@ -12227,11 +12262,23 @@ COPIES: Mapping[str, Any] = {"group": TREE, "changes": True, "options": [DESCRIP
 COPIES_ONE = {**COPIES, "numbers": 1, "require": System.require}
 
 
+def without_mutable(system: System, source: int, copy: int) -> str:
+    """A line that says that a copy has nothing of what its original has in its own mutable directories, if it has."""
+    top, root = system.layout.snapshots / mutable_place(source), system.layout.rootfs(source)
+    listed_there = mutable_directories(root, source) if is_directory(top) else []
+    seen = [
+        name
+        for kept, name in listed_there
+        if kept == f"{mutable_place(source)}/{name}" and any(paths_below(top / name))
+    ]
+    return f"\n  {copy} begins without what {source} has in its mutable directories: {listed(seen)}" if seen else ""
+
+
 def copy_below(system: System, request: Request, source: int, parent: int | None, what: str) -> Reply:
     """Copy a snapshot below another, or (None) to the top of the tree, and reply `what` the copy is: "a clone of 5"."""
     number = copy_snapshot(system, source, parent, request.description or what.removeprefix("a "))
     data = {"snapshot": number, "changed": True, "from": source, "parent": parent}
-    return Reply(data, f"snapshot {number} is {what}", str(number))
+    return Reply(data, f"snapshot {number} is {what}{without_mutable(system, source, number)}", str(number))
 
 
 @command("clone", "cl", "tree-clone", usage="clone [N] [-d TEXT]", help="copy N as a new top-level tree", **COPIES_ONE)
@@ -12252,7 +12299,8 @@ def cmd_clone_tree(system: System, request: Request) -> Plan:
     copy = copies[number]
     data: dict[str, Any] = {"snapshot": copy, "changed": True, "from": number, "parent": tree.parent(number)}
     data["copies"] = {str(old): new for old, new in copies.items()}
-    return Reply(data, f"snapshot {copy} is a clone of {number}, with {len(copies) - 1} below it", str(copy))
+    without = "".join(without_mutable(system, old, new) for old, new in copies.items())
+    return Reply(data, f"snapshot {copy} is a clone of {number}, with {len(copies) - 1} below it{without}", str(copy))
 
 
 @command("branch", "add-branch", usage="branch [N] [-d TEXT]", help="make a new child of N", **COPIES_ONE)
@@ -12340,7 +12388,7 @@ def cmd_log(system: System, request: Request) -> Reply:
     "del", "delete", "rm", "rem", "rm-snapshot", group=TREE, usage="del N...",
     help="delete N and its branches, after asking", changes=True, numbers=MANY, required=1, several=True,
     frees_space=True, options=[flag("--nuke", help="also the remains of a damaged snapshot that is not in the tree")],
-    answer={"snapshots": [int], "changed": bool},
+    answer={"snapshots": [int], "changed": bool, "kept": [str]},
 )  # fmt: skip
 def cmd_del(system: System, request: Request) -> Plan:
     doomed = numbers_to_delete(system, request.snapshots, request.nuke)
@@ -12350,7 +12398,10 @@ def cmd_del(system: System, request: Request) -> Plan:
     yield would(f"delete {names}", snapshots=doomed)
     require_confirmation(request, f"delete {'snapshot' if len(doomed) == 1 else 'snapshots'} {names}")
     deleted = delete_snapshots(system, request.snapshots, request.nuke)
-    return Reply({"snapshots": deleted, "changed": True}, f"deleted {names}")
+    places = [mutable_place(number) for number in deleted]
+    kept = [f"/.snapshots/{place}" for place in places if paths_below(system.layout.snapshots / place)]
+    text = f"deleted {names}" + (f"\n  kept, and deleted by nobody: {listed(kept)}" if kept else "")
+    return Reply({"snapshots": deleted, "changed": True, "kept": kept}, text)
 
 
 CHANGES_MUTABLE = {
@@ -12407,6 +12458,9 @@ DEPLOYED_SHAPE = {
 }  # fmt: skip
 
 
+MOST_NAMED = 40  # paths in a line; --json has all of them
+
+
 def place_of_copies(deployment: Deployment) -> str:
     """Where copies of what was left behind are; there are none of what was only deleted, or is damaged."""
     return f" (copies are in {deployment.conflicts_folder})" if deployment.conflicts_folder else ""
@@ -12424,18 +12478,19 @@ def deployed_reply(
     text = f"snapshot {number} {where}" if changed else f"snapshot {number} is already deployed"
     if changed and deployment.carried:
         source = "the running /etc" if in_memory is None else "the /etc of the deployment that ran last"
-        text += f"\n  carried over from {source}: {listed(deployment.carried)}"
+        text += f"\n  carried over from {source}: {counted(deployment.carried, MOST_NAMED)}"
     if in_memory:
-        text += f"\n  not carried over, since the running /etc is in memory: {listed(in_memory)}"
+        text += f"\n  not carried over, since the running /etc is in memory: {counted(in_memory, MOST_NAMED)}"
     if changed and deployment.people:
-        text += f"\n  accounts as in the running system: {listed(deployment.people)}"
+        text += f"\n  accounts as in the running system: {counted(deployment.people, MOST_NAMED)}"
     if changed:
         text += "".join(f"\n  {one_line(note)}" for note in deployment.notes)
     if changed and deployment.conflicts:
-        text += f"\n  left behind because of conflicts{place_of_copies(deployment)}: {listed(deployment.conflicts)}"
+        text += f"\n  left behind because of conflicts{place_of_copies(deployment)}: "
+        text += counted(deployment.conflicts, MOST_NAMED)
     if changed and deployment.only_saved:
         text += f"\n  saved in a snapshot, but not in {number} (--with-saved brings it): "
-        text += listed(deployment.only_saved)
+        text += counted(deployment.only_saved, MOST_NAMED)
     if changed:
         text += "".join(f"\n  without effect: {one_line(what)}" for what in deployment.without_effect)
     data = {
@@ -12538,6 +12593,15 @@ def undo_live(system: System, number: int) -> LiveResult:
         return change_live(system, "undoing the change in", partial(take_back, newer=newer, older=older))
 
 
+def last_change(history: History, number: int) -> str:
+    """The change of a snapshot that an undo takes back: its command, and when it ended."""
+    for entry in reversed(history.read()):
+        if entry.get("snapshot") == number and entry.get("result") == "done" and entry.get("in_root"):
+            command = " ".join(["ash", *map(str, entry.get("arguments", []))])
+            return one_line(f"{command}, of {str(entry.get('time', ''))[:16].replace('T', ' ')}")
+    return "its last change"
+
+
 @command(
     "undo", group=BOOT, usage="undo N", help="put N back to what it was before its last change; twice is redo",
     **CHANGES_ONE, required=1, frees_space=True, retries=False,  # a second undo would be a redo
@@ -12551,16 +12615,18 @@ def cmd_undo(system: System, request: Request) -> Plan:
     before, now = system.layout.undo(number), system.layout.rootfs(number)
     was_live = number == system.current and before.exists() and is_live(system, now, before)
     live = goes_live(system, request, [number], by_default=was_live)
+    undone = last_change(system.history, number)
     change = undo_change(system, number)
     newer = newer_state(system, change)
-    lines = [change.summary("is as it was before its last change")]
+    lines = [change.summary(f"is as it was before {undone}")]
     lines += [f"  /var still has the state of the newer {name}" for name in newer]
     reply = Reply({**change_data(change), "newer_state": newer}, "\n".join(lines))
     if live:
         result = undo_live(system, number)
         data, text = {**reply.data, "live": vars(result)}, f"{reply.text}\n{result.text()}"
         return Reply(data, text, status=FAILED if result.error else 0)
-    if number in {deployment.snapshot for deployment in system.menu().deployments.values()}:
+    deployed = {one.source for one in system.menu().deployments.values() if one.snapshot == number}
+    if deployed - {subvolume_id(now)}:
         text = f"{reply.text}\nits deployment stays as it is: ash deploy {number}, then reboot"
         return reply._replace(text=text)
     return reply
@@ -15939,7 +16005,8 @@ def cmd_status(system: System, request: Request) -> Reply:
         f"free space:   {free / 2**30:.1f} of {size / 2**30:.1f} GiB",
         f"/etc drift:   {shown}",
         *(
-            f"only there:   changes of /etc in {one['slot']} (snapshot {one['snapshot']}): {listed(one['paths'])}"
+            f"only there:   changes of /etc in {one['slot']} (snapshot {one['snapshot']}): "
+            + counted(one["paths"], MOST_NAMED)
             for one in only_there or ()
         ),
         *(f"warning:      {device} is a copy of this disk, with the same UUID (ash fsck)" for device in copies or ()),

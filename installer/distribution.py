@@ -268,7 +268,7 @@ class DistroInstaller:
         names = dict.fromkeys([settings.hostname, settings.hostname.partition(".")[0]])
         (etc / "hosts").write_text(HOSTS.format(names=" ".join(names)))
         efi = f"UUID={target.efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if target.efi else ""
-        home = f"UUID={target.home_uuid} /home btrfs noatime,compress=zstd 0 2\n" if target.home else ""
+        home = fstab_line_of_home(target.home_uuid, settings.compression) if target.home else ""
         (etc / "fstab").write_text(efi + home)
         encrypted = ENCRYPTED if target.luks else ""
         (etc / "default/grub").write_text(DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
@@ -334,6 +334,17 @@ class DistroInstaller:
             keys.chmod(0o600)
             for path in (directory, keys):
                 os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def fstab_line_of_home(home: str, compression: str) -> str:
+    """The line of fstab for a partition for /home.
+
+    Args:
+        home: the UUID of its file system.
+        compression: see Settings.
+    """
+    compress = "" if compression == "none" else f",compress={compression or 'zstd'}"
+    return f"UUID={home} /home btrfs noatime{compress} 0 2\n"
 
 
 def set_password(root: Path, user: str, password: Password) -> None:

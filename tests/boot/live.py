@@ -15,7 +15,7 @@ from tests.boot.checks import said
 from tests.support import CHECKOUT, Disk, program
 
 INSTALLER = ("ash.py", "init.py", "distros", "installer", "profiles")
-TOOLS = ("fdisk", "mtools", "efibootmgr", "cryptsetup-bin", "lvm2", "mdadm")
+TOOLS = ("fdisk", "mtools", "efibootmgr", "cryptsetup-bin", "lvm2", "mdadm", "parted")
 INIT = "python3 /home/checkout/init.py"
 ROOT = "/home/root.tar"
 SIZE = 4 << 30  # of an empty disk

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: AGPL-3.0-or-later
 """A live system installs onto disks of all kinds, with all kinds of choices; each then starts alone."""
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from installer.machine import DISK_HARDWARE, Machine
+from installer.machine import DISK_HARDWARE, Machine, MachineError
 from tests.boot.checks import runs_snapshot, said
 from tests.boot.conftest import Boot
 from tests.boot.live import INIT, attached, empty_disk, installs, is_well, make_live, unlock, with_packages
@@ -15,19 +17,19 @@ from tests.support import Disk, program
 pytestmark = [pytest.mark.boot, pytest.mark.budget(7200)]
 
 PASSPHRASE = "correct horse 7!"
-MBR = "parted --script /dev/vdb mklabel msdos mkpart primary 1MiB 100%"
+MBR = "parted --script {disk} mklabel msdos mkpart primary 1MiB 100%"
 GPT_EFI = (
-    "parted --script /dev/vdb mklabel gpt mkpart efi fat32 1MiB 100MiB set 1 esp on mkpart root 100MiB 100%"
-    " && mkfs.vfat -F 32 /dev/vdb1"
+    "parted --script {disk} mklabel gpt mkpart efi fat32 1MiB 100MiB set 1 esp on mkpart root 100MiB 100%"
+    " && mkfs.vfat -F 32 {disk}1"
 )
 
 
 class Variant(NamedTuple):
-    """An installation.
+    """An installation. In what is given to the live system, `{disk}` is the other disk.
 
     Args:
         options: of the installer.
-        uefi, secure: how the machine starts.
+        firmware: "BIOS", "UEFI" or "Secure Boot"; a live system of each installs all of its variants.
         hardware: what the other disk is, for QEMU.
         prepare: a command of the live system, before the installation.
         user: who logs in on the new system.
@@ -36,8 +38,7 @@ class Variant(NamedTuple):
     """
 
     options: str
-    uefi: bool = False
-    secure: bool = False
+    firmware: str = "BIOS"
     hardware: str = DISK_HARDWARE
     prepare: str = "true"
     user: str = "root"
@@ -50,49 +51,57 @@ class Variant(NamedTuple):
         return "--luks" in self.options
 
 
+UEFI, WHOLE = "UEFI", "--disk {disk}"
 LUKS = "--luks-passphrase-file /run/passphrase"
 COMPRESSION = "btrfs property get / compression"
 VARIANTS = {
-    "BIOS, GPT": Variant("--disk /dev/vdb"),
-    "BIOS, MBR": Variant("/dev/vdb1 /dev/vdb", prepare=MBR),
-    "BIOS, GPT, LUKS": Variant(f"--disk /dev/vdb {LUKS}"),
-    "BIOS, MBR, LUKS": Variant(f"/dev/vdb1 /dev/vdb {LUKS}", prepare=MBR),
-    "UEFI": Variant("--disk /dev/vdb", uefi=True),
-    "UEFI, an EFI partition that is kept": Variant("/dev/vdb2 /dev/vdb /dev/vdb1 --mode 2", uefi=True, prepare=GPT_EFI),
+    "BIOS, GPT": Variant(WHOLE),
+    "BIOS, MBR": Variant("{disk}1 {disk}", prepare=MBR),
+    "BIOS, GPT, LUKS": Variant(f"{WHOLE} {LUKS}"),
+    "BIOS, MBR, LUKS": Variant(f"{{disk}}1 {{disk}} {LUKS}", prepare=MBR),
+    "UEFI": Variant(WHOLE, UEFI),
+    "UEFI, an EFI partition that is kept": Variant("{disk}2 {disk} {disk}1 --mode 2", UEFI, prepare=GPT_EFI),
     "UEFI, LUKS, a swap file": Variant(
-        f"--disk /dev/vdb {LUKS} --swap 64M --discard",
-        uefi=True,
+        f"{WHOLE} {LUKS} --swap 64M --discard",
+        UEFI,
         check="swapon --show=NAME --noheadings",
         shows="/swap/swapfile",
     ),
-    "Secure Boot": Variant("--disk /dev/vdb", secure=True, check="dmesg | grep -c 'locked down'", shows="1"),
+    "Secure Boot": Variant(WHOLE, "Secure Boot", check="dmesg | grep -c 'locked down'", shows="1"),
     "a partition for /home": Variant(
-        "--disk /dev/vdb --home-size 300M --user ada --password-file /run/passphrase",
+        f"{WHOLE} --home-size 300M --user ada --password-file /run/passphrase --compress none",
         user="ada",
-        check="findmnt --noheadings --output SOURCE /home; ls /home",
-        shows="/dev/vda4\nada",
+        check="findmnt --noheadings --output SOURCE,OPTIONS /home | grep -v compress && ls /home",
+        shows="ada",
     ),
-    "NVMe": Variant("--disk /dev/nvme0n1", uefi=True, hardware="nvme,serial=ash"),
+    "NVMe": Variant(WHOLE, UEFI, hardware="nvme,serial=ash"),
     "4 KiB sectors": Variant(
-        "--disk /dev/vdb",
-        uefi=True,
+        WHOLE,
+        UEFI,
         hardware=f"{DISK_HARDWARE},logical_block_size=4096,physical_block_size=4096",
         check="cat /sys/block/vda/queue/logical_block_size",
         shows="4096",
     ),
-    "old LVM": Variant(
-        "--disk /dev/vdb", prepare="pvcreate /dev/vdb && vgcreate old /dev/vdb && vgchange --activate n old"
-    ),
+    "old LVM": Variant(WHOLE, prepare="pvcreate {disk} && vgcreate old {disk} && vgchange --activate n old"),
     "old RAID": Variant(
-        "--disk /dev/vdb",
-        prepare="mdadm --create /dev/md7 --run --level=1 --raid-devices=2 /dev/vdb missing && mdadm --stop /dev/md7",
+        WHOLE,
+        prepare="mdadm --create /dev/md7 --run --level=1 --raid-devices=2 {disk} missing && mdadm --stop /dev/md7",
     ),
-    "lzo": Variant("--disk /dev/vdb --compress lzo", uefi=True, check=COMPRESSION, shows="lzo"),
-    "zlib": Variant("--disk /dev/vdb --compress zlib", check=COMPRESSION, shows="zlib"),
+    "lzo": Variant(f"{WHOLE} --compress lzo", UEFI, check=COMPRESSION, shows="lzo"),
+    "zlib, zram": Variant(
+        f"{WHOLE} --compress zlib --swap zram",
+        check=f"{COMPRESSION} && swapon --show=NAME --noheadings",
+        shows="zlib\n/dev/zram0",
+    ),
     "a profile, from the network": Variant(
-        "--disk /dev/vdb --profile server", check="ash current; systemctl is-active ssh", shows="1\nactive"
+        f"{WHOLE} --profile server", check="ash current; systemctl is-active ssh", shows="1\nactive"
     ),
 }
+
+
+def modes(firmware: str) -> dict[str, Any]:
+    """How a machine with this firmware is started."""
+    return {"uefi": firmware == UEFI, "secure": firmware == "Secure Boot"}
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +109,49 @@ def live(image: Path, rootfs: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The disk of the live system."""
     directory = tmp_path_factory.mktemp("live")
     root, made = directory / "root.tar", directory / "live.img"
-    with_packages(rootfs, root, "cryptsetup-initramfs")
+    with_packages(rootfs, root, "cryptsetup-initramfs", "systemd-zram-generator")
     program("cp", "--sparse=always", "--reflink=auto", image, made)
     make_live(Disk(made), root)
     root.unlink()
     return Disk(made)
 
 
+@pytest.fixture(scope="module")
+def installed(live: Disk, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mapping[str, Disk]]:
+    """Installs all variants of a firmware, each on a disk of its own; returns those on which that succeeded."""
+
+    @functools.cache
+    def install(firmware: str) -> Mapping[str, Disk]:
+        directory, done, devices = tmp_path_factory.mktemp("installed"), dict[str, Disk](), []
+        variants = {name: variant for name, variant in VARIANTS.items() if variant.firmware == firmware}
+        disks = {name: empty_disk(directory, str(number)) for number, name in enumerate(variants)}
+        for number, (name, variant) in enumerate(variants.items()):
+            devices += ["-drive", f"file={disks[name].image},format=raw,if=none,id=other{number},cache=unsafe"]
+            devices += ["-device", f"{variant.hardware},drive=other{number}"]
+        letters = iter("bcdefghijklmnop")
+        log = directory / "console.log"
+        with Machine(live.image, log=log, snapshot=True, devices=devices, **modes(firmware)) as machine:
+            machine.login()
+            said(machine, f"echo '{PASSPHRASE}' > /run/passphrase")
+            for name, variant in variants.items():
+                disk = "/dev/nvme0n1" if variant.hardware.startswith("nvme") else f"/dev/vd{next(letters)}"
+                try:
+                    said(machine, variant.prepare.format(disk=disk))
+                    print(installs(machine, f"{variant.options.format(disk=disk)} --yes --hostname installed"))
+                    done[name] = disks[name]
+                except MachineError as error:
+                    print(f"{name}: {error}")
+            machine.poweroff()
+        return done
+
+    return install
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_is_installed_starts_alone(live: Disk, boot: Boot, tmp_path: Path, name: str) -> None:
-    variant, other = VARIANTS[name], empty_disk(tmp_path, "other")
-    drive = ["-drive", f"file={other.image},format=raw,if=none,id=other,cache=unsafe"]
-    devices = [*drive, "-device", f"{variant.hardware},drive=other"]
-    how = {"uefi": variant.uefi, "secure": variant.secure}
-    with boot(live, snapshot=True, devices=devices, **how) as machine:
-        machine.login()
-        said(machine, f"echo '{PASSPHRASE}' > /run/passphrase")
-        said(machine, variant.prepare)
-        installs(machine, f"{variant.options} --yes --hostname installed")
-        machine.poweroff()
-    with boot(other, hardware=variant.hardware, **how) as machine:
+def test_what_is_installed_starts_alone(installed: Callable[[str], Mapping[str, Disk]], boot: Boot, name: str) -> None:
+    variant = VARIANTS[name]
+    other = installed(variant.firmware)[name]
+    with boot(other, hardware=variant.hardware, **modes(variant.firmware)) as machine:
         if variant.is_encrypted:
             unlock(machine, PASSPHRASE)
         machine.login(variant.user, PASSPHRASE)
@@ -130,6 +162,7 @@ def test_what_is_installed_starts_alone(live: Disk, boot: Boot, tmp_path: Path, 
         if variant.is_encrypted:
             new_initramfs_opens_too(machine)
         machine.cut_power()
+    other.image.unlink()
 
 
 def new_initramfs_opens_too(machine: Machine) -> None:

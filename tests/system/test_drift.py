@@ -158,6 +158,10 @@ def test_deploy_reports_what_it_carried_and_what_not(machine: Machine, snapshot:
     (machine.etc / "issue").unlink()
     text = machine.system.ash("deploy", other).stdout
     assert "left behind because of conflicts: issue\n" in text, "there is no copy of what was deleted"
+    for number in range(50):
+        (machine.etc / f"many{number}").touch()
+    text = machine.system.ash("deploy", other).stdout
+    assert re.search(r"carried over from the running /etc: .* and \d+ more\n", text)
 
 
 def test_drift_is_carried_from_deployment_to_deployment(machine: Machine, snapshot: int) -> None:
@@ -308,6 +312,20 @@ def test_a_mutable_directory_is_not_saved_as_a_users_line(machine: Machine, snap
     assert ("mutable_dirs" in saved, " /stick " in saved) == (False, True)
     machine.deploy(snapshot)
     assert (machine.next_etc / "fstab").read_text().count(" /opt/games ") == 1
+
+
+def test_hard_links_stay_hard_links(machine: Machine, snapshot: int) -> None:
+    for name in ("one", "other", "apart"):
+        (machine.etc / name).write_text("text\n")
+    (machine.etc / "link").hardlink_to(machine.etc / "one")
+    (machine.etc / "name").hardlink_to(machine.etc / "hostname")
+    (machine.etc / "changed").hardlink_to(machine.etc / "other")
+    machine.running("deploy", snapshot)
+    inodes = {path: (machine.next_etc / path).stat().st_ino for path in ("one", "link", "hostname", "name", "apart")}
+    assert inodes["one"] == inodes["link"] != inodes["apart"]
+    assert inodes["name"] == inodes["hostname"]
+    saved = machine.system.root(machine.running("etc-update")["snapshot"]) / "etc"
+    assert (saved / "one").stat().st_ino == (saved / "link").stat().st_ino
 
 
 def test_a_deleted_file_stays_deleted(machine: Machine, snapshot: int) -> None:

@@ -139,6 +139,27 @@ def test_mutable_directories_are_not_in_the_transaction_but_in_fstab(system: Sys
     system.ash("deploy", 0)
 
 
+def test_it_is_said_what_a_mutable_directory_hides_and_what_is_kept_of_it(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "mkdir -p /opt/games/maps; echo hidden > /opt/games/chess; echo kept > /opt/games/go")
+    system.shell(snapshot, "echo mutable_dirs::opt/games > /etc/ash.conf")
+    place = f"/.snapshots/mutable_dirs/snapshot-{snapshot}/opt/games"
+    hidden = f"{place} is mounted over /opt/games, and hides what snapshot {snapshot} has there: chess, go, maps"
+    assert hidden in system.ash("deploy", snapshot).stdout
+    system.ash("deploy", 0)
+    system.shell(snapshot, "mkdir /opt/games/maps; echo mine > /opt/games/chess; touch /opt/games/go")
+    assert "hides" not in system.ash("deploy", snapshot).stdout
+    system.ash("deploy", 0)
+    cloned = system.ash("clone", snapshot).stdout
+    copy = snapshot + 1
+    assert f"begins without what {snapshot} has in its mutable directories: opt/games" in cloned
+    assert not system.ash("--json", "clone", 0).stdout.count("mutable")
+    assert "kept" not in system.ash("--yes", "del", copy).stdout
+    deleted = system.ash("--yes", "del", snapshot)
+    kept = f"/.snapshots/mutable_dirs/snapshot-{snapshot}"
+    assert f"kept, and deleted by nobody: {kept}" in deleted.stdout
+    assert (system.files.snapshots / f"mutable_dirs/snapshot-{snapshot}/opt/games/chess").read_text() == "mine\n"
+
+
 def test_a_mutable_directory_cannot_lead_out_of_its_place(system: System, snapshot: int) -> None:
     system.shell(snapshot, "printf 'mutable_dirs::../../x,/opt//y/\\n' > /etc/ash.conf")
     system.shell(snapshot, "echo y > /opt/y/y")

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_undo_of_a_deployed_snapshot_leaves_its_deployment_as_it_is(system: Syst
     assert not (system.root(system.files.default_slot()) / "etc/mark").exists()
     system.ash("deploy", 0)
     system.is_sound()
+
+
+def test_undo_of_what_is_not_deployed_yet_asks_for_no_deploy(system: System, snapshot: int) -> None:
+    system.ash("deploy", snapshot)
+    system.shell(snapshot, "echo one > /etc/mark")
+    assert "ash deploy" not in system.ash("undo", snapshot).stdout
+    assert "already deployed" in system.ash("deploy", snapshot).stdout
+    system.ash("deploy", 0)
+
+
+def test_undo_names_the_change_that_it_takes_back(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo one > /etc/mark")
+    system.shell(snapshot, "echo two > /var/mark")  # which has nothing to undo
+    system.ash("desc", snapshot, "text")
+    first = system.ash("undo", snapshot).stdout
+    assert re.search(rf"as it was before ash .*run {snapshot} sh -ec echo one > /etc/mark, of 20\d\d-", first)
+    again = system.ash("undo", snapshot).stdout
+    assert re.search(rf"as it was before ash .*undo {snapshot}, of 20", again)
 
 
 def test_undo_of_a_snapshot_that_is_being_changed_is_locked(system: System, snapshot: int) -> None:

@@ -12,7 +12,7 @@ from ash import MISSING, REFUSED, USAGE, AshError, Layout
 from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
 from installer import cli, disk, drives, first_snapshot, host, install, swap
-from installer.distribution import Identity, Network, Settings, Source
+from installer.distribution import Identity, Network, Settings, Source, fstab_line_of_home
 from installer.hardware import Hardware
 from installer.swap import Swap
 
@@ -41,6 +41,14 @@ def test_other_swap_is_refused(words: list[str]) -> None:
         Swap.of(words)
     assert caught.value.status == USAGE
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("compression", "options"),
+    [("", "noatime,compress=zstd"), ("lzo", "noatime,compress=lzo"), ("none", "noatime")],
+)
+def test_a_partition_for_home_is_compressed_as_chosen(compression: str, options: str) -> None:
+    assert fstab_line_of_home("1234", compression) == f"UUID=1234 /home btrfs {options} 0 2\n"
 
 
 def test_swap_is_in_the_fstab_of_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
