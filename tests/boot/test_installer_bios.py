@@ -7,7 +7,7 @@ import pytest
 
 from tests.boot.checks import is_immutable, runs_snapshot, said
 from tests.boot.conftest import Boot
-from tests.boot.live import ROOT, attached, content, empty_disk, installs, is_well, make_live, run_several
+from tests.boot.live import ROOT, attached, content, empty_disk, installs, is_well, make_live, run_several, small_root
 from tests.support import Disk, program
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(350)]
@@ -40,7 +40,10 @@ WRONG = [
 
 def test_with_a_bios_onto_a_partition(disk: Disk, boot: Boot, rootfs: Path, tmp_path: Path) -> None:
     """In the documented form, on a partition that parted made; nothing of what is wrong changes a disk."""
-    make_live(disk, rootfs, [f"--rootfs {ROOT} {options}" for options, _ in WRONG])
+    root = tmp_path / "root.tar"
+    small_root(rootfs, root)
+    make_live(disk, root, [f"--rootfs {ROOT} {options}" for options, _ in WRONG])
+    root.unlink()
     other, swap, raid = (empty_disk(tmp_path, name) for name in ("other", "swap", "raid"))
     small = empty_disk(tmp_path, "small", 100 << 20)
     program("parted", "--script", other.image, "mklabel", "msdos", "mkpart", "primary", "1MiB", "3900MiB")

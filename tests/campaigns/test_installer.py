@@ -11,7 +11,7 @@ import pytest
 from installer.machine import DISK_HARDWARE, Machine, MachineError
 from tests.boot.checks import runs_snapshot, said
 from tests.boot.conftest import Boot
-from tests.boot.live import INIT, attached, empty_disk, installs, is_well, make_live, unlock, with_packages
+from tests.boot.live import INIT, attached, empty_disk, installs, is_well, make_live, small_root, unlock
 from tests.support import Disk, program
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(7200)]
@@ -109,7 +109,7 @@ def live(image: Path, rootfs: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The disk of the live system."""
     directory = tmp_path_factory.mktemp("live")
     root, made = directory / "root.tar", directory / "live.img"
-    with_packages(rootfs, root, "cryptsetup-initramfs", "systemd-zram-generator")
+    small_root(rootfs, root, "cryptsetup-initramfs", "systemd-zram-generator")
     program("cp", "--sparse=always", "--reflink=auto", image, made)
     make_live(Disk(made), root)
     root.unlink()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.boot.checks import is_immutable, refused, runs_snapshot, said
 from tests.boot.conftest import Boot
-from tests.boot.live import INIT, ROOT, attached, empty_disk, installs, is_well, make_live, unlock, with_packages
+from tests.boot.live import INIT, ROOT, attached, empty_disk, installs, is_well, make_live, small_root, unlock
 from tests.support import Disk
 
 pytestmark = [pytest.mark.boot, pytest.mark.budget(500)]
@@ -18,7 +18,7 @@ PASSPHRASE = "correct horse 7!"
 def test_with_uefi_onto_whole_disks(disk: Disk, boot: Boot, rootfs: Path, tmp_path: Path) -> None:
     """One with two systems, one that is encrypted."""
     root = tmp_path / "root.tar"
-    with_packages(rootfs, root, "cryptsetup-initramfs")
+    small_root(rootfs, root, "cryptsetup-initramfs")
     make_live(disk, root)
     root.unlink()
     pair, encrypted = empty_disk(tmp_path, "pair"), empty_disk(tmp_path, "encrypted")
