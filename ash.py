@@ -1207,6 +1207,9 @@ class Layout:
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
         self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing or empty if there is none
+        self.boot_part = (
+            ash / "bootpart"
+        )  # the UUID of a partition for GRUB's files and kernels; missing if there is none
         self.envblock = ash / "envblock"  # which GRUB has shown that it can count in btrfs; missing if none has
         self.bad = ash / "bad"  # the snapshots whose deployments did not start
         self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
@@ -1258,6 +1261,16 @@ class Layout:
         return self.volume("@boot")
 
     @property
+    def boot_uuid(self) -> str:
+        """The UUID of the partition that is mounted over the boot volume; empty if there is none."""
+        return read_text(self.boot_part).strip()
+
+    @property
+    def kernels(self) -> Path:
+        """Copies of the deployments' kernels, if the boot volume is a partition of its own."""
+        return self.boot_volume / "kernels"
+
+    @property
     def grub_cfg(self) -> Path:
         return self.boot_volume / "grub" / "grub.cfg"
 
@@ -1269,6 +1282,11 @@ class Layout:
     def grub_file(self, name: str) -> str:
         """A file beside grub.cfg, as GRUB names it."""
         return f"/{self.volume_name('@boot')}/grub/{name}"
+
+    @property
+    def grub_kernels(self) -> str:
+        """The directory with the copies of kernels, as GRUB names it."""
+        return f"/{self.volume_name('@boot')}/kernels"
 
     def rootfs_name(self, which: int | str) -> str:
         """The root of a snapshot or slot, relative to the top level, as boot loader and fstab name it."""
@@ -2414,11 +2432,17 @@ class Superblock(NamedTuple):
     @classmethod
     def on(cls, device: Path) -> Superblock | None:
         """The superblock on a device; None if there is none, or the device cannot be read."""
-        with contextlib.suppress(OSError), device.open("rb", buffering=0) as disk:
-            disk.seek(SUPERBLOCK_AT)
-            block = disk.read(4096)
-            if block[0x40:0x48] == BTRFS_MAGIC:
-                return cls(uuid_text(block[0x20:0x30]), uuid_text(block[0x10B:0x11B]))
+        with contextlib.suppress(OSError), device.open("rb") as disk:
+            return cls.at(disk, 0)
+        return None
+
+    @classmethod
+    def at(cls, disk: BinaryIO, start: int) -> Superblock | None:
+        """The superblock of a partition of an open disk, which begins at a byte of it; None if there is none."""
+        disk.seek(start + SUPERBLOCK_AT)
+        block = disk.read(4096)
+        if block[0x40:0x48] == BTRFS_MAGIC:
+            return cls(uuid_text(block[0x20:0x30]), uuid_text(block[0x10B:0x11B]))
         return None
 
 
@@ -2512,26 +2536,32 @@ def device_of(path: Path) -> Path | None:
     return None
 
 
-def mount_top(device: Path, readonly: bool = False) -> Path:
-    """Mount the top level of a btrfs device, visible to this process only.
+def mount_btrfs(device: Path, place: Path, options: str, readonly: bool = False) -> None:
+    """Mount a btrfs device, visible to this process only.
 
     A copy of a file system has the same UUID. Since 6.7 Linux can mount both at once, but while one of them is being
     mounted or unmounted it may refuse the other (EEXIST, seen with 6.18): we retry for two seconds.
     """
-    top = PRIVATE / "top"
-    top.mkdir(exist_ok=True)
     flags = MS_NOATIME | (MS_RDONLY if readonly else 0)
     give_up = time.monotonic() + 2
     while True:
         try:
-            mount(device, top, "btrfs", flags, "subvolid=5,compress=zstd")
-            return top
+            mount(device, place, "btrfs", flags, options)
+            return
         except AshError as error:
             if not isinstance(error.__cause__, FileExistsError):
                 raise
             if time.monotonic() > give_up:
                 raise AshError(error.message, "unmount the mounted copy of this file system") from error
         time.sleep(0.05)
+
+
+def mount_top(device: Path, readonly: bool = False) -> Path:
+    """Mount the top level of a btrfs device, visible to this process only."""
+    top = PRIVATE / "top"
+    top.mkdir(exist_ok=True)
+    mount_btrfs(device, top, "subvolid=5,compress=zstd", readonly)
+    return top
 
 
 def mount_top_of(path: Path, readonly: bool = False) -> Path:
@@ -2662,14 +2692,12 @@ def refuse_if_in_a_machine(descriptor: int, image: Path) -> None:
         raise AshError(f"{image} is in use by a virtual machine", "shut it down first", LOCKED)
 
 
-def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
-    """Mount the top level of a disk image's file system. Returns the mount point and the device node.
+@contextmanager
+def node_of_part(disk: BinaryIO, image: Path, place: tuple[int, int]) -> Iterator[tuple[Path, int]]:
+    """A device node for a part of an open image, and its number. The kernel detaches it once nobody uses it any more.
 
-    Nothing needs cleaning up: the kernel detaches the loop device with the last mount, and drops the mounts, which are
-    private, when this process ends. Until the stack is closed no other ash attaches the image.
+    Until the file is closed no other ash attaches a part of the image.
     """
-    place = btrfs_partition(image)
-    disk = stack.enter_context(image.open("rb+"))
     refuse_if_in_a_machine(disk.fileno(), image)
     # Two loop devices on one file would be two writers to one file system. So only one ash at a time looks for an
     # attached device, and it is not detached while we have it open.
@@ -2683,6 +2711,20 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
         number = os.fstat(loop).st_rdev
         node = PRIVATE / f"disk-{os.major(number)}-{os.minor(number)}"
         os.mknod(node, 0o600 | stat.S_IFBLK, number)
+        yield node, number
+    finally:
+        os.close(loop)
+
+
+def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
+    """Mount the top level of a disk image's file system. Returns the mount point and the device node.
+
+    Nothing needs cleaning up: the kernel detaches the loop device with the last mount, and drops the mounts, which are
+    private, when this process ends. Until the stack is closed no other ash attaches the image.
+    """
+    place = btrfs_partition(image)
+    disk = stack.enter_context(image.open("rb+"))
+    with node_of_part(disk, image, place) as (node, number):
         for _ in range(3):  # another process that mounts it too may have given it another name right now
             top = mount_top(node)
             there = device_of(top)
@@ -2690,8 +2732,6 @@ def attach_disk(stack: ExitStack, image: Path) -> tuple[Path, Path]:
                 return top, node
             libc("umount2", os.fsencode(top), 0)
         raise AshError(f"{image} was to be mounted, but Linux mounted {there}", "unmount other copies of it", REFUSED)
-    finally:
-        os.close(loop)
 
 
 # --- Package managers ------------------------------------------------------------------------------------------
@@ -3895,7 +3935,18 @@ def grub_search(uuid: str) -> str:
     return f"search --no-floppy --fs-uuid --set=root {uuid}"
 
 
-def grub_start(name: str, uuid: str, config: BootConfig, own: str, last: str = "") -> list[str]:
+class KernelPlace(NamedTuple):
+    """Where GRUB loads a kernel from, and under which names, if that is not the root itself."""
+
+    uuid: str  # of the file system
+    directory: str
+    kernel: str
+    initrds: Sequence[str]
+
+
+def grub_start(
+    name: str, uuid: str, config: BootConfig, own: str, last: str = "", *, place: KernelPlace | None = None
+) -> list[str]:
     """GRUB's commands to start the kernel of a root.
 
     Args:
@@ -3903,13 +3954,15 @@ def grub_start(name: str, uuid: str, config: BootConfig, own: str, last: str = "
         uuid: of the file system.
         config: how its kernel is started.
         own, last: options of ash before and after those of `config`.
+        place: of the kernel; None for the root's own.
     """
+    place = place or KernelPlace(uuid, f"/{name}/boot", config.kernel, config.initrds)
     flags = ",".join(filter(None, [f"subvol={name}", config.rootflags]))
     options = " ".join(filter(None, [f"root=UUID={uuid}", f"rootflags={flags}", own, config.options, last]))
-    initrds = " ".join(f"/{name}/boot/{initrd}" for initrd in config.initrds)
+    initrds = " ".join(f"{place.directory}/{initrd}" for initrd in place.initrds)
     return [
-        f"    {grub_search(uuid)}",
-        f"    linux /{name}/boot/{config.kernel} {options}",
+        f"    {grub_search(place.uuid)}",
+        f"    linux {place.directory}/{place.kernel} {options}",
         *([f"    initrd {initrds}"] if initrds else []),
     ]
 
@@ -4107,6 +4160,67 @@ def disk_of(number: str) -> Path:
     return device.parent if (device / "partition").exists() else device
 
 
+def find_partitions(
+    layout: Layout, image: Path | None, is_wanted: Callable[[BinaryIO, int], bool]
+) -> list[tuple[Path, int]]:
+    """The partitions of a kind, as a node and 0 or the image and the offset; only those on the system's disk if any is.
+
+    Args:
+        layout, image: of the system; see EfiPartition.
+        is_wanted: tells the kind from an open disk, and the byte of it at which a partition begins.
+    """
+    if image:
+        with image.open("rb") as disk:
+            return [(image, start) for start, _ in partitions_of(disk) if is_wanted(disk, start)]
+    device = device_of(layout.snapshots)
+    number = device.stat().st_rdev if device else 0
+    own = disk_of(f"{os.major(number)}:{os.minor(number)}") if device else None
+    found: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
+    for entry in sorted(Path("/sys/class/block").glob("*/partition")):
+        node = Path("/dev", entry.parent.name)
+        with contextlib.suppress(OSError), node.open("rb") as disk:
+            if is_wanted(disk, 0):
+                found[disk_of(read_text(entry.with_name("dev")).strip()) == own].append((node, 0))
+    return found[True] or found[False]
+
+
+def only_one(found: Sequence[tuple[Path, int]], uuid: str, missing: AshError) -> tuple[Path, int]:
+    """The only one of the partitions that find_partitions() found by a UUID; raises `missing` if there is none."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = listed(str(node) for node, _ in found)
+        raise AshError(f"several partitions have the UUID {uuid}: {names}", "detach the copies", REFUSED)
+    raise missing
+
+
+def mount_boot_partition(layout: Layout, image: Path | None = None) -> Path | None:
+    """Mount the partition for GRUB's files and kernels over the boot volume, visible to this process only.
+
+    Returns its node; None if the system has none. AshError (REFUSED) if it is missing, or there are several.
+
+    Args:
+        layout, image: of the system; see EfiPartition.
+    """
+    uuid = layout.boot_uuid
+    if not uuid:
+        return None
+
+    def has_it(disk: BinaryIO, start: int) -> bool:
+        there = Superblock.at(disk, start)
+        return there is not None and there.uuid == uuid
+
+    missing = AshError(f"the partition {uuid}, for /boot, is missing", "attach its disk", REFUSED)
+    path, start = only_one(find_partitions(layout, image, has_it), uuid, missing)
+    options, readonly = f"subvol={layout.volume_name('@boot')}", is_readonly(layout.snapshots)
+    if not image:
+        mount_btrfs(path, layout.boot_volume, options, readonly)
+        return path
+    with image.open("rb+") as disk, node_of_part(disk, image, (start, dict(partitions_of(disk))[start])) as (node, _):
+        mount_btrfs(node, layout.boot_volume, options, readonly)
+        return node
+
+
 class EfiPartition:
     """The FAT partition with GRUB's notes. It is mounted for each use; if Linux has no FAT, mtools read and write it.
 
@@ -4152,34 +4266,18 @@ class EfiPartition:
                 self._mtools(directory, notes.block)
 
     def find(self, uuid: str) -> list[tuple[Path, int]]:
-        """The partitions with a UUID: a node and 0, or the image and the offset; those on the system's disk first."""
-        if self.image:
-            with self.image.open("rb") as disk:
-                return [(self.image, start) for start, _ in partitions_of(disk) if self._is_at(disk, start, uuid)]
-        device = device_of(self.layout.snapshots)
-        number = device.stat().st_rdev if device else 0
-        own = disk_of(f"{os.major(number)}:{os.minor(number)}") if device else None
-        found: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
-        for entry in sorted(Path("/sys/class/block").glob("*")):
-            node = Path("/dev", entry.name)
-            if (entry / "partition").exists() and fat_uuid(first_sector(node)) == uuid:
-                found[disk_of(read_text(entry / "dev").strip()) == own].append((node, 0))
-        return found[True] or found[False]
+        """The partitions with a UUID, as find_partitions() returns them."""
 
-    @staticmethod
-    def _is_at(disk: BinaryIO, start: int, uuid: str) -> bool:
-        disk.seek(start)
-        return fat_uuid(disk.read(SECTOR)) == uuid
+        def has_it(disk: BinaryIO, start: int) -> bool:
+            disk.seek(start)
+            return fat_uuid(disk.read(SECTOR)) == uuid
+
+        return find_partitions(self.layout, self.image, has_it)
 
     def place(self) -> tuple[Path, int]:
         """The partition, as find() returns it; AshError if it is missing, or there are several."""
-        found = self.find(self.uuid)
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = listed(str(node) for node, _ in found)
-            raise AshError(f"several partitions have the UUID {self.uuid}: {names}", "detach the copies", REFUSED)
-        raise AshError(f"the EFI partition {self.uuid}, where GRUB counts, is missing", "ash fsck --repair", REFUSED)
+        missing = f"the EFI partition {self.uuid}, where GRUB counts, is missing"
+        return only_one(self.find(self.uuid), self.uuid, AshError(missing, "ash fsck --repair", REFUSED))
 
     @contextmanager
     def _opened(self) -> Iterator[Path | str]:
@@ -5083,13 +5181,13 @@ def grub_neighbours(layout: Layout, uuid: str) -> list[str]:
 
 def grub_submenus(layout: Layout, uuid: str) -> list[str]:
     """GRUB's commands for the submenus with all snapshots, and with the menus before this one."""
-    earlier = []
+    earlier, menus = [], layout.boot_uuid or uuid
     for age, what in enumerate(AGES, 1):
         file = layout.grub_file(OLD_GRUB_CFG.format(age))
         earlier += [
             f"    if [ -f {file} ]; then",
             f"        menuentry 'The boot menu before {what}' --id ash-menu-{age} {{",
-            f"            {grub_search(uuid)}",
+            f"            {grub_search(menus)}",
             f"            set {IN_RESCUE}=1",
             f"            export {IN_RESCUE}",
             f"            configfile {file}",
@@ -5098,11 +5196,11 @@ def grub_submenus(layout: Layout, uuid: str) -> list[str]:
         ]
     return [
         "submenu 'All snapshots, as they are' --id ash-snapshots {",
-        f"    {grub_search(uuid)}",
+        f"    {grub_search(menus)}",
         f"    source {layout.grub_file(SNAPSHOTS_CFG)}",
         "}",
         "submenu 'Rescue' --id ash-rescue {",
-        f"    {grub_search(uuid)}",
+        f"    {grub_search(menus)}",
         *earlier,
         "}",
         *grub_neighbours(layout, uuid),
@@ -8931,6 +9029,83 @@ def lacks_menu_text(layout: Layout, deployment: Deployment) -> bool:
     return bool(deployment.own_etc) and is_subvolume(root) and menu_text(root) is None
 
 
+BOOT_ROOM = 4 << 20  # bytes that stay free on the partition for /boot, for grub.cfg
+
+
+class BootPartition:
+    """The partition for GRUB's files, with copies of the deployments' kernels: GRUB need not read the root's disk.
+
+    Without one, GRUB loads each kernel from its deployment, and all this does nothing. A copy has a name of its own for
+    each version of a file, so that none is ever replaced while a menu names it.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.uuid = layout.boot_uuid
+
+    def _name(self, deployment: Deployment, root: Path, name: str) -> str:
+        status = status_of(path_inside(root, f"boot/{name}"))
+        return f"{deployment.id}-{status.st_mtime_ns if status else 0:x}-{name}"
+
+    def place(self, deployment: Deployment) -> KernelPlace | None:
+        """Where GRUB finds a deployment's kernel; None if that is in the deployment."""
+        if not self.uuid:
+            return None
+        root, config = self.layout.rootfs(deployment.slot), deployment.config
+        kernel, *initrds = (self._name(deployment, root, name) for name in (config.kernel, *config.initrds))
+        return KernelPlace(self.uuid, self.layout.grub_kernels, kernel, initrds)
+
+    def copies(self, deployment: Deployment, root: Path | None = None) -> dict[Path, Path]:
+        """The files that GRUB needs for a deployment, by their copies; empty if there is no partition.
+
+        Args:
+            root: of the deployment, if it is not in its slot yet.
+        """
+        root, config = root or self.layout.rootfs(deployment.slot), deployment.config
+        names = (config.kernel, *config.initrds) if self.uuid and is_directory(root) else ()
+        own = {self._name(deployment, root, name): path_inside(root, f"boot/{name}") for name in names}
+        return {self.layout.kernels / name: path for name, path in own.items() if path.is_file()}
+
+    def lacks(self, deployments: Iterable[Deployment]) -> bool:
+        """Whether a file that these deployments start with has no copy."""
+        return not all(copy.exists() for one in deployments for copy in self.copies(one))
+
+    def damaged(self, deployment: Deployment) -> list[Path]:
+        """The copies for a deployment that are missing, or not what the deployment has."""
+        copies = self.copies(deployment)
+        return [copy for copy, path in copies.items() if size_of(copy) < 0 or not same_content(copy, path)]
+
+    def renew(self, deployment: Deployment) -> None:
+        """Make the damaged() copies again."""
+        for copy in self.damaged(deployment):
+            remove_tree(copy)
+        self.add(deployment)
+
+    def add(self, deployment: Deployment, root: Path | None = None) -> None:
+        """Copy what is missing of a deployment, durably. AshError (REFUSED) if there is no room."""
+        missing = {copy: path for copy, path in self.copies(deployment, root).items() if not copy.exists()}
+        if not missing:
+            return
+        self.layout.kernels.mkdir(mode=0o700, exist_ok=True)
+        needed, free = sum(path.stat().st_size for path in missing.values()), free_space(self.layout.kernels)
+        if needed + BOOT_ROOM > free:
+            room = f"{needed / 2**20:.0f} MiB are needed, and {free / 2**20:.0f} are free"
+            what = f"the partition for /boot has no room for the kernel of snapshot {deployment.snapshot}: {room}"
+            raise AshError(what, "take a deployment out of the menu: ash deploy N --no-secondary", REFUSED)
+        for copy, path in missing.items():
+            about_to(f"copy {path.name} for GRUB")
+            with replace(copy, token=copy.name, durable=True) as new:
+                copy_file(path, new)
+        sync_filesystem(self.layout.kernels)
+
+    def remove_others(self, deployments: Iterable[Deployment]) -> None:
+        """Delete the copies that none of these deployments starts with."""
+        if self.uuid and self.layout.kernels.is_dir():
+            wanted = {copy for one in deployments for copy in self.copies(one)}
+            for copy in sorted({*self.layout.kernels.iterdir()} - wanted):
+                remove_tree(copy)
+
+
 class Menu:
     """The deployments in the boot menu; grub.cfg is rendered from this and nothing else."""
 
@@ -9066,13 +9241,14 @@ class Menu:
     ) -> list[str]:
         """What GRUB does to start a deployment, while one is on trial, or one is to be started once."""
         own = f"{'rw' if deployment.mutable else 'ro'} {DEPLOYMENT}={deployment.id}"
+        place = BootPartition(layout).place(deployment)
         chosen = [("$ash_trial" if deployment is trial else "$ash_fellback") if trial else ""]
         chosen += ["$ash_once" if deployment is once else ""]
         last = " ".join(filter(None, chosen))
         return [
             # If it cannot be loaded, GRUB goes on with the fallback.
             *([f'    set ash_fellback="{FELL_BACK}={trial.id}"'] if trial and deployment is trial else []),
-            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, last),
+            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, last, place=place),
         ]
 
 
@@ -9728,6 +9904,7 @@ class BootMenu:
         self.describe = describe
         self.menu = Menu.load(layout.menu)
         self.uuid = root_uuid(layout)
+        self.partition = BootPartition(layout)
         self.boot_config = partial(boot_config, layout=layout, tools=distro.boot_tools)
 
     def write(self) -> None:
@@ -9748,7 +9925,9 @@ class BootMenu:
             raise CommittedButUnfinished(what, "ash recover finishes it") from error
 
     def _write_grub_cfg(self) -> None:
-        grub_cfg = self.layout.grub_cfg
+        grub_cfg, deployments = self.layout.grub_cfg, [*self.menu.deployments.values()]
+        for deployment in deployments:
+            self.partition.add(deployment)
         old = [grub_cfg, *(grub_cfg.with_name(OLD_GRUB_CFG.format(age)) for age in range(1, KEPT_MENUS + 1))]
         for newer, older in reversed(list(itertools.pairwise(old))):
             if newer.exists():
@@ -9757,6 +9936,9 @@ class BootMenu:
                 os.link(newer, older)
         write_file(grub_cfg, self.rendered(), mode=0o600)
         sync_filesystem(self.layout.snapshots)
+        if self.partition.uuid:
+            sync_filesystem(grub_cfg.parent)
+            self.partition.remove_others(deployments)
 
     def startable(self, tree: Tree) -> str:
         """The text that the submenu with all snapshots should have."""
@@ -9816,7 +9998,8 @@ class BootMenu:
     def is_current(self) -> bool:
         """Whether grub.cfg matches the menu file but for titles, or the root with its passwords is gone."""
         is_gone = not is_subvolume(self.layout.rootfs(self.menu.default))
-        return is_gone or without_titles(self.grub_cfg()) == without_titles(self.rendered())
+        is_same_text = without_titles(self.grub_cfg()) == without_titles(self.rendered())
+        return is_gone or (is_same_text and not self.partition.lacks(self.menu.deployments.values()))
 
     def rendered(self) -> str:
         """The text that grub.cfg should have."""
@@ -9869,12 +10052,11 @@ class Deployments:
         default = self.menu.default
         if (self.layout.work("deploy") / "intent").exists():
             self.trials.recover(self.menu)
-        if (
-            default
-            and is_subvolume(self.layout.rootfs(default))
-            and self.boot_menu.grub_cfg() != self.boot_menu.rendered()
-        ):
-            self.boot_menu.write()
+        if default and is_subvolume(self.layout.rootfs(default)):
+            deployments = [*self.menu.deployments.values()]
+            if self.boot_menu.grub_cfg() != self.boot_menu.rendered() or self.boot_menu.partition.lacks(deployments):
+                self.boot_menu.write()
+            self.boot_menu.partition.remove_others(deployments)
         remove_tree(self.layout.work("deploy") / "intent")
         if late:
             raise late
@@ -10092,6 +10274,8 @@ class Deployments:
             if error.status == USAGE:  # a wrong value: which ones are right
                 hint = "; ".join(filter(None, [error.hint, hint]))
             raise cannot_be_booted(snapshot, error, hint) from None
+        self.boot_menu.partition.remove_others(self.menu.deployments.values())  # what an interrupted deploy left
+        self.boot_menu.partition.add(deployment, new)
         hidden = hidden_by_mutable_directories(layout, new, snapshot)
         write_inside(new, IN_ROOT_ID, deployment.note)  # last of all: what is newer was changed as it ran
         return deployment._replace(own_etc=etc_state(new / "etc"), notes=[*deployment.notes, *hidden])
@@ -10387,7 +10571,7 @@ class System:
                 raise AshError(f"{request.root} is not on btrfs", "mount the root partition there", MISSING)
             # A second, writable mount would also make the user's read-only mount writable.
             top = mount_top_of(request.root, is_readonly(request.root))
-        return cls._at(top, request)
+        return cls._at(top, request, changes)
 
     @classmethod
     def _running(cls, request: Request, changes: bool) -> System:
@@ -10403,16 +10587,19 @@ class System:
         private_mounts()
         require_one_disk(root)
         layout = Layout.at(mount_top_of(Path(root.target), is_readonly(snapshots)), ident[0])
+        mount_boot_partition(layout)
         return cls(layout, load_distro(ident[1]), running=True, wait=request.wait)
 
     @classmethod
-    def _at(cls, top: Path, request: Request) -> System:
+    def _at(cls, top: Path, request: Request, changes: bool) -> System:
         there = [one.distro for one in Layout.all_on(top) if one.is_complete and not one.is_of_ashos]
         if request.distro is None and len(there) > 1:
             raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
         if not there or (request.distro or there[0]) not in there:
             raise AshError(f"there is no {request.distro or 'system'} managed by ash", "", MISSING)
         layout = Layout.at(top, request.distro or there[0])
+        with contextlib.nullcontext() if changes else contextlib.suppress(AshError):
+            mount_boot_partition(layout, request.image)
         distro = load_distro(read_distro(layout.distro_file)[1])
         system = cls(layout, distro, wait=request.wait, image=request.image)
         if system._runs_here():
@@ -14609,10 +14796,11 @@ def uuid_problems(layout: Layout, lost: LostFound) -> Iterator[Problem]:
         if old not in ("", uuid):
             what = f"the fstab of snapshot-{slot} names the UUID {old}, but the file system has {uuid}"
             yield Problem(what, None, "replace it", partial(renew_uuid_in_fstab, layout, slot, old), "deploy")
+    wanted = layout.boot_uuid or uuid
     for found in sorted(layout.grub_cfg.parent.glob("*/load.cfg")):
-        old = next(iter(re.findall(r"search\.fs_uuid (\S+)", read_text(found))), uuid)
-        if old != uuid:
-            what = f"GRUB is installed to search for the UUID {old}, but the file system has {uuid}"
+        old = next(iter(re.findall(r"search\.fs_uuid (\S+)", read_text(found))), wanted)
+        if old != wanted:
+            what = f"GRUB is installed to search for the UUID {old}, but the file system has {wanted}"
             remedy = "run grub-install and correct EFI/*/grub.cfg on the EFI partition, or put the UUID back: "
             yield Problem(what, None, f"{remedy}btrfstune -U {old}, while it is not mounted")
 
@@ -15207,6 +15395,11 @@ class Fsck:
                 what = f"{IN_ROOT_MENU} of snapshot-{deployment.slot}, which has the boot menu's passwords, is missing"
                 restore = partial(self._restore_menu_text, deployment)
                 yield Problem(what, deployment.snapshot, "renew the boot configuration", restore, "deploy")
+            partition = deployments.boot_menu.partition
+            if names := [path.name for path in partition.damaged(deployment)]:
+                what = f"the partition for /boot lacks a copy of files of snapshot-{deployment.slot}: {listed(names)}"
+                renew = partial(partition.renew, deployment)
+                yield Problem(what, deployment.snapshot, "copy them again", renew, "deploy")
             if paths := deployment.unmade:
                 what = (
                     f"boot menu and initramfs of snapshot-{deployment.slot} are not made from {listed(paths)} in /etc"

@@ -23,6 +23,7 @@ from ash import (
     load_distro,
     loader_of,
     machine_chroot,
+    mount_of,
     partition_id,
     read_distro,
     read_text,
@@ -102,7 +103,8 @@ def _install_bios(layout: Layout, root: Path, target: Target, device: Path, tool
         commands = layout.boot_volume / CORE_COMMANDS
         commands.parent.mkdir(parents=True, exist_ok=True)
         commands.write_text(_serial_console(root) + _find(layout, target))
-    binds = {layout.boot_volume: BOOT_DIRECTORY, device: str(device)}
+    nodes = {device, Path(mount_of(layout.boot_volume).source)}
+    binds = {layout.boot_volume: BOOT_DIRECTORY, **{node: str(node) for node in nodes}}
     for command in bios_commands(target, tools):
         machine_chroot(root, command, binds=binds)
 
@@ -120,15 +122,15 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
         if not (root / program).is_file():
             hint = "install the packages of the signed GRUB and of shim"
             raise AshError(f"the new system has no /{program}", hint)
-    directory, stub = f"EFI/{layout.distro}", _stub(layout, target)
+    directory, start = f"EFI/{layout.distro}", stub(layout, target)
     programs = {name: root / program for name, program in PROGRAMS.items()}
     its_own = {**programs, "shimx64.efi": root / SHIM}
     texts = {f"{directory}/BOOTX64.CSV": BOOT_ENTRY.format(name=name.replace(",", " ")).encode("utf-16")}
     shared, is_shared = efi.read(SHARED), directory == SHARED_DIRECTORY
     if not is_shared:
-        texts[f"{directory}/{OWN}"] = stub.encode()
+        texts[f"{directory}/{OWN}"] = start.encode()
     if is_shared or not target.keeps_root or target.alone or not shared:
-        texts[SHARED] = f"{FIND_OWN}{stub}".encode()
+        texts[SHARED] = f"{FIND_OWN}{start}".encode()
     elif FIND_OWN not in shared:  # of an older ash
         texts[SHARED] = f"{FIND_OWN}{shared}".encode()
     efi.write(texts)  # first: without its own stub, GRUB would start what the shared one names
@@ -138,14 +140,20 @@ def _install_uefi(layout: Layout, root: Path, target: Target, efi: EfiFiles, nam
         efi.add({f"{REMOVABLE}/{name}": path for name, path in removable.items()})
 
 
-def _stub(layout: Layout, target: Target) -> str:
+def stub(layout: Layout, target: Target) -> str:
+    """GRUB's commands to open the menu of a system."""
     return _find(layout, target) + START
 
 
 def _find(layout: Layout, target: Target) -> str:
     """GRUB's commands to open the file system, and to find its own files there."""
     unlock = "".join(f"{command}\n" for command in target.luks.for_grub) if target.luks else ""
-    return unlock + FIND.format(uuid=target.root_uuid, volume=layout.volume_name("@boot"))
+    return unlock + FIND.format(uuid=menu_uuid(layout, target), volume=layout.volume_name("@boot"))
+
+
+def menu_uuid(layout: Layout, target: Target) -> str:
+    """The UUID of the file system with a system's menu."""
+    return layout.boot_uuid or target.root_uuid
 
 
 def require_no_neighbour(efi: EfiFiles, ident: str, own: Sequence[str]) -> None:
@@ -203,9 +211,9 @@ def bios_starts(layouts: Sequence[Layout], target: Target) -> str:
 
 def _remove_uefi(gone: Layout, heir: Layout | None, target: Target, efi: EfiFiles) -> None:
     directory, shared = f"EFI/{gone.distro}", efi.read(SHARED)
-    starts_gone = target.root_uuid in shared and f"/{gone.volume_name('@boot')}/" in shared
+    starts_gone = menu_uuid(gone, target) in shared and f"/{gone.volume_name('@boot')}/" in shared
     if heir and starts_gone:
-        efi.write({SHARED: f"{FIND_OWN}{_stub(heir, target)}".encode()})
+        efi.write({SHARED: f"{FIND_OWN}{stub(heir, target)}".encode()})
     elif starts_gone:
         _delete_fallback(efi, directory)
         efi.delete(SHARED)

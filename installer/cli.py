@@ -50,6 +50,7 @@ DEFAULT_ID = "debian"
 DEFAULT_IMAGE = Path("ashos.img")
 DEFAULT_SIZE = "8G"
 SMALLEST_HOME = 256 * disk.MIB  # what btrfs needs, and some files
+SMALLEST_BOOT = 512 * disk.MIB  # three deployments, each with a kernel and an initramfs
 COMPRESSIONS = ("zstd", "lzo", "zlib", "none")  # as btrfs names them
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -379,7 +380,7 @@ def _given_settings(args: argparse.Namespace, module: str) -> Settings:
         keymap=args.keymap,
         serial=args.image is not None or host.has_serial_console(),
         keyring=args.keyring,
-        home_size=_home_size(args),
+        sizes=disk.Sizes(boot=_boot_size(args), home=_home_size(args)),
         passphrase=_passphrase(args.luks_passphrase_file),
         network=_network(args, module),
         swap=_swap(args),
@@ -432,6 +433,25 @@ def _typed_unseen(prompt: str, problem: Callable[[str], str], *, twice: bool = T
             print("They differ.")
 
 
+def _boot_size(args: argparse.Namespace) -> int:
+    """The bytes of a partition for /boot, in whole MiB."""
+    if not args.boot_size:
+        return 0
+    if not (args.disk or args.image) or args.mode == install.Mode.ADD.value:
+        raise AshError("--boot-size is for --disk and --image, which make partitions", "leave it out", USAGE)
+    if _is_encrypted(args):
+        what = "a partition for /boot would not be encrypted: what starts the system could be replaced there"
+        raise AshError(what, "without --boot-size, /boot is in the encrypted one", USAGE)
+    return _partition_size(args.boot_size, "/boot", SMALLEST_BOOT)
+
+
+def _partition_size(text: str, directory: str, least: int) -> int:
+    size = disk.parse_size(text) // disk.MIB * disk.MIB
+    if size < least:
+        raise AshError(f"{text} are too small for {directory}", f"at least {least // disk.MIB}M", USAGE)
+    return size
+
+
 def _home_size(args: argparse.Namespace) -> int:
     """The bytes of a partition for /home, in whole MiB."""
     if not args.home_size:
@@ -441,10 +461,7 @@ def _home_size(args: argparse.Namespace) -> int:
     if _is_encrypted(args):
         what = "a partition for /home would not be encrypted"
         raise AshError(what, "without --home-size, /home is in the encrypted one", USAGE)
-    size = disk.parse_size(args.home_size) // disk.MIB * disk.MIB
-    if size < SMALLEST_HOME:
-        raise AshError(f"{args.home_size} are too small for /home", f"at least {SMALLEST_HOME // disk.MIB}M", USAGE)
-    return size
+    return _partition_size(args.home_size, "/home", SMALLEST_HOME)
 
 
 def _passphrase(path: Path | None) -> str | None:
@@ -515,6 +532,8 @@ def _make_parser() -> Parser:
         "--no-prep", action="store_true", help="do not check its clock, memory and room, nor renew its keys"
     )
     parser.add_argument("--size", default=DEFAULT_SIZE, help="of the disk; the file is sparse (default: %(default)s)")
+    kernels = "of a partition for GRUB's files and the kernels, with --disk or --image (default: none)"
+    parser.add_argument("--boot-size", metavar="SIZE", help=kernels)
     parser.add_argument("--home-size", metavar="SIZE", help="of a partition for /home, with --disk (default: none)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="take options from a TOML file")

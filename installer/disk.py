@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 import tempfile
 import time
@@ -25,11 +26,15 @@ from typing import NamedTuple
 from ash import (
     LOCKED,
     MS_RDONLY,
+    PRIVATE,
     USAGE,
     AshError,
+    Layout,
     attach_disk,
     btrfs_partition,
+    create_subvolume,
     mount,
+    mount_btrfs,
     mount_top,
     open_new_loop,
     private_mounts,
@@ -72,15 +77,28 @@ class Partition(NamedTuple):
     kind: str
 
 
-def partitions_for(size: int, home: int = 0) -> list[Partition]:
-    """The partitions of a whole disk of some bytes: for GRUB's core image, EFI, the root, and /home if it has some."""
+class Sizes(NamedTuple):
+    """The bytes of partitions besides that of the root; 0 for those that there are not."""
+
+    boot: int = 0
+    home: int = 0
+
+
+NO_MORE = Sizes()
+
+
+def partitions_for(size: int, sizes: Sizes = NO_MORE) -> list[Partition]:
+    """The partitions of a whole disk of some bytes: for GRUB's core image, EFI, the root, then those with `sizes`."""
     bios = Partition(MIB, MIB, BIOS_BOOT_TYPE)
     efi = Partition(bios.start + bios.size, EFI_SIZE, EFI_TYPE)
     start = efi.start + efi.size
     # The last MiB is for the backup of the partition table.
-    end = size // MIB * MIB - MIB - home
-    root = Partition(start, end - start, LINUX_TYPE)
-    return [bios, efi, root, *([Partition(end, home, LINUX_TYPE)] if home else [])]
+    end = size // MIB * MIB - MIB - sum(sizes)
+    parts = [bios, efi, Partition(start, end - start, LINUX_TYPE)]
+    for one in filter(None, sizes):
+        parts.append(Partition(end, one, LINUX_TYPE))
+        end += one
+    return parts
 
 
 def partition_command(disk: Path, parts: Iterable[Partition]) -> tuple[list[str | Path], str]:
@@ -137,6 +155,8 @@ class Target:
         keeps_efi: the EFI partition has a file system, which is kept.
         bios: whether GRUB is installed for the BIOS.
         luks: the encrypted partition that the root's is in.
+        boot: a partition for GRUB's files and the kernels.
+        boot_uuid: of its file system.
         home: a partition for /home.
         home_uuid: of its file system.
     """
@@ -152,6 +172,8 @@ class Target:
     keeps_efi: bool = False
     bios: bool = True
     luks: Luks | None = None
+    boot: Path | None = None
+    boot_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
     home: Path | None = None
     home_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
 
@@ -171,9 +193,10 @@ class Target:
             commands += self.luks.format_commands() if self.luks else []
             label = ["--label", "ash", "--uuid", self.root_uuid]
             commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.root])
-        if self.home:
-            label = ["--label", "home", "--uuid", self.home_uuid]
-            commands.append(["mkfs.btrfs", "--quiet", "--force", *label, self.home])
+        for name, ident, node in (("boot", self.boot_uuid, self.boot), ("home", self.home_uuid, self.home)):
+            if node:
+                named = ["--label", name, "--uuid", ident]
+                commands.append(["mkfs.btrfs", "--quiet", "--force", *named, node])
         return commands
 
     def format(self) -> None:
@@ -193,6 +216,20 @@ class Target:
         finally:
             if self.home:
                 run(["umount", directory])
+
+    def mount_boot(self, layout: Layout) -> None:
+        """Mount its partition for /boot over the boot volume of a new system, which is to be on it; if there is one."""
+        if not self.boot:
+            return
+        node, top = self.boot, PRIVATE / "boot"
+        if self.image:  # GRUB's scripts resolve a loop device to its backing file, which is not a disk
+            node = PRIVATE / "boot-node"
+            os.mknod(node, 0o600 | stat.S_IFBLK, self.boot.stat().st_rdev)
+        top.mkdir()
+        mount_btrfs(node, top, "subvolid=5")
+        create_subvolume(top / layout.boot_volume.name)
+        run(["umount", top])
+        mount_btrfs(node, layout.boot_volume, f"subvol={layout.boot_volume.name}")
 
     def attach(self, stack: ExitStack) -> tuple[Path, Path]:
         """Mount the top level of the root's file system. Returns the mount point and the device node."""
@@ -222,7 +259,7 @@ def mounted_readonly(device: Path) -> Iterator[Path]:
         try:
             yield Path(top)
         finally:
-            run(["umount", top])
+            run(["umount", "--recursive", top])
 
 
 class EfiFiles:
@@ -297,17 +334,22 @@ class EfiFiles:
 
 
 @contextmanager
-def target_in(image: Path) -> Iterator[Target]:
+def target_in(image: Path, sizes: Sizes) -> Iterator[Target]:
     """The target in an image, with new partitions."""
-    parts = partitions_for(image.stat().st_size)
+    parts = partitions_for(image.stat().st_size, sizes)
     partition(image, parts)
-    _, efi, root = parts
-    with (
-        loop_device(image) as whole,
-        loop_device(image, efi.start, efi.size) as efi_node,
-        loop_device(image, root.start, root.size) as root_node,
-    ):
-        yield Target(whole, root_node, efi_node, image)
+    with ExitStack() as stack:
+        whole = stack.enter_context(loop_device(image))
+        nodes = [stack.enter_context(loop_device(image, one.start, one.size)) for one in parts[1:]]
+        yield _target_with(whole, nodes, sizes, image)
+
+
+def _target_with(drive: Path, nodes: Iterable[Path], sizes: Sizes, image: Path | None = None) -> Target:
+    """The target with the nodes of the partitions_for() a disk, but for the first."""
+    efi, root, *rest = nodes
+    more = iter(rest)
+    boot, home = (next(more) if size else None for size in sizes)
+    return Target(drive, root, efi, image, boot=boot, home=home)
 
 
 @contextmanager
@@ -327,6 +369,9 @@ def target_of(image: Path) -> Iterator[Target]:
     with ExitStack() as stack:
         whole = stack.enter_context(loop_device(image))
         root = stack.enter_context(loop_device(image, start, size))
+        for one in table["partitions"]:
+            if one["type"].upper() == LINUX_TYPE and one["start"] * SECTOR != start:  # may be that for /boot
+                stack.enter_context(loop_device(image, one["start"] * SECTOR, one["size"] * SECTOR))
         target = Target(whole, root, None, image, filesystem_uuid(root), keeps_root=True, keeps_efi=True)
         if efi:
             node = stack.enter_context(loop_device(image, efi["start"] * SECTOR, efi["size"] * SECTOR))
@@ -339,28 +384,28 @@ def filesystem_uuid(node: Path) -> str:
     return run(["blkid", "--probe", "--match-tag", "UUID", "--output", "value", node]).stdout.strip()
 
 
-def target_on(drive: Path, home: int = 0) -> Target:
+def target_on(drive: Path, sizes: Sizes) -> Target:
     """The target on a whole disk of this machine, with new partitions.
 
     Args:
         drive: the node of the disk.
-        home: the bytes of a partition for /home; 0 if there is none.
+        sizes: of further partitions.
 
     Raises:
         AshError: the disk is in use, or Linux does not show its new partitions.
     """
-    parts = partitions_for(size_of_device(drive), home)
+    parts = partitions_for(size_of_device(drive), sizes)
     partition(drive, parts)
     with drive.open("rb") as device:
         fcntl.ioctl(device, BLKRRPART)
-    efi, root, *rest = (_node_at(drive, part) for part in parts[1:])
-    return Target(drive, root, efi, home=rest[0] if rest else None)
+    return _target_with(drive, [_node_at(drive, part) for part in parts[1:]], sizes)
 
 
-def future_target(drive: Path, home: int = 0) -> Target:
+def future_target(drive: Path, sizes: Sizes) -> Target:
     """The target that target_on() will find, with the names that Linux gives to partitions; nothing is written."""
     prefix = f"{drive}p" if drive.name[-1].isdigit() else str(drive)
-    return Target(drive, Path(f"{prefix}3"), Path(f"{prefix}2"), home=Path(f"{prefix}4") if home else None)
+    last = 3 + sum(map(bool, sizes))
+    return _target_with(drive, [Path(f"{prefix}{number}") for number in range(2, last + 1)], sizes)
 
 
 def size_of_device(path: Path) -> int:

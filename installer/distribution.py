@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 
 from ash import USAGE, AshError, Distro, load_distro, path_inside, run
 from installer import host
-from installer.disk import Target
+from installer.disk import NO_MORE, Sizes, Target
 from installer.hardware import Hardware
 from installer.luks import Luks
 from installer.swap import Swap
@@ -118,7 +118,7 @@ class Settings:
     keymap: str = DEFAULT_KEYMAP
     serial: bool = True  # whether the first serial port is a console too
     keyring: Path | None = None  # the keys that sign new releases of ash
-    home_size: int = 0  # bytes of a partition for /home; 0 if that is in the file system of the root
+    sizes: Sizes = NO_MORE  # of partitions besides that of the root
     passphrase: str | None = field(default=None, repr=False)  # of the partition of the root, which is encrypted then
     network: Network = Network.DHCP
     swap: Swap = field(default_factory=Swap)

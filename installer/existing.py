@@ -19,9 +19,11 @@ from ash import (
     Layout,
     bind,
     load_distro,
+    mount_boot_partition,
     os_release,
     private_mounts,
     read_distro,
+    remove_tree,
     run,
     step,
     sync_filesystem,
@@ -101,6 +103,7 @@ def repair_boot_loader(place: Place, ident: str) -> None:
         if layout.is_of_ashos:
             what = f"{ident} is a system of AshOS: only itself can install its boot loader"
             raise AshError(what, "start it, and run grub-install there", REFUSED)
+        mount_boot_partition(layout, target.image)
         tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
         name = os_release(layout.rootfs(BASE), "NAME") or ident
         with neighbours.nobody_deploys(Layout.all_on(top)), step(f"Installing the boot loader of {ident}"):
@@ -111,7 +114,8 @@ def repair_boot_loader(place: Place, ident: str) -> None:
         if FIRMWARE.is_dir() and not target.image:
             bootloader.add_boot_entry(target, f"{name} (ash)", ident)
         sync_filesystem(top)
-        run(["umount", top])
+        sync_filesystem(layout.boot_volume)
+        run(["umount", "--recursive", top])
 
 
 def open_shell(place: Place) -> int:
@@ -160,20 +164,29 @@ def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -
     host.require(host.disk_tools())
     with _target(place, ident) as target:
         with disk.mounted_readonly(target.root) as top:
-            losses = _check(place.path, ident, ashos.all_on(top), target, even_last=even_last)
+            there = ashos.all_on(top)
+            for layout in there:
+                mount_boot_partition(layout, target.image)
+            losses = _check(place.path, ident, there, target, even_last=even_last)
         agree(ident, losses, [])
         private_mounts()
         with ExitStack() as stack:
             top, device = target.attach(stack)
             layouts = ashos.all_on(top)
+            for layout in layouts:
+                mount_boot_partition(layout, target.image)
             gone = _require(layouts, ident, place.path)
             others = [one for one in layouts if one is not gone and one.is_complete]
             with neighbours.nobody_deploys(layouts):
                 with step("Removing the boot loader"):
                     bootloader.remove(gone, others, target, device)
                 with step(f"Deleting the files of {ident}"):
+                    if gone.boot_uuid:  # the partition itself stays
+                        for path in gone.boot_volume.iterdir():
+                            remove_tree(path)
+                        run(["umount", gone.boot_volume])
                     neighbours.delete(gone)
-            run(["umount", top])
+            run(["umount", "--recursive", top])
 
 
 @contextmanager

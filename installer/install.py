@@ -169,8 +169,8 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
     """
     host.require_root("make an image")
     host.require_new_file(image, force)
-    if size < new.room(MINIMUM_SIZE):
-        least = f"at least {host.gibibytes(new.room(MINIMUM_SIZE))}"
+    if size < (needed := new.room(MINIMUM_SIZE) + sum(new.settings.sizes)):
+        least = f"at least {host.gibibytes(needed)}"
         raise AshError(f"{host.gibibytes(size)} are too small", least, USAGE)
     host.require_space(image.parent, HOST_SPACE)
     host.require_btrfs()
@@ -180,7 +180,7 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
         os.truncate(part, size)
         with host.Log(log_path) as log, host.watched_space(image.parent):
             with log.step("Making partitions"):
-                target = stack.enter_context(disk.target_in(part))
+                target = stack.enter_context(disk.target_in(part, new.settings.sizes))
             built = _build(target, new, log)
     return Made(image, built.system, log_path, built.problem)
 
@@ -274,22 +274,23 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
         AshError: a check failed, before anything was written; or the installation failed.
     """
     require_machine()
-    home = new.settings.home_size
-    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE) + home)
+    sizes = new.settings.sizes
+    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE) + sum(sizes))
     losses = [Loss(str(device), "a new partition table")]
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_named(systems_on(one))) or 'all on it'}")
         for one in device.inside
     ]
     losses += _swap_losses(new, [one.path for one in device])
-    future = _encrypted(disk.future_target(device.path, home), new)
-    argv, script = disk.partition_command(device.path, disk.partitions_for(device.size, home))
+    future = _encrypted(disk.future_target(device.path, sizes), new)
+    argv, script = disk.partition_command(device.path, disk.partitions_for(device.size, sizes))
     first = f"{shlex.join(map(str, argv))} <<END\n{script}END"
     losses += _encryption(future)
-    losses += [Loss(str(future.home), f"a new btrfs file system for /home, {host.gibibytes(home)}")] if home else []
+    for directory, node, size in (("/boot", future.boot, sizes.boot), ("/home", future.home, sizes.home)):
+        losses += [Loss(str(node), f"a new btrfs file system for {directory}, {host.gibibytes(size)}")] if node else []
 
     def make_target() -> disk.Target:
-        return _encrypted(disk.target_on(device.path, home), new)
+        return _encrypted(disk.target_on(device.path, sizes), new)
 
     return _install(Checked(device.path, losses, make_target, _left_anew(device.path), future, first), new, agree)
 
@@ -625,7 +626,7 @@ def _build(target: disk.Target, new: Installation, log: host.Log, left: Left = N
             built = Built(os_release(layout.rootfs(BASE), "PRETTY_NAME"), _make_first(layout, target, new, log))
             locks.close()
             with log.step("Syncing the disk"):
-                _finish(top)
+                _finish(top, layout.boot_volume if target.boot else None)
         return built
 
 
@@ -648,6 +649,7 @@ def _build_system(layout: Layout, target: disk.Target, new: Installation, log: h
     _compress(map(layout.volume, Layout.SUBVOLUMES), settings.compression)
     settings.swap.make_file(layout, log)
     root = _new_root(layout)
+    _use_boot_partition(layout, target)
     _compress([root], settings.compression)
     _fill_root(root, new, log)
     with log.step("Configuring the system"):
@@ -662,6 +664,15 @@ def _build_system(layout: Layout, target: disk.Target, new: Installation, log: h
         _make_base(layout, installer.distro, target)
 
 
+def _use_boot_partition(layout: Layout, target: disk.Target) -> None:
+    """Have GRUB's files and the kernels of a new system on a partition of their own, if there is one."""
+    if target.boot:
+        write_file(layout.boot_part, f"{target.boot_uuid}\n")
+        layout.grub_cfg.parent.mkdir()
+        layout.grub_cfg.write_text(bootloader.stub(layout, target))  # for the menus of other systems
+        target.mount_boot(layout)
+
+
 def _compress(directories: Iterable[Path], algorithm: str) -> None:
     """Have what is created below directories compressed, on btrfs, unless the algorithm is empty.
 
@@ -671,14 +682,15 @@ def _compress(directories: Iterable[Path], algorithm: str) -> None:
         os.setxattr(directory, "btrfs.compression", algorithm.encode())
 
 
-def _finish(top: Path) -> None:
-    """Sync and unmount the file system."""
-    run(["fstrim", top], check=False)  # only shrinks the sparse file
-    sync_filesystem(top)
-    # Errors of background writes reach no program, but btrfs counts them.
-    if run(["btrfs", "device", "stats", "--check", top], check=False).returncode:
-        raise AshError("the disk could not be written completely", "dmesg shows the errors of the disk")
-    run(["umount", top])
+def _finish(top: Path, boot: Path | None) -> None:
+    """Sync and unmount the file system, and that for /boot which is mounted in it."""
+    for place in filter(None, (boot, top)):
+        run(["fstrim", place], check=False)  # only shrinks the sparse file
+        sync_filesystem(place)
+        # Errors of background writes reach no program, but btrfs counts them.
+        if run(["btrfs", "device", "stats", "--check", place], check=False).returncode:
+            raise AshError("the disk could not be written completely", "dmesg shows the errors of the disk")
+        run(["umount", place])
 
 
 def _new_root(layout: Layout) -> Path:

@@ -88,6 +88,9 @@ def small_root(rootfs: Path, made: Path, *packages: str) -> None:
                 assert chroot.run(["apt-get", "--quiet", *words]) == 0
         for spare in (path for pattern in SPARE for path in root.glob(pattern)):
             remove_tree(spare)
+        for names in (root / "var/lib/dpkg/info").glob("*.list"):  # else ash misses those files
+            there = [name for name in names.read_text().splitlines() if os.path.lexists(f"{root}/{name}")]
+            names.write_text("".join(f"{name}\n" for name in there))
         for kernel in (root / "usr/lib/modules").iterdir():
             assert chroot.run(["depmod", kernel.name]) == 0
         (root / "etc/initramfs-tools/conf.d/quick").write_text("COMPRESSLEVEL=1\n")

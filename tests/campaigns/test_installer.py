@@ -68,11 +68,14 @@ VARIANTS = {
         shows="/swap/swapfile",
     ),
     "Secure Boot": Variant(WHOLE, "Secure Boot", check="dmesg | grep -c 'locked down'", shows="1"),
-    "a partition for /home": Variant(
-        f"{WHOLE} --home-size 300M --user ada --password-file /run/passphrase --compress none",
+    "partitions for /boot and /home": Variant(
+        f"{WHOLE} --boot-size 512M --home-size 300M --user ada --password-file /run/passphrase --compress none",
         user="ada",
         check="findmnt --noheadings --output SOURCE,OPTIONS /home | grep -v compress && ls /home",
         shows="ada",
+    ),
+    "UEFI, a partition for /boot": Variant(
+        f"{WHOLE} --boot-size 512M", UEFI, check="ash clone 0 && ash deploy 1 && ash fsck", shows="no problems found"
     ),
     "NVMe": Variant(WHOLE, UEFI, hardware="nvme,serial=ash"),
     "4 KiB sectors": Variant(
@@ -117,13 +120,17 @@ def live(image: Path, rootfs: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def installed(live: Disk, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mapping[str, Disk]]:
-    """Installs all variants of a firmware, each on a disk of its own; returns those on which that succeeded."""
+def installed(
+    live: Disk, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Mapping[str, Disk]]:
+    """Installs all selected variants of a firmware, each on its disk; returns those on which that succeeded."""
+    items = (item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec"))
+    selected = {item.callspec.params.get("name") for item in items}
 
     @functools.cache
     def install(firmware: str) -> Mapping[str, Disk]:
         directory, done, devices = tmp_path_factory.mktemp("installed"), dict[str, Disk](), []
-        variants = {name: variant for name, variant in VARIANTS.items() if variant.firmware == firmware}
+        variants = {name: one for name, one in VARIANTS.items() if one.firmware == firmware and name in selected}
         disks = {name: empty_disk(directory, str(number)) for number, name in enumerate(variants)}
         for number, (name, variant) in enumerate(variants.items()):
             devices += ["-drive", f"file={disks[name].image},format=raw,if=none,id=other{number},cache=unsafe"]

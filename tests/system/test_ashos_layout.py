@@ -13,7 +13,7 @@ import pytest
 
 from ash import AshError
 from installer.bootloader import require_no_neighbour
-from installer.disk import EfiFiles, loop_device, target_in
+from installer.disk import EfiFiles, Sizes, loop_device, target_in
 from tests.support import MISSING, REFUSED, program
 from tests.system.test_neighbours import Pair, others_in_menu
 
@@ -77,7 +77,7 @@ class AshosDisk(Pair):
         super().__init__(image, rootfs)
         with image.open("wb") as file:
             file.truncate(SIZE)
-        with target_in(image) as target:
+        with target_in(image, Sizes()) as target:
             target.format()
             self.uuids = (target.root_uuid, target.efi_uuid)
         self.efi("mmd", "::EFI")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from installer.disk import Target, target_in
+from installer.disk import Sizes, Target, target_in
 from tests.support import CHECKOUT, DONE, REFUSED, USAGE, Disk, Outcome, program
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
@@ -94,7 +94,7 @@ def parts(tmp_path: Path, rootfs: Path) -> Iterator[Parts]:
     with image.open("wb") as file:
         file.truncate(SIZE)
     with ExitStack() as stack:
-        target = stack.enter_context(target_in(image))
+        target = stack.enter_context(target_in(image, Sizes()))
         node = Path(f"/dev/ash-test-{os.getpid()}")  # GRUB's scripts would follow the name of a loop device to its file
         os.mknod(node, 0o600 | stat.S_IFBLK, target.root.stat().st_rdev)
         stack.callback(node.unlink)

@@ -256,7 +256,7 @@ def test_the_first_snapshot_is_made_by_commands_of_ash(settings: Settings, comma
 def test_a_dry_run_shows_the_commands_of_the_choices() -> None:
     settings = Settings(swap=Swap(size=1 << 30), profiles=("server",))
     new = install.Installation(Source(rootfs=Path("/root.tar")), settings, Identity.of("debian"))
-    target = disk.future_target(Path("/dev/sdz"))
+    target = disk.future_target(Path("/dev/sdz"), disk.Sizes())
     place = install.Checked(target.drive, [], lambda: target, install.NOTHING_LEFT, target)
     shown = "\n".join(install._commands(place, new))
     assert "btrfs filesystem mkswapfile --size 1073741824" in shown
