@@ -20,6 +20,15 @@ NOT_ANSWERS = {
 HASHES = ("password-hash", "root-password-hash")
 
 
+HEADER = "# Answers for the installer of ash: init.py --answers FILE"
+
+
+def are_in(path: Path) -> bool:
+    """Whether a file was written by write(), or is empty."""
+    with path.open("rb") as file:
+        return file.readline(len(HEADER) + 2).rstrip() in (b"", HEADER.encode())
+
+
 def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The values for the fields of a parser's result.
 
@@ -81,7 +90,7 @@ def write(path: Path, args: argparse.Namespace, parser: argparse.ArgumentParser,
     Raises:
         AshError: the file cannot be written.
     """
-    lines = ["# Answers for the installer of ash: init.py --answers FILE"]
+    lines = [HEADER]
     for key, option in _options(parser):
         value = getattr(args, option.dest)
         if value not in (None, option.default, []) and not key.endswith(("password-file", "passphrase-file")):

@@ -21,6 +21,7 @@ from ash import (
     run,
     set_readonly,
     write_file,
+    write_inside,
     write_packages,
 )
 
@@ -67,7 +68,7 @@ def split_base(layout: Layout, distro: Distro) -> None:
         if (root / "var" / name).exists():
             (root / "var" / name).rename(root / in_database(name))
     distro.package_manager.prepare_base(root)
-    (root / "etc/ash.conf").write_text(CONF_EXAMPLE)
+    write_inside(root, "etc/ash.conf", CONF_EXAMPLE)
     ids = AccountIds()
     ids.learn(root / "etc")
     write_file(layout.ids, ids.dump())

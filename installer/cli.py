@@ -142,17 +142,24 @@ def _make(words: Sequence[str]) -> int:
 
 def _save_answers(path: Path, args: argparse.Namespace, new: install.Installation) -> None:
     """Save the answers of an installation that is done."""
-    _require_savable(path)
+    _require_savable(path, args)
     users = {"password-hash": args.user, "root-password-hash": "root"}
     hashes = {key: new.hashes[user] for key, user in users.items() if new.hashes.get(user)}
     answers.write(path, args, _make_parser(), hashes)
 
 
-def _require_savable(path: Path) -> None:
+def _require_savable(path: Path, args: argparse.Namespace) -> None:
+    logs = [Path(f"{made}.log") for made in (args.image, args.make_rootfs) if made]
+    others = filter(None, [args.image, args.make_rootfs, args.rootfs, *logs])
+    if path.resolve() in [other.resolve() for other in others]:
+        raise AshError(f"{path} is a file that this installation reads or makes", "--save-answers: name another", USAGE)
     if not path.parent.is_dir():
         raise AshError(f"there is no directory {path.parent}", "--save-answers needs it", USAGE)
     if path.exists() and not path.is_file():
         raise AshError(f"{path} is not a regular file", "--save-answers needs one", USAGE)
+    if path.exists() and not answers.are_in(path):
+        what = f"{path} exists, and has no answers of the installer"
+        raise AshError(what, "--save-answers: name another file", REFUSED)
 
 
 def _installation(args: argparse.Namespace) -> install.Installation:
@@ -178,7 +185,7 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
     if args.save_answers:
-        _require_savable(args.save_answers)
+        _require_savable(args.save_answers, args)
     return args
 
 
@@ -190,6 +197,15 @@ def _require_place_that_fits(args: argparse.Namespace) -> None:
     if args.image and args.mode not in (None, "3"):
         what = f"--mode {args.mode} is for partitions: an image is a new file"
         raise AshError(what, "--mode 3 adds a system to an image that exists", USAGE)
+    if (args.disk or args.make_rootfs) and args.mode not in (None, install.Mode.NEW.value):
+        option = "--disk" if args.disk else "--make-rootfs"
+        what = f"--mode {args.mode} keeps what is on partitions, and {option} keeps nothing"
+        raise AshError(what, "name the partitions instead, or an image", USAGE)
+    if args.force and not (args.image or args.make_rootfs):
+        raise AshError("--force replaces a file: it is for --image and --make-rootfs", "leave it out", USAGE)
+    made = [path.resolve() for path in (args.image, args.make_rootfs) if path]
+    if args.rootfs and args.rootfs.resolve() in made:
+        raise AshError(f"--rootfs is the file that is to be made: {args.rootfs}", "name another one", USAGE)
     if args.keep_filesystem and (args.disk or _is_for_elsewhere(args)):
         raise AshError("--keep-filesystem is for partitions: all else makes a new file system", SEE_HELP, USAGE)
     if args.prep_only and (_is_for_elsewhere(args) or args.no_prep or args.dry_run):
@@ -351,6 +367,7 @@ def _agree(name: str, losses: Sequence[install.Loss], commands: Sequence[str], *
     if args.dry_run:
         print(*(["These commands would run:", *commands] if commands else []), "Nothing was changed.", sep="\n")
         raise _DryRunEnds
+    sys.stdout.flush()  # the steps that follow go to another stream
     if args.yes:
         return
     if not sys.stdin.isatty():
@@ -490,8 +507,12 @@ def _asked_passphrase(*, is_new: bool = True) -> str:
 
 
 def _ssh_keys(path: Path | None) -> tuple[str, ...]:
-    lines = _lines(path, "the ssh key") if path else []
-    return tuple(line for line in map(str.strip, lines) if line and not line.startswith("#"))
+    if path is None:
+        return ()
+    keys = tuple(line for line in map(str.strip, _lines(path, "the ssh key")) if line and not line.startswith("#"))
+    if not keys:
+        raise AshError(f"{path} has no ssh key", "name a public one, such as ~/.ssh/id_ed25519.pub", USAGE)
+    return keys
 
 
 def _lines(path: Path, what: str) -> list[str]:

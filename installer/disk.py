@@ -66,7 +66,10 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:iB|B)?", text, re.IGNORECASE)
     if found is None:
         raise AshError(f"{text} is not a size", hint="use one such as 8G or 8192M", status=USAGE)
-    return int(found[1]) * UNITS[found[2].upper()]
+    size = int(found[1]) * UNITS[found[2].upper()]
+    if size >= 1 << 63:  # what the kernel counts in
+        raise AshError(f"{text} are too many", hint="use one such as 8G or 8192M", status=USAGE)
+    return size
 
 
 class Partition(NamedTuple):
@@ -277,6 +280,11 @@ class EfiFiles:
         """Whether there is a file or directory."""
         return run(["mdir", "-b", "-i", self.node, f"::{path}"], check=False).returncode == 0
 
+    def directories(self, path: str) -> list[str]:
+        """The names of the directories in a directory; none if it is missing."""
+        found = run(["mdir", "-b", "-i", self.node, f"::{path}"], check=False).stdout.splitlines()
+        return sorted(line.rstrip("/").rpartition("/")[2] for line in found if line.endswith("/"))
+
     def read(self, name: str) -> str:
         """The text of a file; empty if it is missing."""
         found = run(["mtype", "-i", self.node, f"::{name}"], check=False)
@@ -455,6 +463,7 @@ def new_file(path: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise AshError(f"another process is creating {path}", status=LOCKED) from None
         os.ftruncate(descriptor, 0)  # left behind by a killed process
+        os.fchmod(descriptor, 0o600)
         try:
             yield part
             os.fsync(descriptor)

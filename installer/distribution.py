@@ -4,6 +4,7 @@
 The base class does what all distributions with systemd have in common; the rest is in `distros/<id>/installer.py`.
 """
 
+import base64
 import difflib
 import importlib
 import os
@@ -24,6 +25,14 @@ from installer.luks import Luks
 from installer.swap import Swap
 
 # A line of authorized_keys without options: the type, and the key.
+# Of crypt(5): yescrypt and gost-yescrypt, SHA-512, SHA-256, bcrypt, MD5; passwd(5) allows no colon.
+B64 = "[./0-9A-Za-z]"
+HASH = (
+    rf"\$g?y\${B64}+\${B64}{{1,86}}\${B64}{{43}}|\$6\$(rounds=\d+\$)?[^$:\s]{{0,16}}\${B64}{{86}}"
+    rf"|\$5\$(rounds=\d+\$)?[^$:\s]{{0,16}}\${B64}{{43}}|\$2[abxy]\$\d\d\${B64}{{53}}|\$1\$[^$:\s]{{0,8}}\${B64}{{22}}"
+)
+LONGEST_PASSWORD = 500  # bytes: PAM takes 511 (PAM_MAX_RESP_SIZE)
+SHORTEST_KEY = 32  # bytes, of ed25519
 SSH_KEY = r"(ssh|ecdsa|sk)-[\w@.-]+ [A-Za-z0-9+/]+=*( .*)?$"
 
 NETWORK = """\
@@ -217,12 +226,7 @@ class DistroInstaller:
         label = "[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
         if not re.fullmatch(rf"{label}(\.{label})*", settings.hostname) or len(settings.hostname) > 64:
             raise AshError(f"{settings.hostname!r} is not a valid host name", "letters, digits, inner hyphens", USAGE)
-        if not all(map(re.compile(SSH_KEY).match, settings.ssh_keys)):
-            hint = "use the public one, such as ~/.ssh/id_ed25519.pub"
-            raise AshError("the file with the ssh key has a line that is no public key", hint, USAGE)
-        for password in filter(None, (settings.password, settings.root_password)):
-            if password.is_hash and not re.fullmatch(r"\$[0-9a-z]+\$[!-~]+", password.text):
-                raise AshError("a password's hash is none that crypt(5) has", "such as $6$... or $y$...", USAGE)
+        self._check_secrets(settings)
         if settings.user is None:
             if settings.groups:
                 raise AshError("there is no user who could be in a group", "--user names one", USAGE)
@@ -233,6 +237,18 @@ class DistroInstaller:
             raise AshError(f"{settings.user!r} is not a valid user name", "lower-case letters, digits, - and _", USAGE)
         if settings.user in self.reserved_names.split():
             raise AshError(f"the user name {settings.user} is reserved for the system", status=USAGE)
+
+    @staticmethod
+    def _check_secrets(settings: Settings) -> None:
+        """Reject keys and passwords that cannot be."""
+        if not all(map(is_public_key, settings.ssh_keys)):
+            hint = "use the public one, such as ~/.ssh/id_ed25519.pub"
+            raise AshError("the file with the ssh key has a line that is no public key", hint, USAGE)
+        for password in filter(None, (settings.password, settings.root_password)):
+            if password.is_hash and not re.fullmatch(HASH, password.text):
+                raise AshError("a password's hash is none that crypt(5) has", "such as $6$... or $y$...", USAGE)
+            if not password.is_hash and (wrong := problem_of_password(password.text)):
+                raise AshError(f"the password cannot be used: {wrong}", "use another one", USAGE)
 
     def _check_timezone(self, timezone: str) -> None:
         known = self.known("timezone")
@@ -262,17 +278,16 @@ class DistroInstaller:
             target: where the root is.
             log: receives the output of programs.
         """
-        etc = root / "etc"
-        (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
-        (etc / "hostname").write_text(f"{settings.hostname}\n")
+        host.put(root, "etc/machine-id", f"{uuid.uuid4().hex}\n")
+        host.put(root, "etc/hostname", f"{settings.hostname}\n")
         names = dict.fromkeys([settings.hostname, settings.hostname.partition(".")[0]])
-        (etc / "hosts").write_text(HOSTS.format(names=" ".join(names)))
+        host.put(root, "etc/hosts", HOSTS.format(names=" ".join(names)))
         efi = f"UUID={target.efi_uuid} /boot/efi vfat umask=0077,nofail 0 2\n" if target.efi else ""
         home = fstab_line_of_home(target.home_uuid, settings.compression) if target.home else ""
-        (etc / "fstab").write_text(efi + home)
+        host.put(root, "etc/fstab", efi + home)
         encrypted = ENCRYPTED if target.luks else ""
-        (etc / "default/grub").write_text(DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
-        (root / "boot/efi").mkdir()
+        host.put(root, "etc/default/grub", DEFAULT_GRUB + encrypted + SERIAL_CONSOLE * settings.serial)
+        path_inside(root, "boot/efi").mkdir()
         self._set_network(root, settings.network, log)
         self._set_timezone(root, settings.timezone)
         self.set_locale(root, settings.locale, log)
@@ -290,28 +305,25 @@ class DistroInstaller:
         inside = path_inside(root, str(key))
         inside.parent.mkdir(mode=0o700, exist_ok=True)
         luks.add_key(inside)
-        (root / "etc/crypttab").write_text(f"{luks.name} UUID={luks.uuid} {key} {options}\n")
+        host.put(root, "etc/crypttab", f"{luks.name} UUID={luks.uuid} {key} {options}\n")
         self.make_initramfs_open(root, log)
 
     def _set_network(self, root: Path, network: Network, log: host.Log) -> None:
         """Configure every Ethernet interface by DHCP, or leave all to NetworkManager, which does so too."""
         if network is Network.NETWORK_MANAGER:
-            settings = root / "etc/NetworkManager/conf.d/ash.conf"
-            settings.parent.mkdir(parents=True, exist_ok=True)
-            settings.write_text(NETWORK_MANAGER)
+            host.put(root, "etc/NetworkManager/conf.d/ash.conf", NETWORK_MANAGER)
             log.run_inside(root, ["systemctl", "enable", "NetworkManager.service"])
             return
-        (root / "etc/systemd/network/80-ash-dhcp.network").write_text(NETWORK)
-        drop_in = root / "etc/systemd/system/systemd-networkd-wait-online.service.d"
-        drop_in.mkdir(parents=True)
-        (drop_in / "ash.conf").write_text(WAIT_ONLINE)
+        host.put(root, "etc/systemd/network/80-ash-dhcp.network", NETWORK)
+        host.put(root, "etc/systemd/system/systemd-networkd-wait-online.service.d/ash.conf", WAIT_ONLINE)
         log.run_inside(root, ["systemctl", "enable", "systemd-networkd.service"])
 
     def _set_timezone(self, root: Path, timezone: str) -> None:
-        if not (root / "usr/share/zoneinfo" / timezone).is_file():
+        if not path_inside(root, f"usr/share/zoneinfo/{timezone}").is_file():
             raise AshError(f"the new system has no timezone {timezone}", status=USAGE)
-        (root / "etc/localtime").unlink(missing_ok=True)
-        (root / "etc/localtime").symlink_to(f"/usr/share/zoneinfo/{timezone}")
+        local = path_inside(root, "etc") / "localtime"
+        local.unlink(missing_ok=True)
+        local.symlink_to(f"/usr/share/zoneinfo/{timezone}")
 
     def _set_users(self, root: Path, settings: Settings, log: host.Log) -> None:
         if settings.user is not None:
@@ -325,9 +337,8 @@ class DistroInstaller:
         if settings.root_password is not None:
             set_password(root, "root", settings.root_password)
         if settings.ssh_keys:
-            home = Path("home", settings.user) if settings.user else Path("root")
-            owner = (root / home).stat()
-            directory = root / home / ".ssh"
+            home = path_inside(root, f"home/{settings.user}" if settings.user else "root")
+            owner, directory = home.stat(), home / ".ssh"
             directory.mkdir(mode=0o700)
             keys = directory / "authorized_keys"
             keys.write_text("\n".join([*settings.ssh_keys, ""]))
@@ -345,6 +356,26 @@ def fstab_line_of_home(home: str, compression: str) -> str:
     """
     compress = "" if compression == "none" else f",compress={compression or 'zstd'}"
     return f"UUID={home} /home btrfs noatime{compress} 0 2\n"
+
+
+def problem_of_password(text: str) -> str:
+    """Why a password cannot be set; empty if it can be."""
+    if len(text.encode()) > LONGEST_PASSWORD:
+        return f"it is longer than {LONGEST_PASSWORD} bytes"
+    return "" if text.isprintable() else "it has a control character"
+
+
+def is_public_key(line: str) -> bool:
+    """Whether a line is a public key for ssh: it repeats its type in the key itself (RFC 4253, 6.6)."""
+    found = re.match(SSH_KEY, line)
+    if not found:
+        return False
+    kind, key = found[0].split()[:2]
+    try:
+        data = base64.b64decode(key, validate=True)
+    except ValueError:
+        return False
+    return data.startswith(len(kind).to_bytes(4, "big") + kind.encode()) and len(data) > len(kind) + SHORTEST_KEY
 
 
 def set_password(root: Path, user: str, password: Password) -> None:

@@ -202,7 +202,9 @@ def require_free(path: Path, device: Device, minimum: int) -> None:
         raise AshError(f"the running system is on {path}", "use another disk", REFUSED)
     for one in device:
         if use := one.use():
-            raise AshError(f"{path} is in use: {one.path} is {use}", "stop that first, or use another disk", REFUSED)
+            opened = next((inner.path for inner in one.inside if inner.kind == "crypt" and not inner.use()), None)
+            stop = f"cryptsetup close {opened.name} stops that" if opened else "stop that first, or use another disk"
+            raise AshError(f"{path} is in use: {one.path} is {use}", stop, REFUSED)
     try:
         os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:

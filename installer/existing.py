@@ -103,6 +103,9 @@ def repair_boot_loader(place: Place, ident: str) -> None:
         if layout.is_of_ashos:
             what = f"{ident} is a system of AshOS: only itself can install its boot loader"
             raise AshError(what, "start it, and run grub-install there", REFUSED)
+        if not (layout.is_complete or neighbours.lacks_loader(layout)):
+            hint = "install it again with the same command, or remove it: init.py remove"
+            raise AshError(f"{ident} is not complete: it could not be started", hint, REFUSED)
         mount_boot_partition(layout, target.image)
         tools = load_distro(read_distro(layout.distro_file)[1]).boot_tools
         name = os_release(layout.rootfs(BASE), "NAME") or ident
@@ -178,7 +181,7 @@ def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -
             gone = _require(layouts, ident, place.path)
             others = [one for one in layouts if one is not gone and one.is_complete]
             with neighbours.nobody_deploys(layouts):
-                with step("Removing the boot loader"):
+                with step("Removing the boot loader"), neighbours.begun_to_remove(gone):
                     bootloader.remove(gone, others, target, device)
                 with step(f"Deleting the files of {ident}"):
                     if gone.boot_uuid:  # the partition itself stays

@@ -12,7 +12,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ash import FIRMWARE, REFUSED, USAGE, AshError, Chroot, clean_environment, last_words, run, step
+from ash import (
+    FIRMWARE,
+    REFUSED,
+    USAGE,
+    AshError,
+    Chroot,
+    clean_environment,
+    last_words,
+    path_inside,
+    run,
+    step,
+    write_inside,
+)
 
 # Required programs (by name) or files (by path), with the packages of Debian and Ubuntu that have them.
 Tools = Mapping[str, str]
@@ -183,15 +195,21 @@ def _writable(directory: Path) -> bool:
     return os.access(directory, os.W_OK) and not os.statvfs(directory).f_flag & os.ST_RDONLY
 
 
-def require_space(directory: Path, needed: int) -> None:
-    """Raise AshError if fewer than `needed` bytes are free on a directory's file system."""
+def require_space(directory: Path, needed: int, name: str = "") -> None:
+    """Raise AshError if fewer than `needed` bytes are free on a directory's file system; `name` is what to call it."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise AshError(
-            f"{directory} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
+            f"{name or directory} has {gibibytes(free)} free, and {gibibytes(needed)} are needed",
             hint="free some space, or use another disk",
             status=REFUSED,
         )
+
+
+def put(root: Path, path: str, text: str) -> None:
+    """Write a file of a new root, and its directories; a symlink in its place is replaced, others stay in the root."""
+    path_inside(root, str(Path(path).parent)).mkdir(parents=True, exist_ok=True)
+    write_inside(root, path, text)
 
 
 @contextmanager
@@ -226,9 +244,9 @@ class Log:
             OSError: it cannot be written.
         """
         self.path = path
-        path.touch(mode=0o600)
-        path.chmod(0o600)  # an older ash made it readable by everyone
-        self._file = path.open("wb", buffering=0)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)  # an older ash made it readable by everyone
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
         user_owned(path)
 
     def __enter__(self) -> Self:

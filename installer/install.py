@@ -35,6 +35,7 @@ from ash import (
     machine_chroot,
     os_release,
     private_mounts,
+    refuse_if_in_a_machine,
     run,
     sync_filesystem,
     write_file,
@@ -169,6 +170,9 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
     """
     host.require_root("make an image")
     host.require_new_file(image, force)
+    if image.exists():
+        with image.open("rb") as there:
+            refuse_if_in_a_machine(there.fileno(), image)
     if size < (needed := new.room(MINIMUM_SIZE) + sum(new.settings.sizes)):
         least = f"at least {host.gibibytes(needed)}"
         raise AshError(f"{host.gibibytes(size)} are too small", least, USAGE)
@@ -177,7 +181,10 @@ def make_image(image: Path, size: int, new: Installation, *, force: bool = False
     new.check(host.DISK)
     log_path = image.with_name(f"{image.name}.log")
     with disk.new_file(image) as part, ExitStack() as stack:
-        os.truncate(part, size)
+        try:
+            os.truncate(part, size)
+        except OSError as error:
+            raise AshError(f"an image of {host.gibibytes(size)} cannot be made: {error.strerror}", "", USAGE) from error
         with host.Log(log_path) as log, host.watched_space(image.parent):
             with log.step("Making partitions"):
                 target = stack.enter_context(disk.target_in(part, new.settings.sizes))
@@ -416,13 +423,24 @@ def _losses(chosen: _Chosen, target: disk.Target, new: Installation) -> list[Los
         lost = ", ".join(_named(systems_on(root))) or "all that is on it"
         losses = [Loss(str(root), f"a new btrfs file system; {lost} is lost"), *_encryption(target)]
     if efi:
-        text = "files are added to it" if target.keeps_efi else "a new FAT file system; all that is on it is lost"
-        losses.append(Loss(str(efi), text))
+        anew = "" if target.keeps_efi else f"a new FAT file system; {_lost_on_efi(efi, new)} is lost"
+        losses.append(Loss(str(efi), anew or "files are added to it"))
     if target.bios:
         losses.append(Loss(str(chosen.drive), "GRUB for the BIOS in its first sectors"))
     if chosen.its_disk.path != chosen.drive.path:
-        losses.append(Loss(str(chosen.drive), f"the boot loader; the root is on another disk, {chosen.its_disk.path}"))
+        here = "the boot loader" if target.bios else "nothing is written: UEFI has its boot loader on the EFI partition"
+        losses.append(Loss(str(chosen.drive), f"{here}; the root is on another disk, {chosen.its_disk.path}"))
     return [*losses, *_swap_losses(new, [one.path for one in (root, efi) if one])]
+
+
+def _lost_on_efi(efi: drives.Device, new: Installation) -> str:
+    """What is lost with the file system of an EFI partition: all the boot loaders there."""
+    if efi.filesystem != "vfat":
+        return "all that is on it"
+    new.require(host.DISK)
+    there = disk.EfiFiles(efi.path).directories("EFI")
+    names = listed(f"EFI/{name}" for name in there)
+    return f"all that is on it, with {names}, from which other systems may start," if there else "all that is on it"
 
 
 def systems_on(device: drives.Device) -> list[str]:
@@ -440,14 +458,17 @@ def _named(idents: Sequence[str]) -> list[str]:
 
 def _require_room_in(target: disk.Target, new: Installation) -> list[str]:
     """The systems on a target, which a new one can be added to; AshError if it cannot be."""
+    where = target.image or target.root
     with disk.mounted_readonly(target.root) as top:
         there = [one.distro for one in ashos.all_on(top)]
         if not there:
-            raise AshError(f"{target.root} has no system of ash", "--mode 1 or 2 makes a new file system", REFUSED)
+            anew = "without --mode 3, --force makes it anew"
+            hint = anew if target.image else "--mode 1 or 2 makes a new file system"
+            raise AshError(f"{where} has no system of ash", hint, REFUSED)
         layout = Layout.at(top, new.identity.id)
         neighbours.require_free(layout, there)
         if not neighbours.lacks_loader(layout):
-            host.require_space(top, new.room(MINIMUM_ROOM))
+            host.require_space(top, new.room(MINIMUM_ROOM), str(where))
     return there
 
 

@@ -98,6 +98,20 @@ def nobody_deploys(layouts: Iterable[Layout]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def begun_to_remove(layout: Layout) -> Iterator[None]:
+    """Note before the block that a system is not complete any more; if the block fails, it is again."""
+    was_complete = layout.is_complete
+    write_file(layout.unfinished, "")
+    sync_filesystem(layout.snapshots)
+    try:
+        yield
+    except (AshError, OSError):
+        if was_complete:
+            layout.unfinished.unlink(missing_ok=True)
+        raise
+
+
 def delete(layout: Layout) -> None:
     """Delete a system's subvolumes. If it is interrupted, the system counts as not complete."""
     write_file(layout.unfinished, "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from ash import USAGE, AshError, Layout, create_subvolume, mount_option_to_wait
+from ash import USAGE, AshError, Layout, create_subvolume, mount_option_to_wait, path_inside, read_text
 from installer import host
 from installer.disk import MIB, filesystem_uuid, parse_size
 
@@ -58,14 +58,13 @@ class Swap:
             uuid: of the file system with the swap file.
         """
         if self.zram:
-            (root / ZRAM_CONFIGURATION).write_text(ZRAM_SETTINGS)
+            host.put(root, ZRAM_CONFIGURATION, ZRAM_SETTINGS)
         lines = [f"UUID={filesystem_uuid(device)} none swap nofail 0 0" for device in self.devices]
         if self.size:
             options = f"subvol={layout.volume_name(Layout.SWAP)},noatime,nofail,{mount_option_to_wait()}"
             lines.append(f"UUID={uuid} {MOUNT_POINT} btrfs {options} 0 0")
             lines.append(f"{MOUNT_POINT}/{FILE} none swap nofail 0 0")
-        with (root / "etc/fstab").open("a") as fstab:
-            fstab.writelines(f"{line}\n" for line in lines)
+        host.put(root, "etc/fstab", read_text(path_inside(root, "etc/fstab")) + "".join(f"{line}\n" for line in lines))
 
     def make_file(self, layout: Layout, log: host.Log) -> None:
         """Make the swap file, with all its space, in a new subvolume; nothing if there is to be none."""

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from ash import MISSING, REFUSED, USAGE, AshError, last_words, run
+from ash import MISSING, REFUSED, USAGE, AshError, last_words, path_inside, read_text, run
 from installer import host
 from installer.distribution import DistroInstaller, Network, Settings, Source
 from installer.hardware import Hardware
@@ -185,9 +185,10 @@ class DebianInstaller(DistroInstaller):
 
     def make_initramfs_open(self, root: Path, log: host.Log) -> None:
         """As /usr/share/doc/cryptsetup-initramfs/README.initramfs.gz has it."""
-        with (root / "etc/cryptsetup-initramfs/conf-hook").open("a") as hook:
-            hook.write('KEYFILE_PATTERN="/etc/cryptsetup-keys.d/*.key"\n')
-        (root / "etc/initramfs-tools/conf.d/luks").write_text("UMASK=0077\n")
+        hook = "etc/cryptsetup-initramfs/conf-hook"
+        pattern = 'KEYFILE_PATTERN="/etc/cryptsetup-keys.d/*.key"\n'
+        host.put(root, hook, read_text(path_inside(root, hook)) + pattern)
+        host.put(root, "etc/initramfs-tools/conf.d/luks", "UMASK=0077\n")
         self._make_initramfs(root, log)
 
     def firmware_for(self, hardware: Hardware) -> list[str]:
@@ -210,18 +211,18 @@ class DebianInstaller(DistroInstaller):
 
     def set_locale(self, root: Path, locale: str, log: host.Log) -> None:
         """Use /etc/locale.gen; C.UTF-8 always exists."""
-        (root / "etc/default/locale").write_text(f"LANG={locale}\n")
+        host.put(root, "etc/default/locale", f"LANG={locale}\n")
         if locale != Settings.DEFAULT_LOCALE:
-            supported = (root / "usr/share/i18n/SUPPORTED").read_text().splitlines()
+            supported = read_text(path_inside(root, "usr/share/i18n/SUPPORTED")).splitlines()
             lines = [line for line in supported if line.split()[:1] == [locale]]
-            (root / "etc/locale.gen").write_text("\n".join([*lines, ""]))
+            host.put(root, "etc/locale.gen", "\n".join([*lines, ""]))
             log.run_inside(root, ["locale-gen"])
 
     def set_keymap(self, root: Path, keymap: str, log: host.Log) -> None:
         """Use /etc/default/keyboard, and compile the console's keymap now: it takes setupcon several seconds."""
         layout, _, variant = keymap.partition(":")
         lines = ['XKBMODEL="pc105"', f'XKBLAYOUT="{layout}"', f'XKBVARIANT="{variant}"', 'XKBOPTIONS=""', ""]
-        (root / "etc/default/keyboard").write_text("\n".join(lines))
+        host.put(root, "etc/default/keyboard", "\n".join(lines))
         if keymap != Settings.DEFAULT_KEYMAP:
             log.run_inside(root, ["setupcon", "--save-only"])
 

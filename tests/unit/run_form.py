@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def play(scene: Scene) -> None:
     replace(os, "geteuid", lambda: 0 if scene.root else 1000)
     replace(host, "require_btrfs", lambda: None)
     replace(host, "require", lambda _: None)
-    replace(disk, "EfiFiles", lambda node: node)
+    replace(disk, "EfiFiles", lambda _: SimpleNamespace(directories=lambda _: []))
     replace(bootloader, "require_no_neighbour", lambda *_: None)
     replace(install, "systems_on", lambda device: scene.systems.get(str(device.path), []))
     replace(install, "_require_room_in", lambda target, new: require_room(scene, target, new))
@@ -129,7 +130,7 @@ def installed(where: dict[str, str], path: Path, new: install.Installation, agre
     settings |= {name: one and one.text for name, one in settings.items() if name.endswith("password")}
     told = {
         **where,
-        "force": args.force,
+        "no_prep": args.no_prep,
         "size": args.size,
         "id": new.identity.id,
         "name": new.identity.name,

@@ -141,7 +141,7 @@ def test_enter_takes_what_is_in_brackets_and_installs_on_the_whole_disk(fill: Fi
 
 def test_every_answer_arrives(fill: Fill, tmp_path: Path) -> None:
     key = tmp_path / "key.pub"
-    key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1 ada@host\n")
+    key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f ada@host\n")
     with fill() as person:
         person.answers(("Number", "/dev/sdc"), ("Host name", "one.example"), ("User", "ada"))
         person.answers(("Password of ada", "s3cret"), ("The same again", "s3cret"), ("Groups of ada", "audio video"))
@@ -158,7 +158,7 @@ def test_every_answer_arrives(fill: Fill, tmp_path: Path) -> None:
         "password": "s3cret",
         "groups": ["audio", "video"],
         "root_password": "r00t",
-        "ssh_keys": ["ssh-ed25519 AAAAC3NzaC1lZDI1 ada@host"],
+        "ssh_keys": ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f ada@host"],
         "timezone": "Europe/Berlin",
         "packages": ["vim", "git"],
         "passphrase": "c0rrect",
@@ -431,12 +431,12 @@ def test_every_question_has_an_option_or_names_a_part_of_the_place() -> None:
 
 
 def test_another_option_is_one_more_entry_in_the_table(fill: Fill) -> None:
-    with fill(asked={"size": "Size", "force": "Force"}) as person:
+    with fill(asked={"size": "Size", "no_prep": "Unprepared"}) as person:
         person.answers(*TO_USER, ("User", ""), *FROM_ROOT_PASSWORD, ("Size [8G]", "<"), ("More packages", ""))
         person.answers(("Size [8G]", "9G"), ("Number [1]", "yes"))
-        assert re.search(r"Size +9G\n.*Force +yes\n", person.answer(REVIEW, ""))
+        assert re.search(r"Size +9G\n.*Unprepared +yes\n", person.answer(REVIEW, ""))
         told = person.installs("sdc")
-    assert (told["size"], told["force"]) == ("9G", True)
+    assert (told["size"], told["no_prep"]) == ("9G", True)
 
 
 def test_without_a_terminal_the_command_line_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ash import USAGE, AshError
+from ash import REFUSED, USAGE, AshError
 from distros.debian import installer as debian
 from distros.debian.installer import DebianInstaller
 from installer import ashos, cli, drives, host, install
@@ -96,6 +96,9 @@ def test_the_last_lines_can_be_pasted_into_a_shell(
     assert [words[2:] for words in commands] == [["boot", str(path)], ["try", str(path)]]
 
 
+THEIRS = f"$y$j9T$salt${'b' * 43}"
+
+
 class Answered:
     """Runs the installer's command line, and keeps what it would install."""
 
@@ -107,7 +110,7 @@ class Answered:
         self.new: list[install.Installation] = []
 
         def make_image(path: Path, _: int, new: install.Installation, **__: object) -> install.Made:
-            new.hashes = {"ada": "$y$theirs", "root": ""}
+            new.hashes = {"ada": THEIRS, "root": ""}
             self.new.append(new)
             return install.Made(path, "Debian", path)
 
@@ -123,11 +126,12 @@ def answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answered:
     return Answered(monkeypatch, tmp_path)
 
 
+HASH = f"$6$salt${'a' * 86}"
 ANSWERS = """\
 id = "debian_2"
 user = "ada"
 group = ["audio", "video"]
-password-hash = "$6$salt$hash"
+password-hash = "HASH"
 hostname = "one"
 timezone = "Europe/Berlin"
 swap = ["zram", "2G"]
@@ -135,7 +139,7 @@ compress = "lzo"
 profile = ["server"]
 mutable = true
 discard = false
-"""
+""".replace("HASH", HASH)
 
 
 def test_answers_come_from_a_file_and_options_override_them(answered: Answered) -> None:
@@ -148,18 +152,18 @@ def test_answers_come_from_a_file_and_options_override_them(answered: Answered) 
     )
     settings = new.settings
     assert (settings.user, settings.groups, settings.hostname) == ("ada", ("audio", "video"), "two")
-    assert settings.password == Password("$6$salt$hash", is_hash=True)
+    assert settings.password == Password(HASH, is_hash=True)
     assert (settings.swap, settings.compression) == (Swap(zram=True, size=2 << 30), "lzo")
     assert (settings.profiles, settings.mutable, settings.discard) == (("server",), True, False)
     assert stat.S_IMODE(answered.saved.stat().st_mode) == 0o600
     saved = answered.saved.read_text()
-    assert 'password-hash = "$y$theirs"' in saved, "as the new system has it"
+    assert f'password-hash = "{THEIRS}"' in saved, "as the new system has it"
     assert "root-password-hash" not in saved
     assert "mutable = true\n" in saved
     assert "discard" not in saved, "that is the default"
     assert answered.run(saved) == 0
     again = answered.new[1]
-    assert again.settings == replace(settings, password=Password("$y$theirs", is_hash=True))
+    assert again.settings == replace(settings, password=Password(THEIRS, is_hash=True))
     assert again.identity == new.identity
 
 
@@ -221,7 +225,11 @@ def test_options_that_exclude_each_other_are_refused(
         (Settings(ssh_keys=("-----BEGIN OPENSSH PRIVATE KEY-----",)), "no public key"),
         (Settings(groups=("audio",)), "no user"),
         (Settings(user="ada", groups=("adio",)), "no group adio"),
+        (Settings(ssh_keys=("ssh-rsa AAAA",)), "no public key"),
         (Settings(user="ada", password=Password("secret", is_hash=True)), "hash"),
+        (Settings(user="ada", password=Password("$6$abc$def", is_hash=True)), "hash"),
+        (Settings(user="ada", password=Password("x" * 600)), "longer than 500 bytes"),
+        (Settings(root_password=Password("a\0b")), "control character"),
     ],
 )
 def test_wrong_settings_are_refused(settings: Settings, message: str) -> None:
@@ -231,11 +239,64 @@ def test_wrong_settings_are_refused(settings: Settings, message: str) -> None:
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--disk", "/dev/vda", "--mode", "3"], "--mode 3 keeps what is on partitions, and --disk keeps nothing"),
+        (["--disk", "/dev/vda", "--mode", "2"], "--mode 2 keeps"),
+        (["--disk", "/dev/vda", "--force"], "--force replaces a file"),
+        (["--image", "same.tar", "--rootfs", "./same.tar"], "--rootfs is the file that is to be made"),
+        (["--image", "a.img", "--save-answers", "./a.img"], "is a file that this installation reads or makes"),
+        (["--image", "a.img", "--rootfs", "r.tar", "--save-answers", "r.tar"], "reads or makes"),
+        (["--image", "a.img", "--ssh-key", "/dev/null"], "has no ssh key"),
+        (["--image", "a.img", "--size", "99999999T"], "99999999T are too many"),
+    ],
+)
+def test_what_would_replace_something_else_or_has_no_effect_is_refused(
+    words: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--yes"]) == USAGE
+    assert error in capsys.readouterr().err
+
+
+def test_saved_answers_replace_only_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = tmp_path / "notes"
+    notes.write_text("mine\n")
+    assert cli.main(["--image", str(tmp_path / "a.img"), "--save-answers", str(notes)]) == REFUSED
+    assert "has no answers of the installer" in capsys.readouterr().err
+    assert notes.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"$y$j9T$saltsaltsaltsalt${'a' * 43}",
+        f"$gy$j9T$salt${'a' * 43}",
+        f"$6$rounds=5000$salt${'a' * 86}",
+        f"$5$salt${'a' * 43}",
+        f"$2b$05${'a' * 53}",
+        f"$1$salt${'a' * 22}",
+    ],
+)
+def test_hashes_of_crypt_are_accepted(text: str) -> None:
+    DebianInstaller().check(Settings(user="ada", password=Password(text, is_hash=True)))
+
+
+def test_an_encrypted_partition_that_is_open_is_named_with_the_way_to_close_it() -> None:
+    found = dict.fromkeys(("model", "fstype", "fsver", "label", "uuid", "parttype", "partuuid", "pttype"))
+    plain = {**found, "size": 1 << 33, "mountpoints": [None], "ro": False}
+    opened = {**plain, "path": "/dev/mapper/luks-1", "type": "crypt"}
+    part = drives.Device.of({**plain, "path": "/dev/null", "type": "part", "children": [opened]})
+    with pytest.raises(AshError) as caught:
+        drives.require_free(Path("/dev/null"), part, 0)
+    assert caught.value.hint == "cryptsetup close luks-1 stops that"
+
+
 def test_usual_public_keys_are_accepted() -> None:
     keys = (
-        "ssh-ed25519 AAAAC3NzaC1lZDI1 ada@host",
-        "ecdsa-sha2-nistp256 AAAA/+==",
-        "sk-ssh-ed25519@openssh.com AAAA x y",
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f ada@host",
+        "ecdsa-sha2-nistp256 AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAoAAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8gISIjJCUmJw==",
+        "sk-ssh-ed25519@openssh.com AAAAGnNrLXNzaC1lZDI1NTE5QG9wZW5zc2guY29tAAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f x y",
     )
     DebianInstaller().check(Settings(ssh_keys=keys))
 
