@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ash import AshError, Layout
+from installer import neighbours
 from tests.support import CHECKOUT, DONE, LOCKED, MISSING, REFUSED, USAGE, Disk, Outcome, program, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
@@ -185,6 +187,7 @@ def test_an_image_that_another_ash_works_on_is_refused(pair: Pair) -> None:
         assert "another program works on" in pair.add(status=LOCKED).stderr
         pair.remove("debian", "--last", status=LOCKED)
         pair.init("rescue", pair.image, "--boot-loader", "debian", status=LOCKED)
+        assert "another program works on" in pair.init("boot", pair.image, status=LOCKED).stderr
     finally:
         process.terminate()
         process.wait()
@@ -214,6 +217,45 @@ def test_a_second_installation_that_fails_leaves_the_first_one(pair: Pair, numbe
     pair.add()
     assert pair.of(SECOND, "fsck").stdout.strip() == "no problems found"
     assert pair.of("debian", "fsck").stdout.strip() == "no problems found"
+
+
+def test_an_incomplete_system_gets_no_boot_loader(pair: Pair) -> None:
+    killed(pair, "Configuring", signal.SIGKILL)
+    loaders = pair.loaders()
+    error = pair.init("rescue", pair.image, "--boot-loader", SECOND, status=REFUSED).stderr
+    assert "debian_2 is not complete: it could not be started" in error
+    assert pair.loaders() == loaders
+    pair.remove(SECOND)
+
+
+def test_a_removal_that_has_begun_is_noted(pair: Pair) -> None:
+    with pair.files() as files:
+        layout = Layout.at(files.top, "debian")
+        with pytest.raises(AshError), neighbours.begun_to_remove(layout):
+            raise AshError("the EFI partition is full")
+        assert layout.is_complete
+        with pytest.raises(KeyboardInterrupt), neighbours.begun_to_remove(layout):
+            raise KeyboardInterrupt
+        assert not layout.is_complete
+    assert "not complete" in pair.init("rescue", pair.image).stdout
+    pair.remove("debian", "--last")
+    assert not pair.volumes()
+
+
+def test_symlinks_of_a_given_root_do_not_lead_out_of_it(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "new/etc/default").mkdir(parents=True)
+    names = [f"./etc/{name}" for name in ("hostname", "hosts", "fstab", "machine-id", "default/grub")]
+    for name in names:
+        (tmp_path / "new" / name).symlink_to(tmp_path / Path(name).name)
+    tar = tmp_path / "root.tar"
+    program("cp", "--sparse=always", "--reflink=auto", pair.rootfs, tar)
+    program("tar", "--append", "--file", tar, "--directory", tmp_path / "new", *names)
+    Pair(pair.image, tar).add(SECOND, "--hostname", "two")
+    assert {path.name for path in tmp_path.iterdir()} == {"disk.img", "disk.img.log", "new", "root.tar"}
+    with pair.files() as files:
+        etc = files.top / f"@.snapshots_{SECOND}/rootfs/snapshot-0/etc"
+        assert (etc / "hostname").read_text() == "two\n"
+        assert not any((etc / Path(name).relative_to("etc")).is_symlink() for name in names)
 
 
 def test_a_boot_loader_is_repaired(pair: Pair) -> None:
