@@ -10552,8 +10552,13 @@ class System:
         return self.distro.package_manager
 
     @classmethod
-    def open(cls, request: Request, changes: bool) -> System:
-        """The system that the command line selects; AshError if there is none (MISSING) or it needs root (REFUSED)."""
+    def open(cls, request: Request, changes: bool, *, any_system: bool = False) -> System:
+        """The system that the command line selects; AshError if there is none (MISSING) or it needs root (REFUSED).
+
+        Args:
+            changes: it will be changed.
+            any_system: of several on the disk, of which none is selected, take the first.
+        """
         if request.root is None and request.image is None:
             return cls._running(request, changes)
         require_root("working on another system's disk")
@@ -10571,7 +10576,7 @@ class System:
                 raise AshError(f"{request.root} is not on btrfs", "mount the root partition there", MISSING)
             # A second, writable mount would also make the user's read-only mount writable.
             top = mount_top_of(request.root, is_readonly(request.root))
-        return cls._at(top, request, changes)
+        return cls._at(top, request, changes, any_system=any_system)
 
     @classmethod
     def _running(cls, request: Request, changes: bool) -> System:
@@ -10591,9 +10596,9 @@ class System:
         return cls(layout, load_distro(ident[1]), running=True, wait=request.wait)
 
     @classmethod
-    def _at(cls, top: Path, request: Request, changes: bool) -> System:
+    def _at(cls, top: Path, request: Request, changes: bool, *, any_system: bool) -> System:
         there = [one.distro for one in Layout.all_on(top) if one.is_complete and not one.is_of_ashos]
-        if request.distro is None and len(there) > 1:
+        if request.distro is None and len(there) > 1 and not any_system:
             raise AshError(f"there are several distributions: {', '.join(there)}", "select one with --distro ID", USAGE)
         if not there or (request.distro or there[0]) not in there:
             raise AshError(f"there is no {request.distro or 'system'} managed by ash", "", MISSING)
@@ -11870,6 +11875,7 @@ class Command(NamedTuple):
     retries: bool = True  # it may run again after it committed but did not finish
     own_status: bool = False  # it exits with the status of the program that it ran; ash's own failure is 125
     needs_system: bool = True  # if not, the function takes the request only
+    of_all_systems: bool = False  # if there are several on the disk, it need not be told of which one
     answer: Mapping[str, Any] | None = None  # the shape of its JSON answer; None for what has none
 
     def is_change(self, request: Request) -> bool:
@@ -12271,7 +12277,8 @@ def execute(command: Command, request: Request) -> Reply:
         reply: Reply = command.function(request)
         return reply
     changes = command.is_change(request)
-    system = System.open(request, changes or (command.wants_disk and os.geteuid() == 0))
+    sees_disk = changes or (command.wants_disk and os.geteuid() == 0)
+    system = System.open(request, sees_disk, any_system=command.of_all_systems)
     if changes and is_readonly(system.layout.snapshots):
         where = request.root or request.image or "/"
         raise AshError(f"{where} is mounted read-only", f"mount -o remount,rw {where}", REFUSED)
@@ -13006,7 +13013,7 @@ def add_firmware_entry(node: Path, ident: str, label: str) -> None:
 
 @command(
     "dist", "distro", group=BOOT, usage="dist [NAME]", help="list the systems on this disk, or have another one start",
-    changes=True, words="words",
+    changes=True, words="words", of_all_systems=True,
     answer={"systems?": [{"id": str, "running": bool, "complete": bool}], "first?": str, "changed?": bool},
 )  # fmt: skip
 def cmd_dist(system: System, request: Request) -> Plan:

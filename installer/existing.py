@@ -15,6 +15,7 @@ from ash import (
     FIRMWARE,
     MISSING,
     REFUSED,
+    USAGE,
     AshError,
     Layout,
     bind,
@@ -212,6 +213,8 @@ def _target(place: Place, ident: str = "") -> Iterator[disk.Target]:
         bios=not FIRMWARE.is_dir(),
     )
     with ExitStack() as stack:
+        if place.passphrase and root.filesystem != luks.FILE_SYSTEM:
+            raise AshError(f"{place.path} is not encrypted", "leave --luks out", USAGE)
         if root.filesystem == luks.FILE_SYSTEM:
             target = stack.enter_context(disk.unlocked_target(target, place.passphrase))
         with disk.mounted_readonly(target.root) as top:

@@ -122,6 +122,7 @@ def test_a_system_is_added_and_removed(pair: Pair, tmp_path: Path) -> None:
 def test_the_first_system_may_go_too(pair: Pair) -> None:
     pair.add()
     assert "several distributions" in pair.ash("tree", status=USAGE).error
+    assert pair.ash("dist").stdout.split() == ["debian", SECOND]
     second = {path: ident for path, ident in pair.volumes().items() if SECOND in path}
     pair.remove("debian")
     assert pair.volumes() == second
