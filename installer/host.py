@@ -23,7 +23,7 @@ from ash import (
     path_inside,
     run,
     step,
-    write_inside,
+    write_text,
 )
 
 # Required programs (by name) or files (by path), with the packages of Debian and Ubuntu that have them.
@@ -207,9 +207,10 @@ def require_space(directory: Path, needed: int, name: str = "") -> None:
 
 
 def put(root: Path, path: str, text: str) -> None:
-    """Write a file of a new root, and its directories; a symlink in its place is replaced, others stay in the root."""
-    path_inside(root, str(Path(path).parent)).mkdir(parents=True, exist_ok=True)
-    write_inside(root, path, text)
+    """Write a file of a new root, and its directories; symlinks are followed as a program in that root would."""
+    place = path_inside(root, path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_text(place, text)
 
 
 @contextmanager
