@@ -1207,9 +1207,7 @@ class Layout:
         self.history, self.ids = ash / "history", ash / "ids"
         self.menu = ash / "menu"  # the boot menu: all users can read it; grub.cfg is on a volume that is not mounted
         self.efi = ash / "efi"  # the UUID of the EFI partition, where GRUB counts; missing or empty if there is none
-        self.boot_part = (
-            ash / "bootpart"
-        )  # the UUID of a partition for GRUB's files and kernels; missing if there is none
+        self.boot_part = ash / "bootpart"  # the UUID of the partition for /boot; missing if there is none
         self.envblock = ash / "envblock"  # which GRUB has shown that it can count in btrfs; missing if none has
         self.bad = ash / "bad"  # the snapshots whose deployments did not start
         self.booted = ash / "booted"  # what runs, or ran last: a boot service copies it from the deployment
@@ -4194,17 +4192,17 @@ def only_one(found: Sequence[tuple[Path, int]], uuid: str, missing: AshError) ->
     raise missing
 
 
-def mount_boot_partition(layout: Layout, image: Path | None = None) -> Path | None:
-    """Mount the partition for GRUB's files and kernels over the boot volume, visible to this process only.
+def mount_boot_partition(layout: Layout, image: Path | None = None) -> None:
+    """Mount the partition for GRUB's files and kernels, if there is one, over the boot volume for this process only.
 
-    Returns its node; None if the system has none. AshError (REFUSED) if it is missing, or there are several.
+    AshError (REFUSED) if it is missing, or there are several.
 
     Args:
         layout, image: of the system; see EfiPartition.
     """
     uuid = layout.boot_uuid
     if not uuid:
-        return None
+        return
 
     def has_it(disk: BinaryIO, start: int) -> bool:
         there = Superblock.at(disk, start)
@@ -4215,10 +4213,9 @@ def mount_boot_partition(layout: Layout, image: Path | None = None) -> Path | No
     options, readonly = f"subvol={layout.volume_name('@boot')}", is_readonly(layout.snapshots)
     if not image:
         mount_btrfs(path, layout.boot_volume, options, readonly)
-        return path
+        return
     with image.open("rb+") as disk, node_of_part(disk, image, (start, dict(partitions_of(disk))[start])) as (node, _):
         mount_btrfs(node, layout.boot_volume, options, readonly)
-        return node
 
 
 class EfiPartition:
@@ -9187,7 +9184,7 @@ class Menu:
 
     def render(self, layout: Layout, uuid: str, describe: Callable[[int], str], notes: GrubNotes) -> str:
         """The text of grub.cfg."""
-        default = self.deployments[self.default]
+        default, partition = self.deployments[self.default], BootPartition(layout)
         last = self.deployments.get(self.last_booted)
         others = [d for slot, d in self.deployments.items() if slot in SECONDARY_SLOTS]
         # It is in the deployment, since all can read the menu file. If it is missing, an older ash made that.
@@ -9213,7 +9210,7 @@ class Menu:
             is_free = one in (default, good, once) and "--unrestricted" not in classes.split()
             options = filter(None, [classes, "--unrestricted" if is_free else ""])
             start = ["menuentry", grub_title(title), "--id", one.entry, *options, "{"]
-            commands = self._commands(one, layout, uuid, trial, once)
+            commands = self._commands(one, partition, uuid, trial, once)
             entries.append("\n".join([" ".join(start), *commands, "}"]))
         other = good if good is not default else last or default
         # For this GRUB takes no id, but only positions in the menu.
@@ -9237,18 +9234,18 @@ class Menu:
 
     @staticmethod
     def _commands(
-        deployment: Deployment, layout: Layout, uuid: str, trial: Deployment | None, once: Deployment | None
+        deployment: Deployment, partition: BootPartition, uuid: str, trial: Deployment | None, once: Deployment | None
     ) -> list[str]:
         """What GRUB does to start a deployment, while one is on trial, or one is to be started once."""
+        name = partition.layout.rootfs_name(deployment.slot)
         own = f"{'rw' if deployment.mutable else 'ro'} {DEPLOYMENT}={deployment.id}"
-        place = BootPartition(layout).place(deployment)
         chosen = [("$ash_trial" if deployment is trial else "$ash_fellback") if trial else ""]
         chosen += ["$ash_once" if deployment is once else ""]
         last = " ".join(filter(None, chosen))
         return [
             # If it cannot be loaded, GRUB goes on with the fallback.
             *([f'    set ash_fellback="{FELL_BACK}={trial.id}"'] if trial and deployment is trial else []),
-            *grub_start(layout.rootfs_name(deployment.slot), uuid, deployment.config, own, last, place=place),
+            *grub_start(name, uuid, deployment.config, own, last, place=partition.place(deployment)),
         ]
 
 

@@ -370,8 +370,7 @@ def target_of(image: Path) -> Iterator[Target]:
     start, size = btrfs_partition(image)
     with image.open("rb+") as file:
         refuse_if_in_a_machine(file.fileno(), image)
-    if run(["losetup", "--noheadings", "--list", "--output", "NAME", "--associated", image]).stdout.strip():
-        raise AshError(f"another program works on {image}", "wait until it has ended", LOCKED)
+    host.require_detached(image)
     table = json.loads(run(["sfdisk", "--json", image]).stdout)["partitiontable"]
     efi = next((one for one in table["partitions"] if one["type"].upper() == EFI_TYPE), None)
     with ExitStack() as stack:

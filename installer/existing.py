@@ -168,17 +168,13 @@ def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -
     host.require(host.disk_tools())
     with _target(place, ident) as target:
         with disk.mounted_readonly(target.root) as top:
-            there = ashos.all_on(top)
-            for layout in there:
-                mount_boot_partition(layout, target.image)
+            there = _with_boot_partitions(top, target)
             losses = _check(place.path, ident, there, target, even_last=even_last)
         agree(ident, losses, [])
         private_mounts()
         with ExitStack() as stack:
             top, device = target.attach(stack)
-            layouts = ashos.all_on(top)
-            for layout in layouts:
-                mount_boot_partition(layout, target.image)
+            layouts = _with_boot_partitions(top, target)
             gone = _require(layouts, ident, place.path)
             others = [one for one in layouts if one is not gone and one.is_complete]
             with neighbours.nobody_deploys(layouts):
@@ -191,6 +187,14 @@ def remove(place: Place, ident: str, agree: Agree, *, even_last: bool = False) -
                         run(["umount", gone.boot_volume])
                     neighbours.delete(gone)
             run(["umount", "--recursive", top])
+
+
+def _with_boot_partitions(top: Path, target: disk.Target) -> list[Layout]:
+    """The systems on a target whose top level is mounted; their partitions for /boot are mounted too."""
+    there = ashos.all_on(top)
+    for layout in there:
+        mount_boot_partition(layout, target.image)
+    return there
 
 
 @contextmanager

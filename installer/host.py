@@ -14,6 +14,7 @@ from typing import Self
 
 from ash import (
     FIRMWARE,
+    LOCKED,
     REFUSED,
     USAGE,
     AshError,
@@ -204,6 +205,12 @@ def require_space(directory: Path, needed: int, name: str = "") -> None:
             hint="free some space, or use another disk",
             status=REFUSED,
         )
+
+
+def require_detached(image: Path) -> None:
+    """Raise AshError (LOCKED) if a part of an image is a loop device: another ash, or an installer, works on it."""
+    if run(["losetup", "--noheadings", "--list", "--output", "NAME", "--associated", image]).stdout.strip():
+        raise AshError(f"another program works on {image}", "wait until it has ended", LOCKED)
 
 
 def put(root: Path, path: str, text: str) -> None:

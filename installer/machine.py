@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from ash import LOCKED, AshError, run
+from ash import AshError
 from installer import host
 
 QEMU = "qemu-system-x86_64"
@@ -191,8 +191,8 @@ def boot_interactively(image: Path, *, uefi: bool = False, snapshot: bool = Fals
         memory: in MiB.
     """
     _require_qemu()
-    if image.is_file() and run(["losetup", "--noheadings", "--list", "--associated", image]).stdout.strip():
-        raise AshError(f"another program works on {image}", "wait until it has ended", LOCKED)
+    if image.is_file():
+        host.require_detached(image)
     print(f"Booting {image}. Ctrl-A X kills the machine; `poweroff` inside shuts it down.")
     with tempfile.TemporaryDirectory(prefix="ash-machine-") as scratch:
         argv = _hardware(image, uefi=uefi, snapshot=snapshot, memory=memory, scratch=Path(scratch))

@@ -116,6 +116,14 @@ class Files:
         return program("unshare", "--mount", "sh", "-c", script, "sh", root, self.var, *argv, status=status)
 
 
+def init(*words: str | Path, status: int = DONE) -> Outcome:
+    """Run the installer, and assert its exit status."""
+    argv = [sys.executable, CHECKOUT / "init.py", *words]
+    ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert ended.returncode == status, (words, ended)
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
 EFI_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 # An entry of grub.cfg: its id and its commands.
 ENTRY = r"^menuentry [^\n]* --id (\S+) [^\n]*\{\n(.*?)^\}"

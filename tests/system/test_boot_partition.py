@@ -12,20 +12,12 @@ from pathlib import Path
 import pytest
 
 from installer.disk import loop_device
-from tests.support import CHECKOUT, DONE, FAILED, REFUSED, USAGE, Disk, Outcome, program
+from tests.support import CHECKOUT, FAILED, REFUSED, USAGE, Disk, init, program
 from tests.system.disk_system import Machine, System
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
 SECOND = "debian_2"
-
-
-def init(*words: str | Path, status: int = DONE) -> Outcome:
-    """Run the installer, and assert its exit status."""
-    argv = [sys.executable, CHECKOUT / "init.py", *words]
-    ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert ended.returncode == status, (words, ended)
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 """The installer's choices: an image with many of them at once, and ash on it; a system beside it whose profile fails."""
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from ash import NOCOW, Layout, create_subvolume, flags_of
 from installer import neighbours
 from tests.archive import Archive
-from tests.support import CHECKOUT, DONE, MISSING, REFUSED, USAGE, Disk, Outcome, program
+from tests.support import MISSING, REFUSED, USAGE, Disk, init, program
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(60)]
 
@@ -30,14 +28,6 @@ OF_PROFILE = {
 }  # of the profile "server"
 MIB = 1 << 20
 CHOICES = "--size 4G --swap zram 64M --compress lzo --discard --network networkmanager --profile server --mutable"
-
-
-def init(*words: str | Path, status: int = DONE) -> Outcome:
-    """Run the installer, and assert its exit status."""
-    argv = [sys.executable, CHECKOUT / "init.py", *words]
-    ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert ended.returncode == status, (words, ended)
-    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 @pytest.fixture(scope="module")

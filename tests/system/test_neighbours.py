@@ -13,7 +13,7 @@ import pytest
 
 from ash import AshError, Layout
 from installer import neighbours
-from tests.support import CHECKOUT, DONE, LOCKED, MISSING, REFUSED, USAGE, Disk, Outcome, program, wait_until
+from tests.support import CHECKOUT, DONE, LOCKED, MISSING, REFUSED, USAGE, Disk, Outcome, init, program, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.budget(120)]
 
@@ -29,10 +29,7 @@ class Pair(Disk):
 
     def init(self, *words: str | Path, status: int = DONE) -> Outcome:
         """Run the installer, and assert its exit status."""
-        argv = [sys.executable, CHECKOUT / "init.py", *words]
-        ended = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        assert ended.returncode == status, (words, ended)
-        return Outcome(ended.returncode, ended.stdout, ended.stderr)
+        return init(*words, status=status)
 
     def adding(self, ident: str = SECOND) -> Sequence[str | Path]:
         """The installer's words that add a system."""

@@ -613,7 +613,7 @@ def only_looked_at(nothing_is_managed: None, monkeypatch: pytest.MonkeyPatch, tm
     system.layout.last.write_text("0\n")
     system.layout.history.write_text(f"{json.dumps(ENTRY)}\n")
 
-    def looked_at(_: ash.Request, changes: bool) -> System:
+    def looked_at(_: ash.Request, changes: bool, **_options: object) -> System:
         if changes:
             raise AshError("this system is only looked at")
         return system
