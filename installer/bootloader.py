@@ -253,6 +253,13 @@ def add_boot_entry(target: Target, label: str, distro: str) -> None:
     add_firmware_entry(target.efi, distro, label)
 
 
+def after_removal(firmware: Firmware, ident: str, partition: str) -> str:
+    """What UEFI firmware starts when the entries of a system on an EFI partition with an id are deleted."""
+    labels = {one.number: one.label for one in firmware.entries if not one.starts(f"{ident}/", partition)}
+    first = next((labels[number] for number in firmware.order if number in labels), None)
+    return f"the firmware starts {first} first from then on" if first else "the firmware has no entry then"
+
+
 def _delete_boot_entries(path: str, partition: str, there: Sequence[str] = ()) -> None:
     """Delete the firmware's entries for a path below EFI/ on a partition, or if `there` is given, on none of these."""
     firmware = Firmware()

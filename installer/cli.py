@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     try:
-        command = {"boot": _boot, "try": _try, "remove": _remove, "rescue": _rescue}.get(words[0] if words else "")
+        command = COMMANDS.get(words[0] if words else "")
         return command(words[1:]) if command else _make(words)
     except _DryRunEnds:
         return 0
@@ -181,6 +181,8 @@ def _make_args(words: Sequence[str]) -> argparse.Namespace:
     if args.answers:
         parser.set_defaults(**answers.read(args.answers, parser))
         args = parser.parse_args(words)
+    if args.words and args.words[0] in COMMANDS:
+        raise AshError(f"`{args.words[0]}` comes first, and its options after it", SEE_HELP, USAGE)
     _require_place_that_fits(args)
     if args.rootfs and (args.release or args.mirror or args.package or args.make_rootfs):
         raise AshError("--rootfs already determines release and packages", "use these with --make-rootfs", USAGE)
@@ -235,6 +237,8 @@ def _check_place(args: argparse.Namespace) -> Sequence[install.Loss]:
 def _check_settings(args: argparse.Namespace) -> None:
     new = _given(args)
     new.installer.check(new.settings)
+    if args.disk:
+        install.require_room(args.disk, new)
 
 
 def _check_everything(args: argparse.Namespace) -> None:
@@ -465,7 +469,7 @@ def _boot_size(args: argparse.Namespace) -> int:
 def _partition_size(text: str, directory: str, least: int) -> int:
     size = disk.parse_size(text) // disk.MIB * disk.MIB
     if size < least:
-        raise AshError(f"{text} are too small for {directory}", f"at least {least // disk.MIB}M", USAGE)
+        raise AshError(f"{text} is too small for {directory}", f"at least {least // disk.MIB}M", USAGE)
     return size
 
 
@@ -684,3 +688,6 @@ def _try(words: Sequence[str]) -> int:
     if args.tour or not (sys.stdin.isatty() and sys.stdout.isatty()):
         return tour.tour(args.image, uefi=args.uefi)
     return tour.guided(args.image, uefi=args.uefi)
+
+
+COMMANDS = {"boot": _boot, "try": _try, "remove": _remove, "rescue": _rescue}  # all others make something

@@ -17,11 +17,13 @@ from ash import (
     REFUSED,
     USAGE,
     AshError,
+    Firmware,
     Layout,
     bind,
     load_distro,
     mount_boot_partition,
     os_release,
+    partition_id,
     private_mounts,
     read_distro,
     remove_tree,
@@ -67,7 +69,8 @@ def rescue(place: Place) -> None:
                 print(", ".join([f"{layout.distro}: {ashos.name(layout)}, of AshOS: `ash` cannot work on it", *marks]))
                 print(ashos.draw(layout))
                 continue
-            print(", ".join([f"{layout.distro}: {os_release(layout.rootfs(BASE), 'PRETTY_NAME')}", *marks]))
+            name = os_release(layout.rootfs(BASE), "PRETTY_NAME") or "without a name"
+            print(", ".join([f"{layout.distro}: {name}", *marks]))
             if layout.is_complete:
                 print(_ash(layout, top, "tree"))
     words = f"init.py rescue {shlex.quote(str(place.path))}{' --luks' if place.passphrase else ''}"
@@ -248,10 +251,13 @@ def _check(path: Path, ident: str, there: Sequence[Layout], target: disk.Target,
     if not others and not even_last:
         raise AshError(f"{ident} is the last system on {path}", "--last removes it all the same", REFUSED)
     snapshots = len([*(gone.snapshots / "rootfs").glob("snapshot-[0-9]*")])
-    losses = [Loss(str(path), f"{ident} is deleted: {snapshots} snapshots, /var, and all files of people in /home")]
+    number = "1 snapshot" if snapshots == 1 else f"{snapshots} snapshots"
+    losses = [Loss(str(path), f"{ident} is deleted: {number}, /var, and all files of people in /home")]
     losses.append(Loss(str(path), f"what stays: {', '.join(one.distro for one in others) or 'no system'}"))
     if others and bootloader.bios_starts(there, target) == ident:
         losses.append(Loss(str(path), _heir_of_bios(ident, others, even_last=even_last)))
+    if others and target.efi and FIRMWARE.is_dir() and not target.image:
+        losses.append(Loss(str(path), bootloader.after_removal(Firmware(), ident, partition_id(target.efi))))
     if target.efi:
         where = f"the EFI partition of {path}" if target.image else str(target.efi)
         losses.append(Loss(where, f"EFI/{ident} and ash/{ident} are deleted"))

@@ -583,8 +583,14 @@ class Form:
         choices = self._choices(question)
         default = self._default(question, choices)
         about = question.about.format_map(self._situation.given)
-        keys = _keys(question, has_default=default is not None)
+        stuck = choices is not None and all(one.obstacle for one in choices)
+        keys = "" if stuck else _keys(question, has_default=default is not None)
         _show(["", _rule(self._text(question)), *_wrapped(about), *_choice_lines(choices), *_wrapped(keys)])
+        if stuck:
+            if not self._situation.given:
+                raise AshError("none of these can be used", "", REFUSED)
+            _say("None of these can be chosen: the question before comes again.")
+            raise _Back
         while True:
             try:
                 if choices is not None:

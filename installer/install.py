@@ -281,8 +281,7 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
         AshError: a check failed, before anything was written; or the installation failed.
     """
     require_machine()
-    sizes = new.settings.sizes
-    device = drives.require_free_disk(path, new.room(MINIMUM_SIZE) + sum(sizes))
+    sizes, device = new.settings.sizes, require_room(path, new)
     losses = [Loss(str(device), "a new partition table")]
     losses += [
         Loss(str(one), f"is deleted, with {' and '.join(_named(systems_on(one))) or 'all on it'}")
@@ -300,6 +299,11 @@ def install_on_disk(path: Path, new: Installation, agree: Agree) -> Made:
         return _encrypted(disk.target_on(device.path, sizes), new)
 
     return _install(Checked(device.path, losses, make_target, _left_anew(device.path), future, first), new, agree)
+
+
+def require_room(path: Path, new: Installation) -> drives.Device:
+    """The disk with a path; AshError if it is in use, or too small for a system and the partitions that it has."""
+    return drives.require_free_disk(path, new.room(MINIMUM_SIZE) + sum(new.settings.sizes))
 
 
 def _encrypted(target: disk.Target, new: Installation) -> disk.Target:

@@ -195,7 +195,7 @@ def test_a_system_is_removed_with_its_files_on_the_partition(pair: Disk) -> None
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--image", "x.img", "--boot-size", "100M"], "100M are too small for /boot"),
+        (["--image", "x.img", "--boot-size", "100M"], "100M is too small for /boot"),
         (["--image", "x.img", "--boot-size", "512M", "--size", "3G"], "are too small"),
         (["/dev/vda1", "/dev/vda", "--boot-size", "512M"], "--boot-size is for --disk and --image"),
         (["--disk", "/dev/vda", "--boot-size", "1G", "--luks-passphrase-file", "/etc/hostname"], "not be encrypted"),

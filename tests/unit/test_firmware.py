@@ -4,6 +4,7 @@
 import pytest
 
 from ash import WINDOWS, Firmware, loader_of
+from installer.bootloader import after_removal
 
 pytestmark = pytest.mark.budget(5)
 
@@ -61,3 +62,10 @@ def test_a_partition_of_an_mbr_is_known_by_disk_and_number(firmware: Firmware) -
     assert entry.is_on("1234abcd-01")
     assert not entry.is_on("1234abcd-02")
     assert not entry.is_on(FIRST)
+
+
+def test_a_removal_says_what_the_firmware_starts_then(firmware: Firmware) -> None:
+    firmware.order = ["0003", "0001"]
+    assert after_removal(firmware, "debian", SECOND) == "the firmware starts Debian GNU/Linux (ash) first from then on"
+    assert after_removal(firmware, "debian", FIRST) == "the firmware starts Work first from then on"
+    assert after_removal(firmware, "debian", "") == "the firmware has no entry then"

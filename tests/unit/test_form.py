@@ -181,6 +181,7 @@ WRONG = [
     ("Time zone", "US/Eastern", "an old name; use America/New_York"),
     ("Locale", "C", "the locale C has no UTF-8"),
     ("Keyboard", "\x1b[A", "characters which cannot be printed"),
+    ("Size of /home", "31G", "32.0 GiB, and 34.0 GiB are needed"),
     ("More packages", "vim nothere", "Debian stable has no package nothere"),
 ]
 TO = (
@@ -316,6 +317,13 @@ def test_only_root_can_install(fill: Fill) -> None:
 def test_a_machine_without_disks_is_no_place_to_install(fill: Fill) -> None:
     with fill(disks=[]) as person:
         assert "this machine has no disk" in person.leaves(MISSING)
+
+
+def test_a_machine_without_a_usable_disk_is_told_why(fill: Fill) -> None:
+    with fill(disks=[LIVE, SWAPPING]) as person:
+        shown = person.leaves()
+    assert shown.count("not possible") == 2
+    assert "none of these can be used" in shown
 
 
 def test_with_a_bios_the_disk_that_it_starts_is_asked_for(fill: Fill) -> None:

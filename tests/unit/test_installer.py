@@ -244,6 +244,7 @@ def test_wrong_settings_are_refused(settings: Settings, message: str) -> None:
     [
         (["--disk", "/dev/vda", "--mode", "3"], "--mode 3 keeps what is on partitions, and --disk keeps nothing"),
         (["--disk", "/dev/vda", "--mode", "2"], "--mode 2 keeps"),
+        (["remove", "debian_2", "/dev/vda2"], "`remove` comes first"),
         (["--disk", "/dev/vda", "--force"], "--force replaces a file"),
         (["--image", "same.tar", "--rootfs", "./same.tar"], "--rootfs is the file that is to be made"),
         (["--image", "a.img", "--save-answers", "./a.img"], "is a file that this installation reads or makes"),
@@ -255,7 +256,7 @@ def test_wrong_settings_are_refused(settings: Settings, message: str) -> None:
 def test_what_would_replace_something_else_or_has_no_effect_is_refused(
     words: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*words, "--yes"]) == USAGE
+    assert cli.main(["--yes", *words]) == USAGE
     assert error in capsys.readouterr().err
 
 
