@@ -3034,11 +3034,15 @@ Before=shutdown.target
 [Service]
 ExecStart=sh -c '{TRIAL_COMMAND.replace("$", "$$")}'
 """
+# A shutdown stops the check of a deployment, and systemd calls that a failure: the conflict keeps it from restarting a
+# machine that is to be powered off.
 RESTART_UNIT = f"""\
 [Unit]
 Description=Restart a new deployment that failed, instead of waiting for a human
 DefaultDependencies=no
 {ON_TRIAL_ONLY}Before=emergency.service rescue.service
+Conflicts=shutdown.target
+Before=shutdown.target
 
 [Service]
 Type=oneshot
@@ -3072,6 +3076,7 @@ DefaultDependencies=no
 Requires=boot-complete.target
 After=boot-complete.target multi-user.target
 OnFailure=ash-restart.service
+OnFailureJobMode=fail
 Conflicts=shutdown.target
 Before=shutdown.target
 ConditionKernelCommandLine=|ash.trial
@@ -3235,6 +3240,8 @@ start() {{
 		# The system is up; if that cannot be noted, a restart does not help.
 		! grep -Eq "ash[.](trial|fellback)=" /proc/cmdline || @ASH@ bless
 		touch /run/ash-good
+	elif runlevel | grep -q " [06]$"; then
+		return 1 # a shutdown has stopped a check
 	elif grep -q "ash[.]trial=" /proc/cmdline && [ ! -e /run/ash-good ]; then
 		reboot -f
 	else

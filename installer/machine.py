@@ -67,6 +67,8 @@ HIGHLIGHTED = re.compile(r"\x1b\[\d+;\d+H\*([^\x1b\r\n]+)")
 # What GRUB's menu says while it waits.
 MENU_HELP = "which entry is highlighted"
 COUNTDOWN = r"highlighted entry will be executed automatically"
+# What the kernel says when it restarts the machine.
+RESTARTS = r"reboot: Restarting system"
 # Where a boot can end instead of at the login prompt.
 DEAD_ENDS = r"Kernel panic - not syncing|\(initramfs\) |grub rescue> |grub> |emergency mode|No bootable device"
 
@@ -486,7 +488,7 @@ class Machine:
     def reboot(self) -> None:
         """Reboot the machine from its shell, and wait until its kernel restarts."""
         self.send("reboot\n")
-        self.expect("reboot: Restarting system", 180)
+        self.expect(RESTARTS, 180)
 
     def reset(self) -> None:
         """Press the reset button."""
@@ -503,10 +505,15 @@ class Machine:
     def poweroff(self) -> None:
         """Power the machine off from its shell, and wait until QEMU ends."""
         self.send("poweroff\n")
-        try:
-            self._process.wait(timeout=180)
-        except subprocess.TimeoutExpired:
-            raise self._error("the machine did not power off within 180 s") from None
+        deadline = time.monotonic() + 180
+        with self._arrived:
+            while not self._ended:
+                if re.search(f"{RESTARTS}|{COUNTDOWN}", self._text[self._read :]):
+                    raise self._error("the machine restarted instead of powering off")
+                if time.monotonic() >= deadline:
+                    raise self._error("the machine did not power off within 180 s")
+                self._arrived.wait(1)
+        self._process.wait()
 
     def _monitor_path(self) -> Path:
         return self._scratch / "monitor"

@@ -30,6 +30,7 @@ if [ -d /run/systemd/system ]; then
     deb-systemd-invoke restart ash-test-daemon.socket ash-test-daemon.service
 fi
 """
+SLOW_BLESS = Path("/etc/systemd/system/ash-bless.service.d/slow.conf")
 NUMBERS = range(1, 4)
 
 
@@ -66,11 +67,16 @@ def test_packages_of_a_running_system(disk: Disk, boot: Boot, tmp_path: Path) ->
         opens_itself(machine)
         upgrades_a_tree_by_cron(machine)
         upgrades_by_night(machine)
+        said(
+            machine,
+            f"mkdir {SLOW_BLESS.parent} && printf '[Service]\\nExecStart=\\nExecStart=sleep 900\\n' > {SLOW_BLESS}",
+        )
         machine.reboot()
         machine.login()
         runs_snapshot(machine, 1)
         assert said(machine, "cat /usr/share/tool") == "3"
-        machine.poweroff()
+        said(machine, "while ! pgrep -f 'sleep 90''0'; do sleep 1; done")
+        machine.poweroff()  # a check that this stops is no reason to restart
 
 
 def prepare(disk: Disk, directory: Path) -> None:
