@@ -1712,6 +1712,11 @@ CONF_EXAMPLE = """\
 class Configuration:
     """The content of /etc/ash.conf."""
 
+    # No mutable directories: ash, the boot or every program needs what a root itself has there, or mounts there.
+    NEVER_MUTABLE = (
+        r"(\.snapshots|bin|boot|dev|etc|lib\w*|proc|run|sbin|sys|tmp|usr/share/ash)(/.*)?"
+        r"|usr|usr/(bin|lib\w*|sbin|share)|home|root|var|var/lib"
+    )
     # The pattern of a value, and its description for the user.
     SWITCH = ("True|False", "True or False")
     ANYTHING = (".*", "")
@@ -1749,7 +1754,22 @@ class Configuration:
             if not re.fullmatch(pattern, value.strip(), re.IGNORECASE | re.ASCII):
                 raise AshError(f"line {number} of ash.conf is wrong: {line.strip()!r}", f"it must be {wanted}", USAGE)
             values[key.strip()] = value.strip()
-        return cls(values)
+        found = cls(values)
+        for key in ("mutable_dirs", "mutable_dirs_shared"):
+            found.require_possible(key, strict)
+        return found
+
+    def require_possible(self, key: str, strict: bool) -> None:
+        """Raise AshError (USAGE) if a list has a directory that cannot be mutable; name those that have no effect."""
+        if wrong := [path for path in self.paths(key) if re.fullmatch(self.NEVER_MUTABLE, path)]:
+            what = f"ash.conf, {key}: /{wrong[0]} cannot be a mutable directory: the system itself is there"
+            raise AshError(what, "name one inside /opt, /srv, /usr/local and the like", USAGE)
+        written = [part.strip() for part in self.values.get(key, "").split(",") if part.strip()]
+        if len(self.paths(key)) < len(written):
+            what = f"ash.conf, {key}: {one_line(', '.join(written))} has a path that leads out of the root, or none"
+            if strict:
+                raise AshError(what, "write such as opt/games,usr/local/share", USAGE)
+            console.warn(f"{what}: it has no effect")
 
     def is_on(self, key: str) -> bool:
         return self.values.get(key, "").lower() == "true"
@@ -3240,7 +3260,7 @@ start() {{
 		# The system is up; if that cannot be noted, a restart does not help.
 		! grep -Eq "ash[.](trial|fellback)=" /proc/cmdline || @ASH@ bless
 		touch /run/ash-good
-	elif runlevel | grep -q " [06]$"; then
+	elif runlevel 2> /dev/null | grep -q " [06]$"; then
 		return 1 # a shutdown has stopped a check
 	elif grep -q "ash[.]trial=" /proc/cmdline && [ ! -e /run/ash-good ]; then
 		reboot -f
@@ -9372,6 +9392,24 @@ def unsaved_drift(layout: Layout, menu: Menu, slot: str, running: str) -> list[s
     return list(dict.fromkeys([*only_there, *lost]))
 
 
+def undone_saves(layout: Layout, slot: str) -> list[str]:
+    """The paths that were saved from the /etc of a slot into snapshots, of which none is known to have them now."""
+    saved = saved_paths(layout.rootfs(slot)) if slot else []
+    snapshots = numbered(layout.snapshots / "rootfs", "snapshot-").values() if saved else ()
+    known = {path for root in snapshots for path in saved_paths(root)}
+    return [path for path in saved if path not in known]
+
+
+def only_in_deployments(layout: Layout, menu: Menu, running: str) -> list[dict[str, Any]]:
+    """The changes of /etc that only one deployment has: of the running one, those that are not its drift."""
+    rows = []
+    for slot, one in sorted(menu.deployments.items()):
+        is_running = slot == running
+        if paths := undone_saves(layout, slot) if is_running else unsaved_drift(layout, menu, slot, running):
+            rows.append({"slot": slot, "snapshot": one.snapshot, "paths": paths})
+    return rows
+
+
 def set_all_aside(merge: EtcMerge, more: Iterable[str]) -> None:
     """Set all changes of a merge aside but the machine's identity, and the running versions of these paths."""
     merge.identity = False
@@ -9485,18 +9523,43 @@ def mount_mutable_directories(layout: Layout, root: Path, snapshot: int) -> None
     lines = [line for line in lines_of(old) if not line.startswith(MUTABLE_DIRECTORIES) and line not in shared]
     for kept, seen in mutable:
         make_mutable_directory(layout, kept)
-        path_inside(root, seen).mkdir(parents=True, exist_ok=True)
+        try:
+            path_inside(root, seen).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            what = f"/{seen} cannot be a mutable directory, as ash.conf of snapshot {snapshot} says: a file is there"
+            raise AshError(what, f"ash edit-conf {snapshot}", USAGE) from None
         where = f"{fstab_word(f'/.snapshots/{kept}')} {fstab_word(f'/{seen}')}"
         lines.append(f"{where} none bind,{mount_option_after('/.snapshots')} 0 0")
     if (text := "\n".join([*lines, ""])) != old:
         rewrite(path_inside(root, "etc/fstab"), text)
 
 
+def unlisted_below(top: Path, known: Sequence[str], start: str = "") -> list[str]:
+    """What is below a directory, from `start` in it, and is neither empty nor in, or on the way to, a known path."""
+    found: list[str] = []
+    for name in sorted(os.listdir(top / start)) if is_directory(top / start) else ():
+        path = f"{start}/{name}".lstrip("/")
+        if path in known:
+            continue
+        if any(one.startswith(f"{path}/") for one in known):
+            found += unlisted_below(top, known, path)
+        elif not is_directory(top / path) or any(not is_directory(top / path / one) for one in paths_below(top / path)):
+            found.append(path)
+    return found
+
+
 def hidden_by_mutable_directories(layout: Layout, root: Path, snapshot: int) -> list[str]:
-    """What nobody sees of a root since its mutable directories, which lack it, are mounted over it: for the user."""
-    notes = []
-    for kept, seen in mutable_directories(root, snapshot):
-        place, own = layout.snapshots / kept, path_inside(root, seen)
+    """What nobody sees, for the user: of a root, since its mutable directories, which lack it, are mounted over it.
+
+    And of its mutable directories, since ash.conf names them no longer.
+    """
+    notes, listed_there = [], mutable_directories(root, snapshot)
+    top = mutable_place(snapshot)
+    if unseen := unlisted_below(layout.snapshots / top, [kept.removeprefix(f"{top}/") for kept, _ in listed_there]):
+        notes.append(f"nobody sees what is in /.snapshots/{top}, since ash.conf does not name it: {counted(unseen)}")
+    for kept, seen in listed_there:
+        inside = seen.removeprefix("var/")
+        place, own = layout.snapshots / kept, path_inside(root, seen) if inside == seen else layout.var / inside
         if hidden := sorted({*os.listdir(own)} - {*os.listdir(place)}) if is_directory(own) else []:
             what = f"hides what snapshot {snapshot} has there: {counted(hidden)}"
             notes.append(f"/.snapshots/{kept} is mounted over /{seen}, and {what}")
@@ -10290,7 +10353,8 @@ class Deployments:
         What the waiting deployment of the same snapshot has of it is carried in any case: it was drift at that deploy.
         """
         layout, before = self.layout, self.menu.deployments.get(self.menu.default)
-        settled = {*saved_paths(root), *deployment.carried, *deployment.conflicts}
+        # What was edited again is in conflict with a snapshot that never had it.
+        settled = {*saved_paths(root), *deployment.carried}
         saved = [path for path in saved_paths(layout.rootfs(self.running)) if path not in settled]
         if not saved:
             return deployment
@@ -10306,7 +10370,7 @@ class Deployments:
         directory = f"/var/{merge.conflicts.relative_to(layout.var)}" if merge.conflicts.is_dir() else ""
         return deployment._replace(
             carried=[*deployment.carried, *merge.carried],
-            conflicts=[*deployment.conflicts, *merge.in_conflict],
+            conflicts=[*(one for one in deployment.conflicts if one not in merge.carried), *merge.in_conflict],
             conflicts_folder=deployment.conflicts_folder or directory,
             only_saved=[path for path in lacking if path not in (*merge.carried, *merge.in_conflict)],
         )
@@ -10364,6 +10428,12 @@ class Deployments:
         if deployment.conflicts_folder:
             remove_tree(self.layout.var / deployment.conflicts_folder.removeprefix("/var/"))
 
+    def secondary_of(self, snapshot: int) -> list[Deployment]:
+        """The deployments of a snapshot that withdraw() takes."""
+        menu = self.menu
+        shown = {self.running, menu.default, menu.last_booted, menu.good} - {*SECONDARY_SLOTS}
+        return [one for slot, one in menu.deployments.items() if slot not in shown and one.snapshot == snapshot]
+
     def withdraw(self, snapshot: int, fresh: bool = False) -> list[Deployment]:
         """Take a snapshot's secondary deployments out of the menu, and delete them. Returns them.
 
@@ -10371,9 +10441,7 @@ class Deployments:
 
         AshError (REFUSED) if one of them runs, is all that can be booted, or (unless `fresh`) was changed as it ran.
         """
-        menu = self.menu
-        shown = {self.running, menu.default, menu.last_booted, menu.good} - {*SECONDARY_SLOTS}
-        found = [one for slot, one in menu.deployments.items() if slot not in shown and one.snapshot == snapshot]
+        menu, found = self.menu, self.secondary_of(snapshot)
         if any(one.slot in (self.running, menu.default, menu.good) for one in found):
             is_running = any(one.slot == self.running for one in found)
             state = "is running" if is_running else "is what the machine goes back to"
@@ -12127,6 +12195,7 @@ CONTRADICTIONS = (
     ("secondary", "no_secondary"),
     ("fresh_etc", "with_saved"),
     ("once", "no_secondary"),
+    ("once", "secondary"),
 )
 
 
@@ -12455,28 +12524,30 @@ def cmd_desc(system: System, request: Request) -> Plan:
     return Reply({"snapshot": number, "changed": changed, "description": text}, f"snapshot {number}: {text}")
 
 
-COPY_SHAPE = {"snapshot": int, "changed": bool, "from": int, "parent": int | None}
+COPY_SHAPE = {"snapshot": int, "changed": bool, "from": int, "parent": int | None, "without": [str]}
 COPIES: Mapping[str, Any] = {"group": TREE, "changes": True, "options": [DESCRIPTION], "answer": COPY_SHAPE}
 COPIES_ONE = {**COPIES, "numbers": 1, "require": System.require}
 
 
-def without_mutable(system: System, source: int, copy: int) -> str:
-    """A line that says that a copy has nothing of what its original has in its own mutable directories, if it has."""
+def without_mutable(system: System, source: int) -> list[str]:
+    """The mutable directories of a snapshot, and of nobody else, that are not empty: copies begin without that."""
     top, root = system.layout.snapshots / mutable_place(source), system.layout.rootfs(source)
     listed_there = mutable_directories(root, source) if is_directory(top) else []
-    seen = [
-        name
-        for kept, name in listed_there
-        if kept == f"{mutable_place(source)}/{name}" and any(paths_below(top / name))
-    ]
-    return f"\n  {copy} begins without what {source} has in its mutable directories: {listed(seen)}" if seen else ""
+    own = [name for kept, name in listed_there if kept == f"{mutable_place(source)}/{name}"]
+    return [name for name in own if any(paths_below(top / name))]
+
+
+def without_line(source: int, copy: int, names: Sequence[str]) -> str:
+    """What is said of a copy that begins without some mutable directories; empty if there are none."""
+    return f"\n  {copy} begins without what {source} has in its mutable directories: {listed(names)}" if names else ""
 
 
 def copy_below(system: System, request: Request, source: int, parent: int | None, what: str) -> Reply:
     """Copy a snapshot below another, or (None) to the top of the tree, and reply `what` the copy is: "a clone of 5"."""
     number = copy_snapshot(system, source, parent, request.description or what.removeprefix("a "))
-    data = {"snapshot": number, "changed": True, "from": source, "parent": parent}
-    return Reply(data, f"snapshot {number} is {what}{without_mutable(system, source, number)}", str(number))
+    without = without_mutable(system, source)
+    data = {"snapshot": number, "changed": True, "from": source, "parent": parent, "without": without}
+    return Reply(data, f"snapshot {number} is {what}{without_line(source, number, without)}", str(number))
 
 
 @command("clone", "cl", "tree-clone", usage="clone [N] [-d TEXT]", help="copy N as a new top-level tree", **COPIES_ONE)
@@ -12497,8 +12568,11 @@ def cmd_clone_tree(system: System, request: Request) -> Plan:
     copy = copies[number]
     data: dict[str, Any] = {"snapshot": copy, "changed": True, "from": number, "parent": tree.parent(number)}
     data["copies"] = {str(old): new for old, new in copies.items()}
-    without = "".join(without_mutable(system, old, new) for old, new in copies.items())
-    return Reply(data, f"snapshot {copy} is a clone of {number}, with {len(copies) - 1} below it{without}", str(copy))
+    without = {old: without_mutable(system, old) for old in copies}
+    data["without"] = sorted({name for names in without.values() for name in names})
+    below = [new for old, new in copies.items() if old != number]
+    text = f"snapshot {copy} is a clone of {number}" + (f", with {listed(below)} below it" if below else "")
+    return Reply(data, text + "".join(without_line(old, copies[old], without[old]) for old in copies), str(copy))
 
 
 @command("branch", "add-branch", usage="branch [N] [-d TEXT]", help="make a new child of N", **COPIES_ONE)
@@ -12687,7 +12761,7 @@ def deployed_reply(
         text += f"\n  left behind because of conflicts{place_of_copies(deployment)}: "
         text += counted(deployment.conflicts, MOST_NAMED)
     if changed and deployment.only_saved:
-        text += f"\n  saved in a snapshot, but not in {number} (--with-saved brings it): "
+        text += f"\n  saved from the running /etc, but not in {number} (--with-saved brings it): "
         text += counted(deployment.only_saved, MOST_NAMED)
     if changed:
         text += "".join(f"\n  without effect: {one_line(what)}" for what in deployment.without_effect)
@@ -12756,6 +12830,8 @@ def start_once(system: System, deployment: Deployment) -> None:
 def cmd_deploy(system: System, request: Request) -> Plan:
     number = request.snapshot
     if request.no_secondary:
+        if request.dry_run and not system.deployments().secondary_of(number):
+            yield would(f"change nothing: snapshot {number} has no secondary entry in the boot menu")
         yield would(f"take the secondary entry of snapshot {number} out of the boot menu")
         return withdrawn_reply(system, number, request.fresh)
     if request.once:
@@ -12791,6 +12867,12 @@ def undo_live(system: System, number: int) -> LiveResult:
         return change_live(system, "undoing the change in", partial(take_back, newer=newer, older=older))
 
 
+def in_no_snapshot_line(paths: Sequence[str]) -> list[str]:
+    """What is said of changes of the running /etc that were saved, and then taken out of their snapshot; or nothing."""
+    what = "the running /etc has them, and no snapshot; a new deployment only with --with-saved"
+    return [f"  {what}: {counted(paths, MOST_NAMED)}"] if paths else []
+
+
 def last_change(history: History, number: int) -> str:
     """The change of a snapshot that an undo takes back: its command, and when it ended."""
     for entry in reversed(history.read()):
@@ -12803,22 +12885,27 @@ def last_change(history: History, number: int) -> str:
 @command(
     "undo", group=BOOT, usage="undo N", help="put N back to what it was before its last change; twice is redo",
     **CHANGES_ONE, required=1, frees_space=True, retries=False,  # a second undo would be a redo
-    options=LIVE, answer={**CHANGE_SHAPE, "newer_state": [str], "live?": LIVE_SHAPE},
+    options=LIVE,
+    answer={**CHANGE_SHAPE, "newer_state": [str], "undone": str, "in_no_snapshot": [str], "live?": LIVE_SHAPE},
 )  # fmt: skip
 def cmd_undo(system: System, request: Request) -> Plan:
     number = request.snapshot
     if request.dry_run:
         require_predecessor(system, number)
-    yield would(f"put snapshot {number} back to what it was before its last change")
+    yield would(f"put snapshot {number} back to what it was before {last_change(system.history, number)}")
     before, now = system.layout.undo(number), system.layout.rootfs(number)
     was_live = number == system.current and before.exists() and is_live(system, now, before)
     live = goes_live(system, request, [number], by_default=was_live)
-    undone = last_change(system.history, number)
+    undone, slot = last_change(system.history, number), system.last_booted_slot()
+    in_none = undone_saves(system.layout, slot)
     change = undo_change(system, number)
     newer = newer_state(system, change)
     lines = [change.summary(f"is as it was before {undone}")]
     lines += [f"  /var still has the state of the newer {name}" for name in newer]
-    reply = Reply({**change_data(change), "newer_state": newer}, "\n".join(lines))
+    in_none = [path for path in undone_saves(system.layout, slot) if path not in in_none]
+    lines += in_no_snapshot_line(in_none)
+    data = {**change_data(change), "newer_state": newer, "undone": undone, "in_no_snapshot": in_none}
+    reply = Reply(data, "\n".join(lines))
     if live:
         result = undo_live(system, number)
         data, text = {**reply.data, "live": vars(result)}, f"{reply.text}\n{result.text()}"
@@ -12863,7 +12950,7 @@ def keep_deployment(system: System, slot: str, description: str) -> int:
 @command(
     "rollback", group=BOOT, usage="rollback",
     help="make the booted deployment permanent: keep it as a snapshot, deploy that", changes=True,
-    answer={**DEPLOYED_SHAPE, "from": int},
+    answer={**DEPLOYED_SHAPE, "from": int, "without": [str]},
 )  # fmt: skip
 def cmd_rollback(system: System, request: Request) -> Plan:
     slot = system.last_booted_slot()
@@ -12876,8 +12963,9 @@ def cmd_rollback(system: System, request: Request) -> Plan:
         number = keep_deployment(system, slot, f"rollback to {of}")
         undo.callback(system.with_reserve, partial(delete_snapshots, system, [number]))
         deployment, changed = deploy_or_undo(system, number, undo)
-    reply = deployed_reply(system, deployment, changed)
-    return reply._replace(data={**reply.data, "from": of})
+    reply, without = deployed_reply(system, deployment, changed), without_mutable(system, of)
+    text = reply.text + without_line(of, number, without)
+    return reply._replace(data={**reply.data, "from": of, "without": without}, text=text)
 
 
 @command(
@@ -13574,18 +13662,21 @@ def cmd_edit_conf(system: System, request: Request) -> Plan:
 
 @command(
     "etc-update", "etc", "etc-up", "up-etc", group=INSIDE, usage="etc-update",
-    help="save the running /etc into the booted snapshot", changes=True, answer={**CHANGE_SHAPE, "carried": [str]},
+    help="save the running /etc into the booted snapshot", changes=True,
+    answer={**CHANGE_SHAPE, "carried": [str], "in_no_snapshot": [str]},
 )  # fmt: skip
 def cmd_etc_update(system: System, request: Request) -> Plan:
     yield would("save into the booted snapshot: " + listed(running_etc(system).drift or ["nothing"]))
     change, merge = save_drift(system)
-    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict}
+    in_none = undone_saves(system.layout, system.last_booted_slot())
+    data = {**change_data(change), "carried": merge.carried, "conflicts": merge.in_conflict, "in_no_snapshot": in_none}
     lines = [f"saved into snapshot {change.snapshot}: {listed(merge.carried)}" if merge.carried else "nothing to save"]
     if merge.in_conflict:
         lines.append(f"  not saved, since the snapshot changed them too: {listed(merge.in_conflict)}")
     if identity := [path for path in merge.drift if re.fullmatch(IDENTITY, path)]:
         lines.append(f"  not saved, since every snapshot runs with those of the machine: {listed(identity)}")
     lines += [f"  without effect: {one_line(what)}" for what in merge.without_effect]
+    lines += in_no_snapshot_line(in_none)
     return Reply(data, "\n".join(lines))
 
 
@@ -15227,6 +15318,12 @@ class Fsck:
             yield Problem(f"its description is {what}", number, "restore it from the history", restore, number)
         for directory in ("etc", "boot"):
             yield from self._copy(number, directory)
+        try:
+            mutable_directories(root, number)
+        except AshError as error:
+            yield Problem(
+                f"it cannot be changed or deployed: {error}", number, f"ash edit-conf {number}, or ash undo {number}"
+            )
         remedy = "reinstall it from the repositories"
         remedy += f" (ash run {number} {manager.audit} tells more)" if manager.audit else ""
         problems = self._package_problems(root)
@@ -16176,11 +16273,7 @@ def cmd_status(system: System, request: Request) -> Reply:
         if is_root:
             found = running_etc(system)
             drift = found.drift
-            only_there = [
-                {"slot": slot, "snapshot": one.snapshot, "paths": paths}
-                for slot, one in sorted(menu.deployments.items())
-                if slot != found.slot and (paths := unsaved_drift(system.layout, menu, slot, found.slot))
-            ]
+            only_there = only_in_deployments(system.layout, menu, found.slot)
     data = {
         "booted": {"snapshot": current, "slot": booted},
         "next": {key: getattr(once or then, key, None) for key in ("snapshot", "slot", "id")}, "once": bool(once),

@@ -112,6 +112,7 @@ def test_a_secondary_deployment_is_shown_and_can_be_taken_back(system: System, s
     assert not system.remains()
     answer = system.ash("--json", "deploy", snapshot, "--no-secondary").json
     assert (answer["changed"], answer["slot"]) == (False, "")
+    assert "would change nothing" in system.ash("--dry-run", "deploy", snapshot, "--no-secondary").stdout
     system.ash("deploy", snapshot, "--secondary")
     answer = system.ash("--json", "deploy", snapshot, "--no-secondary").json
     assert (answer["changed"], answer["slot"]) == (True, slot)

@@ -553,6 +553,49 @@ def test_what_was_saved_and_then_undone_stays_known(image: Path, tmp_path: Path)
         assert {path.name for path in kept} == {"fstab", "precious"}
 
 
+def test_what_was_saved_and_then_undone_is_named_while_it_runs(image: Path, tmp_path: Path) -> None:
+    with open_system(image, tmp_path) as system:
+        machine, snapshot = Machine(system), system.clone()
+        machine.deploy(snapshot)
+        slot = machine.boot()
+        (machine.etc / "precious").write_text("x\n")
+        machine.running("etc-update")
+        assert machine.running("status")["only_there"] == []
+        before = machine.run("--dry-run", "undo", snapshot).stdout
+        undone = machine.run("undo", snapshot).stdout
+        assert " etc-update, of " in before
+        assert " etc-update, of " in undone
+        assert "no snapshot; a new deployment only with --with-saved: precious\n" in undone
+        only_there = [{"slot": slot, "snapshot": snapshot, "paths": ["precious"]}]
+        assert machine.running("status")["only_there"] == only_there
+        assert machine.running("etc-update")["in_no_snapshot"] == ["precious"]
+        answer = machine.running("undo", snapshot)
+        assert answer["in_no_snapshot"] == [], "redo: the snapshot has it"
+        assert f" undo {snapshot}, of " in answer["undone"]
+        machine.running("undo", snapshot)
+        assert not machine.running("deploy", snapshot, "--with-saved")["changed"], "what runs has it"
+        other = system.clone(snapshot)
+        assert machine.running("deploy", other, "--with-saved")["carried"] == ["precious"]
+
+
+def test_what_was_saved_and_edited_again_is_brought_too(machine: Machine) -> None:
+    """The base of the drift is what was saved: to a snapshot that never had it, each later edit is a conflict."""
+    other = machine.system.clone()
+    (machine.etc / "two").write_text("one\n")
+    with (machine.etc / "motd").open("a") as motd:
+        motd.write("one\n")
+    machine.running("etc-update")
+    (machine.etc / "two").write_text("two\n")
+    with (machine.etc / "motd").open("a") as motd:
+        motd.write("two\n")
+    answer = machine.running("deploy", other)
+    assert (sorted(answer["conflicts"]), answer["only_saved"]) == (["motd", "two"], ["motd", "two"])
+    answer = machine.running("deploy", other, "--with-saved")
+    assert (sorted(answer["carried"]), answer["conflicts"]) == (["motd", "two"], [])
+    assert (machine.next_etc / "two").read_text() == "two\n"
+    assert (machine.next_etc / "motd").read_text().endswith("one\ntwo\n")
+
+
 def test_what_a_rollback_saved_is_named_by_a_deploy_of_another_snapshot(machine: Machine) -> None:
     other = machine.system.clone()
     (machine.etc / "own").write_text("mine\n")
@@ -562,6 +605,17 @@ def test_what_a_rollback_saved_is_named_by_a_deploy_of_another_snapshot(machine:
     answer = machine.running("deploy", other)
     assert (answer["carried"], answer["only_saved"]) == ([], ["own"])
     assert machine.running("deploy", other, "--with-saved")["carried"] == ["own"]
+
+
+def test_a_rollback_says_what_mutable_directories_it_begins_without(machine: Machine) -> None:
+    other = machine.system.clone()
+    machine.system.shell(other, "echo mutable_dirs::opt/b > /etc/ash.conf")
+    machine.system.shell(other, "echo mine > /opt/b/x")
+    machine.deploy(other)
+    machine.boot()
+    assert f"begins without what {other} has in its mutable directories: opt/b\n" in machine.run("rollback").stdout
+    machine.boot()
+    assert machine.running("rollback")["without"] == [], "the snapshot of the first rollback has nothing there"
 
 
 def test_a_carry_keeps_edits_that_were_made_while_the_target_ran(machine: Machine) -> None:

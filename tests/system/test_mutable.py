@@ -166,6 +166,35 @@ def test_a_mutable_directory_cannot_lead_out_of_its_place(system: System, snapsh
     assert os.listdir(system.files.snapshots / "mutable_dirs" / f"snapshot-{snapshot}") == ["opt"]
 
 
+def test_what_a_root_needs_cannot_be_a_mutable_directory(system: System, snapshot: int) -> None:
+    for value in ("/etc", "usr", "opt/a,lib", "boot", ".snapshots/x", "usr/share/ash/db", "var/lib", "proc/x"):
+        system.shell(snapshot, f"echo mutable_dirs::{value} > /etc/ash.conf")
+        assert "cannot be a mutable directory" in system.ash("deploy", snapshot, status=USAGE).error
+        assert "cannot be a mutable directory" in system.ash("run", snapshot, "true", status=125).error
+        assert f"ash edit-conf {snapshot}" in system.ash("fsck", status=FAILED).stdout
+        system.ash("undo", snapshot)
+    system.shell(snapshot, "echo mutable_dirs::opt/file > /etc/ash.conf; touch /opt/file")
+    assert "a file is there" in system.ash("deploy", snapshot, status=USAGE).error
+    assert "opt/file" in system.ash("run", snapshot, "true", status=125).error
+    system.ash("undo", snapshot)
+    system.shell(snapshot, "echo mutable_dirs::../x > /etc/ash.conf")
+    assert "leads out of the root" in system.ash("deploy", snapshot).stderr
+    system.ash("deploy", 0)
+
+
+def test_it_is_said_what_nobody_sees_since_ash_conf_names_it_no_longer(system: System, snapshot: int) -> None:
+    system.shell(snapshot, "echo mutable_dirs::opt/games,opt/b/c > /etc/ash.conf")
+    system.shell(snapshot, "echo mine > /opt/games/chess; echo mine > /opt/b/c/x")
+    assert "nobody sees" not in system.ash("deploy", snapshot).stdout
+    system.ash("deploy", 0)
+    system.shell(snapshot, "echo mutable_dirs::opt/b/c > /etc/ash.conf")
+    said = system.ash("deploy", snapshot).stdout
+    place = f"/.snapshots/mutable_dirs/snapshot-{snapshot}"
+    assert f"nobody sees what is in {place}, since ash.conf does not name it: opt/games\n" in said
+    assert system.ash("--json", "clone", snapshot).json["without"] == ["opt/b/c"]
+    system.ash("deploy", 0)
+
+
 def test_an_invalid_ash_conf_is_reported_in_one_line(system: System, snapshot: int) -> None:
     system.shell(snapshot, "echo nonsense > /etc/ash.conf")
     assert "line 1 of ash.conf" in system.ash("run", snapshot, "true", status=125).error

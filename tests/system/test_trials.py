@@ -472,7 +472,8 @@ def test_what_is_started_once_has_the_edits_that_were_made_after_its_deploy(syst
     assert machine.running("carry")["carried"] == ["edited"]
     assert (system.root(slot) / "etc/edited").read_text() == "late\n"
     assert machine.running("carry")["changed"] is False
-    assert "contradict" in machine.run("deploy", "--once", "--no-secondary", 0, status=USAGE).error
+    for other in ("--no-secondary", "--secondary"):
+        assert "contradict" in machine.run("deploy", "--once", other, 0, status=USAGE).error
 
 
 def test_status_names_what_is_started_once(system: System, machine: Machine) -> None:

@@ -252,7 +252,7 @@ FAKE = '#!/bin/sh\necho ${0##*/} $*\n[ "$FAIL" != "${0##*/} $*" ]\n'
 FINDMNT = "#!/bin/sh\nprintf '%s\\n' / none /var\n"
 
 
-def start(root: Path, cmdline: str = "", fail: str = "") -> tuple[int, list[str]]:
+def start(root: Path, cmdline: str = "", fail: str = "", level: int = 2) -> tuple[int, list[str]]:
     """Run start() of ash-bless with fakes below a root; returns its status and what it called."""
     text = (root / "etc/init.d/ash-bless").read_text().replace("/usr/bin/ash", "ash")
     for path in ("/etc/ash", "/etc/greenboot", "/usr/lib/greenboot", "/proc/cmdline", "/run/ash-good"):
@@ -260,8 +260,9 @@ def start(root: Path, cmdline: str = "", fail: str = "") -> tuple[int, list[str]
     (root / "proc").mkdir()
     (root / "proc/cmdline").write_text(f"root=x {cmdline}\n")
     (root / "fakes").mkdir()
-    for name in ("ash", "reboot", "touch", "mountpoint", "eerror", "findmnt"):
-        (root / "fakes" / name).write_text(FINDMNT if name == "findmnt" else FAKE)
+    scripts = {"findmnt": FINDMNT, "runlevel": f"#!/bin/sh\necho 2 {level}\n"}
+    for name in ("ash", "reboot", "touch", "mountpoint", "eerror", *scripts):
+        (root / "fakes" / name).write_text(scripts.get(name, FAKE))
         (root / "fakes" / name).chmod(0o755)
     environment = {"FAIL": fail, "PATH": f"{root}/fakes:{os.defpath}"}
     done = subprocess.run(["sh", "-c", f"{text}\nstart"], env=environment, capture_output=True, text=True, check=False)
@@ -290,6 +291,13 @@ def test_openrc_blesses_what_is_healthy_and_restarts_what_is_on_trial(
     (openrc / "etc/ash/health.d").mkdir(parents=True)
     (openrc / "etc/ash/health.d/check").touch()
     assert start(openrc, cmdline, fail) == (status, [*MOUNTED, *called])
+
+
+@pytest.mark.parametrize("level", [0, 6])
+def test_openrc_does_not_restart_a_machine_whose_shutdown_stops_a_check(openrc: Path, level: int) -> None:
+    (openrc / "etc/ash/health.d").mkdir(parents=True)
+    (openrc / "etc/ash/health.d/check").touch()
+    assert start(openrc, "ash.trial=10", "ash health", level) == (1, [*MOUNTED, "ash health"])
 
 
 def test_openrc_does_not_start_ash_health_for_nothing(openrc: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from installer.machine import is_fault_of_emulator
+
 pytestmark = pytest.mark.budget(5)
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -77,3 +79,10 @@ def test_a_program_beside_a_block_is_stopped_if_an_exception_leaves_the_block(ru
     with pytest.raises(KeyError), run.started("sleep", "600") as process:
         raise KeyError
     assert process.returncode == -signal.SIGTERM
+
+
+def test_only_impossible_flags_are_a_fault_of_the_emulator() -> None:
+    oops = "RIP: 0010:mas_find+0x9/0x160\nRSP: 0018:ff2d327f40013a98 EFLAGS: {}\nKernel panic - not syncing: ...\n"
+    assert is_fault_of_emulator(oops.format("b56cc646"))
+    assert not is_fault_of_emulator(oops.format("00010246"))
+    assert not is_fault_of_emulator("Kernel panic - not syncing: VFS: Unable to mount root fs\n")
