@@ -9507,8 +9507,8 @@ def require_running_unchanged(layout: Layout, menu: Menu, slot: str, snapshot: i
     """Raise AshError (REFUSED) if the deployment in a slot is one of this snapshot, and was changed as it ran."""
     deployment = menu.deployments.get(slot)
     changes = changes_while_running(layout, deployment) if deployment and deployment.snapshot == snapshot else ()
-    if path := next(iter(changes), ""):
-        what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{one_line(path)}"
+    if paths := [*changes]:
+        what = f"the running deployment of snapshot {snapshot} is mutable, and was changed: /{counted(paths, 1)}"
         hint = "ash rollback keeps it as a snapshot; ash deploy --fresh starts again from the snapshot"
         raise AshError(what, hint, REFUSED)
 
