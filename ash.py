@@ -9558,8 +9558,8 @@ def hidden_by_mutable_directories(layout: Layout, root: Path, snapshot: int) -> 
     if unseen := unlisted_below(layout.snapshots / top, [kept.removeprefix(f"{top}/") for kept, _ in listed_there]):
         notes.append(f"nobody sees what is in /.snapshots/{top}, since ash.conf does not name it: {counted(unseen)}")
     for kept, seen in listed_there:
-        inside = seen.removeprefix("var/")
-        place, own = layout.snapshots / kept, path_inside(root, seen) if inside == seen else layout.var / inside
+        own = path_inside(layout.var, seen[4:]) if seen.startswith("var/") else path_inside(root, seen)
+        place = layout.snapshots / kept
         if hidden := sorted({*os.listdir(own)} - {*os.listdir(place)}) if is_directory(own) else []:
             what = f"hides what snapshot {snapshot} has there: {counted(hidden)}"
             notes.append(f"/.snapshots/{kept} is mounted over /{seen}, and {what}")

@@ -80,7 +80,7 @@ MOST_RESETS = 2
 def is_fault_of_emulator(text: str) -> bool:
     """Whether a kernel has printed flags of the processor that no processor has: only 22 bits of them exist.
 
-    QEMU 7.2 miscomputes flags in one of some hundred boots; the kernel then takes a wrong branch, and panics.
+    Seen with QEMU 7.2: it had miscomputed flags, and the kernel took a wrong branch.
     """
     return any(int(flags, 16) >> 22 for flags in re.findall(r"EFLAGS: ([0-9a-f]{8})\b", text))
 

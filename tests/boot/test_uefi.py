@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from installer.machine import Machine
+from installer.machine import RESTARTS, Machine
 from tests.boot.checks import is_immutable, new_snapshot, runs_snapshot, said, starts_next
 from tests.boot.conftest import Boot
 from tests.support import Disk
@@ -35,7 +35,7 @@ def test_a_machine_goes_back_by_itself_if_a_deployment_does_not_start(disk: Disk
 
         machine.reset()
         machine.choose(r"snapshot 2: ")
-        machine.expect("reboot: Restarting system", 300)
+        machine.expect(RESTARTS, 300)
         went_back(machine, 2)
         said(machine, 'test -e /var/checked && ash --json status | grep -F \'"units": ["ash-health.service"\'')
         is_immutable(machine)
